@@ -1,0 +1,52 @@
+# `make demo` and `make test` set up what they need; a second run sets up nothing.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format lint types mutants bench-load clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
+
+setup: $(READY) ## the environment in .venv; PYTHON=… chooses the interpreter
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "zoo needs Python 3.11 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo 'setting up $(VENV), once: this downloads torch'
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
+	@touch $@
+
+demo: $(READY) ## the main job, offline: make, plan, convert, load, prove, give back
+	@$(RUN) tools/demo.py
+
+test: $(READY) ## every test
+	$(PYTEST)
+
+test-fast: $(READY) ## the tests that take no more than a few seconds
+	$(PYTEST) -m "not slow"
+
+check: format lint types test ## what CI runs
+
+format: $(READY)
+	$(RUN) -m ruff format --check
+
+lint: $(READY)
+	$(RUN) -m ruff check
+
+types: $(READY)
+	$(RUN) -m mypy
+
+mutants: $(READY) ## planted bugs × architectures: every one must be killed
+	@$(RUN) tools/parity.py --mutants
+
+bench-load: $(READY) ## library import + load + first logits against the reference's
+	@$(RUN) tools/bench.py load
+
+clean: ## what builds and caches left; .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find zoo converters tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

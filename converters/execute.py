@@ -1,0 +1,73 @@
+"""A plan carried out: tensors on disk to tensors of the model, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from converters.plan import Plan, Step
+from zoo.errors import MissingTensors, TieConflict, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Read = Callable[[str], "Tensor"]
+
+
+def carry_out(
+    plan: Plan, read: Read, *, trust: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Native names and tensors, step by step. Whatever only renames or restrides is a view of what was read.
+
+    `trust` names tensors on disk that win where tied names hold different values.
+    """
+    for step in plan.steps:
+        yield from zip(step.targets, forward(step, read, trust), strict=True)
+
+
+def forward(step: Step, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
+    names = _agreed(step, read, trust)
+    tensors = [read(name) for name in names]
+    return tensors if step.transform is None else step.transform.forward(tensors)
+
+
+def _agreed(step: Step, read: Read, trust: Collection[str]) -> tuple[str, ...]:
+    """The names to read where several hold one array: equal ones, or the ones that are trusted."""
+    if not step.also:
+        return step.sources
+    for names in (step.sources, *step.also):
+        if set(names) <= set(trust):
+            return names
+    import torch
+
+    differ = [
+        other
+        for names in step.also
+        for mine, other in zip(step.sources, names, strict=True)
+        if not torch.equal(read(mine), read(other))
+    ]
+    if differ:
+        raise TieConflict(
+            f"{listing(step.sources)} and {listing(differ)} are one array by the config and differ "
+            f"on disk. Say which to believe: trust=({step.sources[0]!r},)"
+        )
+    return step.sources
+
+
+def invert(plan: Plan, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names on disk, from those of the model: what the plan read, by its modern names."""
+    if missing := [t for step in plan.steps for t in step.targets if t not in native]:
+        raise MissingTensors(f"{len(missing)} native tensors missing: {listing(missing)}")
+    out: dict[str, Tensor] = {}
+    for step in plan.steps:
+        for name, tensor in zip(step.sources, backward(step, native), strict=True):
+            out[name] = tensor
+        for names in step.also:
+            out.update({other: out[mine] for mine, other in zip(step.sources, names, strict=True)})
+    order = [name for name in plan.header if name in out]
+    return {plan.modern.get(name, name): out[name] for name in order}
+
+
+def backward(step: Step, native: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    tensors = [native[name] for name in step.targets]
+    return tensors if step.transform is None else step.transform.backward(tensors)

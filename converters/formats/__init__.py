@@ -1,0 +1,111 @@
+"""File formats: each lists, reads or writes named tensors, and none knows what a model is."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoo.errors import DtypeMismatch, NotACheckpoint, UnsafePath
+
+if TYPE_CHECKING:
+    import torch
+
+# dtype code: (bits, torch's name), from the smallest to the largest. The order is the format's own:
+# a safetensors file holds its tensors by descending dtype, then by name.
+_DTYPES: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "F4": (4, None),  # torch counts these in pairs, the file one by one
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+}
+BITS = {code: bits for code, (bits, _) in _DTYPES.items()}
+RANK = {code: rank for rank, code in enumerate(_DTYPES)}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.numel * BITS[self.dtype] + 7) // 8
+
+
+@cache
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors code."""
+    import torch
+
+    name = _DTYPES[code][1] if code in _DTYPES else None
+    dtype: torch.dtype | None = getattr(torch, name, None) if name else None
+    if dtype is None:
+        raise DtypeMismatch(f"dtype {code}: this torch has no such tensors")
+    return dtype
+
+
+@cache
+def _codes() -> dict[torch.dtype, str]:
+    import torch
+
+    return {getattr(torch, n): c for c, (_, n) in _DTYPES.items() if n and hasattr(torch, n)}
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype."""
+    code = _codes().get(dtype)
+    if code is None:
+        raise DtypeMismatch(f"{dtype}: no checkpoint format has a code for this dtype")
+    return code
+
+
+def itemsize(code: str) -> int:
+    """Bytes of one element."""
+    bits = BITS.get(code)
+    if bits is None or bits % 8:
+        raise DtypeMismatch(f"dtype {code}: its elements are not whole bytes")
+    return bits // 8
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file; devices and fifos are refused, never opened."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise NotACheckpoint(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    raise UnsafePath(f"{path}: is no regular file, so it was not opened")

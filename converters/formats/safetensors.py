@@ -1,0 +1,392 @@
+"""safetensors: a JSON header held to the letter, then bytes that stay mapped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from converters.formats import (
+    BITS,
+    RANK,
+    TensorInfo,
+    dtype_code,
+    itemsize,
+    open_regular,
+    torch_dtype,
+)
+from converters.strict_json import DuplicateKeys, unique
+from zoo.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    DtypeMismatch,
+    DuplicateTensor,
+    MissingTensors,
+    ResourceLimit,
+    ShapeMismatch,
+    UnexpectedTensors,
+    did_you_mean,
+    listing,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_RANK = 64  # torch's
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_LARGEST = (1 << 63) - 1
+_CHUNK = 16 << 20  # bytes that a strided tensor is copied by
+
+# A private mapping is charged to the machine's memory as if all of it were to be written, and one
+# larger than that memory is refused. Weights are only read, so they ask for no reservation.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+class SafetensorsReader:
+    """The header, checked when opened; the tensors, mapped when first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        fd = open_regular(path)
+        try:
+            self._identity = _identity(fd)
+            self._start, header = _read_header(path, fd)
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        self.metadata: dict[str, str]
+        self.tensors: dict[str, TensorInfo]
+        self.metadata, self.tensors, self._spans = _parse(path, header, size - self._start)
+        self._mapping: mmap.mmap | None = None
+
+    def span(self, name: str) -> tuple[int, int]:
+        """(start, end) of a tensor's bytes in the file."""
+        start, end = self._spans[name]
+        return self._start + start, self._start + end
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the mapped file; what is written to it stays in this process."""
+        import torch
+
+        info = self.tensors.get(name)
+        if info is None:
+            near = did_you_mean(name, self.tensors)
+            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+        dtype = torch_dtype(info.dtype)
+        start, end = self.span(name)
+        if start == end:
+            return torch.empty(info.shape, dtype=dtype)
+        size = itemsize(info.dtype)
+        if self._mapping is None:
+            self._mapping = self._map()
+        if start % size:  # kernels may assume alignment, so this tensor alone is copied
+            raw = torch.frombuffer(
+                self._mapping, dtype=torch.uint8, count=end - start, offset=start
+            )
+            return raw.clone().view(dtype).view(info.shape)
+        flat = torch.frombuffer(
+            self._mapping, dtype=dtype, count=(end - start) // size, offset=start
+        )
+        return flat.view(info.shape)
+
+    def _map(self) -> mmap.mmap:
+        fd = open_regular(self.path)
+        try:
+            if _identity(fd) != self._identity:
+                raise CorruptCheckpoint(
+                    f"{self.path}: changed after its header was read; open it again"
+                )
+            flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(fd, 0, flags=flags, prot=protection)
+        finally:
+            os.close(fd)
+
+
+def _identity(fd: int) -> tuple[int, int, int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_header(path: Path, fd: int) -> tuple[int, bytes]:
+    """(where the tensors' bytes start, the header); sizes are checked before any allocation."""
+    size = os.fstat(fd).st_size
+    head = os.pread(fd, 8, 0)
+    if len(head) < 8:
+        raise CorruptCheckpoint(
+            f"{path}: {size} bytes; a safetensors file has at least 8. "
+            "Truncated? Download or copy it again."
+        )
+    (length,) = struct.unpack("<Q", head)
+    if length > size - 8:
+        pointer = b"version https://git-lfs"
+        lfs = os.pread(fd, len(pointer), 0) == pointer
+        raise CorruptCheckpoint(
+            f"{path}: its header should have {length} bytes, and {size - 8} are there. "
+            + ("It is a Git LFS pointer, not the weights: " if lfs else "Truncated, or no ")
+            + ("fetch the file itself." if lfs else "safetensors file? Download or copy it again.")
+        )
+    if length > MAX_HEADER:
+        raise ResourceLimit(f"{path}: a header of {length} bytes; at most {MAX_HEADER} are read")
+    header = os.pread(fd, length, 8)
+    if len(header) != length:
+        raise CorruptCheckpoint(f"{path}: became shorter while its header was read")
+    return 8 + length, header
+
+
+def _parse(
+    path: Path, header: bytes, available: int
+) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """(metadata, tensors in the file's order, their spans) of a header that breaks no rule."""
+    entries = _load(path, header)
+    problems: list[str] = []
+    metadata = entries.pop("__metadata__", {})
+    if type(metadata) is not dict or any(type(v) is not str for v in metadata.values()):
+        problems.append("__metadata__: has to map text to text")
+    spans: list[tuple[int, int, TensorInfo]] = []
+    for name, entry in entries.items():
+        problem = _entry_problem(entry)
+        if problem is None:
+            start, end = entry["data_offsets"]
+            info = TensorInfo(name, tuple(entry["shape"]), entry["dtype"])
+            spans.append((start, end, info))
+        else:
+            problems.append(f"tensor {name}: {problem}")
+    if not problems:
+        spans.sort(key=lambda span: span[:2])
+        reached, before = 0, "the header"
+        for start, end, info in spans:
+            if start != reached:
+                fault = "overlaps" if start < reached else "leaves a hole after"
+                problems.append(
+                    f"tensor {info.name}: starts at byte {start} and {fault} {before}, "
+                    f"which ends at {reached}"
+                )
+            reached, before = max(reached, end), f"tensor {info.name}"
+        if reached != available:
+            fault = "truncated" if available < reached else "trailing bytes"
+            problems.append(f"{fault}: {before} ends at byte {reached}, the file at {available}")
+    if problems:
+        raise CorruptCheckpoint(f"{path}: {listing(problems)}")
+    tensors = {info.name: info for _, _, info in spans}
+    return metadata, tensors, {info.name: (start, end) for start, end, info in spans}
+
+
+def _load(path: Path, header: bytes) -> dict[str, Any]:
+    """The header's JSON, as text that is UTF-8, starts with its object and names nothing twice."""
+    try:
+        text = header.decode()
+    except UnicodeDecodeError as error:
+        raise CorruptCheckpoint(f"{path}: its header is not UTF-8 at byte {error.start}") from None
+    body = text.rstrip(" ")  # the only padding the format knows
+    if not (body.startswith("{") and body.endswith("}")):
+        raise CorruptCheckpoint(f"{path}: its header is no JSON object padded with spaces")
+    try:
+        # JSON has -0 and Python's int has not; the slower hook is for headers that may hold one
+        natural = _natural if "-" in body else None
+        entries = json.loads(
+            body, object_pairs_hook=unique, parse_int=natural, parse_constant=_no_constant
+        )
+        if "\\u" in body:
+            json.dumps(entries, ensure_ascii=False).encode()  # an escape may be half a pair
+    except DuplicateKeys as error:
+        raise CorruptCheckpoint(f"{path}: its header names {error} twice") from None
+    except RecursionError:
+        raise CorruptCheckpoint(f"{path}: its header is nested too deep") from None
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{path}: its header is not JSON: {error}") from None
+    if type(entries) is not dict:
+        raise CorruptCheckpoint(f"{path}: its header is no JSON object")
+    return entries
+
+
+def _natural(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"{text[:20]} is negative")
+    return int(text)
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with one tensor's entry, seen alone; None if nothing."""
+    if type(entry) is not dict:
+        return f"its entry is {type(entry).__name__} where an object is expected"
+    if entry.keys() != _FIELDS:
+        missing, unknown = sorted(_FIELDS - entry.keys()), sorted(entry.keys() - _FIELDS)
+        parts = [f"lacks {listing(missing)}"] if missing else []
+        parts += [f"has the unknown field {listing(unknown)}"] if unknown else []
+        return " and ".join(parts)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = BITS.get(dtype) if type(dtype) is str else None
+    if bits is None:
+        return f"dtype {_short(dtype)} is none of {', '.join(BITS)}"
+    if type(shape) is not list or any(type(n) is not int or n < 0 for n in shape):
+        return f"shape {_short(shape)} is no list of natural numbers"
+    if type(offsets) is not list or len(offsets) != 2 or any(type(n) is not int for n in offsets):
+        return f"data_offsets {_short(offsets)} are not two whole numbers"
+    if len(shape) > MAX_RANK:
+        return f"has {len(shape)} axes; at most {MAX_RANK} can be read"
+    size = math.prod(shape)
+    # an empty tensor's other axes may not overflow either
+    if max(size, math.prod(n or 1 for n in shape) if size == 0 else 0) * bits > _LARGEST:
+        return f"shape {_short(shape)} overflows 64 bits"
+    start, end = offsets
+    if start < 0 or start > end:
+        return f"data_offsets {_short(offsets)} do not ascend from 0"
+    if (end - start) * 8 != size * bits:
+        return (
+            f"shape {_short(shape)} of {dtype} takes {size * bits / 8:g} bytes, "
+            f"data_offsets {_short(offsets)} hold {end - start}"
+        )
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def header_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """The order of a file's tensors: wide dtypes first, so that each is aligned; then by name."""
+    return sorted(infos, key=lambda info: (-RANK[info.dtype], info.name))
+
+
+class SafetensorsWriter:
+    """A file whose tensors may come one at a time and in any order; its bytes depend on neither."""
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Iterable[TensorInfo],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self._missing: dict[str, TensorInfo] = {}
+        self._start: dict[str, int] = {}
+        infos = list(infos)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+        reached = 0
+        for info in header_order(infos):
+            if info.name in header or info.name == "__metadata__":
+                raise DuplicateTensor(f"{path}: {info.name} would stand twice in the header")
+            end = reached + info.nbytes
+            offsets = [reached, end]
+            header[info.name] = {
+                "dtype": info.dtype,
+                "shape": info.shape,
+                "data_offsets": offsets,
+            }
+            self._start[info.name], self._missing[info.name] = reached, info
+            reached = end
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > MAX_HEADER:
+            raise ResourceLimit(
+                f"{path}: a header of {len(text)} bytes; the format has {MAX_HEADER}"
+            )
+        self._data = 8 + len(text)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(path, flags, 0o666)
+        try:
+            self._write_at(0, memoryview(struct.pack("<Q", len(text)) + text))
+            os.ftruncate(self._fd, self._data + reached)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """The tensor's bytes, at their place. A strided tensor is copied a slice at a time."""
+        info = self._missing.get(name)
+        if info is None:
+            known = "was written already" if name in self._start else "was not announced"
+            raise UnexpectedTensors(f"{self.path}: tensor {name} {known}")
+        if tuple(tensor.shape) != info.shape:
+            raise ShapeMismatch(
+                f"{self.path}: tensor {name}: expected shape {list(info.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        if (code := dtype_code(tensor.dtype)) != info.dtype:
+            raise DtypeMismatch(f"{self.path}: tensor {name}: expected {info.dtype}, got {code}")
+        if tensor.is_meta:
+            raise CheckpointError(f"{self.path}: tensor {name} is on the meta device: no values")
+        offset = self._data + self._start[name]
+        for piece in _pieces(tensor.detach()):
+            offset += self._write_at(offset, piece)
+        del self._missing[name]
+
+    def _write_at(self, offset: int, data: memoryview) -> int:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._fd, data[written:], offset + written)
+        return written
+
+    def close(self) -> None:
+        """Flush to the disk. A file that still lacks tensors is an error and is removed."""
+        if self._fd < 0:
+            return
+        if self._missing:
+            self._abandon()
+            raise MissingTensors(f"{self.path}: never written: {listing(self._missing)}")
+        try:
+            os.fsync(self._fd)
+        except BaseException:
+            self._abandon()
+            raise
+        os.close(self._fd)
+        self._fd = -1
+
+    def _abandon(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._abandon()
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes in row-major order, without a second copy of a large tensor."""
+    import torch
+
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return
+    if tensor.is_contiguous() or size <= _CHUNK:
+        plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+        return
+    rows = _CHUNK * tensor.shape[0] // size
+    if rows == 0:
+        for row in tensor:
+            yield from _pieces(row)
+        return
+    for start in range(0, tensor.shape[0], rows):
+        yield from _pieces(tensor[start : start + rows])
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """All tensors in one file, as `safetensors.torch.save_file` would lay them out."""
+    infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
+    with SafetensorsWriter(path, infos, metadata) as writer:
+        for info in header_order(infos):
+            writer.write(info.name, tensors[info.name])

@@ -1,0 +1,641 @@
+"""The proof: a spec, a config and the headers of a checkpoint fit completely, or all that is wrong is said at once.
+
+No weights are read here, and no torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from converters.formats import TensorInfo
+from converters.language import NUMBER_WORDS, Binding, Ref, Rule, Sizes, Template, Transform, solve
+from converters.spec import Dialect, Spec
+from zoo.errors import (
+    ConfigError,
+    DtypeMismatch,
+    DuplicateTensor,
+    MissingTensors,
+    PlanError,
+    ShapeMismatch,
+    SpecError,
+    UnexpectedTensors,
+    ZooError,
+    did_you_mean,
+    listing,
+)
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+WRAPPERS = {
+    "module.": "DataParallel",
+    "_orig_mod.": "torch.compile",
+    "model.module.": "DeepSpeed",
+    "state_dict.": "a nested state_dict",
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """What the model holds: each array's shape once, and further names of the same array."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    ties: Mapping[str, str] = field(default_factory=dict)  # further name -> name in `shapes`
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One use of one rule: these tensors on disk are those of the model."""
+
+    rule: Rule
+    transform: Transform | None  # None: as they are
+    sources: tuple[str, ...]  # names on disk, in the transform's grid order
+    targets: tuple[str, ...]
+    also: tuple[tuple[str, ...], ...] = ()  # names on disk that must hold the same as `sources`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete correspondence between a checkpoint and a model."""
+
+    spec: Spec
+    dialect: Dialect
+    native: Native
+    header: Mapping[str, TensorInfo]
+    steps: tuple[Step, ...]
+    dropped: Mapping[str, str] = field(default_factory=dict)  # name on disk -> reason
+    modern: Mapping[str, str] = field(default_factory=dict)  # legacy name on disk -> its name now
+
+    def rule_of(self) -> dict[str, str]:
+        """Native name -> the rule it comes by."""
+        return {target: str(step.rule) for step in self.steps for target in step.targets}
+
+    def describe(self) -> str:
+        """The plan for a person: source, target, axes, shapes, dtypes, bytes; then what is dropped."""
+        rows = [("source", "target", "axes", "shape", "dtype", "bytes")]
+        total = 0
+        for step in self.steps:
+            first = self.header[step.sources[0]]
+            size = sum(self.header[s].nbytes for s in step.sources)
+            total += size
+            axes = "" if step.transform is None else _axes(step)
+            also = f" (= {listing(s for names in step.also for s in names)})" if step.also else ""
+            rows.append(
+                (
+                    _shorten(step.sources) + also,
+                    _shorten(step.targets),
+                    axes,
+                    "x".join(map(str, first.shape)),
+                    first.dtype,
+                    f"{size:,}",
+                )
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        lines += [f"dropped: {name}: {reason}" for name, reason in self.dropped.items()]
+        count = sum(len(step.targets) for step in self.steps)
+        return "\n".join([*lines, f"{count} native tensors, {total:,} bytes"])
+
+
+def _axes(step: Step) -> str:
+    right = step.rule.targets
+    return f"{step.rule.source.pattern} -> {' '.join(str(t.pattern) for t in right)}"
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
+
+
+def make_plan(
+    spec: Spec,
+    dialect: str,
+    config: Mapping[str, object],
+    native: Native,
+    header: Mapping[str, TensorInfo],
+    where: str = "checkpoint",
+) -> Plan:
+    """The complete plan; or one error that says everything that is wrong."""
+    return _Planner(spec, spec.dialect(dialect), config, native, header, where).plan()
+
+
+def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) -> Plan:
+    """The plan of a native checkpoint, whose names are the model's own."""
+    refs = [Ref(Template((name,)), None) for name in native.shapes]
+    dialect = Dialect("native", where="native", weights=tuple(Rule(ref, (ref,)) for ref in refs))
+    spec = Spec("native", "native", {}, {"native": dialect})
+    return _Planner(spec, dialect, {}, native, header, where).plan()
+
+
+def target_names(
+    spec: Spec, dialect: str, config: Mapping[str, object], native: Native, *, bare: bool
+) -> dict[str, TensorInfo]:
+    """The header that a writer of `dialect` would publish for this model: names and shapes; dtypes are open.
+
+    `bare` leaves the prefix away, as files of a class without a head do.
+    """
+    planner = _Planner(spec, spec.dialect(dialect), config, native, {}, dialect)
+    header: dict[str, TensorInfo] = {}
+    for use in planner.uses():
+        if any(target in native.ties for target in use.targets):
+            continue  # a tied name is written once, under the name that owns the array
+        prefix = "" if bare or use.rule in planner.dialect.heads else planner.dialect.prefix
+        for name in use.sources:
+            header[prefix + name] = TensorInfo(prefix + name, use.shape, "F32")
+    planner.raise_problems()
+    return header
+
+
+# --- the planner ---------------------------------------------------------------------------------
+
+_Known = tuple[str, Ref, tuple[int, ...]]  # a native tensor, its side of the rule, its shape
+
+
+@dataclass(slots=True)
+class _Use:
+    """A rule under one binding of its loops, before names on disk are known."""
+
+    rule: Rule
+    binding: Binding
+    targets: tuple[str, ...]
+    transform: Transform | None
+    sources: tuple[str, ...]  # canonical names, in grid order
+    copies: tuple[tuple[str, ...], ...]  # replicas of them
+    shape: tuple[int, ...]  # of each source
+
+
+class _Planner:
+    def __init__(
+        self,
+        spec: Spec,
+        dialect: Dialect,
+        config: Mapping[str, object],
+        native: Native,
+        header: Mapping[str, TensorInfo],
+        where: str,
+    ) -> None:
+        self.spec, self.dialect, self.native = spec, dialect, native
+        self.header, self.where = header, where
+        self.problems: list[tuple[type[ZooError], str]] = []
+        self.axes: Sizes = dict(NUMBER_WORDS)
+        for axis, name in spec.axes.items():
+            if isinstance(size := config.get(name), int):
+                self.axes[axis] = size
+        self._transforms: dict[tuple[int, tuple[tuple[str, int], ...]], Transform] = {}
+
+    def problem(self, kind: type[ZooError], text: str) -> None:
+        self.problems.append((kind, text))
+
+    def raise_problems(self) -> None:
+        """One error for everything; its class is that of the gravest kind among them."""
+        if not self.problems:
+            return
+        gravity: list[type[ZooError]] = [
+            SpecError,
+            ConfigError,
+            DuplicateTensor,
+            MissingTensors,
+            ShapeMismatch,
+            DtypeMismatch,
+            UnexpectedTensors,
+        ]
+        kinds = {kind for kind, _ in self.problems}
+        kind = next((k for k in gravity if k in kinds), PlanError)
+        ordered = sorted(self.problems, key=lambda p: gravity.index(p[0]))
+        raise kind("\n  ".join([f"{self.where}:", *(text for _, text in ordered)]))
+
+    # --- rules under their bindings ---
+
+    def uses(self) -> list[_Use]:
+        """Every use of a rule whose native tensors the model holds; the proof of the native side."""
+        found: list[_Use] = []
+        produced: dict[str, Rule] = {}
+        for rule in self.dialect.rules:
+            for binding in self._bindings(rule):
+                if (use := self._use(rule, binding)) is None:
+                    continue
+                for target in use.targets:
+                    if target in produced:
+                        self.problem(SpecError, f"{target}: produced twice, also by {rule}")
+                    produced[target] = rule
+                found.append(use)
+        owners = {self.native.ties.get(name, name) for name in produced}
+        if unmapped := [name for name in self.native.shapes if name not in owners]:
+            self.problem(
+                SpecError,
+                f"{len(unmapped)} tensors of the model unmapped: {listing(unmapped)}. "
+                f"Map them in {self.dialect.where or self.spec.where}.weights",
+            )
+        return found
+
+    def _knows(self, name: str) -> bool:
+        return name in self.native.shapes or name in self.native.ties
+
+    def _bindings(self, rule: Rule) -> Iterator[Binding]:
+        ranges = []
+        for name, placeholder in rule.loops.items():
+            if placeholder.values:
+                ranges.append(range(len(placeholder.values)))
+            else:
+                ranges.append(self._numbers(name, [t.name for t in rule.targets]))
+        for point in product(*ranges):
+            yield dict(zip(rule.loops, point, strict=True))
+
+    def _numbers(self, name: str, templates: Sequence[Template]) -> range:
+        if name in self.axes:
+            return range(self.axes[name])
+        names = list(self.native.shapes) + list(self.native.ties)
+        bindings = (t.match(n) for t in templates for n in names)
+        return range(1 + max((b[name] for b in bindings if b), default=-1))
+
+    def _use(self, rule: Rule, binding: Binding) -> _Use | None:
+        targets: list[str] = []
+        refs: list[Ref] = []
+        sizes: Sizes = {}
+        for ref in rule.targets:
+            spread = rule.spread(ref)
+            for name, placeholder in spread.items():
+                count = len(placeholder.values) or len(self._numbers(name, [ref.name]))
+                sizes[name] = count
+            for point in product(*(range(sizes[name]) for name in spread)):
+                here = {**binding, **dict(zip(spread, point, strict=True))}
+                targets.append(ref.name.format(here))
+                refs.append(ref)
+        there = [name for name in targets if self._knows(name)]
+        if not there:
+            return None
+        if len(there) != len(targets):
+            missing = listing(n for n in targets if n not in there)
+            self.problem(SpecError, f"{rule}: the model has {there[0]} but not {missing}")
+            return None
+        shapes = [self.native.shapes[self.native.ties.get(n, n)] for n in targets]
+        if rule.plain and not rule.replicated:
+            source = rule.source.name.format(binding)
+            return _Use(rule, binding, tuple(targets), None, (source,), (), shapes[0])
+        known = list(zip(targets, refs, shapes, strict=True))
+        return self._transformed(rule, binding, known, sizes)
+
+    def _transformed(
+        self, rule: Rule, binding: Binding, known: Sequence[_Known], sizes: Sizes
+    ) -> _Use | None:
+        for p in (*rule.source.name.placeholders.values(), *rule.loops.values()):
+            if p.values:
+                sizes[p.name] = len(p.values)
+        copies = {name: self._found(rule, name, binding) for name in rule.replicated}
+        if not rule.plain:
+            mine = _axes_of(rule)
+            sizes.update({a: n for a, n in self.axes.items() if a in mine and a not in sizes})
+            if not self._solve(rule, binding, known, sizes):
+                return None
+            key = (id(rule), tuple(sorted((a, n) for a, n in sizes.items())))
+            transform = self._transforms.setdefault(key, Transform(rule, key[1]))
+            shape = transform.source_shape()
+        else:
+            transform, shape = None, known[0][2]
+        grids = []
+        for copy in product(*(range(n) for n in copies.values())):
+            bound = {**binding, **dict(zip(copies, copy, strict=True))}
+            points = transform.grid(rule.stacked) if transform else [{}]
+            grids.append(tuple(rule.source.name.format({**bound, **p}) for p in points))
+        if _is_identity(rule):
+            transform = None
+        targets = tuple(name for name, _, _ in known)
+        return _Use(rule, binding, targets, transform, grids[0], tuple(grids[1:]), shape)
+
+    def _found(self, rule: Rule, name: str, binding: Binding) -> int:
+        """How many values of a source index there are on disk."""
+        if name in self.axes:
+            return self.axes[name]
+        highest = 0
+        for disk in self.header:
+            for canonical in self._canonical(disk):
+                match = rule.source.name.match(canonical)
+                if match and all(match[k] == v for k, v in binding.items() if k in match):
+                    highest = max(highest, match[name] + 1)
+        return max(1, highest)
+
+    def _solve(self, rule: Rule, binding: Binding, known: Sequence[_Known], sizes: Sizes) -> bool:
+        """Sizes from native shapes, then from the source's headers; False where they do not fit."""
+        for _ in range(2):  # a ragged axis may need what a later tensor tells
+            for name, ref, shape in known:
+                assert ref.pattern is not None
+                if problem := solve(ref.pattern, shape, sizes):
+                    self.problem(ShapeMismatch, f"{name}: {rule}: {problem}")
+                    return False
+        wanted = _axes_of(rule) | set(rule.stacked)
+        if wanted - sizes.keys() and self.header:
+            for name in rule.stacked:
+                if name not in sizes:
+                    sizes[name] = self._found(rule, name, binding)
+            self._solve_from_header(rule, binding, sizes)
+            for _, ref, shape in known:
+                assert ref.pattern is not None
+                solve(ref.pattern, shape, sizes)
+        if missing := sorted(wanted - sizes.keys()):
+            self.problem(
+                SpecError,
+                f"{rule}: size of axis '{missing[0]}' cannot be solved from native shapes, headers "
+                f"and config; name its config field in {self.spec.where}: axes",
+            )
+        return not missing
+
+    def _solve_from_header(self, rule: Rule, binding: Binding, sizes: Sizes) -> None:
+        first = dict.fromkeys((*rule.stacked, *rule.replicated), 0)
+        name = rule.source.name.format({**binding, **first})
+        for disk in (self.dialect.prefix + name, name):
+            if disk in self.header:
+                assert rule.source.pattern is not None
+                solve(rule.source.pattern, self.header[disk].shape, sizes)
+
+    # --- names on disk ---
+
+    def _canonical(self, disk: str) -> tuple[str, ...]:
+        prefix = self.dialect.prefix
+        return (disk[len(prefix) :], disk) if prefix and disk.startswith(prefix) else (disk,)
+
+    def plan(self) -> Plan:
+        uses = self.uses()
+        if any(kind is SpecError for kind, _ in self.problems):
+            self.raise_problems()
+        disk = _Disk(self, uses)
+        groups: dict[tuple[str, ...], list[_Use]] = {}
+        for use in uses:
+            owners = tuple(self.native.ties.get(t, t) for t in use.targets)
+            groups.setdefault(owners, []).append(use)
+        steps: list[Step] = []
+        missing: list[str] = []
+        for owners, group in groups.items():
+            step = self._step(owners, group, disk, missing)
+            if step is not None:
+                steps.append(step)
+        dropped = disk.leftovers()
+        self._check_missing(missing, disk)
+        self.raise_problems()
+        header_order = {name: k for k, name in enumerate(self.header)}
+        steps.sort(key=lambda step: header_order[step.sources[0]])
+        return Plan(
+            self.spec,
+            self.dialect,
+            self.native,
+            self.header,
+            tuple(steps),
+            dropped,
+            disk.modern,
+        )
+
+    def _step(
+        self, owners: tuple[str, ...], group: list[_Use], disk: _Disk, missing: list[str]
+    ) -> Step | None:
+        """The step that fills `owners`, from the first use whose tensors are there; others must agree."""
+        present: list[tuple[_Use, tuple[str, ...]]] = []
+        for use in group:
+            heads = use.rule in self.dialect.heads
+            for names in (use.sources, *use.copies):
+                found = [disk.find(name, heads) for name in names]
+                if all(found):
+                    present.append((use, tuple(f for f in found if f)))
+                elif any(found) or (use.copies and use is group[0]):
+                    missing.extend(n for n, f in zip(names, found, strict=True) if not f)
+                    return None
+        if not present:
+            missing.extend(group[0].sources)
+            return None
+        for use, names in present:
+            self._check(use, names)
+        use, names = present[0]
+        also = [other for _, other in present[1:]]
+        also += disk.tied(use.sources)
+        return Step(use.rule, use.transform, names, owners, tuple(also))
+
+    def _check(self, use: _Use, names: Sequence[str]) -> None:
+        for name in names:
+            info = self.header[name]
+            if info.shape != use.shape:
+                axes = ""
+                if use.transform is not None and use.rule.source.pattern is not None:
+                    axes = f" = {use.rule.source.pattern.describe(dict(use.transform.sizes))}"
+                into = f" for {listing(use.targets)}"
+                self.problem(
+                    ShapeMismatch,
+                    f"{name}: shape {list(info.shape)}, expected {list(use.shape)}{axes}{into}",
+                )
+            if info.dtype not in FLOATS:
+                self.problem(
+                    DtypeMismatch,
+                    f"{name}: dtype {info.dtype}; a weight is one of {', '.join(sorted(FLOATS))}",
+                )
+        dtypes = {self.header[name].dtype for name in names}
+        if len(dtypes) > 1:
+            self.problem(
+                DtypeMismatch, f"{listing(names)}: one array in {' and '.join(sorted(dtypes))}"
+            )
+
+    def _check_missing(self, missing: list[str], disk: _Disk) -> None:
+        if missing or disk.unexpected:
+            self._check_counts(disk)
+        if not missing:
+            return
+        unexpected = disk.unexpected
+        said = []
+        for name in missing[:20]:
+            near = did_you_mean(name, unexpected[:200])
+            said.append(name + (f" ({near.strip()})" if near else ""))
+        hint = disk.wrapper_hint()
+        self.problem(
+            MissingTensors,
+            f"{len(missing)} tensors missing: {listing(said)}"
+            + (f" … {len(missing)} in all" if len(missing) > 20 else "")
+            + (f". {hint}" if hint else ""),
+        )
+
+    def _check_counts(self, disk: _Disk) -> None:
+        """Indices found on disk are exactly those that the config declares."""
+        suspects = [*disk.unexpected, *disk.taken]
+        for axis, field_name in self.spec.axes.items():
+            if axis not in self.axes:
+                continue
+            templates = [
+                r.source.name
+                for r in self.dialect.rules
+                if (p := r.source.name.placeholders.get(axis)) and not p.values
+            ]
+            if not templates:
+                continue
+            declared = self.axes[axis]
+            found: set[int] = set()
+            for name in suspects:
+                for canonical in self._canonical(name):
+                    match = next((m for t in templates if (m := t.match(canonical))), None)
+                    if match and axis in match:
+                        found.add(match[axis])
+            if not found or found == set(range(declared)):
+                continue
+            said = self.dialect.reference_field(field_name)
+            if found == set(range(len(found))):
+                self.problem(
+                    ConfigError, f"{said}: {len(found)} found, {declared} declared in the config"
+                )
+            elif len(found) <= declared:
+                gone = sorted(set(range(declared)) - found)
+                self.problem(
+                    MissingTensors, f"{axis} {listing(map(str, gone))} of 0..{declared - 1} missing"
+                )
+
+
+def _axes_of(rule: Rule) -> set[str]:
+    patterns = [rule.source.pattern, *(t.pattern for t in rule.targets)]
+    return {a for p in patterns if p for a in p.axes} - {"1"}
+
+
+def _is_identity(rule: Rule) -> bool:
+    """Brackets that say the same on both sides are documentation."""
+    return (
+        len(rule.targets) == 1
+        and rule.source.pattern == rule.targets[0].pattern
+        and not rule.stacked
+        and not rule.spread(rule.targets[0])
+    )
+
+
+class _Disk:
+    """The names on disk: which are taken by rules, and why each of the others is there."""
+
+    def __init__(self, planner: _Planner, uses: Iterable[_Use]) -> None:
+        self.planner = planner
+        self.header, self.dialect = planner.header, planner.dialect
+        self.taken: dict[str, None] = {}
+        self.unexpected: list[str] = []
+        self.modern: dict[str, str] = {}
+        self._with: list[str] = []
+        self._without: list[str] = []
+        self._canonical_names = {n for use in uses for g in (use.sources, *use.copies) for n in g}
+        self._aliases = self._resolve_aliases()
+
+    def find(self, name: str, head: bool) -> str | None:
+        """The name on disk of a canonical name."""
+        prefix = "" if head else self.dialect.prefix
+        forms = [prefix + name, name] if prefix else [name]
+        forms += self._aliases.get(name, ())
+        here = [form for form in forms if form in self.header]
+        if len(here) > 1:
+            self.planner.problem(
+                DuplicateTensor, f"{listing(here)}: one tensor under {len(here)} names"
+            )
+        if not here:
+            return None
+        if prefix:
+            (self._with if here[0].startswith(prefix) else self._without).append(here[0])
+        self.taken[here[0]] = None
+        if here[0] in self._aliases.get(name, ()):
+            self.modern[here[0]] = (prefix if here[0].startswith(prefix) else "") + name
+        return here[0]
+
+    def _resolve_aliases(self) -> dict[str, list[str]]:
+        """Canonical name -> the legacy names of it that are on disk."""
+        out: dict[str, list[str]] = {}
+        if not self.dialect.aliases:
+            return out
+        for disk in self.header:
+            if disk in self._canonical_names:
+                continue
+            for canonical in self.planner._canonical(disk):
+                for legacy, modern in self.dialect.aliases:
+                    if (binding := legacy.match(canonical)) is not None:
+                        name = modern.format(binding)
+                        if disk not in out.setdefault(name, []):
+                            out[name].append(disk)
+        return out
+
+    def tied(self, sources: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Further names on disk of the array under `sources`, by the spec's `tied`."""
+        if len(sources) > 1:
+            return []
+        found = []
+        for other, main in self.dialect.tied:
+            if (binding := main.match(sources[0])) is None:
+                continue
+            name = other.format(binding)
+            if name in self._canonical_names:
+                continue  # a rule of its own reads it
+            for form in dict.fromkeys((self.dialect.prefix + name, name)):
+                if form in self.header:
+                    self.taken[form] = None
+                    found.append((form,))
+        return found
+
+    def leftovers(self) -> dict[str, str]:
+        """Drop by name what the spec says; whatever is left is unexpected."""
+        self._check_prefix()
+        dropped: dict[str, str] = {}
+        for name in self.header:
+            if name in self.taken:
+                continue
+            reason, hint = self._why(name)
+            if reason:
+                dropped[name] = reason
+            else:
+                self.unexpected.append(name)
+                if hint:
+                    self.planner.problem(UnexpectedTensors, f"{name}: {hint}")
+        plain = [n for n in self.unexpected if not self._why(n)[1]]
+        if plain:
+            self.planner.problem(
+                UnexpectedTensors,
+                f"{len(plain)} tensors that no rule maps: {listing(plain)}. Map or drop them in "
+                f"{self.dialect.where or self.planner.spec.where}",
+            )
+        return dropped
+
+    def _why(self, name: str) -> tuple[str, str]:
+        """(the reason to drop it, a hint why it cannot be)."""
+        dialect = self.dialect
+        for canonical in self.planner._canonical(name):
+            for template, reason in dialect.drop:
+                if template.match(canonical) is not None:
+                    return reason, ""
+        modern = [
+            m.format(b)
+            for c in self.planner._canonical(name)
+            for legacy, m in dialect.aliases
+            if (b := legacy.match(c)) is not None
+        ]
+        for canonical in (*self.planner._canonical(name), *modern):
+            for rule in dialect.rules:
+                if (binding := rule.source.name.match(canonical)) is None:
+                    continue
+                targets = [
+                    t.name.format({**dict.fromkeys(t.name.placeholders, 0), **binding})
+                    for t in rule.targets
+                ]
+                if any(self.planner._knows(t) for t in targets):
+                    continue
+                for part, reason in dialect.optional.items():
+                    if targets[0] == part or targets[0].startswith(f"{part}."):
+                        return reason, ""
+                if rule in dialect.heads:
+                    return f"{targets[0]} belongs to a head that was not asked for", ""
+                return "", f"the config's model has no {listing(targets)}"
+            for other, main in dialect.tied:
+                if (binding := other.match(canonical)) is not None:
+                    why = f"tied to {main.format(binding)}, which this model lacks"
+                    return why, ""
+        return "", ""
+
+    def _check_prefix(self) -> None:
+        if self._with and self._without:
+            few = min(self._with, self._without, key=len)
+            self.planner.problem(
+                DuplicateTensor,
+                f"prefix '{self.dialect.prefix}' on {len(self._with)} names and not on "
+                f"{len(self._without)}: {listing(few)}",
+            )
+
+    def wrapper_hint(self) -> str:
+        for wrapper, cause in WRAPPERS.items():
+            if self.unexpected and all(name.startswith(wrapper) for name in self.unexpected):
+                return (
+                    f"Every unknown name starts with '{wrapper}', which {cause} leaves: "
+                    "save the inner module's state_dict"
+                )
+        return ""

@@ -1,0 +1,237 @@
+"""The schema of specs/*.yaml: what each dialect calls an architecture's tensors and config fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from converters.language import Rule, Template, parse_name, parse_rule
+from zoo.errors import SpecError, did_you_mean
+
+SPECS = Path(__file__).parent / "specs"
+
+_SECTIONS = ("prefix", "weights", "heads", "optional", "tied", "aliases", "drop")
+_CONFIG_SECTIONS = ("config", "require", "ignore")
+_SPEC_KEYS = ("axes",)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to lay an architecture's weights out."""
+
+    name: str
+    where: str = ""
+    prefix: str = ""
+    weights: tuple[Rule, ...] = ()
+    heads: tuple[Rule, ...] = ()
+    optional: Mapping[str, str] = field(default_factory=dict)
+    tied: tuple[tuple[Template, Template], ...] = ()
+    aliases: tuple[tuple[Template, Template], ...] = ()
+    drop: tuple[tuple[Template, str], ...] = ()
+    config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignore: frozenset[str] = frozenset()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return self.weights + self.heads
+
+    # --- config, both ways ---
+
+    def read_config(
+        self, reference: Mapping[str, Any], ignore: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Native fields that the reference's config sets, and everything that is wrong with it."""
+        fields: dict[str, Any] = {}
+        for name, paths in self.config.items():
+            found = (value for path in paths if (value := _look_up(reference, path)) is not None)
+            if (value := next(found, None)) is not None:
+                fields[name] = value
+        return fields, self._audit(reference, frozenset(ignore))
+
+    def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
+        mapped = {path.partition(".")[0] for paths in self.config.values() for path in paths}
+        problems = []
+        for key, value in reference.items():
+            if key in self.require:
+                allowed = self.require[key]
+                # `True == 1`: a flag is compared with its type
+                if value is None or any(value == a and type(value) is type(a) for a in allowed):
+                    continue
+                said = " or ".join(map(repr, allowed)) or "absent"
+                problems.append(f"{key}: {value!r} is not implemented (only {said})")
+            elif key not in mapped and key not in self.ignore and key not in ignore:
+                known = mapped | set(self.require) | self.ignore
+                problems.append(
+                    f"{key}: unknown field.{did_you_mean(key, known)} If it does not change "
+                    f"inference, pass ignore_config=({key!r},)"
+                )
+        return problems
+
+    def reference_field(self, native: str) -> str:
+        """What the reference calls a native field, for messages."""
+        return self.config[native][0] if native in self.config else native
+
+    def write_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The reference's config for native fields: the first path of each, nulls left out."""
+        out: dict[str, Any] = {}
+        for name, paths in self.config.items():
+            if fields.get(name) is None:
+                continue
+            *outer, last = paths[0].split(".")
+            place = out
+            for key in outer:
+                place = place.setdefault(key, {})
+            value = fields[name]
+            if isinstance(value, dict) and isinstance(place.get(last), dict):
+                place[last] = {**value, **place[last]}
+            else:
+                place[last] = value
+        return out
+
+
+def _look_up(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All dialects of one architecture, and which config fields its axes stand for."""
+
+    name: str
+    where: str
+    axes: Mapping[str, str]
+    dialects: Mapping[str, Dialect]
+
+    def dialect(self, name: str) -> Dialect:
+        if name not in self.dialects:
+            known = ", ".join(self.dialects)
+            raise SpecError(f"{self.where}: no dialect {name!r}; there is {known}")
+        return self.dialects[name]
+
+    def with_dialect(self, dialect: Dialect) -> Spec:
+        return replace(self, dialects={**self.dialects, dialect.name: dialect})
+
+
+@cache
+def load_spec(name: str) -> Spec:
+    path = SPECS / f"{name}.yaml"
+    if not path.is_file():
+        raise SpecError(f"{path}: no such spec.{did_you_mean(name, spec_names())}")
+    return parse_spec(name, read_yaml(path), f"converters/specs/{path.name}")
+
+
+def spec_names() -> list[str]:
+    return sorted(p.stem for p in SPECS.glob("*.yaml") if not p.stem.startswith("common."))
+
+
+def parse_spec(name: str, data: Any, where: str = "") -> Spec:
+    """A spec from plain data; every section that does not belong is an error."""
+    data = _mapping(data, where)
+    axes = _mapping(data.get("axes") or {}, f"{where}: axes")
+    dialects = {
+        key: _dialect(key, _mapping(value, f"{where}: {key}"), f"{where}: {key}")
+        for key, value in data.items()
+        if key not in _SPEC_KEYS
+    }
+    return Spec(name, where, axes, dialects)
+
+
+def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
+    if odd := [k for k in data if k not in _SECTIONS + _CONFIG_SECTIONS]:
+        known = _SECTIONS + _CONFIG_SECTIONS
+        raise SpecError(f"{where}: no section {odd[0]!r}.{did_you_mean(odd[0], known)}")
+
+    def section(key: str) -> dict[str, Any]:
+        return _mapping(data.get(key) or {}, f"{where}.{key}")
+
+    def rules(key: str) -> tuple[Rule, ...]:
+        return tuple(parse_rule(s, t, f"{where}.{key}") for s, t in section(key).items())
+
+    def pairs(key: str) -> tuple[tuple[Template, Template], ...]:
+        at = f"{where}.{key}"
+        return tuple((parse_name(a, at), parse_name(b, at)) for a, b in section(key).items())
+
+    common = _common(name)
+    ignored = data.get("ignore") or []
+    if not isinstance(ignored, list):
+        raise SpecError(f"{where}.ignore: expected a list of field names")
+    require = {**common["require"], **section("require")}
+    for key, values in require.items():
+        if not isinstance(values, list):
+            raise SpecError(f"{where}.require.{key}: expected a list of the values implemented")
+    dialect = Dialect(
+        name=name,
+        where=where,
+        prefix=data.get("prefix") or "",
+        weights=rules("weights"),
+        heads=rules("heads"),
+        optional=section("optional"),
+        tied=pairs("tied"),
+        aliases=pairs("aliases"),
+        drop=tuple((parse_name(n, f"{where}.drop"), r) for n, r in section("drop").items()),
+        config={k: _paths(v, f"{where}.config.{k}") for k, v in section("config").items()},
+        require={k: tuple(v) for k, v in require.items()},
+        ignore=frozenset(ignored) | frozenset(common["ignore"]),
+    )
+    for template, _ in dialect.drop + dialect.tied + dialect.aliases:
+        if not str(template).strip():
+            raise SpecError(f"{where}: an empty name")
+    return dialect
+
+
+def _paths(text: Any, where: str) -> tuple[str, ...]:
+    paths = tuple(p.strip() for p in text.split("|")) if isinstance(text, str) else ()
+    if not paths or not all(all(part for part in p.split(".")) for p in paths):
+        raise SpecError(f"{where}: expected a field or several joined by |, found {text!r}")
+    return paths
+
+
+@cache
+def _common(dialect: str) -> dict[str, Any]:
+    """What every config of a dialect may hold, whatever the architecture."""
+    path = SPECS / f"common.{dialect}.yaml"
+    data = _mapping(read_yaml(path), path.name) if path.is_file() else {}
+    return {"ignore": data.get("ignore") or [], "require": data.get("require") or {}}
+
+
+def _mapping(data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise SpecError(f"{where}: expected `name: …` lines, found {type(data).__name__}")
+    return data
+
+
+# --- yaml ----------------------------------------------------------------------------------------
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Strict(_Loader):
+    """The safe loader, less its habit of letting the last of two equal keys win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if len(set(map(str, keys))) != len(keys):
+            twice = next(k for k in keys if keys.count(k) > 1)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return _Strict(file).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path.name}: {' '.join(str(error).split())}") from None

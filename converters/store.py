@@ -1,0 +1,196 @@
+"""A directory that appears whole or not at all: staged beside its place, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zoo.errors import OutputExists, ZooError
+
+_AT_FDCWD = -100
+_EXCHANGE = 2  # renameat2's flag
+
+
+@contextmanager
+def staged(
+    destination: str | os.PathLike[str], *, force: bool = False, size: int = 0
+) -> Iterator[Path]:
+    """A fresh directory to fill; on leaving it becomes `destination`, on an error it is gone.
+
+    `force` replaces what is there, in one step. A link is replaced, never followed. An empty
+    directory counts as nothing. `size` bytes have to be free before anything is written.
+    """
+    # absolute, yet not resolved: a link as destination stays a link
+    place = Path(os.path.abspath(destination))
+    if not place.name:
+        raise OutputExists(f"{place}: the root of a file system cannot be replaced")
+    made: list[Path] = []
+    try:
+        try:
+            _make_parents(place.parent, made)
+            with _locked(place):
+                yield from _stage(place, force, size)
+                made.clear()
+        finally:
+            for parent in reversed(made):
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        raise ZooError(
+            f"{place}: not written: {error.strerror or error}{file}. What was there is untouched."
+        ) from error
+
+
+def _stage(place: Path, force: bool, size: int) -> Iterator[Path]:
+    partial, aside = _beside(place, "partial"), _beside(place, "replaced")
+    if aside.exists() and not os.path.lexists(place):
+        os.rename(aside, place)  # killed between the two renames of a replacement
+    _remove(aside)
+    _refuse(place, force)
+    _remove(partial)  # whoever left it is dead: the lock is ours
+    free = shutil.disk_usage(place.parent).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
+    os.mkdir(partial)
+    try:
+        yield partial
+        _sync(partial)
+        _refuse(place, force)
+        _publish(partial, place, aside)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _refuse(place: Path, force: bool) -> None:
+    if os.path.ismount(place):
+        raise OutputExists(f"{place}: a file system is mounted here; give a directory inside it")
+    if force or not os.path.lexists(place) or _is_empty(place):
+        return
+    raise OutputExists(f"{place}: exists already. Use force (--force) to replace it.")
+
+
+def _is_empty(place: Path) -> bool:
+    if place.is_symlink() or not place.is_dir():
+        return False
+    with os.scandir(place) as entries:
+        return next(entries, None) is None
+
+
+def _beside(place: Path, role: str) -> Path:
+    """`.NAME.zoo-ROLE` in the same directory, so in the same file system."""
+    name = place.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return place.with_name(f".{name}.zoo-{role}")
+
+
+def _make_parents(parent: Path, made: list[Path]) -> None:
+    """The directories that are missing, outermost first; each that is made is noted in `made`."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another writer was faster
+            os.mkdir(path)
+            made.append(path)
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """One writer a destination; the lock dies with its process."""
+    path = _beside(place, "lock")
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                same = os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+            except FileNotFoundError:
+                same = False
+            if same:
+                break
+        except BlockingIOError:
+            os.close(fd)
+            raise OutputExists(f"{place}: another process is writing it right now") from None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its last owner removed it between our open and our lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
+
+
+def _sync(directory: Path) -> None:
+    """Every file and directory below, innermost first, on the disk."""
+    for folder, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            path = os.path.join(folder, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                _fsync(path)
+        _fsync(folder)
+
+
+def _fsync(path: str | os.PathLike[str]) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _publish(partial: Path, place: Path, aside: Path) -> None:
+    if not os.path.lexists(place) or _is_empty(place):
+        os.rename(partial, place)
+    elif _exchange(partial, place):
+        # the new one is in place; the old one lies at the partial's name
+        with contextlib.suppress(OSError):
+            _remove(partial)
+    else:
+        os.rename(place, aside)
+        try:
+            os.rename(partial, place)
+        except BaseException:
+            os.rename(aside, place)
+            raise
+        with contextlib.suppress(OSError):
+            _remove(aside)
+    try:
+        _fsync(place.parent)
+    except OSError as error:
+        raise ZooError(f"{place}: in place, but perhaps not on the disk: {error}") from error
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _remove(path: Path) -> None:
+    """A file, a link or a whole directory; nothing if there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""JSON read to the letter: no duplicate keys, no NaN, bounded in size and depth."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from converters.formats import open_regular
+from zoo.errors import ConfigError, ZooError, listing
+
+MAX_BYTES = 64 << 20  # the index of a trillion-parameter model has 10 MB
+MAX_DEPTH = 64
+
+
+class DuplicateKeys(ValueError):
+    """Keys that stand twice in one object."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`: a dict, or DuplicateKeys."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    twice = sorted({repr(name) for name in found if names.count(name) > 1})
+    raise DuplicateKeys(listing(twice))
+
+
+class _NotANumber:
+    """Marks the place of a NaN or Infinity, so that the walk can name its field."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def read_json(path: Path, error: type[ZooError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file; whatever a strict reading refuses is `error`, naming the field."""
+    fd = open_regular(path)
+    with open(fd, "rb") as file:
+        size = os.fstat(fd).st_size
+        if size > MAX_BYTES:
+            raise error(f"{path}: {size} bytes, more than the {MAX_BYTES} such a file may have")
+        data = file.read(MAX_BYTES + 1)
+    return parse_json(data, str(path), error)
+
+
+def parse_json(data: bytes, where: str, error: type[ZooError] = ConfigError) -> dict[str, Any]:
+    """The object that `data` spells, `where` being its name in messages."""
+    found: Any = None
+    try:
+        text = data.decode()
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
+    except DuplicateKeys as problem:
+        raise error(f"{where}: keys that stand twice in one object: {problem}") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: not UTF-8 at byte {problem.start}") from None
+    except RecursionError:
+        _too_deep(where, error)
+    except ValueError as problem:  # not JSON, or an integer of thousands of digits
+        raise error(f"{where}: not JSON: {problem}") from None
+    if not isinstance(found, dict):
+        raise error(f"{where}: holds {type(found).__name__} where an object is expected")
+    if problems := _walk(found, where, error):
+        raise error(f"{where}: {listing(problems)}")
+    return found
+
+
+def _too_deep(where: str, error: type[ZooError]) -> NoReturn:
+    raise error(f"{where}: nested deeper than {MAX_DEPTH} levels")
+
+
+def _walk(found: dict[str, Any], where: str, error: type[ZooError]) -> list[str]:
+    """What Python's parser takes and JSON does not have, with the path of its field."""
+    problems = []
+    level: list[tuple[str, Any]] = [("", found)]
+    for _ in range(MAX_DEPTH):
+        below: list[tuple[str, Any]] = []
+        for path, value in level:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in pairs:
+                kind = type(item)
+                if kind is dict or kind is list:
+                    below.append((f"{path}{key}.", item))
+                elif kind is _NotANumber:
+                    problems.append(f"field {path}{key} is {item.text}")
+                elif kind is float and not math.isfinite(item):
+                    problems.append(f"field {path}{key} is too large for a float")
+                elif kind is str and not _encodable(item):
+                    problems.append(f"field {path}{key} holds half a surrogate pair")
+                if type(key) is str and not _encodable(key):
+                    problems.append(f"field {path}{key!r} has half a surrogate pair in its name")
+        if not below:
+            return problems
+        level = below
+    _too_deep(where, error)
+
+
+def _encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

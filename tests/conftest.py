@@ -1,0 +1,77 @@
+"""What every test relies on: no network but loopback, one thread, real material where it is."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# before torch or huggingface_hub is imported, here or in a subprocess
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only loopback can be reached: a test that needs more is wrong wherever it runs."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+                "127.0.0.1",
+                "::1",
+                "localhost",
+            ):
+                raise OSError(f"a test reached for {address}")
+            return real(self, address)
+
+        return call
+
+    monkeypatch.setattr(socket.socket, "connect", guarded(connect))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
+
+
+@pytest.fixture
+def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even loopback: opening a socket is an error."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The directory of real material that ZOO_FIXTURES names; skips where there is none."""
+    place = os.environ.get("ZOO_FIXTURES")
+    if not place:
+        pytest.skip("ZOO_FIXTURES is not set: no real material to check against")
+    path = Path(place)
+    if not path.is_dir():
+        pytest.fail(f"ZOO_FIXTURES={place} is no directory")
+    return path
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top of the checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory that is also the current one."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path

@@ -1,0 +1,181 @@
+"""Benchmarks as commands: `python tools/bench.py load` measures loading against the reference.
+
+Fresh processes in turn, ratios pair by pair, medians: these survive a machine whose speed drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = {  # registry name, dtype, reference class, bytes a shard
+    "gpt2-124m-fp32": ("gpt2", "float32", "GPT2LMHeadModel", None),
+    "bert-base-fp32": ("bert-base-uncased", "float32", "BertForMaskedLM", None),
+    "llama-1.1b-bf16": ("tinyllama-1.1b", "bfloat16", "LlamaForCausalLM", 1_200_000_000),
+}
+
+# What one process does. It prints seconds by phase, and anonymous memory over a bare `import torch`.
+PHASES = """
+import sys, time
+t0 = time.perf_counter()
+import torch
+def anonymous():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
+t1, before = time.perf_counter(), anonymous()
+{imports}
+t2 = time.perf_counter()
+{load}
+t3, after = time.perf_counter(), anonymous()
+with torch.no_grad():
+    m(torch.tensor([[1, 5, 9, 40, 2, 17, 300, 8]]))
+t4 = time.perf_counter()
+import json
+print(json.dumps({{"torch": t1 - t0, "import": t2 - t1, "load": t3 - t2, "first": t4 - t3,
+                   "anonymous": after - before}}))
+"""
+
+
+def zoo_script(directory: Path) -> str:
+    return PHASES.format(imports="import zoo", load=f"m = zoo.load({str(directory)!r})")
+
+
+def reference_script(directory: Path, name: str) -> str:
+    load = f'm = {name}.from_pretrained({str(directory)!r}, dtype="auto").eval()'
+    return PHASES.format(imports=f"from transformers import {name}", load=load)
+
+
+def run(script: str) -> dict[str, float]:
+    """One fresh process: its phases, and its whole wall time."""
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = str(ROOT)
+    started = time.perf_counter()
+    out = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
+    wall = time.perf_counter() - started
+    if out.returncode:
+        raise SystemExit(out.stderr)
+    return {**json.loads(out.stdout), "wall": wall}
+
+
+def evict(directory: Path) -> None:
+    """Drop the weights from the page cache, so that the next reader goes to the disk."""
+    os.sync()
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def made(name: str, where: Path) -> Path:
+    """The checkpoint of a case: random weights in the published layout, made once and kept."""
+    checkpoint, dtype, _, shard = CASES[name]
+    directory = where / name
+    if not directory.is_dir():
+        print(f"making {directory} …", file=sys.stderr)
+        code = (
+            f"import zoo; m = zoo.load({checkpoint!r}, weights='random', dtype={dtype!r}); "
+            f"zoo.save(m, {str(directory)!r}, max_shard_size={shard})"
+        )
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    return directory
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def bench_load(pairs: int, where: Path) -> list[dict[str, float | str]]:
+    rows: list[dict[str, float | str]] = []
+    for name, (_, _, reference, _) in CASES.items():
+        directory = made(name, where)
+        scripts = zoo_script(directory), reference_script(directory, reference)
+        for script in scripts:
+            run(script)  # warm up
+        for cold in (False, True):
+            ours, theirs = [], []
+            for _ in range(pairs):
+                for script, out in zip(scripts, (ours, theirs), strict=True):
+                    if cold:
+                        evict(directory)
+                    out.append(run(script))
+            rows.append({"case": name, "cache": "cold" if cold else "warm", **ratios(ours, theirs)})
+            print_row(rows[-1])
+    return rows
+
+
+def ratios(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+    def library(run: dict[str, float]) -> float:
+        return run["import"] + run["load"] + run["first"]
+
+    pairs = list(zip(ours, theirs, strict=True))
+    return {
+        "library_ratio": median([library(b) / library(a) for a, b in pairs]),
+        "process_ratio": median([b["wall"] / a["wall"] for a, b in pairs]),
+        "library_ms": 1e3 * median([library(a) for a in ours]),
+        "reference_ms": 1e3 * median([library(b) for b in theirs]),
+        "import_ms": 1e3 * median([a["import"] for a in ours]),
+        "load_ms": 1e3 * median([a["load"] for a in ours]),
+        "first_ms": 1e3 * median([a["first"] for a in ours]),
+        "anonymous_mb": median([a["anonymous"] for a in ours]),
+        "reference_anonymous_mb": median([b["anonymous"] for b in theirs]),
+    }
+
+
+def print_row(row: dict[str, float | str]) -> None:
+    cells = [f"{row['case']:<18}{row['cache']:<6}"]
+    for key in ("library_ratio", "process_ratio"):
+        cells.append(f"{key.removesuffix('_ratio')} {row[key]:5.2f}x")
+    for key in ("library_ms", "reference_ms", "import_ms", "load_ms", "first_ms"):
+        cells.append(f"{key.removesuffix('_ms')} {row[key]:.1f} ms")
+    cells.append(f"anonymous {row['anonymous_mb']:.1f} MB ({row['reference_anonymous_mb']:.0f})")
+    print("  ".join(cells), flush=True)
+
+
+def bench_import(pairs: int) -> dict[str, float]:
+    """`import zoo` with a model's class at hand, against `import torch` alone."""
+    scripts = (
+        "import zoo, time; zoo.load; zoo.models.llama.Model",
+        "import torch",
+    )
+    walls: tuple[list[float], list[float]] = ([], [])
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for k in range(pairs + 1):
+        for script, out in zip(scripts, walls, strict=True):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", script], check=True, env=env)
+            if k:
+                out.append(time.perf_counter() - started)
+    ratio = median([a / b for a, b in zip(*walls, strict=True)])
+    print(f"import zoo and a model's class / import torch: {ratio:.3f}", flush=True)
+    return {"import_ratio": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["load"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument(
+        "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    args.dir.mkdir(parents=True, exist_ok=True)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    figures: dict[str, object] = {"import": bench_import(max(args.pairs, 9))}
+    figures["load"] = bench_load(args.pairs, args.dir)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Draft a new architecture's files: `python tools/new_arch.py mistral --like llama --reference MistralForCausalLM`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from zoo.errors import UsageError, ZooError
+from zoo.scaffold import Draft, draft
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="new_arch", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="of the module, the spec and the entry")
+    parser.add_argument("--like", required=True, metavar="ARCH", help="the kindred architecture")
+    parser.add_argument("--reference", required=True, metavar="CLASS", help="of transformers")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the tiny config; a.b reaches into nested ones",
+    )
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument(
+        "--only-data", action="store_true", help="insist on the kindred's model: two files"
+    )
+    files.add_argument(
+        "--own-model", action="store_true", help="a model file even where the kindred's fits"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the files, write none")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    args = parser.parse_args(arguments)
+    try:
+        drafted = draft(
+            args.name,
+            args.like,
+            args.reference,
+            only_data=True if args.only_data else False if args.own_model else None,
+            force=args.force,
+            settings=dict(map(_setting, args.set)),
+        )
+        if args.dry_run:
+            _show(drafted)
+        else:
+            for path in _relative(drafted.write(force=args.force)):
+                print(f"wrote {path}")
+        _report(drafted)
+    except ZooError as error:
+        print(f"new_arch: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text}: expected FIELD=VALUE")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def _relative(paths: list[Path]) -> list[str]:
+    here = Path.cwd()
+    return [str(p.relative_to(here)) if p.is_relative_to(here) else str(p) for p in paths]
+
+
+def _show(drafted: Draft) -> None:
+    for path, text in drafted.files.items():
+        if path == "registry.yaml":
+            print(f"--- {path}, what is new in it")
+            print("\n".join(drafted.added))
+        else:
+            print(f"--- {path}")
+            print(text)
+
+
+def _report(drafted: Draft) -> None:
+    kind = "only data: two files" if drafted.only_data else "a model of its own: three files"
+    print(f"\n{drafted.name} is {kind}.")
+    for title, items in (("Left to a person", drafted.marks), ("Loading says", drafted.verdict)):
+        if items:
+            print(f"\n{title}:")
+            print(*(f"  {item}" for item in items), sep="\n")
+    print(f"\nNext: make test, or python -m pytest tests -k {drafted.name}. See CONTRIBUTING.md.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""zoo: published checkpoints in small native code, proven to compute the same function, and back.
+
+The public names load lazily: `import zoo` costs nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zoo import models as models
+    from zoo.catalog import info as info
+    from zoo.catalog import list_checkpoints as list
+    from zoo.conversion import convert as convert
+    from zoo.conversion import save as save
+    from zoo.errors import ZooError as ZooError
+    from zoo.parity import verify as verify
+    from zoo.pretrained import load as load
+
+_HOMES = {
+    "load": ("zoo.pretrained", "load"),
+    "convert": ("zoo.conversion", "convert"),
+    "save": ("zoo.conversion", "save"),
+    "verify": ("zoo.parity", "verify"),
+    "list": ("zoo.catalog", "list_checkpoints"),
+    "info": ("zoo.catalog", "info"),
+    "ZooError": ("zoo.errors", "ZooError"),
+    "models": ("zoo.models", None),
+}
+
+__all__ = ["ZooError", "convert", "info", "list", "load", "models", "save", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = import_module(module)
+    found = getattr(value, attribute) if attribute else value
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

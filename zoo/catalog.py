@@ -1,0 +1,172 @@
+"""What zoo can say of a checkpoint without loading it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from zoo import registry, sources
+from zoo.errors import ConfigError
+
+
+def list_checkpoints() -> list[registry.CheckpointEntry]:
+    """Every checkpoint that has a name."""
+    return list(registry.checkpoints().values())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the headers of a checkpoint's files say."""
+
+    format: str
+    files: tuple[str, ...]
+    tensors: int
+    dtypes: Mapping[str, int]  # dtype -> number of values
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Info:
+    """A checkpoint's description: of a named one its registry entry, of a directory its files."""
+
+    ref: str
+    architecture: str
+    reference_class: str | None
+    head: str | None  # None where the config names no class
+    heads: tuple[str, ...]
+    config: Mapping[str, Any]  # as the checkpoint has it
+    parameters: int | None = None  # None where nobody has counted
+    licence: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    pinned: bool | None = None
+    directory: str | None = None
+    stored: Stored | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def info(ref: str | os.PathLike[str], **where: Any) -> Info:
+    """Of a name what the registry says, offline; of a directory what config and headers say.
+
+    Further arguments are those of `zoo.load` that say where from: revision, token, cache_dir …
+    """
+    if (entry := registry.named(ref)) is not None and not where:
+        return _of_entry(entry)
+    source = sources.resolve(ref, weights=False, **where)
+    return _of_directory(source)
+
+
+def _of_entry(entry: registry.CheckpointEntry) -> Info:
+    architecture = registry.architectures()[entry.architecture]
+    return Info(
+        ref=entry.name,
+        architecture=entry.architecture,
+        reference_class=entry.reference_class,
+        head=architecture.heads[entry.reference_class][0],
+        heads=_heads(architecture),
+        config=entry.reference_config,
+        parameters=entry.parameters,
+        licence=entry.licence,
+        repo=entry.repo,
+        revision=entry.revision,
+        pinned=entry.pinned,
+    )
+
+
+def _of_directory(source: sources.Source) -> Info:
+    from converters.strict_json import read_json
+
+    native = source.directory / sources.NATIVE_FILE
+    if native.is_file():
+        data = read_json(native)
+        try:
+            architecture = registry.architectures()[data["architecture"]]
+            config, named = dict(data["config"]), data["origin"]["class"]
+            head = config.pop("head")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
+    else:
+        path = source.directory / sources.CONFIG
+        config = read_json(path)
+        architecture, named = registry.architecture_for(config, str(path))
+        head = architecture.heads[named][0] if named else None
+    known = source.checkpoint
+    return Info(
+        ref=source.ref,
+        architecture=architecture.name,
+        reference_class=named,
+        head=head,
+        heads=_heads(architecture),
+        config=config,
+        parameters=known.parameters if known else None,
+        licence=known.licence if known else None,
+        repo=source.repo,
+        revision=source.revision,
+        pinned=known.pinned if known else None,
+        directory=str(source.directory),
+        stored=None if source.repo else _stored(source.directory),
+    )
+
+
+def _stored(directory: Path) -> Stored:
+    from converters.checkpoint import open_checkpoint
+    from converters.formats import itemsize
+
+    checkpoint = open_checkpoint(directory)
+    values: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        values[tensor.dtype] += prod(tensor.shape)
+    return Stored(
+        format=checkpoint.format,
+        files=tuple(path.name for path in checkpoint.files),
+        tensors=len(checkpoint.tensors),
+        dtypes=dict(values),
+        bytes=sum(count * itemsize(dtype) for dtype, count in values.items()),
+    )
+
+
+def _heads(architecture: registry.Architecture) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(head for heads in architecture.heads.values() for head in heads))
+
+
+# --- the module tree -----------------------------------------------------------------------------
+
+
+def tree(model: Any) -> list[str]:
+    """A model's modules with the shapes of what they hold; equal neighbours share a line."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(id(parameter), name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return [f"{type(model).__module__}.Model  {total:,} parameters", *_branches(model, "", first)]
+
+
+def _branches(module: Any, path: str, first: Mapping[int, str]) -> list[str]:
+    lines = []
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        owner = first[id(parameter)]
+        shape = " ".join(map(str, parameter.shape))
+        lines.append(f"  {name} [{shape}]" if owner == path + name else f"  {name} = {owner}")
+    groups: list[tuple[list[str], list[str], bool]] = []  # names, what is below each, is it a leaf
+    for name, child in module.named_children():
+        below = _branches(child, f"{path}{name}.", first)
+        if groups and name.isdigit() and groups[-1][1] == below:
+            groups[-1][0].append(name)
+        else:
+            groups.append(([name], below, next(child.children(), None) is None))
+    for names, below, leaf in groups:
+        label = "  " + (names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}")
+        if leaf and below:
+            lines.append(f"{label}: {', '.join(line.strip() for line in below)}")
+        else:
+            lines += [label, *("  " + line for line in below)]
+    return lines

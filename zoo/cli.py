@@ -1,0 +1,205 @@
+"""The command line: list, info, verify, convert."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import zoo
+from zoo import catalog
+from zoo.errors import UsageError, ZooError
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # the reader has seen enough; nothing more can be written, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except ZooError as error:
+        return _fail(str(error), USAGE if isinstance(error, UsageError) else FAILED)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}", FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    title = "zoo: error:"
+    if _colour(sys.stderr):
+        title = f"\033[1;31m{title}\033[0m"
+    print(title, message, file=sys.stderr)
+    return code
+
+
+def _colour(stream: TextIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoo",
+        description="Published checkpoints in small native code, proven to compute the same, "
+        "and back.",
+    )
+    parser.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("list", help="the checkpoints that have a name")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("info", help="what a checkpoint is, without loading it")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("--tree", action="store_true", help="its modules and their shapes")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "verify", help="prove that zoo and the reference compute the same function"
+    )
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("ref", metavar="NAME|DIR", nargs="?", help="a name or a directory")
+    which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("convert", help="write a checkpoint in another layout")
+    command.add_argument("ref", metavar="SRC", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("--to", choices=("native", "hf"), default="native", help="[native]")
+    command.add_argument("--out", metavar="DIR", type=Path, help="[SRC's name and the layout's]")
+    command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    command.add_argument("--force", action="store_true", help="replace DIR")
+    command.set_defaults(run=_convert)
+    return parser
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def _list(options: argparse.Namespace) -> int:
+    entries = catalog.list_checkpoints()
+    if options.json:
+        print(_json([entry.to_json() for entry in entries]))
+        return OK
+    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION")
+    rows = [
+        (
+            entry.name,
+            entry.architecture,
+            _short(entry.parameters),
+            entry.licence,
+            entry.repo,
+            _revision(entry.revision, entry.pinned),
+        )
+        for entry in entries
+    ]
+    print(_table([head, *rows], right={2}))
+    return OK
+
+
+def _info(options: argparse.Namespace) -> int:
+    found = catalog.info(options.ref)
+    rows: list[tuple[str, str]] = [("architecture", found.architecture)]
+    if found.reference_class:
+        rows.append(("class", found.reference_class))
+    rows.append(("head", found.head or "not named"))
+    rows.append(("heads", ", ".join(found.heads)))
+    if found.parameters is not None:
+        rows.append(("parameters", f"{found.parameters:,}"))
+    if found.licence:
+        rows.append(("licence", found.licence))
+    if found.repo:
+        rows.append(("repository", found.repo))
+        rows.append(("revision", _revision(found.revision or "", found.pinned)))
+    if found.directory:
+        rows.append(("directory", found.directory))
+    if stored := found.stored:
+        values = ", ".join(f"{n:,} {dtype}" for dtype, n in stored.dtypes.items())
+        rows.append(("stored", f"{stored.tensors} tensors, {values}, {stored.bytes / 1e6:,.1f} MB"))
+        rows.append(("files", ", ".join(stored.files)))
+    print(found.ref)
+    print(_indent(_table(rows)))
+    print("  config")
+    print(_indent(_table([(k, json.dumps(v)) for k, v in found.config.items()]), 4))
+    if options.tree:
+        from zoo.pretrained import skeleton
+
+        print("  modules")
+        print(_indent("\n".join(catalog.tree(skeleton(options.ref))), 4))
+    return OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    shown = _progress if sys.stderr.isatty() else None
+    report = zoo.verify(options.ref, all=options.all, progress=shown)
+    if options.json:
+        print(report.to_json(), end="")
+    else:
+        print(report.to_text(color=_colour(sys.stdout)))
+    return OK if report.ok else FAILED
+
+
+def _progress(done: int, count: int, name: str) -> None:
+    """One line on standard error, gone when all is done."""
+    line = f"{done + 1}/{count} {name}" if done < count else ""
+    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        from zoo.conversion import dry_run
+
+        print(dry_run(options.ref).describe())
+        return OK
+    out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
+    written = zoo.convert(options.ref, out, to=options.to, force=options.force)
+    print(f"{options.ref} -> {written} ({options.to})")
+    return OK
+
+
+def _stem(ref: str) -> str:
+    """A name for what is made of a reference: its last part, without the revision."""
+    return Path(ref.partition("@")[0] if ref.startswith("hf:") else ref).resolve().name
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def _indent(text: str, by: int = 2) -> str:
+    return "\n".join(" " * by + line for line in text.splitlines())
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def _revision(revision: str, pinned: bool | None) -> str:
+    return f"{revision} (unpinned)" if pinned is False else revision
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""What several architectures share. A component takes values and modules, never an architecture's name."""

@@ -1,0 +1,149 @@
+"""Configs: frozen, checked, and wrong only by name; every problem is said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
+
+MAX_LAYERS = 1000
+MAX_SIZE = 2**31 - 1
+
+
+class _Named(type):
+    """A call with unknown or missing fields is a ConfigError, as a bad value is."""
+
+    def __call__(cls, **given: Any) -> Any:
+        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        problems = [
+            f"{name}: no such field.{did_you_mean(name, known)}"
+            for name in given
+            if name not in known
+        ]
+        problems += [
+            f"{name}: missing"
+            for name, f in known.items()
+            if name not in given and f.default is MISSING
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return super().__call__(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(metaclass=_Named):
+    """What every architecture's config has. Fields that may be None are filled by `derived`."""
+
+    head: str = "lm"
+    init_std: float = 0.02
+
+    heads_known: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, kind in _kinds(type(self)).items():
+            value, problem = _fitted(getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            problems += [f"{name}: {problem}"] if problem else []
+        if not problems:
+            for name, value in self.derived().items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+            problems += list(_sizes(self))
+        if not problems:
+            problems += list(self.problems())
+        if self.head not in self.heads_known:
+            near = did_you_mean(str(self.head), self.heads_known)
+            known = ", ".join(self.heads_known)
+            problems.append(f"head: {self.head!r} is not one of {known}.{near}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def derived(self) -> Mapping[str, Any]:
+        """What the fields that are None stand for."""
+        return {}
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between fields, each of which is sound on its own."""
+        yield from ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: v.to_json() if hasattr(v, "to_json") else v for name, v in values}
+
+    def replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+
+@cache
+def _kinds(config: type[Config]) -> dict[str, tuple[type, ...]]:
+    hints = get_type_hints(config)
+    return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(config)}
+
+
+def _fitted(value: Any, kinds: tuple[type, ...]) -> tuple[Any, str]:
+    """The value as its field holds it, or why it cannot."""
+    if type(value) in kinds:
+        return value, ""
+    if type(value) is int and float in kinds:
+        return float(value), ""
+    for kind in kinds:
+        if hasattr(kind, "from_json"):
+            try:
+                return kind.from_json(value), ""
+            except ZooError as error:
+                return value, str(error)
+    names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+    return value, f"expected {names}, found {value!r}"
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    """Sizes are positive, rates are rates, and nothing asks for more than a machine could hold."""
+    for f in fields(config):
+        value, name = getattr(config, f.name), f.name
+        if name == "layers" and type(value) is int and value > MAX_LAYERS:
+            raise ResourceLimit(f"layers: {value} is more than {MAX_LAYERS}")
+        if type(value) is int and name != "pad":
+            if value < 1:
+                yield f"{name}: {value} is not positive"
+            elif value > MAX_SIZE:
+                raise ResourceLimit(f"{name}: {value} is more than {MAX_SIZE}")
+        elif type(value) is float:
+            if value != value or value in (float("inf"), float("-inf")):
+                yield f"{name}: {value} is not finite"
+            elif name.endswith("dropout") and not 0 <= value < 1:
+                yield f"{name}: {value} is not in [0, 1)"
+            elif name in ("eps", "rope_base") and value <= 0:
+                yield f"{name}: {value} is not positive"
+            elif value < 0:
+                yield f"{name}: {value} is negative"
+
+
+def divides(part_name: str, part: int, whole_name: str, whole: int) -> Iterator[str]:
+    if whole % part:
+        yield f"{part_name}: {part} does not divide {whole_name} {whole}"
+
+
+def pad_fits(pad: int | None, vocab: int) -> Iterator[str]:
+    if pad is not None and not -vocab <= pad < vocab:
+        yield f"pad: {pad} is outside the vocabulary of {vocab}"
+
+
+class Labels(tuple[str, ...]):
+    """The names of a classifier's classes."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Labels:
+        if type(value) is int and 0 < value <= MAX_SIZE:
+            return cls(f"LABEL_{n}" for n in range(value))
+        if isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
+            return cls(str(value[k]) for k in sorted(value, key=int))
+        raise ConfigError(f"expected a number of labels or their names by index, found {value!r}")
+
+    def to_json(self) -> dict[str, str]:
+        return {str(n): name for n, name in enumerate(self)}

@@ -1,0 +1,35 @@
+"""What decoders make of their last hidden states: logits, one label a row, or the states themselves."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from zoo.components.heads import last_token
+from zoo.components.model import Linear, Model
+
+HEADS = ("lm", "none", "sequence_classification")
+
+
+class Decoder(Model):
+    """Expects `embed` and a config with vocab, dim, tied, pad and labels."""
+
+    heads: ClassVar[tuple[str, ...]] = HEADS
+
+    def add_head(self) -> None:
+        """The last line of a constructor: the head that the config names, then initialisation."""
+        c = self.config
+        if c.head == "lm":
+            self.head = Linear(c.dim, c.vocab, bias=False)
+            if c.tied:
+                self.head.weight = self.embed.weight
+        elif c.head == "sequence_classification":
+            self.score = Linear(c.dim, len(c.labels), bias=False)
+        self.finish()
+
+    def read_out(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        match self.config.head:
+            case "lm":
+                return self.head(x)
+            case "sequence_classification":
+                return self.score(last_token(x, input_ids, attention_mask, self.config.pad))
+        return x

@@ -1,0 +1,79 @@
+"""What encoders make of their last hidden states: the heads of the BERT family."""
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from zoo.components.activations import ACTIVATIONS
+from zoo.components.heads import MaskedLMHead, Pooler
+from zoo.components.model import Linear, Model
+
+POOLED = ("pooler", "pretraining", "sequence_classification")
+LABELLED = ("sequence_classification", "token_classification")
+HEADS = (
+    "masked_lm",
+    "none",
+    "pooler",
+    "pretraining",
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+)
+
+
+class Pooled(NamedTuple):
+    hidden: Tensor
+    pooled: Tensor
+
+
+class Pretraining(NamedTuple):
+    mlm: Tensor
+    nsp: Tensor
+
+
+class Span(NamedTuple):
+    start: Tensor
+    end: Tensor
+
+
+Output = Tensor | Pooled | Pretraining | Span
+
+
+class Encoder(Model):
+    """Expects `embed` and a config with vocab, dim, act, eps, tied, labels, dropout and head_dropout."""
+
+    heads: ClassVar[tuple[str, ...]] = HEADS
+
+    def add_head(self) -> None:
+        """The last line of a constructor: the head that the config names, then initialisation."""
+        c = self.config
+        if c.head in POOLED:
+            self.pooler = Pooler(c.dim)
+        if c.head in ("masked_lm", "pretraining"):
+            embed = self.embed if c.tied else None
+            self.head = MaskedLMHead(c.dim, c.vocab, ACTIVATIONS[c.act], c.eps, embed)
+        if c.head == "pretraining":
+            self.nsp = Linear(c.dim, 2)
+        if c.head in LABELLED:
+            self.classifier = Linear(c.dim, len(c.labels))
+            self.head_dropout = nn.Dropout(c.dropout if c.head_dropout is None else c.head_dropout)
+        if c.head == "question_answering":
+            self.span = Linear(c.dim, 2)
+        self.finish()
+
+    def read_out(self, x: Tensor) -> Output:
+        match self.config.head:
+            case "pooler":
+                return Pooled(x, self.pooler(x))
+            case "masked_lm":
+                return self.head(x)
+            case "pretraining":
+                return Pretraining(self.head(x), self.nsp(self.pooler(x)))
+            case "sequence_classification":
+                return self.classifier(self.head_dropout(self.pooler(x)))
+            case "token_classification":
+                return self.classifier(self.head_dropout(x))
+            case "question_answering":
+                start, end = self.span(x).unbind(dim=-1)
+                return Span(start, end)
+        return x

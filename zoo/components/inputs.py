@@ -1,0 +1,50 @@
+"""What forward is given, checked while that costs nothing: not under compilation, and ids on the CPU only."""
+
+import torch
+from torch import Tensor
+
+from zoo.errors import InputError, MaskError, SequenceTooLong, TokenIdError
+
+
+def check_ids(ids: Tensor, size: int, what: str = "token") -> None:
+    """Every id names a row of its table."""
+    if torch.compiler.is_compiling() or ids.is_meta:
+        return
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(
+            f"{what} ids: expected integers (batch, sequence), found {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        raise InputError(f"{what} ids: an empty sequence, {list(ids.shape)}")
+    if ids.device.type == "cpu":
+        low, high = ids.aminmax()
+        if low < 0 or high >= size:
+            row, at = ((ids < 0) | (ids >= size)).nonzero()[0].tolist()
+            raise TokenIdError(
+                f"row {row}, position {at}: {what} id {ids[row, at].item()} is outside 0..{size - 1}"
+            )
+
+
+def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """(b, s) of truth values, or None where every token is real."""
+    if mask is None:
+        return None
+    if torch.compiler.is_compiling() or ids.is_meta:
+        return mask.bool()
+    if mask.shape != ids.shape:
+        raise MaskError(f"attention_mask: {list(mask.shape)} for input_ids {list(ids.shape)}")
+    if mask.device.type != "cpu":
+        return mask.bool()
+    odd = (mask != 0) & (mask != 1)
+    if odd.any():
+        raise MaskError(f"attention_mask: holds {mask[odd][0].item()}; only 0 and 1 mean anything")
+    mask = mask.bool()
+    if not (alive := mask.any(dim=-1)).all():
+        row = int((~alive).nonzero()[0])
+        raise MaskError(f"attention_mask: row {row} is all zeros, so there is nothing to attend to")
+    return None if mask.all() else mask
+
+
+def check_length(length: int, limit: int | None, hint: str = "") -> None:
+    if limit is not None and not torch.compiler.is_compiling() and length > limit:
+        raise SequenceTooLong(f"{length} tokens, and the model has {limit} positions.{hint}")

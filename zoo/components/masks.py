@@ -1,0 +1,52 @@
+"""Masks: who may look at whom, and where each token stands. Dense only where they have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.components.inputs import check_mask
+
+
+class Mask:
+    """`allowed` is (b, 1, s, t) or broadcasts to it, True where a query may look; None: everywhere it is `causal`."""
+
+    def __init__(self, allowed: Tensor | None, positions: Tensor, causal: bool = False) -> None:
+        self.allowed, self.positions, self.causal = allowed, positions, causal
+        self._kept: dict[Any, Any] = {}
+
+    def keep(self, owner: object, make: Callable[[], Any]) -> Any:
+        """What `owner` derives from this mask, made once for all layers."""
+        if owner not in self._kept:
+            self._kept[owner] = make()
+        return self._kept[owner]
+
+
+def positions_of(real: Tensor | None, ids: Tensor) -> Tensor:
+    """(1, s) or (b, s): each real token's place among the real ones of its row."""
+    if real is None:
+        return torch.arange(ids.shape[1], device=ids.device)[None]
+    return (real.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def causal(ids: Tensor, attention_mask: Tensor | None) -> Mask:
+    """Each token looks back, at real tokens only."""
+    real = check_mask(attention_mask, ids)
+    positions = positions_of(real, ids)
+    if real is None:
+        return Mask(None, positions, causal=True)
+    length = ids.shape[1]
+    back = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    # a padding token looks at itself, lest its row be empty and its NaN spread
+    itself = torch.eye(length, dtype=torch.bool, device=ids.device)
+    return Mask((real[:, None, None, :] & back) | itself, positions)
+
+
+def full(ids: Tensor, attention_mask: Tensor | None) -> Mask:
+    """Each token looks at every real token."""
+    real = check_mask(attention_mask, ids)
+    allowed = None if real is None else real[:, None, None, :]
+    return Mask(allowed, positions_of(real, ids))

@@ -1,0 +1,76 @@
+"""The base of every model: its config, its heads, its initialisation, and the factory users expect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from zoo.components.config import Config
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from zoo.pretrained import Provenance
+
+
+class Model(nn.Module):
+    """A plain module. Constructed on the meta device it has shapes only; elsewhere it is initialised."""
+
+    heads: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.provenance: Provenance | None = None
+
+    @classmethod
+    def from_pretrained(cls, ref: str | PathLike[str], **options: Any) -> Self:
+        """`zoo.load` that accepts this architecture only."""
+        from zoo.pretrained import load
+
+        return load(ref, expect=cls, **options)  # type: ignore[return-value]
+
+    def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:
+        """`zoo.save`: a directory that the reference loads as it is."""
+        from zoo.conversion import save
+
+        save(self, directory, **options)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal weights, zero biases, unit norms; a padding token's embedding is zero."""
+        std = self.config.init_std
+        for module in self.modules():
+            match module:
+                case nn.Linear():
+                    module.weight.normal_(0, std)
+                    if module.bias is not None:
+                        module.bias.zero_()
+                case nn.Embedding():
+                    module.weight.normal_(0, std)
+                    if module.padding_idx is not None:
+                        module.weight[module.padding_idx].zero_()
+
+    def finish(self) -> None:
+        """To be called at the end of a model's constructor."""
+        if not any(p.is_meta for p in self.parameters()):
+            self.initialise()
+
+
+class Linear(nn.Linear):
+    """Left as allocated: the model initialises, and a loaded one never needs it."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Left as allocated, likewise."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+__all__ = ["Config", "Embedding", "Linear", "Model"]

@@ -1,0 +1,214 @@
+"""Rotary positions: queries and keys turned by angles that grow with their place, in halves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zoo.components.masks import Mask
+from zoo.errors import ConfigError, did_you_mean
+
+
+class Unturned:
+    """No rotary at all: positions come from elsewhere."""
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        return q, k
+
+
+class Rotary:
+    """Turns pairs (n, n + e/2) of each head by `position * frequency(n)`. One object serves all layers."""
+
+    def __init__(self, width: int, base: float, scaling: Scaling, limit: int) -> None:
+        self.width, self.base, self.scaling, self.limit = width, base, scaling, limit
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        cos, sin = mask.keep(self, lambda: self.tables(mask.positions, q.dtype))
+        return turn(q, cos, sin), turn(k, cos, sin)
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(b, 1, s, e/2) each, computed in fp32 at least whatever the model's dtype."""
+        wide = torch.promote_types(dtype, torch.float32)
+        steps = torch.arange(0, self.width, 2, device=positions.device).to(wide) / self.width
+        frequencies = self.scaling.frequencies(self, steps, positions)
+        angles = (positions[..., None].to(wide) * frequencies)[:, None]
+        scale = self.scaling.amplitude(self)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(b, h, s, e), its two halves rotated against each other."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+# --- scaling types: how each bends the frequencies for contexts longer than it was trained on ---------
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The plain frequencies; `type` is the name that configs use."""
+
+    type: ClassVar[str] = "default"
+    unbounded: ClassVar[bool] = False  # adapts to any length
+
+    def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        """(…, e/2), broadcasting against (b, s, 1) positions."""
+        return 1.0 / rotary.base**steps
+
+    def amplitude(self, rotary: Rotary) -> float:
+        return 1.0
+
+    def problems(self) -> list[str]:
+        return [f"factor: {self.factor} is not positive"] if getattr(self, "factor", 1) <= 0 else []
+
+    @classmethod
+    def from_json(cls, value: Any) -> Scaling:
+        """From `rope_scaling` or `rope_parameters`; whatever is not implemented is refused by name."""
+        if not isinstance(value, dict):
+            raise ConfigError(f"expected an object, found {value!r}")
+        given = {k: v for k, v in value.items() if v is not None}
+        given.pop("rope_theta", None)
+        kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]
+        name = kinds[0] if kinds else "default"
+        if any(kind != name for kind in kinds):
+            raise ConfigError(f"rope_type {kinds[0]!r} and type {kinds[1]!r} differ")
+        if name not in SCALINGS:
+            known = ", ".join(SCALINGS)
+            near = did_you_mean(str(name), SCALINGS)
+            raise ConfigError(f"rope type {name!r} is not implemented (only {known}).{near}")
+        if given.get("partial_rotary_factor") == 1.0:
+            given.pop("partial_rotary_factor")
+        kind = SCALINGS[name]
+        known_fields = kind.__dataclass_fields__
+        if odd := [k for k in given if k not in known_fields]:
+            near = did_you_mean(odd[0], known_fields)
+            raise ConfigError(f"rope type {name!r} has no {odd[0]!r}.{near}")
+        for key, number in given.items():
+            wanted = bool if key == "truncate" else (int, float)
+            if not isinstance(number, wanted) or (wanted is not bool and isinstance(number, bool)):
+                raise ConfigError(f"rope {key}: expected a number, found {number!r}")
+        try:
+            made = kind(**given)
+        except TypeError:
+            lacking = [k for k in ("factor", "low_freq_factor") if k in known_fields - given.keys()]
+            raise ConfigError(f"rope type {name!r} needs {', '.join(lacking)}") from None
+        if problems := made.problems():
+            raise ConfigError(f"rope {'; '.join(problems)}")
+        return made
+
+    def to_json(self) -> dict[str, Any]:
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        return {"rope_type": self.type, **given}
+
+
+@dataclass(frozen=True)
+class Linear(Scaling):
+    """Every position divided by the factor."""
+
+    type: ClassVar[str] = "linear"
+    factor: float
+
+    def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        return super().frequencies(rotary, steps, positions) / self.factor
+
+
+@dataclass(frozen=True)
+class Dynamic(Scaling):
+    """The base grows once a row is longer than the model's positions; each row by its own length."""
+
+    type: ClassVar[str] = "dynamic"
+    unbounded: ClassVar[bool] = True
+    factor: float
+
+    def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        length = (positions.amax(dim=-1, keepdim=True) + 1).clamp(min=rotary.limit)
+        grown = self.factor * length.to(steps.dtype) / rotary.limit - (self.factor - 1)
+        base = rotary.base * grown ** (rotary.width / (rotary.width - 2))
+        return 1.0 / base[..., None] ** steps
+
+
+@dataclass(frozen=True)
+class Llama3(Scaling):
+    """Long wavelengths divided by the factor, short ones kept, a smooth step between."""
+
+    type: ClassVar[str] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int | None = None
+
+    def problems(self) -> list[str]:
+        fits = 0 < self.low_freq_factor < self.high_freq_factor
+        wrong = [] if fits else ["low_freq_factor must be positive and below high_freq_factor"]
+        return super().problems() + wrong
+
+    def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        plain = super().frequencies(rotary, steps, positions)
+        turns = (self.original_max_position_embeddings or rotary.limit) * plain / (2 * math.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        keep = ((turns - self.low_freq_factor) / span).clamp(0, 1)
+        return plain * (keep + (1 - keep) / self.factor)
+
+
+@dataclass(frozen=True)
+class Yarn(Scaling):
+    """A ramp between kept and divided frequencies by how often each turns, and hotter attention."""
+
+    type: ClassVar[str] = "yarn"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def problems(self) -> list[str]:
+        return [] if self.factor is None or self.factor > 0 else ["factor is not positive"]
+
+    def _original(self, rotary: Rotary) -> int:
+        return self.original_max_position_embeddings or rotary.limit
+
+    def _stretch(self, rotary: Rotary) -> float:
+        return self.factor or rotary.limit / self._original(rotary)
+
+    def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        plain = super().frequencies(rotary, steps, positions)
+        half = rotary.width // 2
+
+        def pair_that_turns(times: float) -> float:
+            wavelength = self._original(rotary) / (times * 2 * math.pi)
+            return rotary.width * math.log(wavelength) / (2 * math.log(rotary.base))
+
+        first = pair_that_turns(self.beta_fast or 32)
+        last = pair_that_turns(self.beta_slow or 1)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotary.width - 1)
+        last = first + 0.001 if first == last else last
+        index = torch.arange(half, device=steps.device, dtype=steps.dtype)
+        divided = ((index - first) / (last - first)).clamp(0, 1)
+        return plain * (1 - divided) + plain / self._stretch(rotary) * divided
+
+    def amplitude(self, rotary: Rotary) -> float:
+        stretch = self._stretch(rotary)
+
+        def heat(weight: float) -> float:
+            return 0.1 * weight * math.log(stretch) + 1.0 if stretch > 1 else 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return heat(self.mscale) / heat(self.mscale_all_dim)
+        return heat(1.0)
+
+
+SCALINGS: dict[str, type[Scaling]] = {
+    kind.type: kind for kind in (Scaling, Linear, Dynamic, Llama3, Yarn)
+}

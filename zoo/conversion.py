@@ -1,0 +1,244 @@
+"""A model goes back to files: a directory that the reference loads as it is, or a native one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from converters.checkpoint import open_checkpoint, shard, write_index
+from converters.execute import invert
+from converters.formats import TensorInfo, dtype_code
+from converters.formats.safetensors import SafetensorsWriter
+from converters.plan import Plan, make_plan, target_names
+from converters.spec import load_spec
+from converters.store import staged
+from zoo import registry
+from zoo.components.model import Model
+from zoo.errors import LossyExport, UsageError
+from zoo.pretrained import NATIVE_FILE, Origin, Ref, fill, locate, native_of, prove
+
+DIALECTS = ("hf", "native")
+SHARD_BYTES = 5 * 10**9
+# what belongs to a checkpoint beside its weights and is carried along untouched
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+)
+
+
+def convert(src: Ref, dst: Ref, *, to: str = "hf", force: bool = False, **options: Any) -> Path:
+    """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
+
+    Further options are those of `zoo.load`: head, revision, token, ignore_config, trust …
+    """
+    _check_dialect(to)
+    keys = ("config", "trust")
+    found = locate(src, **{k: v for k, v in options.items() if k not in keys})
+    model = fill(found, **{k: options[k] for k in keys if k in options})
+    return save(model, dst, to=to, force=force)
+
+
+def dry_run(src: Ref, **options: Any) -> Plan:
+    """The plan of a conversion, with no byte of weights read."""
+    found = locate(src, **options)
+    checkpoint = open_checkpoint(found.source.directory)
+    return prove(found, checkpoint, {})[1]
+
+
+def save(
+    model: Model,
+    dst: Ref,
+    *,
+    to: str = "hf",
+    force: bool = False,
+    max_shard_size: int | None = None,
+) -> Path:
+    """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
+
+    A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes) makes a new one.
+    """
+    _check_dialect(to)
+    destination = Path(dst)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    origin = _origin_of(model, state)
+    with staged(destination, force=force) as stage:
+        if to == "native":
+            record = {
+                "architecture": _entry(model).name,
+                "config": model.config.to_dict(),
+                "origin": origin.to_json(),
+            }
+            _write_json(stage / NATIVE_FILE, record)
+            _write_weights(stage, state, {}, {"format": "pt"}, max_shard_size)
+        else:
+            (stage / "config.json").write_text(origin.config, encoding="utf-8")
+            plan = _plan(model, origin)
+            tensors = invert(plan, state)
+            where = origin.where if max_shard_size is None else {}
+            _write_weights(stage, tensors, where, origin.metadata, max_shard_size)
+        if model.provenance is not None:
+            _carry(model.provenance.directory, stage)
+    return destination
+
+
+def _check_dialect(to: str) -> None:
+    if to not in DIALECTS:
+        raise UsageError(f"to={to!r}: one of {', '.join(DIALECTS)}")
+
+
+def _entry(model: Model) -> registry.Architecture:
+    return next(e for e in registry.architectures().values() if e.model is type(model))
+
+
+def _plan(model: Model, origin: Origin) -> Plan:
+    """The plan that reads `origin` into the model; its inverse writes it."""
+    spec = load_spec(_entry(model).spec)
+    fields, native = model.config.to_dict(), native_of(model)
+    return make_plan(spec, origin.dialect, fields, native, origin.header, "export")
+
+
+def _origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
+    """What the exported checkpoint looks like: as its source did where the model still is that model."""
+    entry = _entry(model)
+    named = _class_of(entry, model.config.head)
+    dtypes = {dtype_code(tensor.dtype) for tensor in state.values()}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+    provenance = model.provenance
+    if provenance is not None and model.config == provenance.config:
+        origin: Origin = provenance.origin
+        if origin.reference_class is not None and model.config.head in entry.heads.get(
+            origin.reference_class, ()
+        ):
+            return _recast(origin, model, state, dtype)
+    return _fresh(model, state, entry, named, dtype)
+
+
+def _class_of(entry: registry.Architecture, head: str) -> str:
+    return next(name for name, heads in entry.heads.items() if head in heads)
+
+
+def _recast(origin: Origin, model: Model, state: Mapping[str, Tensor], dtype: str | None) -> Origin:
+    """The same files, with each tensor in the dtype that the model holds it in."""
+    plan = _plan(model, origin)
+    header = dict(origin.header)
+    changed = False
+    for step in plan.steps:
+        code = dtype_code(state[step.targets[0]].dtype)
+        for name in (*step.sources, *(n for names in step.also for n in names)):
+            if header[name].dtype != code:
+                header[name] = TensorInfo(name, header[name].shape, code)
+                changed = True
+    if not changed:
+        return origin
+    config = json.loads(origin.config)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = _DTYPE_NAMES.get(dtype or "", config.get(key))
+    text = _json({k: v for k, v in config.items() if v is not None or k != key})
+    return Origin(
+        origin.dialect, origin.reference_class, text, header, origin.where, origin.metadata
+    )
+
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _fresh(
+    model: Model,
+    state: Mapping[str, Tensor],
+    entry: registry.Architecture,
+    named: str,
+    dtype: str | None,
+) -> Origin:
+    """A checkpoint as the reference itself would save it."""
+    spec = load_spec(entry.spec)
+    fields = model.config.to_dict()
+    config: dict[str, Any] = {}
+    if model.provenance is not None:  # fields that do not change inference stay as they were
+        config = json.loads(model.provenance.origin.config)
+    config.update(spec.dialect("hf").write_config(fields))
+    config["architectures"] = [named]
+    config["model_type"] = entry.model_type
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = _DTYPE_NAMES[dtype]
+    native = native_of(model)
+    bare = model.config.head in ("none", "pooler")
+    wanted = target_names(spec, "hf", fields, native, bare=bare)
+    plan = make_plan(spec, "hf", fields, native, wanted, "export")
+    for step in plan.steps:
+        code = dtype_code(state[step.targets[0]].dtype)
+        for name in step.sources:
+            wanted[name] = TensorInfo(name, wanted[name].shape, code)
+    text = _json(config)
+    return Origin("hf", named, text, wanted, {}, {"format": "pt"})
+
+
+def _write_weights(
+    stage: Path,
+    tensors: Mapping[str, Tensor],
+    where: Mapping[str, str],
+    metadata: Mapping[str, str],
+    max_shard_size: int | None,
+) -> None:
+    """One file, or the shards that `where` names, or new ones where it is too large for one."""
+    infos = [
+        TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
+        for name, tensor in tensors.items()
+    ]
+    shards = _as_before(infos, where) or shard(infos, max_shard_size or SHARD_BYTES)
+    for name, members in shards:
+        with SafetensorsWriter(stage / name, members, metadata=dict(metadata)) as writer:
+            for info in members:
+                writer.write(info.name, tensors[info.name])
+    if len(shards) > 1:
+        write_index(stage, shards)
+
+
+def _as_before(
+    infos: Iterable[TensorInfo], where: Mapping[str, str]
+) -> list[tuple[str, list[TensorInfo]]]:
+    """The source's own split over files, under the names that safetensors have."""
+    files: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        if info.name not in where:
+            return []
+        name = where[info.name]
+        if not name.endswith(".safetensors"):
+            name = f"{Path(name).stem.replace('pytorch_model', 'model')}.safetensors"
+        files.setdefault(name, []).append(info)
+    return sorted(files.items())
+
+
+def _carry(source: Path, stage: Path) -> None:
+    for path in sorted(source.iterdir()):
+        known = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        weights = path.suffix in (".safetensors", ".bin", ".pth", ".pt")
+        if known and not weights and path.is_file() and not (stage / path.name).exists():
+            shutil.copyfile(path, stage / path.name)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(_json(data), encoding="utf-8")
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+__all__ = ["LossyExport", "convert", "dry_run", "save"]

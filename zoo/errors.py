@@ -1,0 +1,165 @@
+"""Every error a user can meet, as one tree. A message names the place, both sides and the next move."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ZooError(Exception):
+    """The root: `except zoo.ZooError` catches all that zoo raises on purpose."""
+
+
+class UsageError(ZooError):
+    """A call or a command line that cannot mean anything."""
+
+
+class UnknownName(UsageError):
+    """A name that the registry does not hold."""
+
+
+class SourceError(ZooError):
+    """A reference could not be turned into a local directory."""
+
+
+class RepoNotFound(SourceError):
+    """The hub has no such repository or revision, or will not show it without a token."""
+
+
+class GatedRepo(SourceError):
+    """The repository exists; its licence has to be accepted first."""
+
+
+class Offline(SourceError):
+    """The files are not in the cache and the network may not, or cannot, be used."""
+
+
+class NotACheckpoint(SourceError):
+    """A path that holds no checkpoint; the message says what was looked for."""
+
+
+class UnsupportedArchitecture(ZooError):
+    """config.json names an architecture that zoo does not implement."""
+
+
+class ConfigError(ZooError):
+    """A config field is missing, unknown, malformed, or has a value the model does not implement."""
+
+
+class SpecError(ZooError):
+    """A spec does not parse or contradicts itself; the message points at the column."""
+
+
+class CheckpointError(ZooError):
+    """Files that cannot be trusted or do not fit."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """Bytes that break their format's own rules."""
+
+
+class ChecksumMismatch(CheckpointError):
+    """Bytes that differ from their recorded digest."""
+
+
+class BadIndex(CheckpointError):
+    """A shard index that is malformed or contradicts its shards."""
+
+
+class MissingShard(CheckpointError):
+    """Shards that the index names and the directory lacks."""
+
+
+class UnsafePath(CheckpointError):
+    """A path that leaves the checkpoint's directory, or is no regular file."""
+
+
+class DuplicateTensor(CheckpointError):
+    """One tensor under two names or in two files."""
+
+
+class AmbiguousCheckpoint(CheckpointError):
+    """Several sets of weights in one directory, and nothing to say which is meant."""
+
+
+class UnsupportedZip(CheckpointError):
+    """A torch zip that stores its entries in a way that cannot be mapped."""
+
+
+class ResourceLimit(CheckpointError):
+    """A header or config asks for more than any real checkpoint holds."""
+
+
+class DtypeMismatch(CheckpointError):
+    """A tensor's dtype cannot stand for the parameter it is meant for."""
+
+
+class NonFinite(CheckpointError):
+    """NaN or infinity among the weights."""
+
+
+class OverflowOnCast(CheckpointError):
+    """A value too large for the dtype asked for."""
+
+
+class TieConflict(CheckpointError):
+    """Names that share one array hold different values."""
+
+
+class PlanError(CheckpointError):
+    """Spec, config and headers do not fit; holds every problem at once."""
+
+
+class MissingTensors(PlanError):
+    """Tensors that the model needs and the checkpoint lacks."""
+
+
+class UnexpectedTensors(PlanError):
+    """Tensors that no rule of the spec maps or drops."""
+
+
+class ShapeMismatch(PlanError):
+    """Shapes that do not fit the rule's axes."""
+
+
+class InputError(ZooError):
+    """Arguments of forward that the model cannot answer."""
+
+
+class TokenIdError(InputError):
+    """A token id outside the vocabulary."""
+
+
+class SequenceTooLong(InputError):
+    """More tokens than the model has positions."""
+
+
+class MaskError(InputError):
+    """An attention mask of the wrong shape, or one with an empty row."""
+
+
+class OutputExists(ZooError):
+    """The destination is there already; `--force` replaces it."""
+
+
+class LossyExport(ZooError):
+    """The target cannot hold what the source holds, and nobody said that is fine."""
+
+
+class ParityError(ZooError):
+    """Native and reference compute different functions."""
+
+
+class MissingDependency(ZooError):
+    """An optional package that this command needs is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean a, b?` with a leading space, or nothing."""
+    near = get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def listing(items: Iterable[str], limit: int = 20) -> str:
+    """`a, b, c … and 5 more`: all there is, up to what a person reads."""
+    items = list(items)
+    more = f" … and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

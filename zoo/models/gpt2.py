@@ -1,0 +1,98 @@
+"""GPT-2: learned positions, norms before each branch, biases everywhere, and a head tied to the embedding."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components.attention import Attention, attend, attend_upcast
+from zoo.components.config import Labels
+from zoo.components.masks import Mask
+from zoo.components.mlp import MLP
+from zoo.components.model import Embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    vocab: int = 50257
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int | None = None  # four times dim
+    act: str = "gelu_new"
+    positions: int = 1024
+    eps: float = 1e-5
+    scale_attn: bool = True  # by the root of the head width
+    scale_attn_by_layer: bool = False  # and by the layer's number
+    upcast_attn: bool = False
+    dropout: float = 0.1
+    embed_dropout: float = 0.1
+    attn_dropout: float = 0.1
+    tied: bool = True
+    pad: int | None = None
+    labels: Labels = Labels.from_json(2)
+    heads_known: ClassVar = decoder.HEADS
+
+    def derived(self) -> Mapping[str, Any]:
+        return {"hidden": 4 * self.dim}
+
+    def problems(self) -> Iterator[str]:
+        yield from config.divides("heads", self.heads, "dim", self.dim)
+        yield from activations.unknown("act", self.act)
+        yield from config.pad_fits(self.pad, self.vocab)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int) -> None:
+        super().__init__()
+        width = c.dim // c.heads
+        scale = (width**-0.5 if c.scale_attn else 1.0) / (layer + 1 if c.scale_attn_by_layer else 1)
+        self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        self.attn = Attention(
+            c.dim,
+            c.heads,
+            c.heads,
+            width,
+            bias=True,
+            dropout=c.attn_dropout,
+            scale=scale,
+            attend=attend_upcast if c.upcast_attn else attend,
+        )
+        self.norm2 = nn.LayerNorm(c.dim, c.eps)
+        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=True)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Model(decoder.Decoder):
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.embed = Embedding(c.vocab, c.dim)
+        self.positions = Embedding(c.positions, c.dim)
+        self.dropout = nn.Dropout(c.embed_dropout)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.norm = nn.LayerNorm(c.dim, c.eps)
+        self.add_head()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        super().initialise()
+        std = self.config.init_std * (2 * self.config.layers) ** -0.5  # two branches add up a layer
+        for block in self.blocks:
+            block.attn.out.weight.normal_(0, std)
+            block.mlp.down.weight.normal_(0, std)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        inputs.check_ids(input_ids, self.config.vocab)
+        inputs.check_length(input_ids.shape[1], self.config.positions)
+        mask = masks.causal(input_ids, attention_mask)
+        x = self.dropout(self.embed(input_ids) + self.positions(mask.positions))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.read_out(self.norm(x), input_ids, attention_mask)

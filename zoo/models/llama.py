@@ -1,0 +1,93 @@
+"""Llama: norms before each branch, rotary positions, grouped key heads, a gated MLP; no dropout but attention's."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components.attention import Attention
+from zoo.components.config import Labels
+from zoo.components.masks import Mask
+from zoo.components.mlp import GatedMLP
+from zoo.components.model import Embedding
+from zoo.components.norm import RMSNorm
+from zoo.components.rotary import Rotary, Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    vocab: int = 32000
+    dim: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int | None = None  # as many as heads
+    head_dim: int | None = None  # dim / heads
+    hidden: int = 11008
+    act: str = "silu"
+    positions: int = 2048
+    extrapolate: bool = False  # accept more tokens than positions
+    eps: float = 1e-6
+    rope_base: float = 10000.0
+    rope: Scaling = Scaling()
+    attn_bias: bool = False
+    mlp_bias: bool = False
+    attn_dropout: float = 0.0
+    tied: bool = False
+    pad: int | None = None
+    labels: Labels = Labels.from_json(2)
+    heads_known: ClassVar = decoder.HEADS
+
+    def derived(self) -> Mapping[str, Any]:
+        return {"kv_heads": self.heads, "head_dim": self.dim // self.heads}
+
+    def problems(self) -> Iterator[str]:
+        yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
+        yield from activations.unknown("act", self.act)
+        yield from config.pad_fits(self.pad, self.vocab)
+        if self.head_dim % 2:
+            yield f"head_dim: {self.head_dim} is odd, and rotary turns pairs"
+        elif self.head_dim * self.heads != self.dim and self.dim % self.heads:
+            yield from config.divides("heads", self.heads, "dim", self.dim)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, rotary: Rotary) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(c.dim, c.eps)
+        self.attn = Attention(
+            c.dim,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+            bias=c.attn_bias,
+            dropout=c.attn_dropout,
+            rotary=rotary,
+        )
+        self.norm2 = RMSNorm(c.dim, c.eps)
+        self.mlp = GatedMLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.mlp_bias)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Model(decoder.Decoder):
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.limit = None if c.extrapolate or c.rope.unbounded else c.positions
+        self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
+        rotary = Rotary(c.head_dim, c.rope_base, c.rope, c.positions)
+        self.blocks = nn.ModuleList(Block(c, rotary) for _ in range(c.layers))
+        self.norm = RMSNorm(c.dim, c.eps)
+        self.add_head()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        inputs.check_ids(input_ids, self.config.vocab)
+        inputs.check_length(input_ids.shape[1], self.limit, " config={'extrapolate': True} allows")
+        mask = masks.causal(input_ids, attention_mask)
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.read_out(self.norm(x), input_ids, attention_mask)

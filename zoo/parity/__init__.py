@@ -1,0 +1,166 @@
+"""Parity: native and reference compute the same function, by a protocol planted bugs fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from zoo.parity.report import Report, Row
+
+if TYPE_CHECKING:
+    from zoo.registry import Architecture
+
+__all__ = ["Report", "Row", "verify"]
+
+Progress = Callable[[int, int, str], None]  # done, all there are, the next one's name
+
+
+def verify(
+    ref: str | PathLike[str] | None = None,
+    *,
+    all: bool = False,
+    variants: Collection[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """The whole protocol: an architecture by its variants, a checkpoint as it is and redrawn hot.
+
+    A name may be both, as "gpt2" is: then its checkpoint joins in if it is in the hub's cache.
+    `all` is every architecture; `variants` picks some of them by name.
+    """
+    from zoo.errors import UsageError, did_you_mean
+    from zoo.parity.reference import transformers
+
+    if (ref is None) != all:
+        raise UsageError("verify takes a name, a directory or all=True")
+    transformers()  # the fix for its absence is said before anything else
+    jobs = _jobs(ref)
+    if variants is not None:
+        known = [job.name.rpartition("/")[2] for job in jobs]
+        if odd := [name for name in variants if name not in known]:
+            raise UsageError(f"{ref}: no variant {odd[0]!r}.{did_you_mean(odd[0], known)}")
+        jobs = [job for job in jobs if job.name.rpartition("/")[2] in variants]
+    report = Report()
+    for done, job in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs), job.name)
+        report.rows.extend(_run(job, seed))
+    if progress is not None:
+        progress(len(jobs), len(jobs), "")
+    return report
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to be proven: made by `write`, or there already in `directory`."""
+
+    name: str
+    reference_class: str
+    write: Callable[[Path, int], object] | None = None
+    directory: Path | None = None
+
+
+def variant_job(entry: Architecture, variant: str) -> Job:
+    from zoo.parity.fixtures import hot_checkpoint
+
+    def write(directory: Path, seed: int) -> object:
+        return hot_checkpoint(entry, variant, directory, seed=seed)
+
+    return Job(f"{entry.name}/{variant}", entry.variants[variant]["class"], write)
+
+
+def _jobs(ref: str | PathLike[str] | None) -> list[Job]:
+    from zoo import registry, sources
+    from zoo.errors import Offline
+
+    known = registry.architectures()
+    entries = list(known.values()) if ref is None else [known[ref]] if ref in known else []
+    jobs = [variant_job(entry, name) for entry in entries for name in entry.variants]
+    if ref is None or (entries and ref not in registry.checkpoints()):
+        return jobs
+    try:
+        # a proof never downloads gigabytes unasked
+        return jobs + _checkpoint_jobs(sources.resolve(ref, local_files_only=True), str(ref))
+    except Offline as error:
+        if entries:
+            return jobs
+        raise Offline(
+            f"{ref} is not in the cache, and verify downloads nothing: run "
+            f"zoo.load({str(ref)!r}) once, or pass a directory"
+        ) from error
+
+
+def _checkpoint_jobs(source: object, name: str) -> list[Job]:
+    from converters.checkpoint import read_json
+    from zoo import registry
+    from zoo.errors import ConfigError, UsageError
+    from zoo.parity.fixtures import write_like
+
+    directory: Path = source.directory  # type: ignore[attr-defined]
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{name}: a native checkpoint, which the reference cannot read. "
+            f"Run: zoo convert {name} --to hf --out DIR, and verify DIR"
+        )
+    _, reference_class = registry.architecture_for(read_json(path, ConfigError), str(path))
+    if reference_class is None:
+        raise ConfigError(f"{path}: 'architectures' names no class for the reference to load")
+
+    def write(copy: Path, seed: int) -> None:
+        write_like(directory, copy, reference_class, seed=seed)
+
+    return [
+        Job(name, reference_class, directory=directory),
+        Job(f"{name}, hot", reference_class, write),
+    ]
+
+
+def _run(job: Job, seed: int) -> Iterator[Row]:
+    """Every check; one that breaks is a failure of that check and not the end of the others."""
+    from zoo.parity.compare import CHECKS, Subject
+    from zoo.parity.layouts import layouts
+    from zoo.parity.truth import Truth
+    from zoo.pretrained import load
+
+    with _checkpoint(job, seed) as directory:
+        try:
+            truth = Truth(directory, job.reference_class, seed)
+            if truth.problems:
+                raise ValueError(f"the reference itself loads with {'; '.join(truth.problems)}")
+        except Exception as error:
+            yield _broken(job.name, "reference", error)
+            return
+        subject = Subject(job.name, truth, lambda dtype: load(directory, dtype=dtype))
+        try:
+            subject.model(None)
+        except Exception as error:
+            yield _broken(job.name, "load", error)
+            return
+        for check in (*CHECKS, layouts):
+            try:
+                yield from check(subject)
+            except Exception as error:
+                yield _broken(job.name, check.__name__, error)
+
+
+@contextmanager
+def _checkpoint(job: Job, seed: int) -> Iterator[Path]:
+    if job.directory is not None:
+        yield job.directory
+        return
+    assert job.write is not None
+    with TemporaryDirectory(prefix="zoo-parity-") as scratch:
+        directory = Path(scratch, "checkpoint")
+        job.write(directory, seed)
+        yield directory
+
+
+def _broken(subject: str, check: str, error: Exception) -> Row:
+    detail = f"{type(error).__name__}: {error}"
+    return Row(subject, check, float("nan"), 0, type(error).__name__, detail)

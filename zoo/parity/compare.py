@@ -1,0 +1,332 @@
+"""The checks of the parity protocol: each takes a subject and gives measurements with limits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from converters.execute import invert
+from converters.formats import TensorInfo, dtype_code
+from converters.plan import make_plan
+from zoo.conversion import save
+from zoo.parity.reference import Outputs, Reference
+from zoo.parity.report import Row
+from zoo.parity.truth import Inputs, Truth
+from zoo.pretrained import load
+
+# A limit is a multiple of what was measured, over every variant and 20 seeds.
+# fp64: two ways to order the sums differ by up to 1e-14 of the scale; the least of the planted bugs
+# (one tensor through fp16) shows at 1e-5.
+FP64 = 1e-10
+# Gradients sum over all positions: up to 1e-13 of the largest entry.
+GRADIENTS = 1e-10
+# A gradient that is zero by symmetry (a key bias without rotary) holds rounding alone. Its noise
+# follows the whole model's scale, not its own.
+SYMMETRIC = 1e-3
+# The reference's own error depends on the order of its sums: between its two attention kernels it
+# moves by a factor of 1.2 at most. 4 in fp32 and 1.5 in bf16 leave room for that.
+FP32, BF16 = 4.0, 1.5
+# KL grows with the square of the error: 1.2 squared, and the spread between seeds.
+KL = 2.0
+
+Load = Callable[[torch.dtype | None], Any]
+
+
+@dataclass
+class Subject:
+    """A checkpoint, what the reference says about it, and how its native model is made."""
+
+    name: str
+    truth: Truth
+    load: Load
+    _models: dict[torch.dtype | None, Any] = field(default_factory=dict)
+
+    def model(self, dtype: torch.dtype | None) -> Any:
+        if dtype not in self._models:
+            self._models[dtype] = self.load(dtype)
+        return self._models[dtype]
+
+    def release(self) -> None:
+        self._models.clear()
+
+
+def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The native model's outputs, in order."""
+    accepted = inspect.signature(model.forward).parameters
+    extra = {name: value for name, value in inputs.extra.items() if name in accepted}
+    out = model(inputs.ids, attention_mask=inputs.mask, **extra)
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def pair(native: list[Tensor], truth: Outputs) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, native, truth) of each output; there must be as many on both sides, shaped alike."""
+    mine, theirs = [tuple(x.shape) for x in native], [tuple(x.shape) for x in truth.values()]
+    if mine != theirs:
+        raise ShapesDiffer(f"outputs {mine} where the reference gives {theirs}")
+    return [(name, x, y) for x, (name, y) in zip(native, truth.items(), strict=True)]
+
+
+class ShapesDiffer(Exception):
+    """Outputs that cannot even be compared."""
+
+
+def distance(native: Tensor, truth: Tensor) -> float:
+    """The largest difference, in units of the truth's root mean square."""
+    return ((native.double() - truth).abs().max() / rms(truth)).item()
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.double().pow(2).mean().sqrt()
+
+
+def divergence(native: Tensor, truth: Tensor) -> float:
+    """Mean KL(truth || native) of the distributions over the last axis."""
+    p, q = truth.double().log_softmax(-1), native.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fp64(subject: Subject) -> Iterator[Row]:
+    """The same function, where rounding cannot hide a difference."""
+    truth = subject.truth
+    out = call(subject.model(torch.float64), truth.batch)
+    pairs = pair(out, truth.outputs)
+    error = max(distance(x, y) for _, x, y in pairs)
+    yield Row(subject.name, "fp64", error, FP64, f"{error:.1e}")
+
+
+@torch.no_grad()
+def headless(subject: Subject) -> Iterator[Row]:
+    """Hidden states, with the head left away."""
+    truth, model = subject.truth, subject.model(torch.float64)
+    if model.config.head == "none":
+        return
+    bare = load(truth.directory, head="none", dtype=torch.float64)
+    error = distance(call(bare, truth.batch)[0], truth.hidden)
+    yield Row(subject.name, "headless", error, FP64, f"{error:.1e}")
+
+
+@torch.no_grad()
+def batch(subject: Subject) -> Iterator[Row]:
+    """A row alone is that row of the batch, and a mask of ones is no mask."""
+    truth, model = subject.truth, subject.model(torch.float64)
+    whole = call(model, truth.batch)
+    ones = Inputs(truth.batch.ids, truth.batch.extra, torch.ones_like(truth.batch.ids))
+    errors = [distance(x, y) for x, y in zip(call(model, ones), whole, strict=True)]
+    for i in range(4):
+        alone = call(model, truth.batch.row(i))
+        errors += [distance(x, y[i : i + 1]) for x, y in zip(alone, whole, strict=True)]
+    yield Row(subject.name, "batch", max(errors), FP64, f"{max(errors):.1e}")
+
+
+@torch.no_grad()
+def padding(subject: Subject) -> Iterator[Row]:
+    """Rows padded left, right and on both sides give what the reference gives for the row alone."""
+    truth, model = subject.truth, subject.model(torch.float64)
+    errors = {}
+    for side, inputs in truth.padded.items():
+        out = call(model, inputs)
+        found = [
+            distance(x, y)
+            for i, alone in enumerate(truth.alone)
+            for _, x, y in pair([_real(x, inputs, i) for x in out], alone)
+        ]
+        errors[side] = max(found)
+    if truth.unmasked is not None:
+        out = call(model, truth.unmasked)
+        errors["no mask"] = max(distance(x, y) for _, x, y in pair(out, truth.of_unmasked))
+    worst = max(errors.values())
+    detail = ", ".join(f"{side} {error:.1e}" for side, error in errors.items())
+    yield Row(subject.name, "padding", worst, FP64, f"{worst:.1e}", detail)
+
+
+def _real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
+    """(1, …), a row of an output without its padded positions, where it has positions."""
+    assert inputs.mask is not None
+    if x.dim() > 1 and x.shape[1] == inputs.ids.shape[1]:
+        return x[row : row + 1, inputs.mask[row].bool()]
+    return x[row : row + 1]
+
+
+def gradients(subject: Subject) -> Iterator[Row]:
+    """Of every parameter, through a batch with padding, compared under the names on disk."""
+    truth, model = subject.truth, subject.model(torch.float64)
+    inputs = truth.padded["mixed"]
+    out = call(model, inputs)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, weights in enumerate(truth.cotangents):
+        for _, x, weight in pair([_real(x, inputs, i) for x in out], weights):
+            total = total + (x * weight).sum()
+    model.zero_grad(set_to_none=True)
+    total.backward()
+    native = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+    model.zero_grad(set_to_none=True)
+    errors = gradient_errors(_on_disk(model, native, truth.gradients), truth.gradients)
+    name, worst = max(errors.items(), key=lambda item: item[1])
+    detail = f"{name}: {worst:.1e} of its scale"
+    yield Row(subject.name, "gradients", worst, GRADIENTS, f"{worst:.1e}", detail)
+
+
+def _on_disk(
+    model: Any, native: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Native tensors through the inverse of the rules, named and laid out as in `like`."""
+    header = {n: TensorInfo(n, tuple(x.shape), dtype_code(x.dtype)) for n, x in like.items()}
+    plan, fields = model.provenance.plan, model.config.to_dict()
+    return invert(make_plan(plan.spec, "hf", fields, plan.native, header), native)
+
+
+def gradient_errors(native: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
+    if odd := native.keys() ^ truth.keys():
+        return {name: float("inf") for name in sorted(odd)}
+    least = SYMMETRIC * max(x.abs().max().item() for x in truth.values())
+    return {
+        name: ((native[name] - x).abs().max() / max(x.abs().max().item(), least)).item()
+        for name, x in truth.items()
+    }
+
+
+@torch.no_grad()
+def fp32(subject: Subject) -> Iterator[Row]:
+    """No further from the truth than the reference itself, give or take the order of sums."""
+    yield _against_floor(subject, torch.float32, "fp32", FP32)
+    floor = subject.truth.floors[torch.float32]
+    out = call(subject.model(torch.float32), subject.truth.batch)
+    wrong = total = 0
+    for name, x, y in pair(out, floor.truth):
+        if not _is_logits(name):
+            continue
+        best = y.topk(min(2, y.shape[-1]), dim=-1)
+        # a tie within the noise is nobody's fault
+        noise = 8 * (floor.outputs[name].double() - y).abs().max()
+        clear = best.values[..., 0] - best.values[..., -1] > noise
+        wrong += ((x.argmax(-1) != best.indices[..., 0]) & clear).sum().item()
+        total += clear.numel()
+    if total:
+        yield Row(subject.name, "top-1", wrong, 0, f"{100 * (1 - wrong / total):.4g}%")
+
+
+@torch.no_grad()
+def bf16(subject: Subject) -> Iterator[Row]:
+    """Likewise, for weights rounded to bf16, and as distributions."""
+    yield _against_floor(subject, torch.bfloat16, "bf16", BF16)
+    floor = subject.truth.floors[torch.bfloat16]
+    out = call(subject.model(torch.bfloat16), subject.truth.batch)
+    ratios = {}
+    for name, x, y in pair(out, floor.truth):
+        if _is_logits(name):
+            mine, theirs = divergence(x, y), divergence(floor.outputs[name], y)
+            ratios[mine / theirs] = f"{name}: {mine:.1e} where the reference has {theirs:.1e}"
+    if ratios:
+        worst = max(ratios)
+        yield Row(subject.name, "KL", worst, KL, f"{worst:.2f}x", ratios[worst])
+
+
+def _is_logits(name: str) -> bool:
+    return "logits" in name
+
+
+def _against_floor(subject: Subject, dtype: torch.dtype, check: str, limit: float) -> Row:
+    floor = subject.truth.floors[dtype]
+    out = call(subject.model(dtype), subject.truth.batch)
+    ratios = {}
+    for name, x, y in pair(out, floor.truth):
+        scale = rms(y)
+        mine = (rms(x.double() - y) / scale).item()
+        theirs = (rms(floor.outputs[name].double() - y) / scale).item()
+        ratios[mine / theirs] = f"{name}: {mine:.1e} where the reference has {theirs:.1e}"
+    worst = max(ratios)
+    return Row(subject.name, check, worst, limit, f"{worst:.2f}x", ratios[worst])
+
+
+def export(subject: Subject) -> Iterator[Row]:
+    """Back to a directory: what the source was, also by way of a native one, and as if new."""
+    from zoo.conversion import save
+
+    truth, model = subject.truth, subject.model(None)
+    with TemporaryDirectory() as scratch:
+        back, native, again, fresh = (
+            Path(scratch, n) for n in ("back", "native", "again", "fresh")
+        )
+        save(model, back)
+        dropped = model.provenance.dropped
+        problems = differences(truth.directory, back, dropped)
+        problems += Reference(back, truth.reference_class, torch.float32).problems
+        save(model, native, to="native")
+        save(load(native), again)
+        lines = differences(truth.directory, again, dropped)
+        problems += [f"by way of native: {line}" for line in lines]
+        shown = "equal" if not problems else f"{len(problems)} differ"
+        yield Row(subject.name, "export", len(problems), 0, shown, "; ".join(problems[:8]))
+        yield _fresh(subject, fresh)
+
+
+@torch.no_grad()
+def _fresh(subject: Subject, directory: Path) -> Row:
+    """A model that never was a checkpoint is written so that the reference computes the same."""
+    truth, model = subject.truth, subject.model(None)
+    kept, model.provenance = model.provenance, None
+    try:
+        save(model, directory)
+    finally:
+        model.provenance = kept
+    named = Reference(directory, truth.reference_class, torch.float64, lifted=True)
+    pairs = pair(list(named.by_rows(truth.batch.named).values()), truth.outputs)
+    error = max(distance(x, y) for _, x, y in pairs)
+    value = float("inf") if named.problems else error
+    detail = "; ".join(named.problems)
+    return Row(subject.name, "anew", value, FP64, f"{error:.1e}", detail)
+
+
+def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list[str]:
+    """Files and tensors of `source` that `copy` lacks, has besides, or has otherwise."""
+    mine, theirs = _tensors(copy), _tensors(source)
+    theirs = {name: what for name, what in theirs.items() if name not in dropped}
+    out = [f"{n}: only in the {'copy' if n in mine else 'source'}" for n in mine.keys() ^ theirs]
+    out += [f"{n}: differs" for n in mine.keys() & theirs.keys() if mine[n] != theirs[n]]
+    for path in sorted(source.glob("*.json")):
+        other = copy / path.name
+        if path.name.endswith(".index.json"):
+            continue  # it follows from the tensors and the files they are in
+        if not other.is_file():
+            out.append(f"{path.name}: missing")
+        elif other.read_bytes() != path.read_bytes():
+            out.append(f"{path.name}: differs")
+    return sorted(out)
+
+
+def _tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Name -> dtype, shape, bytes."""
+    out = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            out.update({name: _content(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
+    if not out:
+        for path in sorted(directory.glob("pytorch_model*.bin")):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            out.update({name: _content(tensor) for name, tensor in state.items()})
+    return out
+
+
+def _content(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), data
+
+
+# The cheapest and sharpest first.
+NUMERIC = (fp64, padding, batch, headless, gradients, fp32, bf16)
+CHECKS = (*NUMERIC, export)

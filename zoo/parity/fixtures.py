@@ -1,0 +1,102 @@
+"""Hot fixtures: small reference checkpoints in which every parameter matters and none can hide."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.parity.reference import transformers
+from zoo.registry import Architecture
+
+# what the reference calls the projections whose products are attention scores
+_QUERY_OR_KEY = re.compile(
+    r"\b(q|k|q_proj|k_proj|query|key|c_attn|Wqkv|qkv_proj|query_key_value)\."
+)
+# spellings that the reference still reads and no longer writes, and what it writes instead
+_OLD_SPELLING = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+
+
+def hot_checkpoint(
+    entry: Architecture,
+    variant: str,
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Write a variant to `directory` as the reference saves it; the name of its reference class."""
+    data = entry.variants[variant]
+    write(entry.model_type, data["class"], data["config"], directory, seed=seed, dtype=dtype)
+    return str(data["class"])
+
+
+def write(
+    model_type: str,
+    reference_class: str,
+    fields: Mapping[str, Any],
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer."""
+    library = transformers()
+    given = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
+    config = library.AutoConfig.for_model(model_type, **given)
+    model = getattr(library, reference_class)(config)
+    redraw(model, seed)
+    model.to(dtype).save_pretrained(directory)
+    _respell(directory / "config.json", fields)
+
+
+def redraw(model: nn.Module, seed: int) -> None:
+    """Every parameter anew, from its name and the seed alone."""
+    owners = dict(model.named_modules())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            owner = owners[name.rpartition(".")[0]]
+            random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            parameter.copy_(_hot(name, owner, parameter, noise))
+
+
+def _hot(name: str, owner: nn.Module, parameter: nn.Parameter, noise: Tensor) -> Tensor:
+    if isinstance(owner, nn.Embedding):
+        return 0.03 * noise  # small enough for the first norm's eps to count
+    if name.endswith("bias"):
+        return 0.2 * noise
+    if parameter.dim() < 2:
+        return 1 + 0.3 * noise  # a norm's scale
+    # GPT-2's Conv1D is [i o], everything else [o i]
+    inputs = parameter.shape[0] if type(owner).__name__ == "Conv1D" else parameter.shape[1:].numel()
+    return noise * (1.5 if _QUERY_OR_KEY.search(name) else 1.0) / inputs**0.5
+
+
+def _respell(path: Path, fields: Mapping[str, Any]) -> None:
+    """What `fields` spells the old way stands so in config.json, and the new spelling goes."""
+    old = {name: fields[name] for name in _OLD_SPELLING if name in fields}
+    if not old:
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in old:
+        config.pop(_OLD_SPELLING[name], None)
+    config.update(old)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_like(directory: Path, destination: Path, reference_class: str, *, seed: int = 0) -> None:
+    """A hot checkpoint with the config of `directory`: what its own weights hide, these show."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    library = transformers()
+    loaded = library.AutoConfig.from_pretrained(directory)
+    model = getattr(library, reference_class)(loaded)
+    redraw(model, seed)
+    model.save_pretrained(destination)
+    _respell(destination / "config.json", config)

@@ -1,0 +1,120 @@
+"""One checkpoint in every form its files may have: each must load alike and come back as it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converters.checkpoint import open_checkpoint
+from converters.spec import Dialect
+from zoo import registry
+from zoo.conversion import save
+from zoo.parity.compare import Subject, differences
+from zoo.parity.reference import Reference
+from zoo.parity.report import Row
+from zoo.pretrained import load
+
+Tensors = dict[str, Tensor]
+
+
+def layouts(subject: Subject) -> Iterator[Row]:
+    """Without prefix or with, legacy names, either and both names of a tie, shards, `.bin`."""
+    truth, model = subject.truth, subject.model(None)
+    checkpoint = open_checkpoint(truth.directory)
+    tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.tensors}
+    forms = dict(renamings(tensors, model.provenance.plan, truth.reference_class))
+    problems = []
+    with TemporaryDirectory() as scratch:
+        places = {form: Path(scratch, form) for form in (*forms, "shards", "bin")}
+        for form, place in places.items():
+            if form == "shards":
+                _shards(truth.directory, truth.reference_class, place)
+            else:
+                _write(truth.directory, place, forms.get(form, tensors), form == "bin")
+            try:
+                problems += [f"{form}: {line}" for line in _check(model, place)]
+            except Exception as error:
+                problems.append(f"{form}: {type(error).__name__}: {error}")
+    shown = f"{len(places)} forms" if not problems else f"{len(problems)} differ"
+    yield Row(subject.name, "layouts", len(problems), 0, shown, "; ".join(problems[:8]))
+
+
+def _check(model: Any, directory: Path) -> list[str]:
+    again = load(directory)
+    mine, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    # a form may lack what the class can do without; it has nothing besides
+    problems = [f"{name}: differs" for name in theirs if not _same(theirs[name], mine.get(name))]
+    copy = directory.with_name(f"{directory.name}-copy")
+    save(again, copy)
+    return problems + differences(directory, copy, again.provenance.dropped)
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def renamings(tensors: Tensors, plan: Any, reference_class: str) -> Iterator[tuple[str, Tensors]]:
+    """The same tensors under the other names that the spec says they may have."""
+    dialect: Dialect = plan.dialect
+    prefix = dialect.prefix
+    if prefix and any(name.startswith(prefix) for name in tensors):
+        yield "unprefixed", {name.removeprefix(prefix): x for name, x in tensors.items()}
+    elif prefix:
+        yield "prefixed", {prefix + name: x for name, x in tensors.items()}
+    legacy = {_legacy(name, dialect): x for name, x in tensors.items()}
+    if legacy.keys() != tensors.keys():
+        yield "legacy", legacy
+    disk = {t: step.sources[0] for step in plan.steps if not step.transform for t in step.targets}
+    both, other = dict(tensors), dict(tensors)
+    for name, owner in plan.native.ties.items():
+        second = next((str(r.source) for r in dialect.heads if str(r.targets[0]) == name), None)
+        if second is not None and owner in disk and second not in tensors:
+            both[second] = tensors[disk[owner]]
+            other[second] = other.pop(disk[owner])
+    if both.keys() != tensors.keys():
+        yield "tied-both", both
+        yield "tied-other", other
+    heads = next(e.heads for e in registry.architectures().values() if reference_class in e.heads)
+    if len(heads[reference_class]) > 1:
+        spare = {
+            name
+            for step in plan.steps
+            for name in step.sources
+            if any(step.targets[0].startswith(f"{part}.") for part in dialect.optional)
+        }
+        yield "spare-parts-gone", {n: x for n, x in tensors.items() if n not in spare}
+
+
+def _legacy(name: str, dialect: Dialect) -> str:
+    bare = name.removeprefix(dialect.prefix)
+    for old, new in dialect.aliases:
+        if (binding := new.match(bare)) is not None:
+            return name[: len(name) - len(bare)] + old.format(binding)
+    return name
+
+
+def _write(source: Path, place: Path, tensors: Mapping[str, Tensor], as_zip: bool) -> None:
+    place.mkdir()
+    for path in source.glob("*.json"):
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, place / path.name)
+    if as_zip:
+        torch.save(dict(tensors), place / "pytorch_model.bin")
+    else:
+        # one array under two names is two arrays in a file
+        apart = {name: tensor.clone() for name, tensor in tensors.items()}
+        save_file(apart, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def _shards(source: Path, reference_class: str, place: Path) -> None:
+    model = Reference(source, reference_class, torch.float32).model
+    model.save_pretrained(place, max_shard_size="20KB")
+    for path in source.glob("*.json"):
+        shutil.copyfile(path, place / path.name)

@@ -1,0 +1,784 @@
+"""The mutation gate: bugs planted one at a time, each of which the parity checks must notice."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from converters.language import Placeholder, Rule, Template, parse_rule
+from converters.spec import Spec, load_spec
+from zoo import registry
+from zoo.components.masks import Mask
+from zoo.components.rotary import Rotary
+from zoo.errors import ZooError
+from zoo.parity.compare import NUMERIC, Subject
+from zoo.parity.fixtures import hot_checkpoint
+from zoo.parity.report import Row
+from zoo.parity.truth import Truth
+from zoo.pretrained import load_directory
+from zoo.registry import Architecture
+
+
+class NotApplicable(Exception):
+    """There is nothing here that this bug could be planted in."""
+
+
+def need(condition: object) -> None:
+    if not condition:
+        raise NotApplicable
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: an edited spec, other config fields, or a model tampered with after loading."""
+
+    name: str
+    kind: Literal["mapping", "config", "model"]
+    plant: Callable[[Any], Any]
+    checks: str = ""  # the one check that can see it, where only one can
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def mutant(name: str, kind: Literal["mapping", "config", "model"]) -> Callable[[Any], Any]:
+    def register(plant: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        assert name not in MUTANTS, name
+        MUTANTS[name] = Mutant(name, kind, plant)
+        return plant
+
+    return register
+
+
+# --- mapping: the spec says something wrong ------------------------------------------------------
+# plant(Mapped) -> Spec
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A spec and the config it is read with; edits see each enumeration and layer written out."""
+
+    spec: Spec
+    config: Any
+
+    def edited(self, change: Callable[[str, list[str]], tuple[str, list[str]]]) -> Spec:
+        """The spec with both sides of every rule through `change`, which must change something."""
+        dialect = self.spec.dialect("hf")
+        hit = False
+        rules: dict[str, tuple[Rule, ...]] = {}
+        for section in ("weights", "heads"):
+            out = []
+            for rule in getattr(dialect, section):
+                for before in written_out(rule, self.config.layers):
+                    after = change(before[0], list(before[1]))
+                    hit = hit or after != before
+                    source, targets = after
+                    out.append(parse_rule(source, targets[0] if len(targets) == 1 else targets))
+            rules[section] = tuple(out)
+        need(hit)
+        return self.spec.with_dialect(replace(dialect, **rules))
+
+
+def written_out(rule: Rule, layers: int) -> Iterator[tuple[str, list[str]]]:
+    """The rule's two sides as text, once for each value of its enumerations and each layer."""
+    loops = {n: p for n, p in rule.loops.items() if p.values or n == "layer"}
+    ranges = [range(len(p.values) or layers) for p in loops.values()]
+    for point in product(*ranges):
+        chosen = dict(zip(loops, point, strict=True))
+        source = _chosen(rule.source.name, chosen, rule.source.pattern)
+        yield source, [_chosen(t.name, chosen, t.pattern) for t in rule.targets]
+
+
+def _chosen(name: Template, chosen: Mapping[str, int], pattern: object) -> str:
+    parts = [
+        part.spell(chosen[part.name])
+        if isinstance(part, Placeholder) and part.name in chosen
+        else part
+        for part in name.parts
+    ]
+    return f"{Template(tuple(parts))} {pattern or ''}".strip()
+
+
+def renamed(mapped: Mapped, names: Mapping[str, str]) -> Spec:
+    """Native names exchanged: what went to a key goes to its value. All of them must be there."""
+    words = "|".join(map(re.escape, names))
+    # a whole word of a dotted name, or a value of an enumeration in it
+    word = re.compile(rf"(?<![\w]){'(?:' + words + ')'}(?!\w)")
+    found: set[str] = set()
+
+    def other(match: re.Match[str]) -> str:
+        found.add(match[0])
+        return names[match[0]]
+
+    def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
+        return source, [_name_only(t, lambda name: word.sub(other, name)) for t in targets]
+
+    spec = mapped.edited(change)
+    need(found == names.keys())
+    return spec
+
+
+def _name_only(ref: str, change: Callable[[str], str]) -> str:
+    name, bracket, pattern = ref.partition(" [")
+    return change(name) + bracket + pattern
+
+
+def swapped(mapped: Mapped, a: str, b: str) -> Spec:
+    return renamed(mapped, {a: b, b: a})
+
+
+def regrouped(mapped: Mapped, name: str, axis: int, inside: tuple[str, str], **axes: str) -> Spec:
+    """An axis of the tensors called `name` taken for (inside[0]) on disk and (inside[1]) here."""
+    wanted = re.compile(rf"\.{name}\.(weight|bias)$")
+    count = 0
+
+    def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
+        nonlocal count
+        head, _, pattern = targets[0].partition(" [")
+        if len(targets) > 1 or not wanted.search(head) or "(" in pattern:
+            return source, targets
+        bias = head.endswith("bias")
+        if bias and axis:
+            return source, targets
+        left, right = _patterns(source, targets[0], bias)
+        old = "oi"[axis]
+        need(old in right)
+        count += 1
+        left = [f"({inside[0]})" if word == old else word for word in left]
+        right = [f"({inside[1]})" if word == old else word for word in right]
+        return f"{source.partition(' [')[0]} [{' '.join(left)}]", [f"{head} [{' '.join(right)}]"]
+
+    spec = mapped.edited(change)
+    need(count)
+    return replace(spec, axes={**spec.axes, **axes})
+
+
+def _patterns(source: str, target: str, bias: bool) -> tuple[list[str], list[str]]:
+    """Axes of both sides; `[o i]` or `[o]` where the rule says none."""
+    sides = []
+    for ref in (source, target):
+        pattern = ref.partition(" [")[2].rstrip("]")
+        sides.append(pattern.split() if pattern else ["o"] if bias else ["o", "i"])
+    return sides[0], sides[1]
+
+
+@mutant("norm1 and norm2 swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    return swapped(m, "norm1", "norm2")
+
+
+@mutant("gate and up swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    return swapped(m, "gate", "up")
+
+
+@mutant("q and k swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    need(m.config.heads == getattr(m.config, "kv_heads", m.config.heads))
+    return swapped(m, "q", "k")
+
+
+@mutant("k and v swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    return swapped(m, "k", "v")
+
+
+@mutant("q, k, v read as v, q, k", "mapping")
+def _(m: Mapped) -> Spec:
+    need(m.config.heads == getattr(m.config, "kv_heads", m.config.heads))
+    return renamed(m, {"q": "v", "k": "q", "v": "k"})
+
+
+@mutant("layers shifted by one", "mapping")
+def _(m: Mapped) -> Spec:
+    count = m.config.layers
+    need(count > 1)
+    return renamed(m, {rf"blocks.{i}": f"blocks.{(i + 1) % count}" for i in range(count)})
+
+
+@mutant("first norm taken for the final one", "mapping")
+def _(m: Mapped) -> Spec:
+    return renamed(m, {"blocks.0.norm1": "norm", "norm": "blocks.0.norm1"})
+
+
+@mutant("embeddings and head swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    need(not m.config.tied and m.config.head == "lm")
+    return swapped(m, "embed", "head")
+
+
+@mutant("biases of attention and MLP swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    return renamed(m, {"attn.out.bias": "mlp.down.bias", "mlp.down.bias": "attn.out.bias"})
+
+
+@mutant("a square read transposed", "mapping")
+def _(m: Mapped) -> Spec:
+    heads = getattr(m.config, "head_dim", None) or m.config.dim // m.config.heads
+    need(heads * m.config.heads == m.config.dim)
+
+    def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
+        if not targets[0].startswith("blocks.0.attn.out.weight"):
+            return source, targets
+        left, right = _patterns(source, targets[0], bias=False)
+        name = source.partition(" [")[0]
+        return f"{name} [{' '.join(reversed(left))}]", [
+            f"blocks.0.attn.out.weight [{' '.join(right)}]"
+        ]
+
+    return m.edited(change)
+
+
+@mutant("q un-permuted for rotary", "mapping")
+def _(m: Mapped) -> Spec:
+    return regrouped(m, "attn.q", 0, ("h e two", "h two e"), h="heads")
+
+
+@mutant("k un-permuted for rotary", "mapping")
+def _(m: Mapped) -> Spec:
+    return regrouped(m, "attn.k", 0, ("g e two", "g two e"), g=_kv_heads(m.config))
+
+
+@mutant("k permuted by the query heads", "mapping")
+def _(m: Mapped) -> Spec:
+    kv_heads = getattr(m.config, "kv_heads", m.config.heads)
+    width = m.config.head_dim if hasattr(m.config, "head_dim") else m.config.dim // m.config.heads
+    need(kv_heads != m.config.heads and kv_heads * width % (2 * m.config.heads) == 0)
+    return regrouped(m, "attn.k", 0, ("h e two", "h two e"), h="heads")
+
+
+@mutant("v heads interleaved", "mapping")
+def _(m: Mapped) -> Spec:
+    need(getattr(m.config, "kv_heads", m.config.heads) > 1)
+    return regrouped(m, "attn.v", 0, ("e g", "g e"), g=_kv_heads(m.config))
+
+
+def _kv_heads(config: Any) -> str:
+    """The field that counts them."""
+    return "kv_heads" if hasattr(config, "kv_heads") else "heads"
+
+
+@mutant("out reads its heads interleaved", "mapping")
+def _(m: Mapped) -> Spec:
+    need(m.config.heads > 1)
+    return regrouped(m, "attn.out", 1, ("e h", "h e"), h="heads")
+
+
+@mutant("fused q, k, v read as interleaved", "mapping")
+def _(m: Mapped) -> Spec:
+    def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
+        turned = re.sub(r"\((\w+) (\w+)\)", r"(\2 \1)", source) if "{" in targets[0] else source
+        return turned, targets
+
+    return m.edited(change)
+
+
+# --- config: a field is read wrong ---------------------------------------------------------------
+# plant(config) -> native fields that change
+
+
+def _field(config: Any, name: str) -> Any:
+    need(getattr(config, name, None) is not None)
+    return getattr(config, name)
+
+
+@mutant("eps ten times too large", "config")
+def _(config: Any) -> dict[str, Any]:
+    return {"eps": 10 * _field(config, "eps")}
+
+
+@mutant("eps of another library", "config")
+def _(config: Any) -> dict[str, Any]:
+    return {"eps": 1e-6 if _field(config, "eps") != 1e-6 else 1e-5}
+
+
+@mutant("theta left at its default", "config")
+def _(config: Any) -> dict[str, Any]:
+    need(_field(config, "rope_base") != 10000.0)
+    return {"rope_base": 10000.0}
+
+
+@mutant("rope scaling ignored", "config")
+def _(config: Any) -> dict[str, Any]:
+    rope = _field(config, "rope").to_json()
+    need((rope or {}).get("rope_type", "default") != "default")
+    return {"rope": {"rope_type": "default"}}
+
+
+@mutant("rope factor too large by a tenth", "config")
+def _(config: Any) -> dict[str, Any]:
+    rope = _field(config, "rope").to_json() or {}
+    need("factor" in rope)
+    return {"rope": {**rope, "factor": 1.1 * rope["factor"]}}
+
+
+@mutant("the other gelu", "config")
+def _(config: Any) -> dict[str, Any]:
+    other = {"gelu": "gelu_new", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+    need(_field(config, "act") in other)
+    return {"act": other[config.act]}
+
+
+@mutant("silu for gelu, or gelu for silu", "config")
+def _(config: Any) -> dict[str, Any]:
+    now = _field(config, "act")
+    return {"act": "gelu" if now in ("silu", "swish") else "silu"}
+
+
+# --- model: the code is wrong --------------------------------------------------------------------
+# plant(model) -> None
+
+
+class _Intercept(TorchFunctionMode):
+    """Calls of one function of torch go through `change(function, *arguments)` instead."""
+
+    def __init__(self, function: Any, change: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function, self.change = function, change
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is self.function:
+            return self.change(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def intercept(model: Any, function: Any, change: Callable[..., Any]) -> None:
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Intercept(function, change):
+            return forward(*args, **kwargs)
+
+    model.forward = run
+
+
+def attention(model: Any, change: Callable[..., dict[str, Any] | None]) -> None:
+    """Every attention with other arguments: `change(q, k, v, options)` gives those that differ."""
+
+    def attend(func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
+        named = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | options
+        given = {"query": q, "key": k, "value": v, **named}
+        return func(**{**given, **(change(given) or {})})
+
+    intercept(model, F.scaled_dot_product_attention, attend)
+
+
+def _may_look(given: Mapping[str, Any]) -> Tensor:
+    """(…, s, t), the mask as a tensor."""
+    s, t = given["query"].shape[-2], given["key"].shape[-2]
+    if given.get("is_causal"):
+        return torch.ones(s, t, dtype=torch.bool).tril()
+    mask = given.get("attn_mask")
+    return torch.ones(s, t, dtype=torch.bool) if mask is None else mask
+
+
+@mutant("mask off by one", "model")
+def _(model: Any) -> None:
+    need(causal(model))
+    attention(
+        model,
+        lambda a: {"attn_mask": _may_look(a) | _ahead(_may_look(a)), "is_causal": False},
+    )
+
+
+def _ahead(mask: Tensor) -> Tensor:
+    """Where the one before may look, and so one step into the future."""
+    return F.pad(mask, (1, 0))[..., :-1] if mask.shape[-1] > 1 else mask
+
+
+@mutant("a token may not look at itself", "model")
+def _(model: Any) -> None:
+    def change(a: Mapping[str, Any]) -> dict[str, Any]:
+        mask = _may_look(a)
+        s, t = mask.shape[-2:]
+        own = torch.eye(s, t, dtype=torch.bool)
+        alone = (mask & ~own).sum(-1, keepdim=True) == 0
+        return {"attn_mask": mask & (~own | alone), "is_causal": False}
+
+    attention(model, change)
+
+
+@mutant("the future is visible", "model")
+def _(model: Any) -> None:
+    need(causal(model))
+    attention(
+        model,
+        lambda a: {"attn_mask": _may_look(a) | _may_look(a).mT, "is_causal": False},
+    )
+
+
+@mutant("attention not scaled", "model")
+def _(model: Any) -> None:
+    attention(model, lambda a: {"scale": 1.0})
+
+
+@mutant("attention scaled by the whole width", "model")
+def _(model: Any) -> None:
+    need(model.config.heads > 1)
+    attention(model, lambda a: {"scale": model.config.dim**-0.5})
+
+
+@mutant("kv heads tiled, not repeated", "model")
+def _(model: Any) -> None:
+    heads, kv_heads = model.config.heads, getattr(model.config, "kv_heads", model.config.heads)
+    need(1 < kv_heads < heads)
+
+    def tiled(a: Mapping[str, Any]) -> dict[str, Any]:
+        if a["key"].shape[1] != kv_heads:  # repeated already: take the first of each
+            r = heads // kv_heads
+            k, v = a["key"][:, ::r], a["value"][:, ::r]
+        else:
+            k, v = a["key"], a["value"]
+        times = (1, heads // kv_heads, 1, 1)
+        return {"key": k.repeat(times), "value": v.repeat(times), "enable_gqa": False}
+
+    attention(model, tiled)
+
+
+@mutant("padding is looked at", "model")
+def _(model: Any) -> None:
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def run(ids: Tensor, attention_mask: Tensor | None = None, **extra: Any) -> Any:
+        return forward(ids, **extra)
+
+    model.forward = run
+
+
+@mutant("token types ignored", "model")
+def _(model: Any) -> None:
+    forward = model.forward
+    need(getattr(model.config, "types", 1) > 1)
+
+    @functools.wraps(forward)
+    def run(ids: Tensor, token_type_ids: Tensor | None = None, **extra: Any) -> Any:
+        return forward(ids, **extra)
+
+    model.forward = run
+
+
+@mutant("norm outside the blocks missing", "model")
+def _(model: Any) -> None:
+    need(hasattr(model, "norm"))
+    model.norm = nn.Identity()
+
+
+@mutant("positions off by one", "model")
+def _(model: Any) -> None:
+    need(hasattr(model, "positions"))
+    last = len(model.positions.weight) - 1
+    model.positions.register_forward_pre_hook(lambda _, args: ((args[0] + 1).clamp(max=last),))
+
+
+@mutant("positions count the padding", "model")
+def _(model: Any) -> None:
+    need(hasattr(model, "positions"))
+    model.positions.register_forward_pre_hook(
+        lambda _, args: (torch.arange(args[0].shape[1]).expand_as(args[0]),)
+    )
+
+
+def turning(model: Any, change: Callable[..., Any]) -> None:
+    """`change(rotary, q, k, mask)` in the place of each attention's rotary."""
+    for block in model.blocks:
+        rotary = block.attn.rotary
+        need(isinstance(rotary, Rotary))
+        block.attn.rotary = functools.partial(change, rotary)
+
+
+@mutant("queries one position ahead", "model")
+def _(model: Any) -> None:
+    def ahead(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        later = Mask(mask.allowed, mask.positions + 1, mask.causal)
+        return rotary(q, k, later)[0], rotary(q, k, mask)[1]
+
+    turning(model, ahead)
+
+
+@mutant("rotary left out", "model")
+def _(model: Any) -> None:
+    turning(model, lambda rotary, q, k, mask: (q, k))
+
+
+@mutant("keys not turned", "model")
+def _(model: Any) -> None:
+    turning(model, lambda rotary, q, k, mask: (rotary(q, k, mask)[0], k))
+
+
+@mutant("turned backwards", "model")
+def _(model: Any) -> None:
+    def back(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        return rotary(q, k, Mask(mask.allowed, -mask.positions, mask.causal))
+
+    turning(model, back)
+
+
+@mutant("neighbours turned, not halves", "model")
+def _(model: Any) -> None:
+    def apart(x: Tensor) -> Tensor:
+        return rearrange(x, "b h s (e two) -> b h s (two e)", two=2)
+
+    def together(x: Tensor) -> Tensor:
+        return rearrange(x, "b h s (two e) -> b h s (e two)", two=2)
+
+    def neighbours(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        q, k = rotary(apart(q), apart(k), mask)
+        return together(q), together(k)
+
+    turning(model, neighbours)
+
+
+@mutant("a norm centres its input", "model")
+def _(model: Any) -> None:
+    norm = model.blocks[0].norm1
+    x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype)
+    need((norm(x) - norm(x - x.mean(-1, keepdim=True))).abs().max() > 1e-3)
+    norm.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(-1, keepdim=True),))
+
+
+@mutant("a norm does not centre its input", "model")
+def _(model: Any) -> None:
+    norm = model.blocks[0].norm2
+    x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype) + 1
+    need((norm(x) - norm(x - x.mean(-1, keepdim=True))).abs().max() < 1e-3)
+    scale, shift = norm.weight, norm.bias
+    norm.forward = lambda x: F.rms_norm(x, x.shape[-1:], scale, model.config.eps) + shift
+
+
+@mutant("norm moved from input to output of its branch, or back", "model")
+def _(model: Any) -> None:
+    for block in model.blocks:
+        norm, block.norm1 = block.norm1, nn.Identity()
+        block.attn.register_forward_hook(lambda _, args, out, norm=norm: norm(out))
+
+
+@mutant("attention left out of the residual stream once", "model")
+def _(model: Any) -> None:
+    model.blocks[-1].attn.register_forward_hook(lambda _, args, out: out * 0)
+
+
+@mutant("last layer skipped", "model")
+def _(model: Any) -> None:
+    need(len(model.blocks) > 1)
+    model.blocks = model.blocks[:-1]
+
+
+@mutant("first two layers exchanged", "model")
+def _(model: Any) -> None:
+    need(len(model.blocks) > 1)
+    first, second, *rest = model.blocks
+    model.blocks = nn.ModuleList([second, first, *rest])
+
+
+@mutant("one tensor through fp16", "model")
+def _(model: Any) -> None:
+    weight = model.blocks[0].mlp.down.weight
+    _overwrite(weight, weight.half().to(weight.dtype))
+
+
+@mutant("a bias dropped", "model")
+def _(model: Any) -> None:
+    bias = model.blocks[0].attn.out.bias
+    need(bias is not None)
+    _overwrite(bias, torch.zeros_like(bias))
+
+
+@mutant("norms read as an offset from one", "model")
+def _(model: Any) -> None:
+    for block in model.blocks:
+        _overwrite(block.norm1.weight, block.norm1.weight + 1)
+
+
+@mutant("vocabulary off by one", "model")
+def _(model: Any) -> None:
+    _overwrite(model.embed.weight, model.embed.weight.roll(1, 0))
+
+
+def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    # not in place: the memory may be the file's
+    parameter.data = value.detach().clone()
+
+
+@mutant("tie broken", "model")
+def _(model: Any) -> None:
+    tied = [
+        module
+        for module in model.modules()
+        if module is not model.embed and getattr(module, "weight", None) is model.embed.weight
+    ]
+    need(tied)
+    for module in tied:
+        module.weight = nn.Parameter(model.embed.weight.detach().clone())
+
+
+@mutant("dropout active in evaluation", "model")
+def _(model: Any) -> None:
+    need(any(isinstance(m, nn.Dropout) and m.p for m in model.modules()))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+
+
+def causal(model: Any) -> bool:
+    """Whether the last token changes nothing at the first."""
+    ids = torch.arange(8)[None] + 4
+    other = ids.clone()
+    other[0, -1] += 1
+    with torch.no_grad():
+        a, b = model(ids), model(other)
+    need(isinstance(a, Tensor) and a.shape[:2] == ids.shape)
+    return torch.equal(a[0, 0], b[0, 0])
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """The variants of one architecture, with the truth about each, to plant bugs in."""
+
+    entry: Architecture
+    scratch: Path
+    _truths: dict[str, Truth] = field(default_factory=dict)
+
+    def truth(self, variant: str) -> Truth:
+        if variant not in self._truths:
+            directory = self.scratch / self.entry.name / variant
+            named = hot_checkpoint(self.entry, variant, directory)
+            self._truths[variant] = Truth(directory, named)
+        return self._truths[variant]
+
+    def subject(self, variant: str, bug: Mutant | None = None) -> Subject:
+        """A variant's native model with a bug in it, or healthy."""
+        truth = self.truth(variant)
+        load = functools.partial(load_directory, truth.directory, self.entry)
+        return Subject(variant, truth, functools.partial(_planted, load, bug, self.entry))
+
+
+def _planted(load: Callable[..., Any], bug: Mutant | None, entry: Architecture, dtype: Any) -> Any:
+    if bug is None:
+        return load(dtype=dtype)
+    if bug.kind == "model":
+        model = load(dtype=dtype)
+        bug.plant(model)
+        return model
+    config = load().config
+    if bug.kind == "config":
+        changes = bug.plant(config)
+        need(any(getattr(config, name) != value for name, value in changes.items()))
+        return load(dtype=dtype, config=changes)
+    healthy = load(dtype=dtype)
+    model = load(dtype=dtype, spec=bug.plant(Mapped(load_spec(entry.spec), config)))
+    # some mix-ups are none at some sizes
+    need(
+        any(not torch.equal(p, q) for p, q in zip(*map(_parameters, (healthy, model)), strict=True))
+    )
+    return model
+
+
+def _parameters(model: nn.Module) -> list[Tensor]:
+    return [p.detach() for _, p in sorted(model.named_parameters())]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    architecture: str
+    mutant: str
+    kind: str
+    status: Literal["killed", "n.a.", "SURVIVED"]
+    by: str = ""  # variant: check (value)
+
+
+def hunt(bench: Bench, bug: Mutant) -> Verdict:
+    """The first variant and check that notice the bug."""
+    planted = False
+    for variant in bench.entry.variants:
+        subject = bench.subject(variant, bug)
+        try:
+            subject.model(torch.float64)
+            planted = True
+            row = next((r for check in NUMERIC for r in check(subject) if not r.ok), None)
+        except NotApplicable:
+            continue
+        except (ZooError, RuntimeError) as error:
+            # the proof or a shape refuses it: noticed too
+            planted, row = True, Row(variant, type(error).__name__, 1, 0, "refused")
+        if row is not None:
+            by = f"{variant}: {row.check} {row.shown}"
+            return Verdict(bench.entry.name, bug.name, bug.kind, "killed", by)
+    status: Literal["SURVIVED", "n.a."] = "SURVIVED" if planted else "n.a."
+    return Verdict(bench.entry.name, bug.name, bug.kind, status)
+
+
+def run(
+    architectures: Iterable[Architecture] | None = None, seen: Callable[[Verdict], None] = print
+) -> list[Verdict]:
+    torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+    verdicts = []
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="zoo-mutants-")))
+        for entry in architectures or registry.architectures().values():
+            bench = Bench(entry, scratch)
+            for bug in MUTANTS.values():
+                verdicts.append(hunt(bench, bug))
+                seen(verdicts[-1])
+    return verdicts
+
+
+def table(verdicts: Iterable[Verdict], color: bool = False) -> str:
+    """Mutants down, architectures across."""
+    verdicts = list(verdicts)
+    names = list(dict.fromkeys(v.architecture for v in verdicts))
+    cells = {(v.mutant, v.architecture): v for v in verdicts}
+    width = max(len(bug) for bug in MUTANTS)
+    lines = [f"{'kind':8} {'mutant':{width}}  " + "  ".join(f"{name:34}" for name in names)]
+    for bug in MUTANTS.values():
+        line = f"{bug.kind:8} {bug.name:{width}}  "
+        for name in names:
+            found = cells[bug.name, name]
+            text = f"{found.status} {found.by}".strip()[:34].ljust(34)
+            paint = {"killed": "\x1b[32m", "SURVIVED": "\x1b[31m", "n.a.": "\x1b[2m"}[found.status]
+            line += f"{paint}{text}\x1b[0m  " if color else f"{text}  "
+        lines.append(line.rstrip())
+    counts = {s: sum(v.status == s for v in verdicts) for s in ("killed", "n.a.", "SURVIVED")}
+    lines.append(
+        f"{len(MUTANTS)} mutants in {len(names)} architectures: {counts['killed']} killed, "
+        f"{counts['n.a.']} not applicable, {counts['SURVIVED']} survived"
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    tty = sys.stderr.isatty()
+
+    def seen(verdict: Verdict) -> None:
+        if tty:
+            print(f"\r\x1b[2K{verdict.architecture}: {verdict.mutant}", end="", file=sys.stderr)
+
+    verdicts = run(seen=seen)
+    if tty:
+        print("\r\x1b[2K", end="", file=sys.stderr)
+    print(table(verdicts, color=sys.stdout.isatty()))
+    return 1 if any(v.status == "SURVIVED" for v in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The oracle: the reference implementation in any dtype and, for the truth, fp64 throughout."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zoo.errors import MissingDependency, ParityError, listing
+
+Outputs = dict[str, Tensor]
+
+# what an output object carries beside the function's value
+_NO_VALUE = ("loss", "past_key_values", "hidden_states", "attentions")
+# options that trade precision for speed and mean nothing in fp64
+_PRECISION_OPTIONS = {"reorder_and_upcast_attn": False}
+
+
+@functools.cache
+def transformers() -> ModuleType:
+    """The reference library, quiet; it is needed here and nowhere else."""
+    try:
+        import transformers as library
+    except ImportError as error:
+        raise MissingDependency(
+            "parity is measured against transformers, which is not installed. "
+            "Run: pip install transformers"
+        ) from error
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+class Lift(TorchFunctionMode):
+    """Where the reference's code asks for fp32, it gets fp64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        raised = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **raised)
+
+
+class Watch(TorchDispatchMode):
+    """The proof of a lift: no operation gives a float narrower than fp64."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            if tensor.dtype != torch.float64 and tensor.numel() > 1:
+                raise ParityError(f"the fp64 reference computes in {tensor.dtype} in {func}")
+        return out
+
+
+class Reference:
+    """A reference model from a directory; `lifted` computes in fp64 from end to end."""
+
+    def __init__(
+        self,
+        directory: Path,
+        reference_class: str,
+        dtype: torch.dtype,
+        *,
+        lifted: bool = False,
+        attention: str = "eager",
+    ) -> None:
+        kind = getattr(transformers(), reference_class)
+        self.model, info = kind.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        self.problems = [
+            f"{what}: {listing(map(str, info[what]))}"
+            for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info.get(what)
+        ]
+        self.model.eval()
+        self.config = self.model.config
+        self.lifted = lifted
+        if lifted:
+            self._lift()
+        # frequencies may be recomputed for long inputs and stay so: each call starts from here
+        self._state = [
+            (m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules() if m._buffers
+        ]
+
+    def _lift(self) -> None:
+        for module in self.model.modules():
+            for option, value in _PRECISION_OPTIONS.items():
+                if hasattr(module, option):
+                    setattr(module, option, value)
+            if any(b.is_floating_point() for b in module._buffers.values() if b is not None):
+                # a table in fp32, even when cast, has lost its digits: build it again
+                with Lift():
+                    again = type(module)(self.config)
+                module._buffers.update(again._buffers)
+        narrow = [
+            name
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
+            if tensor.is_floating_point() and tensor.dtype != torch.float64
+        ]
+        if narrow:
+            raise ParityError(f"the fp64 reference keeps {listing(narrow)} in less than fp64")
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, watch: bool = False) -> Outputs:
+        """The values of all outputs, by the reference's names for them."""
+        return self.run(self.model, inputs, watch=watch)
+
+    def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(b, s, d), what the bare model gives."""
+        return next(iter(self.run(self.model.base_model, inputs).values()))
+
+    def run(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], *, watch: bool = False
+    ) -> Outputs:
+        for module, attributes, buffers in self._state:
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+        accepted = inspect.signature(model.forward).parameters
+        given = {name: value for name, value in inputs.items() if name in accepted}
+        if "use_cache" in accepted:
+            given["use_cache"] = False  # type: ignore[assignment]
+        modes: list[Callable[[], Any]] = ([Watch] if watch else []) + (
+            [Lift] if self.lifted else []
+        )
+        return _outputs(_under(modes, lambda: model(**given)))
+
+    def by_rows(self, inputs: Mapping[str, Tensor]) -> Outputs:
+        """A batch, in one call where the reference can and row by row where it refuses."""
+        labels = type(self.model).__name__.endswith("SequenceClassification")
+        if not labels or self.config.pad_token_id is not None:
+            return self(inputs)
+        rows = len(inputs["input_ids"])
+        outs = [self({k: v[i : i + 1] for k, v in inputs.items()}) for i in range(rows)]
+        return {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What backward left, by the names that the reference's own writer gives to the weights."""
+        kept = {name: p.data for name, p in self.model.named_parameters()}
+        try:
+            for p in self.model.parameters():
+                p.data = torch.zeros_like(p) if p.grad is None else p.grad
+            with TemporaryDirectory() as scratch:
+                self.model.save_pretrained(scratch)
+                return {k: v.clone() for k, v in load_file(f"{scratch}/model.safetensors").items()}
+        finally:
+            for name, p in self.model.named_parameters():
+                p.data = kept[name]
+            self.model.zero_grad(set_to_none=True)
+
+
+def _under(modes: list[Callable[[], Any]], call: Callable[[], Any]) -> Any:
+    if not modes:
+        return call()
+    with modes[0]():
+        return _under(modes[1:], call)
+
+
+def _outputs(out: Any) -> Outputs:
+    values = {k: v for k, v in out.items() if k not in _NO_VALUE}
+    return {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}

@@ -1,0 +1,237 @@
+"""What `tools/new_arch.py` asks the reference: a tiny config, and what its files call tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from converters.checkpoint import open_checkpoint
+from converters.formats import TensorInfo
+from zoo.errors import ConfigError, UnknownName, UsageError, did_you_mean
+from zoo.parity.fixtures import write
+from zoo.parity.reference import transformers
+from zoo.registry import Architecture
+
+MOST_PARAMETERS = 3_000_000  # beyond that some size was not made small
+GROWN = 64  # a whole number from here on is a size to make small
+SAME_KIND = {"LMHeadModel": "ForCausalLM", "ForCausalLM": "LMHeadModel"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One tiny checkpoint of a reference, as its files show it."""
+
+    name: str
+    reference_class: str
+    changes: Mapping[str, Any]  # from the tiny config's fields
+    config: Mapping[str, Any]  # config.json
+    header: Mapping[str, TensorInfo]
+
+
+@dataclass
+class Survey:
+    """What is known of a reference without knowing its code."""
+
+    reference_class: str
+    model_type: str
+    prefix: str  # of the base model's names in files of a class with a head
+    classes: dict[str, str]  # reference class -> the kindred architecture's class of the same kind
+    usual: dict[str, str]  # the kindred's name of a config field -> the library's usual one
+    renamed: dict[str, str]  # the usual one -> this config's own
+    defaults: dict[str, Any]  # every config field
+    fields: dict[str, Any] = field(default_factory=dict)  # the tiny config, over the defaults
+    probes: list[Probe] = field(default_factory=list)
+
+    def own(self, name: str) -> str:
+        """What this config calls a field of the kindred's."""
+        name = self.usual.get(name, name)
+        return self.renamed.get(name, name)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every field that a config.json held; the first probe's value."""
+        return {k: v for probe in reversed(self.probes) for k, v in probe.config.items()}
+
+
+def survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> Survey:
+    """Tiny checkpoints of a reference class and its siblings, read through their headers."""
+    kind = _named(reference)
+    kindred = _named(next(iter(like.heads)))
+    stems = [k.config_class.__name__.removesuffix("Config") for k in (kindred, kind)]
+    suffixes = {c: c.removeprefix(stems[0]) for c in like.heads}
+    classes = {
+        stems[1] + spelled: old
+        for old, suffix in suffixes.items()
+        for spelled in (suffix, SAME_KIND.get(suffix, suffix))
+        if hasattr(transformers(), stems[1] + spelled)
+    }
+    if reference not in classes:
+        raise UsageError(
+            f"--reference {reference}: {like.name} has no class of that kind, and so no head to "
+            f"draft it by; try {' or '.join(classes) or 'another --like'}"
+        )
+    defaults = {**kind.config_class().to_dict(), "num_labels": 2}
+    found = Survey(
+        reference_class=reference,
+        model_type=kind.config_class.model_type,
+        prefix=f"{kind.base_model_prefix}." if kind.base_model_prefix else "",
+        classes=classes,
+        usual={own: name for name, own in kindred.config_class.attribute_map.items()},
+        renamed=dict(kind.config_class.attribute_map),
+        defaults=defaults,
+    )
+    base, others = _translated(like, found)
+    found.fields = _tiny(defaults, base)
+    _settle(found, settings)
+    _write_all(found, others)
+    return found
+
+
+def _settle(found: Survey, settings: Mapping[str, Any]) -> None:
+    for path, value in settings.items():
+        *outer, last = path.split(".")
+        if (name := path.partition(".")[0]) not in found.defaults:
+            near = did_you_mean(name, found.defaults)
+            raise UsageError(f"--set {path}: {found.model_type}'s config has no {name}.{near}")
+        place = found.fields
+        for key in outer:
+            inside = place.get(key, found.defaults.get(key))
+            place[key] = dict(inside) if isinstance(inside, dict) else {}
+            place = place[key]
+        place[last] = value
+
+
+def _named(name: str) -> Any:
+    library = transformers()
+    if name.startswith("_") or not hasattr(library, name):
+        known = [n for n in dir(library) if "For" in n or n.endswith("Model")]
+        near = did_you_mean(name, known)
+        raise UnknownName(f"--reference {name}: transformers has no such class.{near}")
+    kind = getattr(library, name)
+    if getattr(kind, "config_class", None) is None:
+        raise UsageError(f"--reference {name}: no model class; one such as MistralForCausalLM")
+    return kind
+
+
+def _translated(
+    like: Architecture, found: Survey
+) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, Any]]]]:
+    """The kindred's first variant in this config's words, and what its other variants change."""
+    own, here = found.own, found.defaults
+    base, *others = like.variants.values()
+    names = list(like.variants)[1:]
+    first = {own(k): v for k, v in base["config"].items() if own(k) in here}
+    changed = {}
+    for name, data in zip(names, others, strict=True):
+        config = data["config"]
+        keys = [*config, *(k for k in base["config"] if k not in config)]
+        changes = {own(k): config.get(k) for k in keys if config.get(k) != base["config"].get(k)}
+        # another depth or activation is no case of its own here
+        tells = [k for k in changes if "act" not in k and "layer" not in k]
+        if all(k in here for k in changes) and (tells or data["class"] != base["class"]):
+            changed[name] = (data["class"], changes)
+    return first, changed
+
+
+def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Small sizes, all different; the kindred's where the names are the same."""
+    fields: dict[str, Any] = {}
+    for name, value in base.items():
+        if _is_number(value) and name != "tie_word_embeddings":
+            fields[name] = value
+    used = {v for v in fields.values() if isinstance(v, int)}
+    odd, even = (_unused(used, start) for start in (17, 14))
+    for name, value in defaults.items():
+        if name in fields:
+            continue
+        if name.endswith("_token_id"):
+            if _is_whole(value):
+                fields[name] = 1 + ("eos" in name) + 2 * ("pad" in name)
+        elif "eps" in name and isinstance(value, float):
+            fields[name] = 3e-5
+        elif name == "rope_theta" and value is not None:
+            fields[name] = 5000.0
+        elif name == "rope_parameters" and isinstance(value, dict) and "rope_theta" in value:
+            fields[name] = {**value, "rope_theta": 5000.0}
+            if value.get("partial_rotary_factor", 1.0) < 1:
+                fields[name]["partial_rotary_factor"] = 0.5  # of a narrow head, still even
+        elif not _is_whole(value):
+            continue
+        elif "experts_per" in name or "top_k" in name or "topk" in name:
+            fields[name] = min(value, 2)
+        elif "experts" in name:
+            fields[name] = min(value, 5)
+        elif "max_position" in name:
+            fields[name] = fields.get("max_position_embeddings", 61)
+        elif "rotary" in name:
+            fields[name] = min(value, 4)
+        elif value >= GROWN:
+            fields[name] = next(even if "head" in name else odd)
+    return fields
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+def _unused(used: set[int], start: int) -> Iterator[int]:
+    """Numbers as odd or as even as `start` that no other size has."""
+    for n in count(start, 2):
+        if n not in used and (n % 2 == 0 or all(n % d for d in (3, 5, 7))):
+            used.add(n)
+            yield n
+
+
+def _write_all(found: Survey, others: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    """A checkpoint of each class; a variant that the reference itself cannot build is left out."""
+    kindred = {old: new for new, old in found.classes.items()}
+    found.probes.append(_probe(found, "base", found.reference_class, {}))
+    for name, (old, changes) in others.items():
+        if (new := kindred.get(old)) is None or name == "base":
+            continue
+        with suppress(ConfigError):
+            found.probes.append(_probe(found, name, new, changes))
+    for missed in found.classes.keys() - {probe.reference_class for probe in found.probes}:
+        name = missed.lower()
+        found.probes.append(_probe(found, name, missed, {}))
+
+
+def _probe(found: Survey, name: str, reference_class: str, changes: Mapping[str, Any]) -> Probe:
+    fields = {**found.fields, **changes}
+    where = f"{reference_class} with {fields}"
+    library = transformers()
+    try:
+        config = library.AutoConfig.for_model(found.model_type, **fields)
+        with torch.device("meta"):
+            model = getattr(library, reference_class)(config)
+        total = sum(p.numel() for p in model.parameters())
+        if total <= MOST_PARAMETERS:
+            # sizes may build and still not go together
+            getattr(library, reference_class)(config)(torch.ones(1, 7, dtype=torch.long))
+    except Exception as error:  # whatever the reference raises: the sizes do not go together
+        raise ConfigError(
+            f"{where}: the reference cannot be built: {error}. Choose: --set FIELD=VALUE"
+        ) from error
+    if total > MOST_PARAMETERS:
+        big = {k: v for k, v in found.defaults.items() if _is_whole(v) and v >= GROWN}
+        raise ConfigError(
+            f"{where}: {total:,} parameters, not tiny. Choose with --set, perhaps {big}"
+        )
+    with TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        write(found.model_type, reference_class, fields, directory)
+        written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        header = dict(open_checkpoint(directory).tensors)
+    return Probe(name, reference_class, changes, written, header)

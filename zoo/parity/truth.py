@@ -1,0 +1,147 @@
+"""What the reference says of one checkpoint: the truth in fp64, its own error in fp32 and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zoo.parity.reference import Outputs, Reference
+
+TOKENS = 37  # rotary and masks show over a few dozen positions, not over one
+ROWS, MORE_ROWS = 48, 256  # ratios of errors need many numbers, and some heads give few a row
+LENGTHS = (TOKENS, TOKENS - 1, 33, 21, 6, 1)
+# a row of a padded batch: how many of its padding tokens stand on the left
+SIDES = {
+    "left": lambda pad, row: pad,
+    "right": lambda pad, row: 0,
+    "mixed": lambda pad, row: pad * row // 5,
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Token ids and what goes with them; `mask` is None where every token is real."""
+
+    ids: Tensor
+    extra: Mapping[str, Tensor]
+    mask: Tensor | None = None
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        return {"input_ids": self.ids, **self.extra}
+
+    def row(self, index: int) -> Inputs:
+        """One row, alone and without its padding."""
+        keep = slice(None) if self.mask is None else self.mask[index].bool()
+        extra = {name: x[index : index + 1, keep] for name, x in self.extra.items()}
+        return Inputs(self.ids[index : index + 1, keep], extra)
+
+
+class Floor:
+    """The reference in a narrower dtype, and the truth for weights as that dtype holds them."""
+
+    def __init__(self, truth: Outputs, outputs: Outputs) -> None:
+        self.truth, self.outputs = truth, outputs
+
+
+class Truth:
+    """Everything the checks compare with. The reference itself is let go again."""
+
+    def __init__(self, directory: Path, reference_class: str, seed: int = 0) -> None:
+        self.directory, self.reference_class = directory, reference_class
+        lifted = Reference(directory, reference_class, torch.float64, lifted=True)
+        self.problems = lifted.problems
+        self.config = lifted.config
+        draw = _Draw(self.config, seed)
+        size = sum(p.numel() for p in lifted.model.parameters())
+        self.padded = {side: draw.padded(side) for side in SIDES}
+        self.unmasked = draw.unmasked()
+        with torch.no_grad():
+            first = lifted(self.padded["mixed"].row(0).named, watch=True)
+            few = min(out.numel() for out in first.values()) < TOKENS
+            self.batch = draw.full(max(4, min(MORE_ROWS if few else ROWS, 10**9 // size)))
+            self.outputs = lifted.by_rows(self.batch.named)
+            self.hidden = lifted.hidden(self.batch.named)
+            alone = self.padded["mixed"]
+            self.alone = [lifted(alone.row(i).named) for i in range(len(alone.ids))]
+            if self.unmasked is not None:
+                self.of_unmasked = lifted.by_rows(self.unmasked.named)
+        self.cotangents = [_cotangents(out, seed + i) for i, out in enumerate(self.alone)]
+        for index, (_, weights) in enumerate(zip(self.alone, self.cotangents, strict=True)):
+            out = lifted(alone.row(index).named)
+            torch.stack([(out[k] * w).sum() for k, w in weights.items()]).sum().backward()
+        self.gradients = lifted.gradients()
+        self.floors = {torch.float32: self._floor(lifted, torch.float32)}
+        with torch.no_grad():
+            for p in lifted.model.parameters():
+                p.copy_(p.bfloat16())
+        self.floors[torch.bfloat16] = self._floor(lifted, torch.bfloat16)
+
+    @torch.no_grad()
+    def _floor(self, lifted: Reference, dtype: torch.dtype) -> Floor:
+        # the fused kernel ignores the option to reorder and upcast, so there the floor is eager's
+        upcast = getattr(self.config, "reorder_and_upcast_attn", False)
+        narrow = Reference(
+            self.directory, self.reference_class, dtype, attention="eager" if upcast else "sdpa"
+        )
+        truth = self.outputs if dtype is torch.float32 else lifted.by_rows(self.batch.named)
+        return Floor(truth, narrow.by_rows(self.batch.named))
+
+
+class _Draw:
+    """Random inputs. No real token is the padding token, which the reference takes for padding."""
+
+    def __init__(self, config: object, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed + 17)
+        self.vocab: int = config.vocab_size  # type: ignore[attr-defined]
+        self.pad: int | None = config.pad_token_id  # type: ignore[attr-defined]
+        self.types: int = getattr(config, "type_vocab_size", 0)
+
+    def full(self, rows: int) -> Inputs:
+        ids = torch.randint(self.vocab, (rows, TOKENS), generator=self.random)
+        if self.pad is not None:
+            ids[ids == self.pad] = (self.pad + 1) % self.vocab
+        extra = {}
+        if self.types:
+            extra["token_type_ids"] = torch.randint(self.types, ids.shape, generator=self.random)
+        return Inputs(ids, extra)
+
+    def padded(self, side: str) -> Inputs:
+        """The same rows for every side; what stands at the padding is any token at all."""
+        rows = _Draw.rows(self)
+        noise = self.full(len(LENGTHS))
+        ids, extra = noise.ids.clone(), {k: v.clone() for k, v in noise.extra.items()}
+        mask = torch.zeros_like(ids)
+        for i, length in enumerate(LENGTHS):
+            start = SIDES[side](TOKENS - length, i)
+            here = slice(start, start + length)
+            mask[i, here] = 1
+            ids[i, here] = rows.ids[i, :length]
+            for name, values in extra.items():
+                values[i, here] = rows.extra[name][i, :length]
+        return Inputs(ids, extra, mask)
+
+    def rows(self) -> Inputs:
+        if not hasattr(self, "_rows"):
+            self._rows = self.full(len(LENGTHS))
+        return self._rows
+
+    def unmasked(self) -> Inputs | None:
+        """Padding tokens and no mask: what is made of them is the model's affair."""
+        if self.pad is None:
+            return None
+        inputs = self.full(len(LENGTHS))
+        for i, length in enumerate(LENGTHS):
+            inputs.ids[i, length:] = self.pad
+        return inputs
+
+
+def _cotangents(out: Outputs, seed: int) -> Outputs:
+    random = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(x.shape, generator=random, dtype=torch.float64) for name, x in out.items()
+    }

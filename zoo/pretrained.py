@@ -1,0 +1,424 @@
+"""A reference becomes a model: locate, read the config, prove the plan, build on meta, stream in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from converters.checkpoint import Checkpoint, open_checkpoint, read_json
+from converters.execute import carry_out
+from converters.formats import TensorInfo
+from converters.plan import Native, Plan, identity_plan, make_plan
+from converters.spec import Spec, load_spec
+from zoo import registry, sources
+from zoo.components.model import Model
+from zoo.errors import (
+    ConfigError,
+    MissingTensors,
+    NotACheckpoint,
+    OverflowOnCast,
+    UnsupportedArchitecture,
+    UsageError,
+    did_you_mean,
+)
+from zoo.registry import Architecture
+
+NATIVE_FILE = "zoo.json"
+
+Ref = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint was before it was converted: enough to give it back byte for byte."""
+
+    dialect: str
+    reference_class: str | None
+    config: str  # config.json, verbatim
+    header: Mapping[str, TensorInfo]
+    where: Mapping[str, str]  # tensor -> file
+    metadata: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        tensors = {
+            name: [info.dtype, list(info.shape), self.where[name]]
+            for name, info in self.header.items()
+        }
+        return {
+            "dialect": self.dialect,
+            "class": self.reference_class,
+            "config": self.config,
+            "metadata": dict(self.metadata),
+            "tensors": tensors,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Origin:
+        tensors = data["tensors"]
+        return cls(
+            dialect=data["dialect"],
+            reference_class=data["class"],
+            config=data["config"],
+            header={n: TensorInfo(n, tuple(s), d) for n, (d, s, _) in tensors.items()},
+            where={n: file for n, (_, _, file) in tensors.items()},
+            metadata=data["metadata"],
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model's weights come from, and by which rule each of them came."""
+
+    ref: str
+    directory: Path
+    architecture: str
+    files: tuple[Path, ...]
+    plan: Plan
+    origin: Origin
+    config: Any = field(repr=False)  # as loaded
+    dtype: torch.dtype | None = None  # a cast asked for at loading
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """Native name -> the rule it came by."""
+        return self.plan.rule_of()
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Name on disk -> why it was not wanted."""
+        return self.plan.dropped
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """File -> sha256; read when first asked for, since hashing costs more than loading."""
+        import hashlib
+
+        out = {}
+        for path in self.files:
+            with path.open("rb") as file:
+                out[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return out
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint whose config is understood, before its weights are opened."""
+
+    source: sources.Source
+    entry: Architecture
+    spec: Spec
+    heads: tuple[str, ...]  # heads to try, the first that the weights fill wins
+    fields: Mapping[str, Any]  # native config fields
+    reference_class: str | None
+    config_text: str
+    native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
+
+    def config(self, head: str, changes: Mapping[str, Any]) -> Any:
+        return self.entry.config_class(**{**self.fields, **changes, "head": head})
+
+
+def load(
+    ref: Ref,
+    *,
+    head: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Ref | None = None,
+    local_files_only: bool = False,
+    config: Mapping[str, Any] | None = None,
+    ignore_config: Sequence[str] = (),
+    trust: Collection[str] = (),
+    expect: type[Model] | None = None,
+) -> Model:
+    """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
+
+    `head` replaces the head that the checkpoint names ("none": hidden states). `config` changes native fields,
+    `ignore_config` lets unknown fields of config.json pass, and `trust` names tensors on disk that win where
+    tied ones differ. `weights="random"` initialises as the original does and reads no weights.
+    """
+    if weights not in ("checkpoint", "random"):
+        raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
+    kind = _dtype(dtype)
+    found = locate(
+        ref,
+        head=head,
+        weights=weights == "checkpoint",
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        ignore_config=ignore_config,
+        expect=expect,
+    )
+    if weights == "random":
+        return _random(found, config or {}, kind, device)
+    return fill(found, config=config or {}, dtype=kind, device=device, trust=trust)
+
+
+def load_directory(
+    directory: Ref, entry: Architecture, *, spec: Spec | None = None, **changes: Any
+) -> Model:
+    """A local HF directory of a known architecture, through a spec of the caller's own if one is given."""
+    source = sources.resolve(Path(directory))
+    found = _read(source, None, (), None)
+    return fill(replace(found, entry=entry, spec=spec or found.spec), **changes)
+
+
+def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:
+    """The model on the meta device: names and shapes, no weights."""
+    found = locate(ref, head=head, weights=False, **where)
+    return _on_meta(found, found.config(found.heads[0], {}))
+
+
+# --- locating ------------------------------------------------------------------------------------
+
+
+def locate(
+    ref: Ref,
+    *,
+    head: str | None = None,
+    weights: bool = True,
+    ignore_config: Sequence[str] = (),
+    expect: type[Model] | None = None,
+    **where: Any,
+) -> Located:
+    """The directory behind a reference, and what its config says."""
+    known = registry.checkpoints().get(str(ref)) if isinstance(ref, str) else None
+    if known is not None and known.config and not weights:
+        found = _from_registry(known, head)
+    else:
+        found = _read(sources.resolve(ref, weights=weights, **where), head, ignore_config, ref)
+    if expect is not None and found.entry.model is not expect:
+        raise UnsupportedArchitecture(
+            f"{ref}: a {found.entry.name} checkpoint, and {expect.__module__}.Model was asked for. "
+            f"Use zoo.load, or {found.entry.model.__module__}.Model"
+        )
+    return found
+
+
+def _from_registry(known: registry.CheckpointEntry, head: str | None) -> Located:
+    """Named checkpoints carry their published config, so that their shape is known offline."""
+    entry = registry.architectures()[known.architecture]
+    source = sources.Source(directory=Path(), ref=known.name, checkpoint=known)
+    reference = {"architectures": [known.reference_class], **known.config}
+    text = json.dumps({"model_type": entry.model_type, **reference}, indent=2)
+    return _understand(source, entry, reference, text, head, (), "registry.yaml")
+
+
+def _read(
+    source: sources.Source, head: str | None, ignore: Sequence[str], ref: Ref | None
+) -> Located:
+    directory = source.directory
+    if (native := directory / NATIVE_FILE).is_file():
+        return _read_native(source, native, head)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise NotACheckpoint(f"{directory}: no config.json and no {NATIVE_FILE} in it")
+    reference = read_json(path, ConfigError)
+    entry, _ = registry.architecture_for(reference, str(path))
+    text = path.read_text(encoding="utf-8")
+    return _understand(source, entry, reference, text, head, ignore, str(path))
+
+
+def _understand(
+    source: sources.Source,
+    entry: Architecture,
+    reference: dict[str, Any],
+    text: str,
+    head: str | None,
+    ignore: Sequence[str],
+    where: str,
+) -> Located:
+    """Native fields, or everything that is wrong with a config at once."""
+    spec = load_spec(entry.spec)
+    _, named = registry.architecture_for({"model_type": entry.model_type, **reference}, where)
+    heads = _heads(entry, named, head, where)
+    fields, problems = spec.dialect("hf").read_config(reference, ignore)
+    found = Located(source, entry, spec, heads, fields, named, text)
+    try:
+        found.config(heads[0], {})
+    except ConfigError as error:
+        problems.insert(0, str(error))
+    if problems:
+        raise ConfigError("\n  ".join([f"{where}:", *problems]))
+    return found
+
+
+def _heads(
+    entry: Architecture, named: str | None, asked: str | None, where: str
+) -> tuple[str, ...]:
+    known = entry.model.heads
+    if asked is not None:
+        if asked not in known:
+            near = did_you_mean(asked, known)
+            raise UsageError(f"head={asked!r}: {entry.name} has {', '.join(known)}.{near}")
+        return (asked,)
+    if named is None:
+        raise ConfigError(
+            f"{where}: 'architectures' names no class, so the head is unknown. "
+            f"Pass head= one of {', '.join(known)}"
+        )
+    return entry.heads[named]
+
+
+def _read_native(source: sources.Source, path: Path, head: str | None) -> Located:
+    data = read_json(path, ConfigError)
+    try:
+        entry = registry.architectures()[data["architecture"]]
+        fields = dict(data["config"])
+        origin = data["origin"]
+        heads = (head or fields.pop("head"),)
+        Origin.from_json(origin)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not what zoo writes: {error!r}") from None
+    fields.pop("head", None)
+    spec = load_spec(entry.spec)
+    return Located(source, entry, spec, heads, fields, origin["class"], origin["config"], data)
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def fill(
+    found: Located,
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust: Collection[str] = (),
+) -> Model:
+    """The proven plan, then the weights; nothing is returned half-loaded."""
+    checkpoint = open_checkpoint(found.source.directory)
+    model, plan = prove(found, checkpoint, config or {})
+    modules = dict(model.named_modules())
+    names: dict[str, list[str]] = {name: [name] for name in plan.native.shapes}
+    for other, owner in plan.native.ties.items():
+        names[owner].append(other)
+    for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
+        parameter = nn.Parameter(_placed(name, tensor, dtype, device))
+        for each in names[name]:
+            owner, _, leaf = each.rpartition(".")
+            modules[owner]._parameters[leaf] = parameter
+    model.provenance = Provenance(
+        ref=str(found.source.ref),
+        directory=found.source.directory,
+        architecture=found.entry.name,
+        files=checkpoint.files,
+        plan=plan,
+        origin=_origin(found, checkpoint, plan),
+        config=model.config,
+        dtype=dtype,
+        repo=found.source.repo,
+        revision=found.source.revision,
+    )
+    return model.eval()
+
+
+def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> tuple[Model, Plan]:
+    """A model on the meta device and the plan that fills it, for the first head that the weights fill."""
+    where = str(found.source.directory)
+    for head in found.heads:
+        model = _on_meta(found, found.config(head, changes))
+        native = native_of(model)
+        try:
+            if found.native is not None:
+                return model, identity_plan(native, checkpoint.tensors, where)
+            fields = model.config.to_dict()
+            return model, make_plan(
+                found.spec, "hf", fields, native, checkpoint.tensors, f"{where} ({found.spec.name})"
+            )
+        except MissingTensors:
+            if head == found.heads[-1]:
+                raise
+    raise AssertionError("an architecture without heads")
+
+
+def native_of(model: nn.Module) -> Native:
+    """Names and shapes of a model's arrays; names that share one are ties."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    ties: dict[str, str] = {}
+    owner: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (first := owner.setdefault(id(parameter), name)) == name:
+            shapes[name] = tuple(parameter.shape)
+        else:
+            ties[name] = first
+    return Native(shapes, ties)
+
+
+def _on_meta(found: Located, config: Any) -> Model:
+    with torch.device("meta"):
+        return found.entry.model(config)
+
+
+def _random(
+    found: Located,
+    changes: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> Model:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device(device):
+            return found.entry.model(found.config(found.heads[0], changes)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _placed(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, device: str | torch.device
+) -> Tensor:
+    """On its device and in its dtype; the very same memory where that is where it is."""
+    if dtype is None or dtype == tensor.dtype:
+        return tensor.to(device)
+    cast = tensor.to(device=device, dtype=dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        over = torch.isinf(cast) & torch.isfinite(tensor).to(cast.device)
+        if over.any():
+            at = over.nonzero()[0].tolist()
+            value = tensor[tuple(at)].item()
+            raise OverflowOnCast(f"{name}{at}: {value:g} is beyond {dtype}; load it wider")
+    return cast
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        dtype = named if isinstance(named, torch.dtype) else _bad_dtype(dtype)
+    if dtype is not None and not dtype.is_floating_point:
+        raise UsageError(f"dtype={dtype}: weights are floating point")
+    return dtype
+
+
+def _bad_dtype(text: str) -> torch.dtype:
+    known = ("float64", "float32", "float16", "bfloat16")
+    near = did_you_mean(text, known)
+    raise UsageError(f"dtype={text!r}: one of {', '.join(known)}.{near}")
+
+
+def _origin(found: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
+    if found.native is not None:
+        return Origin.from_json(found.native["origin"])
+    modern = {name: plan.modern.get(name, name) for name in checkpoint.tensors}
+    return Origin(
+        dialect="hf",
+        reference_class=found.reference_class,
+        config=found.config_text,
+        header={modern[name]: info for name, info in checkpoint.tensors.items()},
+        where={modern[name]: file for name, file in checkpoint.where.items()},
+        metadata=checkpoint.metadata,
+    )

@@ -1,0 +1,379 @@
+"""A reference becomes a local directory: a name from the registry, hf:org/repo@rev, or a path."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NoReturn
+
+from zoo.errors import (
+    AmbiguousCheckpoint,
+    BadIndex,
+    GatedRepo,
+    MissingShard,
+    NotACheckpoint,
+    Offline,
+    RepoNotFound,
+    SourceError,
+    UnknownName,
+    UnsafePath,
+    UsageError,
+    ZooError,
+    listing,
+)
+from zoo.registry import CheckpointEntry, architecture_for, find, named
+
+CONFIG = "config.json"
+NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
+# what is fetched beside config and weights, where the repository has it
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
+# (whole file, index of shards), the preferred format first
+WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a reference are, and where they came from."""
+
+    directory: Path
+    ref: str
+    checkpoint: CheckpointEntry | None = None
+    repo: str | None = None
+    revision: str | None = None  # the commit
+
+
+def resolve(
+    ref: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+    progress: bool = True,
+) -> Source:
+    """The directory of a reference. Only names and hf: references may use the network.
+
+    A registry name wins over a directory of the same name: write ./gpt2, or pass a Path, for that.
+    `weights=False` leaves the weights where they are; `progress` shows only on a terminal.
+    """
+    if (entry := named(ref)) is not None:
+        repo, revision = entry.repo, revision or entry.revision
+    elif isinstance(ref, str) and ref.startswith("hf:"):
+        repo, revision = _parse_hub(ref, revision)
+    elif isinstance(ref, str | os.PathLike):
+        return Source(_local(ref, revision), os.fsdecode(ref))
+    else:
+        kind = type(ref).__name__
+        raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
+    cache = None if cache_dir is None else Path(os.fsdecode(cache_dir))
+    hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress)
+    directory = hub.fetch_checkpoint(weights)
+    return Source(directory, os.fsdecode(ref), entry, repo, directory.name)
+
+
+def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None]:
+    if (match := _HUB.fullmatch(ref)) is None:
+        raise UsageError(f"{ref!r}: expected hf:org/repo or hf:org/repo@revision")
+    if revision and match["revision"] and revision != match["revision"]:
+        raise UsageError(f"{ref!r} asks for one revision and revision={revision!r} for another")
+    return match["repo"], revision or match["revision"]
+
+
+# --- directories ---------------------------------------------------------------------------------
+
+
+def _local(ref: str | os.PathLike[str], revision: str | None) -> Path:
+    text = os.fsdecode(ref)
+    path = Path(text).expanduser()
+    try:
+        # a loop of links or a name too long counts as not there
+        is_directory, exists = os.path.isdir(path), os.path.lexists(path)
+    except ValueError:
+        is_directory = exists = False
+    if not text or not (is_directory or exists):
+        _no_such(ref, text)
+    if not is_directory:
+        raise NotACheckpoint(f"{text}: expected a directory with {CONFIG} and weights in it")
+    if revision is not None:
+        raise UsageError(f"{text}: a directory has no revisions; leave revision={revision!r} out")
+    if not (path / CONFIG).exists() and not (path / NATIVE_FILE).exists():
+        raise NotACheckpoint(f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it.{_nearby(path)}")
+    return path
+
+
+def _no_such(ref: str | os.PathLike[str], text: str) -> NoReturn:
+    if not text.strip():
+        raise UsageError("expected a name, hf:org/repo@rev or a path, found an empty string")
+    if isinstance(ref, str):
+        hub_url = re.fullmatch(r"(?:https?://[^/]+/|hf://)([\w.-]+/[\w.-]+).*", text)
+        if hub_url:
+            raise UsageError(f"{text!r}: write hf:{hub_url[1]}")
+        if _REPO.fullmatch(text) and not text.startswith("."):
+            raise UsageError(
+                f"{text!r} is no directory here; for the hub's repository write hf:{text}"
+            )
+        if "/" not in text and os.sep not in text:
+            try:
+                find(text)
+            except UnknownName as error:
+                raise UnknownName(f"{error} (no directory of that name either)") from None
+    raise NotACheckpoint(f"{text}: no such directory")
+
+
+def _nearby(path: Path) -> str:
+    """Where the checkpoint that was meant may be."""
+    below = sorted(
+        p.parent for p in [*path.glob(f"*/{CONFIG}"), *path.glob(f"snapshots/*/{CONFIG}")]
+    )
+    if below:
+        return f" There is one in {listing(map(str, below), limit=3)}."
+    holds = sorted(p.name for p in path.iterdir())
+    return f" It holds {listing(holds, limit=5)}." if holds else " It is empty."
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Hub:
+    """One revision of one repository, as far as a checkpoint needs it."""
+
+    repo: str
+    revision: str
+    token: str | bool | None
+    cache_dir: Path | None
+    local_files_only: bool
+    progress: bool
+
+    def fetch_checkpoint(self, weights: bool) -> Path:
+        """Its directory in the cache: config first, so that an unknown model costs no download."""
+        config = self._config()
+        directory, self.revision = config.parent, config.parent.name
+        from converters.strict_json import read_json
+
+        architecture_for(read_json(config), f"hf:{self.repo}: {CONFIG}")
+        for name in COMPANIONS:
+            self._fetch(name)
+        if weights:
+            self._weights()
+        return directory
+
+    def _config(self) -> Path:
+        pinned = _COMMIT.fullmatch(self.revision) is not None
+        config = (self._cached(CONFIG) if pinned else None) or self._fetch(CONFIG)
+        if config is None:
+            raise self._miss(NotACheckpoint(f"hf:{self.repo}: no {CONFIG} in it"))
+        return config
+
+    def _miss(self, otherwise: ZooError) -> ZooError:
+        """Why something is not there: nobody could be asked, or the repository lacks it."""
+        return self.unreachable or otherwise
+
+    @cached_property
+    def unreachable(self) -> SourceError | None:
+        """Why only the cache can answer, if so: asked once, and without the client's retries."""
+        import huggingface_hub as hf
+
+        if self.local_files_only:
+            return self._offline("local_files_only is set")
+        try:
+            url = hf.hf_hub_url(self.repo, CONFIG, revision=self.revision)
+            hf.get_hf_file_metadata(url, token=self.token)
+        except Exception as error:
+            if isinstance(error, hf.errors.RevisionNotFoundError):
+                raise self._explain(error) from None  # gone for good: the cache is out of date
+            return None if self._is_absent(error) else self._explain(error)
+        return None
+
+    def _weights(self) -> None:
+        for whole, index in WEIGHTS:
+            has_whole, has_index = self._has(whole), self._has(index)
+            if has_whole and has_index:
+                raise AmbiguousCheckpoint(
+                    f"hf:{self.repo} holds {whole} and {index}, and nothing says which is meant; "
+                    "download one of them and pass its directory"
+                )
+            if has_whole:
+                self._need([whole])
+                return
+            if has_index:
+                path = self._need([index])[0]
+                self._need(_shards(path, f"hf:{self.repo}: {index}"))
+                return
+        names = ", ".join(name for pair in WEIGHTS for name in pair)
+        raise self._miss(
+            NotACheckpoint(
+                f"hf:{self.repo}: looked for {names}; other formats are not read from the hub"
+            )
+        )
+
+    def _need(self, names: list[str]) -> list[Path]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            paths = dict(zip(names, pool.map(self._fetch, names), strict=True))
+        if missing := [name for name, path in paths.items() if path is None]:
+            told = f"hf:{self.repo}: the index names {listing(missing)}; the repository lacks them"
+            raise self._miss(MissingShard(told))
+        return [path for path in paths.values() if path is not None]
+
+    def _has(self, name: str) -> bool:
+        return self._fetch(name, dry_run=True) is not None
+
+    def _fetch(self, name: str, dry_run: bool = False) -> Path | None:
+        """The file in the cache, downloaded if need be; None where the repository lacks it."""
+        import huggingface_hub as hf
+
+        # by branch only the config: that records in the cache which commit the branch stands for
+        if name != CONFIG and (known := self._look_up(name)) is not None:
+            return known or None
+        if self.unreachable:
+            return self._cached(name)
+        try:
+            path: Any = hf.hf_hub_download(
+                self.repo,
+                name,
+                revision=self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                dry_run=dry_run,
+                tqdm_class=None if self.progress else _silent(),
+            )
+        except Exception as error:
+            if self._is_absent(error):
+                return None
+            raise self._explain(error) from None
+        return Path(path.local_path if dry_run else path)
+
+    def _cached(self, name: str) -> Path | None:
+        return self._look_up(name) or None
+
+    def _look_up(self, name: str) -> Path | Literal[False] | None:
+        """In the cache; False if the repository is known to lack it, None if nothing is known."""
+        import huggingface_hub as hf
+
+        found = hf.try_to_load_from_cache(
+            self.repo, name, cache_dir=self.cache_dir, revision=self.revision
+        )
+        return Path(found) if isinstance(found, str) else None if found is None else False
+
+    # --- what the hub's answers mean ---
+
+    @staticmethod
+    def _is_absent(error: Exception) -> bool:
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+            return False
+        return isinstance(error, errors.RemoteEntryNotFoundError) or _status(error) == 404
+
+    def _explain(self, error: Exception) -> SourceError:
+        from huggingface_hub import constants, errors, get_token
+
+        page = f"{constants.ENDPOINT}/{self.repo}"
+        if isinstance(error, errors.GatedRepoError):
+            known = self.token if isinstance(self.token, str) else get_token()
+            return GatedRepo(
+                f"{self.repo} is gated: accept its licence at {page}, then "
+                + (
+                    "use a token of the account that did"
+                    if known
+                    else "set HF_TOKEN or pass token="
+                )
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return RepoNotFound(f"{self.repo} has no revision {self.revision!r}: see {page}")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return RepoNotFound(
+                f"{self.repo}: no such repository, or a private one: check the spelling, "
+                "or set HF_TOKEN to a token that may read it"
+            )
+        if isinstance(error, errors.HFValidationError):
+            return RepoNotFound(f"{self.repo}: {error}")
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return self._offline("HF_HUB_OFFLINE is set")
+        status = _status(error)
+        if status in (401, 403):
+            return RepoNotFound(
+                f"{self.repo}: the hub refused the token ({status}): renew HF_TOKEN"
+            )
+        if status is not None:
+            return self._offline(f"{constants.ENDPOINT} answered {status}")
+        for cause in _causes(error):
+            # the hub's HTTP client, and with it the root of its errors, changes with its version
+            network = type(cause).__module__.startswith("httpx")
+            if network or isinstance(cause, ConnectionError | TimeoutError):
+                reason = " ".join(str(cause).split()) or type(cause).__name__
+                return self._offline(f"{constants.ENDPOINT} cannot be reached ({reason})")
+        if isinstance(error, OSError):
+            return SourceError(f"{self.repo}: the cache {self._cache()} cannot be used: {error}")
+        raise error
+
+    def _cache(self) -> Path:
+        from huggingface_hub import constants
+
+        return self.cache_dir or Path(constants.HF_HUB_CACHE)
+
+    def _offline(self, reason: str) -> Offline:
+        return Offline(
+            f"{self.repo}@{self.revision} is not, or not wholly, in the cache {self._cache()}, "
+            f"and {reason}: fetch it once with the network on, or pass a directory"
+        )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error of huggingface_hub, which may wrap one in another."""
+    found = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((int(response.status_code) for response in found if response is not None), None)
+
+
+def _shards(index: Path, where: str) -> list[str]:
+    from converters.strict_json import read_json
+
+    names = read_json(index, BadIndex).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise BadIndex(f"{where}: weight_map: expected tensor names with the file of each")
+    shards = sorted(set(names.values()))
+    if unsafe := [n for n in shards if PurePosixPath(n).name != n or n in ("", ".", "..")]:
+        raise UnsafePath(f"{where}: expected plain file names, found {listing(map(repr, unsafe))}")
+    return shards
+
+
+def _silent() -> Any:
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Silent
