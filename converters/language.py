@@ -596,7 +596,7 @@ class Transform:
             for part, (left, right, used) in zip(parts, self._equations, strict=True)
         ]
         if len(rule.targets) > 1:
-            out = []
+            out: list[Tensor] = []
             for target, y in zip(rule.targets, moved, strict=True):
                 out.extend(y.unbind(0) if rule.spread(target) else [y])
             return out

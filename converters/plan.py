@@ -399,13 +399,15 @@ class _Planner:
                     missing.extend(n for n, f in zip(names, found, strict=True) if not f)
                     return None
         if not present:
+            present = [(u, names) for u in group for names in disk.tied(u.sources)]
+        if not present:
             missing.extend(group[0].sources)
             return None
         for use, names in present:
             self._check(use, names)
         use, names = present[0]
         also = [other for _, other in present[1:]]
-        also += disk.tied(use.sources)
+        also += [other for other in disk.tied(use.sources) if other not in (names, *also)]
         return Step(use.rule, use.transform, names, owners, tuple(also))
 
     def _check(self, use: _Use, names: Sequence[str]) -> None:
@@ -551,7 +553,7 @@ class _Disk:
         """Further names on disk of the array under `sources`, by the spec's `tied`."""
         if len(sources) > 1:
             return []
-        found = []
+        found: list[tuple[str, ...]] = []
         for other, main in self.dialect.tied:
             if (binding := main.match(sources[0])) is None:
                 continue

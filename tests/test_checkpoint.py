@@ -306,6 +306,9 @@ def test_a_linked_directory_and_the_hubs_cache(tmp_path: Path, sharded: Path) ->
         open_checkpoint(snapshot)
     with pytest.raises(MissingShard, match="is not there"):
         confined(snapshot, "config.json")
+    os.mkfifo(snapshot / "config.json")
+    with pytest.raises(UnsafePath, match="no regular file"):
+        confined(snapshot, "config.json")
 
 
 # --- splitting -----------------------------------------------------------------------------------

@@ -528,6 +528,10 @@ def repacked(
     return path
 
 
+def renamed(root: str) -> Edit:
+    return lambda name, data: (f"{root}/{name.partition('/')[2]}", data)
+
+
 @short
 @given(stocks)
 def test_reads_what_torch_saves(
@@ -568,11 +572,13 @@ def test_listing_a_zip_reads_no_weights(tmp_path: Path) -> None:
 
 def test_a_repacked_zip_is_still_right(tmp_path: Path) -> None:
     w = torch.randn(7)
-    path = repacked(saved(tmp_path, {"a": w, "b": w.double(), "c": w.half()}))
-    reader = TorchZipReader(path)
-    assert torch.equal(reader.tensor("a"), w)
-    assert torch.equal(reader.tensor("b"), w.double())
-    assert reader.tensor("b").data_ptr() % 8 == 0
+    for length in range(1, 9):  # the folder's name moves every record
+        path = saved(tmp_path, {"a": w, "b": w.double(), "c": w.half()})
+        repacked(path, renamed("r" * length))
+        reader = TorchZipReader(path)
+        assert torch.equal(reader.tensor("a"), w)
+        assert torch.equal(reader.tensor("b"), w.double())
+        assert reader.tensor("a").data_ptr() % 4 == reader.tensor("b").data_ptr() % 8 == 0
 
 
 def test_payloads_are_named_and_never_run(tmp_path: Path) -> None:
@@ -710,6 +716,29 @@ def test_zips_that_cannot_be_trusted(tmp_path: Path) -> None:
         reader.tensor("a")
     with pytest.raises(CorruptCheckpoint, match=r"tensor a .*CRC"):
         reader.tensor("a")
+
+
+def test_headers_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = repacked(saved(tmp_path, {"a": torch.ones(2)}))
+    good = path.read_bytes()
+    directory = good.index(b"PK\x01\x02")
+    assert TorchZipReader(path).tensor("a").tolist() == [1, 1]
+
+    def fails(at: int, patch: bytes, kind: type[ZooError], message: str) -> None:
+        path.write_bytes(good[:at] + patch + good[at + len(patch) :])
+        with pytest.raises(kind, match=message):
+            TorchZipReader(path)
+
+    fails(directory + 8, b"\x01", UnsupportedZip, "encrypted")
+    fails(directory + 20, b"\0\0\0\x01" * 2, ResourceLimit, "claim 1677")
+    fails(14, b"\0\0\0\0", CorruptCheckpoint, "two headers disagree")
+    fails(18, b"\x01\0\0\0", CorruptCheckpoint, "two headers disagree")
+    fails(30, b"x", CorruptCheckpoint, "two headers disagree")
+    fails(good.index(b"}"), b"{", CorruptCheckpoint, r"data\.pkl: wrong CRC")
+    path.write_bytes(good)
+    monkeypatch.setattr("converters.formats.torch_zip.MAX_PICKLE", 20)
+    with pytest.raises(ResourceLimit, match=r"data\.pkl has"):
+        TorchZipReader(path)
 
 
 def test_a_name_twice_in_a_zip(tmp_path: Path) -> None:

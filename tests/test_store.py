@@ -1,6 +1,7 @@
 """Publication: a directory appears whole or not at all, and what was there survives any failure."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -198,6 +199,10 @@ def test_links_are_replaced_and_never_followed(tmp_path: Path) -> None:
     assert not place.is_symlink()
     assert (place / "a").read_text() == "new"
     assert (target / "a").read_text() == "theirs"
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "hole").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OutputExists):
+        publish(tmp_path / "hole")
     dangling = tmp_path / "dangling"
     dangling.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputExists):
@@ -298,6 +303,28 @@ def test_a_second_writer_is_told_and_a_killed_one_leaves_no_trace(tmp_path: Path
     publish(place)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["other", "out"]
     assert (place / "a").read_text() == "new"
+
+
+def test_a_lock_that_was_just_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, real = tmp_path / ".out.zoo-lock", fcntl.flock
+    tries = 0
+
+    def flock(fd: int, operation: int) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            lock.unlink()  # by its last owner, between our open and our lock
+        if tries == 2:
+            lock.unlink()
+            lock.touch()  # and another writer is there already
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with staged(tmp_path / "out"), lock.open() as file, pytest.raises(BlockingIOError):
+        real(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert tries == 3
 
 
 def test_of_many_writers_one_publishes(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def bench_load(pairs: int, where: Path) -> list[dict[str, float | str]]:
         for script in scripts:
             run(script)  # warm up
         for cold in (False, True):
-            ours, theirs = [], []
+            ours: list[dict[str, float]] = []
+            theirs: list[dict[str, float]] = []
             for _ in range(pairs):
                 for script, out in zip(scripts, (ours, theirs), strict=True):
                     if cold:

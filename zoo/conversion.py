@@ -20,26 +20,15 @@ from converters.spec import load_spec
 from converters.store import staged
 from zoo import registry
 from zoo.components.model import Model
-from zoo.errors import LossyExport, UsageError
-from zoo.pretrained import NATIVE_FILE, Origin, Ref, fill, locate, native_of, prove
+from zoo.errors import UsageError
+from zoo.pretrained import Origin, Ref, fill, locate, native_of, prove
+from zoo.sources import NATIVE_FILE
 
 DIALECTS = ("hf", "native")
 SHARD_BYTES = 5 * 10**9
-# what belongs to a checkpoint beside its weights and is carried along untouched
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "preprocessor_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-)
+# what belongs to a checkpoint beside config and weights, and is carried along untouched
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+WEIGHTS = ("config.json", NATIVE_FILE, "*.index.json")
 
 
 def convert(src: Ref, dst: Ref, *, to: str = "hf", force: bool = False, **options: Any) -> Path:
@@ -227,9 +216,9 @@ def _as_before(
 
 def _carry(source: Path, stage: Path) -> None:
     for path in sorted(source.iterdir()):
-        known = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        weights = path.suffix in (".safetensors", ".bin", ".pth", ".pt")
-        if known and not weights and path.is_file() and not (stage / path.name).exists():
+        wanted = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        ours = any(fnmatch(path.name, pattern) for pattern in WEIGHTS)
+        if wanted and not ours and path.is_file():
             shutil.copyfile(path, stage / path.name)
 
 
@@ -239,6 +228,3 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _json(data: Any) -> str:
     return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-__all__ = ["LossyExport", "convert", "dry_run", "save"]

@@ -30,8 +30,7 @@ from zoo.errors import (
     did_you_mean,
 )
 from zoo.registry import Architecture
-
-NATIVE_FILE = "zoo.json"
+from zoo.sources import NATIVE_FILE
 
 Ref = str | PathLike[str]
 
@@ -196,7 +195,7 @@ def locate(
     **where: Any,
 ) -> Located:
     """The directory behind a reference, and what its config says."""
-    known = registry.checkpoints().get(str(ref)) if isinstance(ref, str) else None
+    known = registry.named(ref) if isinstance(ref, str) else None
     if known is not None and known.config and not weights:
         found = _from_registry(known, head)
     else:

@@ -367,9 +367,7 @@ class Guess:
             new = [(d, n) for d, n in self.proposed.values() if d.head == head]
             pairs = [parse_rule(d.name, n) for d, n in new]
             for source, target in _collapse(pairs):
-                names = {str(r.source.name) for r in _elementary(parse_rule(source, target))}
-                said = ", ".join(str(d) for d, _ in new if d.name in names)
-                note = f"{MARK} the model has nothing like {said}"
+                note = f"guessed: named as its neighbours are; {self.like.name}'s model has none"
                 out.append(Line(source, target, head, note))
         return out
 
@@ -387,9 +385,10 @@ class Guess:
         if self.found.prefix:
             out.append(f"  prefix: {self.found.prefix}")
         for section, head in (("weights", False), ("heads", True)):
-            mine = [text for line in lines if line.head == head for text in line.text()]
-            out += [f"  {section}:", *mine] if mine else []
-        out += [f"    # {MARK} nothing on disk is {n}" for n in self.unmapped.values()]
+            mine = [line for line in lines if line.head == head]
+            out += [f"  {section}:"] if mine else []
+            for before, line in zip([None, *mine], mine, strict=False):
+                out += line.text()[before is not None and before.note == line.note != "" :]
         for section in ("optional", "tied", "aliases", "drop"):
             if carried := self._carried(section):
                 out.append(f"  {section}:")
@@ -429,11 +428,12 @@ class Guess:
         tree = ast.parse(source)
         end = tree.body[0].end_lineno if ast.get_docstring(tree) is not None else 0
         code = source.splitlines()[end:]
+        proposed = self.proposed.values()
         head = [
             f'"""{name}: {MARK} what sets it apart. Below stands {self.like.name} as it is."""',
             "",
-            *(f"# {MARK} {name} = {disk} on disk" for disk, name in self.proposed.values()),
-            *(f"# {MARK} {native}: nothing on disk" for native in self.unmapped.values()),
+            *(f"# {MARK} not here yet: {name}, {disk} on disk" for disk, name in proposed),
+            *(f"# {MARK} here and on no disk: {native}" for native in self.unmapped.values()),
         ]
         return "\n".join([*head, *code]) + "\n"
 
@@ -441,17 +441,22 @@ class Guess:
         """What is wrong with the spec beside the kindred's model, as loading would say it."""
         spec = _parsed(name, text)
         dialect = spec.dialect("hf")
-        said: dict[str, None] = {}
+        said: dict[str, str] = {}
         for probe in self.found.probes:
+            fields, problems = dialect.read_config(probe.config)
             try:
-                fields, problems = dialect.read_config(probe.config)
-                said.update(dict.fromkeys(f"config.json: {p}" for p in problems))
-                native = self._native(probe)
-                make_plan(spec, "hf", self.fields.sizes(fields), native, probe.header, probe.name)
+                self.like.config_class(**fields)
+            except ConfigError as error:
+                problems.append(str(error))
+            try:
+                sizes = {k: v for k, v in fields.items() if isinstance(v, int)}
+                make_plan(spec, "hf", sizes, self._native(probe), probe.header, probe.name)
             except ZooError as error:
                 first, *rest = str(error).split("\n  ")
-                said.update(dict.fromkeys(rest or [first]))
-        return list(said)
+                problems += rest or [first]
+            for problem in problems:
+                said.setdefault(re.sub(r"\d+", "", problem), f"{probe.name}: {problem}")
+        return list(said.values())
 
 
 def _parsed(name: str, text: str) -> Spec:
@@ -605,10 +610,10 @@ def _collapse(rules: Sequence[Rule]) -> list[tuple[str, str | list[str]]]:
         first = items[0]
         groups = [
             (i, j, [o for o in items if _differs(first, o, i, j)])
-            for i in range(len(first[0]))
-            for j in range(len(first[1]))
+            for i in range(1, len(first[0]))  # a key that begins with { is no plain YAML
+            for j in range(1, len(first[1]))
         ]
-        i, j, group = max(groups, key=lambda g: len(g[2]))
+        i, j, group = max(groups, key=lambda g: len(g[2]), default=(0, 0, [first]))
         items = [item for item in items if item not in group]
         source, target, leaves = list(first[0]), list(first[1]), first[2]
         if len(group) > 1:
@@ -702,16 +707,15 @@ class Fields:
         self.dialect = replace(dialect, config=self.paths)
 
     def native(self, config: Mapping[str, Any], head: str) -> Any:
-        """The kindred's config; where it refuses a value, only the sizes and switches of it."""
+        """The kindred's config; a value that it refuses is left at its default."""
         fields, _ = self.dialect.read_config(config)
         try:
             return self.like.config_class(**fields, head=head)
         except ConfigError as error:
-            self.refused = " ".join(str(error).split())
-            return self.like.config_class(**self.sizes(fields), head=head)
-
-    def sizes(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in fields.items() if isinstance(v, int)}
+            said = " ".join(str(error).split())
+            self.refused = self.refused or said
+            kept = {k: v for k, v in fields.items() if not re.search(rf"(^|; ){k}: ", said)}
+            return self.like.config_class(**kept, head=head)
 
     def text(self) -> list[str]:
         out = ["  config:"]
@@ -722,13 +726,28 @@ class Fields:
                 out.append(f"    {native}: {' | '.join(self.paths[native])}")
         if self.refused:
             out.append(f"    # {MARK} {self.like.name}'s config refuses a value: {self.refused}")
+        fixed = {k: v for k, v in self.unknown.items() if _neutral(v)}
         for name, value in self.unknown.items():
-            out.append(f"    # {MARK} {name} ({flow(value)}): under config, require or ignore")
-        if self.require:
-            out.append(f"  require: {flow(self.require)}")
+            if name not in fixed:
+                usual = self.found.defaults.get(name)
+                where = f"{flow(value)} here" + (
+                    f", {flow(usual)} usually" if usual != value else ""
+                )
+                out.append(f"    # {MARK} {name} ({where}): under config, require or ignore")
+        if self.require or fixed:
+            out.append("  require:")
+            out += [f"    {name}: {flow(allowed)}" for name, allowed in self.require.items()]
+        if fixed:
+            out.append("    # guessed: as the tiny checkpoints have it; any other value is refused")
+            out += [f"    {k}: {flow([] if v is None else [v])}" for k, v in fixed.items()]
         if self.ignore:
             out.append(f"  ignore: {flow(self.ignore)}")
         return out
+
+
+def _neutral(value: Any) -> bool:
+    """A switch, a word, nothing, or a factor without effect: a model is proven for this value alone."""
+    return value is None or isinstance(value, bool | str) or value in (0.0, 1.0)
 
 
 # --- registry.yaml -------------------------------------------------------------------------------

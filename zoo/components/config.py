@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 
 MAX_LAYERS = 1000
+DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
 
 
@@ -36,7 +37,7 @@ class _Named(type):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(metaclass=_Named):
-    """What every architecture's config has. Fields that may be None are filled by `derived`."""
+    """What every architecture's config has. Fields left at DERIVED are filled by `derived`."""
 
     head: str = "lm"
     init_std: float = 0.02
@@ -45,8 +46,11 @@ class Config(metaclass=_Named):
 
     def __post_init__(self) -> None:
         problems = []
-        for name, kind in _kinds(type(self)).items():
-            value, problem = _fitted(getattr(self, name), kind)
+        for f in fields(self):
+            name, value = f.name, getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
+            value, problem = _fitted(value, _kinds(type(self))[name])
             object.__setattr__(self, name, value)
             problems += [f"{name}: {problem}"] if problem else []
         if not problems:
@@ -64,7 +68,7 @@ class Config(metaclass=_Named):
             raise ConfigError("; ".join(problems))
 
     def derived(self) -> Mapping[str, Any]:
-        """What the fields that are None stand for."""
+        """What fields left at DERIVED stand for."""
         return {}
 
     def problems(self) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from zoo.components.heads import last_token
-from zoo.components.model import Linear, Model
+from zoo.components.model import Embedding, Linear, Model
 
 HEADS = ("lm", "none", "sequence_classification")
 
@@ -14,6 +14,7 @@ class Decoder(Model):
     """Expects `embed` and a config with vocab, dim, tied, pad and labels."""
 
     heads: ClassVar[tuple[str, ...]] = HEADS
+    embed: Embedding
 
     def add_head(self) -> None:
         """The last line of a constructor: the head that the config names, then initialisation."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.heads import MaskedLMHead, Pooler
-from zoo.components.model import Linear, Model
+from zoo.components.model import Embedding, Linear, Model
 
 POOLED = ("pooler", "pretraining", "sequence_classification")
 LABELLED = ("sequence_classification", "token_classification")
@@ -43,6 +43,7 @@ class Encoder(Model):
     """Expects `embed` and a config with vocab, dim, act, eps, tied, labels, dropout and head_dropout."""
 
     heads: ClassVar[tuple[str, ...]] = HEADS
+    embed: Embedding
 
     def add_head(self) -> None:
         """The last line of a constructor: the head that the config names, then initialisation."""

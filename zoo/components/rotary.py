@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +64,8 @@ class Scaling:
         return 1.0
 
     def problems(self) -> list[str]:
-        return [f"factor: {self.factor} is not positive"] if getattr(self, "factor", 1) <= 0 else []
+        factor = getattr(self, "factor", None)
+        return [] if factor is None or factor > 0 else [f"factor: {factor} is not positive"]
 
     @classmethod
     def from_json(cls, value: Any) -> Scaling:
@@ -95,7 +96,7 @@ class Scaling:
         try:
             made = kind(**given)
         except TypeError:
-            lacking = [k for k in ("factor", "low_freq_factor") if k in known_fields - given.keys()]
+            lacking = [k for k, f in known_fields.items() if f.default is MISSING and k not in given]
             raise ConfigError(f"rope type {name!r} needs {', '.join(lacking)}") from None
         if problems := made.problems():
             raise ConfigError(f"rope {'; '.join(problems)}")
@@ -168,9 +169,6 @@ class Yarn(Scaling):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-
-    def problems(self) -> list[str]:
-        return [] if self.factor is None or self.factor > 0 else ["factor is not positive"]
 
     def _original(self, rotary: Rotary) -> int:
         return self.original_max_position_embeddings or rotary.limit

@@ -21,7 +21,7 @@ class Config(config.Config):
     dim: int = 768
     layers: int = 12
     heads: int = 12
-    hidden: int | None = None  # four times dim
+    hidden: int = config.DERIVED  # four times dim
     act: str = "gelu_new"
     positions: int = 1024
     eps: float = 1e-5
@@ -84,9 +84,9 @@ class Model(decoder.Decoder):
     def initialise(self) -> None:
         super().initialise()
         std = self.config.init_std * (2 * self.config.layers) ** -0.5  # two branches add up a layer
-        for block in self.blocks:
-            block.attn.out.weight.normal_(0, std)
-            block.mlp.down.weight.normal_(0, std)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(("attn.out.weight", "mlp.down.weight")):
+                parameter.normal_(0, std)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         inputs.check_ids(input_ids, self.config.vocab)

@@ -22,8 +22,8 @@ class Config(config.Config):
     dim: int = 4096
     layers: int = 32
     heads: int = 32
-    kv_heads: int | None = None  # as many as heads
-    head_dim: int | None = None  # dim / heads
+    kv_heads: int = config.DERIVED  # as many as heads
+    head_dim: int = config.DERIVED  # dim / heads
     hidden: int = 11008
     act: str = "silu"
     positions: int = 2048

@@ -206,7 +206,7 @@ def fp32(subject: Subject) -> Iterator[Row]:
     yield _against_floor(subject, torch.float32, "fp32", FP32)
     floor = subject.truth.floors[torch.float32]
     out = call(subject.model(torch.float32), subject.truth.batch)
-    wrong = total = 0
+    wrong, total = 0.0, 0
     for name, x, y in pair(out, floor.truth):
         if not _is_logits(name):
             continue

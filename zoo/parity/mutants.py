@@ -90,7 +90,8 @@ class Mapped:
                     out.append(parse_rule(source, targets[0] if len(targets) == 1 else targets))
             rules[section] = tuple(out)
         need(hit)
-        return self.spec.with_dialect(replace(dialect, **rules))
+        edited = replace(dialect, weights=rules["weights"], heads=rules["heads"])
+        return self.spec.with_dialect(edited)
 
 
 def written_out(rule: Rule, layers: int) -> Iterator[tuple[str, list[str]]]:
