@@ -1,4 +1,4 @@
-"""Draft a new architecture's files: `python tools/new_arch.py mistral --like llama --reference MistralForCausalLM`."""
+"""Draft a new architecture's files from a reference class and the architecture it is most like."""
 
 from __future__ import annotations
 
@@ -83,13 +83,15 @@ def _show(drafted: Draft) -> None:
 
 
 def _report(drafted: Draft) -> None:
-    kind = "only data: two files" if drafted.only_data else "a model of its own: three files"
-    print(f"\n{drafted.name} is {kind}.")
+    if drafted.only_data:
+        print(f"\n{drafted.name} is only data, by its names and shapes: two files.")
+    else:
+        print(f"\n{drafted.name} needs a model of its own: three files.")
     for title, items in (("Left to a person", drafted.marks), ("Loading says", drafted.verdict)):
         if items:
             print(f"\n{title}:")
             print(*(f"  {item}" for item in items), sep="\n")
-    print(f"\nNext: make test, or python -m pytest tests -k {drafted.name}. See CONTRIBUTING.md.")
+    print(f"\nWhether it computes the same, parity says: python -m zoo verify {drafted.name}")
 
 
 if __name__ == "__main__":

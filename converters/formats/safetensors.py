@@ -43,7 +43,7 @@ MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 64  # torch's
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LARGEST = (1 << 63) - 1
-_CHUNK = 16 << 20  # bytes that a strided tensor is copied by
+_CHUNK = 4 << 20  # bytes that a strided tensor is copied by; larger buffers stay in the heap
 
 # A private mapping is charged to the machine's memory as if all of it were to be written, and one
 # larger than that memory is refused. Weights are only read, so they ask for no reservation.

@@ -14,6 +14,7 @@ from zoo.parity.report import Report, Row
 
 if TYPE_CHECKING:
     from zoo.registry import Architecture
+    from zoo.sources import Source
 
 __all__ = ["Report", "Row", "verify"]
 
@@ -85,7 +86,7 @@ def _jobs(ref: str | PathLike[str] | None) -> list[Job]:
         return jobs
     try:
         # a proof never downloads gigabytes unasked
-        return jobs + _checkpoint_jobs(sources.resolve(ref, local_files_only=True), str(ref))
+        return jobs + _checkpoint_jobs(sources.resolve(ref, local_files_only=True), ref)
     except Offline as error:
         if entries:
             return jobs
@@ -95,18 +96,19 @@ def _jobs(ref: str | PathLike[str] | None) -> list[Job]:
         ) from error
 
 
-def _checkpoint_jobs(source: object, name: str) -> list[Job]:
+def _checkpoint_jobs(source: Source, ref: str | PathLike[str]) -> list[Job]:
     from converters.checkpoint import read_json
     from zoo import registry
     from zoo.errors import ConfigError, UsageError
     from zoo.parity.fixtures import write_like
 
-    directory: Path = source.directory  # type: ignore[attr-defined]
+    directory = source.directory
     path = directory / "config.json"
+    name = str(ref) if source.repo else directory.resolve().name
     if not path.is_file():
         raise UsageError(
-            f"{name}: a native checkpoint, which the reference cannot read. "
-            f"Run: zoo convert {name} --to hf --out DIR, and verify DIR"
+            f"{directory}: a native checkpoint, which the reference cannot read. "
+            f"Run: zoo convert {directory} --to hf --out DIR, and verify DIR"
         )
     _, reference_class = registry.architecture_for(read_json(path, ConfigError), str(path))
     if reference_class is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,6 @@ from converters.spec import Dialect
 from zoo import registry
 from zoo.conversion import save
 from zoo.parity.compare import Subject, differences
-from zoo.parity.reference import Reference
 from zoo.parity.report import Row
 from zoo.pretrained import load
 
@@ -34,10 +34,9 @@ def layouts(subject: Subject) -> Iterator[Row]:
     with TemporaryDirectory() as scratch:
         places = {form: Path(scratch, form) for form in (*forms, "shards", "bin")}
         for form, place in places.items():
+            _write(truth.directory, place, forms.get(form, tensors), form == "bin")
             if form == "shards":
-                _shards(truth.directory, truth.reference_class, place)
-            else:
-                _write(truth.directory, place, forms.get(form, tensors), form == "bin")
+                _shards(place, tensors)
             try:
                 # legacy names are read and never written: those come back as the source has them
                 expected = truth.directory if form == "legacy" else place
@@ -115,8 +114,14 @@ def _write(source: Path, place: Path, tensors: Mapping[str, Tensor], as_zip: boo
         save_file(apart, place / "model.safetensors", metadata={"format": "pt"})
 
 
-def _shards(source: Path, reference_class: str, place: Path) -> None:
-    model = Reference(source, reference_class, torch.float32).model
-    model.save_pretrained(place, max_shard_size="20KB")
-    for path in source.glob("*.json"):
-        shutil.copyfile(path, place / path.name)
+def _shards(place: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A single file becomes three and an index; every third tensor goes to the same one."""
+    whole = place / "model.safetensors"
+    whole.unlink()
+    files = {n: f"model-{k % 3 + 1:05}-of-00003.safetensors" for k, n in enumerate(tensors)}
+    for file in set(files.values()):
+        part = {name: tensors[name] for name in tensors if files[name] == file}
+        save_file(part, place / file, metadata={"format": "pt"})
+    size = sum(x.numel() * x.element_size() for x in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

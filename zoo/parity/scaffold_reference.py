@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,6 +24,7 @@ from zoo.registry import Architecture
 
 MOST_PARAMETERS = 3_000_000  # beyond that some size was not made small
 GROWN = 64  # a whole number from here on is a size to make small
+PARTIAL = "partial_rotary_factor"
 SAME_KIND = {"LMHeadModel": "ForCausalLM", "ForCausalLM": "LMHeadModel"}
 
 
@@ -42,6 +45,7 @@ class Survey:
 
     reference_class: str
     model_type: str
+    stem: str  # what all its classes' names begin with
     prefix: str  # of the base model's names in files of a class with a head
     classes: dict[str, str]  # reference class -> the kindred architecture's class of the same kind
     usual: dict[str, str]  # the kindred's name of a config field -> the library's usual one
@@ -82,6 +86,7 @@ def survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> S
     found = Survey(
         reference_class=reference,
         model_type=kind.config_class.model_type,
+        stem=stems[1],
         prefix=f"{kind.base_model_prefix}." if kind.base_model_prefix else "",
         classes=classes,
         usual={own: name for name, own in kindred.config_class.attribute_map.items()},
@@ -133,7 +138,9 @@ def _translated(
     for name, data in zip(names, others, strict=True):
         config = data["config"]
         keys = [*config, *(k for k in base["config"] if k not in config)]
-        changes = {own(k): config.get(k) for k in keys if config.get(k) != base["config"].get(k)}
+        changes = {
+            own(k): deepcopy(config.get(k)) for k in keys if config.get(k) != base["config"].get(k)
+        }
         # another depth or activation is no case of its own here
         tells = [k for k in changes if "act" not in k and "layer" not in k]
         if all(k in here for k in changes) and (tells or data["class"] != base["class"]):
@@ -148,7 +155,7 @@ def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
         if _is_number(value) and name != "tie_word_embeddings":
             fields[name] = value
     used = {v for v in fields.values() if isinstance(v, int)}
-    odd, even = (_unused(used, start) for start in (17, 14))
+    odd, even, eights = (_unused(used, *of) for of in ((17, 2), (14, 2), (24, 8)))
     for name, value in defaults.items():
         if name in fields:
             continue
@@ -161,20 +168,22 @@ def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
             fields[name] = 5000.0
         elif name == "rope_parameters" and isinstance(value, dict) and "rope_theta" in value:
             fields[name] = {**value, "rope_theta": 5000.0}
-            if value.get("partial_rotary_factor", 1.0) < 1:
-                fields[name]["partial_rotary_factor"] = 0.5  # of a narrow head, still even
+            if value.get(PARTIAL, 1.0) < 1:
+                fields[name][PARTIAL] = 0.5  # of a narrow head, still even
         elif not _is_whole(value):
             continue
         elif "experts_per" in name or "top_k" in name or "topk" in name:
             fields[name] = min(value, 2)
-        elif "experts" in name:
+        elif "experts" in name and value < 1000:
             fields[name] = min(value, 5)
         elif "max_position" in name:
             fields[name] = fields.get("max_position_embeddings", 61)
         elif "rotary" in name:
             fields[name] = min(value, 4)
         elif value >= GROWN:
-            fields[name] = next(even if "head" in name else odd)
+            # the reference's products over experts want rows of whole 16 bytes
+            moe = "moe" in name or "expert" in name
+            fields[name] = next(even if "head" in name else eights if moe else odd)
     return fields
 
 
@@ -186,9 +195,9 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or isinstance(value, float)
 
 
-def _unused(used: set[int], start: int) -> Iterator[int]:
-    """Numbers as odd or as even as `start` that no other size has."""
-    for n in count(start, 2):
+def _unused(used: set[int], start: int, step: int) -> Iterator[int]:
+    """Numbers from `start` that no other size has; the odd ones without small factors."""
+    for n in count(start, step):
         if n not in used and (n % 2 == 0 or all(n % d for d in (3, 5, 7))):
             used.add(n)
             yield n
@@ -201,15 +210,20 @@ def _write_all(found: Survey, others: Mapping[str, tuple[str, dict[str, Any]]]) 
     for name, (old, changes) in others.items():
         if (new := kindred.get(old)) is None or name == "base":
             continue
+        for field_name, value in changes.items():
+            own = found.fields.get(field_name)
+            if isinstance(own, dict) and isinstance(value, dict) and PARTIAL in own:
+                value.setdefault(PARTIAL, own[PARTIAL])
         with suppress(ConfigError):
             found.probes.append(_probe(found, name, new, changes))
     for missed in found.classes.keys() - {probe.reference_class for probe in found.probes}:
-        name = missed.lower()
+        kind = missed.removeprefix(found.stem).removeprefix("For")
+        name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "-", kind).lower()
         found.probes.append(_probe(found, name, missed, {}))
 
 
 def _probe(found: Survey, name: str, reference_class: str, changes: Mapping[str, Any]) -> Probe:
-    fields = {**found.fields, **changes}
+    fields = deepcopy({**found.fields, **changes})  # the reference writes into what it is given
     where = f"{reference_class} with {fields}"
     library = transformers()
     try:

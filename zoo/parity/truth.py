@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ LENGTHS = (TOKENS, TOKENS - 1, 33, 21, 6, 1)
 SIDES = {
     "left": lambda pad, row: pad,
     "right": lambda pad, row: 0,
-    "mixed": lambda pad, row: pad * row // 5,
+    "mixed": lambda pad, row: pad * row // (len(LENGTHS) - 1),
 }
 
 
@@ -71,9 +72,11 @@ class Truth:
             if self.unmasked is not None:
                 self.of_unmasked = lifted.by_rows(self.unmasked.named)
         self.cotangents = [_cotangents(out, seed + i) for i, out in enumerate(self.alone)]
-        for index, (_, weights) in enumerate(zip(self.alone, self.cotangents, strict=True)):
-            out = lifted(alone.row(index).named)
-            torch.stack([(out[k] * w).sum() for k, w in weights.items()]).sum().backward()
+        for i, weights in enumerate(self.cotangents):
+            _backward(lifted(alone.row(i).named), weights)
+        if self.unmasked is not None:
+            self.unmasked_cotangents = _cotangents(self.of_unmasked, seed)
+            _backward(lifted(self.unmasked.named), self.unmasked_cotangents)
         self.gradients = lifted.gradients()
         self.floors = {torch.float32: self._floor(lifted, torch.float32)}
         with torch.no_grad():
@@ -95,14 +98,20 @@ class Truth:
 class _Draw:
     """Random inputs. No real token is the padding token, which the reference takes for padding."""
 
-    def __init__(self, config: object, seed: int) -> None:
+    def __init__(self, config: Any, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed + 17)
-        self.vocab: int = config.vocab_size  # type: ignore[attr-defined]
-        self.pad: int | None = config.pad_token_id  # type: ignore[attr-defined]
+        self.vocab: int = config.vocab_size
         self.types: int = getattr(config, "type_vocab_size", 0)
+        # some old configs say -1 and mean none
+        self.pad: int | None = config.pad_token_id if (config.pad_token_id or 0) >= 0 else None
+        rope = getattr(config, "rope_parameters", None) or {}
+        limit = TOKENS if rope.get("rope_type") == "dynamic" else config.max_position_embeddings
+        self.tokens = min(TOKENS, limit)
+        self.lengths = [min(length, self.tokens) for length in LENGTHS]
+        self.rows = self.full(len(LENGTHS))
 
     def full(self, rows: int) -> Inputs:
-        ids = torch.randint(self.vocab, (rows, TOKENS), generator=self.random)
+        ids = torch.randint(self.vocab, (rows, self.tokens), generator=self.random)
         if self.pad is not None:
             ids[ids == self.pad] = (self.pad + 1) % self.vocab
         extra = {}
@@ -112,32 +121,29 @@ class _Draw:
 
     def padded(self, side: str) -> Inputs:
         """The same rows for every side; what stands at the padding is any token at all."""
-        rows = _Draw.rows(self)
-        noise = self.full(len(LENGTHS))
-        ids, extra = noise.ids.clone(), {k: v.clone() for k, v in noise.extra.items()}
-        mask = torch.zeros_like(ids)
-        for i, length in enumerate(LENGTHS):
-            start = SIDES[side](TOKENS - length, i)
+        inputs = self.full(len(LENGTHS))
+        mask = torch.zeros_like(inputs.ids)
+        for i, length in enumerate(self.lengths):
+            start = SIDES[side](self.tokens - length, i)
             here = slice(start, start + length)
             mask[i, here] = 1
-            ids[i, here] = rows.ids[i, :length]
-            for name, values in extra.items():
-                values[i, here] = rows.extra[name][i, :length]
-        return Inputs(ids, extra, mask)
-
-    def rows(self) -> Inputs:
-        if not hasattr(self, "_rows"):
-            self._rows = self.full(len(LENGTHS))
-        return self._rows
+            inputs.ids[i, here] = self.rows.ids[i, :length]
+            for name, values in inputs.extra.items():
+                values[i, here] = self.rows.extra[name][i, :length]
+        return Inputs(inputs.ids, inputs.extra, mask)
 
     def unmasked(self) -> Inputs | None:
         """Padding tokens and no mask: what is made of them is the model's affair."""
         if self.pad is None:
             return None
         inputs = self.full(len(LENGTHS))
-        for i, length in enumerate(LENGTHS):
+        for i, length in enumerate(self.lengths):
             inputs.ids[i, length:] = self.pad
         return inputs
+
+
+def _backward(out: Outputs, weights: Outputs) -> None:
+    torch.stack([(out[name] * weight).sum() for name, weight in weights.items()]).sum().backward()
 
 
 def _cotangents(out: Outputs, seed: int) -> Outputs:
