@@ -16,7 +16,7 @@ from zoo.errors import SpecError, did_you_mean
 SPECS = Path(__file__).parent / "specs"
 
 _SECTIONS = ("prefix", "weights", "heads", "optional", "tied", "aliases", "drop")
-_CONFIG_SECTIONS = ("config", "require", "ignore")
+_CONFIG_SECTIONS = ("config", "require", "ignore", "exclusive")
 _SPEC_KEYS = ("axes",)
 
 
@@ -36,6 +36,7 @@ class Dialect:
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
+    exclusive: tuple[tuple[str, ...], ...] = ()  # fields of which one counts: they may not differ
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -52,19 +53,25 @@ class Dialect:
             found = (value for path in paths if (value := _look_up(reference, path)) is not None)
             if (value := next(found, None)) is not None:
                 fields[name] = value
+            elif any(_is_null(reference, path) for path in paths):
+                fields[name] = None  # said, and not the same as left out
         return fields, self._audit(reference, frozenset(ignore))
 
     def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
         mapped = {path.partition(".")[0] for paths in self.config.values() for path in paths}
         problems = []
+        for names in self.exclusive:
+            said = [reference[name] for name in names if reference.get(name) is not None]
+            if any(value != said[0] for value in said):
+                problems.append(f"{' and '.join(names)} differ, and only one of them can count")
         for key, value in reference.items():
             if key in self.require:
                 allowed = self.require[key]
                 # `True == 1`: a flag is compared with its type
                 if value is None or any(value == a and type(value) is type(a) for a in allowed):
                     continue
-                said = " or ".join(map(repr, allowed)) or "absent"
-                problems.append(f"{key}: {value!r} is not implemented (only {said})")
+                only = " or ".join(map(repr, allowed)) or "absent"
+                problems.append(f"{key}: {value!r} is not implemented (only {only})")
             elif key not in mapped and key not in self.ignore and key not in ignore:
                 known = mapped | set(self.require) | self.ignore
                 problems.append(
@@ -78,10 +85,10 @@ class Dialect:
         return self.config[native][0] if native in self.config else native
 
     def write_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reference's config for native fields: the first path of each, nulls left out."""
+        """The reference's config for native fields, each under its first path."""
         out: dict[str, Any] = {}
         for name, paths in self.config.items():
-            if fields.get(name) is None:
+            if name not in fields:
                 continue
             *outer, last = paths[0].split(".")
             place = out
@@ -93,6 +100,13 @@ class Dialect:
             else:
                 place[last] = value
         return out
+
+
+def _is_null(config: Mapping[str, Any], path: str) -> bool:
+    """The field is there and holds null."""
+    outer, _, last = path.rpartition(".")
+    place = _look_up(config, outer) if outer else config
+    return isinstance(place, Mapping) and last in place and place[last] is None
 
 
 def _look_up(config: Mapping[str, Any], path: str) -> Any:
@@ -183,6 +197,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         config={k: _paths(v, f"{where}.config.{k}") for k, v in section("config").items()},
         require={k: tuple(v) for k, v in require.items()},
         ignore=frozenset(ignored) | frozenset(common["ignore"]),
+        exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),
     )
     for template, _ in dialect.drop + dialect.tied + dialect.aliases:
         if not str(template).strip():

@@ -1,1 +1,1 @@
-"""What several architectures share. A component takes values and modules, never an architecture's name."""
+"""What several architectures share: parts that take values and modules, never a name."""

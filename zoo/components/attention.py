@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.components.masks import Mask
 from zoo.components.model import Linear
-from zoo.components.rotary import Unturned
+from zoo.components.rotary import UNTURNED
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask, float, float], Tensor]
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         bias: bool,
         dropout: float = 0.0,
         scale: float | None = None,
-        rotary: Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]] = Unturned(),
+        rotary: Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]] = UNTURNED,
         attend: Attend = attend,
     ) -> None:
         super().__init__()

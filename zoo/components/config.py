@@ -143,6 +143,8 @@ class Labels(tuple[str, ...]):
 
     @classmethod
     def from_json(cls, value: Any) -> Labels:
+        if value is None:
+            return TWO_LABELS
         if type(value) is int and 0 < value <= MAX_SIZE:
             return cls(f"LABEL_{n}" for n in range(value))
         if isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
@@ -151,3 +153,6 @@ class Labels(tuple[str, ...]):
 
     def to_json(self) -> dict[str, str]:
         return {str(n): name for n, name in enumerate(self)}
+
+
+TWO_LABELS = Labels.from_json(2)

@@ -1,4 +1,4 @@
-"""What decoders make of their last hidden states: logits, one label a row, or the states themselves."""
+"""What decoders make of their last hidden states: logits, a label for each row, or nothing."""
 
 from typing import ClassVar
 

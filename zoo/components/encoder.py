@@ -40,7 +40,7 @@ Output = Tensor | Pooled | Pretraining | Span
 
 
 class Encoder(Model):
-    """Expects `embed` and a config with vocab, dim, act, eps, tied, labels, dropout and head_dropout."""
+    """Expects `embed`; its config names sizes, activation, eps, labels and dropouts."""
 
     heads: ClassVar[tuple[str, ...]] = HEADS
     embed: Embedding
@@ -62,16 +62,16 @@ class Encoder(Model):
             self.span = Linear(c.dim, 2)
         self.finish()
 
-    def read_out(self, x: Tensor) -> Output:
+    def read_out(self, x: Tensor, attention_mask: Tensor | None) -> Output:
         match self.config.head:
             case "pooler":
-                return Pooled(x, self.pooler(x))
+                return Pooled(x, self.pooler(x, attention_mask))
             case "masked_lm":
                 return self.head(x)
             case "pretraining":
-                return Pretraining(self.head(x), self.nsp(self.pooler(x)))
+                return Pretraining(self.head(x), self.nsp(self.pooler(x, attention_mask)))
             case "sequence_classification":
-                return self.classifier(self.head_dropout(self.pooler(x)))
+                return self.classifier(self.head_dropout(self.pooler(x, attention_mask)))
             case "token_classification":
                 return self.classifier(self.head_dropout(x))
             case "question_answering":

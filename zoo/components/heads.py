@@ -7,35 +7,39 @@ from zoo.components.activations import Activation
 from zoo.components.model import Linear
 
 
-def last_token(x: Tensor, ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
-    """(b, d): each row at its last real token.
+def first_place(attention_mask: Tensor) -> Tensor:
+    """(b, 1), where each row's first real token stands."""
+    return attention_mask.bool().int().argmax(dim=-1, keepdim=True)
 
-    What is real is said by the mask; without one, by the padding id; without either every token is.
-    """
-    if attention_mask is not None:
-        real = attention_mask.bool()
-    elif pad is not None:
-        real = ids != pad
-    else:
+
+def last_token(x: Tensor, ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
+    """(b, d): each row at its last token that is real by the mask and not the padding id."""
+    if attention_mask is None and pad is None:
         return x[:, -1]
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    real = mask.bool() if pad is None else mask.bool() & (ids != pad)
     places = torch.arange(ids.shape[1], device=ids.device)
-    last = torch.where(real, places, 0).amax(dim=-1)
-    return x[torch.arange(len(x), device=x.device), last]
+    # a row that holds nothing but padding ids is read where it begins
+    last = torch.where(real, places, first_place(mask)).amax(dim=-1)
+    return x[torch.arange(x.shape[0], device=x.device), last]
 
 
 class Pooler(nn.Module):
-    """(b, d): the first token's state, through a layer of its own."""
+    """(b, d): the first real token's state, through a layer of its own."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dense = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense(x[:, 0]).tanh()
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None:
+            return self.dense(x[:, 0]).tanh()
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        return self.dense(x[rows, first_place(attention_mask)].squeeze(1)).tanh()
 
 
 class MaskedLMHead(nn.Module):
-    """Logits over the vocabulary, after one more layer. `embed` gives the decoder its weight, if tied."""
+    """Logits over the vocabulary, after one more layer; tied, the decoder's weight is `embed`'s."""
 
     def __init__(
         self, dim: int, vocab: int, act: Activation, eps: float, embed: nn.Embedding | None

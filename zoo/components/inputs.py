@@ -1,4 +1,4 @@
-"""What forward is given, checked while that costs nothing: not under compilation, and ids on the CPU only."""
+"""What forward is given, checked where that costs nothing: in eager code, values on CPU only."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ def check_ids(ids: Tensor, size: int, what: str = "token") -> None:
         if low < 0 or high >= size:
             row, at = ((ids < 0) | (ids >= size)).nonzero()[0].tolist()
             raise TokenIdError(
-                f"row {row}, position {at}: {what} id {ids[row, at].item()} is outside 0..{size - 1}"
+                f"row {row}, position {at}: {what} id {ids[row, at].item()} "
+                f"is outside 0..{size - 1}"
             )
 
 

@@ -12,7 +12,7 @@ from zoo.components.inputs import check_mask
 
 
 class Mask:
-    """`allowed` is (b, 1, s, t) or broadcasts to it, True where a query may look; None: everywhere it is `causal`."""
+    """`allowed`: (b, 1, s, t) or what broadcasts to it, True where a query may look; or None."""
 
     def __init__(self, allowed: Tensor | None, positions: Tensor, causal: bool = False) -> None:
         self.allowed, self.positions, self.causal = allowed, positions, causal

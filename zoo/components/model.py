@@ -1,4 +1,4 @@
-"""The base of every model: its config, its heads, its initialisation, and the factory users expect."""
+"""The base of every model: config, heads, initialisation, and the factory users expect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Model(nn.Module):
-    """A plain module. Constructed on the meta device it has shapes only; elsewhere it is initialised."""
+    """A plain module. On the meta device it has shapes only; elsewhere it is initialised."""
 
     heads: ClassVar[tuple[str, ...]] = ()
 
@@ -43,15 +43,13 @@ class Model(nn.Module):
         """Normal weights, zero biases, unit norms; a padding token's embedding is zero."""
         std = self.config.init_std
         for module in self.modules():
-            match module:
-                case nn.Linear():
-                    module.weight.normal_(0, std)
-                    if module.bias is not None:
-                        module.bias.zero_()
-                case nn.Embedding():
-                    module.weight.normal_(0, std)
-                    if module.padding_idx is not None:
-                        module.weight[module.padding_idx].zero_()
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0, std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for module in self.modules():  # last: a tied head has drawn the same weight again
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
 
     def finish(self) -> None:
         """To be called at the end of a model's constructor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +21,11 @@ class Unturned:
         return q, k
 
 
+UNTURNED = Unturned()
+
+
 class Rotary:
-    """Turns pairs (n, n + e/2) of each head by `position * frequency(n)`. One object serves all layers."""
+    """Turns pairs (n, n + e/2) of a head by `position * frequency(n)`; all layers share it."""
 
     def __init__(self, width: int, base: float, scaling: Scaling, limit: int) -> None:
         self.width, self.base, self.scaling, self.limit = width, base, scaling, limit
@@ -46,7 +50,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-# --- scaling types: how each bends the frequencies for contexts longer than it was trained on ---------
+# --- scaling types: how each bends the frequencies for contexts longer than it was trained on ----
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,21 @@ class Scaling:
         factor = getattr(self, "factor", None)
         return [] if factor is None or factor > 0 else [f"factor: {factor} is not positive"]
 
+    def misfits(self, width: int, base: float) -> Iterator[str]:
+        """What this type cannot do with such heads."""
+        yield from ()
+
     @classmethod
     def from_json(cls, value: Any) -> Scaling:
-        """From `rope_scaling` or `rope_parameters`; whatever is not implemented is refused by name."""
+        """From `rope_scaling` or `rope_parameters`; what is not implemented is refused by name."""
+        if value is None:
+            return PLAIN
         if not isinstance(value, dict):
             raise ConfigError(f"expected an object, found {value!r}")
         given = {k: v for k, v in value.items() if v is not None}
         given.pop("rope_theta", None)
+        if "truncate" in value:
+            given.setdefault("truncate", False)  # a null is no, its absence yes
         kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]
         name = kinds[0] if kinds else "default"
         if any(kind != name for kind in kinds):
@@ -96,7 +108,8 @@ class Scaling:
         try:
             made = kind(**given)
         except TypeError:
-            lacking = [k for k, f in known_fields.items() if f.default is MISSING and k not in given]
+            needed = [k for k, f in known_fields.items() if f.default is MISSING]
+            lacking = [k for k in needed if k not in given]
             raise ConfigError(f"rope type {name!r} needs {', '.join(lacking)}") from None
         if problems := made.problems():
             raise ConfigError(f"rope {'; '.join(problems)}")
@@ -120,11 +133,15 @@ class Linear(Scaling):
 
 @dataclass(frozen=True)
 class Dynamic(Scaling):
-    """The base grows once a row is longer than the model's positions; each row by its own length."""
+    """The base grows once a row is longer than the model's positions; each row for itself."""
 
     type: ClassVar[str] = "dynamic"
     unbounded: ClassVar[bool] = True
     factor: float
+
+    def misfits(self, width: int, base: float) -> Iterator[str]:
+        if width == 2:
+            yield "head_dim: 2 is too narrow for rope type 'dynamic'"
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
         length = (positions.amax(dim=-1, keepdim=True) + 1).clamp(min=rotary.limit)
@@ -170,6 +187,10 @@ class Yarn(Scaling):
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def misfits(self, width: int, base: float) -> Iterator[str]:
+        if base == 1:
+            yield "rope_base: 1 turns every pair alike, and rope type 'yarn' tells them apart"
+
     def _original(self, rotary: Rotary) -> int:
         return self.original_max_position_embeddings or rotary.limit
 
@@ -210,3 +231,4 @@ class Yarn(Scaling):
 SCALINGS: dict[str, type[Scaling]] = {
     kind.type: kind for kind in (Scaling, Linear, Dynamic, Llama3, Yarn)
 }
+PLAIN = Scaling()

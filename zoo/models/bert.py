@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, encoder, inputs, masks
 from zoo.components.attention import Attention
-from zoo.components.config import Labels
+from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
@@ -32,7 +32,7 @@ class Config(config.Config):
     head_dropout: float | None = None  # dropout
     tied: bool = True
     pad: int | None = 0
-    labels: Labels = Labels.from_json(2)
+    labels: Labels = TWO_LABELS
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:
@@ -84,4 +84,4 @@ class Model(encoder.Encoder):
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask)
-        return self.read_out(x)
+        return self.read_out(x, attention_mask)

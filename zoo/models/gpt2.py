@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, norms before each branch, biases everywhere, and a head tied to the embedding."""
+"""GPT-2: learned positions, norms before each branch, biases everywhere, a head tied to embed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention, attend, attend_upcast
-from zoo.components.config import Labels
+from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
@@ -33,7 +33,7 @@ class Config(config.Config):
     attn_dropout: float = 0.1
     tied: bool = True
     pad: int | None = None
-    labels: Labels = Labels.from_json(2)
+    labels: Labels = TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Llama: norms before each branch, rotary positions, grouped key heads, a gated MLP; no dropout but attention's."""
+"""Llama: norms before each branch, rotary positions, grouped key heads, a gated MLP, no biases."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention
-from zoo.components.config import Labels
+from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
 from zoo.components.norm import RMSNorm
-from zoo.components.rotary import Rotary, Scaling
+from zoo.components.rotary import PLAIN, Rotary, Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Config(config.Config):
     extrapolate: bool = False  # accept more tokens than positions
     eps: float = 1e-6
     rope_base: float = 10000.0
-    rope: Scaling = Scaling()
+    rope: Scaling = PLAIN
     attn_bias: bool = False
     mlp_bias: bool = False
-    attn_dropout: float = 0.0
+    attn_dropout: float | None = 0.0
     tied: bool = False
     pad: int | None = None
-    labels: Labels = Labels.from_json(2)
+    labels: Labels = TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
@@ -46,6 +46,7 @@ class Config(config.Config):
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
         yield from activations.unknown("act", self.act)
         yield from config.pad_fits(self.pad, self.vocab)
+        yield from self.rope.misfits(self.head_dim, self.rope_base)
         if self.head_dim % 2:
             yield f"head_dim: {self.head_dim} is odd, and rotary turns pairs"
         elif self.head_dim * self.heads != self.dim and self.dim % self.heads:
@@ -62,7 +63,7 @@ class Block(nn.Module):
             c.kv_heads,
             c.head_dim,
             bias=c.attn_bias,
-            dropout=c.attn_dropout,
+            dropout=c.attn_dropout or 0.0,
             rotary=rotary,
         )
         self.norm2 = RMSNorm(c.dim, c.eps)

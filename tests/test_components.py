@@ -1,0 +1,241 @@
+"""Shared parts on their own: masks, rotary scaling, activations, heads, configs."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.components import config, masks
+from zoo.components.activations import ACTIVATIONS
+from zoo.components.attention import attend, attend_upcast
+from zoo.components.heads import Pooler, last_token
+from zoo.components.rotary import Rotary, Scaling, turn
+from zoo.errors import ConfigError, MaskError, ResourceLimit, TokenIdError
+
+IDS = torch.tensor([[9, 8, 7, 6, 5], [4, 3, 2, 1, 9]])
+HOLES = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def test_positions_count_real_tokens() -> None:
+    assert masks.causal(IDS, HOLES).positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    assert masks.full(IDS, None).positions.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_no_query_is_left_without_a_key() -> None:
+    for make in (masks.causal, masks.full):
+        allowed = make(IDS, HOLES).allowed
+        assert allowed is not None
+        assert allowed.any(-1).all()
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    assert masks.causal(IDS, torch.ones_like(IDS)).allowed is None
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 4), torch.tensor([[0] * 5, [1] * 5]), torch.full((2, 5), -1e9)],
+    ids=["another length", "an empty row", "additive"],
+)
+def test_masks_that_mean_nothing(mask: Tensor) -> None:
+    with pytest.raises(MaskError):
+        masks.causal(IDS, mask)
+
+
+def test_upcast_attention_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 5, 4).double(), *torch.randn(2, 2, 2, 5, 4).double()
+    for mask in (masks.causal(IDS, None), masks.causal(IDS, HOLES), masks.full(IDS, HOLES)):
+        a, b = (f(q, k, v, mask, 0.3, 0.0) for f in (attend, attend_upcast))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+# --- rotary --------------------------------------------------------------------------------------
+
+
+def frequencies(width: int, base: float, limit: int, length: int = 3, **scaling: object) -> Tensor:
+    rotary = Rotary(width, base, Scaling.from_json(scaling), limit)
+    steps = torch.arange(0, width, 2).double() / width
+    return rotary.scaling.frequencies(rotary, steps, torch.arange(length)[None]).squeeze()
+
+
+def test_scores_depend_on_distance_alone() -> None:
+    torch.manual_seed(0)
+    rotary = Rotary(8, 100.0, Scaling(), 64)
+    q, k = torch.randn(2, 1, 1, 1, 8).double()
+
+    def score(a: int, b: int) -> float:
+        (ca, sa), (cb, sb) = (rotary.tables(torch.tensor([[n]]), torch.float64) for n in (a, b))
+        return (turn(q, ca, sa) * turn(k, cb, sb)).sum().item()
+
+    assert math.isclose(score(3, 10), score(20, 27), abs_tol=1e-12)
+    assert not math.isclose(score(3, 10), score(3, 11), abs_tol=1e-3)
+
+
+def test_linear_divides_and_llama3_leaves_the_fast_ones() -> None:
+    plain = frequencies(16, 500.0, 64)
+    assert torch.equal(frequencies(16, 500.0, 64, rope_type="linear", factor=4.0), plain / 4)
+    bent = frequencies(
+        16, 500.0, 64, type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0
+    )
+    torch.testing.assert_close(bent[0], plain[0])
+    torch.testing.assert_close(bent[-1], plain[-1] / 4)
+
+
+def test_dynamic_grows_beyond_its_positions_only() -> None:
+    plain = frequencies(16, 500.0, 20)
+    at, beyond = (frequencies(16, 500.0, 20, n, rope_type="dynamic", factor=2.0) for n in (20, 21))
+    torch.testing.assert_close(at, plain)
+    assert (beyond[1:] < plain[1:]).all()
+
+
+def test_yarn_truncates_unless_told_otherwise() -> None:
+    """A null is no: the reference reads it so. At these sizes the ramp's ends are no integers."""
+
+    def yarn(**more: object) -> Tensor:
+        sizes = {"factor": 4.0, "original_max_position_embeddings": 200}
+        return frequencies(
+            24, 60.0, 800, rope_type="yarn", beta_fast=9.0, beta_slow=1.3, **sizes, **more
+        )
+
+    assert torch.equal(yarn(), yarn(truncate=True))
+    assert torch.equal(yarn(truncate=None), yarn(truncate=False))
+    assert (yarn() - yarn(truncate=False)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"rope_type": "longrope"}, "'longrope' is not implemented"),
+        ({"rope_type": "linaer", "factor": 2.0}, "Did you mean linear"),
+        ({"rope_type": "linear"}, "needs factor"),
+        ({"rope_type": "linear", "factor": 0}, "not positive"),
+        ({"rope_type": "linear", "factor": "2"}, "expected a number"),
+        ({"rope_type": "default", "factor": 2.0}, "has no 'factor'"),
+        ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "differ"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ([], "expected an object"),
+    ],
+)
+def test_rope_that_is_refused(value: object, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Scaling.from_json(value)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
+def test_rope_goes_to_json_and_back(kind: str) -> None:
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    factor = {} if kind == "default" else {"factor": 2.0}
+    made = Scaling.from_json({"type": kind, **factor, **more})
+    assert Scaling.from_json(made.to_json()) == made
+    assert Scaling.from_json(None).to_json() == {"rope_type": "default"}
+
+
+# --- activations and heads -----------------------------------------------------------------------
+
+
+def test_activations_by_what_they_are_known_for() -> None:
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    exact = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+    torch.testing.assert_close(ACTIVATIONS["gelu"](x), exact)
+    assert 1e-5 < (ACTIVATIONS["gelu_new"](x) - exact).abs().max() < 1e-3
+    assert 1e-3 < (ACTIVATIONS["quick_gelu"](x) - exact).abs().max() < 1e-1
+    assert ACTIVATIONS["gelu_10"](x).max() == 10
+    assert all(f(x).isfinite().all() for f in ACTIVATIONS.values())
+
+
+@pytest.mark.parametrize(
+    ("mask", "pad", "at"),
+    [
+        (None, None, [4, 4]),
+        (HOLES, None, [4, 2]),
+        (None, 9, [4, 3]),
+        (HOLES, 2, [4, 1]),
+        (torch.ones_like(IDS), 9, [4, 3]),
+        (torch.tensor([[0, 0, 0, 0, 1], [1] * 5]), 5, [4, 4]),
+    ],
+    ids=["neither", "mask", "pad", "both", "ones and pad", "nothing but pads"],
+)
+def test_the_token_that_is_classified(mask: Tensor | None, pad: int | None, at: list[int]) -> None:
+    x = torch.arange(5.0).expand(2, 5)[..., None]
+    assert last_token(x, IDS, mask, pad).flatten().tolist() == at
+
+
+def test_the_pooler_reads_the_first_real_token() -> None:
+    pooler = Pooler(1)
+    torch.nn.init.ones_(pooler.dense.weight)
+    torch.nn.init.zeros_(pooler.dense.bias)
+    x = torch.arange(1.0, 6.0).expand(2, 5)[..., None]
+    torch.testing.assert_close(pooler(x, HOLES).flatten(), torch.tensor([3.0, 1.0]).tanh())
+    torch.testing.assert_close(pooler(x, None).flatten(), torch.tensor([1.0, 1.0]).tanh())
+
+
+# --- configs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny(config.Config):
+    layers: int = 2
+    eps: float = 1e-5
+    tied: bool = False
+    pad: int | None = 0
+    dropout: float = 0.0
+    heads_known = ("lm", "none")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layers", 0),
+        ("layers", 2.0),
+        ("layers", True),
+        ("layers", None),
+        ("eps", float("nan")),
+        ("eps", "1e-5"),
+        ("tied", 1),
+        ("dropout", 1.5),
+        ("head", "ml"),
+        ("layer", 3),
+    ],
+)
+def test_a_bad_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        Tiny(**{field: value})
+
+
+def test_every_problem_is_said_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)layers.*eps"):
+        Tiny(layers=0, eps=-1.0)
+    with pytest.raises(ConfigError, match="Did you mean layers"):
+        Tiny(layer=3)
+
+
+def test_a_billion_layers_are_too_many() -> None:
+    with pytest.raises(ResourceLimit):
+        Tiny(layers=10**9)
+
+
+def test_null_is_a_value_where_the_field_can_hold_it() -> None:
+    assert Tiny(pad=None).pad is None
+    assert Tiny().replace(pad=3).to_dict()["pad"] == 3
+
+
+def test_labels_by_number_or_by_name() -> None:
+    names = config.Labels.from_json({"1": "b", "0": "a", "10": "c"})
+    assert names == ("a", "b", "c")
+    assert len(config.Labels.from_json(5)) == 5
+    for bad in (0, {}, {"x": "y"}, True):
+        with pytest.raises(ConfigError):
+            config.Labels.from_json(bad)
+
+
+def test_a_token_outside_the_vocabulary_says_where() -> None:
+    from zoo.components.inputs import check_ids
+
+    with pytest.raises(TokenIdError, match=r"row 1, position 2.*99"):
+        check_ids(torch.tensor([[1, 2, 3], [4, 5, 99]]), 50)
