@@ -17,7 +17,7 @@ Read = Callable[[str], "Tensor"]
 def carry_out(
     plan: Plan, read: Read, *, trust: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Native names and tensors, step by step. Whatever only renames or restrides is a view of what was read.
+    """Native names and tensors, step by step; what only renames or restrides is a view.
 
     `trust` names tensors on disk that win where tied names hold different values.
     """
@@ -55,7 +55,7 @@ def _agreed(step: Step, read: Read, trust: Collection[str]) -> tuple[str, ...]:
 
 
 def invert(plan: Plan, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their names on disk, from those of the model: what the plan read, by its modern names."""
+    """Tensors by their modern names on disk, from those of the model."""
     if missing := [t for step in plan.steps for t in step.targets if t not in native]:
         raise MissingTensors(f"{len(missing)} native tensors missing: {listing(missing)}")
     out: dict[str, Tensor] = {}

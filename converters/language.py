@@ -1,8 +1,8 @@
-"""The mapping language: names whose indices are axes, patterns as einops writes them, and what a rule does.
+"""The mapping language: names whose indices are axes, patterns as einops writes them.
 
-A rule `source ref: target ref` (or a list of target refs) is parsed into a `Rule`. With every size known it
-becomes a `Transform`, which carries arrays from source to target and back without losing a bit. Nothing here
-knows of files or models, and torch is imported only when arrays move.
+A rule `source ref: target ref` (or a list of target refs) is parsed into a `Rule`. With every
+size known it becomes a `Transform`, which carries arrays from source to target and back without
+losing a bit. Nothing here knows of files or models; torch is imported only when arrays move.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Template:
     def match(self, name: str) -> Binding | None:
         """The binding under which `format` gives `name`, or None.
 
-        Every part moves a set of positions forward, so the time is bounded by parts x values x length.
+        Every part moves a set of positions forward: the time is at most parts x values x length.
         """
         states: dict[int, Binding] = {0: {}}
         for part in self.parts:
@@ -277,9 +277,9 @@ def _name(reader: _Reader) -> Template:
             while reader.at < len(text) and text[reader.at] not in " [{}]()|":
                 reader.at += 1
             literal = text[start : reader.at]
-            if parts and isinstance(parts[-1], Placeholder) and not parts[-1].values:
-                if literal[0].isdigit():
-                    raise reader.fail("a digit behind a number: its end cannot be found", start)
+            number = parts and isinstance(parts[-1], Placeholder) and not parts[-1].values
+            if number and literal[0].isdigit():
+                raise reader.fail("a digit behind a number: its end cannot be found", start)
             parts.append(literal)
     if not parts:
         raise reader.fail("expected a tensor's name")
@@ -380,7 +380,7 @@ def _check_axes(pattern: Pattern, reader: _Reader, start: int) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a spec: a family of source tensors and the native tensors that hold the same numbers."""
+    """One line of a spec: source tensors and the native tensors that hold the same numbers."""
 
     source: Ref
     targets: tuple[Ref, ...]

@@ -1,4 +1,4 @@
-"""The proof: a spec, a config and the headers of a checkpoint fit completely, or all that is wrong is said at once.
+"""The proof: spec, config and headers fit completely, or all that is wrong is said at once.
 
 No weights are read here, and no torch is imported.
 """
@@ -71,7 +71,7 @@ class Plan:
         return {target: str(step.rule) for step in self.steps for target in step.targets}
 
     def describe(self) -> str:
-        """The plan for a person: source, target, axes, shapes, dtypes, bytes; then what is dropped."""
+        """The plan for a person: each step with shapes and bytes; then what is dropped."""
         rows = [("source", "target", "axes", "shape", "dtype", "bytes")]
         total = 0
         for step in self.steps:
@@ -131,7 +131,7 @@ def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) 
 def target_names(
     spec: Spec, dialect: str, config: Mapping[str, object], native: Native, *, bare: bool
 ) -> dict[str, TensorInfo]:
-    """The header that a writer of `dialect` would publish for this model: names and shapes; dtypes are open.
+    """The header that a writer of `dialect` would publish: names and shapes; dtypes are open.
 
     `bare` leaves the prefix away, as files of a class without a head do.
     """
@@ -208,7 +208,7 @@ class _Planner:
     # --- rules under their bindings ---
 
     def uses(self) -> list[_Use]:
-        """Every use of a rule whose native tensors the model holds; the proof of the native side."""
+        """Every use of a rule whose native tensors are there; the proof of the native side."""
         found: list[_Use] = []
         produced: dict[str, Rule] = {}
         for rule in self.dialect.rules:
@@ -387,7 +387,7 @@ class _Planner:
     def _step(
         self, owners: tuple[str, ...], group: list[_Use], disk: _Disk, missing: list[str]
     ) -> Step | None:
-        """The step that fills `owners`, from the first use whose tensors are there; others must agree."""
+        """The step that fills `owners` from the first use that is there; others must agree."""
         present: list[tuple[_Use, tuple[str, ...]]] = []
         for use in group:
             heads = use.rule in self.dialect.heads

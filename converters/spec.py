@@ -1,4 +1,4 @@
-"""The schema of specs/*.yaml: what each dialect calls an architecture's tensors and config fields."""
+"""The schema of specs/*.yaml: what each dialect calls tensors and config fields."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ARROWS = {
     "zoo.components": {"zoo.errors", "torch", "einops"},
     "zoo.registry": {"zoo.errors", "zoo.models", "yaml"},
     "zoo.sources": {"zoo.errors", "zoo.registry", "converters", "huggingface_hub"},
-    "zoo.parity": {"zoo", "converters", "torch", "safetensors", "transformers", "yaml"},
+    "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
     "zoo": {"zoo", "converters", "torch"},
     "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml"},
 }
@@ -134,7 +134,11 @@ def lines(path: Path) -> int:
     [("zoo/models", "*.py", 100), ("converters/specs", "*.yaml", 50)],
 )
 def test_budgets(folder: str, pattern: str, most: int) -> None:
-    counts = {name(path): lines(path) for path in (ROOT / folder).glob(pattern)}
+    counts = {
+        name(path): lines(path)
+        for path in (ROOT / folder).glob(pattern)
+        if not path.name.startswith("common.")  # what every config may hold, not an architecture
+    }
     assert len(counts) >= 3
     assert {f: n for f, n in counts.items() if n > most and f not in OVER_BUDGET} == {}
 

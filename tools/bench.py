@@ -22,7 +22,7 @@ CASES = {  # registry name, dtype, reference class, bytes a shard
     "llama-1.1b-bf16": ("tinyllama-1.1b", "bfloat16", "LlamaForCausalLM", 1_200_000_000),
 }
 
-# What one process does. It prints seconds by phase, and anonymous memory over a bare `import torch`.
+# What one process does: seconds by phase, and anonymous memory over a bare `import torch`.
 PHASES = """
 import sys, time
 t0 = time.perf_counter()

@@ -60,7 +60,8 @@ def save(
 ) -> Path:
     """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
 
-    A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes) makes a new one.
+    A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes)
+    makes a new one.
     """
     _check_dialect(to)
     destination = Path(dst)
@@ -103,7 +104,7 @@ def _plan(model: Model, origin: Origin) -> Plan:
 
 
 def _origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
-    """What the exported checkpoint looks like: as its source did where the model still is that model."""
+    """What the export looks like: as the source did, while the model still is that model."""
     entry = _entry(model)
     named = _class_of(entry, model.config.head)
     dtypes = {dtype_code(tensor.dtype) for tensor in state.values()}

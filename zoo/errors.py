@@ -1,4 +1,4 @@
-"""Every error a user can meet, as one tree. A message names the place, both sides and the next move."""
+"""Every error a user can meet, as one tree. A message names the place and the next move."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -41,7 +41,7 @@ class UnsupportedArchitecture(ZooError):
 
 
 class ConfigError(ZooError):
-    """A config field is missing, unknown, malformed, or has a value the model does not implement."""
+    """A config field is missing, unknown, malformed, or has a value that is not implemented."""
 
 
 class SpecError(ZooError):

@@ -1,4 +1,4 @@
-"""A reference becomes a model: locate, read the config, prove the plan, build on meta, stream in."""
+"""A reference becomes a model: locate, read the config, prove the plan, build, stream in."""
 
 from __future__ import annotations
 
@@ -144,9 +144,9 @@ def load(
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
-    `head` replaces the head that the checkpoint names ("none": hidden states). `config` changes native fields,
-    `ignore_config` lets unknown fields of config.json pass, and `trust` names tensors on disk that win where
-    tied ones differ. `weights="random"` initialises as the original does and reads no weights.
+    `head` replaces the head that the checkpoint names ("none": hidden states). `config` changes
+    native fields, `ignore_config` lets unknown fields of config.json pass, and `trust` names tensors
+    on disk that win where tied ones differ. `weights="random"` initialises as the original does.
     """
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
@@ -170,7 +170,7 @@ def load(
 def load_directory(
     directory: Ref, entry: Architecture, *, spec: Spec | None = None, **changes: Any
 ) -> Model:
-    """A local HF directory of a known architecture, through a spec of the caller's own if one is given."""
+    """A local HF directory of a known architecture, through the caller's own spec if given."""
     source = sources.resolve(Path(directory))
     found = _read(source, None, (), None)
     return fill(replace(found, entry=entry, spec=spec or found.spec), **changes)
@@ -327,7 +327,7 @@ def fill(
 
 
 def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> tuple[Model, Plan]:
-    """A model on the meta device and the plan that fills it, for the first head that the weights fill."""
+    """A model on meta and the plan that fills it, for the first head that the weights fill."""
     where = str(found.source.directory)
     for head in found.heads:
         model = _on_meta(found, found.config(head, changes))
