@@ -145,7 +145,7 @@ def load(
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
     `head` replaces the head that the checkpoint names ("none": hidden states). `config` changes
-    native fields, `ignore_config` lets unknown fields of config.json pass, and `trust` names tensors
+    native fields, `ignore_config` lets unknown fields of config.json pass, `trust` names tensors
     on disk that win where tied ones differ. `weights="random"` initialises as the original does.
     """
     if weights not in ("checkpoint", "random"):
