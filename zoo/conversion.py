@@ -93,7 +93,10 @@ def _check_dialect(to: str) -> None:
 
 
 def _entry(model: Model) -> registry.Architecture:
-    return next(e for e in registry.architectures().values() if e.model is type(model))
+    known = registry.architectures()
+    if model.architecture:  # several may share one model's class
+        return known[model.architecture]
+    return next(entry for entry in known.values() if entry.model is type(model))
 
 
 def _plan(model: Model, origin: Origin) -> Plan:

@@ -360,7 +360,9 @@ def native_of(model: nn.Module) -> Native:
 
 def _on_meta(found: Located, config: Any) -> Model:
     with torch.device("meta"):
-        return found.entry.model(config)
+        model = found.entry.model(config)
+    model.architecture = found.entry.name
+    return model
 
 
 def _random(
@@ -373,9 +375,11 @@ def _random(
     torch.set_default_dtype(dtype or before)
     try:
         with torch.device(device):
-            return found.entry.model(found.config(found.heads[0], changes)).eval()
+            model = found.entry.model(found.config(found.heads[0], changes))
     finally:
         torch.set_default_dtype(before)
+    model.architecture = found.entry.name
+    return model.eval()
 
 
 def _placed(

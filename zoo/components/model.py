@@ -24,6 +24,7 @@ class Model(nn.Module):
         super().__init__()
         self.config: Any = config
         self.provenance: Provenance | None = None
+        self.architecture = ""  # the registry's name, once loaded through it
 
     @classmethod
     def from_pretrained(cls, ref: str | PathLike[str], **options: Any) -> Self:
