@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.errors import SpecError
 
@@ -28,8 +28,7 @@ NUMBER_WORDS = {"one": 1, "two": 2, "three": 3, "four": 4}
 # --- names ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Placeholder:
+class Placeholder(NamedTuple):
     """`{layer}` is a number; `{n=q,k,v}` one of the values listed."""
 
     name: str
@@ -97,8 +96,7 @@ def _continuations(part: str | Placeholder, name: str, at: int) -> Iterator[tupl
 # --- patterns ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Ragged:
+class Ragged(NamedTuple):
     """`(q | k | v)`: parts of different sizes, one behind the other."""
 
     parts: tuple[tuple[str, ...], ...]
@@ -201,8 +199,7 @@ def _length(node: Node, sizes: Mapping[str, int]) -> int:
 # --- parsing -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(NamedTuple):
     """A family of tensors on one side of a rule: how they are called and how their axes lie."""
 
     name: Template
@@ -378,7 +375,7 @@ def _check_axes(pattern: Pattern, reader: _Reader, start: int) -> None:
 # --- rules ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a rule is itself: looked up often, never compared
 class Rule:
     """One line of a spec: source tensors and the native tensors that hold the same numbers."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 from converters.formats import TensorInfo
 from converters.language import NUMBER_WORDS, Binding, Ref, Rule, Sizes, Template, Transform, solve
@@ -35,16 +36,14 @@ WRAPPERS = {
 }
 
 
-@dataclass(frozen=True)
-class Native:
+class Native(NamedTuple):
     """What the model holds: each array's shape once, and further names of the same array."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    ties: Mapping[str, str] = field(default_factory=dict)  # further name -> name in `shapes`
+    ties: Mapping[str, str] = {}  # further name -> name in `shapes`
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One use of one rule: these tensors on disk are those of the model."""
 
     rule: Rule
@@ -152,8 +151,7 @@ def target_names(
 _Known = tuple[str, Ref, tuple[int, ...]]  # a native tensor, its side of the rule, its shape
 
 
-@dataclass(slots=True)
-class _Use:
+class _Use(NamedTuple):
     """A rule under one binding of its loops, before names on disk are known."""
 
     rule: Rule
@@ -249,7 +247,16 @@ class _Planner:
         bindings = (t.match(n) for t in templates for n in names)
         return range(1 + max((b[name] for b in bindings if b), default=-1))
 
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        return self.native.shapes.get(self.native.ties.get(name, name))
+
     def _use(self, rule: Rule, binding: Binding) -> _Use | None:
+        if rule.plain and not rule.replicated:
+            target = rule.targets[0].name.format(binding)
+            if (shape := self._shape(target)) is None:
+                return None
+            source = rule.source.name.format(binding)
+            return _Use(rule, binding, (target,), None, (source,), (), shape)
         targets: list[str] = []
         refs: list[Ref] = []
         sizes: Sizes = {}
@@ -270,9 +277,6 @@ class _Planner:
             self.problem(SpecError, f"{rule}: the model has {there[0]} but not {missing}")
             return None
         shapes = [self.native.shapes[self.native.ties.get(n, n)] for n in targets]
-        if rule.plain and not rule.replicated:
-            source = rule.source.name.format(binding)
-            return _Use(rule, binding, tuple(targets), None, (source,), (), shapes[0])
         known = list(zip(targets, refs, shapes, strict=True))
         return self._transformed(rule, binding, known, sizes)
 

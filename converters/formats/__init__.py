@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import stat
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from zoo.errors import DtypeMismatch, NotACheckpoint, UnsafePath
 
@@ -45,8 +44,7 @@ BITS = {code: bits for code, (bits, _) in _DTYPES.items()}
 RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a header says of one tensor."""
 
     name: str

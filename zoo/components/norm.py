@@ -5,12 +5,15 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root of the mean square; no mean is taken away."""
+    """Divides by the root of the mean square; no mean is taken away. Left as allocated."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
