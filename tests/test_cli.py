@@ -139,17 +139,16 @@ def test_the_tree_folds_equal_blocks_and_names_ties() -> None:
 
 def test_verify_fails_where_parity_does(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(ref: str | None, *, all: bool, progress: Any) -> Any:
-        assert progress is None  # standard error is no terminal here
         return SimpleNamespace(
             ok=ref == "gpt2",
-            to_text=lambda color: f"{ref} all={all} colour={color}",
-            to_json=lambda: "{}\n",
+            to_text=lambda colour: f"{ref} all={all} colour={colour}",
+            to_json=lambda: {"ok": False},
         )
 
     monkeypatch.setattr(zoo, "verify", verify, raising=False)
     assert run("verify", "gpt2") == (0, "gpt2 all=False colour=False\n", "")
     assert run("verify", "llama") == (1, "llama all=False colour=False\n", "")
-    assert run("verify", "--all", "--json") == (1, "{}\n", "")
+    assert run("verify", "--all", "--json") == (1, '{\n  "ok": false\n}\n', "")
     assert run("verify", "--all") == (1, "None all=True colour=False\n", "")
 
 

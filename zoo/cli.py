@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import zoo
 from zoo import catalog
 from zoo.errors import UsageError, ZooError
+from zoo.terminal import BOLD, RED, has_colour, paint, passing
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -37,15 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    title = "zoo: error:"
-    if _colour(sys.stderr):
-        title = f"\033[1;31m{title}\033[0m"
+    title = paint("zoo: error:", BOLD + RED, has_colour(sys.stderr))
     print(title, message, file=sys.stderr)
     return code
-
-
-def _colour(stream: TextIO) -> bool:
-    return stream.isatty() and "NO_COLOR" not in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,19 +137,17 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    shown = _progress if sys.stderr.isatty() else None
-    report = zoo.verify(options.ref, all=options.all, progress=shown)
+    report = zoo.verify(options.ref, all=options.all, progress=_progress)
     if options.json:
-        print(report.to_json(), end="")
+        print(_json(report.to_json()))
     else:
-        print(report.to_text(color=_colour(sys.stdout)))
+        print(report.to_text(colour=has_colour(sys.stdout)))
     return OK if report.ok else FAILED
 
 
 def _progress(done: int, count: int, name: str) -> None:
     """One line on standard error, gone when all is done."""
-    line = f"{done + 1}/{count} {name}" if done < count else ""
-    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    passing(f"{done + 1}/{count} {name}" if done < count else "", sys.stderr)
 
 
 def _convert(options: argparse.Namespace) -> int:

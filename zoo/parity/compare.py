@@ -247,14 +247,15 @@ def _is_logits(name: str) -> bool:
 def _against_floor(subject: Subject, dtype: torch.dtype, check: str, limit: float) -> Row:
     floor = subject.truth.floors[dtype]
     out = call(subject.model(dtype), subject.truth.batch)
-    ratios = {}
+    found = []
     for name, x, y in pair(out, floor.truth):
         scale = rms(y)
         mine = (rms(x.double() - y) / scale).item()
         theirs = (rms(floor.outputs[name].double() - y) / scale).item()
-        ratios[mine / theirs] = f"{name}: {mine:.1e} where the reference has {theirs:.1e}"
-    worst = max(ratios)
-    return Row(subject.name, check, worst, limit, f"{worst:.2f}x", ratios[worst])
+        detail = f"{name}: {mine:.1e} where the reference has {theirs:.1e}"
+        found.append((mine / theirs, f"{mine:.1e} {mine / theirs:.2f}x", detail))
+    worst, shown, detail = max(found)
+    return Row(subject.name, check, worst, limit, shown, detail)
 
 
 def export(subject: Subject) -> Iterator[Row]:

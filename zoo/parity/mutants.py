@@ -29,6 +29,7 @@ from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.truth import Truth
 from zoo.pretrained import load_directory
 from zoo.registry import Architecture
+from zoo.terminal import DIM, GREEN, RED, has_colour, paint, passing
 
 
 class NotApplicable(Exception):
@@ -783,7 +784,10 @@ def run(
     return verdicts
 
 
-def table(verdicts: Iterable[Verdict], color: bool = False) -> str:
+_STYLES = {"killed": GREEN, "SURVIVED": RED, "n.a.": DIM}
+
+
+def table(verdicts: Iterable[Verdict], colour: bool = False) -> str:
     """Mutants down, architectures across."""
     verdicts = list(verdicts)
     names = list(dict.fromkeys(v.architecture for v in verdicts))
@@ -795,8 +799,7 @@ def table(verdicts: Iterable[Verdict], color: bool = False) -> str:
         for name in names:
             found = cells[bug.name, name]
             text = f"{found.status} {found.by}".strip()[:34].ljust(34)
-            paint = {"killed": "\x1b[32m", "SURVIVED": "\x1b[31m", "n.a.": "\x1b[2m"}[found.status]
-            line += f"{paint}{text}\x1b[0m  " if color else f"{text}  "
+            line += paint(text, _STYLES[found.status], colour) + "  "
         lines.append(line.rstrip())
     counts = {s: sum(v.status == s for v in verdicts) for s in ("killed", "n.a.", "SURVIVED")}
     lines.append(
@@ -807,16 +810,9 @@ def table(verdicts: Iterable[Verdict], color: bool = False) -> str:
 
 
 def main() -> int:
-    tty = sys.stderr.isatty()
-
-    def seen(verdict: Verdict) -> None:
-        if tty:
-            print(f"\r\x1b[2K{verdict.architecture}: {verdict.mutant}", end="", file=sys.stderr)
-
-    verdicts = run(seen=seen)
-    if tty:
-        print("\r\x1b[2K", end="", file=sys.stderr)
-    print(table(verdicts, color=sys.stdout.isatty()))
+    verdicts = run(seen=lambda v: passing(f"{v.architecture}: {v.mutant}", sys.stderr))
+    passing("", sys.stderr)
+    print(table(verdicts, colour=has_colour(sys.stdout)))
     return 1 if any(v.status == "SURVIVED" for v in verdicts) else 0
 
 

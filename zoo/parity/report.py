@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-_GREEN, _RED, _DIM, _BOLD, _OFF = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+from zoo.terminal import BOLD, GREEN, RED, paint
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Report:
     def failures(self) -> list[Row]:
         return [row for row in self.rows if not row.ok]
 
-    def to_text(self, color: bool = False) -> str:
+    def to_text(self, colour: bool = False) -> str:
         """A line for each subject and a column for each check; below it, why anything failed."""
         checks = list(dict.fromkeys(row.check for row in self.rows))
         subjects = list(dict.fromkeys(row.subject for row in self.rows))
@@ -66,20 +66,20 @@ class Report:
             for k, (word, width) in enumerate(zip(line, widths, strict=True)):
                 padded = word.ljust(width) if k == 0 else word.rjust(width)
                 row = cells.get((subjects[n - 1], checks[k - 1])) if n and k else None
-                words.append(_paint(padded, _style(n, row), color))
+                words.append(paint(padded, _style(n, row), colour))
             lines.append("  ".join(words).rstrip())
         lines += [
-            _paint(f"FAILED {row.subject}: {row.check}: {row.detail or row.shown}", _RED, color)
+            paint(f"FAILED {row.subject}: {row.check}: {row.detail or row.shown}", RED, colour)
             for row in self.failures
         ]
-        return "\n".join([*lines, self.summary(color)])
+        return "\n".join([*lines, self.summary(colour)])
 
-    def summary(self, color: bool = False) -> str:
+    def summary(self, colour: bool = False) -> str:
         subjects = len({row.subject for row in self.rows})
         said = f"{len(self.rows)} measurements of {subjects} checkpoints"
         if self.ok:
-            return _paint(f"parity: {said}, all within their limits", _GREEN, color)
-        return _paint(f"NO parity: {said}, {len(self.failures)} beyond their limits", _RED, color)
+            return paint(f"parity: {said}, all within their limits", GREEN, colour)
+        return paint(f"NO parity: {said}, {len(self.failures)} beyond their limits", RED, colour)
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, "rows": [row.to_json() for row in self.rows]}
@@ -87,11 +87,7 @@ class Report:
 
 def _style(line: int, row: Row | None) -> str:
     if line == 0:
-        return _BOLD
+        return BOLD
     if row is None:
         return ""
-    return _GREEN if row.ok else _RED
-
-
-def _paint(text: str, style: str, color: bool) -> str:
-    return f"{style}{text}{_OFF}" if color and style else text
+    return GREEN if row.ok else RED
