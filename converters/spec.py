@@ -8,9 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from converters.language import Rule, Template, parse_name, parse_rule
+from converters.strict_yaml import read_yaml
 from zoo.errors import SpecError, did_you_mean
 
 SPECS = Path(__file__).parent / "specs"
@@ -142,7 +141,7 @@ def load_spec(name: str) -> Spec:
     path = SPECS / f"{name}.yaml"
     if not path.is_file():
         raise SpecError(f"{path}: no such spec.{did_you_mean(name, spec_names())}")
-    return parse_spec(name, read_yaml(path), f"converters/specs/{path.name}")
+    return parse_spec(name, read_yaml(path, SpecError), f"converters/specs/{path.name}")
 
 
 def spec_names() -> list[str]:
@@ -216,7 +215,7 @@ def _paths(text: Any, where: str) -> tuple[str, ...]:
 def _common(dialect: str) -> dict[str, Any]:
     """What every config of a dialect may hold, whatever the architecture."""
     path = SPECS / f"common.{dialect}.yaml"
-    data = _mapping(read_yaml(path), path.name) if path.is_file() else {}
+    data = _mapping(read_yaml(path, SpecError), path.name) if path.is_file() else {}
     return {"ignore": data.get("ignore") or [], "require": data.get("require") or {}}
 
 
@@ -224,29 +223,3 @@ def _mapping(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise SpecError(f"{where}: expected `name: …` lines, found {type(data).__name__}")
     return data
-
-
-# --- yaml ----------------------------------------------------------------------------------------
-
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Strict(_Loader):
-    """The safe loader, less its habit of letting the last of two equal keys win."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if len(set(map(str, keys))) != len(keys):
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return _Strict(file).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path.name}: {' '.join(str(error).split())}") from None

@@ -40,7 +40,7 @@ ARROWS = {
     "zoo.errors": set(),
     "zoo.models": {"zoo.components", "zoo.errors", "torch", "einops"},
     "zoo.components": {"zoo.errors", "torch", "einops"},
-    "zoo.registry": {"zoo.errors", "zoo.models", "yaml"},
+    "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
     "zoo.sources": {"zoo.errors", "zoo.registry", "converters", "huggingface_hub"},
     "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
     "zoo": {"zoo", "converters", "torch"},

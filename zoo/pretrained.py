@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from converters.checkpoint import Checkpoint, open_checkpoint, read_json
+from converters.checkpoint import Checkpoint, is_plain, open_checkpoint, read_json
 from converters.execute import carry_out
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
@@ -69,9 +69,15 @@ class Origin:
             reference_class=data["class"],
             config=data["config"],
             header={n: TensorInfo(n, tuple(s), d) for n, (d, s, _) in tensors.items()},
-            where={n: file for n, (_, _, file) in tensors.items()},
+            where={n: _plain(file) for n, (_, _, file) in tensors.items()},
             metadata=data["metadata"],
         )
+
+
+def _plain(file: str) -> str:
+    if not is_plain(file):
+        raise ValueError(f"{file!r} is no file's name")
+    return file
 
 
 @dataclass(frozen=True)
@@ -438,5 +444,6 @@ def _origin(found: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
         config=found.config_text,
         header={modern[name]: info for name, info in checkpoint.tensors.items()},
         where={modern[name]: file for name, file in checkpoint.where.items()},
-        metadata=checkpoint.metadata,
+        # what is not safetensors comes back as safetensors, labelled as the reference expects
+        metadata=checkpoint.metadata if checkpoint.format == "safetensors" else {"format": "pt"},
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from converters.strict_yaml import parse_yaml
 from zoo.errors import (
     ConfigError,
     UnknownName,
@@ -333,31 +334,5 @@ def parse_section(text: str, name: str) -> Any:
     first = starts[at].start()
     last = starts[at + 1].start() if at + 1 < len(starts) else len(text)
     # the lines above stay, empty, so that an error points at the right one
-    return _parse_yaml("\n" * text.count("\n", 0, first) + text[first:last])[name]
-
-
-def _parse_yaml(text: str) -> Any:
-    import yaml
-
-    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-    class Strict(base):
-        """Where a key that stands twice is an error."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    try:
-        return Strict(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RegistryError(f"registry.yaml: line {line}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise RegistryError(f"registry.yaml: {' '.join(str(error).split())}") from None
+    alone = "\n" * text.count("\n", 0, first) + text[first:last]
+    return parse_yaml(alone, "registry.yaml", RegistryError)[name]

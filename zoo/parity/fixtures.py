@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import zlib
@@ -49,7 +50,8 @@ def write(
     """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer."""
     library = transformers()
     given = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
-    config = library.AutoConfig.for_model(model_type, **given)
+    # a copy: the library fills in what nested fields leave open
+    config = library.AutoConfig.for_model(model_type, **copy.deepcopy(given))
     model = getattr(library, reference_class)(config)
     redraw(model, seed)
     model.to(dtype).save_pretrained(directory)

@@ -331,6 +331,13 @@ def _(config: Any) -> dict[str, Any]:
     return {"rope": {**rope, "factor": 1.1 * rope["factor"]}}
 
 
+@mutant("ends of the rope's ramp rounded, or not", "config")
+def _(config: Any) -> dict[str, Any]:
+    rope = _field(config, "rope").to_json() or {}
+    need(rope.get("rope_type") == "yarn")
+    return {"rope": {**rope, "truncate": not rope.get("truncate", True)}}
+
+
 @mutant("the other gelu", "config")
 def _(config: Any) -> dict[str, Any]:
     other = {"gelu": "gelu_new", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}

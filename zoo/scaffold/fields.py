@@ -9,8 +9,9 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from converters.spec import SPECS, Dialect, read_yaml
-from zoo.errors import ConfigError
+from converters.spec import SPECS, Dialect
+from converters.strict_yaml import read_yaml
+from zoo.errors import ConfigError, SpecError
 from zoo.registry import Architecture
 from zoo.scaffold.text import MARK, flow, shortened
 
@@ -38,7 +39,7 @@ class Fields:
 
     def __init__(self, like: Architecture, dialect: Dialect, found: Survey) -> None:
         self.like, self.found = like, found
-        raw = read_yaml(SPECS / f"{like.spec}.yaml")["hf"]
+        raw = read_yaml(SPECS / f"{like.spec}.yaml", SpecError)["hf"]
         known = {**found.defaults, **found.config}
         self.paths: dict[str, tuple[str, ...]] = {}
         self.guessed: list[str] = []

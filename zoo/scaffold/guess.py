@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from converters.language import Rule, parse_rule
 from converters.plan import Native, make_plan
-from converters.spec import SPECS, Spec, load_spec, parse_spec, read_yaml
+from converters.spec import SPECS, Spec, load_spec, parse_spec
+from converters.strict_yaml import read_yaml
 from zoo import registry
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import ConfigError, SpecError, ZooError
 from zoo.registry import Architecture
 from zoo.scaffold.fields import Fields
 from zoo.scaffold.lines import Line, collapse, elementary, reads
@@ -31,7 +32,7 @@ class Guess:
         self.like, self.found = like, found
         self.spec = load_spec(like.spec)
         self.fields = Fields(like, self.spec.dialect("hf"), found)
-        self.raw = read_yaml(SPECS / f"{like.spec}.yaml")["hf"]
+        self.raw = read_yaml(SPECS / f"{like.spec}.yaml", SpecError)["hf"]
         # the kindred's rules, taken apart: which of them read something here?
         self.kept: dict[tuple[str, str], dict[Rule, bool]] = {
             (section, source): dict.fromkeys(elementary(parse_rule(source, targets)), False)
@@ -267,7 +268,7 @@ def _parsed(name: str, text: str) -> Spec:
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / f"{name}.yaml"
         path.write_text(text, encoding="utf-8")
-        return parse_spec(name, read_yaml(path), f"converters/specs/{name}.yaml")
+        return parse_spec(name, read_yaml(path, SpecError), f"converters/specs/{name}.yaml")
 
 
 def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
