@@ -69,26 +69,26 @@ class Plan:
         """Native name -> the rule it comes by."""
         return {target: str(step.rule) for step in self.steps for target in step.targets}
 
-    def describe(self) -> str:
-        """The plan for a person: each step with shapes and bytes; then what is dropped."""
+    def describe(self, inverse: bool = False) -> str:
+        """The plan for a person: each step with shapes and bytes; then what is dropped.
+
+        `inverse` shows it as a writer carries it out: from the model to the names on disk.
+        """
         rows = [("source", "target", "axes", "shape", "dtype", "bytes")]
         total = 0
         for step in self.steps:
             first = self.header[step.sources[0]]
             size = sum(self.header[s].nbytes for s in step.sources)
             total += size
-            axes = "" if step.transform is None else _axes(step)
             also = f" (= {listing(s for names in step.also for s in names)})" if step.also else ""
-            rows.append(
-                (
-                    _shorten(step.sources) + also,
-                    _shorten(step.targets),
-                    axes,
-                    "x".join(map(str, first.shape)),
-                    first.dtype,
-                    f"{size:,}",
-                )
-            )
+            names = (_shorten(step.sources) + also, _shorten(step.targets))
+            rule = step.rule
+            axes = (str(rule.source.pattern), " ".join(str(t.pattern) for t in rule.targets))
+            if inverse:
+                names, axes = names[::-1], axes[::-1]
+            turned = "" if step.transform is None else " -> ".join(axes)
+            shape = "x".join(map(str, first.shape))
+            rows.append((*names, turned, shape, first.dtype, f"{size:,}"))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -96,11 +96,6 @@ class Plan:
         lines += [f"dropped: {name}: {reason}" for name, reason in self.dropped.items()]
         count = sum(len(step.targets) for step in self.steps)
         return "\n".join([*lines, f"{count} native tensors, {total:,} bytes"])
-
-
-def _axes(step: Step) -> str:
-    right = step.rule.targets
-    return f"{step.rule.source.pattern} -> {' '.join(str(t.pattern) for t in right)}"
 
 
 def _shorten(names: Sequence[str]) -> str:
@@ -400,12 +395,14 @@ class _Planner:
                 if all(found):
                     present.append((use, tuple(f for f in found if f)))
                 elif any(found) or (use.copies and use is group[0]):
-                    missing.extend(n for n, f in zip(names, found, strict=True) if not f)
+                    gone = (n for n, f in zip(names, found, strict=True) if not f)
+                    missing.extend(disk.spelt(n, heads) for n in gone)
                     return None
         if not present:
             present = [(u, names) for u in group for names in disk.tied(u.sources)]
         if not present:
-            missing.extend(group[0].sources)
+            heads = group[0].rule in self.dialect.heads
+            missing.extend(disk.spelt(n, heads) for n in group[0].sources)
             return None
         for use, names in present:
             self._check(use, names)
@@ -517,6 +514,11 @@ class _Disk:
         self._without: list[str] = []
         self._canonical_names = {n for use in uses for g in (use.sources, *use.copies) for n in g}
         self._aliases = self._resolve_aliases()
+
+    def spelt(self, name: str, head: bool) -> str:
+        """A canonical name as it would stand here: with the prefix where others have it."""
+        prefix = "" if head else self.dialect.prefix
+        return prefix + name if any(n.startswith(prefix) for n in self.header) else name
 
     def find(self, name: str, head: bool) -> str | None:
         """The name on disk of a canonical name."""

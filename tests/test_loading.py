@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import zoo
 from zoo import registry
 from zoo.components.model import Model
+from zoo.conversion import dry_run
 from zoo.errors import (
     ConfigError,
     MissingTensors,
@@ -227,6 +228,15 @@ def test_native_and_back_is_byte_for_byte(published: Path, tmp_path: Path) -> No
     for path in published.iterdir():
         assert (back / path.name).read_bytes() == path.read_bytes(), path.name
     assert torch.equal(first(zoo.load(native)(IDS)), first(zoo.load(published)(IDS)))
+
+
+def test_a_dry_run_shows_the_way_that_is_asked_for(published: Path, tmp_path: Path) -> None:
+    native = zoo.convert(published, tmp_path / "native", to="native")
+    there, back = dry_run(published).splitlines(), dry_run(native, to="hf").splitlines()
+    for name in load_file(published / "model.safetensors"):
+        assert any(line.startswith(f"{name} ") for line in there), name
+        assert any(f"  {name} " in line for line in back), name
+    assert "blocks.0.attn.q.weight" in dry_run(native)
 
 
 def first(out: Any) -> torch.Tensor:

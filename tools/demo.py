@@ -15,14 +15,15 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import zoo
+from converters.checkpoint import open_checkpoint
 from zoo import registry
 from zoo.components.model import Model
-from zoo.conversion import dry_run
 from zoo.parity.compare import Subject, bf16, differences, fp32, fp64
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import transformers
 from zoo.parity.report import Report, Row
 from zoo.parity.truth import Truth
+from zoo.pretrained import locate, prove
 from zoo.registry import Architecture
 from zoo.terminal import BOLD, DIM, GREEN, has_colour, paint, passing
 
@@ -55,7 +56,8 @@ def demonstrate(entry: Architecture, place: Path) -> Iterator[Row]:
     clock.done(f"{reference_class}.save_pretrained, {size(made)}")
 
     clock.start("plan", "config, spec and headers against the model")
-    plan = dry_run(made)
+    found = locate(made)
+    _, plan = prove(found, open_checkpoint(made), {})
     rules = {str(step.rule) for step in plan.steps}
     mapped = sum(len(step.targets) for step in plan.steps)
     clock.done(

@@ -154,7 +154,7 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         from zoo.conversion import dry_run
 
-        print(dry_run(options.ref).describe())
+        print(dry_run(options.ref, to=options.to))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
     written = zoo.convert(options.ref, out, to=options.to, force=options.force)

@@ -43,11 +43,15 @@ def convert(src: Ref, dst: Ref, *, to: str = "hf", force: bool = False, **option
     return save(model, dst, to=to, force=force)
 
 
-def dry_run(src: Ref, **options: Any) -> Plan:
-    """The plan of a conversion, with no byte of weights read."""
+def dry_run(src: Ref, *, to: str = "native", **options: Any) -> str:
+    """The plan of a conversion for a person, with no byte of weights read."""
+    _check_dialect(to)
     found = locate(src, **options)
     checkpoint = open_checkpoint(found.source.directory)
-    return prove(found, checkpoint, {})[1]
+    model, plan = prove(found, checkpoint, {})
+    if found.native is not None and to != "native":
+        return _plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
+    return plan.describe()
 
 
 def save(
