@@ -6,11 +6,11 @@ import gc
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,7 @@ from zoo.sources import NATIVE_FILE
 Ref = str | PathLike[str]
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """What a checkpoint was before it was converted: enough to give it back byte for byte."""
 
     dialect: str
@@ -117,8 +116,7 @@ class Provenance:
         return out
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """A checkpoint whose config is understood, before its weights are opened."""
 
     source: sources.Source
@@ -194,7 +192,7 @@ def load_directory(
     """A local HF directory of a known architecture, through the caller's own spec if given."""
     source = sources.resolve(Path(directory))
     found = _read(source, None, (), None)
-    return fill(replace(found, entry=entry, spec=spec or found.spec), **changes)
+    return fill(found._replace(entry=entry, spec=spec or found.spec), **changes)
 
 
 def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.strict_yaml import parse_yaml
 from zoo.errors import (
@@ -31,8 +30,7 @@ class RegistryError(ZooError):
     """registry.yaml does not parse or contradicts itself."""
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """One file in zoo/models, one spec, and which of its heads each reference class stands for."""
 
     name: str
@@ -59,8 +57,7 @@ class Architecture:
         return self._module.Config
 
 
-@dataclass(frozen=True)
-class CheckpointEntry:
+class CheckpointEntry(NamedTuple):
     """A published checkpoint; `config` holds the fields of its config.json that shape the model."""
 
     name: str

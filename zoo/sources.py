@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -53,8 +53,7 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where the files of a reference are, and where they came from."""
 
     directory: Path
