@@ -46,15 +46,26 @@ class Dialect:
     def read_config(
         self, reference: Mapping[str, Any], ignore: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
-        """Native fields that the reference's config sets, and everything that is wrong with it."""
+        """Native fields that the reference's config sets, and everything that is wrong with it.
+
+        What one field maps out of an object is no part of it for another that maps the whole.
+        """
         fields: dict[str, Any] = {}
         for name, paths in self.config.items():
-            found = (value for path in paths if (value := _look_up(reference, path)) is not None)
+            found = (value for path in paths if (value := self._value(reference, path)) is not None)
             if (value := next(found, None)) is not None:
                 fields[name] = value
             elif any(_is_null(reference, path) for path in paths):
                 fields[name] = None  # said, and not the same as left out
         return fields, self._audit(reference, frozenset(ignore))
+
+    def _value(self, reference: Mapping[str, Any], path: str) -> Any:
+        value = _look_up(reference, path)
+        if not isinstance(value, dict):
+            return value
+        every = (other for paths in self.config.values() for other in paths)
+        apart = {other[len(path) + 1 :] for other in every if other.startswith(f"{path}.")}
+        return {key: inner for key, inner in value.items() if key not in apart}
 
     def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
         mapped = {path.partition(".")[0] for paths in self.config.values() for path in paths}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.components import config, masks
 from zoo.components.activations import ACTIVATIONS
-from zoo.components.attention import attend, attend_upcast
+from zoo.components.attention import Biased, Explicit, attend
 from zoo.components.heads import Pooler, last_token
 from zoo.components.rotary import Rotary, Scaling, turn
 from zoo.errors import ConfigError, MaskError, ResourceLimit, TokenIdError
@@ -47,12 +47,51 @@ def test_masks_that_mean_nothing(mask: Tensor) -> None:
         masks.causal(IDS, mask)
 
 
-def test_upcast_attention_is_the_same_function() -> None:
+def test_a_window_holds_the_last_tokens() -> None:
+    alone = masks.causal(IDS, None, window=2).allowed
+    assert alone is not None
+    assert alone.sum(-1).tolist() == [1, 2, 2, 2, 2] and alone.diagonal().all()
+    assert masks.causal(IDS, None, window=5).allowed is None
+    padded = masks.causal(IDS, HOLES, window=2).allowed
+    assert padded is not None
+    assert padded[0, 0].sum(-1).tolist() == [1, 1, 1, 2, 2]
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 6, 5, 4).double(), *torch.randn(2, 2, 2, 5, 4).double()
-    for mask in (masks.causal(IDS, None), masks.causal(IDS, HOLES), masks.full(IDS, HOLES)):
-        a, b = (f(q, k, v, mask, 0.3, 0.0) for f in (attend, attend_upcast))
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+    q, (k, v) = torch.randn(2, 6, 5, 4).double(), torch.randn(2, 2, 2, 5, 4).double()
+    return q, k, v
+
+
+MASKS = [
+    masks.causal(IDS, None),
+    masks.causal(IDS, HOLES),
+    masks.causal(IDS, HOLES, window=2),
+    masks.full(IDS, None),
+    masks.full(IDS, HOLES),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_step_by_step_is_the_fused_one(mask: masks.Mask) -> None:
+    q, k, v = qkv()
+    fused = attend(q, k, v, mask, 0.3, 0.0)
+    for upcast in (True, False):
+        steps = Explicit(upcast)(q, k, v, mask, 0.3, 0.0)
+        torch.testing.assert_close(fused, steps, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_term_is_added_to_the_scaled_scores(mask: masks.Mask) -> None:
+    q, k, v = qkv()
+    term = torch.randn(1, 6, 5, 5).double()
+    fused = Biased(lambda q, k, mask: term)(q, k, v, mask, 0.3, 0.0)
+    steps = Explicit(bend=lambda scores: scores + term)(q, k, v, mask, 0.3, 0.0)
+    torch.testing.assert_close(fused, steps, rtol=0, atol=1e-14)
+    assert (fused - attend(q, k, v, mask, 0.3, 0.0)).abs().max() > 0.1
 
 
 # --- rotary --------------------------------------------------------------------------------------
@@ -75,6 +114,14 @@ def test_scores_depend_on_distance_alone() -> None:
 
     assert math.isclose(score(3, 10), score(20, 27), abs_tol=1e-12)
     assert not math.isclose(score(3, 10), score(3, 11), abs_tol=1e-3)
+
+
+def test_a_part_of_each_head_is_turned_and_the_rest_stays() -> None:
+    torch.manual_seed(0)
+    mask, x = masks.causal(IDS, None), torch.randn(2, 1, 5, 8)
+    part, _ = Rotary(4, 100.0, Scaling(), 64)(x, x, mask)
+    whole, _ = Rotary(4, 100.0, Scaling(), 64)(x[..., :4], x[..., :4], mask)
+    assert torch.equal(part, torch.cat((whole, x[..., 4:]), dim=-1))
 
 
 def test_linear_divides_and_llama3_leaves_the_fast_ones() -> None:

@@ -1,5 +1,6 @@
 """What every model does beside computing the reference's function: parity holds the latter."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ CASES = [(a, h) for a in NAMES for h in registry.architectures()[a].model.heads]
 def build(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     entry = registry.architectures()[name]
-    return entry.model(entry.config_class(**{**SIZES, "hidden": 60, **changes}))
+    wanted = {**SIZES, "hidden": 60}
+    known = {field.name for field in dataclasses.fields(entry.config_class)}
+    sizes = {name: size for name, size in wanted.items() if name in known}
+    return entry.model(entry.config_class(**{**sizes, **changes}))
 
 
 def flat(out: Any) -> list[Tensor]:
@@ -77,7 +81,9 @@ def test_left_padding_changes_nothing(name: str, head: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_in_training_only(name: str) -> None:
-    model = build(name, **({"attn_dropout": 0.1} if name == "llama" else {}))
+    config = registry.architectures()[name].config_class
+    rates = [f.name for f in dataclasses.fields(config) if f.name.endswith("dropout")]
+    model = build(name, **dict.fromkeys(rates, 0.1))
     assert not torch.equal(flat(model(IDS))[0], flat(model(IDS))[0])
     model.eval()
     assert torch.equal(flat(model(IDS))[0], flat(model(IDS))[0])

@@ -14,36 +14,72 @@ from zoo.components.model import Linear
 from zoo.components.rotary import UNTURNED
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask, float, float], Tensor]
+Term = Callable[[Tensor, Tensor, Mask], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
-    """(b, h, s, e) of queries, (b, g, t, e) of keys and values, to (b, h, s, e)."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    dropout: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(b, h, s, e) of queries, (b, g, t, e) of keys and values, to (b, h, s, e).
+
+    `bias` is added to the scores, which `scale` multiplied.
+    """
+    allowed, causal = mask.allowed, mask.causal
+    if bias is not None:
+        dense = mask.dense(q.shape[2])
+        allowed = bias if dense is None else bias.masked_fill(~dense, -torch.inf)
+        causal = False
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask.allowed,
-        is_causal=mask.causal,
+        attn_mask=allowed,
+        is_causal=causal,
         dropout_p=dropout,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def attend_upcast(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
-) -> Tensor:
-    """The same function with scores and softmax in fp32 at least, for half-precision models."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (repeat(x, "b g t e -> b (g r) t e", r=groups) for x in (k, v))
-    scores = (q.to(wide) @ k.to(wide).mT) * scale
-    allowed = mask.allowed
-    if mask.causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    return F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout) @ v
+class Biased:
+    """`attend` with a term that depends on the places of queries and keys alone."""
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
+    ) -> Tensor:
+        bias = mask.keep(self.term, lambda: self.term(q, k, mask))
+        return attend(q, k, v, mask, scale, dropout, bias)
+
+
+class Explicit:
+    """The same function step by step: scores in fp32 where asked, and `bend` applied to them."""
+
+    def __init__(self, upcast: bool = False, bend: Callable[[Tensor], Tensor] | None = None):
+        self.upcast, self.bend = upcast, bend
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
+    ) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (repeat(x, "b g t e -> b (g r) t e", r=groups) for x in (k, v))
+        if self.upcast:
+            q, k = q.to(wide), k.to(wide)
+        scores = (q @ k.mT) * scale
+        if self.bend is not None:
+            scores = self.bend(scores)
+        if (allowed := mask.dense(q.shape[2])) is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        return F.dropout(scores.softmax(dim=-1, dtype=wide).to(v.dtype), dropout) @ v
 
 
 class Attention(nn.Module):
@@ -57,6 +93,7 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         bias: bool,
+        out_bias: bool | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
         rotary: Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]] = UNTURNED,
@@ -69,7 +106,7 @@ class Attention(nn.Module):
         self.q = Linear(dim, heads * head_dim, bias=bias)
         self.k = Linear(dim, kv_heads * head_dim, bias=bias)
         self.v = Linear(dim, kv_heads * head_dim, bias=bias)
-        self.out = Linear(heads * head_dim, dim, bias=bias)
+        self.out = Linear(heads * head_dim, dim, bias=bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
         q, k, v = (

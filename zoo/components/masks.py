@@ -18,6 +18,12 @@ class Mask:
         self.allowed, self.positions, self.causal = allowed, positions, causal
         self._kept: dict[Any, Any] = {}
 
+    def dense(self, length: int) -> Tensor | None:
+        """`allowed` where the kernel knows no causal masks: they are written out."""
+        if not self.causal:
+            return self.allowed
+        return _back(length, self.positions.device)
+
     def keep(self, owner: object, make: Callable[[], Any]) -> Any:
         """What `owner` derives from this mask, made once for all layers."""
         if owner not in self._kept:
@@ -32,17 +38,26 @@ def positions_of(real: Tensor | None, ids: Tensor) -> Tensor:
     return (real.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def causal(ids: Tensor, attention_mask: Tensor | None) -> Mask:
-    """Each token looks back, at real tokens only."""
+def causal(ids: Tensor, attention_mask: Tensor | None, window: int | None = None) -> Mask:
+    """Each token looks back, at real tokens only, and at the last `window` of them if given."""
     real = check_mask(attention_mask, ids)
     positions = positions_of(real, ids)
-    if real is None:
-        return Mask(None, positions, causal=True)
     length = ids.shape[1]
-    back = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    if real is None and (window is None or window >= length):
+        return Mask(None, positions, causal=True)
+    back = _back(length, ids.device)
+    if window is not None:
+        back = back.triu(1 - window)
+    if real is None:
+        return Mask(back, positions)
     # a padding token looks at itself, lest its row be empty and its NaN spread
     itself = torch.eye(length, dtype=torch.bool, device=ids.device)
     return Mask((real[:, None, None, :] & back) | itself, positions)
+
+
+def _back(length: int, device: torch.device) -> Tensor:
+    """(s, t), True at and before the query."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def full(ids: Tensor, attention_mask: Tensor | None) -> Mask:

@@ -25,7 +25,10 @@ UNTURNED = Unturned()
 
 
 class Rotary:
-    """Turns pairs (n, n + e/2) of a head by `position * frequency(n)`; all layers share it."""
+    """Turns pairs (n, n + width/2) of a head by `position * frequency(n)`; all layers share it.
+
+    What a head has beyond `width` stays as it is.
+    """
 
     def __init__(self, width: int, base: float, scaling: Scaling, limit: int) -> None:
         self.width, self.base, self.scaling, self.limit = width, base, scaling, limit
@@ -45,9 +48,10 @@ class Rotary:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(b, h, s, e), its two halves rotated against each other."""
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    """(b, h, s, e), two halves of it rotated against each other, and the rest behind them."""
+    half = cos.shape[-1]
+    low, high, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
 
 # --- scaling types: how each bends the frequencies for contexts longer than it was trained on ----
@@ -83,7 +87,6 @@ class Scaling:
         if not isinstance(value, dict):
             raise ConfigError(f"expected an object, found {value!r}")
         given = {k: v for k, v in value.items() if v is not None}
-        given.pop("rope_theta", None)
         if "truncate" in value:
             given.setdefault("truncate", False)  # a null is no, its absence yes
         kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
-from zoo.components.attention import Attention, attend, attend_upcast
+from zoo.components.attention import Attention, Explicit, attend
 from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
@@ -59,7 +59,7 @@ class Block(nn.Module):
             bias=True,
             dropout=c.attn_dropout,
             scale=scale,
-            attend=attend_upcast if c.upcast_attn else attend,
+            attend=Explicit(upcast=True) if c.upcast_attn else attend,
         )
         self.norm2 = nn.LayerNorm(c.dim, c.eps)
         self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=True)

@@ -60,6 +60,10 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The native model's outputs, in order."""
     accepted = inspect.signature(model.forward).parameters
     extra = {name: value for name, value in inputs.extra.items() if name in accepted}
+    if inputs.answer is not None:
+        extra["decoder_input_ids"] = inputs.answer.ids
+        if inputs.answer.mask is not None:
+            extra["decoder_attention_mask"] = inputs.answer.mask
     out = model(inputs.ids, attention_mask=inputs.mask, **extra)
     return list(out) if isinstance(out, tuple) else [out]
 
@@ -121,8 +125,8 @@ def batch(subject: Subject) -> Iterator[Row]:
     """A row alone is that row of the batch, and a mask of ones is no mask."""
     truth, model = subject.truth, subject.model(torch.float64)
     whole = call(model, truth.batch)
-    ones = Inputs(truth.batch.ids, truth.batch.extra, torch.ones_like(truth.batch.ids))
-    errors = [distance(x, y) for x, y in zip(call(model, ones), whole, strict=True)]
+    ones = call(model, truth.batch.masked())
+    errors = [distance(x, y) for x, y in zip(ones, whole, strict=True)]
     for i in range(4):
         alone = call(model, truth.batch.row(i))
         errors += [distance(x, y[i : i + 1]) for x, y in zip(alone, whole, strict=True)]
@@ -153,9 +157,10 @@ def padding(subject: Subject) -> Iterator[Row]:
 
 def _real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
     """(1, …), a row of an output without its padded positions, where it has positions."""
-    assert inputs.mask is not None
-    if x.dim() > 1 and x.shape[1] == inputs.ids.shape[1]:
-        return x[row : row + 1, inputs.mask[row].bool()]
+    mask = inputs.places.mask
+    assert mask is not None
+    if x.dim() > 1 and x.shape[1] == mask.shape[1]:
+        return x[row : row + 1, mask[row].bool()]
     return x[row : row + 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from converters.language import Placeholder, Rule, Template, parse_rule
 from converters.spec import Spec, load_spec
@@ -361,59 +361,51 @@ def _(config: Any) -> dict[str, Any]:
 # plant(model) -> None
 
 
-class _Intercept(TorchFunctionMode):
-    """Calls of one function of torch go through `change(function, *arguments)` instead."""
-
-    def __init__(self, function: Any, change: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function, self.change = function, change
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is self.function:
-            return self.change(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+def attention(model: Any, change: Callable[[Look], Look]) -> None:
+    """Every attention looks as `change` would have it."""
+    found = [module for module in model.modules() if hasattr(module, "attend")]
+    need(found)
+    for module in found:
+        module.attend = functools.partial(_changed, module.attend, change)
 
 
-def intercept(model: Any, function: Any, change: Callable[..., Any]) -> None:
-    forward = model.forward
+@dataclass(frozen=True)
+class Look:
+    """What an attention is given: (b, h, s, e) of queries, (b, g, t, e) of keys and values."""
 
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _Intercept(function, change):
-            return forward(*args, **kwargs)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    scale: float
 
-    model.forward = run
-
-
-def attention(model: Any, change: Callable[..., dict[str, Any] | None]) -> None:
-    """Every attention with other arguments: `change(q, k, v, options)` gives those that differ."""
-
-    def attend(func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
-        named = dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)) | options
-        given = {"query": q, "key": k, "value": v, **named}
-        return func(**{**given, **(change(given) or {})})
-
-    intercept(model, F.scaled_dot_product_attention, attend)
+    def allowing(self, change: Callable[[Tensor], Tensor]) -> Look:
+        """With another (…, s, t) of who may look at whom."""
+        allowed = self.mask.dense(self.q.shape[2])
+        if allowed is None:
+            allowed = torch.ones(self.q.shape[2], self.k.shape[2], dtype=torch.bool)
+        return replace(self, mask=Mask(change(allowed), self.mask.positions))
 
 
-def _may_look(given: Mapping[str, Any]) -> Tensor:
-    """(…, s, t), the mask as a tensor."""
-    s, t = given["query"].shape[-2], given["key"].shape[-2]
-    if given.get("is_causal"):
-        return torch.ones(s, t, dtype=torch.bool).tril()
-    mask = given.get("attn_mask")
-    return torch.ones(s, t, dtype=torch.bool) if mask is None else mask
+def _changed(
+    attend: Any,
+    change: Callable[[Look], Look],
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: Any,
+    *rest: Any,
+) -> Tensor:
+    look = change(Look(q, k, v, mask, scale))
+    out: Tensor = attend(look.q, look.k, look.v, look.mask, look.scale, *rest)
+    return out
 
 
 @mutant("mask off by one", "model")
 def _(model: Any) -> None:
     need(causal(model))
-    attention(
-        model,
-        lambda a: {"attn_mask": _may_look(a) | _ahead(_may_look(a)), "is_causal": False},
-    )
+    attention(model, lambda look: look.allowing(lambda mask: mask | _ahead(mask)))
 
 
 def _ahead(mask: Tensor) -> Tensor:
@@ -423,51 +415,45 @@ def _ahead(mask: Tensor) -> Tensor:
 
 @mutant("a token may not look at itself", "model")
 def _(model: Any) -> None:
-    def change(a: Mapping[str, Any]) -> dict[str, Any]:
-        mask = _may_look(a)
-        s, t = mask.shape[-2:]
-        own = torch.eye(s, t, dtype=torch.bool)
+    def change(mask: Tensor) -> Tensor:
+        own = torch.eye(*mask.shape[-2:], dtype=torch.bool)
         alone = (mask & ~own).sum(-1, keepdim=True) == 0
-        return {"attn_mask": mask & (~own | alone), "is_causal": False}
+        return mask & (~own | alone)
 
-    attention(model, change)
+    attention(model, lambda look: look.allowing(change))
 
 
 @mutant("the future is visible", "model")
 def _(model: Any) -> None:
     need(causal(model))
-    attention(
-        model,
-        lambda a: {"attn_mask": _may_look(a) | _may_look(a).mT, "is_causal": False},
-    )
+    attention(model, lambda look: look.allowing(_both_ways))
+
+
+def _both_ways(mask: Tensor) -> Tensor:
+    return mask | mask.mT if mask.shape[-1] == mask.shape[-2] else mask
 
 
 @mutant("attention not scaled", "model")
 def _(model: Any) -> None:
-    attention(model, lambda a: {"scale": 1.0})
+    _rescale(model, 1.0)
 
 
 @mutant("attention scaled by the whole width", "model")
 def _(model: Any) -> None:
-    need(model.config.heads > 1)
-    attention(model, lambda a: {"scale": model.config.dim**-0.5})
+    _rescale(model, model.config.dim**-0.5)
+
+
+def _rescale(model: Any, scale: float) -> None:
+    need(any(getattr(module, "scale", scale) != scale for module in model.modules()))
+    attention(model, lambda look: replace(look, scale=scale))
 
 
 @mutant("kv heads tiled, not repeated", "model")
 def _(model: Any) -> None:
     heads, kv_heads = model.config.heads, getattr(model.config, "kv_heads", model.config.heads)
     need(1 < kv_heads < heads)
-
-    def tiled(a: Mapping[str, Any]) -> dict[str, Any]:
-        if a["key"].shape[1] != kv_heads:  # repeated already: take the first of each
-            r = heads // kv_heads
-            k, v = a["key"][:, ::r], a["value"][:, ::r]
-        else:
-            k, v = a["key"], a["value"]
-        times = (1, heads // kv_heads, 1, 1)
-        return {"key": k.repeat(times), "value": v.repeat(times), "enable_gqa": False}
-
-    attention(model, tiled)
+    times = (1, heads // kv_heads, 1, 1)
+    attention(model, lambda look: replace(look, k=look.k.repeat(times), v=look.v.repeat(times)))
 
 
 @mutant("padding is looked at", "model")
@@ -496,6 +482,7 @@ def _(model: Any) -> None:
 @mutant("two outputs exchanged", "model")
 def _(model: Any) -> None:
     forward = model.forward
+    need("decoder_input_ids" not in inspect.signature(forward).parameters)
     out = forward(torch.zeros(1, 1, dtype=torch.long))
     need(isinstance(out, tuple) and out[0].shape == out[-1].shape)
 
@@ -533,9 +520,18 @@ def _(model: Any) -> None:
     )
 
 
+def blocks(model: Any) -> list[Any]:
+    """All of them; an encoder-decoder has two stacks."""
+    return [block for stack in stacks(model) for block in stack.blocks]
+
+
+def stacks(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "blocks")]
+
+
 def turning(model: Any, change: Callable[..., Any]) -> None:
     """`change(rotary, q, k, mask)` in the place of each attention's rotary."""
-    for block in model.blocks:
+    for block in blocks(model):
         rotary = block.attn.rotary
         need(isinstance(rotary, Rotary))
         block.attn.rotary = functools.partial(change, rotary)
@@ -585,7 +581,7 @@ def _(model: Any) -> None:
 
 @mutant("a norm centres its input", "model")
 def _(model: Any) -> None:
-    norm = model.blocks[0].norm1
+    norm = blocks(model)[0].norm1
     x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype)
     need((norm(x) - norm(x - x.mean(-1, keepdim=True))).abs().max() > 1e-3)
     norm.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(-1, keepdim=True),))
@@ -593,7 +589,7 @@ def _(model: Any) -> None:
 
 @mutant("a norm does not centre its input", "model")
 def _(model: Any) -> None:
-    norm = model.blocks[0].norm2
+    norm = blocks(model)[0].norm2
     x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype) + 1
     need((norm(x) - norm(x - x.mean(-1, keepdim=True))).abs().max() < 1e-3)
     scale, shift = norm.weight, norm.bias
@@ -602,45 +598,47 @@ def _(model: Any) -> None:
 
 @mutant("norm moved from input to output of its branch, or back", "model")
 def _(model: Any) -> None:
-    for block in model.blocks:
+    for block in blocks(model):
         norm, block.norm1 = block.norm1, nn.Identity()
         block.attn.register_forward_hook(lambda _, args, out, norm=norm: norm(out))
 
 
 @mutant("attention left out of the residual stream once", "model")
 def _(model: Any) -> None:
-    model.blocks[-1].attn.register_forward_hook(lambda _, args, out: out * 0)
+    blocks(model)[-1].attn.register_forward_hook(lambda _, args, out: out * 0)
 
 
 @mutant("last layer skipped", "model")
 def _(model: Any) -> None:
-    need(len(model.blocks) > 1)
-    model.blocks = model.blocks[:-1]
+    stack = stacks(model)[-1]
+    need(len(stack.blocks) > 1)
+    stack.blocks = stack.blocks[:-1]
 
 
 @mutant("first two layers exchanged", "model")
 def _(model: Any) -> None:
-    need(len(model.blocks) > 1)
-    first, second, *rest = model.blocks
-    model.blocks = nn.ModuleList([second, first, *rest])
+    stack = stacks(model)[0]
+    need(len(stack.blocks) > 1)
+    first, second, *rest = stack.blocks
+    stack.blocks = nn.ModuleList([second, first, *rest])
 
 
 @mutant("one tensor through fp16", "model")
 def _(model: Any) -> None:
-    weight = model.blocks[0].mlp.down.weight
+    weight = blocks(model)[0].mlp.down.weight
     _overwrite(weight, weight.half().to(weight.dtype))
 
 
 @mutant("a bias dropped", "model")
 def _(model: Any) -> None:
-    bias = model.blocks[0].attn.out.bias
+    bias = blocks(model)[0].attn.out.bias
     need(bias is not None)
     _overwrite(bias, torch.zeros_like(bias))
 
 
 @mutant("norms read as an offset from one", "model")
 def _(model: Any) -> None:
-    for block in model.blocks:
+    for block in blocks(model):
         _overwrite(block.norm1.weight, block.norm1.weight + 1)
 
 
@@ -679,8 +677,9 @@ def causal(model: Any) -> bool:
     ids = torch.arange(8)[None] + 4
     other = ids.clone()
     other[0, -1] += 1
+    answering = "decoder_input_ids" in inspect.signature(model.forward).parameters
     with torch.no_grad():
-        a, b = model(ids), model(other)
+        a, b = (model(ids, decoder_input_ids=x) if answering else model(x) for x in (ids, other))
     need(isinstance(a, Tensor) and a.shape[:2] == ids.shape)
     return torch.equal(a[0, 0], b[0, 0])
 

@@ -79,6 +79,11 @@ class Watch(TorchDispatchMode):
         return out
 
 
+def fuses(reference_class: str) -> bool:
+    """Whether the reference's fused attention computes the same as its plain one."""
+    return bool(getattr(transformers(), reference_class)._supports_sdpa)
+
+
 class Reference:
     """A reference model from a directory; `lifted` computes in fp64 from end to end."""
 

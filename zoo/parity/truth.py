@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.parity.reference import Outputs, Reference
+from zoo.parity.reference import Outputs, Reference, fuses
 
 TOKENS = 37  # rotary and masks show over a few dozen positions, not over one
 ROWS, MORE_ROWS = 48, 256  # ratios of errors need many numbers, and some heads give few a row
@@ -25,21 +25,37 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Token ids and what goes with them; `mask` is None where every token is real."""
+    """Token ids and what goes with them; `mask` is None where every token is real.
+
+    `answer` is what an encoder-decoder's second half reads: its outputs stand at those places.
+    """
 
     ids: Tensor
     extra: Mapping[str, Tensor]
     mask: Tensor | None = None
+    answer: Inputs | None = None
 
     @property
     def named(self) -> dict[str, Tensor]:
-        return {"input_ids": self.ids, **self.extra}
+        answer = {} if self.answer is None else {"decoder_input_ids": self.answer.ids}
+        return {"input_ids": self.ids, **self.extra, **answer}
+
+    @property
+    def places(self) -> Inputs:
+        """Whose tokens the outputs stand at."""
+        return self.answer or self
 
     def row(self, index: int) -> Inputs:
         """One row, alone and without its padding."""
         keep = slice(None) if self.mask is None else self.mask[index].bool()
         extra = {name: x[index : index + 1, keep] for name, x in self.extra.items()}
-        return Inputs(self.ids[index : index + 1, keep], extra)
+        answer = None if self.answer is None else self.answer.row(index)
+        return Inputs(self.ids[index : index + 1, keep], extra, answer=answer)
+
+    def masked(self) -> Inputs:
+        """The same, with masks that say of every token that it is real."""
+        answer = None if self.answer is None else self.answer.masked()
+        return Inputs(self.ids, self.extra, torch.ones_like(self.ids), answer)
 
 
 class Floor:
@@ -88,8 +104,9 @@ class Truth:
     def _floor(self, lifted: Reference, dtype: torch.dtype) -> Floor:
         # the fused kernel ignores the option to reorder and upcast, so there the floor is eager's
         upcast = getattr(self.config, "reorder_and_upcast_attn", False)
+        fused = not upcast and fuses(self.reference_class)
         narrow = Reference(
-            self.directory, self.reference_class, dtype, attention="eager" if upcast else "sdpa"
+            self.directory, self.reference_class, dtype, attention="sdpa" if fused else "eager"
         )
         truth = self.outputs if dtype is torch.float32 else lifted.by_rows(self.batch.named)
         return Floor(truth, narrow.by_rows(self.batch.named))
@@ -105,32 +122,48 @@ class _Draw:
         # some old configs say -1 and mean none
         self.pad: int | None = config.pad_token_id if (config.pad_token_id or 0) >= 0 else None
         rope = getattr(config, "rope_parameters", None) or {}
-        limit = TOKENS if rope.get("rope_type") == "dynamic" else config.max_position_embeddings
-        self.tokens = min(TOKENS, limit)
+        limit = getattr(config, "max_position_embeddings", None)
+        if rope.get("rope_type") == "dynamic":
+            limit = None
+        self.tokens = min(TOKENS, limit or TOKENS)
         self.lengths = [min(length, self.tokens) for length in LENGTHS]
+        self.answers = bool(getattr(config, "is_encoder_decoder", False))
         self.rows = self.full(len(LENGTHS))
 
     def full(self, rows: int) -> Inputs:
+        inputs = self._ids(rows)
+        extra = {}
+        if self.types:
+            extra["token_type_ids"] = torch.randint(self.types, inputs.shape, generator=self.random)
+        answer = Inputs(self._ids(rows), {}) if self.answers else None
+        return Inputs(inputs, extra, answer=answer)
+
+    def _ids(self, rows: int) -> Tensor:
         ids = torch.randint(self.vocab, (rows, self.tokens), generator=self.random)
         if self.pad is not None:
             ids[ids == self.pad] = (self.pad + 1) % self.vocab
-        extra = {}
-        if self.types:
-            extra["token_type_ids"] = torch.randint(self.types, ids.shape, generator=self.random)
-        return Inputs(ids, extra)
+        return ids
 
     def padded(self, side: str) -> Inputs:
         """The same rows for every side; what stands at the padding is any token at all."""
         inputs = self.full(len(LENGTHS))
+        answer = inputs.answer
+        if answer is not None:
+            assert self.rows.answer is not None
+            # lengths of their own, lest one mask pass for the other
+            answer = self._placed(answer, self.rows.answer, self.lengths[::-1], side)
+        return replace(self._placed(inputs, self.rows, self.lengths, side), answer=answer)
+
+    def _placed(self, inputs: Inputs, rows: Inputs, lengths: list[int], side: str) -> Inputs:
         mask = torch.zeros_like(inputs.ids)
-        for i, length in enumerate(self.lengths):
+        for i, length in enumerate(lengths):
             start = SIDES[side](self.tokens - length, i)
             here = slice(start, start + length)
             mask[i, here] = 1
-            inputs.ids[i, here] = self.rows.ids[i, :length]
+            inputs.ids[i, here] = rows.ids[i, :length]
             for name, values in inputs.extra.items():
-                values[i, here] = self.rows.extra[name][i, :length]
-        return Inputs(inputs.ids, inputs.extra, mask)
+                values[i, here] = rows.extra[name][i, :length]
+        return replace(inputs, mask=mask)
 
     def unmasked(self) -> Inputs | None:
         """Padding tokens and no mask: what is made of them is the model's affair."""
