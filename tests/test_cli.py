@@ -87,7 +87,7 @@ def test_info_of_a_name_is_answered_offline(run: Any, no_sockets: None) -> None:
 
 def test_a_pinned_revision_is_not_called_unpinned() -> None:
     entry = registry.find("gpt2")
-    pinned = registry.CheckpointEntry(**{**vars(entry), "revision": "a" * 40})
+    pinned = entry._replace(revision="a" * 40)
     assert (entry.pinned, pinned.pinned) == (False, True)
 
 

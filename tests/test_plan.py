@@ -397,7 +397,7 @@ class TestSpec:
         fields, problems = hf.read_config({"n_head": 4, "n_kv": None, "theta": 9.0})
         assert fields == {"kv_heads": 4, "base": 9.0} and not problems
         fields, problems = hf.read_config({"n_kv": 2, "n_head": 4, "rope": {"theta": 1.0, "f": 2}})
-        assert fields == {"kv_heads": 2, "base": 1.0, "rope": {"theta": 1.0, "f": 2}}
+        assert fields == {"kv_heads": 2, "base": 1.0, "rope": {"f": 2}}
         written = hf.write_config({"kv_heads": 2, "base": 1.0, "rope": {"f": 2}})
         assert written == {"n_kv": 2, "rope": {"theta": 1.0, "f": 2}}
         _, problems = hf.read_config({"decoder": True, "n_haed": 4, "use_cache": 1, "odd": 1})
