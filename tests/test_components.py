@@ -281,6 +281,14 @@ def test_labels_by_number_or_by_name() -> None:
             config.Labels.from_json(bad)
 
 
+def test_kinds_of_layers() -> None:
+    kinds = config.LayerKinds.from_json(["full_attention", "sliding_attention"])
+    assert kinds.windows(7) == (None, 7)
+    assert config.LayerKinds.from_json(kinds.to_json()) == kinds
+    with pytest.raises(ConfigError, match="chunked"):
+        config.LayerKinds.from_json(["chunked_attention"])
+
+
 def test_a_token_outside_the_vocabulary_says_where() -> None:
     from zoo.components.inputs import check_ids
 

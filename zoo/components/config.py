@@ -155,4 +155,24 @@ class Labels(tuple[str, ...]):
         return {str(n): name for n, name in enumerate(self)}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class LayerKinds(tuple[str, ...]):
+    """What each layer's queries see: everything they may, or a window of it."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> LayerKinds:
+        if isinstance(value, list) and all(kind in (FULL, SLIDING) for kind in value):
+            return cls(value)
+        raise ConfigError(f"expected a list of {FULL} and {SLIDING}, found {value!r}")
+
+    def to_json(self) -> list[str]:
+        return list(self)
+
+    def windows(self, window: int | None) -> tuple[int | None, ...]:
+        """A window for each layer, None where it sees everything."""
+        return tuple(window if kind == SLIDING else None for kind in self)
+
+
 TWO_LABELS = Labels.from_json(2)
