@@ -15,7 +15,7 @@ from zoo.errors import SpecError, did_you_mean
 SPECS = Path(__file__).parent / "specs"
 
 _SECTIONS = ("prefix", "weights", "heads", "optional", "tied", "aliases", "drop")
-_CONFIG_SECTIONS = ("config", "require", "ignore", "exclusive")
+_CONFIG_SECTIONS = ("config", "defaults", "require", "ignore", "exclusive")
 _SPEC_KEYS = ("axes",)
 
 
@@ -33,6 +33,7 @@ class Dialect:
     aliases: tuple[tuple[Template, Template], ...] = ()
     drop: tuple[tuple[Template, str], ...] = ()
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # native fields a config leaves out
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     exclusive: tuple[tuple[str, ...], ...] = ()  # fields of which one counts: they may not differ
@@ -50,7 +51,7 @@ class Dialect:
 
         What one field maps out of an object is no part of it for another that maps the whole.
         """
-        fields: dict[str, Any] = {}
+        fields = dict(self.defaults)
         for name, paths in self.config.items():
             found = (value for path in paths if (value := self._value(reference, path)) is not None)
             if (value := next(found, None)) is not None:
@@ -152,7 +153,31 @@ def load_spec(name: str) -> Spec:
     path = SPECS / f"{name}.yaml"
     if not path.is_file():
         raise SpecError(f"{path}: no such spec.{did_you_mean(name, spec_names())}")
-    return parse_spec(name, read_yaml(path, SpecError), f"converters/specs/{path.name}")
+    return parse_spec(name, _read(path), f"converters/specs/{path.name}")
+
+
+def _read(path: Path, below: tuple[str, ...] = ()) -> Any:
+    """A spec's text; `like: other` lays it over that one: a null takes away, a list adds."""
+    data = _mapping(read_yaml(path, SpecError), path.name)
+    if (other := data.pop("like", None)) is None:
+        return data
+    if path.stem in below:
+        raise SpecError(f"{path.name}: like: {' -> '.join((*below, path.stem))} goes round")
+    base = SPECS / f"{other}.yaml"
+    if not base.is_file():
+        raise SpecError(f"{path.name}: like: no spec {other!r}.{did_you_mean(other, spec_names())}")
+    return _laid_over(_read(base, (*below, path.stem)), data)
+
+
+def _laid_over(base: Any, more: Any) -> Any:
+    if isinstance(base, dict) and isinstance(more, dict):
+        both = {
+            key: _laid_over(value, more[key]) if key in more else value
+            for key, value in base.items()
+        }
+        both |= {key: value for key, value in more.items() if key not in base}
+        return {key: value for key, value in both.items() if value is not None}
+    return base + more if isinstance(base, list) and isinstance(more, list) else more
 
 
 def spec_names() -> list[str]:
@@ -205,6 +230,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         aliases=pairs("aliases"),
         drop=tuple((parse_name(n, f"{where}.drop"), r) for n, r in section("drop").items()),
         config={k: _paths(v, f"{where}.config.{k}") for k, v in section("config").items()},
+        defaults=section("defaults"),
         require={k: tuple(v) for k, v in require.items()},
         ignore=frozenset(ignored) | frozenset(common["ignore"]),
         exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -281,9 +282,33 @@ def test_labels_by_number_or_by_name() -> None:
             config.Labels.from_json(bad)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen(config.Windowed):
+    heads_known = ("lm",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({}, (None, None, None)),
+        ({"window": 7}, (7, 7, 7)),
+        ({"window": 7, "window_from": 2}, (None, None, 7)),
+        ({"window": 7, "windowed": False}, (None, None, None)),
+        ({"window": 7, "kinds": [config.SLIDING, config.FULL, config.SLIDING]}, (7, None, 7)),
+    ],
+)
+def test_windows_of_layers(fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert Seen(layers=3, **fields).windows() == windows
+
+
+def test_windows_that_cannot_be() -> None:
+    for fields in ({}, {"window": 7, "windowed": False}, {"window": 7, "layers": 2}):
+        with pytest.raises(ConfigError, match="kinds"):
+            Seen(**{"layers": 3, "kinds": [config.SLIDING] * 3, **fields})
+
+
 def test_kinds_of_layers() -> None:
     kinds = config.LayerKinds.from_json(["full_attention", "sliding_attention"])
-    assert kinds.windows(7) == (None, 7)
     assert config.LayerKinds.from_json(kinds.to_json()) == kinds
     with pytest.raises(ConfigError, match="chunked"):
         config.LayerKinds.from_json(["chunked_attention"])

@@ -13,6 +13,7 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 MAX_LAYERS = 1000
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
+NOT_SIZES = ("pad", "window_from")  # whole numbers that may be zero
 
 
 class _Named(type):
@@ -80,6 +81,11 @@ class Config(metaclass=_Named):
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: v.to_json() if hasattr(v, "to_json") else v for name, v in values}
 
+    @property
+    def limit(self) -> int | None:
+        """How many tokens there are positions for; None where there is no end."""
+        return getattr(self, "positions", None)
+
     def replace(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
@@ -112,7 +118,7 @@ def _sizes(config: Config) -> Iterator[str]:
         value, name = getattr(config, f.name), f.name
         if name == "layers" and type(value) is int and value > MAX_LAYERS:
             raise ResourceLimit(f"layers: {value} is more than {MAX_LAYERS}")
-        if type(value) is int and name != "pad":
+        if type(value) is int and name not in NOT_SIZES:
             if value < 1:
                 yield f"{name}: {value} is not positive"
             elif value > MAX_SIZE:
@@ -170,9 +176,33 @@ class LayerKinds(tuple[str, ...]):
     def to_json(self) -> list[str]:
         return list(self)
 
-    def windows(self, window: int | None) -> tuple[int | None, ...]:
-        """A window for each layer, None where it sees everything."""
-        return tuple(window if kind == SLIDING else None for kind in self)
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed(Config):
+    """A config of which some layers see a window of the last tokens."""
+
+    layers: int = 1
+    window: int | None = None
+    windowed: bool = True  # else the window is a number and nothing more
+    window_from: int = 0  # the first layer that has it, where kinds do not say
+    kinds: LayerKinds | None = None
+
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's window, None where it sees everything."""
+        if not self.windowed or self.window is None:
+            return (None,) * self.layers
+        if self.kinds is not None:
+            return tuple(self.window if kind == SLIDING else None for kind in self.kinds)
+        return tuple(self.window if n >= self.window_from else None for n in range(self.layers))
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.kinds is None:
+            return
+        if len(self.kinds) != self.layers:
+            yield f"kinds: {len(self.kinds)} of them, and {self.layers} layers"
+        if SLIDING in self.kinds and (self.window is None or not self.windowed):
+            yield f"kinds: {SLIDING} without a window"
 
 
 TWO_LABELS = Labels.from_json(2)

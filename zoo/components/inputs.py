@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zoo.components.config import Config
 from zoo.errors import InputError, MaskError, SequenceTooLong, TokenIdError
 
 
@@ -46,6 +47,10 @@ def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     return None if mask.all() else mask
 
 
-def check_length(length: int, limit: int | None, hint: str = "") -> None:
+def check(ids: Tensor, config: Config) -> None:
+    """Every id names a token of the config's vocabulary, and there are positions for all."""
+    check_ids(ids, config.vocab)  # type: ignore[attr-defined]
+    length, limit = ids.shape[1], config.limit
     if limit is not None and not torch.compiler.is_compiling() and length > limit:
-        raise SequenceTooLong(f"{length} tokens, and the model has {limit} positions.{hint}")
+        more = " config={'extrapolate': True} allows" if hasattr(config, "extrapolate") else ""
+        raise SequenceTooLong(f"{length} tokens, and the model has {limit} positions.{more}")

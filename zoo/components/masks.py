@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ def causal(ids: Tensor, attention_mask: Tensor | None, window: int | None = None
     # a padding token looks at itself, lest its row be empty and its NaN spread
     itself = torch.eye(length, dtype=torch.bool, device=ids.device)
     return Mask((real[:, None, None, :] & back) | itself, positions)
+
+
+def windowed(
+    ids: Tensor, attention_mask: Tensor | None, windows: Iterable[int | None]
+) -> dict[int | None, Mask]:
+    """A causal mask for each window; the layers that have it share what they keep there."""
+    return {window: causal(ids, attention_mask, window) for window in dict.fromkeys(windows)}
 
 
 def _back(length: int, device: torch.device) -> Tensor:

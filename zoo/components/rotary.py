@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.components.config import Config
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError, did_you_mean
 
@@ -235,3 +236,32 @@ SCALINGS: dict[str, type[Scaling]] = {
     kind.type: kind for kind in (Scaling, Linear, Dynamic, Llama3, Yarn)
 }
 PLAIN = Scaling()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotated(Config):
+    """A config whose heads are turned by their positions."""
+
+    positions: int = 2048
+    extrapolate: bool = False  # accept more tokens than positions
+    rope_base: float = 10000.0
+    rope: Scaling = PLAIN
+
+    @property
+    def turned(self) -> int:
+        """How much of each head is turned."""
+        return self.head_dim  # type: ignore[attr-defined]
+
+    @property
+    def limit(self) -> int | None:
+        return None if self.extrapolate or self.rope.unbounded else self.positions
+
+    def rotary(self) -> Rotary:
+        return Rotary(self.turned, self.rope_base, self.rope, self.positions)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.turned % 2 or self.turned < 2:
+            yield f"head_dim: {self.turned} of it are turned, and rotary turns pairs"
+        else:
+            yield from self.rope.misfits(self.turned, self.rope_base)

@@ -75,8 +75,7 @@ class Model(encoder.Encoder):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> encoder.Output:
-        inputs.check_ids(input_ids, self.config.vocab)
-        inputs.check_length(input_ids.shape[1], self.config.positions)
+        inputs.check(input_ids, self.config)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         inputs.check_ids(types, self.config.types, "token type")
         mask = masks.full(input_ids, attention_mask)

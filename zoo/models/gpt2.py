@@ -89,8 +89,7 @@ class Model(decoder.Decoder):
                 parameter.normal_(0, std)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check_ids(input_ids, self.config.vocab)
-        inputs.check_length(input_ids.shape[1], self.config.positions)
+        inputs.check(input_ids, self.config)
         mask = masks.causal(input_ids, attention_mask)
         x = self.dropout(self.embed(input_ids) + self.positions(mask.positions))
         for block in self.blocks:

@@ -13,11 +13,11 @@ from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
 from zoo.components.norm import RMSNorm
-from zoo.components.rotary import PLAIN, Rotary, Scaling
+from zoo.components.rotary import Rotary, Rotated
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Config):
+class Config(Rotated, config.Windowed):
     vocab: int = 32000
     dim: int = 4096
     layers: int = 32
@@ -26,12 +26,9 @@ class Config(config.Config):
     head_dim: int = config.DERIVED  # dim / heads
     hidden: int = 11008
     act: str = "silu"
-    positions: int = 2048
-    extrapolate: bool = False  # accept more tokens than positions
     eps: float = 1e-6
-    rope_base: float = 10000.0
-    rope: Scaling = PLAIN
     attn_bias: bool = False
+    attn_out_bias: bool = config.DERIVED  # attn_bias
     mlp_bias: bool = False
     attn_dropout: float | None = 0.0
     tied: bool = False
@@ -40,16 +37,15 @@ class Config(config.Config):
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
-        return {"kv_heads": self.heads, "head_dim": self.dim // self.heads}
+        width = self.dim // self.heads
+        return {"kv_heads": self.heads, "head_dim": width, "attn_out_bias": self.attn_bias}
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
         yield from activations.unknown("act", self.act)
         yield from config.pad_fits(self.pad, self.vocab)
-        yield from self.rope.misfits(self.head_dim, self.rope_base)
-        if self.head_dim % 2:
-            yield f"head_dim: {self.head_dim} is odd, and rotary turns pairs"
-        elif self.head_dim * self.heads != self.dim and self.dim % self.heads:
+        if self.head_dim * self.heads != self.dim and self.dim % self.heads:
             yield from config.divides("heads", self.heads, "dim", self.dim)
 
 
@@ -63,6 +59,7 @@ class Block(nn.Module):
             c.kv_heads,
             c.head_dim,
             bias=c.attn_bias,
+            out_bias=c.attn_out_bias,
             dropout=c.attn_dropout or 0.0,
             rotary=rotary,
         )
@@ -77,18 +74,17 @@ class Block(nn.Module):
 class Model(decoder.Decoder):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.limit = None if c.extrapolate or c.rope.unbounded else c.positions
         self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
-        rotary = Rotary(c.head_dim, c.rope_base, c.rope, c.positions)
+        rotary = c.rotary()
         self.blocks = nn.ModuleList(Block(c, rotary) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.eps)
         self.add_head()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check_ids(input_ids, self.config.vocab)
-        inputs.check_length(input_ids.shape[1], self.limit, " config={'extrapolate': True} allows")
-        mask = masks.causal(input_ids, attention_mask)
+        inputs.check(input_ids, self.config)
+        windows = self.config.windows()
+        looks = masks.windowed(input_ids, attention_mask, windows)
         x = self.embed(input_ids)
-        for block in self.blocks:
-            x = block(x, mask)
+        for block, window in zip(self.blocks, windows, strict=False):
+            x = block(x, looks[window])
         return self.read_out(self.norm(x), input_ids, attention_mask)

@@ -124,11 +124,7 @@ class Reference:
             for option, value in _PRECISION_OPTIONS.items():
                 if hasattr(module, option):
                     setattr(module, option, value)
-            if any(b.is_floating_point() for b in module._buffers.values() if b is not None):
-                # a table in fp32, even when cast, has lost its digits: build it again
-                with Lift():
-                    again = type(module)(self.config)
-                module._buffers.update(again._buffers)
+        self._lift_buffers()
         narrow = [
             name
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
@@ -136,6 +132,19 @@ class Reference:
         ]
         if narrow:
             raise ParityError(f"the fp64 reference keeps {listing(narrow)} in less than fp64")
+
+    def _lift_buffers(self) -> None:
+        """A table in fp32, even when cast, has lost its digits: build it again."""
+        again: dict[str, nn.Module] | None = None
+        for name, module in self.model.named_modules():
+            if not any(b.is_floating_point() for b in module._buffers.values() if b is not None):
+                continue
+            with Lift():
+                try:
+                    module._buffers.update(type(module)(self.config)._buffers)
+                except TypeError:  # it takes more than a config: from a whole model, then
+                    again = again or dict(type(self.model)(self.config).named_modules())
+                    module._buffers.update(again[name]._buffers)
 
     def __call__(self, inputs: Mapping[str, Tensor], *, watch: bool = False) -> Outputs:
         """The values of all outputs, by the reference's names for them."""

@@ -1,0 +1,101 @@
+"""Gemma-2: norms before and after each branch, soft caps, a window in every other layer."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components.attention import Attention, Explicit, attend
+from zoo.components.config import FULL, SLIDING, TWO_LABELS, Labels, LayerKinds
+from zoo.components.masks import Mask
+from zoo.components.mlp import GatedMLP
+from zoo.components.model import Embedding
+from zoo.components.norm import OffsetRMSNorm
+from zoo.components.rotary import Rotary, Rotated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Rotated, config.Windowed):
+    vocab: int = 256000
+    dim: int = 2304
+    layers: int = 26
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 256
+    hidden: int = 9216
+    act: str = "gelu_pytorch_tanh"
+    positions: int = 8192
+    eps: float = 1e-6
+    query_scale: int = 256  # scores are divided by its root
+    score_cap: float | None = 50.0
+    logit_cap: float | None = 30.0
+    window: int | None = 4096
+    attn_bias: bool = False
+    attn_dropout: float | None = 0.0
+    tied: bool = True
+    pad: int | None = 0
+    labels: Labels = TWO_LABELS
+    heads_known: ClassVar = decoder.HEADS
+
+    def derived(self) -> Mapping[str, Any]:
+        return {"kinds": LayerKinds(FULL if n % 2 else SLIDING for n in range(self.layers))}
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
+        yield from activations.unknown("act", self.act)
+        yield from config.pad_fits(self.pad, self.vocab)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else (x / cap).tanh() * cap
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, rotary: Rotary) -> None:
+        super().__init__()
+        self.norm1 = OffsetRMSNorm(c.dim, c.eps)
+        self.attn = Attention(
+            c.dim,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+            bias=c.attn_bias,
+            dropout=c.attn_dropout or 0.0,
+            scale=c.query_scale**-0.5,
+            rotary=rotary,
+            attend=Explicit(bend=partial(soft_cap, cap=c.score_cap)) if c.score_cap else attend,
+        )
+        self.norm1_out = OffsetRMSNorm(c.dim, c.eps)
+        self.norm2 = OffsetRMSNorm(c.dim, c.eps)
+        self.mlp = GatedMLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=False)
+        self.norm2_out = OffsetRMSNorm(c.dim, c.eps)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        x = x + self.norm1_out(self.attn(self.norm1(x), mask))
+        return x + self.norm2_out(self.mlp(self.norm2(x)))
+
+
+class Model(decoder.Decoder):
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
+        rotary = c.rotary()
+        self.blocks = nn.ModuleList(Block(c, rotary) for _ in range(c.layers))
+        self.norm = OffsetRMSNorm(c.dim, c.eps)
+        self.add_head()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        c = self.config
+        inputs.check(input_ids, c)
+        looks = masks.windowed(input_ids, attention_mask, c.windows())
+        x = self.embed(input_ids)
+        x = x * torch.tensor(c.dim**0.5, dtype=x.dtype, device=x.device)  # rounded as x is
+        for block, window in zip(self.blocks, c.windows(), strict=False):
+            x = block(x, looks[window])
+        out = self.read_out(self.norm(x), input_ids, attention_mask)
+        return soft_cap(out, c.logit_cap) if c.head == "lm" else out

@@ -1,0 +1,91 @@
+"""GPT-NeoX: attention and MLP read one stream, in parallel or in turn, and part of a head turns."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components.attention import Attention
+from zoo.components.config import TWO_LABELS, Labels
+from zoo.components.masks import Mask
+from zoo.components.mlp import MLP
+from zoo.components.model import Embedding
+from zoo.components.rotary import Rotary, Rotated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Rotated):
+    vocab: int = 50432
+    dim: int = 6144
+    layers: int = 44
+    heads: int = 64
+    hidden: int = config.DERIVED  # four times dim
+    act: str = "gelu"
+    eps: float = 1e-5
+    parallel: bool = True
+    rope_share: float = 0.25  # of a head's width
+    attn_bias: bool = True
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    tied: bool = False
+    pad: int | None = None
+    labels: Labels = TWO_LABELS
+    heads_known: ClassVar = decoder.HEADS
+
+    @property
+    def turned(self) -> int:
+        return int(self.dim // self.heads * self.rope_share)
+
+    def derived(self) -> Mapping[str, Any]:
+        return {"hidden": 4 * self.dim}
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from config.divides("heads", self.heads, "dim", self.dim)
+        yield from activations.unknown("act", self.act)
+        yield from config.pad_fits(self.pad, self.vocab)
+        if self.rope_share > 1:
+            yield f"rope_share: {self.rope_share} is more than a head"
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, rotary: Rotary) -> None:
+        super().__init__()
+        self.parallel = c.parallel
+        self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        self.attn = Attention(
+            c.dim,
+            c.heads,
+            c.heads,
+            c.dim // c.heads,
+            bias=c.attn_bias,
+            dropout=c.attn_dropout,
+            rotary=rotary,
+        )
+        self.norm2 = nn.LayerNorm(c.dim, c.eps)
+        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=True)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        after = x + self.dropout(self.attn(self.norm1(x), mask))
+        return after + self.dropout(self.mlp(self.norm2(x if self.parallel else after)))
+
+
+class Model(decoder.Decoder):
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.embed = Embedding(c.vocab, c.dim)
+        rotary = c.rotary()
+        self.blocks = nn.ModuleList(Block(c, rotary) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.dim, c.eps)
+        self.add_head()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        inputs.check(input_ids, self.config)
+        mask = masks.causal(input_ids, attention_mask)
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.read_out(self.norm(x), input_ids, attention_mask)
