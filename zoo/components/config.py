@@ -13,7 +13,7 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 MAX_LAYERS = 1000
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
-NOT_SIZES = ("pad", "window_from")  # whole numbers that may be zero
+NOT_SIZES = ("pad", "window_from", "experts")  # whole numbers that may be zero
 
 
 class _Named(type):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from zoo.components.config import Config
-from zoo.components.norm import RMSNorm
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -49,8 +48,8 @@ class Model(nn.Module):
                 module.weight.normal_(0, std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-            if isinstance(module, RMSNorm):
-                module.reset_parameters()
+            if draw := getattr(module, "draw", None):  # what is neither draws its own
+                draw(std)
         for module in self.modules():  # last: a tied head has drawn the same weight again
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()

@@ -12,7 +12,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def reset_parameters(self) -> None:
+    def draw(self, std: float) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 class OffsetRMSNorm(RMSNorm):
     """The weight is what the scale has beyond one, and is applied before rounding."""
 
-    def reset_parameters(self) -> None:
+    def draw(self, std: float) -> None:
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

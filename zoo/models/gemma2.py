@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention, Explicit, attend
-from zoo.components.config import FULL, SLIDING, TWO_LABELS, Labels, LayerKinds
 from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
@@ -38,11 +37,12 @@ class Config(Rotated, config.Windowed):
     attn_dropout: float | None = 0.0
     tied: bool = True
     pad: int | None = 0
-    labels: Labels = TWO_LABELS
+    labels: config.Labels = config.TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
-        return {"kinds": LayerKinds(FULL if n % 2 else SLIDING for n in range(self.layers))}
+        kinds = (config.FULL if n % 2 else config.SLIDING for n in range(self.layers))
+        return {"kinds": config.LayerKinds(kinds)}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

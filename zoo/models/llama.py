@@ -1,4 +1,4 @@
-"""Llama: norms before each branch, rotary positions, grouped key heads, a gated MLP, no biases."""
+"""Llama: norms before each branch, rotary positions, grouped key heads, gated MLPs or experts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
+from zoo.components.moe import Experts
 from zoo.components.norm import RMSNorm
 from zoo.components.rotary import Rotary, Rotated
 
@@ -25,6 +26,8 @@ class Config(Rotated, config.Windowed):
     kv_heads: int = config.DERIVED  # as many as heads
     head_dim: int = config.DERIVED  # dim / heads
     hidden: int = 11008
+    experts: int = 0  # none: one MLP for every token
+    chosen: int = 2  # experts a token goes through
     act: str = "silu"
     eps: float = 1e-6
     attn_bias: bool = False
@@ -47,6 +50,8 @@ class Config(Rotated, config.Windowed):
         yield from config.pad_fits(self.pad, self.vocab)
         if self.head_dim * self.heads != self.dim and self.dim % self.heads:
             yield from config.divides("heads", self.heads, "dim", self.dim)
+        if self.experts and self.chosen > self.experts:
+            yield f"chosen: {self.chosen} of {self.experts} experts"
 
 
 class Block(nn.Module):
@@ -64,7 +69,10 @@ class Block(nn.Module):
             rotary=rotary,
         )
         self.norm2 = RMSNorm(c.dim, c.eps)
-        self.mlp = GatedMLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.mlp_bias)
+        act = activations.ACTIVATIONS[c.act]
+        self.mlp: nn.Module = GatedMLP(c.dim, c.hidden, act, bias=c.mlp_bias)
+        if c.experts:
+            self.mlp = Experts(c.dim, c.hidden, act, experts=c.experts, chosen=c.chosen)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = x + self.attn(self.norm1(x), mask)

@@ -192,6 +192,16 @@ def _(m: Mapped) -> Spec:
     return swapped(m, "q", "k")
 
 
+@mutant("norms before and after a branch swapped", "mapping")
+def _(m: Mapped) -> Spec:
+    return swapped(m, "norm1", "norm1_out")
+
+
+@mutant("norm after attention taken for that before the MLP", "mapping")
+def _(m: Mapped) -> Spec:
+    return swapped(m, "norm1_out", "norm2")
+
+
 @mutant("k and v swapped", "mapping")
 def _(m: Mapped) -> Spec:
     return swapped(m, "k", "v")
@@ -283,6 +293,25 @@ def _(m: Mapped) -> Spec:
     return regrouped(m, "attn.out", 1, ("e h", "h e"), h="heads")
 
 
+@mutant("two experts exchanged", "mapping")
+def _(m: Mapped) -> Spec:
+    count = getattr(m.config, "experts", 0)
+    need(count > 1)
+    spec = m.spec
+    dialect = spec.dialect("hf")
+
+    def turned(rule: Rule) -> list[Rule]:
+        if not rule.stacked or "gate" not in str(rule.targets[0]):
+            return [rule]
+        axes = rule.source.pattern
+        names = str(rule.source.name).replace("{x}", f"{{x={','.join(map(str, order))}}}")
+        return [parse_rule(f"{names} {axes}", str(rule.targets[0]))]
+
+    order = [1, 0, *range(2, count)]
+    weights = tuple(r for rule in dialect.weights for r in turned(rule))
+    return spec.with_dialect(replace(dialect, weights=weights))
+
+
 @mutant("fused q, k, v read as interleaved", "mapping")
 def _(m: Mapped) -> Spec:
     def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
@@ -349,6 +378,35 @@ def _(config: Any) -> dict[str, Any]:
 def _(config: Any) -> dict[str, Any]:
     now = _field(config, "act")
     return {"act": "gelu" if now in ("silu", "swish") else "silu"}
+
+
+@mutant("window off by one", "config")
+def _(config: Any) -> dict[str, Any]:
+    need(hasattr(config, "windows") and any(config.windows()))
+    return {"window": config.window + 1}
+
+
+@mutant("window ignored", "config")
+def _(config: Any) -> dict[str, Any]:
+    need(hasattr(config, "windows") and any(config.windows()))
+    return {"window": 10**6}
+
+
+@mutant("one expert fewer for each token", "config")
+def _(config: Any) -> dict[str, Any]:
+    need(_field(config, "experts") and config.chosen > 1)
+    return {"chosen": config.chosen - 1}
+
+
+@mutant("parallel branches run in turn, or the other way about", "config")
+def _(config: Any) -> dict[str, Any]:
+    return {"parallel": not _field(config, "parallel")}
+
+
+@mutant("soft cap left out", "config")
+def _(config: Any) -> dict[str, Any]:
+    _field(config, "score_cap")
+    return {"score_cap": None}
 
 
 @mutant("padding token unknown", "config")

@@ -101,6 +101,7 @@ class Reference:
             directory,
             dtype=dtype,
             attn_implementation=attention,
+            experts_implementation="eager",
             local_files_only=True,
             output_loading_info=True,
         )

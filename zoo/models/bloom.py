@@ -1,0 +1,84 @@
+"""BLOOM: ALiBi in the place of positions, and a norm on the embeddings."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from zoo.components import config, decoder, inputs, masks
+from zoo.components.alibi import Alibi
+from zoo.components.attention import Attention, Biased
+from zoo.components.config import TWO_LABELS, Labels
+from zoo.components.masks import Mask
+from zoo.components.mlp import MLP
+from zoo.components.model import Embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    vocab: int = 250880
+    dim: int = 64
+    layers: int = 2
+    heads: int = 8
+    eps: float = 1e-5
+    residual_normed: bool = False  # the residual stream is taken after the norms
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    tied: bool = True
+    pad: int | None = None
+    labels: Labels = TWO_LABELS
+    heads_known: ClassVar = decoder.HEADS
+
+    def problems(self) -> Iterator[str]:
+        yield from config.divides("heads", self.heads, "dim", self.dim)
+        yield from config.pad_fits(self.pad, self.vocab)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form, its constant cut where the original cuts it."""
+    return x * 0.5 * (1 + (0.79788456 * x * (1 + 0.044715 * x * x)).tanh())
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, attend: Biased) -> None:
+        super().__init__()
+        self.residual_normed = c.residual_normed
+        self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        self.attn = Attention(
+            c.dim,
+            c.heads,
+            c.heads,
+            c.dim // c.heads,
+            bias=True,
+            dropout=c.attn_dropout,
+            attend=attend,
+        )
+        self.norm2 = nn.LayerNorm(c.dim, c.eps)
+        self.mlp = MLP(c.dim, 4 * c.dim, gelu, bias=True)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        y = self.norm1(x)
+        x = (y if self.residual_normed else x) + self.dropout(self.attn(y, mask))
+        y = self.norm2(x)
+        return (y if self.residual_normed else x) + self.dropout(self.mlp(y))
+
+
+class Model(decoder.Decoder):
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.embed = Embedding(c.vocab, c.dim)
+        self.embed_norm = nn.LayerNorm(c.dim, c.eps)
+        attend = Biased(Alibi(c.heads))
+        self.blocks = nn.ModuleList(Block(c, attend) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.dim, c.eps)
+        self.add_head()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        inputs.check(input_ids, self.config)
+        mask = masks.causal(input_ids, attention_mask)
+        x = self.embed_norm(self.embed(input_ids))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.read_out(self.norm(x), input_ids, attention_mask)
