@@ -1,31 +1,26 @@
 """What every model does beside computing the reference's function: parity holds the latter."""
 
+import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny import build
+from torch import Tensor
 
+import zoo
 from converters.spec import load_spec
 from zoo import registry
 from zoo.errors import ConfigError, InputError, MaskError, SequenceTooLong, TokenIdError
+from zoo.parity.reference import transformers
 
-SIZES: dict[str, Any] = {"vocab": 113, "positions": 53, "dim": 40, "layers": 2, "heads": 4}
 IDS = torch.randint(4, 90, (2, 17), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS)
 LEFT[0, :5] = 0
 NAMES = sorted(registry.architectures())
 CASES = [(a, h) for a in NAMES for h in registry.architectures()[a].model.heads]
-
-
-def build(name: str, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    entry = registry.architectures()[name]
-    wanted = {**SIZES, "hidden": 60}
-    known = {field.name for field in dataclasses.fields(entry.config_class)}
-    sizes = {name: size for name, size in wanted.items() if name in known}
-    return entry.model(entry.config_class(**{**sizes, **changes}))
 
 
 def flat(out: Any) -> list[Tensor]:
@@ -90,21 +85,26 @@ def test_dropout_in_training_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_initialised_as_the_original(name: str) -> None:
-    model = build(name, dim=160, hidden=320, init_std=0.03)
-    for n, p in model.named_parameters():
-        if n.endswith("bias"):
-            assert p.abs().max() == 0, n
-        elif "norm" in n:
-            assert (p == 1).all(), n
-        else:
-            branch = name == "gpt2" and n.endswith(("attn.out.weight", "mlp.down.weight"))
-            wanted = 0.03 / (2 * SIZES["layers"]) ** 0.5 if branch else 0.03
-            few = 4 / p.numel() ** 0.5
-            assert abs(p.std().item() / wanted - 1) < 0.05 + few, n
-    if name != "gpt2":
-        for tied in (True, False):
-            assert build(name, pad=7, tied=tied).embed.weight[7].abs().max() == 0
+def test_initialised_as_the_original(name: str, tmp_path: Path) -> None:
+    """Each tensor's mean and spread, against the reference's own initialisation of it."""
+    entry = registry.architectures()[name]
+    variant = next(iter(entry.variants.values()))
+    torch.manual_seed(0)
+    library = transformers()
+    config = library.AutoConfig.for_model(
+        entry.model_type, **{**copy.deepcopy(variant["config"]), "initializer_range": 0.03}
+    )
+    getattr(library, variant["class"])(config).save_pretrained(tmp_path / "reference")
+    theirs = zoo.load(tmp_path / "reference").state_dict()
+    ours = zoo.load(tmp_path / "reference", weights="random").state_dict()
+    for n, x in theirs.items():
+        few = 6 / x.numel() ** 0.5
+        spread = x.float().std(correction=0)
+        assert abs(ours[n].mean() - x.mean()) <= few * spread, n
+        assert abs(ours[n].std(correction=0) - spread) <= few * spread, n
+        if n == "embed.weight":
+            zero = (x == 0).all(-1)
+            assert torch.equal((ours[n] == 0).all(-1), zero)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,10 +118,12 @@ def test_on_meta_there_are_shapes_and_no_buffers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_mistakes_are_named(name: str) -> None:
     model = build(name).eval()
+    if limit := model.config.limit:
+        with pytest.raises(SequenceTooLong):
+            model(torch.ones(1, limit + 1, dtype=torch.long))
     for error, ids, mask in [
-        (TokenIdError, torch.tensor([[113]]), None),
+        (TokenIdError, torch.tensor([[model.config.vocab]]), None),
         (TokenIdError, torch.tensor([[-1]]), None),
-        (SequenceTooLong, torch.ones(1, 54, dtype=torch.long), None),
         (InputError, torch.ones(1, 0, dtype=torch.long), None),
         (MaskError, IDS, torch.zeros_like(IDS)),
         (MaskError, IDS, torch.ones(2, 16)),
@@ -131,9 +133,9 @@ def test_mistakes_are_named(name: str) -> None:
 
 
 def test_llama_goes_beyond_its_positions_when_asked() -> None:
-    ids = torch.ones(1, 54, dtype=torch.long)
+    ids = torch.ones(1, 62, dtype=torch.long)
     for changes in ({"extrapolate": True}, {"rope": {"rope_type": "dynamic", "factor": 2.0}}):
-        assert build("llama", **changes)(ids).shape == (1, 54, 113)
+        assert build("llama", **changes)(ids).shape == (1, 62, 131)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_llama_goes_beyond_its_positions_when_asked() -> None:
         ("gpt2", {"act": "prelu"}),
         ("gpt2", {"pad": 113}),
         ("bert", {"head": "question_answering", "labels": 3}),
-        ("llama", {"kv_heads": 3}),
+        ("llama", {"kv_heads": 4}),
         ("llama", {"head_dim": 7}),
         ("llama", {"head_dim": 2, "rope": {"rope_type": "dynamic", "factor": 2.0}}),
         ("llama", {"rope_base": 1.0, "rope": {"rope_type": "yarn", "factor": 2.0}}),

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters import spec as spec_module
 from converters.execute import carry_out, invert
 from converters.formats import TensorInfo
 from converters.plan import Native, identity_plan, make_plan, target_names
-from converters.spec import parse_spec
+from converters.spec import load_spec, parse_spec
 from zoo.errors import (
     ConfigError,
     DtypeMismatch,
@@ -387,6 +388,31 @@ class TestSpec:
         with pytest.raises(SpecError, match=r"specs/toy\.yaml: hf") as error:
             spec(**change)
         assert why in str(error.value)
+
+    def test_what_a_config_leaves_out(self):
+        hf = spec(config={"kv_heads": "n_kv"}, defaults={"kv_heads": 8, "bias": True}).dialect("hf")
+        assert hf.read_config({})[0] == {"kv_heads": 8, "bias": True}
+        assert hf.read_config({"n_kv": 2})[0] == {"kv_heads": 2, "bias": True}
+        assert hf.read_config({"n_kv": None})[0] == {"kv_heads": None, "bias": True}
+        assert hf.write_config({"kv_heads": 2, "bias": True}) == {"n_kv": 2}
+
+    def test_a_spec_laid_over_another(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(spec_module, "SPECS", tmp_path)
+        (tmp_path / "a.yaml").write_text(
+            "axes: {layer: layers}\nhf:\n  weights: {x: one, y: two}\n  ignore: [u]\n"
+        )
+        (tmp_path / "b.yaml").write_text(
+            "like: a\nhf:\n  weights: {y: null, z: two}\n  ignore: [v]\n  prefix: m.\n"
+        )
+        made = load_spec.__wrapped__("b").dialect("hf")
+        assert [str(rule) for rule in made.weights] == ["x: one", "z: two"]
+        assert {"u", "v"} <= made.ignore and made.prefix == "m."
+        (tmp_path / "a.yaml").write_text("like: b\n")
+        with pytest.raises(SpecError, match="goes round"):
+            load_spec.__wrapped__("b")
+        (tmp_path / "b.yaml").write_text("like: aa\n")
+        with pytest.raises(SpecError, match="Did you mean a"):
+            load_spec.__wrapped__("b")
 
     def test_config_both_ways(self):
         hf = spec(

@@ -11,16 +11,17 @@ from zoo.components.masks import Mask
 class Alibi:
     """A term for `attention.Biased`: (b, h, 1, t), each key's place times the head's slope.
 
-    Softmax sees differences alone, so the query's own place need not be taken away.
+    Softmax sees differences alone, so the query's own place need not be taken away. `dtype` is what
+    the original rounds the term to, whatever it computes in.
     """
 
-    def __init__(self, heads: int) -> None:
-        self.slopes = slopes(heads)
+    def __init__(self, heads: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> None:
+        self.slopes, self.scale, self.dtype = slopes(heads), scale, dtype
 
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = self.dtype or torch.promote_types(q.dtype, torch.float32)
         pace = torch.tensor(self.slopes, dtype=wide, device=q.device)[:, None, None]
-        return (pace * mask.positions[:, None, None, :].to(wide)).to(q.dtype)
+        return (pace * mask.positions[:, None, None, :].to(wide)).to(q.dtype) * self.scale
 
 
 def slopes(heads: int) -> list[float]:

@@ -8,6 +8,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
+from zoo.components.activations import unknown
 from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 
 MAX_LAYERS = 1000
@@ -36,12 +37,34 @@ class _Named(type):
         return super().__call__(**given)
 
 
+class Labels(tuple[str, ...]):
+    """The names of a classifier's classes."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Labels:
+        if value is None:
+            return TWO_LABELS
+        if type(value) is int and 0 < value <= MAX_SIZE:
+            return cls(f"LABEL_{n}" for n in range(value))
+        if isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
+            return cls(str(value[k]) for k in sorted(value, key=int))
+        raise ConfigError(f"expected a number of labels or their names by index, found {value!r}")
+
+    def to_json(self) -> dict[str, str]:
+        return {str(n): name for n, name in enumerate(self)}
+
+
+TWO_LABELS = Labels.from_json(2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(metaclass=_Named):
     """What every architecture's config has. Fields left at DERIVED are filled by `derived`."""
 
     head: str = "lm"
     init_std: float = 0.02
+    pad: int | None = None
+    labels: Labels = TWO_LABELS
 
     heads_known: ClassVar[tuple[str, ...]] = ()
 
@@ -116,6 +139,10 @@ def _sizes(config: Config) -> Iterator[str]:
     """Sizes are positive, rates are rates, and nothing asks for more than a machine could hold."""
     for f in fields(config):
         value, name = getattr(config, f.name), f.name
+        if name == "act":
+            yield from unknown(name, value)
+        elif name == "pad" and value is not None:
+            yield from _pad_fits(value, getattr(config, "vocab", MAX_SIZE))
         if name == "layers" and type(value) is int and value > MAX_LAYERS:
             raise ResourceLimit(f"layers: {value} is more than {MAX_LAYERS}")
         if type(value) is int and name not in NOT_SIZES:
@@ -139,26 +166,9 @@ def divides(part_name: str, part: int, whole_name: str, whole: int) -> Iterator[
         yield f"{part_name}: {part} does not divide {whole_name} {whole}"
 
 
-def pad_fits(pad: int | None, vocab: int) -> Iterator[str]:
-    if pad is not None and not -vocab <= pad < vocab:
+def _pad_fits(pad: int, vocab: int) -> Iterator[str]:
+    if not -vocab <= pad < vocab:
         yield f"pad: {pad} is outside the vocabulary of {vocab}"
-
-
-class Labels(tuple[str, ...]):
-    """The names of a classifier's classes."""
-
-    @classmethod
-    def from_json(cls, value: Any) -> Labels:
-        if value is None:
-            return TWO_LABELS
-        if type(value) is int and 0 < value <= MAX_SIZE:
-            return cls(f"LABEL_{n}" for n in range(value))
-        if isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
-            return cls(str(value[k]) for k in sorted(value, key=int))
-        raise ConfigError(f"expected a number of labels or their names by index, found {value!r}")
-
-    def to_json(self) -> dict[str, str]:
-        return {str(n): name for n, name in enumerate(self)}
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -203,6 +213,3 @@ class Windowed(Config):
             yield f"kinds: {len(self.kinds)} of them, and {self.layers} layers"
         if SLIDING in self.kinds and (self.window is None or not self.windowed):
             yield f"kinds: {SLIDING} without a window"
-
-
-TWO_LABELS = Labels.from_json(2)

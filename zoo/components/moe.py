@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
     def run_all(self, tokens: Tensor, share: Tensor, index: Tensor) -> Tensor:
         """The same sum with shapes that no value decides, for compilers."""
-        weights = share.new_zeros(len(tokens), len(self.gate)).scatter(1, index, share)
+        weights = share.new_zeros(tokens.shape[0], len(self.gate)).scatter(1, index, share)
         out = torch.zeros_like(tokens)
         for expert in range(len(self.gate)):
             out = out + (self.expert(tokens, expert) * weights[:, expert, None]).to(out.dtype)

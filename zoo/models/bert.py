@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, encoder, inputs, masks
 from zoo.components.attention import Attention
-from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
@@ -32,13 +31,10 @@ class Config(config.Config):
     head_dropout: float | None = None  # dropout
     tied: bool = True
     pad: int | None = 0
-    labels: Labels = TWO_LABELS
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:
         yield from config.divides("heads", self.heads, "dim", self.dim)
-        yield from activations.unknown("act", self.act)
-        yield from config.pad_fits(self.pad, self.vocab)
         if self.head == "question_answering" and len(self.labels) != 2:
             yield f"labels: {len(self.labels)}, and a span has 2, its start and its end"
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from zoo.components import config, decoder, inputs, masks
 from zoo.components.alibi import Alibi
 from zoo.components.attention import Attention, Biased
-from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
@@ -26,13 +25,10 @@ class Config(config.Config):
     dropout: float = 0.0
     attn_dropout: float = 0.0
     tied: bool = True
-    pad: int | None = None
-    labels: Labels = TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def problems(self) -> Iterator[str]:
         yield from config.divides("heads", self.heads, "dim", self.dim)
-        yield from config.pad_fits(self.pad, self.vocab)
 
 
 def gelu(x: Tensor) -> Tensor:

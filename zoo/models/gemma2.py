@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
-from zoo.components.attention import Attention, Explicit, attend
+from zoo.components.attention import Attention, Explicit
 from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
@@ -37,7 +37,6 @@ class Config(Rotated, config.Windowed):
     attn_dropout: float | None = 0.0
     tied: bool = True
     pad: int | None = 0
-    labels: config.Labels = config.TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
@@ -47,8 +46,6 @@ class Config(Rotated, config.Windowed):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
-        yield from activations.unknown("act", self.act)
-        yield from config.pad_fits(self.pad, self.vocab)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -68,7 +65,7 @@ class Block(nn.Module):
             dropout=c.attn_dropout or 0.0,
             scale=c.query_scale**-0.5,
             rotary=rotary,
-            attend=Explicit(bend=partial(soft_cap, cap=c.score_cap)) if c.score_cap else attend,
+            attend=Explicit(bend=partial(soft_cap, cap=c.score_cap)),
         )
         self.norm1_out = OffsetRMSNorm(c.dim, c.eps)
         self.norm2 = OffsetRMSNorm(c.dim, c.eps)
@@ -97,5 +94,5 @@ class Model(decoder.Decoder):
         x = x * torch.tensor(c.dim**0.5, dtype=x.dtype, device=x.device)  # rounded as x is
         for block, window in zip(self.blocks, c.windows(), strict=False):
             x = block(x, looks[window])
-        out = self.read_out(self.norm(x), input_ids, attention_mask)
-        return soft_cap(out, c.logit_cap) if c.head == "lm" else out
+        x = self.read_out(self.norm(x), input_ids, attention_mask)
+        return soft_cap(x, c.logit_cap) if c.head == "lm" else x

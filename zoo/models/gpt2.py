@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention, Explicit, attend
-from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
@@ -32,8 +31,6 @@ class Config(config.Config):
     embed_dropout: float = 0.1
     attn_dropout: float = 0.1
     tied: bool = True
-    pad: int | None = None
-    labels: Labels = TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
@@ -41,8 +38,6 @@ class Config(config.Config):
 
     def problems(self) -> Iterator[str]:
         yield from config.divides("heads", self.heads, "dim", self.dim)
-        yield from activations.unknown("act", self.act)
-        yield from config.pad_fits(self.pad, self.vocab)
 
 
 class Block(nn.Module):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention
-from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
@@ -35,8 +34,6 @@ class Config(Rotated, config.Windowed):
     mlp_bias: bool = False
     attn_dropout: float | None = 0.0
     tied: bool = False
-    pad: int | None = None
-    labels: Labels = TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
@@ -46,8 +43,6 @@ class Config(Rotated, config.Windowed):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
-        yield from activations.unknown("act", self.act)
-        yield from config.pad_fits(self.pad, self.vocab)
         if self.head_dim * self.heads != self.dim and self.dim % self.heads:
             yield from config.divides("heads", self.heads, "dim", self.dim)
         if self.experts and self.chosen > self.experts:

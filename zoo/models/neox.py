@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention
-from zoo.components.config import TWO_LABELS, Labels
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
@@ -30,8 +29,6 @@ class Config(Rotated):
     dropout: float = 0.0
     attn_dropout: float = 0.0
     tied: bool = False
-    pad: int | None = None
-    labels: Labels = TWO_LABELS
     heads_known: ClassVar = decoder.HEADS
 
     @property
@@ -44,8 +41,6 @@ class Config(Rotated):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
-        yield from activations.unknown("act", self.act)
-        yield from config.pad_fits(self.pad, self.vocab)
         if self.rope_share > 1:
             yield f"rope_share: {self.rope_share} is more than a head"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.parity.reference import Outputs, Reference, fuses
+from zoo.parity.reference import Outputs, Reference
 
 TOKENS = 37  # rotary and masks show over a few dozen positions, not over one
 ROWS, MORE_ROWS = 48, 256  # ratios of errors need many numbers, and some heads give few a row
@@ -104,9 +104,8 @@ class Truth:
     def _floor(self, lifted: Reference, dtype: torch.dtype) -> Floor:
         # the fused kernel ignores the option to reorder and upcast, so there the floor is eager's
         upcast = getattr(self.config, "reorder_and_upcast_attn", False)
-        fused = not upcast and fuses(self.reference_class)
         narrow = Reference(
-            self.directory, self.reference_class, dtype, attention="sdpa" if fused else "eager"
+            self.directory, self.reference_class, dtype, attention="eager" if upcast else ""
         )
         truth = self.outputs if dtype is torch.float32 else lifted.by_rows(self.batch.named)
         return Floor(truth, narrow.by_rows(self.batch.named))

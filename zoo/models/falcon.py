@@ -1,0 +1,100 @@
+"""Falcon: attention and MLP beside each other on one norm, on a norm each, or in turn."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components.alibi import Alibi
+from zoo.components.attention import Attention, Biased
+from zoo.components.masks import Mask
+from zoo.components.mlp import MLP
+from zoo.components.model import Embedding
+from zoo.components.rotary import Rotated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Rotated):
+    vocab: int = 65024
+    dim: int = 4544
+    layers: int = 32
+    heads: int = 71
+    kv_heads: int = config.DERIVED  # groups where they are grouped, one where the query is multi
+    groups: int = config.DERIVED  # heads
+    grouped: bool = False  # the new decoder architecture
+    multi_query: bool = True
+    parallel: bool = True
+    norms: int | None = None  # before parallel branches; None: one, or two where grouped
+    alibi: bool = False
+    hidden: int = config.DERIVED  # four times dim
+    act: str = "gelu"
+    eps: float = 1e-5
+    bias: bool = False
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    tied: bool = True
+    heads_known: ClassVar = decoder.HEADS
+
+    @property
+    def turned(self) -> int:
+        return self.dim // self.heads
+
+    def derived(self) -> Mapping[str, Any]:
+        groups = self.groups or self.heads
+        shared = groups if self.grouped else 1 if self.multi_query else self.heads
+        return {"groups": groups, "kv_heads": shared, "hidden": 4 * self.dim}
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from config.divides("heads", self.heads, "dim", self.dim)
+        yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
+        if self.grouped > self.parallel or self.norms not in (None, 1, 1 + self.grouped):
+            yield f"grouped, parallel, norms: no Falcon has {self.norms} norms before such branches"
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, places: dict[str, Any]) -> None:
+        super().__init__()
+        self.two = c.grouped and c.norms != 1
+        norm = partial(nn.LayerNorm, c.dim, c.eps)
+        if self.two:
+            self.norm_attn, self.norm_mlp = norm(), norm()
+        else:
+            self.norm1 = norm()
+            self.norm2 = None if c.parallel else norm()
+        self.attn = Attention(c.dim, c.heads, c.kv_heads, c.turned, bias=c.bias, **places)
+        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
+        self.attn_dropout, self.dropout = nn.Dropout(c.attn_dropout), nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        if self.two:
+            return x + self.dropout(self.attn(self.norm_attn(x), mask) + self.mlp(self.norm_mlp(x)))
+        y = self.norm1(x)
+        if self.norm2 is None:
+            return x + self.dropout(self.attn(y, mask) + self.mlp(y))
+        x = x + self.attn_dropout(self.attn(y, mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Model(decoder.Decoder):
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.embed = Embedding(c.vocab, c.dim)
+        # the term is rounded to bf16 in every dtype, and scaled as the scores are
+        term = Biased(Alibi(c.heads, c.turned**-0.5, torch.bfloat16))
+        places = {"attend": term, "dropout": c.attn_dropout} if c.alibi else {"rotary": c.rotary()}
+        self.blocks = nn.ModuleList(Block(c, places) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.dim, c.eps)
+        self.add_head()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        inputs.check(input_ids, self.config)
+        mask = masks.causal(input_ids, attention_mask)
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.read_out(self.norm(x), input_ids, attention_mask)
