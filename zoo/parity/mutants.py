@@ -583,6 +583,12 @@ def blocks(model: Any) -> list[Any]:
     return [block for stack in stacks(model) for block in stack.blocks]
 
 
+def part(module: Any, name: str) -> Any:
+    """A module of it that not all of its kind have."""
+    need(getattr(module, name, None) is not None)
+    return getattr(module, name)
+
+
 def stacks(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "blocks")]
 
@@ -639,7 +645,7 @@ def _(model: Any) -> None:
 
 @mutant("a norm centres its input", "model")
 def _(model: Any) -> None:
-    norm = blocks(model)[0].norm1
+    norm = part(blocks(model)[0], "norm1")
     x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype)
     need((norm(x) - norm(x - x.mean(-1, keepdim=True))).abs().max() > 1e-3)
     norm.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(-1, keepdim=True),))
@@ -647,7 +653,7 @@ def _(model: Any) -> None:
 
 @mutant("a norm does not centre its input", "model")
 def _(model: Any) -> None:
-    norm = blocks(model)[0].norm2
+    norm = part(blocks(model)[0], "norm2")
     x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype) + 1
     need((norm(x) - norm(x - x.mean(-1, keepdim=True))).abs().max() < 1e-3)
     scale, shift = norm.weight, norm.bias
@@ -657,7 +663,7 @@ def _(model: Any) -> None:
 @mutant("norm moved from input to output of its branch, or back", "model")
 def _(model: Any) -> None:
     for block in blocks(model):
-        norm, block.norm1 = block.norm1, nn.Identity()
+        norm, block.norm1 = part(block, "norm1"), nn.Identity()
         block.attn.register_forward_hook(lambda _, args, out, norm=norm: norm(out))
 
 
@@ -683,7 +689,8 @@ def _(model: Any) -> None:
 
 @mutant("one tensor through fp16", "model")
 def _(model: Any) -> None:
-    weight = blocks(model)[0].mlp.down.weight
+    mlp = dict(blocks(model)[0].mlp.named_parameters())
+    weight = next(p for name, p in mlp.items() if name.startswith("down"))
     _overwrite(weight, weight.half().to(weight.dtype))
 
 
@@ -697,7 +704,8 @@ def _(model: Any) -> None:
 @mutant("norms read as an offset from one", "model")
 def _(model: Any) -> None:
     for block in blocks(model):
-        _overwrite(block.norm1.weight, block.norm1.weight + 1)
+        norm = part(block, "norm1")
+        _overwrite(norm.weight, norm.weight + 1)
 
 
 @mutant("vocabulary off by one", "model")
