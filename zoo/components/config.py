@@ -14,7 +14,7 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 MAX_LAYERS = 1000
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
-NOT_SIZES = ("pad", "window_from", "experts")  # whole numbers that may be zero
+NOT_SIZES = ("pad", "window_from", "experts", "types")  # whole numbers that may be zero
 
 
 class _Named(type):
@@ -139,7 +139,7 @@ def _sizes(config: Config) -> Iterator[str]:
     """Sizes are positive, rates are rates, and nothing asks for more than a machine could hold."""
     for f in fields(config):
         value, name = getattr(config, f.name), f.name
-        if name == "act":
+        if name.endswith("act") and value is not None:
             yield from unknown(name, value)
         elif name == "pad" and value is not None:
             yield from _pad_fits(value, getattr(config, "vocab", MAX_SIZE))

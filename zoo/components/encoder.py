@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.components.heads import MaskedLMHead, Pooler
+from zoo.components.heads import Classifier, MaskedLMHead, Pooler
 from zoo.components.model import Embedding, Linear, Model
 
 POOLED = ("pooler", "pretraining", "sequence_classification")
@@ -40,7 +40,7 @@ Output = Tensor | Pooled | Pretraining | Span
 
 
 class Encoder(Model):
-    """Expects `embed`; its config names sizes, activation, eps, labels and dropouts."""
+    """Expects `embed`; its config names sizes, activations, eps, labels and dropouts."""
 
     heads: ClassVar[tuple[str, ...]] = HEADS
     embed: Embedding
@@ -48,16 +48,22 @@ class Encoder(Model):
     def add_head(self) -> None:
         """The last line of a constructor: the head that the config names, then initialisation."""
         c = self.config
-        if c.head in POOLED:
+        dropout = c.dropout if c.head_dropout is None else c.head_dropout
+        head = "summary" if c.head == "sequence_classification" and c.summary_act else c.head
+        if head in POOLED:
             self.pooler = Pooler(c.dim)
+        if head == "summary":
+            act, before = ACTIVATIONS[c.summary_act], dropout if c.summary_dropout else 0.0
+            self.summary = Classifier(c.dim, len(c.labels), act, before, dropout)
         if c.head in ("masked_lm", "pretraining"):
             embed = self.embed if c.tied else None
-            self.head = MaskedLMHead(c.dim, c.vocab, ACTIVATIONS[c.act], c.eps, embed)
+            act = ACTIVATIONS[c.head_act]
+            self.head = MaskedLMHead(c.dim, c.vocab, act, c.eps, embed, lone_bias=c.lone_bias)
         if c.head == "pretraining":
             self.nsp = Linear(c.dim, 2)
-        if c.head in LABELLED:
+        if head in LABELLED:
             self.classifier = Linear(c.dim, len(c.labels))
-            self.head_dropout = nn.Dropout(c.dropout if c.head_dropout is None else c.head_dropout)
+            self.head_dropout = nn.Dropout(dropout)
         if c.head == "question_answering":
             self.span = Linear(c.dim, 2)
         self.finish()
@@ -71,6 +77,8 @@ class Encoder(Model):
             case "pretraining":
                 return Pretraining(self.head(x), self.nsp(self.pooler(x, attention_mask)))
             case "sequence_classification":
+                if self.config.summary_act:
+                    return self.summary(x, attention_mask)
                 return self.classifier(self.head_dropout(self.pooler(x, attention_mask)))
             case "token_classification":
                 return self.classifier(self.head_dropout(x))

@@ -31,8 +31,14 @@ class Mask:
         return self._kept[owner]
 
 
-def positions_of(real: Tensor | None, ids: Tensor) -> Tensor:
-    """(1, s) or (b, s): each real token's place among the real ones of its row."""
+def positions_of(real: Tensor | None, ids: Tensor, behind: int | None = None) -> Tensor:
+    """(1, s) or (b, s): each real token's place among the real ones of its row.
+
+    `behind` is a padding id: tokens that are not it are counted, from the place after it.
+    """
+    if behind is not None:
+        counted = ids != behind if real is None else real & (ids != behind)
+        return counted.cumsum(dim=-1) * counted + behind
     if real is None:
         return torch.arange(ids.shape[1], device=ids.device)[None]
     return (real.cumsum(dim=-1) - 1).clamp(min=0)
@@ -67,8 +73,8 @@ def _back(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-def full(ids: Tensor, attention_mask: Tensor | None) -> Mask:
-    """Each token looks at every real token."""
+def full(ids: Tensor, attention_mask: Tensor | None, behind: int | None = None) -> Mask:
+    """Each token looks at every real token; `behind` as in `positions_of`."""
     real = check_mask(attention_mask, ids)
     allowed = None if real is None else real[:, None, None, :]
-    return Mask(allowed, positions_of(real, ids))
+    return Mask(allowed, positions_of(real, ids, behind))

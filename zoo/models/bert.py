@@ -1,8 +1,8 @@
 """BERT: every token sees every token, and norms stand after each branch, on the sum."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,30 @@ class Config(config.Config):
     hidden: int = 3072
     act: str = "gelu"
     positions: int = 512
-    types: int = 2
+    offset: bool = False  # places are counted from behind the padding id's
+    types: int = 2  # of tokens; 0: none
     eps: float = 1e-12
     dropout: float = 0.1
     attn_dropout: float = 0.1
     head_dropout: float | None = None  # dropout
+    head_act: str = config.DERIVED  # act
+    summary_act: str | None = None  # of a classifier's own layer; None: it reads the pooler
+    summary_dropout: bool = False  # before that layer too
+    lone_bias: bool = True  # the masked LM's bias has a second name
     tied: bool = True
     pad: int | None = 0
     heads_known: ClassVar = encoder.HEADS
+
+    @property
+    def behind(self) -> int | None:
+        return self.pad if self.offset else None
+
+    @property
+    def limit(self) -> int:
+        return self.positions - (0 if self.behind is None else self.behind + 1)
+
+    def derived(self) -> Mapping[str, Any]:
+        return {"head_act": self.act}
 
     def problems(self) -> Iterator[str]:
         yield from config.divides("heads", self.heads, "dim", self.dim)
@@ -58,8 +74,8 @@ class Model(encoder.Encoder):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
-        self.positions = Embedding(c.positions, c.dim)
-        self.types = Embedding(c.types, c.dim)
+        self.positions = Embedding(c.positions, c.dim, padding_idx=c.behind)
+        self.types = Embedding(c.types, c.dim) if c.types else None
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -72,10 +88,12 @@ class Model(encoder.Encoder):
         token_type_ids: Tensor | None = None,
     ) -> encoder.Output:
         inputs.check(input_ids, self.config)
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        inputs.check_ids(types, self.config.types, "token type")
-        mask = masks.full(input_ids, attention_mask)
-        x = self.embed(input_ids) + self.types(types) + self.positions(mask.positions)
+        mask = masks.full(input_ids, attention_mask, self.config.behind)
+        x = self.embed(input_ids) + self.positions(mask.positions)
+        if self.types is not None:
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            inputs.check_ids(types, self.config.types, "token type")
+            x = x + self.types(types)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask)
