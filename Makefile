@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants bench-load clean
+.PHONY: help setup demo test test-fast check format lint types mutants bench-load bench-moe clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -46,6 +46,9 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 
 bench-load: $(READY) ## library import + load + first logits against the reference's
 	@$(RUN) tools/bench.py load
+
+bench-moe: $(READY) ## time a token takes against the experts it uses and those that exist
+	@$(RUN) tools/bench.py moe
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Benchmarks as commands: `python tools/bench.py load` measures loading against the reference.
+"""Benchmarks as commands: `python tools/bench.py load` against the reference, and `moe`.
 
 Fresh processes in turn, ratios pair by pair, medians: these survive a machine whose speed drifts.
 """
@@ -178,19 +178,60 @@ def bench_import(rounds: int) -> dict[str, float]:
     return ratios
 
 
+def bench_moe(rounds: int) -> dict[str, float]:
+    """Milliseconds a token through one layer: experts used down, experts that exist across.
+
+    Each size in turn, medians; only what a token goes through should cost it.
+    """
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from zoo.components.activations import ACTIVATIONS
+    from zoo.components.moe import Experts
+
+    dim, hidden, tokens = 512, 1792, 8
+    x = torch.randn(1, tokens, dim)
+    layers = {}
+    for experts in (4, 8, 16, 32, 64):
+        for chosen in (1, 2, 4):
+            layer = Experts(dim, hidden, ACTIVATIONS["silu"], experts=experts, chosen=chosen)
+            layer.router.weight.data.normal_()
+            layer.draw(0.02)
+            layers[experts, chosen] = layer
+    times: dict[tuple[int, int], list[float]] = {size: [] for size in layers}
+    with torch.no_grad():
+        for k in range(rounds + 1):
+            for size, layer in layers.items():
+                started = time.perf_counter()
+                for token in x.split(1, dim=1):
+                    layer(token)
+                if k:
+                    times[size].append(1e3 * (time.perf_counter() - started) / tokens)
+    figures = {size: median(values) for size, values in times.items()}
+    print("ms a token  " + "".join(f"{n:>9} exist" for n in (4, 8, 16, 32, 64)))
+    for chosen in (1, 2, 4):
+        row = "".join(f"{figures[n, chosen]:>15.3f}" for n in (4, 8, 16, 32, 64))
+        print(f"{chosen} used      {row}")
+    return {f"{experts} exist, {chosen} used": ms for (experts, chosen), ms in figures.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["load"])
+    parser.add_argument("what", choices=["load", "moe"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
     )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    args.dir.mkdir(parents=True, exist_ok=True)
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    figures: dict[str, object] = {"import": bench_import(3 * args.pairs)}
-    figures["load"] = bench_load(args.pairs, args.dir)
+    figures: dict[str, object] = {}
+    if args.what == "moe":
+        figures["moe"] = bench_moe(10 * args.pairs)
+    else:
+        args.dir.mkdir(parents=True, exist_ok=True)
+        figures["import"] = bench_import(3 * args.pairs)
+        figures["load"] = bench_load(args.pairs, args.dir)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -53,7 +53,7 @@ class Encoder(Model):
         if head in POOLED:
             self.pooler = Pooler(c.dim)
         if head == "summary":
-            act, before = ACTIVATIONS[c.summary_act], dropout if c.summary_dropout else 0.0
+            act, before = ACTIVATIONS[c.summary_act], dropout if c.summary_dropped else 0.0
             self.summary = Classifier(c.dim, len(c.labels), act, before, dropout)
         if c.head in ("masked_lm", "pretraining"):
             embed = self.embed if c.tied else None

@@ -32,7 +32,7 @@ class Config(config.Config):
     head_dropout: float | None = None  # dropout
     head_act: str = config.DERIVED  # act
     summary_act: str | None = None  # of a classifier's own layer; None: it reads the pooler
-    summary_dropout: bool = False  # before that layer too
+    summary_dropped: bool = False  # before that layer too
     lone_bias: bool = True  # the masked LM's bias has a second name
     tied: bool = True
     pad: int | None = 0

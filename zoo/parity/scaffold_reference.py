@@ -228,6 +228,7 @@ def _probe(found: Survey, name: str, reference_class: str, changes: Mapping[str,
     library = transformers()
     try:
         config = library.AutoConfig.for_model(found.model_type, **fields)
+        config._experts_implementation = "eager"  # the other ones want sizes that tiny models lack
         with torch.device("meta"):
             model = getattr(library, reference_class)(config)
         total = sum(p.numel() for p in model.parameters())
