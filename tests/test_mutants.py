@@ -24,6 +24,7 @@ def test_there_are_enough() -> None:
     assert {bug.kind for bug in MUTANTS.values()} == {"mapping", "config", "model"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS.values(), ids=lambda bug: bug.name)
 def test_mutant(bug: Mutant, benches: list[Bench]) -> None:
     verdicts = [hunt(bench, bug) for bench in benches]

@@ -39,6 +39,7 @@ def test_variant(entry: Architecture, variant: str) -> None:
 
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.slow
 def test_directory(entry: Architecture, variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """A checkpoint that is nobody's variant: its own weights, and a hot copy of its config."""
     fixtures.hot_checkpoint(entry, variant, tmp_path, seed=5, dtype=dtype)
