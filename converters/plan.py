@@ -168,7 +168,7 @@ class _Planner:
         header: Mapping[str, TensorInfo],
         where: str,
     ) -> None:
-        self.spec, self.dialect, self.native = spec, dialect, native
+        self.spec, self.dialect, self.native = spec, dialect.under(config), native
         self.header, self.where = header, where
         self.problems: list[tuple[type[ZooError], str]] = []
         self.axes: Sizes = dict(NUMBER_WORDS)

@@ -14,9 +14,22 @@ from zoo.errors import SpecError, did_you_mean
 
 SPECS = Path(__file__).parent / "specs"
 
-_SECTIONS = ("prefix", "weights", "heads", "optional", "tied", "aliases", "drop")
+_SECTIONS = ("prefix", "weights", "heads", "when", "optional", "tied", "aliases", "drop")
 _CONFIG_SECTIONS = ("config", "defaults", "require", "ignore", "exclusive")
 _SPEC_KEYS = ("axes",)
+
+
+@dataclass(frozen=True)
+class When:
+    """Rules that count where a native field of the config holds something, or where it does not."""
+
+    field: str
+    holds: bool
+    weights: tuple[Rule, ...] = ()
+    heads: tuple[Rule, ...] = ()
+
+    def of(self, config: Mapping[str, Any]) -> bool:
+        return bool(config.get(self.field)) == self.holds
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Dialect:
     prefix: str = ""
     weights: tuple[Rule, ...] = ()
     heads: tuple[Rule, ...] = ()
+    when: tuple[When, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[tuple[Template, Template], ...] = ()
     aliases: tuple[tuple[Template, Template], ...] = ()
@@ -41,6 +55,14 @@ class Dialect:
     @property
     def rules(self) -> tuple[Rule, ...]:
         return self.weights + self.heads
+
+    def under(self, config: Mapping[str, Any]) -> Dialect:
+        """With the rules that count under this config, and no more conditions."""
+        chosen = [when for when in self.when if when.of(config)]
+        weights = sum((when.weights for when in chosen), self.weights)
+        return replace(
+            self, weights=weights, heads=sum((when.heads for when in chosen), self.heads), when=()
+        )
 
     # --- config, both ways ---
 
@@ -205,7 +227,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         return _mapping(data.get(key) or {}, f"{where}.{key}")
 
     def rules(key: str) -> tuple[Rule, ...]:
-        return tuple(parse_rule(s, t, f"{where}.{key}") for s, t in section(key).items())
+        return _rules(section(key), f"{where}.{key}")
 
     def pairs(key: str) -> tuple[tuple[Template, Template], ...]:
         at = f"{where}.{key}"
@@ -225,6 +247,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         prefix=data.get("prefix") or "",
         weights=rules("weights"),
         heads=rules("heads"),
+        when=tuple(_when(key, more, f"{where}.when") for key, more in section("when").items()),
         optional=section("optional"),
         tied=pairs("tied"),
         aliases=pairs("aliases"),
@@ -239,6 +262,22 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         if not str(template).strip():
             raise SpecError(f"{where}: an empty name")
     return dialect
+
+
+def _rules(data: dict[str, Any], where: str) -> tuple[Rule, ...]:
+    return tuple(parse_rule(source, target, where) for source, target in data.items())
+
+
+def _when(condition: str, data: Any, where: str) -> When:
+    """`field: {weights: …, heads: …}`, or `not field: …`."""
+    name = condition.removeprefix("not ")
+    where = f"{where}.{condition}"
+    data = _mapping(data, where)
+    if not name.isidentifier() or data.keys() - {"weights", "heads"}:
+        raise SpecError(f"{where}: expected a field, or `not` one, with weights: and heads: below it")
+    sections = (_mapping(data.get(key) or {}, f"{where}.{key}") for key in ("weights", "heads"))
+    weights, heads = (_rules(section, where) for section in sections)
+    return When(name, name == condition, weights, heads)
 
 
 def _paths(text: Any, where: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build
+from tiny import answer, build, run
 from torch import Tensor
 
 import zoo
@@ -41,7 +41,7 @@ def test_compiled_without_breaks(name: str, head: str) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.no_grad():
-            for x, y in zip(flat(compiled(IDS, mask)), flat(model(IDS, mask)), strict=True):
+            for x, y in zip(run(compiled, IDS, mask), run(model, IDS, mask), strict=True):
                 torch.testing.assert_close(x, y)
 
 
@@ -53,20 +53,20 @@ def test_exported_for_any_batch_and_length(name: str, head: str, pad: int | None
     program = torch.export.export(
         model,
         (IDS,),
-        {"attention_mask": LEFT},
-        dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+        given := {"attention_mask": LEFT, **answer(model, IDS, LEFT)},
+        dynamic_shapes=dict.fromkeys(("input_ids", *given), axes),
     )
     other, mask = IDS.repeat(2, 2)[:3, :29], torch.ones(3, 29, dtype=torch.long)
     with torch.no_grad():
-        out = program.module()(other, attention_mask=mask)
-        for x, y in zip(flat(out), flat(model(other, mask)), strict=True):
+        out = program.module()(other, attention_mask=mask, **answer(model, other, mask))
+        for x, y in zip(flat(out), run(model, other, mask), strict=True):
             torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_every_parameter_learns(name: str, head: str) -> None:
     model = build(name, head=head)
-    sum(x.square().sum() for x in flat(model(IDS, LEFT))).backward()
+    sum(x.square().sum() for x in run(model, IDS, LEFT)).backward()
     lost = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert lost == []
 
@@ -75,7 +75,7 @@ def test_every_parameter_learns(name: str, head: str) -> None:
 def test_left_padding_changes_nothing(name: str, head: str) -> None:
     model = build(name, head=head).eval().double()
     with torch.no_grad():
-        padded, alone = flat(model(IDS, LEFT)), flat(model(IDS[:1, 5:]))
+        padded, alone = run(model, IDS, LEFT), run(model, IDS[:1, 5:])
     for x, y in zip(padded, alone, strict=True):
         row = x[:1, 5:] if x.ndim > 1 and x.shape[1] == IDS.shape[1] else x[:1]
         torch.testing.assert_close(row, y, rtol=0, atol=1e-12)
@@ -86,9 +86,9 @@ def test_dropout_in_training_only(name: str) -> None:
     config = registry.architectures()[name].config_class
     rates = [f.name for f in dataclasses.fields(config) if f.name.endswith("dropout")]
     model = build(name, **dict.fromkeys(rates, 0.1))
-    assert not torch.equal(flat(model(IDS))[0], flat(model(IDS))[0])
+    assert not torch.equal(run(model, IDS)[0], run(model, IDS)[0])
     model.eval()
-    assert torch.equal(flat(model(IDS))[0], flat(model(IDS))[0])
+    assert torch.equal(run(model, IDS)[0], run(model, IDS)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,8 +98,9 @@ def test_initialised_as_the_original(name: str, tmp_path: Path) -> None:
     variant = next(iter(entry.variants.values()))
     torch.manual_seed(0)
     library = transformers()
+    field = load_spec(entry.spec).dialect("hf").reference_field("init_std")
     config = library.AutoConfig.for_model(
-        entry.model_type, **{**copy.deepcopy(variant["config"]), "initializer_range": 0.03}
+        entry.model_type, **{**copy.deepcopy(variant["config"]), field: 0.03}
     )
     getattr(library, variant["class"])(config).save_pretrained(tmp_path / "reference")
     theirs = zoo.load(tmp_path / "reference").state_dict()
@@ -136,7 +137,7 @@ def test_mistakes_are_named(name: str) -> None:
         (MaskError, IDS, torch.ones(2, 16)),
     ]:
         with pytest.raises(error):
-            model(ids, mask)
+            run(model, ids, mask)
 
 
 def test_llama_goes_beyond_its_positions_when_asked() -> None:

@@ -1,8 +1,10 @@
 """The smallest models that tests build without the reference."""
 
+import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from converters.spec import load_spec
 from zoo import registry
@@ -18,3 +20,15 @@ def build(name: str, **changes: Any) -> Any:
     model = entry.model(entry.config_class(**{**fields, **changes}))
     model.architecture = name
     return model
+
+
+def run(model: Any, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """All its outputs; an encoder-decoder answers with what it was asked."""
+    out = model(ids, mask, **answer(model, ids, mask))
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def answer(model: Any, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
+    if "decoder_input_ids" not in inspect.signature(getattr(model, "_orig_mod", model).forward).parameters:
+        return {}
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}

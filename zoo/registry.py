@@ -185,6 +185,7 @@ _MAPPING: _Check = (_is_mapping, "a mapping")
 _HEADS: _Check = (_is_heads, "reference classes, each with a head or a list of heads")
 _REPO_ID: _Check = (lambda v: _is_text(v) and bool(_REPO.fullmatch(v)), "org/name")
 _COUNT: _Check = (lambda v: type(v) is int and v > 0, "a positive whole number")
+_FLAG: _Check = (lambda v: type(v) is bool, "true or false")
 
 _ARCHITECTURE = {"model_type": _TEXT, "heads": _HEADS, "model": _TEXT, "spec": _TEXT}
 _CHECKPOINT = {
@@ -196,7 +197,7 @@ _CHECKPOINT = {
     "class": _TEXT,
     "config": _MAPPING,
 }
-_VARIANT = {"class": _TEXT, "config": _MAPPING}
+_VARIANT = {"class": _TEXT, "config": _MAPPING, "untied": _FLAG}
 
 
 def parse_architectures(data: Any) -> dict[str, Architecture]:
@@ -243,7 +244,7 @@ def parse_variants(
     if not _is_mapping(data):
         raise RegistryError("registry.yaml: variants: expected a mapping by architecture")
     parsed = {
-        architecture: _entries(f"variants.{architecture}", entries, _VARIANT)
+        architecture: _entries(f"variants.{architecture}", entries, _VARIANT, optional=("untied",))
         for architecture, entries in data.items()
     }
     _raise(

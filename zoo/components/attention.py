@@ -108,10 +108,12 @@ class Attention(nn.Module):
         self.v = Linear(dim, kv_heads * head_dim, bias=bias)
         self.out = Linear(heads * head_dim, dim, bias=bias if out_bias is None else out_bias)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, source: Tensor | None = None) -> Tensor:
+        """(b, s, d); keys and values are those of `source` where there is one, else of `x`."""
+        read = x if source is None else source
         q, k, v = (
-            rearrange(part(x), "b s (h e) -> b h s e", e=self.head_dim)
-            for part in (self.q, self.k, self.v)
+            rearrange(part(y), "b s (h e) -> b h s e", e=self.head_dim)
+            for part, y in ((self.q, x), (self.k, read), (self.v, read))
         )
         q, k = self.rotary(q, k, mask)
         y = self.attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)

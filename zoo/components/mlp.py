@@ -7,23 +7,27 @@ from zoo.components.model import Linear
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int, act: Activation, *, bias: bool) -> None:
+    def __init__(
+        self, dim: int, hidden: int, act: Activation, *, bias: bool, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.act = act
+        self.act, self.dropout = act, nn.Dropout(dropout)
         self.up = Linear(dim, hidden, bias=bias)
         self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))
+        return self.down(self.dropout(self.act(self.up(x))))
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, dim: int, hidden: int, act: Activation, *, bias: bool) -> None:
+    def __init__(
+        self, dim: int, hidden: int, act: Activation, *, bias: bool, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.act = act
+        self.act, self.dropout = act, nn.Dropout(dropout)
         self.gate = Linear(dim, hidden, bias=bias)
         self.up = Linear(dim, hidden, bias=bias)
         self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))

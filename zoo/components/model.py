@@ -19,6 +19,7 @@ class Model(nn.Module):
     """A plain module. On the meta device it has shapes only; elsewhere it is initialised."""
 
     heads: ClassVar[tuple[str, ...]] = ()
+    headless: ClassVar[tuple[str, ...]] = ("none",)  # those of them that give hidden states
 
     def __init__(self, config: Any) -> None:
         super().__init__()

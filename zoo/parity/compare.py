@@ -113,7 +113,7 @@ def fp64(subject: Subject) -> Iterator[Row]:
 def headless(subject: Subject) -> Iterator[Row]:
     """Hidden states, with the head left away."""
     truth, model = subject.truth, subject.model(torch.float64)
-    if model.config.head == "none":
+    if model.config.head in model.headless:
         return
     bare = load(truth.directory, head="none", dtype=torch.float64)
     error = distance(call(bare, truth.batch)[0], truth.hidden)

@@ -34,7 +34,15 @@ def hot_checkpoint(
 ) -> str:
     """Write a variant to `directory` as the reference saves it; the name of its reference class."""
     data = entry.variants[variant]
-    write(entry.model_type, data["class"], data["config"], directory, seed=seed, dtype=dtype)
+    write(
+        entry.model_type,
+        data["class"],
+        data["config"],
+        directory,
+        seed=seed,
+        dtype=dtype,
+        untied=data.get("untied", False),
+    )
     return str(data["class"])
 
 
@@ -46,13 +54,20 @@ def write(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    untied: bool = False,
 ) -> None:
-    """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer."""
+    """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer.
+
+    `untied` gives it a head of its own where the reference knows no config for that.
+    """
     library = transformers()
     given = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
     # a copy: the library fills in what nested fields leave open
     config = library.AutoConfig.for_model(model_type, **copy.deepcopy(given))
     model = getattr(library, reference_class)(config)
+    if untied:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
     redraw(model, seed)
     model.to(dtype).save_pretrained(directory)
     _respell(directory / "config.json", fields)
@@ -70,6 +85,8 @@ def redraw(model: nn.Module, seed: int) -> None:
 
 
 def _hot(name: str, owner: nn.Module, parameter: nn.Parameter, noise: Tensor) -> Tensor:
+    if "rel" in name and isinstance(owner, nn.Embedding):
+        return noise  # what distances add to scores
     if isinstance(owner, nn.Embedding):
         return 0.03 * noise  # small enough for the first norm's eps to count
     if name.endswith("bias"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from converters.language import Placeholder, Rule, Template, parse_rule
 from converters.spec import Spec, load_spec
 from zoo import registry
+from zoo.components.attention import Biased, attend
 from zoo.components.masks import Mask
 from zoo.components.rotary import Rotary
 from zoo.errors import ZooError
@@ -75,13 +76,14 @@ class Mapped:
 
     def edited(self, change: Callable[[str, list[str]], tuple[str, list[str]]]) -> Spec:
         """The spec with both sides of every rule through `change`, which must change something."""
-        dialect = self.spec.dialect("hf")
+        dialect = self.spec.dialect("hf").under(self.config.to_dict())
+        counts = {axis: getattr(self.config, name) for axis, name in self.spec.axes.items()}
         hit = False
         rules: dict[str, tuple[Rule, ...]] = {}
         for section in ("weights", "heads"):
             out = []
             for rule in getattr(dialect, section):
-                for before in written_out(rule, self.config.layers):
+                for before in written_out(rule, counts):
                     after = change(before[0], list(before[1]))
                     hit = hit or after != before
                     source, targets = after
@@ -92,10 +94,10 @@ class Mapped:
         return self.spec.with_dialect(edited)
 
 
-def written_out(rule: Rule, layers: int) -> Iterator[tuple[str, list[str]]]:
+def written_out(rule: Rule, counts: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
     """The rule's two sides as text, once for each value of its enumerations and each layer."""
-    loops = {n: p for n, p in rule.loops.items() if p.values or n == "layer"}
-    ranges = [range(len(p.values) or layers) for p in loops.values()]
+    loops = {n: p for n, p in rule.loops.items() if p.values or n in counts}
+    ranges = [range(len(p.values) or counts[n]) for n, p in loops.items()]
     for point in product(*ranges):
         chosen = dict(zip(loops, point, strict=True))
         source = _chosen(rule.source.name, chosen, rule.source.pattern)
@@ -409,6 +411,11 @@ def _(config: Any) -> dict[str, Any]:
     return {"score_cap": None}
 
 
+@mutant("reach of distances doubled", "config")
+def _(config: Any) -> dict[str, Any]:
+    return {"distance": 2 * _field(config, "distance")}
+
+
 @mutant("padding token unknown", "config")
 def _(config: Any) -> dict[str, Any]:
     _field(config, "pad")
@@ -559,8 +566,9 @@ def _(model: Any) -> None:
 
 @mutant("norm outside the blocks missing", "model")
 def _(model: Any) -> None:
-    need(hasattr(model, "norm"))
-    model.norm = nn.Identity()
+    stack = stacks(model)[-1]
+    part(stack, "norm")
+    stack.norm = nn.Identity()
 
 
 @mutant("positions off by one", "model")
@@ -576,6 +584,46 @@ def _(model: Any) -> None:
     model.positions.register_forward_pre_hook(
         lambda _, args: (torch.arange(args[0].shape[1]).expand_as(args[0]),)
     )
+
+
+@mutant("distances ahead taken for those behind, or told apart", "model")
+def _(model: Any) -> None:
+    found = [module for module in model.modules() if hasattr(module, "both_ways")]
+    need(found)
+    for module in found:
+        module.both_ways = not module.both_ways
+
+
+@mutant("a bias by distance in the first layer alone", "model")
+def _(model: Any) -> None:
+    need(isinstance(blocks(model)[-1].attn.attend, Biased) and len(blocks(model)) > 1)
+    for stack in stacks(model):
+        for block in list(stack.blocks)[1:]:
+            block.attn.attend = attend
+
+
+@mutant("the decoder reads itself, not the encoder", "model")
+def _(model: Any) -> None:
+    crossing(model, lambda read, x, mask, source: read(x, Mask(None, mask.positions)))
+
+
+@mutant("the decoder reads the encoder's padding", "model")
+def _(model: Any) -> None:
+    crossing(model, lambda read, x, mask, source: read(x, Mask(None, mask.positions), source))
+
+
+def crossing(model: Any, change: Callable[..., Any]) -> None:
+    """`change(forward, x, mask, source)` in the place of each attention to another sequence."""
+    for block in stacks(model)[-1].blocks:
+        cross = part(block, "cross")
+        cross.forward = functools.partial(change, cross.forward)
+
+
+@mutant("the head reads states scaled by the root of their width", "model")
+def _(model: Any) -> None:
+    need(model.config.head in ("lm", "shared_lm"))
+    root = model.config.dim**0.5
+    model.head.register_forward_pre_hook(lambda _, args: (args[0] * root,))
 
 
 def blocks(model: Any) -> list[Any]:

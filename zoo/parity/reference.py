@@ -21,7 +21,13 @@ from zoo.errors import MissingDependency, ParityError, listing
 Outputs = dict[str, Tensor]
 
 # what an output object carries beside the function's value
-_NO_VALUE = ("loss", "past_key_values", "hidden_states", "attentions")
+_NO_VALUE = (
+    "loss",
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "encoder_last_hidden_state",
+)
 # options that trade precision for speed and mean nothing in fp64
 _PRECISION_OPTIONS = {"reorder_and_upcast_attn": False}
 
@@ -84,7 +90,7 @@ class Watch(TorchDispatchMode):
 
 def fuses(reference_class: str) -> bool:
     """Whether the reference's fused attention computes the same as its plain one."""
-    return bool(getattr(transformers(), reference_class)._supports_sdpa)
+    return bool(getattr(getattr(transformers(), reference_class), "_supports_sdpa", True))
 
 
 class Reference:
@@ -116,6 +122,7 @@ class Reference:
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
             if info.get(what)
         ]
+        self.directory = directory
         self.model.eval()
         self.config = self.model.config
         self.lifted = lifted
@@ -159,7 +166,12 @@ class Reference:
 
     def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(b, s, d), what the bare model gives."""
-        return next(iter(self.run(self.model.base_model, inputs).values()))
+        model = self.model.base_model
+        if model is self.model and model.get_output_embeddings() is not None:
+            # the head lies beside the stacks and not on a model of their own
+            bare = Reference(self.directory, "AutoModel", torch.float64, lifted=self.lifted)
+            return bare.hidden(inputs)
+        return next(iter(self.run(model, inputs).values()))
 
     def run(
         self, model: nn.Module, inputs: Mapping[str, Tensor], *, watch: bool = False

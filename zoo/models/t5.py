@@ -1,0 +1,157 @@
+"""T5: an encoder, a decoder that reads it, and places that show as learned biases by distance."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components import config, inputs, masks, model
+from zoo.components.activations import ACTIVATIONS
+from zoo.components.attention import Attention, Biased
+from zoo.components.masks import Mask
+from zoo.components.mlp import MLP, GatedMLP
+from zoo.components.model import Embedding, Linear
+from zoo.components.norm import RMSNorm
+from zoo.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    vocab: int = 32128
+    dim: int = 512
+    layers: int = 6
+    decoder_layers: int = config.DERIVED  # layers
+    heads: int = 8
+    head_dim: int = 64
+    hidden: int = 2048
+    mlp: str = "relu"  # gated- before it: of two projections
+    act: str = config.DERIVED  # what mlp says
+    gated: bool = config.DERIVED
+    buckets: int = 32
+    distance: int = 128
+    eps: float = 1e-6
+    dropout: float = 0.1
+    tied: bool = True  # and the states scaled before it, which an untied head's are not
+    init_std: float = 1.0
+    heads_known: ClassVar = ("lm", "shared_lm", "encoder", "none")
+
+    def derived(self) -> Mapping[str, Any]:
+        gated, act = self.mlp.startswith("gated-"), self.mlp.removeprefix("gated-")
+        act = "gelu_new" if self.mlp == "gated-gelu" else act
+        return {"decoder_layers": self.layers, "act": act, "gated": gated}
+
+
+class Distances(nn.Embedding):
+    """A term for `Biased`: (b, h, s, t), a number for each head and each bucket of distances."""
+
+    def __init__(self, c: Config, both_ways: bool) -> None:
+        super().__init__(c.buckets, c.heads)
+        self.reach, self.both_ways = c.distance, both_ways
+
+    def forward(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+        ahead = mask.positions[:, None, :] - mask.positions[:, :, None]
+        return super().forward(self.bucket(ahead)).permute(0, 3, 1, 2)
+
+    def bucket(self, ahead: Tensor) -> Tensor:
+        """Near distances have a bucket each, those beyond it share: ever more, up to `reach`."""
+        count, later = self.num_embeddings, 0
+        if self.both_ways:
+            count //= 2
+            later, ahead = (ahead > 0) * count, -ahead.abs()
+        far, near = (-ahead).clamp(min=0), count // 2
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        grown = (far.to(wide) / near).log() / math.log(self.reach / near) * (count - near)
+        shared = (near + grown.clamp(min=0).long()).clamp(max=count - 1)
+        return later + torch.where(far < near, far, shared)
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, attend: Biased, reads: bool) -> None:
+        super().__init__()
+        shape = (c.dim, c.heads, c.heads, c.head_dim)
+        said = {"bias": False, "dropout": c.dropout, "scale": 1.0}
+        self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.attn = Attention(*shape, **said, attend=attend)
+        self.norm_cross = RMSNorm(c.dim, c.eps) if reads else None
+        self.cross = Attention(*shape, **said) if reads else None
+        kind = GatedMLP if c.gated else MLP
+        self.mlp = kind(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask, encoded: Tensor | None, there: Mask) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        if self.cross is not None:
+            x = x + self.dropout(self.cross(self.norm_cross(x), there, encoded))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self, c: Config, layers: int, reads: bool) -> None:
+        super().__init__()
+        self.distances = Distances(c, both_ways=not reads)
+        attend = Biased(self.distances)
+        self.blocks = nn.ModuleList(Block(c, attend, reads) for _ in range(layers))
+        self.norm = RMSNorm(c.dim, c.eps)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(
+        self, x: Tensor, mask: Mask, encoded: Tensor | None = None, there: Mask | None = None
+    ) -> Tensor:
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, mask, encoded, there)
+        return self.dropout(self.norm(x))
+
+
+class Model(model.Model):
+    heads: ClassVar = Config.heads_known
+    headless: ClassVar = ("encoder", "none")
+
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.embed = Embedding(c.vocab, c.dim)
+        self.encoder = Stack(c, c.layers, reads=False)
+        if c.head != "encoder":
+            self.decoder = Stack(c, c.decoder_layers, reads=True)
+        if c.head in ("lm", "shared_lm"):
+            self.head = Linear(c.dim, c.vocab, bias=False)
+            if c.tied or c.head == "shared_lm":
+                self.head.weight = self.embed.weight
+        self.finish()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """The spread that the config says, of embeddings; of what follows them by its fan-in."""
+        super().initialise()
+        for name, weight in self.named_parameters():
+            if name.endswith("distances.weight"):
+                weight.mul_(self.config.dim**-0.5)
+            elif weight.dim() == 1:
+                weight.fill_(self.config.init_std)
+            elif weight.dim() == 2 and name not in ("embed.weight", "head.weight"):
+                scores = self.config.head_dim if name.endswith(".q.weight") else 1
+                weight.mul_((weight.shape[1] * scores) ** -0.5)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        inputs.check(input_ids, self.config)
+        there = masks.full(input_ids, attention_mask)
+        encoded = self.encoder(self.embed(input_ids), there)
+        if self.config.head == "encoder":
+            return encoded
+        if decoder_input_ids is None:
+            raise InputError("decoder_input_ids: missing; the answer so far, one padding id at first")
+        inputs.check(decoder_input_ids, self.config)
+        mask = masks.causal(decoder_input_ids, decoder_attention_mask)
+        x = self.decoder(self.embed(decoder_input_ids), mask, encoded, there)
+        if self.config.head == "none":
+            return x
+        return self.head(x * self.config.dim**-0.5 if self.config.tied else x)
