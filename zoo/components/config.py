@@ -14,7 +14,8 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 MAX_LAYERS = 1000
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
-NOT_SIZES = ("pad", "window_from", "experts", "types")  # whole numbers that may be zero
+# whole numbers of which none, or less, means something
+NOT_SIZES = ("pad", "window_from", "experts", "types", "conv", "reach", "log_buckets")
 
 
 class _Named(type):

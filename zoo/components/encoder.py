@@ -1,9 +1,12 @@
 """What encoders make of their last hidden states: the heads of the BERT family."""
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from zoo.components import config
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.heads import Classifier, MaskedLMHead, Pooler
 from zoo.components.model import Embedding, Linear, Model
@@ -39,8 +42,36 @@ class Span(NamedTuple):
 Output = Tensor | Pooled | Pretraining | Span
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    """What a config says of the blocks' branches and of heads."""
+
+    dim: int = 768
+    heads: int = 12
+    hidden: int = 3072
+    act: str = "gelu"
+    eps: float = 1e-12
+    dropout: float = 0.1
+    attn_dropout: float = 0.1
+    head_dropout: float | None = None  # dropout
+    head_act: str = config.DERIVED  # act
+    summary_act: str | None = None  # of a classifier's own layer; None: it reads the pooler
+    summary_dropout: float | None = 0.0  # before that layer; None: head_dropout
+    lone_bias: bool = True  # the masked LM's bias has a second name
+    tied: bool = True
+    pad: int | None = 0
+
+    def derived(self) -> Mapping[str, Any]:
+        return {"head_act": self.act}
+
+    def problems(self) -> Iterator[str]:
+        yield from config.divides("heads", self.heads, "dim", self.dim)
+        if self.head == "question_answering" and len(self.labels) != 2:
+            yield f"labels: {len(self.labels)}, and a span has 2, its start and its end"
+
+
 class Encoder(Model):
-    """Expects `embed`; its config names sizes, activations, eps, labels and dropouts."""
+    """Expects `embed` and a config such as the above, with vocab."""
 
     heads: ClassVar[tuple[str, ...]] = HEADS
     embed: Embedding
@@ -53,7 +84,8 @@ class Encoder(Model):
         if head in POOLED:
             self.pooler = Pooler(c.dim)
         if head == "summary":
-            act, before = ACTIVATIONS[c.summary_act], dropout if c.summary_dropped else 0.0
+            act, before = ACTIVATIONS[c.summary_act], c.summary_dropout
+            before = dropout if before is None else before
             self.summary = Classifier(c.dim, len(c.labels), act, before, dropout)
         if c.head in ("masked_lm", "pretraining"):
             embed = self.embed if c.tied else None

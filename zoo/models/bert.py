@@ -1,13 +1,12 @@
 """BERT: every token sees every token, and norms stand after each branch, on the sum."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zoo.components import activations, config, encoder, inputs, masks
+from zoo.components import activations, encoder, inputs, masks
 from zoo.components.attention import Attention
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
@@ -15,27 +14,13 @@ from zoo.components.model import Embedding
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Config):
+class Config(encoder.Config):
     head: str = "masked_lm"
     vocab: int = 30522
-    dim: int = 768
     layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    act: str = "gelu"
     positions: int = 512
     offset: bool = False  # places are counted from behind the padding id's
     types: int = 2  # of tokens; 0: none
-    eps: float = 1e-12
-    dropout: float = 0.1
-    attn_dropout: float = 0.1
-    head_dropout: float | None = None  # dropout
-    head_act: str = config.DERIVED  # act
-    summary_act: str | None = None  # of a classifier's own layer; None: it reads the pooler
-    summary_dropped: bool = False  # before that layer too
-    lone_bias: bool = True  # the masked LM's bias has a second name
-    tied: bool = True
-    pad: int | None = 0
     heads_known: ClassVar = encoder.HEADS
 
     @property
@@ -45,14 +30,6 @@ class Config(config.Config):
     @property
     def limit(self) -> int:
         return self.positions - (0 if self.behind is None else self.behind + 1)
-
-    def derived(self) -> Mapping[str, Any]:
-        return {"head_act": self.act}
-
-    def problems(self) -> Iterator[str]:
-        yield from config.divides("heads", self.heads, "dim", self.dim)
-        if self.head == "question_answering" and len(self.labels) != 2:
-            yield f"labels: {len(self.labels)}, and a span has 2, its start and its end"
 
 
 class Block(nn.Module):

@@ -413,6 +413,8 @@ def _(config: Any) -> dict[str, Any]:
 
 @mutant("reach of distances doubled", "config")
 def _(config: Any) -> dict[str, Any]:
+    if getattr(config, "log_buckets", 0) > 0:
+        return {"reach": 2 * config.longest}
     return {"distance": 2 * _field(config, "distance")}
 
 
@@ -573,14 +575,14 @@ def _(model: Any) -> None:
 
 @mutant("positions off by one", "model")
 def _(model: Any) -> None:
-    need(hasattr(model, "positions"))
+    part(model, "positions")
     last = len(model.positions.weight) - 1
     model.positions.register_forward_pre_hook(lambda _, args: ((args[0] + 1).clamp(max=last),))
 
 
 @mutant("positions count the padding", "model")
 def _(model: Any) -> None:
-    need(hasattr(model, "positions"))
+    part(model, "positions")
     model.positions.register_forward_pre_hook(
         lambda _, args: (torch.arange(args[0].shape[1]).expand_as(args[0]),)
     )
@@ -592,6 +594,43 @@ def _(model: Any) -> None:
     need(found)
     for module in found:
         module.both_ways = not module.both_ways
+
+
+@mutant("distances counted the other way", "model")
+def _(model: Any) -> None:
+    distances = part(model, "distances")
+    rows = distances.rows
+    distances.rows = lambda positions: rows(-positions)
+
+
+@mutant("contents look at places as places at contents", "model")
+def _(model: Any) -> None:
+    for block in blocks(model):
+        looks = getattr(block.attn, "looks", ())
+        need(len(set(looks)) == 1)
+        block.attn.looks = ("p2c",) if looks[0] == "c2p" else ("c2p",)
+
+
+@mutant("vectors of distances not normed", "model")
+def _(model: Any) -> None:
+    part(part(model, "distances"), "norm")
+    model.distances.norm = None
+
+
+@mutant("a convolution reads the padding", "model")
+def _(model: Any) -> None:
+    noise = torch.randn(model.config.dim, dtype=model.embed.weight.dtype)
+
+    def heard(_: Any, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        silent = (args[0] == 0).all(-1, keepdim=True)
+        return torch.where(silent, noise, args[0]), args[1]
+
+    part(model, "conv").register_forward_pre_hook(heard)
+
+
+@mutant("a convolution after its layer, not beside it", "model")
+def _(model: Any) -> None:
+    part(model, "conv").register_forward_pre_hook(lambda _, args: (args[1], args[1]))
 
 
 @mutant("a bias by distance in the first layer alone", "model")

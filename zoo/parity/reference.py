@@ -122,6 +122,8 @@ class Reference:
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
             if info.get(what)
         ]
+        for parameter in self.model.parameters():
+            parameter.data = parameter.to(dtype)  # some are fp32 whatever was asked for
         self.directory = directory
         self.model.eval()
         self.config = self.model.config
