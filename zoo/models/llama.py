@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder, inputs, masks
 from zoo.components.attention import Attention
+from zoo.components.dual_chunk import DualChunk, DualChunked
 from zoo.components.masks import Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
 from zoo.components.moe import Experts
 from zoo.components.norm import RMSNorm
-from zoo.components.rotary import Rotary, Rotated
+from zoo.components.rotary import UNTURNED, Rotated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Config(Rotated, config.Windowed):
     mlp_bias: bool = False
     attn_dropout: float | None = 0.0
     tied: bool = False
+    dual_chunk: DualChunk | None = None  # ordinary attention
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
@@ -50,7 +52,7 @@ class Config(Rotated, config.Windowed):
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config, rotary: Rotary) -> None:
+    def __init__(self, c: Config, places: dict[str, Any]) -> None:
         super().__init__()
         self.norm1 = RMSNorm(c.dim, c.eps)
         self.attn = Attention(
@@ -61,7 +63,7 @@ class Block(nn.Module):
             bias=c.attn_bias,
             out_bias=c.attn_out_bias,
             dropout=c.attn_dropout or 0.0,
-            rotary=rotary,
+            **places,
         )
         self.norm2 = RMSNorm(c.dim, c.eps)
         act = activations.ACTIVATIONS[c.act]
@@ -78,8 +80,10 @@ class Model(decoder.Decoder):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
-        rotary = c.rotary()
-        self.blocks = nn.ModuleList(Block(c, rotary) for _ in range(c.layers))
+        places: dict[str, Any] = {"rotary": c.rotary()}
+        if c.dual_chunk:
+            places = {"rotary": UNTURNED, "attend": DualChunked(c.dual_chunk, c.rotary())}
+        self.blocks = nn.ModuleList(Block(c, places) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.eps)
         self.add_head()
 

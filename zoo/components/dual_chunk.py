@@ -1,0 +1,100 @@
+"""Dual chunk attention: beyond the lengths it was trained on, no two tokens stand further apart.
+
+Positions count within a chunk. Keys of a query's own chunk stand where they are, those of the chunk
+before behind it, and all others as far away as a chunk is long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+
+from zoo.components.masks import Mask
+from zoo.components.rotary import Rotary, turn
+from zoo.errors import ConfigError
+
+ROWS = 1024  # queries whose scores are held at a time
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """Sizes, and the length beyond which scores grow with the logarithm of the query's place."""
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int = 0
+
+    @classmethod
+    def from_json(cls, value: Any) -> DualChunk:
+        fields = cls.__dataclass_fields__
+        if not isinstance(value, dict) or value.keys() - fields or len(value) < 2:
+            raise ConfigError(f"expected {', '.join(fields)}, found {value!r}")
+        if any(type(size) is not int or size < 0 for size in value.values()):
+            raise ConfigError(f"expected whole numbers, found {value!r}")
+        made = cls(**value)
+        if made.length < 1:
+            raise ConfigError(f"local_size {made.local_size} is not below {made.chunk_size}")
+        return made
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens in a chunk; the rest of its size is what the next one looks back at exactly."""
+        return self.chunk_size - self.local_size
+
+
+class DualChunked:
+    """An `attend` that turns queries and keys itself."""
+
+    def __init__(self, sizes: DualChunk, rotary: Rotary) -> None:
+        self.sizes, self.rotary = sizes, rotary
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
+    ) -> Tensor:
+        k, v = (repeat(x, "b g t e -> b (g r) t e", r=q.shape[1] // k.shape[1]) for x in (k, v))
+        own, before, far = mask.keep(self, lambda: self.tables(mask.positions, q.dtype))
+        k = turn(k, *own)
+        chunk = mask.positions // self.sizes.length
+        if self.sizes.original_max_position_embeddings:
+            wide = mask.positions.to(torch.promote_types(q.dtype, torch.float32))
+            q = q * self.heat(wide).to(q.dtype)
+        out = []
+        for start in range(0, q.shape[2], ROWS):
+            rows = slice(start, min(start + ROWS, q.shape[2]))
+            apart = (chunk[:, rows, None] - chunk[:, None, :])[:, None]
+            near, next_to, beyond = (
+                turn(q[:, :, rows], *(table[:, :, rows] for table in tables)) @ k.mT
+                for tables in (own, before, far)
+            )
+            scores = torch.where(apart == 0, near, torch.where(apart == 1, next_to, beyond))
+            scores = (scores * scale).masked_fill(~self.allowed(mask, rows, q), -torch.inf)
+            wide = torch.promote_types(q.dtype, torch.float32)
+            out.append(F.dropout(scores.softmax(dim=-1, dtype=wide).to(v.dtype), dropout) @ v)
+        return torch.cat(out, dim=2)
+
+    def allowed(self, mask: Mask, rows: slice, q: Tensor) -> Tensor:
+        if mask.allowed is not None:
+            return mask.allowed[..., rows, :]
+        places = torch.arange(q.shape[2], device=q.device)
+        return places[rows, None] >= places
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Where a query stands for keys of its own chunk, of the one before, of all others."""
+        length, most = self.sizes.length, self.sizes.chunk_size
+        own = positions % length
+        before = (own + length).clamp(max=most)
+        far = torch.full_like(own, min(2 * length - 1, most))
+        return [self.rotary.tables(at, dtype) for at in (own, before, far)]
+
+    def heat(self, positions: Tensor) -> Tensor:
+        """(b, 1, s, 1), one up to the original length."""
+        beyond = (positions + 1) / self.sizes.original_max_position_embeddings
+        return (0.1 * beyond.log() + 1).clamp(min=1)[:, None, :, None]
