@@ -1,6 +1,5 @@
 """What every model does beside computing the reference's function: parity holds the latter."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import zoo
 from converters.spec import load_spec
 from zoo import registry
 from zoo.errors import ConfigError, InputError, MaskError, SequenceTooLong, TokenIdError
-from zoo.parity.reference import transformers
+from zoo.parity import fixtures
 
 IDS = torch.randint(4, 90, (2, 17), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS)
@@ -97,12 +96,9 @@ def test_initialised_as_the_original(name: str, tmp_path: Path) -> None:
     entry = registry.architectures()[name]
     variant = next(iter(entry.variants.values()))
     torch.manual_seed(0)
-    library = transformers()
     field = load_spec(entry.spec).dialect("hf").reference_field("init_std")
-    config = library.AutoConfig.for_model(
-        entry.model_type, **{**copy.deepcopy(variant["config"]), field: 0.03}
-    )
-    getattr(library, variant["class"])(config).save_pretrained(tmp_path / "reference")
+    config = {**variant["config"], field: 0.03}
+    fixtures.write(variant["class"], config, tmp_path / "reference", seed=None)
     theirs = zoo.load(tmp_path / "reference").state_dict()
     ours = zoo.load(tmp_path / "reference", weights="random").state_dict()
     for n, x in theirs.items():

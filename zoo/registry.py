@@ -38,6 +38,7 @@ class Architecture(NamedTuple):
     heads: Mapping[str, tuple[str, ...]]  # several: the first whose tensors are there
     module: str
     spec: str
+    oracle: Mapping[str, Any] = {}  # what the reference library has instead of it
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -187,7 +188,7 @@ _REPO_ID: _Check = (lambda v: _is_text(v) and bool(_REPO.fullmatch(v)), "org/nam
 _COUNT: _Check = (lambda v: type(v) is int and v > 0, "a positive whole number")
 _FLAG: _Check = (lambda v: type(v) is bool, "true or false")
 
-_ARCHITECTURE = {"model_type": _TEXT, "heads": _HEADS, "model": _TEXT, "spec": _TEXT}
+_ARCHITECTURE = {"model_type": _TEXT, "heads": _HEADS, "model": _TEXT, "spec": _TEXT, "oracle": _MAPPING}
 _CHECKPOINT = {
     "architecture": _TEXT,
     "repo": _REPO_ID,
@@ -201,7 +202,7 @@ _VARIANT = {"class": _TEXT, "config": _MAPPING, "untied": _FLAG}
 
 
 def parse_architectures(data: Any) -> dict[str, Architecture]:
-    entries = _entries("architectures", data, _ARCHITECTURE, optional=("model", "spec"))
+    entries = _entries("architectures", data, _ARCHITECTURE, optional=("model", "spec", "oracle"))
     return {
         name: Architecture(
             name,
@@ -209,6 +210,7 @@ def parse_architectures(data: Any) -> dict[str, Architecture]:
             {c: (h,) if isinstance(h, str) else tuple(h) for c, h in entry["heads"].items()},
             module=entry.get("model", name),
             spec=entry.get("spec", name),
+            oracle=entry.get("oracle", {}),
         )
         for name, entry in entries.items()
     }

@@ -35,6 +35,7 @@ class Config(Rotated, config.Windowed):
     mlp_bias: bool = False
     attn_dropout: float | None = 0.0
     tied: bool = False
+    twice: bool = False  # each block runs two times
     dual_chunk: DualChunk | None = None  # ordinary attention
     heads_known: ClassVar = decoder.HEADS
 
@@ -93,5 +94,6 @@ class Model(decoder.Decoder):
         looks = masks.windowed(input_ids, attention_mask, windows)
         x = self.embed(input_ids)
         for block, window in zip(self.blocks, windows, strict=False):
-            x = block(x, looks[window])
+            for _ in range(1 + self.config.twice):
+                x = block(x, looks[window])
         return self.read_out(self.norm(x), input_ids, attention_mask)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.parity.oracle import Oracle
 from zoo.parity.reference import transformers
 from zoo.registry import Architecture
 
@@ -35,7 +36,6 @@ def hot_checkpoint(
     """Write a variant to `directory` as the reference saves it; the name of its reference class."""
     data = entry.variants[variant]
     write(
-        entry.model_type,
         data["class"],
         data["config"],
         directory,
@@ -47,30 +47,33 @@ def hot_checkpoint(
 
 
 def write(
-    model_type: str,
     reference_class: str,
     fields: Mapping[str, Any],
     directory: Path,
     *,
-    seed: int = 0,
+    model_type: str = "",
+    seed: int | None = 0,
     dtype: torch.dtype = torch.float32,
     untied: bool = False,
 ) -> None:
     """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer.
 
-    `untied` gives it a head of its own where the reference knows no config for that.
+    Without a seed it stays as initialised. `untied` gives it a head of its own where the reference
+    knows no config for that. `model_type` is needed where the registry does not know the class.
     """
-    library = transformers()
+    library, oracle = transformers(), Oracle(reference_class)
     given = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
+    named = {"model_type": oracle.model_type or model_type, "architectures": None}
     # a copy: the library fills in what nested fields leave open
-    config = library.AutoConfig.for_model(model_type, **copy.deepcopy(given))
-    model = getattr(library, reference_class)(config)
+    said = {**copy.deepcopy(oracle.library_config(given)), **named}
+    model = getattr(library, oracle.reference_class)(library.AutoConfig.for_model(**said))
     if untied:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
-    redraw(model, seed)
+    if seed is not None:
+        redraw(model, seed)
     model.to(dtype).save_pretrained(directory)
-    _respell(directory / "config.json", fields)
+    _respell(directory / "config.json", fields, oracle)
 
 
 def redraw(model: nn.Module, seed: int) -> None:
@@ -98,12 +101,12 @@ def _hot(name: str, owner: nn.Module, parameter: nn.Parameter, noise: Tensor) ->
     return noise * (1.5 if _QUERY_OR_KEY.search(name) else 1.0) / inputs**0.5
 
 
-def _respell(path: Path, fields: Mapping[str, Any]) -> None:
+def _respell(path: Path, fields: Mapping[str, Any], oracle: Oracle) -> None:
     """What `fields` spells the old way stands so in config.json, and the new spelling goes."""
     old = {name: fields[name] for name in _OLD_SPELLING if name in fields}
-    if not old:
+    if not old and not oracle.own:
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = oracle.own_config(json.loads(path.read_text(encoding="utf-8")), fields)
     for name in old:
         config.pop(_OLD_SPELLING[name], None)
     config.update(old)
@@ -113,9 +116,4 @@ def _respell(path: Path, fields: Mapping[str, Any]) -> None:
 def write_like(directory: Path, destination: Path, reference_class: str, *, seed: int = 0) -> None:
     """A hot checkpoint with the config of `directory`: what its own weights hide, these show."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    library = transformers()
-    loaded = library.AutoConfig.from_pretrained(directory)
-    model = getattr(library, reference_class)(loaded)
-    redraw(model, seed)
-    model.save_pretrained(destination)
-    _respell(destination / "config.json", config)
+    write(reference_class, config, destination, seed=seed, model_type=config.get("model_type", ""))

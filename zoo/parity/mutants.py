@@ -405,6 +405,11 @@ def _(config: Any) -> dict[str, Any]:
     return {"parallel": not _field(config, "parallel")}
 
 
+@mutant("shared layers run once, or others twice", "config")
+def _(config: Any) -> dict[str, Any]:
+    return {"twice": not _field(config, "twice")}
+
+
 @mutant("soft cap left out", "config")
 def _(config: Any) -> dict[str, Any]:
     _field(config, "score_cap")

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.errors import MissingDependency, ParityError, listing
+from zoo.parity.oracle import Oracle
 
 Outputs = dict[str, Tensor]
 
@@ -107,16 +108,19 @@ class Reference:
     ) -> None:
         # its fused kernel is what users run: where the plain one differs (Falcon's adds ALiBi
         # twice), that is the reference's own bug
+        self.oracle = Oracle(reference_class)
+        reference_class = self.oracle.reference_class
         attention = attention or ("sdpa" if fuses(reference_class) else "eager")
         kind = getattr(transformers(), reference_class)
-        self.model, info = kind.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=attention,
-            experts_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with self.oracle.directory(directory) as place:
+            self.model, info = kind.from_pretrained(
+                place,
+                dtype=dtype,
+                attn_implementation=attention,
+                experts_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
         self.problems = [
             f"{what}: {listing(map(str, info[what]))}"
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -207,7 +211,9 @@ class Reference:
                 p.data = torch.zeros_like(p) if p.grad is None else p.grad
             with TemporaryDirectory() as scratch:
                 self.model.save_pretrained(scratch)
-                return {k: v.clone() for k, v in load_file(f"{scratch}/model.safetensors").items()}
+                named = load_file(f"{scratch}/model.safetensors")
+                found = {name: gradient.clone() for name, gradient in named.items()}
+                return self.oracle.folded(self.directory, found)
         finally:
             for name, p in self.model.named_parameters():
                 p.data = kept[name]

@@ -246,7 +246,7 @@ def _probe(found: Survey, name: str, reference_class: str, changes: Mapping[str,
         )
     with TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        write(found.model_type, reference_class, fields, directory)
+        write(reference_class, fields, directory, model_type=found.model_type)
         written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         header = dict(open_checkpoint(directory).tensors)
     return Probe(name, reference_class, changes, written, header)

@@ -1,0 +1,85 @@
+"""Where the reference library lacks an architecture: what in it computes the same function.
+
+registry.yaml says it below `oracle`: the library's class, its names for fields of the config, and
+the field under which each layer runs twice in a row, for which the library has two of each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converters.checkpoint import open_checkpoint
+from zoo import registry
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+class Oracle:
+    """For one reference class. Where the library has that class, nothing is translated."""
+
+    def __init__(self, reference_class: str) -> None:
+        entries = registry.architectures().values()
+        entry = next((e for e in entries if reference_class in e.heads), None)
+        said = dict(entry.oracle) if entry is not None else {}
+        self.model_type: str | None = said.get("model_type", entry and entry.model_type)
+        self.reference_class = said.get("classes", {}).get(reference_class, reference_class)
+        self.fields: dict[str, str] = said.get("fields", {})
+        self.twice: str | None = said.get("twice")
+        self.own = {"model_type": entry.model_type, "architectures": [reference_class]} if said else {}
+
+    def library_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The library's fields, for the layers that a checkpoint holds."""
+        if not self.own:
+            return dict(config)
+        kept = {n: v for n, v in config.items() if n not in (*self.fields.values(), self.twice)}
+        renamed = {self.fields.get(n, n): v for n, v in kept.items()}
+        classes = {"model_type": self.model_type, "architectures": [self.reference_class]}
+        return {**renamed, **classes}
+
+    def own_config(self, library: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+        """What the library wrote, as the architecture's own files have it."""
+        kept = {n: v for n, v in library.items() if n not in self.fields.values()}
+        names = (*self.fields, self.twice) if self.own else ()
+        return {**kept, **{n: said[n] for n in names if n in said}, **self.own}
+
+    @contextmanager
+    def directory(self, source: Path) -> Iterator[Path]:
+        """`source`, or a directory beside it that the library loads."""
+        if not self.own:
+            yield source
+            return
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        checkpoint = open_checkpoint(source)
+        tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.tensors}
+        library = self.library_config(config)
+        if config.get(self.twice):
+            library["num_hidden_layers"] *= 2
+            tensors = {
+                _LAYER.sub(lambda m, k=k: f"layers.{2 * int(m[1]) + k}.", name): x.clone()
+                for name, x in tensors.items()
+                for k in (0, 1)
+            }
+        with TemporaryDirectory(prefix="zoo-oracle-") as scratch:
+            Path(scratch, "config.json").write_text(json.dumps(library), encoding="utf-8")
+            save_file(tensors, Path(scratch, "model.safetensors"), metadata={"format": "pt"})
+            yield Path(scratch)
+
+    def folded(self, source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of layers that were written out twice, added up under their one name."""
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if not self.twice or not config.get(self.twice):
+            return dict(tensors)
+        out: dict[str, Tensor] = {}
+        for name, x in tensors.items():
+            one = _LAYER.sub(lambda m: f"layers.{int(m[1]) // 2}.", name)
+            out[one] = out[one] + x if one in out else x
+        return out
