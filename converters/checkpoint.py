@@ -196,8 +196,9 @@ def confined(root: Path, name: str) -> Path:
         raise MissingShard(f"{path}{linked} ({getattr(error, 'strerror', error)})") from None
     home = Path(os.path.realpath(root))
     homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
+    for above in home.parents[:2]:  # a snapshot, or a folder in it
+        if above.name == "snapshots":
+            homes.append(above.parent / "blobs")
     if not any(real.is_relative_to(allowed) for allowed in homes):
         raise UnsafePath(f"{path}: links to {real}, out of its directory. Copy the file there.")
     if not real.is_file():

@@ -202,11 +202,13 @@ class _Planner:
 
     def uses(self) -> list[_Use]:
         """Every use of a rule whose native tensors are there; the proof of the native side."""
-        found: list[_Use] = []
-        produced: dict[str, Rule] = {}
-        for rule in self.dialect.rules:
+        found = list(self._alternatives())
+        instead = {target for use in found for target in use.targets}
+        produced = {target: use.rule for use in found for target in use.targets}
+        for rule in self.dialect.weights + self.dialect.heads:
             for binding in self._bindings(rule):
-                if (use := self._use(rule, binding)) is None:
+                use = self._use(rule, binding)
+                if use is None or instead & set(use.targets):
                     continue
                 for target in use.targets:
                     if target in produced:
@@ -221,6 +223,18 @@ class _Planner:
                 f"Map them in {self.dialect.where or self.spec.where}.weights",
             )
         return found
+
+    def _alternatives(self) -> Iterator[_Use]:
+        """Rules in the place of others, where what they read is on disk."""
+        for rule in self.dialect.alternatives:
+            for binding in self._bindings(rule):
+                use = self._use(rule, binding)
+                if use is not None and any(
+                    name in self.header
+                    for source in use.sources
+                    for name in (self.dialect.prefix + source, source)
+                ):
+                    yield use
 
     def _knows(self, name: str) -> bool:
         return name in self.native.shapes or name in self.native.ties

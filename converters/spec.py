@@ -14,7 +14,17 @@ from zoo.errors import SpecError, did_you_mean
 
 SPECS = Path(__file__).parent / "specs"
 
-_SECTIONS = ("prefix", "weights", "heads", "when", "optional", "tied", "aliases", "drop")
+_SECTIONS = (
+    "prefix",
+    "weights",
+    "heads",
+    "when",
+    "alternatives",
+    "optional",
+    "tied",
+    "aliases",
+    "drop",
+)
 _CONFIG_SECTIONS = ("config", "defaults", "require", "ignore", "exclusive")
 _SPEC_KEYS = ("axes",)
 
@@ -42,6 +52,7 @@ class Dialect:
     weights: tuple[Rule, ...] = ()
     heads: tuple[Rule, ...] = ()
     when: tuple[When, ...] = ()
+    alternatives: tuple[Rule, ...] = ()  # where their sources are there, others' place is theirs
     optional: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[tuple[Template, Template], ...] = ()
     aliases: tuple[tuple[Template, Template], ...] = ()
@@ -54,7 +65,7 @@ class Dialect:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        return self.weights + self.heads
+        return self.weights + self.heads + self.alternatives
 
     def under(self, config: Mapping[str, Any]) -> Dialect:
         """With the rules that count under this config, and no more conditions."""
@@ -247,6 +258,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         prefix=data.get("prefix") or "",
         weights=rules("weights"),
         heads=rules("heads"),
+        alternatives=rules("alternatives"),
         when=tuple(_when(key, more, f"{where}.when") for key, more in section("when").items()),
         optional=section("optional"),
         tied=pairs("tied"),
@@ -274,7 +286,7 @@ def _when(condition: str, data: Any, where: str) -> When:
     where = f"{where}.{condition}"
     data = _mapping(data, where)
     if not name.isidentifier() or data.keys() - {"weights", "heads"}:
-        raise SpecError(f"{where}: expected a field, or `not` one, with weights: and heads: below it")
+        raise SpecError(f"{where}: expected a field, or `not` one, with weights: or heads: below")
     sections = (_mapping(data.get(key) or {}, f"{where}.{key}") for key in ("weights", "heads"))
     weights, heads = (_rules(section, where) for section in sections)
     return When(name, name == condition, weights, heads)

@@ -38,17 +38,37 @@ class _NotANumber:
 
 def read_json(path: Path, error: type[ZooError] = ConfigError) -> dict[str, Any]:
     """The object in a JSON file; whatever a strict reading refuses is `error`, naming the field."""
+    return _as(dict, _read(path, error), str(path), error)
+
+
+def read_json_list(path: Path, error: type[ZooError] = ConfigError) -> list[Any]:
+    """Likewise, of a file that holds a list."""
+    return _as(list, _read(path, error), str(path), error)
+
+
+def parse_json(data: bytes, where: str, error: type[ZooError] = ConfigError) -> dict[str, Any]:
+    """The object that `data` spells, `where` being its name in messages."""
+    return _as(dict, _parse(data, where, error), where, error)
+
+
+def _read(path: Path, error: type[ZooError]) -> Any:
     fd = open_regular(path)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
         if size > MAX_BYTES:
             raise error(f"{path}: {size} bytes, more than the {MAX_BYTES} such a file may have")
         data = file.read(MAX_BYTES + 1)
-    return parse_json(data, str(path), error)
+    return _parse(data, str(path), error)
 
 
-def parse_json(data: bytes, where: str, error: type[ZooError] = ConfigError) -> dict[str, Any]:
-    """The object that `data` spells, `where` being its name in messages."""
+def _as(kind: type, found: Any, where: str, error: type[ZooError]) -> Any:
+    if not isinstance(found, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise error(f"{where}: holds {type(found).__name__} where {wanted} is expected")
+    return found
+
+
+def _parse(data: bytes, where: str, error: type[ZooError]) -> Any:
     found: Any = None
     try:
         text = data.decode()
@@ -61,9 +81,7 @@ def parse_json(data: bytes, where: str, error: type[ZooError] = ConfigError) -> 
         _too_deep(where, error)
     except ValueError as problem:  # not JSON, or an integer of thousands of digits
         raise error(f"{where}: not JSON: {problem}") from None
-    if not isinstance(found, dict):
-        raise error(f"{where}: holds {type(found).__name__} where an object is expected")
-    if problems := _walk(found, where, error):
+    if isinstance(found, dict | list) and (problems := _walk(found, where, error)):
         raise error(f"{where}: {listing(problems)}")
     return found
 
@@ -72,7 +90,7 @@ def _too_deep(where: str, error: type[ZooError]) -> NoReturn:
     raise error(f"{where}: nested deeper than {MAX_DEPTH} levels")
 
 
-def _walk(found: dict[str, Any], where: str, error: type[ZooError]) -> list[str]:
+def _walk(found: dict[str, Any] | list[Any], where: str, error: type[ZooError]) -> list[str]:
     """What Python's parser takes and JSON does not have, with the path of its field."""
     problems = []
     level: list[tuple[str, Any]] = [("", found)]

@@ -122,7 +122,11 @@ def test_the_reference_is_imported_only_when_called() -> None:
 
 # --- budgets -------------------------------------------------------------------------------------
 
-OVER_BUDGET: dict[str, str] = {}  # file: reason
+OVER_BUDGET = {  # file: reason
+    "zoo/models/t5.py": "two stacks, and biases by distance that no other architecture has",
+    "zoo/models/deberta.py": "two versions, with attention and a convolution that no other has",
+    "converters/specs/deberta-v2.yaml": "31 fields of its config change what it computes",
+}
 
 
 def lines(path: Path) -> int:
@@ -141,6 +145,8 @@ def test_budgets(folder: str, pattern: str, most: int) -> None:
     }
     assert len(counts) >= 3
     assert {f: n for f, n in counts.items() if n > most and f not in OVER_BUDGET} == {}
+    over = [f for f in OVER_BUDGET if f.startswith(folder)]
+    assert all(counts[f] > most for f in over)  # no exception outlives its reason
 
 
 def test_ten_arguments_at_most() -> None:

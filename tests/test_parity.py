@@ -103,7 +103,11 @@ def test_attention_is_hot(entry: Architecture, variant: str, tmp_path: Path) -> 
     model = reference.Reference(tmp_path, named, torch.float32).model
     ids = torch.randint(8, model.config.vocab_size, (4, TOKENS))
     with torch.no_grad():
-        attentions = model(ids, output_attentions=True).attentions
+        if model.config.is_encoder_decoder:
+            out = model(ids, decoder_input_ids=ids, output_attentions=True)
+            attentions = out.encoder_attentions + out.decoder_attentions + out.cross_attentions
+        else:
+            attentions = model(ids, output_attentions=True).attentions
     for layer in attentions:
         last = layer[:, :, -1].double()  # the last token sees all the others
         entropy = -(last * last.clamp_min(1e-300).log()).sum(-1) / math.log(TOKENS)
@@ -133,6 +137,7 @@ def test_lift(entry: Architecture, variant: str, tmp_path: Path) -> None:
     """Two ways through the lifted reference agree to the last digits; unlifted it is caught."""
     named = fixtures.hot_checkpoint(entry, variant, tmp_path)
     ids = {"input_ids": torch.randint(8, 100, (2, TOKENS))}
+    ids["decoder_input_ids"] = ids["input_ids"].flip(1)  # read by encoder-decoders alone
     kinds = ("eager", "sdpa") if reference.fuses(named) else ("eager", "eager")
     with torch.no_grad():
         eager, fused = (

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from test_sentences import checkpoint
 
+import zoo
 from zoo import sources
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -193,6 +196,20 @@ def test_bin_is_taken_where_there_is_nothing_better(hub: Hub, cache: Path) -> No
     hub.add("o/m", {"config.json": CONFIG, "pytorch_model.bin": b"b"})
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
     assert holds(source.directory) == ["config.json", "pytorch_model.bin"]
+
+
+def test_a_sentence_model_is_downloaded_with_its_modules(
+    hub: Hub, cache: Path, tmp_path: Path
+) -> None:
+    root = checkpoint(tmp_path / "s", "mean_tokens", dense=5)
+    files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    hub.add("o/m", {**files, "2_Dense/pytorch_model.bin": b"no", "1_Pooling/notes.txt": b"no"})
+    source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
+    found = source.directory.rglob("*")
+    assert {str(p.relative_to(source.directory)) for p in found if p.is_file()} == files.keys()
+    # the cache holds links, also below its folders
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(zoo.load(source.directory)(ids), zoo.load(root)(ids))
 
 
 def test_weights_can_stay_where_they_are(hub: Hub, cache: Path) -> None:

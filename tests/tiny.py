@@ -29,6 +29,9 @@ def run(model: Any, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
 
 
 def answer(model: Any, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
-    if "decoder_input_ids" not in inspect.signature(getattr(model, "_orig_mod", model).forward).parameters:
+    if (
+        "decoder_input_ids"
+        not in inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    ):
         return {}
     return {"decoder_input_ids": ids, "decoder_attention_mask": mask}

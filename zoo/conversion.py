@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from converters.checkpoint import open_checkpoint, shard, write_index
+from converters.checkpoint import confined, open_checkpoint, shard, write_index
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.safetensors import SafetensorsWriter
@@ -22,7 +22,8 @@ from zoo import registry
 from zoo.components.model import Model
 from zoo.errors import UsageError
 from zoo.pretrained import Origin, Ref, fill, locate, native_of, prove
-from zoo.sources import NATIVE_FILE
+from zoo.sentences import SentenceModel
+from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
 
 DIALECTS = ("hf", "native")
 SHARD_BYTES = 5 * 10**9
@@ -69,6 +70,9 @@ def save(
     """
     _check_dialect(to)
     destination = Path(dst)
+    steps: dict[str, nn.Module] = {}
+    if isinstance(model, SentenceModel):
+        steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
     state = {name: p.detach() for name, p in model.named_parameters()}
     origin = _origin_of(model, state)
     with staged(destination, force=force) as stage:
@@ -88,6 +92,8 @@ def save(
             _write_weights(stage, tensors, where, origin.metadata, max_shard_size)
         if model.provenance is not None:
             _carry(model.provenance.directory, stage)
+        for folder, step in steps.items():
+            _write_step(stage / folder, step)
     return destination
 
 
@@ -222,12 +228,27 @@ def _as_before(
     return sorted(files.items())
 
 
+def _write_step(folder: Path, step: nn.Module) -> None:
+    """A sentence model's own layer, as it is now."""
+    state = {name: p.detach() for name, p in step.named_parameters()}
+    if state:
+        for name in MODULE_WEIGHTS:
+            (folder / name).unlink(missing_ok=True)
+        _write_weights(folder, state, {}, {"format": "pt"}, None)
+
+
 def _carry(source: Path, stage: Path) -> None:
+    """What belongs to a checkpoint beside its weights, and the folders that its modules lie in."""
     for path in sorted(source.iterdir()):
         wanted = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
         ours = any(fnmatch(path.name, pattern) for pattern in WEIGHTS)
         if wanted and not ours and path.is_file():
             shutil.copyfile(path, stage / path.name)
+    for _, folder in module_folders(source) if (source / MODULES).is_file() else ():
+        files = [n for n in (CONFIG, *MODULE_WEIGHTS) if (source / folder / n).exists()]
+        for name in files:
+            (stage / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(confined(source, f"{folder}/{name}"), stage / folder / name)
 
 
 def _write_json(path: Path, data: Any) -> None:

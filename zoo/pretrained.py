@@ -147,12 +147,15 @@ def load(
     ignore_config: Sequence[str] = (),
     trust: Collection[str] = (),
     expect: type[Model] | None = None,
+    modules: bool = True,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
     `head` replaces the head that the checkpoint names ("none": hidden states). `config` changes
     native fields, `ignore_config` lets unknown fields of config.json pass, `trust` names tensors
     on disk that win where tied ones differ. `weights="random"` initialises as the original does.
+    A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
+    the model alone.
     """
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
@@ -171,6 +174,14 @@ def load(
         )
         if weights == "random":
             return _random(found, config or {}, kind, device)
+        if modules and head is None and expect is None:
+            directory = found.source.directory
+            if (directory / sources.MODULES).is_file():
+                from zoo.sentences import headless, with_steps
+
+                alone = found._replace(heads=headless(found.heads, found.entry.model))
+                model = fill(alone, config=config or {}, dtype=kind, device=device, trust=trust)
+                return with_steps(model, directory)
         return fill(found, config=config or {}, dtype=kind, device=device, trust=trust)
 
 
@@ -348,6 +359,7 @@ def fill(
 def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> tuple[Model, Plan]:
     """A model on meta and the plan that fills it, for the first head that the weights fill."""
     where = str(found.source.directory)
+    lacking: list[MissingTensors] = []
     for head in found.heads:
         model = _on_meta(found, found.config(head, changes))
         native = native_of(model)
@@ -358,10 +370,9 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
             return model, make_plan(
                 found.spec, "hf", fields, native, checkpoint.tensors, f"{where} ({found.spec.name})"
             )
-        except MissingTensors:
-            if head == found.heads[-1]:
-                raise
-    raise AssertionError("an architecture without heads")
+        except MissingTensors as error:
+            lacking.append(error)
+    raise min(lacking, key=lambda error: len(str(error)))  # of the head that lacks least
 
 
 def native_of(model: nn.Module) -> Native:

@@ -188,7 +188,13 @@ _REPO_ID: _Check = (lambda v: _is_text(v) and bool(_REPO.fullmatch(v)), "org/nam
 _COUNT: _Check = (lambda v: type(v) is int and v > 0, "a positive whole number")
 _FLAG: _Check = (lambda v: type(v) is bool, "true or false")
 
-_ARCHITECTURE = {"model_type": _TEXT, "heads": _HEADS, "model": _TEXT, "spec": _TEXT, "oracle": _MAPPING}
+_ARCHITECTURE = {
+    "model_type": _TEXT,
+    "heads": _HEADS,
+    "model": _TEXT,
+    "spec": _TEXT,
+    "oracle": _MAPPING,
+}
 _CHECKPOINT = {
     "architecture": _TEXT,
     "repo": _REPO_ID,

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
+    ConfigError,
     GatedRepo,
     MissingShard,
     NotACheckpoint,
@@ -29,6 +30,7 @@ from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
 NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
+MODULES = "modules.json"  # what makes sentence embeddings of a model's output
 # what is fetched beside config and weights, where the repository has it
 COMPANIONS = (
     "generation_config.json",
@@ -42,7 +44,11 @@ COMPANIONS = (
     "tokenizer.model",
     "spiece.model",
     "chat_template.jinja",
+    MODULES,
 )
+# and where it has modules; these lie in folders of their own
+SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # (whole file, index of shards), the preferred format first
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -153,6 +159,26 @@ def _nearby(path: Path) -> str:
     return f" It holds {listing(holds, limit=5)}." if holds else " It is empty."
 
 
+def module_folders(directory: Path) -> list[tuple[str, str]]:
+    """(kind, folder) of each step that modules.json names after the model itself."""
+    from converters.checkpoint import confined, is_plain
+    from converters.strict_json import read_json_list
+
+    path = confined(directory, MODULES)
+    found = []
+    for module in read_json_list(path):
+        said = module if isinstance(module, dict) else {}
+        kind, folder = said.get("type"), said.get("path")
+        if not isinstance(kind, str) or not isinstance(folder, str):
+            raise ConfigError(f"{path}: expected a type and a path, found {module!r}")
+        if folder and not is_plain(folder):
+            raise UnsafePath(f"{path}: {folder!r} is no plain relative path")
+        found.append((kind.rpartition(".")[2], folder))
+    if not found or found[0] != ("Transformer", ""):
+        raise ConfigError(f"{path}: begins with {found[:1]} and not with a Transformer in its root")
+    return found[1:]
+
+
 # --- the hub -------------------------------------------------------------------------------------
 
 
@@ -176,9 +202,19 @@ class _Hub:
         architecture_for(read_json(config), f"hf:{self.repo}: {CONFIG}")
         for name in COMPANIONS:
             self._fetch(name)
+        if (directory / MODULES).is_file():
+            self._modules(directory)
         if weights:
             self._weights()
         return directory
+
+    def _modules(self, directory: Path) -> None:
+        for name in SENTENCE_FILES:
+            self._fetch(name)
+        for kind, folder in module_folders(directory):
+            self._fetch(f"{folder}/{CONFIG}")
+            if kind == "Dense":
+                any(self._fetch(f"{folder}/{name}") for name in MODULE_WEIGHTS)
 
     def _config(self) -> Path:
         pinned = _COMMIT.fullmatch(self.revision) is not None

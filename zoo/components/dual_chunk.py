@@ -63,9 +63,9 @@ class DualChunked:
         own, before, far = mask.keep(self, lambda: self.tables(mask.positions, q.dtype))
         k = turn(k, *own)
         chunk = mask.positions // self.sizes.length
+        wide = torch.promote_types(q.dtype, torch.float32)
         if self.sizes.original_max_position_embeddings:
-            wide = mask.positions.to(torch.promote_types(q.dtype, torch.float32))
-            q = q * self.heat(wide).to(q.dtype)
+            q = q * self.heat(mask.positions.to(wide)).to(q.dtype)
         out = []
         for start in range(0, q.shape[2], ROWS):
             rows = slice(start, min(start + ROWS, q.shape[2]))
@@ -76,7 +76,6 @@ class DualChunked:
             )
             scores = torch.where(apart == 0, near, torch.where(apart == 1, next_to, beyond))
             scores = (scores * scale).masked_fill(~self.allowed(mask, rows, q), -torch.inf)
-            wide = torch.promote_types(q.dtype, torch.float32)
             out.append(F.dropout(scores.softmax(dim=-1, dtype=wide).to(v.dtype), dropout) @ v)
         return torch.cat(out, dim=2)
 

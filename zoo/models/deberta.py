@@ -17,7 +17,6 @@ from zoo.components.mlp import MLP
 from zoo.components.model import Embedding, Linear
 from zoo.errors import ConfigError
 
-
 PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretraining left
 
 
@@ -36,6 +35,9 @@ class Looks(tuple[str, ...]):
         return list(self)
 
 
+NOWHERE = Looks()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(encoder.Config):
     head: str = "masked_lm"
@@ -48,7 +50,7 @@ class Config(encoder.Config):
     types: int = 0  # of tokens
     eps: float = 1e-7
     relative: bool = False
-    looks: Looks = Looks()
+    looks: Looks = NOWHERE
     reach: int = -1  # of distances; positions
     log_buckets: int = -1  # for distances, far ones together; each has its own
     shared: bool = False  # places go through the projections of contents
@@ -175,7 +177,8 @@ class Conv(nn.Module):
 
     def draw(self, std: float) -> None:
         nn.init.normal_(self.conv.weight, 0, std)
-        nn.init.zeros_(self.conv.bias)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
 
     def forward(self, before: Tensor, x: Tensor) -> Tensor:
         return self.norm(x + self.act(self.dropout(self.conv(before.mT).mT)))

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.components import config, inputs, masks, model
@@ -44,20 +46,24 @@ class Config(config.Config):
         return {"decoder_layers": self.layers, "act": act, "gated": gated}
 
 
-class Distances(nn.Embedding):
+class Distances(nn.Module):
     """A term for `Biased`: (b, h, s, t), a number for each head and each bucket of distances."""
 
     def __init__(self, c: Config, both_ways: bool) -> None:
-        super().__init__(c.buckets, c.heads)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.buckets, c.heads))
         self.reach, self.both_ways = c.distance, both_ways
+
+    def draw(self, std: float) -> None:
+        nn.init.normal_(self.weight, 0, std)
 
     def forward(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
         ahead = mask.positions[:, None, :] - mask.positions[:, :, None]
-        return super().forward(self.bucket(ahead)).permute(0, 3, 1, 2)
+        return F.embedding(self.bucket(ahead), self.weight).permute(0, 3, 1, 2)
 
     def bucket(self, ahead: Tensor) -> Tensor:
         """Near distances have a bucket each, those beyond it share: ever more, up to `reach`."""
-        count, later = self.num_embeddings, 0
+        count, later = len(self.weight), torch.zeros_like(ahead)
         if self.both_ways:
             count //= 2
             later, ahead = (ahead > 0) * count, -ahead.abs()
@@ -72,18 +78,18 @@ class Block(nn.Module):
     def __init__(self, c: Config, attend: Biased, reads: bool) -> None:
         super().__init__()
         shape = (c.dim, c.heads, c.heads, c.head_dim)
-        said = {"bias": False, "dropout": c.dropout, "scale": 1.0}
+        kind = partial(Attention, *shape, bias=False, dropout=c.dropout, scale=1.0)
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
-        self.attn = Attention(*shape, **said, attend=attend)
+        self.attn = kind(attend=attend)
         self.norm_cross = RMSNorm(c.dim, c.eps) if reads else None
-        self.cross = Attention(*shape, **said) if reads else None
-        kind = GatedMLP if c.gated else MLP
-        self.mlp = kind(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
+        self.cross = kind() if reads else None
+        mlp = GatedMLP if c.gated else MLP
+        self.mlp = mlp(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, encoded: Tensor | None, there: Mask) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), mask))
-        if self.cross is not None:
+        if self.cross is not None and self.norm_cross is not None:
             x = x + self.dropout(self.cross(self.norm_cross(x), there, encoded))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -148,7 +154,9 @@ class Model(model.Model):
         if self.config.head == "encoder":
             return encoded
         if decoder_input_ids is None:
-            raise InputError("decoder_input_ids: missing; the answer so far, one padding id at first")
+            raise InputError(
+                "decoder_input_ids: missing; the answer so far, one padding id at first"
+            )
         inputs.check(decoder_input_ids, self.config)
         mask = masks.causal(decoder_input_ids, decoder_attention_mask)
         x = self.decoder(self.embed(decoder_input_ids), mask, encoded, there)

@@ -138,7 +138,9 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
         except Exception as error:
             yield _broken(job.name, "reference", error)
             return
-        subject = Subject(job.name, truth, lambda dtype: load(directory, dtype=dtype))
+        subject = Subject(
+            job.name, truth, lambda dtype: load(directory, dtype=dtype, modules=False)
+        )
         try:
             subject.model(None)
         except Exception as error:

@@ -277,7 +277,7 @@ def export(subject: Subject) -> Iterator[Row]:
         problems = differences(truth.directory, back, dropped)
         problems += Reference(back, truth.reference_class, torch.float32).problems
         save(model, native, to="native")
-        save(load(native), again)
+        save(load(native, modules=False), again)
         lines = differences(truth.directory, again, dropped)
         problems += [f"by way of native: {line}" for line in lines]
         shown = "equal" if not problems else f"{len(problems)} differ"

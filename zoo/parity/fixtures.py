@@ -21,6 +21,7 @@ from zoo.registry import Architecture
 _QUERY_OR_KEY = re.compile(
     r"\b(q|k|q_proj|k_proj|query|key|c_attn|Wqkv|qkv_proj|query_key_value)\."
 )
+_QUERY = re.compile(r"\bq\.")
 # spellings that the reference still reads and no longer writes, and what it writes instead
 _OLD_SPELLING = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 
@@ -78,12 +79,16 @@ def write(
 
 def redraw(model: nn.Module, seed: int) -> None:
     """Every parameter anew, from its name and the seed alone."""
-    owners = dict(model.named_modules())
+    owners, heads = dict(model.named_modules()), getattr(model.config, "num_attention_heads", 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            owner = owners[name.rpartition(".")[0]]
+            above = name.rpartition(".")[0]
+            owner, around = owners[above], owners[above.rpartition(".")[0]]
             random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            if _QUERY.search(name) and getattr(around, "scaling", None) == 1.0:
+                # T5's scores are not scaled, and would choose one key alone
+                noise /= (parameter.shape[0] / heads) ** 0.5
             parameter.copy_(_hot(name, owner, parameter, noise))
 
 

@@ -48,7 +48,7 @@ def layouts(subject: Subject) -> Iterator[Row]:
 
 
 def _check(model: Any, directory: Path, expected: Path) -> list[str]:
-    again: Any = load(directory)
+    again: Any = load(directory, modules=False)
     mine = dict(model.named_parameters(remove_duplicate=False))
     theirs = dict(again.named_parameters())
     # a form may lack what the class can do without; it has nothing besides

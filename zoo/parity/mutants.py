@@ -611,9 +611,9 @@ def _(model: Any) -> None:
 @mutant("contents look at places as places at contents", "model")
 def _(model: Any) -> None:
     for block in blocks(model):
-        looks = getattr(block.attn, "looks", ())
-        need(len(set(looks)) == 1)
-        block.attn.looks = ("p2c",) if looks[0] == "c2p" else ("c2p",)
+        looks = set(getattr(block.attn, "looks", ()))
+        need(len(looks) == 1)
+        block.attn.looks = tuple({"c2p", "p2c"} - looks)
 
 
 @mutant("vectors of distances not normed", "model")
@@ -626,7 +626,7 @@ def _(model: Any) -> None:
 def _(model: Any) -> None:
     noise = torch.randn(model.config.dim, dtype=model.embed.weight.dtype)
 
-    def heard(_: Any, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def heard(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         silent = (args[0] == 0).all(-1, keepdim=True)
         return torch.where(silent, noise, args[0]), args[1]
 

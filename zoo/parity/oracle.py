@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,10 @@ from zoo import registry
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
+def _moved(name: str, to: Callable[[int], int]) -> str:
+    return _LAYER.sub(lambda match: f"layers.{to(int(match[1]))}.", name)
+
+
 class Oracle:
     """For one reference class. Where the library has that class, nothing is translated."""
 
@@ -30,11 +34,13 @@ class Oracle:
         entries = registry.architectures().values()
         entry = next((e for e in entries if reference_class in e.heads), None)
         said = dict(entry.oracle) if entry is not None else {}
-        self.model_type: str | None = said.get("model_type", entry and entry.model_type)
+        self.model_type: str = said.get("model_type", entry.model_type if entry else "")
         self.reference_class = said.get("classes", {}).get(reference_class, reference_class)
         self.fields: dict[str, str] = said.get("fields", {})
-        self.twice: str | None = said.get("twice")
-        self.own = {"model_type": entry.model_type, "architectures": [reference_class]} if said else {}
+        self.twice: str = said.get("twice", "")
+        self.own: dict[str, Any] = {}
+        if entry is not None and said:
+            self.own = {"model_type": entry.model_type, "architectures": [reference_class]}
 
     def library_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The library's fields, for the layers that a checkpoint holds."""
@@ -64,7 +70,7 @@ class Oracle:
         if config.get(self.twice):
             library["num_hidden_layers"] *= 2
             tensors = {
-                _LAYER.sub(lambda m, k=k: f"layers.{2 * int(m[1]) + k}.", name): x.clone()
+                _moved(name, lambda n, k=k: 2 * n + k): x.clone()  # type: ignore[misc]
                 for name, x in tensors.items()
                 for k in (0, 1)
             }
@@ -80,6 +86,6 @@ class Oracle:
             return dict(tensors)
         out: dict[str, Tensor] = {}
         for name, x in tensors.items():
-            one = _LAYER.sub(lambda m: f"layers.{int(m[1]) // 2}.", name)
+            one = _moved(name, lambda n: n // 2)
             out[one] = out[one] + x if one in out else x
         return out

@@ -91,7 +91,8 @@ class Watch(TorchDispatchMode):
 
 def fuses(reference_class: str) -> bool:
     """Whether the reference's fused attention computes the same as its plain one."""
-    return bool(getattr(getattr(transformers(), reference_class), "_supports_sdpa", True))
+    named = Oracle(reference_class).reference_class
+    return bool(getattr(getattr(transformers(), named), "_supports_sdpa", True))
 
 
 class Reference:
