@@ -378,6 +378,8 @@ class TestSpec:
         ("change", "why"),
         [
             ({"wieghts": {}}, "no section 'wieghts'. Did you mean weights"),
+            ({"when": {"a == b": {}}}, "when.a == b: expected a field"),
+            ({"when": {"gated": {"x": "y"}}}, "when.gated: expected a field"),
             ({"weights": {"a [b": "c"}}, "column 3"),
             ({"weights": ["a"]}, "expected `name: …` lines"),
             ({"config": {"a": "b |"}}, "expected a field"),
@@ -395,6 +397,48 @@ class TestSpec:
         assert hf.read_config({"n_kv": 2})[0] == {"kv_heads": 2, "bias": True}
         assert hf.read_config({"n_kv": None})[0] == {"kv_heads": None, "bias": True}
         assert hf.write_config({"kv_heads": 2, "bias": True}) == {"n_kv": 2}
+
+    def test_rules_under_a_condition(self):
+        """One name where a field holds something, two where it does not; nothing by the files."""
+        made = spec(
+            weights={"out": "out"},
+            prefix="",
+            when={
+                "gated": {"weights": {"wi_{n=0,1}": "{n=gate,up}"}},
+                "not gated": {"weights": {"wi": "up"}, "heads": {"more": "head"}},
+            },
+        )
+        two = Native({"out": (3,), "gate": (3,), "up": (3,)})
+        one = Native({"out": (3,), "up": (3,), "head": (3,)})
+        for fields, native, names in (
+            ({"gated": True}, two, {"out", "wi_0", "wi_1"}),
+            ({"gated": False}, one, {"out", "wi", "more"}),
+            ({}, one, {"out", "wi", "more"}),
+        ):
+            header = {name: TensorInfo(name, (3,), "F32") for name in names}
+            assert make_plan(made, "hf", fields, native, header).dropped == {}
+            assert target_names(made, "hf", fields, native, bare=False).keys() == names
+        with pytest.raises(MissingTensors, match="wi_0"):
+            make_plan(made, "hf", {"gated": True}, two, {"wi": TensorInfo("wi", (3,), "F32")})
+
+    def test_rules_in_the_place_of_others(self):
+        made = spec(
+            prefix="m.",
+            weights={"x.{expert}.w [f]": "gate [expert f]", "x.{expert}.v [f]": "up [expert f]"},
+            alternatives={"both [expert (a|b)]": ["gate [expert a]", "up [expert b]"]},
+        )
+        native, fields = Native({"gate": (2, 3), "up": (2, 3)}), {"experts": 2}
+        stacked = {"m.both": TensorInfo("m.both", (2, 6), "F32")}
+        (step,) = make_plan(made, "hf", fields, native, stacked).steps
+        assert step.sources == ("m.both",) and step.targets == ("gate", "up")
+        apart = {
+            n: TensorInfo(n, (3,), "F32") for n in ("m.x.0.w", "m.x.1.w", "m.x.0.v", "m.x.1.v")
+        }
+        assert len(make_plan(made, "hf", fields, native, apart).steps) == 2
+        # a writer that has no files to go by uses the first names
+        assert target_names(made, "hf", fields, native, bare=False).keys() == apart.keys()
+        with pytest.raises(UnexpectedTensors, match=r"m\.x\.0\.w"):
+            make_plan(made, "hf", fields, native, stacked | {"m.x.0.w": apart["m.x.0.w"]})
 
     def test_a_spec_laid_over_another(self, tmp_path, monkeypatch):
         monkeypatch.setattr(spec_module, "SPECS", tmp_path)
