@@ -8,12 +8,13 @@ losing a bit. Nothing here knows of files or models; torch is imported only when
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from converters.lazy import Lazy, Part
 from zoo.errors import SpecError
 
 if TYPE_CHECKING:
@@ -553,107 +554,174 @@ class Transform:
         assert target.pattern is not None
         return target.pattern.shape(self._sizes)
 
-    @cached_property
-    def _equations(self) -> list[tuple[str, str, Sizes]]:
-        """For each part: how it lies in the source, how in the target, and the sizes both need."""
-        rule, out = self.rule, []
-        assert rule.source.pattern is not None
-        for k in range(len(rule.source.pattern.pieces) or 1):
-            target = rule.targets[k] if len(rule.targets) > 1 else rule.targets[0]
-            assert target.pattern is not None
-            left, right = rule.source.pattern.choose(k), target.pattern.choose(k)
-            if rule.stacked:
-                left = (tuple(rule.stacked), *left)
-            if spread := rule.spread(target):
-                right = (tuple(spread), *right)
-            # `one` may stand on one side alone: einops writes it as 1 there
-            both = {a for d in left for a in d} & {a for d in right for a in d}
-            text = [_einops(side, both) for side in (left, right)]
-            used = {a: self._sizes[a] for a in both if a != "1"}
-            out.append((text[0], text[1], used))
-        return out
-
     def forward(self, sources: Sequence[Tensor]) -> list[Tensor]:
         """Source tensors in grid order to target tensors, target by target in grid order."""
-        from einops import rearrange
-
-        rule, pattern = self.rule, self.rule.source.pattern
-        assert pattern is not None
-        x = _stack(sources) if rule.stacked else sources[0]
-        lead = 1 if rule.stacked else 0
-        if not pattern.ragged:
-            ((left, right, used),) = self._equations
-            y = rearrange(x, f"{left} -> {right}", **used)
-            return list(y.unbind(0)) if rule.spread(rule.targets[0]) else [y]
-        x = x.reshape(*x.shape[:lead], *pattern.apart(self._sizes))
-        widths = self._widths(pattern)
-        parts = x.split(widths, dim=lead + pattern.ragged_dim)
-        moved = [
-            rearrange(part, f"{left} -> {right}", **used)
-            for part, (left, right, used) in zip(parts, self._equations, strict=True)
-        ]
-        if len(rule.targets) > 1:
-            out: list[Tensor] = []
-            for target, y in zip(rule.targets, moved, strict=True):
-                out.extend(y.unbind(0) if rule.spread(target) else [y])
-            return out
-        return self._join(rule.targets[0], bool(rule.spread(rule.targets[0])), moved)
+        return [array.whole() for array in self.targets_of(sources)]
 
     def backward(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `forward`: target tensors in its order to source tensors in grid order."""
-        from einops import rearrange
+        return [array.whole() for array in self.sources_of(targets)]
 
-        rule, pattern = self.rule, self.rule.source.pattern
-        assert pattern is not None
-        if len(rule.targets) > 1:
-            parts, rest = [], list(targets)
-            for target in rule.targets:
-                spread = rule.spread(target)
-                count = len(self.grid(spread)) if spread else 1
-                mine, rest = rest[:count], rest[count:]
-                parts.append(_stack(mine) if spread else mine[0])
-        else:
-            target = rule.targets[0]
-            assert target.pattern is not None
-            spread = rule.spread(target)
-            y = _stack(targets) if spread else targets[0]
-            parts = [y]
-            if target.pattern.ragged:
-                lead = 1 if spread else 0
-                y = y.reshape(*y.shape[:lead], *target.pattern.apart(self._sizes))
-                dim = lead + target.pattern.ragged_dim
-                parts = list(y.split(self._widths(target.pattern), dim=dim))
-        moved = [
-            rearrange(part, f"{right} -> {left}", **used)
-            for part, (left, right, used) in zip(parts, self._equations, strict=True)
+    def targets_of(self, sources: Sequence[Tensor]) -> list[Lazy]:
+        """`forward` without a copy: arrays that are made as they are asked for."""
+        return self._move(self._sides[0], self._sides[1], sources)
+
+    def sources_of(self, targets: Sequence[Tensor]) -> list[Lazy]:
+        return self._move(self._sides[1], self._sides[0], targets)
+
+    @cached_property
+    def _sides(self) -> tuple[_Side, _Side]:
+        rule = self.rule
+        left = _Side((rule.source,), (tuple(rule.stacked),), self)
+        return left, _Side(rule.targets, tuple(tuple(rule.spread(t)) for t in rule.targets), self)
+
+    def _move(self, here: _Side, there: _Side, tensors: Sequence[Tensor]) -> list[Lazy]:
+        """Every part of every tensor `here`, turned into its place `there`."""
+        assert self.rule.source.pattern is not None
+        parts: list[list[Part]] = [[] for _ in range(there.count)]
+        for k in range(len(self.rule.source.pattern.pieces) or 1):
+            mine, other = here.place(k), there.place(k)
+            views = [
+                (dict(zip(mine.index, point, strict=True)), mine.view(tensors[mine.first + n]))
+                for n, point in enumerate(mine.points)
+            ]
+            if other.hides(mine.index):  # such tensors make one axis of several: they are joined
+                views = [({}, _stack([view for _, view in views], mine.lengths))]
+                mine = mine.joined()
+            for point, view in views:
+                for n, corner in enumerate(other.points):
+                    chosen = dict(zip(other.index, corner, strict=True))
+                    parts[other.first + n].append(other.part(view, mine.axes, point, chosen))
+        return [
+            Lazy(shape, space, found)
+            for (shape, space), found in zip(there.layout(), parts, strict=True)
         ]
-        if pattern.ragged:
-            return self._join(rule.source, bool(rule.stacked), moved)
-        return list(moved[0].unbind(0)) if rule.stacked else moved
 
-    def _widths(self, pattern: Pattern) -> list[int]:
-        return [prod(_length(a, self._sizes) for a in part) for part in pattern.pieces]
-
-    def _join(self, ref: Ref, several: bool, parts: Sequence[Tensor]) -> list[Tensor]:
-        import torch
-
-        assert ref.pattern is not None
-        lead = 1 if several else 0
-        x = torch.cat(list(parts), dim=lead + ref.pattern.ragged_dim)
-        x = x.reshape(*x.shape[:lead], *ref.pattern.shape(self._sizes))
-        return list(x.unbind(0)) if several else [x]
+    def length(self, node: Node) -> int:
+        return _length(node, self._sizes)
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class _Side:
+    """One side of a rule: its refs, and the placeholders of each that are axes."""
+
+    refs: tuple[Ref, ...]
+    index: tuple[tuple[str, ...], ...]
+    of: Transform
+
+    def points(self, n: int) -> list[tuple[int, ...]]:
+        ranges = [range(self.of._sizes[name]) for name in self.index[n]]
+        return list(product(*ranges))
+
+    @property
+    def count(self) -> int:
+        """How many tensors there are."""
+        return sum(len(self.points(n)) for n in range(len(self.refs)))
+
+    def place(self, k: int) -> _Place:
+        """Where part `k` lies."""
+        n = k if len(self.refs) > 1 else 0
+        first = sum(len(self.points(m)) for m in range(n))
+        pattern = self.refs[n].pattern
+        assert pattern is not None
+        dims = pattern.choose(k if pattern.ragged else 0)
+        return _Place(pattern, k, dims, self.index[n], tuple(self.points(n)), first, self.of)
+
+    def layout(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(shape, space) of each tensor."""
+        for n, ref in enumerate(self.refs):
+            assert ref.pattern is not None
+            place = self.place(n)
+            for _ in place.points:
+                yield ref.pattern.shape(self.of._sizes), place.space
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A part in the tensors of one ref: its axes there, one by one."""
+
+    pattern: Pattern
+    k: int
+    dims: tuple[tuple[str, ...], ...]
+    index: tuple[str, ...]
+    points: tuple[tuple[int, ...], ...]
+    first: int
+    of: Transform
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(axis for dim in self.dims for axis in dim)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.of._sizes[name] for name in self.index]
+
+    def joined(self) -> _Place:
+        return replace(self, dims=tuple((name,) for name in self.index) + self.dims, index=())
+
+    @cached_property
+    def _ragged(self) -> tuple[str, ...]:
+        """The axes of the ragged axis's own part, which are one axis of the space."""
+        return self.pattern.pieces[self.k] if self.pattern.ragged else ()
+
+    def hides(self, index: Sequence[str]) -> bool:
+        return any(name in self._ragged for name in index)
+
+    @cached_property
+    def _offset(self) -> int:
+        pieces = self.pattern.pieces[: self.k] if self.pattern.ragged else ()
+        return sum(prod(self.of.length(axis) for axis in piece) for piece in pieces)
+
+    @cached_property
+    def _width(self) -> int:
+        return prod(self.of.length(axis) for axis in self._ragged)
+
+    @cached_property
+    def space(self) -> tuple[int, ...]:
+        """Every axis apart, but the ragged one whole."""
+        out: list[int] = []
+        for n, dim in enumerate(self.dims):
+            if self.pattern.ragged and n == self.pattern.ragged_dim:
+                node = next(x for d in self.pattern.dims for x in d if isinstance(x, Ragged))
+                out.append(self.of.length(node))
+            else:
+                out += [self.of.length(axis) for axis in dim]
+        return tuple(out)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor, each of its axes apart."""
+        x = tensor.reshape(self.pattern.apart(self.of._sizes))
+        if self.pattern.ragged:
+            x = x.narrow(self.pattern.ragged_dim, self._offset, self._width)
+        return x.reshape([self.of.length(axis) for axis in self.axes])
+
+    def part(
+        self, view: Tensor, axes: Sequence[str], point: Mapping[str, int], chosen: Mapping[str, int]
+    ) -> Part:
+        """A view of such axes as it stands here, in the tensor that `chosen` names."""
+        left = list(axes)
+        for axis in reversed(range(len(left))):
+            if left[axis] in chosen:
+                view = view.select(axis, chosen[left.pop(axis)])
+            elif left[axis] not in self.axes or left[axis] == "1":
+                view, _ = view.squeeze(axis), left.pop(axis)
+        order = [axis for axis in self.axes if axis in left]
+        view = view.permute([left.index(axis) for axis in order])
+        box: list[slice] = []
+        for n, name in enumerate(self.axes):
+            start = point.get(name, 0)
+            if name not in order:
+                view = view.unsqueeze(n)
+            box.append(slice(start, start + view.shape[n]))
+        if self.pattern.ragged:
+            d = sum(len(dim) for dim in self.dims[: self.pattern.ragged_dim])
+            shape = view.shape
+            view = view.reshape(*shape[:d], self._width, *shape[d + len(self._ragged) :])
+            box[d : d + len(self._ragged)] = [slice(self._offset, self._offset + self._width)]
+        return Part(tuple(box), view)
+
+
+def _stack(views: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     import torch
 
-    return torch.stack(list(tensors))
-
-
-def _einops(dims: Sequence[tuple[str, ...]], both: set[str]) -> str:
-    def word(axis: str) -> str:
-        return axis if axis in both else "1"
-
-    return " ".join(
-        word(dim[0]) if len(dim) == 1 else f"({' '.join(word(a) for a in dim)})" for dim in dims
-    )
+    return torch.stack(list(views)).unflatten(0, list(lengths))

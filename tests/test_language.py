@@ -246,6 +246,19 @@ def test_layout_means_what_it_means_by_hand(name):
     assert len(back) == len(sources)
     for mine, truth in zip(back, sources, strict=True):
         assert torch.equal(mine, truth)
+    for lazy, truth in zip(transform.targets_of(sources), targets, strict=True):
+        in_pieces(lazy, truth)
+    for lazy, truth in zip(transform.sources_of(targets), sources, strict=True):
+        in_pieces(lazy, truth)
+
+
+def in_pieces(lazy, truth):
+    """Of any size, one behind the other, they are the whole; and none is larger than was asked."""
+    for limit in (1, 3 * truth.element_size(), 64, 10**9):
+        pieces = list(lazy.pieces(limit))
+        assert torch.equal(torch.cat([piece.flatten() for piece in pieces]), truth.flatten())
+        width = max(limit, truth.element_size())
+        assert all(piece.numel() * piece.element_size() <= width for piece in pieces)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -326,6 +339,8 @@ def test_forward_then_backward_is_the_identity(case):
     targets = transform.forward(sources)
     back = transform.backward(targets)
     assert [torch.equal(a, b) for a, b in zip(back, sources, strict=True)] == [True] * count
+    for lazy, target in zip(transform.targets_of(sources), targets, strict=True):
+        in_pieces(lazy, target)
     seen = torch.cat([t.flatten() for t in targets]).sort().values
     assert torch.equal(seen, torch.arange(count * total))  # nothing twice, nothing lost
 
