@@ -26,12 +26,12 @@ def carry_out(
 
 
 def forward(step: Step, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
-    names = _agreed(step, read, trust)
+    names = agreed(step, read, trust)
     tensors = [read(name) for name in names]
     return tensors if step.transform is None else step.transform.forward(tensors)
 
 
-def _agreed(step: Step, read: Read, trust: Collection[str]) -> tuple[str, ...]:
+def agreed(step: Step, read: Read, trust: Collection[str]) -> tuple[str, ...]:
     """The names to read where several hold one array: equal ones, or the ones that are trusted."""
     if not step.also:
         return step.sources

@@ -1,4 +1,8 @@
-"""A directory that appears whole or not at all: staged beside its place, then renamed into it."""
+"""A directory that appears whole or not at all: staged beside its place, then renamed into it.
+
+The lock of a destination is a file beside it, which also holds the journal of a conversion that can
+be taken up again. It is the last thing to go.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import OutputExists, ZooError
 
@@ -29,47 +35,133 @@ def staged(
     `force` replaces what is there, in one step. A link is replaced, never followed. An empty
     directory counts as nothing. `size` bytes have to be free before anything is written.
     """
+    place, made = _place(destination), list[Path]()
+    with _said(place), _parents(place, made), _locked(place) as lock:
+        partial, aside = _put_right(place)
+        _refuse(place, force)
+        _remove(partial)  # whoever left it is dead: the lock is ours
+        _check_free(place, size)
+        os.mkdir(partial)
+        try:
+            yield partial
+            _sync(partial)
+            _refuse(place, force)
+            _publish(partial, place, aside)
+        except BaseException:
+            _remove(partial)
+            raise
+        made.clear()
+        lock.done = True
+
+
+class Stage:
+    """A directory being filled, and the journal of what is in it for good."""
+
+    def __init__(self, path: Path, lock: _Lock, found: list[dict[str, Any]]) -> None:
+        self.path, self._lock = path, lock
+        self.found = found  # records of a run that was killed; none of a run from the start
+        self.published = False  # all was done already, but for saying so
+
+    def record(self, entry: dict[str, Any]) -> None:
+        self._lock.append(entry)
+
+
+@contextmanager
+def resumable(
+    destination: str | os.PathLike[str],
+    job: str,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    size: int = 0,
+    same: Callable[[Path], bool] = lambda place: False,
+) -> Iterator[Stage]:
+    """As `staged`, but a run that is killed or interrupted or whose disk fails leaves what it has.
+
+    The next run of the same `job` is given it. `same` tells of a directory that this job published.
+    """
+    place, made = _place(destination), list[Path]()
+    with _said(place, resumes=True), _parents(place, made), _locked(place) as lock:
+        partial, aside = _put_right(place)
+        entries = [] if restart else lock.read()
+        mine = bool(entries) and entries[0].get("job") == job
+        if mine and same(place):  # killed after the last rename: what is left is to tidy up
+            _remove(partial)
+            stage = Stage(place, lock, entries)
+            stage.published = lock.done = True
+            yield stage
+            return
+        mine = mine and partial.is_dir()
+        _refuse(place, force)
+        if not mine:
+            _remove(partial)
+            _check_free(place, size)
+            lock.restart({"job": job})
+            os.mkdir(partial)
+        lock.keep = True
+        stage = Stage(partial, lock, entries[1:] if mine else [])
+        made.clear()
+        try:
+            yield stage
+            _sync(partial)
+            _refuse(place, force)
+            _publish(partial, place, aside)
+        except (KeyboardInterrupt, OSError):
+            raise
+        except BaseException:
+            lock.keep = False  # the same command would fail again
+            _remove(partial)
+            raise
+        lock.done = True
+
+
+def _place(destination: str | os.PathLike[str]) -> Path:
     # absolute, yet not resolved: a link as destination stays a link
     place = Path(os.path.abspath(destination))
     if not place.name:
         raise OutputExists(f"{place}: the root of a file system cannot be replaced")
-    made: list[Path] = []
+    return place
+
+
+@contextmanager
+def _said(place: Path, resumes: bool = False) -> Iterator[None]:
+    """A system's error in words that name the destination."""
     try:
-        try:
-            _make_parents(place.parent, made)
-            with _locked(place):
-                yield from _stage(place, force, size)
-                made.clear()
-        finally:
-            for parent in reversed(made):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        yield
     except OSError as error:
         file = f" ({error.filename})" if error.filename else ""
-        raise ZooError(
+        again = " The same command goes on where this one stopped." if resumes else ""
+        told = (
             f"{place}: not written: {error.strerror or error}{file}. What was there is untouched."
-        ) from error
+        )
+        raise ZooError(told + again) from error
 
 
-def _stage(place: Path, force: bool, size: int) -> Iterator[Path]:
+@contextmanager
+def _parents(place: Path, made: list[Path]) -> Iterator[None]:
+    """Directories that were missing, gone again unless `made` is emptied."""
+    try:
+        _make_parents(place.parent, made)
+        yield
+    finally:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _put_right(place: Path) -> tuple[Path, Path]:
+    """(partial, aside), after a kill between the two renames of a replacement."""
     partial, aside = _beside(place, "partial"), _beside(place, "replaced")
     if aside.exists() and not os.path.lexists(place):
-        os.rename(aside, place)  # killed between the two renames of a replacement
+        os.rename(aside, place)
     _remove(aside)
-    _refuse(place, force)
-    _remove(partial)  # whoever left it is dead: the lock is ours
+    return partial, aside
+
+
+def _check_free(place: Path, size: int) -> None:
     free = shutil.disk_usage(place.parent).free
     if size > free:
         raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
-    os.mkdir(partial)
-    try:
-        yield partial
-        _sync(partial)
-        _refuse(place, force)
-        _publish(partial, place, aside)
-    except BaseException:
-        _remove(partial)
-        raise
 
 
 def _refuse(place: Path, force: bool) -> None:
@@ -104,8 +196,43 @@ def _make_parents(parent: Path, made: list[Path]) -> None:
             made.append(path)
 
 
+class _Lock:
+    """A file that is locked; what is in it is a journal, a line a record."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.end = 0  # of the last whole line
+        self.keep = self.done = False
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line; a torn one ends it, and is cut off."""
+        entries: list[dict[str, Any]] = []
+        with os.fdopen(os.dup(self.fd), "rb") as file:
+            file.seek(0)
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n") or not isinstance(entry, dict):
+                    break
+                entries.append(entry)
+                self.end += len(line)
+        os.ftruncate(self.fd, self.end)
+        return entries
+
+    def restart(self, entry: dict[str, Any]) -> None:
+        os.ftruncate(self.fd, 0)
+        self.end = 0
+        self.append(entry)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        self.end += os.pwrite(self.fd, line, self.end)
+
+
 @contextmanager
-def _locked(place: Path) -> Iterator[None]:
+def _locked(place: Path) -> Iterator[_Lock]:
     """One writer a destination; the lock dies with its process."""
     path = _beside(place, "lock")
     while True:
@@ -125,11 +252,13 @@ def _locked(place: Path) -> Iterator[None]:
             os.close(fd)
             raise
         os.close(fd)  # its last owner removed it between our open and our lock
+    lock = _Lock(fd)
     try:
-        yield
+        yield lock
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        if lock.done or not lock.keep:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         os.close(fd)
 
 

@@ -158,10 +158,12 @@ def test_verify_wants_one_thing(run: Any) -> None:
 
 
 def test_convert_passes_on_what_was_asked(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[Any] = []
+    others: list[dict[str, Any]] = []
 
-    def convert(src: str, dst: Path, *, to: str, force: bool) -> Path:
+    def convert(src: str, dst: Path, *, to: str, force: bool, **more: Any) -> Path:
         calls.append((src, dst, to, force))
+        others.append(more)
         return dst
 
     monkeypatch.setattr(zoo, "convert", convert, raising=False)
@@ -174,6 +176,20 @@ def test_convert_passes_on_what_was_asked(run: Any, monkeypatch: pytest.MonkeyPa
         ("hf:org/repo@v1", Path("repo-native"), "native", False),
         ("some/dir/", Path("dir-native"), "native", False),
     ]
+    asked = ("--dtype", "bfloat16", "--memory", "8M", "--shard", "2GB", "--restart")
+    run("convert", "x", *asked, "--allow-nonfinite", "--no-sha256", "--quiet")
+    assert others[0].pop("tell") and others[-1].pop("tell")
+    nothing = {"dtype": None, "max_shard_size": None, "restart": False}
+    assert others[0] == {**nothing, "allow_nonfinite": False, "sha256": True}
+    assert others[-1] == {
+        "dtype": "bfloat16",
+        "max_shard_size": 2 << 30,
+        "memory": 8 << 20,
+        "restart": True,
+        "allow_nonfinite": True,
+        "sha256": False,
+    }
+    assert run("convert", "x", "--memory", "much")[0] == 2
 
 
 def test_a_failure_is_one_line_and_a_code(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

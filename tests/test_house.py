@@ -44,7 +44,7 @@ ARROWS = {
     "zoo.sources": {"zoo.errors", "zoo.registry", "converters", "huggingface_hub"},
     "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
     "zoo": {"zoo", "converters", "torch"},
-    "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml"},
+    "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml", "xxhash"},
 }
 # (file, what it imports): why it may
 EXCEPTIONS = {

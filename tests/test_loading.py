@@ -17,7 +17,7 @@ from tiny import build, run
 import zoo
 from zoo import registry
 from zoo.components.model import Model
-from zoo.conversion import dry_run
+from zoo.converting import dry_run
 from zoo.errors import (
     ConfigError,
     MissingTensors,

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from zoo import models as models
     from zoo.catalog import info as info
     from zoo.catalog import list_checkpoints as list
-    from zoo.conversion import convert as convert
     from zoo.conversion import save as save
+    from zoo.converting import convert as convert
     from zoo.errors import ZooError as ZooError
     from zoo.parity import verify as verify
     from zoo.pretrained import load as load
 
 _HOMES = {
     "load": ("zoo.pretrained", "load"),
-    "convert": ("zoo.conversion", "convert"),
+    "convert": ("zoo.converting", "convert"),
     "save": ("zoo.conversion", "save"),
     "verify": ("zoo.parity", "verify"),
     "list": ("zoo.catalog", "list_checkpoints"),

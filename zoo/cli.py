@@ -1,4 +1,4 @@
-"""The command line: list, info, verify, convert."""
+"""The command line: list, info, verify, convert, check."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import zoo
 from zoo import catalog
 from zoo.errors import UsageError, ZooError
+from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -76,7 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", type=Path, help="[SRC's name and the layout's]")
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace DIR")
+    command.add_argument("--dtype", help="cast to float32, bfloat16 …  [as stored]")
+    command.add_argument("--memory", type=_bytes, metavar="BYTES", help="for buffers  [64M]")
+    command.add_argument("--shard", type=_bytes, metavar="BYTES", help="at most, a file  [5G]")
+    command.add_argument("--restart", action="store_true", help="from the start, after a kill")
+    command.add_argument("--allow-nonfinite", action="store_true", help="keep NaN and infinity")
+    command.add_argument("--no-sha256", action="store_true", help="xxh3-128 of each tensor alone")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="events, one a line")
+    how.add_argument("--quiet", action="store_true", help="errors alone")
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser("check", help="whether a directory still is what convert wrote")
+    command.add_argument("directory", metavar="DIR", type=Path)
+    command.add_argument("--sha256", action="store_true", help="whole files too")
+    command.set_defaults(run=_check)
     return parser
 
 
@@ -152,14 +167,50 @@ def _progress(done: int, count: int, name: str) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
-        from zoo.conversion import dry_run
+        from zoo.converting import dry_run
 
         print(dry_run(options.ref, to=options.to))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
-    written = zoo.convert(options.ref, out, to=options.to, force=options.force)
-    print(f"{options.ref} -> {written} ({options.to})")
+    show = Shown(options.json, options.quiet)
+    more = {"memory": options.memory} if options.memory else {}
+    written = zoo.convert(
+        options.ref,
+        out,
+        to=options.to,
+        force=options.force,
+        dtype=options.dtype,
+        max_shard_size=options.shard,
+        restart=options.restart,
+        allow_nonfinite=options.allow_nonfinite,
+        sha256=not options.no_sha256,
+        tell=show,
+        **more,
+    )
+    if not (options.json or options.quiet):
+        print(f"{options.ref} -> {written} ({options.to})")
     return OK
+
+
+def _check(options: argparse.Namespace) -> int:
+    from converters.manifest import check
+
+    damages = list(check(options.directory, sha256=options.sha256))
+    for damage in damages:
+        print(damage)
+    print(f"{options.directory}: {f'{len(damages)} damaged' if damages else 'as it was written'}")
+    return FAILED if damages else OK
+
+
+def _bytes(text: str) -> int:
+    """12, 64M, 5G: as a number of bytes."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
+    if number[-1:] in units:
+        number, unit = number[:-1], number[-1]
+    if not number.isascii() or not number.isdigit() or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected bytes, such as 64M or 5G")
+    return int(number) << units.get(unit, 0)
 
 
 def _stem(ref: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from converters.checkpoint import confined, open_checkpoint, shard, write_index
+from converters.checkpoint import confined, shard, write_index
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.safetensors import SafetensorsWriter
@@ -21,7 +21,7 @@ from converters.store import staged
 from zoo import registry
 from zoo.components.model import Model
 from zoo.errors import UsageError
-from zoo.pretrained import Origin, Ref, fill, locate, native_of, prove
+from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
 from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
 
@@ -29,30 +29,7 @@ DIALECTS = ("hf", "native")
 SHARD_BYTES = 5 * 10**9
 # what belongs to a checkpoint beside config and weights, and is carried along untouched
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-WEIGHTS = ("config.json", NATIVE_FILE, "*.index.json")
-
-
-def convert(src: Ref, dst: Ref, *, to: str = "hf", force: bool = False, **options: Any) -> Path:
-    """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
-
-    Further options are those of `zoo.load`: head, revision, token, ignore_config, trust …
-    """
-    _check_dialect(to)
-    keys = ("config", "trust")
-    found = locate(src, **{k: v for k, v in options.items() if k not in keys})
-    model = fill(found, **{k: options[k] for k in keys if k in options})
-    return save(model, dst, to=to, force=force)
-
-
-def dry_run(src: Ref, *, to: str = "native", **options: Any) -> str:
-    """The plan of a conversion for a person, with no byte of weights read."""
-    _check_dialect(to)
-    found = locate(src, **options)
-    checkpoint = open_checkpoint(found.source.directory)
-    model, plan = prove(found, checkpoint, {})
-    if found.native is not None and to != "native":
-        return _plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
-    return plan.describe()
+NOT_CARRIED = ("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json")
 
 
 def save(
@@ -68,25 +45,20 @@ def save(
     A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes)
     makes a new one.
     """
-    _check_dialect(to)
+    check_dialect(to)
     destination = Path(dst)
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
         steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
     state = {name: p.detach() for name, p in model.named_parameters()}
-    origin = _origin_of(model, state)
+    origin = origin_of(model, state)
     with staged(destination, force=force) as stage:
         if to == "native":
-            record = {
-                "architecture": _entry(model).name,
-                "config": model.config.to_dict(),
-                "origin": origin.to_json(),
-            }
-            _write_json(stage / NATIVE_FILE, record)
+            (stage / NATIVE_FILE).write_bytes(native_record(model, origin))
             _write_weights(stage, state, {}, {"format": "pt"}, max_shard_size)
         else:
             (stage / "config.json").write_text(origin.config, encoding="utf-8")
-            plan = _plan(model, origin)
+            plan = export_plan(model, origin)
             tensors = invert(plan, state)
             where = origin.where if max_shard_size is None else {}
             _write_weights(stage, tensors, where, origin.metadata, max_shard_size)
@@ -97,7 +69,17 @@ def save(
     return destination
 
 
-def _check_dialect(to: str) -> None:
+def native_record(model: Model, origin: Origin) -> bytes:
+    """zoo.json: what a native directory holds, and what it was."""
+    record = {
+        "architecture": _entry(model).name,
+        "config": model.config.to_dict(),
+        "origin": origin.to_json(),
+    }
+    return _json(record).encode()
+
+
+def check_dialect(to: str) -> None:
     if to not in DIALECTS:
         raise UsageError(f"to={to!r}: one of {', '.join(DIALECTS)}")
 
@@ -109,14 +91,14 @@ def _entry(model: Model) -> registry.Architecture:
     return next(entry for entry in known.values() if entry.model is type(model))
 
 
-def _plan(model: Model, origin: Origin) -> Plan:
+def export_plan(model: Model, origin: Origin) -> Plan:
     """The plan that reads `origin` into the model; its inverse writes it."""
     spec = load_spec(_entry(model).spec)
     fields, native = model.config.to_dict(), native_of(model)
     return make_plan(spec, origin.dialect, fields, native, origin.header, "export")
 
 
-def _origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
+def origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
     """What the export looks like: as the source did, while the model still is that model."""
     entry = _entry(model)
     named = _class_of(entry, model.config.head)
@@ -138,7 +120,7 @@ def _class_of(entry: registry.Architecture, head: str) -> str:
 
 def _recast(origin: Origin, model: Model, state: Mapping[str, Tensor], dtype: str | None) -> Origin:
     """The same files, with each tensor in the dtype that the model holds it in."""
-    plan = _plan(model, origin)
+    plan = export_plan(model, origin)
     header = dict(origin.header)
     changed = False
     for step in plan.steps:
@@ -204,7 +186,7 @@ def _write_weights(
         TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
         for name, tensor in tensors.items()
     ]
-    shards = _as_before(infos, where) or shard(infos, max_shard_size or SHARD_BYTES)
+    shards = as_before(infos, where) or shard(infos, max_shard_size or SHARD_BYTES)
     for name, members in shards:
         with SafetensorsWriter(stage / name, members, metadata=dict(metadata)) as writer:
             for info in members:
@@ -213,7 +195,7 @@ def _write_weights(
         write_index(stage, shards)
 
 
-def _as_before(
+def as_before(
     infos: Iterable[TensorInfo], where: Mapping[str, str]
 ) -> list[tuple[str, list[TensorInfo]]]:
     """The source's own split over files, under the names that safetensors have."""
@@ -237,22 +219,25 @@ def _write_step(folder: Path, step: nn.Module) -> None:
         _write_weights(folder, state, {}, {"format": "pt"}, None)
 
 
-def _carry(source: Path, stage: Path) -> None:
-    """What belongs to a checkpoint beside its weights, and the folders that its modules lie in."""
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        ours = any(fnmatch(path.name, pattern) for pattern in WEIGHTS)
-        if wanted and not ours and path.is_file():
-            shutil.copyfile(path, stage / path.name)
+def companions(source: Path) -> dict[str, Path]:
+    """What belongs to a checkpoint beside its weights, and what its modules' folders hold."""
+    names = [
+        path.name
+        for path in sorted(source.iterdir())
+        if any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+        and not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED)
+        and not path.is_dir()
+    ]
     for _, folder in module_folders(source) if (source / MODULES).is_file() else ():
-        files = [n for n in (CONFIG, *MODULE_WEIGHTS) if (source / folder / n).exists()]
-        for name in files:
-            (stage / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(confined(source, f"{folder}/{name}"), stage / folder / name)
+        files = (f"{folder}/{name}" for name in (CONFIG, *MODULE_WEIGHTS))
+        names += [name for name in files if (source / name).exists()]
+    return {name: confined(source, name) for name in names}
 
 
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(_json(data), encoding="utf-8")
+def _carry(source: Path, stage: Path) -> None:
+    for name, path in companions(source).items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, stage / name)
 
 
 def _json(data: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from converters.checkpoint import Checkpoint, is_plain, open_checkpoint, read_json
+from converters.checkpoint import SINGLE, Checkpoint, is_plain, open_checkpoint, read_json
 from converters.execute import carry_out
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
@@ -49,7 +49,7 @@ class Origin(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         tensors = {
-            name: [info.dtype, list(info.shape), self.where[name]]
+            name: [info.dtype, list(info.shape), self.where.get(name, SINGLE)]
             for name, info in self.header.items()
         }
         return {
@@ -159,7 +159,7 @@ def load(
     """
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
-    kind = _dtype(dtype)
+    kind = dtype_of(dtype)
     with _uncollected():
         found = locate(
             ref,
@@ -341,7 +341,18 @@ def fill(
         for each in names[name]:
             owner, _, leaf = each.rpartition(".")
             modules[owner]._parameters[leaf] = parameter
-    model.provenance = Provenance(
+    model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
+    return model.eval()
+
+
+def provenance_of(
+    found: Located,
+    checkpoint: Checkpoint,
+    model: Model,
+    plan: Plan,
+    dtype: torch.dtype | None = None,
+) -> Provenance:
+    return Provenance(
         ref=str(found.source.ref),
         directory=found.source.directory,
         architecture=found.entry.name,
@@ -353,7 +364,6 @@ def fill(
         repo=found.source.repo,
         revision=found.source.revision,
     )
-    return model.eval()
 
 
 def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> tuple[Model, Plan]:
@@ -428,7 +438,7 @@ def _placed(
     return cast
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         named = getattr(torch, dtype, None)
         dtype = named if isinstance(named, torch.dtype) else _bad_dtype(dtype)

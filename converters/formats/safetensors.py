@@ -11,7 +11,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from converters.formats import (
     BITS,
@@ -261,6 +261,37 @@ def header_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
     return sorted(infos, key=lambda info: (-RANK[info.dtype], info.name))
 
 
+class Layout(NamedTuple):
+    """A file to be: its first bytes, and where each tensor's begin behind them."""
+
+    head: bytes
+    starts: dict[str, int]
+    size: int  # of all tensors
+
+
+def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, where: Any) -> Layout:
+    """The one layout of these tensors, in whatever order they are given."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    starts: dict[str, int] = {}
+    reached = 0
+    for info in header_order(infos):
+        if info.name in header or info.name == "__metadata__":
+            raise DuplicateTensor(f"{where}: {info.name} would stand twice in the header")
+        end = reached + info.nbytes
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": info.shape,
+            "data_offsets": [reached, end],
+        }
+        starts[info.name], reached = reached, end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        told = f"a header of {len(text)} bytes; the format has {MAX_HEADER}"
+        raise ResourceLimit(f"{where}: {told}")
+    return Layout(struct.pack("<Q", len(text)) + text, starts, reached)
+
+
 class SafetensorsWriter:
     """A file whose tensors may come one at a time and in any order; its bytes depend on neither."""
 
@@ -271,35 +302,15 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        self._missing: dict[str, TensorInfo] = {}
-        self._start: dict[str, int] = {}
         infos = list(infos)
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
-        reached = 0
-        for info in header_order(infos):
-            if info.name in header or info.name == "__metadata__":
-                raise DuplicateTensor(f"{path}: {info.name} would stand twice in the header")
-            end = reached + info.nbytes
-            offsets = [reached, end]
-            header[info.name] = {
-                "dtype": info.dtype,
-                "shape": info.shape,
-                "data_offsets": offsets,
-            }
-            self._start[info.name], self._missing[info.name] = reached, info
-            reached = end
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        if len(text) > MAX_HEADER:
-            raise ResourceLimit(
-                f"{path}: a header of {len(text)} bytes; the format has {MAX_HEADER}"
-            )
-        self._data = 8 + len(text)
+        layout = lay_out(infos, metadata, path)
+        self._missing = {info.name: info for info in infos}
+        self._start, self._data = layout.starts, len(layout.head)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o666)
         try:
-            self._write_at(0, memoryview(struct.pack("<Q", len(text)) + text))
-            os.ftruncate(self._fd, self._data + reached)
+            self._write_at(0, memoryview(layout.head))
+            os.ftruncate(self._fd, self._data + layout.size)
         except BaseException:
             self._abandon()
             raise

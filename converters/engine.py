@@ -1,0 +1,321 @@
+"""An output, carried out: read, turned, cast, looked at, hashed and put in its place.
+
+A tensor goes through in pieces of a bounded size, tensors side by side in a few threads, each to
+its own place in its file. What is on disk for good is in the journal, so that a run that was killed
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from converters.formats import open_regular, torch_dtype
+from converters.output import Item, Output, Shard, hash_file
+from converters.store import Stage
+from zoo.errors import CorruptCheckpoint, NonFinite, OverflowOnCast, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEMORY = 64 << 20
+_COPY = 256 << 10  # bytes copied at a time: such a buffer stays in the second-level cache
+_TURN = 4 << 20  # and turned at a time
+_LARGE = 64 << 10  # bytes of a tensor that no other is like by chance
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    memory: int = MEMORY  # bytes of buffers, all threads together
+    threads: int = 0  # as many as the machine has, up to four
+    sha256: bool = True  # of sources and outputs; each tensor's own digest is always taken
+    allow_nonfinite: bool = False
+    tell: Tell = lambda event: None
+
+    @property
+    def workers(self) -> int:
+        return self.threads or min(4, len(os.sched_getaffinity(0)))
+
+
+@dataclass
+class Report:
+    """What was seen on the way."""
+
+    tensors: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> tensor -> xxh3
+    files: dict[str, str] = field(default_factory=dict)  # file -> sha256
+    sources: dict[str, str] = field(default_factory=dict)
+    zeros: list[str] = field(default_factory=list)
+    duplicates: list[list[str]] = field(default_factory=list)  # names that hold the same numbers
+    resumed: int = 0  # bytes that an earlier run had written
+
+
+def run(output: Output, stage: Stage, options: Options) -> Report:
+    """Every file of `output` in the stage, all of it on the disk."""
+    with _one_thread_each():
+        return _Run(output, stage, options).run()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """The threads here are the parallelism."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    def __init__(self, output: Output, stage: Stage, options: Options) -> None:
+        self.output, self.stage, self.options = output, stage, options
+        self.report = Report()
+        self.lock = threading.Lock()
+        self.faults: list[str] = []  # tensors that are not finite
+        self.overflows: list[str] = []
+        self.done, self.began = 0, time.monotonic()
+        self.left = {shard.name: len(shard.items) for shard in output.shards}
+        self.buffers = threading.local()
+        share = options.memory // (2 * options.workers)
+        self.turn = max(64 << 10, min(_TURN, share))
+        self.copy = min(_COPY, self.turn)
+
+    def run(self) -> Report:
+        total = sum(shard.size for shard in self.output.shards)
+        self.options.tell({"event": "start", "bytes": total, "files": len(self.output.shards)})
+        found = self._found()
+        files = {shard.name: self._open(shard, found) for shard in self.output.shards}
+        pool = ThreadPoolExecutor(self.options.workers, thread_name_prefix="zoo-convert")
+        futures: list[Future[Any]] = []
+        try:
+            if self.options.sha256:
+                futures += [pool.submit(self._hash_source, p) for p in self.output.sources]
+            for shard in self.output.shards:
+                kept = found.get(shard.name, {})
+                futures += [
+                    pool.submit(self._item, shard, item, files[shard.name], kept.get(item.name))
+                    for item in shard.items
+                ]
+                if not shard.items:
+                    futures.append(pool.submit(self._finish, shard, files[shard.name]))
+            self._small_files()
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for fd in files.values():
+                os.close(fd)
+        if self.faults:
+            told = "; pass allow_nonfinite (--allow-nonfinite) to keep such values"
+            raise NonFinite(f"not finite: {listing(self.faults)}{told}")
+        if self.overflows:
+            raise OverflowOnCast(f"too large for the dtype asked for: {listing(self.overflows)}")
+        return self._in_order()
+
+    def _in_order(self) -> Report:
+        """What threads saw in any order, in the order of the files."""
+        report, zeros, same = self.report, set(self.report.zeros), dict[str, list[str]]()
+        report.zeros = []
+        for shard in self.output.shards:
+            seen = report.tensors.get(shard.name, {})
+            report.tensors[shard.name] = {item.name: seen[item.name] for item in shard.items}
+            report.zeros += [item.name for item in shard.items if item.name in zeros]
+            for item in shard.items:
+                if item.info.nbytes >= _LARGE and item.name not in zeros:
+                    same.setdefault(seen[item.name], []).append(item.name)
+        report.duplicates = [names for names in same.values() if len(names) > 1]
+        return report
+
+    # --- files ---
+
+    def _found(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """file -> tensor -> record, of what an earlier run says it has written."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for entry in self.stage.found:
+            if "tensor" in entry:
+                found.setdefault(entry["file"], {})[entry["tensor"]] = entry
+        return found
+
+    def _open(self, shard: Shard, found: dict[str, Any]) -> int:
+        """The file at its full size with its header; as an earlier run left it where that fits."""
+        path = self.stage.path / shard.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o666)
+        head = shard.layout.head
+        whole = os.fstat(fd).st_size == shard.size and os.pread(fd, len(head), 0) == head
+        if not whole:
+            found.pop(shard.name, None)
+            os.ftruncate(fd, 0)
+            _write(fd, memoryview(head), 0)
+            os.ftruncate(fd, shard.size)
+        return fd
+
+    def _small_files(self) -> None:
+        for name, text in self.output.texts.items():
+            path = self._fresh(name)
+            with path.open("xb") as file:
+                file.write(text)
+            self._keep_hash(name, hashlib.sha256(text).hexdigest())
+        for name, source in self.output.carried.items():
+            path = self._fresh(name)
+            shutil.copyfile(source, path)
+            self._keep_hash(name, hash_file(path))
+
+    def _fresh(self, name: str) -> Path:
+        path = self.stage.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        return path
+
+    def _keep_hash(self, name: str, digest: str) -> None:
+        with self.lock:
+            self.report.files[name] = digest
+
+    def _hash_source(self, path: Path) -> None:
+        digest = hash_file(path)
+        with self.lock:
+            self.report.sources[path.name] = digest
+
+    def _finish(self, shard: Shard, fd: int) -> None:
+        os.fsync(fd)
+        if self.options.sha256:
+            self._keep_hash(shard.name, hash_file(self.stage.path / shard.name))
+        self.options.tell({"event": "file", "file": shard.name, "bytes": shard.size})
+
+    # --- tensors ---
+
+    def _item(self, shard: Shard, item: Item, fd: int, kept: dict[str, Any] | None) -> None:
+        start = shard.start(item)
+        if kept is not None and self._hash_of(fd, start, item.info.nbytes) == kept["xxh3"]:
+            digest, zero = kept["xxh3"], bool(kept["zero"])
+            with self.lock:
+                self.report.resumed += item.info.nbytes
+        else:
+            digest, zero = self._write_item(item, fd, start)
+            entry = {"file": shard.name, "tensor": item.name, "xxh3": digest, "zero": zero}
+            with self.lock:
+                self.stage.record(entry)
+        with self.lock:
+            self.report.tensors.setdefault(shard.name, {})[item.name] = digest
+            if zero:
+                self.report.zeros.append(item.name)
+            self.left[shard.name] -= 1
+            last = self.left[shard.name] == 0
+            self.done += item.info.nbytes
+            event = {"event": "tensor", "tensor": item.name, "file": shard.name, "done": self.done}
+            self.options.tell({**event, "seconds": time.monotonic() - self.began})
+        if last:
+            self._finish(shard, fd)
+
+    def _hash_of(self, fd: int, start: int, size: int) -> str:
+        state, buffer = xxhash.xxh3_128(), self._buffer()
+        for piece in _read(fd, start, size, buffer[: self.copy]):
+            state.update(piece)
+        return state.hexdigest()
+
+    def _write_item(self, item: Item, fd: int, start: int) -> tuple[str, bool]:
+        """(digest, whether all of it is zero)"""
+        state, look = xxhash.xxh3_128(), _Look(item)
+        for piece in self._pieces(item, look):
+            state.update(piece)
+            start += _write(fd, piece, start)
+        with self.lock:
+            self.overflows += [item.name] if look.overflow else []
+            if look.nonfinite and not look.overflow and not self.options.allow_nonfinite:
+                self.faults.append(f"{item.name} ({look.nonfinite})")
+        return state.hexdigest(), look.zero
+
+    def _buffer(self) -> memoryview:
+        if not hasattr(self.buffers, "bytes"):
+            self.buffers.bytes = memoryview(bytearray(self.turn))
+        found: memoryview = self.buffers.bytes
+        return found
+
+    def _pieces(self, item: Item, look: _Look) -> Iterator[memoryview]:
+        import torch
+
+        buffer, dtype = self._buffer(), torch_dtype(item.info.dtype)
+        if item.info.nbytes == 0:
+            return
+        if item.span is not None:
+            fd = open_regular(item.span.path)
+            try:
+                pieces = _read(fd, item.span.start, item.info.nbytes, buffer[: self.copy])
+                for piece in pieces:
+                    look.at(torch.frombuffer(piece, dtype=dtype))
+                    yield piece
+            finally:
+                os.close(fd)
+            return
+        room = torch.frombuffer(buffer, dtype=torch.uint8)
+        lazy = item.make()
+        width = max(lazy.dtype.itemsize, dtype.itemsize)
+        for view in lazy.pieces(self.turn * lazy.dtype.itemsize // width):
+            size = view.numel() * dtype.itemsize
+            out = room[:size].view(dtype).view(view.shape)
+            out.copy_(view)
+            look.at(out, view)
+            yield buffer[:size]
+
+
+class _Look:
+    """What is seen of a tensor as it goes by."""
+
+    def __init__(self, item: Item) -> None:
+        self.cast = bool(item.stored)
+        self.zero, self.nonfinite, self.overflow = True, "", False
+
+    def at(self, piece: Tensor, before: Tensor | None = None) -> None:
+        import torch
+
+        if not piece.is_floating_point():
+            self.zero = self.zero and not piece.any().item()
+            return
+        # a sum is finite if all of its terms are, but for a few that are too large together
+        wide = torch.float64 if piece.dtype == torch.float64 else torch.float32
+        total = piece.sum(dtype=wide).item()
+        if total != 0 or (self.zero and piece.any().item()):
+            self.zero = False
+        if total - total != 0 and not self.nonfinite:
+            odd = ~piece.isfinite()
+            if odd.any().item():
+                self.nonfinite = str(piece[odd][0].item())
+                self.overflow = (
+                    self.cast and before is not None and bool(before[odd].isfinite().any())
+                )
+
+
+def _read(fd: int, start: int, size: int, buffer: memoryview) -> Iterator[memoryview]:
+    while size:
+        piece = buffer[: min(size, len(buffer))]
+        count = os.preadv(fd, [piece], start)
+        if count == 0:
+            raise CorruptCheckpoint("a source became shorter while it was read")
+        if count < len(piece):
+            piece = piece[:count]
+        yield piece
+        start, size = start + count, size - count
+
+
+def _write(fd: int, data: memoryview, start: int) -> int:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], start + written)
+    return written

@@ -1,0 +1,124 @@
+"""zoo-manifest.json: what a directory was made of, and a digest of every part of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from converters.checkpoint import confined
+from converters.engine import Report
+from converters.formats.safetensors import SafetensorsReader
+from converters.output import Output, digest
+from converters.strict_json import read_json
+from zoo.errors import CheckpointError, ConfigError, NotACheckpoint
+
+NAME = "zoo-manifest.json"
+_CHUNK = 1 << 20
+
+
+class Damage(NamedTuple):
+    """A file, the tensor in it if that is known, and what is wrong."""
+
+    file: str
+    tensor: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {f'{self.tensor}: ' if self.tensor else ''}{self.what}"
+
+
+def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
+    """No times and no places in it: the same conversion gives the same bytes."""
+    files: dict[str, Any] = {}
+    for shard in output.shards:
+        seen = report.tensors.get(shard.name, {})
+        files[shard.name] = {
+            "size": shard.size,
+            "sha256": report.files.get(shard.name),
+            "header": xxhash.xxh3_128_hexdigest(shard.layout.head),
+            "tensors": {
+                item.name: {
+                    "xxh3": seen[item.name],
+                    "rule": item.rule,
+                    **({"cast": f"{item.stored} -> {item.info.dtype}"} if item.stored else {}),
+                    **({"lossy": True} if item.lossy else {}),
+                }
+                for item in shard.items
+            },
+        }
+    sizes = {name: len(text) for name, text in output.texts.items()}
+    sizes |= {name: path.stat().st_size for name, path in output.carried.items()}
+    files |= {name: {"size": size, "sha256": report.files[name]} for name, size in sizes.items()}
+    data = {
+        "format": 1,
+        "job": output.job(),
+        "versions": versions,
+        **output.said,
+        "sources": {
+            path.name: {"size": path.stat().st_size, "sha256": report.sources.get(path.name)}
+            for path in output.sources
+        },
+        "files": dict(sorted(files.items())),
+    }
+    return (json.dumps({**data, "digest": digest(data)}, indent=2) + "\n").encode()
+
+
+def read(directory: Path) -> dict[str, Any]:
+    path = directory / NAME
+    if not path.exists():
+        raise NotACheckpoint(f"{directory}: no {NAME} in it, so there is nothing to check against")
+    data = read_json(confined(directory, NAME), ConfigError)
+    own = data.pop("digest", None)
+    if own != digest(data):
+        raise ConfigError(f"{path}: differs from the digest of itself that it holds")
+    return data
+
+
+def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
+    """Everything that is not as the manifest says; with `sha256` each file's own digest too."""
+    for name, said in read(directory)["files"].items():
+        try:
+            path = confined(directory, name)
+        except CheckpointError as error:
+            yield Damage(name, "", str(error))
+            continue
+        if (size := path.stat().st_size) != said["size"]:
+            yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
+        elif "tensors" in said:
+            found = list(_check_tensors(path, name, said))
+            yield from found
+            if sha256 and not found and said["sha256"]:
+                yield from _check_file(path, name, said["sha256"])
+        else:
+            yield from _check_file(path, name, said["sha256"])
+
+
+def _check_file(path: Path, name: str, wanted: str) -> Iterator[Damage]:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+            yield Damage(name, "", "differs from what was written (sha256)")
+
+
+def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Damage]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        head = file.read(8 + min(length, said["size"]))
+        if xxhash.xxh3_128_hexdigest(head) != said["header"]:
+            yield Damage(name, "", "its header differs from what was written")
+            return
+        reader = SafetensorsReader(path)
+        for tensor, one in said["tensors"].items():
+            start, end = reader.span(tensor)
+            file.seek(start)
+            state, left = xxhash.xxh3_128(), end - start
+            while left and (piece := file.read(min(left, _CHUNK))):
+                state.update(piece)
+                left -= len(piece)
+            if state.hexdigest() != one["xxh3"]:
+                yield Damage(name, tensor, "differs from what was written (xxh3-128)")

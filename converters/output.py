@@ -1,0 +1,134 @@
+"""What a conversion is to write: files, their headers, and where each tensor's bytes come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from converters.formats import TensorInfo
+from converters.formats.safetensors import Layout, lay_out
+
+if TYPE_CHECKING:
+    from converters.lazy import Lazy
+
+_EXACT = {  # what a dtype's numbers can all be written in
+    "F16": ("F16", "F32", "F64"),
+    "BF16": ("BF16", "F32", "F64"),
+    "F32": ("F32", "F64"),
+    "F64": ("F64",),
+}
+
+
+class Span(NamedTuple):
+    """Bytes that lie in one piece in a file."""
+
+    path: Path
+    start: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of the output: what `make` gives, and the bytes of `span` where they lie as such."""
+
+    info: TensorInfo
+    rule: str
+    make: Callable[[], Lazy]
+    span: Span | None = None
+    stored: str = ""  # the dtype it had, where it is cast
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def lossy(self) -> bool:
+        return bool(self.stored) and self.info.dtype not in _EXACT[self.stored]
+
+    def cast(self, dtype: str) -> Item:
+        if dtype == self.info.dtype:
+            return self
+        info = TensorInfo(self.info.name, self.info.shape, dtype)
+        return replace(self, info=info, span=None, stored=self.info.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tensors, in the order of their bytes."""
+
+    name: str
+    items: tuple[Item, ...]
+    layout: Layout
+
+    @classmethod
+    def of(cls, name: str, items: Iterable[Item], metadata: Mapping[str, str]) -> Shard:
+        by_name = {item.name: item for item in items}
+        layout = lay_out([item.info for item in by_name.values()], metadata, name)
+        return cls(name, tuple(by_name[n] for n in layout.starts), layout)
+
+    def start(self, item: Item) -> int:
+        return len(self.layout.head) + self.layout.starts[item.name]
+
+    @property
+    def size(self) -> int:
+        return len(self.layout.head) + self.layout.size
+
+
+@dataclass(frozen=True)
+class Output:
+    """All files of a directory, and what they are made of."""
+
+    shards: tuple[Shard, ...]
+    texts: Mapping[str, bytes] = field(default_factory=dict)  # written as they are
+    carried: Mapping[str, Path] = field(default_factory=dict)  # copied as they are
+    sources: tuple[Path, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
+
+    @property
+    def size(self) -> int:
+        texts = sum(map(len, self.texts.values()))
+        return sum(s.size for s in self.shards) + texts + sum(map(_size, self.carried.values()))
+
+    def job(self) -> str:
+        """What tells this output from any other, as far as can be known without reading weights."""
+        shards = [
+            [s.name, s.layout.head.hex(), [[i.name, i.rule, i.stored] for i in s.items]]
+            for s in self.shards
+        ]
+        texts = {name: hashlib.sha256(text).hexdigest() for name, text in self.texts.items()}
+        carried = {name: hash_file(path) for name, path in self.carried.items()}
+        return digest([shards, texts, carried, self.said])
+
+    def identity(self) -> list[list[Any]]:
+        """What says whether a source is still the file that it was."""
+        found = [(path.name, path.stat()) for path in self.sources]
+        return [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in found]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def digest(data: Any) -> str:
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_of(shards: Sequence[Shard]) -> bytes:
+    """model.safetensors.index.json"""
+    infos = [item.info for shard in shards for item in shard.items]
+    sizes = {
+        "total_parameters": sum(info.numel for info in infos),
+        "total_size": sum(info.nbytes for info in infos),
+    }
+    weight_map = {item.name: shard.name for shard in shards for item in shard.items}
+    data = {"metadata": sizes, "weight_map": weight_map}
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,302 @@
+"""`zoo.convert`: bounded, resumable, checkable; and the same bytes whatever happens on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from converters.manifest import NAME, check
+from zoo import registry
+from zoo.errors import NonFinite, NotACheckpoint, OutputExists, OverflowOnCast, ZooError
+from zoo.parity.compare import differences
+from zoo.parity.fixtures import hot_checkpoint
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(registry.architectures())
+
+
+def hot(directory: Path, name: str = "gpt2", variant: str = "") -> Path:
+    entry = registry.architectures()[name]
+    hot_checkpoint(entry, variant or next(iter(entry.variants)), directory)
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def beside(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.parent.iterdir())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hot(tmp_path_factory.mktemp("source") / "gpt2")
+
+
+# --- the same bytes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_and_back_in_small_pieces(name: str, tmp_path: Path) -> None:
+    """As loading and saving would write it; every byte of the source comes back."""
+    first = hot(tmp_path / "source", name)
+    zoo.convert(first, tmp_path / "native", to="native", memory=1, max_shard_size=40_000)
+    zoo.convert(tmp_path / "native", tmp_path / "back", to="hf", memory=1)
+    zoo.convert(first, tmp_path / "copy", to="hf")
+    assert differences(first, tmp_path / "back") == []
+    assert differences(first, tmp_path / "copy") == []
+    zoo.save(zoo.load(first), tmp_path / "saved", to="native")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    made: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "native").glob("*.safetensors"):
+        made |= load_file(path)
+    assert made.keys() == saved.keys()
+    assert all(torch.equal(made[n], saved[n]) for n in saved)
+
+
+def test_neither_memory_nor_threads_show(source: Path, tmp_path: Path) -> None:
+    ways: list[dict[str, Any]] = [
+        {},
+        {"memory": 1},
+        {"threads": 1},
+        {"threads": 7, "memory": 10**6},
+    ]
+    for n, way in enumerate(ways):
+        zoo.convert(source, tmp_path / str(n), to="native", **way)
+    first, *others = (contents(tmp_path / str(n)) for n in range(len(ways)))
+    assert all(other == first for other in others)
+
+
+def test_a_file_that_only_changes_its_names_is_copied_to_the_byte(
+    source: Path, tmp_path: Path
+) -> None:
+    zoo.convert(source, tmp_path / "copy", to="hf")
+    one, other = contents(source), contents(tmp_path / "copy")
+    other.pop(NAME)
+    assert one == other
+
+
+# --- dtypes --------------------------------------------------------------------------------------
+
+
+def test_a_cast_is_what_torch_makes_of_it_and_is_said(source: Path, tmp_path: Path) -> None:
+    zoo.convert(source, tmp_path / "half", to="hf", dtype="bfloat16")
+    before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "half"))
+    assert all(torch.equal(x.bfloat16(), after[n]) for n, x in before.items())
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    said = json.loads((tmp_path / "half" / NAME).read_text())["files"]["model.safetensors"]
+    assert all(t["cast"] == "F32 -> BF16" and t["lossy"] for t in said["tensors"].values())
+    zoo.convert(tmp_path / "half", tmp_path / "wide", to="hf", dtype="float32")
+    said = json.loads((tmp_path / "wide" / NAME).read_text())["files"]["model.safetensors"]
+    assert not any("lossy" in t for t in said["tensors"].values())
+
+
+def edited(source: Path, directory: Path, name: str, value: float) -> Path:
+    directory.mkdir()
+    for path in source.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("to", ["native", "hf"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named(source: Path, tmp_path: Path, to: str, value: float) -> None:
+    name = "transformer.h.1.attn.c_attn.weight"
+    broken = edited(source, tmp_path / "broken", name, value)
+    wanted = name if to == "hf" else r"blocks\.1\.attn\.[qkv]\.weight"
+    with pytest.raises(NonFinite, match=rf"{wanted} \({value}\)"):
+        zoo.convert(broken, tmp_path / "out", to=to)
+    assert beside(tmp_path / "out") == ["broken"]
+    zoo.convert(broken, tmp_path / "out", to=to, allow_nonfinite=True)
+
+
+def test_what_overflows_is_named(source: Path, tmp_path: Path) -> None:
+    name = "transformer.h.0.mlp.c_fc.bias"
+    large = edited(source, tmp_path / "large", name, 1e6)
+    with pytest.raises(OverflowOnCast, match=name):
+        zoo.convert(large, tmp_path / "out", to="hf", dtype="float16")
+    zoo.convert(large, tmp_path / "out", to="hf", dtype="bfloat16")
+
+
+def test_zeros_and_doubles_are_told(source: Path, tmp_path: Path) -> None:
+    copy = edited(source, tmp_path / "copy", "transformer.wpe.weight", 1.0)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["transformer.ln_f.bias"].zero_()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    events: list[dict[str, Any]] = []
+    zoo.convert(copy, tmp_path / "out", to="hf", tell=events.append)
+    assert events[0]["event"] == "start" and events[-1]["event"] == "done"
+    assert events[-1]["zeros"] == ["transformer.ln_f.bias"]
+    assert {e["tensor"] for e in events if e["event"] == "tensor"} == tensors.keys()
+    assert [e["file"] for e in events if e["event"] == "file"] == ["model.safetensors"]
+
+
+# --- manifest and check --------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_found_and_named(source: Path, tmp_path: Path) -> None:
+    out = zoo.convert(source, tmp_path / "out", to="native", max_shard_size=40_000)
+    assert list(check(out, sha256=True)) == []
+    said = json.loads((out / NAME).read_text())["files"]
+    random = torch.Generator().manual_seed(0)
+    for name in sorted(n for n in said if n.endswith(".safetensors")):
+        path, whole = out / name, (out / name).read_bytes()
+        head = 8 + int.from_bytes(whole[:8], "little")
+        offsets = json.loads(whole[8:head])
+        for at in torch.randint(len(whole), (12,), generator=random).tolist():
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << (at % 8)
+            path.write_bytes(flipped)
+            (damage,) = check(out)
+            assert damage.file == name
+            if at < head:
+                assert "header" in damage.what
+            else:
+                start, end = offsets[damage.tensor]["data_offsets"]
+                assert start <= at - head < end
+        path.write_bytes(whole)
+    (out / "config.json" if (out / "config.json").exists() else out / "zoo.json").write_text("{}")
+    assert [d.tensor for d in check(out)] == [""]
+
+
+def test_a_manifest_that_was_edited_is_not_believed(source: Path, tmp_path: Path) -> None:
+    out = zoo.convert(source, tmp_path / "out", to="hf")
+    text = (out / NAME).read_text()
+    (out / NAME).write_text(text.replace('"to": "hf"', '"to": "fh"'))
+    with pytest.raises(ZooError, match="differs from the digest"):
+        list(check(out))
+    with pytest.raises(NotACheckpoint, match="nothing to check against"):
+        list(check(source))
+
+
+def test_the_manifest_says_what_it_was_made_of(source: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    out = zoo.convert(source, tmp_path / "out", to="native")
+    said = json.loads((out / NAME).read_text())
+    weights = source / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    size = weights.stat().st_size
+    assert said["sources"] == {"model.safetensors": {"size": size, "sha256": digest}}
+    assert said["architecture"] == "gpt2" and said["to"] == "native"
+    one = said["files"]["model.safetensors"]["tensors"]["blocks.0.attn.q.weight"]
+    assert one["rule"].startswith("h.{layer}.attn.c_attn.weight [i (n o)]: ")
+    made = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    assert said["files"]["model.safetensors"]["sha256"] == made
+
+
+# --- killed --------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, threading
+import zoo
+from converters import store
+src, dst, at, how = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+count = 0
+def after(call):
+    def wrapped(*args, **kwargs):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), getattr(signal, how))
+            signal.pause()
+        return call(*args, **kwargs)
+    return wrapped
+for name in ("pwrite", "fsync", "rename", "unlink", "mkdir", "ftruncate"):
+    setattr(os, name, after(getattr(os, name)))
+events = []
+zoo.convert(src, dst, to="native", max_shard_size=60_000, memory=300_000, threads=1,
+            force=True, tell=events.append)
+print("calls", count, "resumed", events[-1]["resumed"] if events else -1)
+"""
+
+
+def convert(source: Path, out: Path, at: int = 0, how: str = "SIGKILL") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(source), str(out), str(at), how],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("before", ["nothing", "another"])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(
+    before: str, source: Path, tmp_path: Path
+) -> None:
+    """At a dozen places over its whole run; the destination is the old one or the new one."""
+    whole = convert(source, tmp_path / "whole")
+    said = whole.communicate()[0].split()
+    calls = int(said[1])
+    truth = contents(tmp_path / "whole")
+    points = sorted({1, 2, 3, *range(5, calls, max(1, calls // 8)), calls - 2, calls - 1, calls})
+    resumed = 0
+    for at in points:
+        out = tmp_path / f"{at}" / "out"
+        out.parent.mkdir()
+        old = {"zoo.json": b"old"}
+        if before == "another":
+            out.mkdir()
+            (out / "zoo.json").write_bytes(b"old")
+        run = convert(source, out, at)
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL, at
+        now = contents(out) if out.exists() else {}
+        assert now in ({}, truth) if before == "nothing" else now in (old, truth), at
+        again = convert(source, out)
+        text, errors = again.communicate()
+        assert again.returncode == 0, errors
+        assert contents(out) == truth, at
+        assert beside(out) == ["out"], at
+        resumed += max(0, int(text.split()[3]))
+    assert resumed > 0
+
+
+def test_interrupted_it_stops_and_goes_on(source: Path, tmp_path: Path) -> None:
+    run = convert(source, tmp_path / "out", 9, "SIGINT")
+    time.sleep(0.1)
+    run.communicate()
+    assert run.returncode not in (0, None)
+    assert not (tmp_path / "out").exists()
+    again = convert(source, tmp_path / "out")
+    assert again.communicate()[0].startswith("calls") and beside(tmp_path / "out") == ["out"]
+
+
+def test_another_source_or_option_begins_anew(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out, 30).communicate()
+    assert [name for name in beside(out) if "partial" in name]
+    zoo.convert(source, out, to="hf")
+    assert beside(out) == ["out"] and differences(source, out) == []
+    with pytest.raises(OutputExists):
+        zoo.convert(source, out, to="hf")
+
+
+def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole").communicate()
+    out = tmp_path / "out"
+    convert(source, out, 60).communicate()
+    (partial,) = (path for path in tmp_path.iterdir() if path.name.endswith("partial"))
+    for path in partial.glob("*.safetensors"):
+        damaged = bytearray(path.read_bytes())
+        damaged[-5] ^= 1
+        path.write_bytes(damaged)
+    assert convert(source, out).wait() == 0
+    assert contents(out) == contents(tmp_path / "whole")

@@ -1,0 +1,297 @@
+"""`zoo.convert`: files to files, tensor by tensor, in a memory that does not grow with them."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zoo
+from converters import manifest
+from converters.checkpoint import Checkpoint, open_checkpoint, shard
+from converters.engine import MEMORY, Options, Report, Tell, run
+from converters.execute import agreed
+from converters.formats import TensorInfo, dtype_code, torch_dtype
+from converters.formats.safetensors import SafetensorsReader
+from converters.lazy import Lazy
+from converters.output import Item, Output, Shard, Span, digest, index_of
+from converters.plan import Plan, Step
+from converters.spec import Spec
+from converters.store import resumable
+from zoo.conversion import (
+    SHARD_BYTES,
+    as_before,
+    check_dialect,
+    companions,
+    export_plan,
+    native_record,
+    origin_of,
+)
+from zoo.pretrained import Located, Origin, Ref, dtype_of, locate, prove, provenance_of
+from zoo.sources import CONFIG, NATIVE_FILE
+
+INDEX = "model.safetensors.index.json"
+
+
+def convert(
+    src: Ref,
+    dst: Ref,
+    *,
+    to: str = "hf",
+    force: bool = False,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    memory: int = MEMORY,
+    threads: int = 0,
+    restart: bool = False,
+    allow_nonfinite: bool = False,
+    sha256: bool = True,
+    tell: Tell = lambda event: None,
+    **options: Any,
+) -> Path:
+    """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
+
+    It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
+    where it stopped; `restart` begins anew. `dtype` casts; a value too large for it is an error, as
+    is NaN or infinity unless `allow_nonfinite`. `tell` is called with what happens. Further options
+    are those of `zoo.load`: head, config, revision, token, ignore_config, trust …
+    """
+    check_dialect(to)
+    output = plan_output(src, to, dtype=dtype, max_shard_size=max_shard_size, **options)
+    engine = Options(memory, threads, sha256, allow_nonfinite, tell)
+    job = output.job()
+    with resumable(
+        dst,
+        digest([job, output.identity(), sha256]),
+        force=force,
+        restart=restart,
+        size=output.size,
+        same=partial(_is, job),
+    ) as stage:
+        if not stage.published:
+            report = run(output, stage, engine)
+            versions = {"zoo": zoo.__version__, "torch": str(torch.__version__)}
+            versions["python"] = platform.python_version()
+            text = manifest.manifest(output, report, versions)
+            (stage.path / manifest.NAME).write_bytes(text)
+            tell(_told(report))
+    return Path(dst)
+
+
+def dry_run(src: Ref, *, to: str = "native", **options: Any) -> str:
+    """The plan of a conversion for a person, with no byte of weights read."""
+    check_dialect(to)
+    found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
+    checkpoint = open_checkpoint(found.source.directory)
+    model, plan = prove(found, checkpoint, options.get("config") or {})
+    if found.native is not None and to != "native":
+        return export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
+    return plan.describe()
+
+
+def _is(job: str, place: Path) -> bool:
+    """Whether a directory is what this job publishes."""
+    try:
+        return bool(json.loads((place / manifest.NAME).read_bytes())["job"] == job)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _told(report: Report) -> dict[str, Any]:
+    seen = {"zeros": report.zeros, "duplicates": report.duplicates}
+    return {"event": "done", "resumed": report.resumed, **seen}
+
+
+# --- what is to be written -----------------------------------------------------------------------
+
+
+def plan_output(
+    src: Ref,
+    to: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust: Collection[str] = (),
+    **options: Any,
+) -> Output:
+    """Files, headers and recipes, proven complete; no byte of weights is read."""
+    found = locate(src, **options)
+    checkpoint = open_checkpoint(found.source.directory)
+    model, plan = prove(found, checkpoint, config or {})
+    model.provenance = provenance_of(found, checkpoint, model, plan)
+    kind = dtype_of(dtype)
+    state = dict(_state(plan, checkpoint, kind))
+    origin = origin_of(model, state)
+    if to == "native":
+        texts = {NATIVE_FILE: native_record(model, origin)}
+        items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
+        metadata, where = {"format": "pt"}, {}
+    else:
+        texts = {CONFIG: origin.config.encode()}
+        items = list(_to_hf(found, checkpoint, model, plan, origin, trust))
+        metadata, where = dict(origin.metadata), dict(origin.where)
+    if kind is not None:
+        items = [item.cast(dtype_code(kind)) for item in items]
+    shards = _shards(items, where if max_shard_size is None else {}, metadata, max_shard_size)
+    if len(shards) > 1:
+        texts[INDEX] = index_of(shards)
+    said = {
+        "architecture": found.entry.name,
+        "to": to,
+        "spec": {"name": found.spec.name, "sha256": _spec_digest(found.spec)},
+    }
+    carried = companions(found.source.directory)
+    return Output(tuple(shards), texts, carried, checkpoint.files, said)
+
+
+def _state(
+    plan: Plan, checkpoint: Checkpoint, kind: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters as the files have them, without their numbers."""
+    for step in plan.steps:
+        dtype = kind or torch_dtype(checkpoint.tensors[step.sources[0]].dtype)
+        for name in step.targets:
+            yield name, torch.empty(plan.native.shapes[name], dtype=dtype, device="meta")
+
+
+def _shards(
+    items: list[Item], where: Mapping[str, str], metadata: Mapping[str, str], most: int | None
+) -> list[Shard]:
+    by_name = {item.name: item for item in items}
+    infos = [item.info for item in items]
+    split = as_before(infos, where) or shard(infos, most or SHARD_BYTES)
+    return [Shard.of(name, [by_name[info.name] for info in held], metadata) for name, held in split]
+
+
+def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iterator[Item]:
+    """Native tensors of one step."""
+    for n, target in enumerate(step.targets):
+        first = checkpoint.tensors[step.sources[0]]
+        made = partial(_made, step, checkpoint, trust, n)
+        if step.transform is None:
+            info = TensorInfo(target, first.shape, first.dtype)
+            span = None if step.also else _span(checkpoint, step.sources[n])
+            yield Item(info, str(step.rule), made, span)
+        else:
+            shape = _target_shapes(step)[n]
+            yield Item(TensorInfo(target, shape, first.dtype), str(step.rule), made)
+
+
+def _target_shapes(step: Step) -> list[tuple[int, ...]]:
+    assert step.transform is not None
+    shapes = []
+    for ref in step.rule.targets:
+        count = len(step.transform.grid(step.rule.spread(ref)))
+        shapes += [step.transform.target_shape(ref)] * count
+    return shapes
+
+
+def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) -> Lazy:
+    names = agreed(step, checkpoint.tensor, trust)
+    tensors = [checkpoint.tensor(name) for name in names]
+    if step.transform is None:
+        return Lazy.of(tensors[n])
+    return step.transform.targets_of(tensors)[n]
+
+
+def _to_hf(
+    found: Located,
+    checkpoint: Checkpoint,
+    model: Any,
+    plan: Plan,
+    origin: Origin,
+    trust: Collection[str],
+) -> Iterator[Item]:
+    """Tensors as a directory for the reference has them."""
+    inverse = export_plan(model, origin)
+    if found.native is None and not trust:
+        disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
+        written = {name for step in inverse.steps for name in _names(step)}
+        if written <= disk.keys():
+            for step in plan.steps:
+                if step.also:
+                    agreed(step, checkpoint.tensor, trust)  # before a byte is written
+            yield from _as_they_are(checkpoint, inverse, disk)
+            return
+    yield from _backward(found, checkpoint, plan, inverse, trust)
+
+
+def _names(step: Step) -> list[str]:
+    return [*step.sources, *(name for names in step.also for name in names)]
+
+
+def _as_they_are(checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
+    """Names on disk to names on disk: nothing is turned."""
+    rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
+    for name in inverse.header:
+        if name not in rules:
+            continue
+        info = checkpoint.tensors[disk[name]]
+        made = partial(_of, checkpoint, disk[name])
+        item = Item(
+            TensorInfo(name, info.shape, info.dtype),
+            rules[name],
+            made,
+            _span(checkpoint, info.name),
+        )
+        yield item.cast(inverse.header[name].dtype)
+
+
+def _of(checkpoint: Checkpoint, name: str) -> Lazy:
+    return Lazy.of(checkpoint.tensor(name))
+
+
+def _backward(
+    found: Located, checkpoint: Checkpoint, plan: Plan, inverse: Plan, trust: Collection[str]
+) -> Iterator[Item]:
+    """From native arrays, which are the checkpoint's own or made from its tensors."""
+    ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
+
+    def native(name: str) -> torch.Tensor:
+        step, n = ways[plan.native.ties.get(name, name)]
+        return _made(step, checkpoint, trust, n).whole()
+
+    def made(step: Step, n: int) -> Lazy:
+        tensors = [native(name) for name in step.targets]
+        return (
+            Lazy.of(tensors[n]) if step.transform is None else step.transform.sources_of(tensors)[n]
+        )
+
+    for step in inverse.steps:
+        for names in (step.sources, *step.also):
+            for n, name in enumerate(names):
+                info = inverse.header[name]
+                first = ways[plan.native.ties.get(step.targets[0], step.targets[0])][0]
+                stored = checkpoint.tensors[first.sources[0]].dtype
+                span = None
+                if step.transform is None and first.transform is None and not first.also:
+                    span = _span(checkpoint, first.sources[ways[step.targets[n]][1]])
+                item = Item(
+                    TensorInfo(name, info.shape, stored),
+                    str(step.rule),
+                    partial(made, step, n),
+                    span,
+                )
+                yield item.cast(info.dtype)
+
+
+def _span(checkpoint: Checkpoint, name: str) -> Span | None:
+    reader = checkpoint.readers[checkpoint.where[name]]
+    if not isinstance(reader, SafetensorsReader):
+        return None
+    return Span(reader.path, reader.span(name)[0])
+
+
+def _spec_digest(spec: Spec) -> str:
+    return digest(
+        {
+            name: [[str(rule) for rule in d.rules], {k: list(v) for k, v in d.config.items()}]
+            for name, d in spec.dialects.items()
+        }
+    )
