@@ -298,5 +298,6 @@ def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Pat
         damaged = bytearray(path.read_bytes())
         damaged[-5] ^= 1
         path.write_bytes(damaged)
-    assert convert(source, out).wait() == 0
+    again = convert(source, out)
+    assert again.communicate() and again.returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
