@@ -12,10 +12,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,58 @@ class Report:
     duplicates: list[list[str]] = field(default_factory=list)  # names that hold the same numbers
     resumed: int = 0  # bytes that an earlier run had written
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def joined(cls, parts: Iterable[dict[str, Any]], output: Output) -> Report:
+        """What the parts of an output saw together, in the order of its files."""
+        whole = cls()
+        for part in parts:
+            for name in ("tensors", "files", "sources"):
+                getattr(whole, name).update(part[name])
+            whole.zeros += part["zeros"]
+            whole.resumed += part["resumed"]
+        whole.put_in_order(output)
+        return whole
+
+    def put_in_order(self, output: Output) -> None:
+        """What threads and parts saw in any order, in the order of the files."""
+        zeros, same = set(self.zeros), dict[str, list[str]]()
+        self.zeros = []
+        for shard in output.shards:
+            seen = self.tensors.get(shard.name, {})
+            self.tensors[shard.name] = {item.name: seen[item.name] for item in shard.items}
+            self.zeros += [item.name for item in shard.items if item.name in zeros]
+            for item in shard.items:
+                if item.info.nbytes >= _LARGE and item.name not in zeros:
+                    same.setdefault(seen[item.name], []).append(item.name)
+        self.duplicates = [names for names in same.values() if len(names) > 1]
+
 
 def run(output: Output, stage: Stage, options: Options) -> Report:
-    """Every file of `output` in the stage, all of it on the disk."""
+    """Every file of tensors in the stage, all of it on the disk."""
     with _one_thread_each():
         return _Run(output, stage, options).run()
+
+
+def write_small_files(output: Output, directory: Path, report: Report) -> None:
+    """What is no tensor, and what each file's digest is."""
+    for name, text in output.texts.items():
+        path = _fresh(directory / name)
+        with path.open("xb") as file:
+            file.write(text)
+        report.files[name] = hashlib.sha256(text).hexdigest()
+    for name, source in output.carried.items():
+        path = _fresh(directory / name)
+        shutil.copyfile(source, path)
+        report.files[name] = hash_file(path)
+
+
+def _fresh(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return path
 
 
 @contextmanager
@@ -113,7 +160,6 @@ class _Run:
                 ]
                 if not shard.items:
                     futures.append(pool.submit(self._finish, shard, files[shard.name]))
-            self._small_files()
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
                 future.result()
@@ -126,21 +172,8 @@ class _Run:
             raise NonFinite(f"not finite: {listing(self.faults)}{told}")
         if self.overflows:
             raise OverflowOnCast(f"too large for the dtype asked for: {listing(self.overflows)}")
-        return self._in_order()
-
-    def _in_order(self) -> Report:
-        """What threads saw in any order, in the order of the files."""
-        report, zeros, same = self.report, set(self.report.zeros), dict[str, list[str]]()
-        report.zeros = []
-        for shard in self.output.shards:
-            seen = report.tensors.get(shard.name, {})
-            report.tensors[shard.name] = {item.name: seen[item.name] for item in shard.items}
-            report.zeros += [item.name for item in shard.items if item.name in zeros]
-            for item in shard.items:
-                if item.info.nbytes >= _LARGE and item.name not in zeros:
-                    same.setdefault(seen[item.name], []).append(item.name)
-        report.duplicates = [names for names in same.values() if len(names) > 1]
-        return report
+        self.report.put_in_order(self.output)
+        return self.report
 
     # --- files ---
 
@@ -166,23 +199,6 @@ class _Run:
             _write(fd, memoryview(head), 0)
             os.ftruncate(fd, shard.size)
         return fd
-
-    def _small_files(self) -> None:
-        for name, text in self.output.texts.items():
-            path = self._fresh(name)
-            with path.open("xb") as file:
-                file.write(text)
-            self._keep_hash(name, hashlib.sha256(text).hexdigest())
-        for name, source in self.output.carried.items():
-            path = self._fresh(name)
-            shutil.copyfile(source, path)
-            self._keep_hash(name, hash_file(path))
-
-    def _fresh(self, name: str) -> Path:
-        path = self.stage.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        return path
 
     def _keep_hash(self, name: str, digest: str) -> None:
         with self.lock:

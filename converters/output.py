@@ -55,7 +55,7 @@ class Item:
         return replace(self, info=info, span=None, stored=self.info.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """A file of tensors, in the order of their bytes."""
 
@@ -86,6 +86,19 @@ class Output:
     carried: Mapping[str, Path] = field(default_factory=dict)  # copied as they are
     sources: tuple[Path, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
+
+    def part(self, number: int, parts: int) -> Output:
+        """A share of the files: the largest first, each to whoever has least."""
+        shares: list[list[Shard]] = [[] for _ in range(parts)]
+        loads = [0] * parts
+        for shard in sorted(self.shards, key=lambda s: (-s.size, s.name)):
+            least = loads.index(min(loads))
+            shares[least].append(shard)
+            loads[least] += shard.size
+        mine = set(shares[number - 1])
+        sources = self.sources[number - 1 :: parts]
+        shards = tuple(shard for shard in self.shards if shard in mine)
+        return replace(self, shards=shards, sources=sources, texts={}, carried={})
 
     @property
     def size(self) -> int:

@@ -232,13 +232,15 @@ class _Lock:
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[_Lock]:
+def _locked(
+    place: Path, role: str = "lock", how: int = fcntl.LOCK_EX | fcntl.LOCK_NB
+) -> Iterator[_Lock]:
     """One writer a destination; the lock dies with its process."""
-    path = _beside(place, "lock")
+    path = _beside(place, role)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, how)
             try:
                 same = os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
             except FileNotFoundError:
@@ -260,6 +262,115 @@ def _locked(place: Path) -> Iterator[_Lock]:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         os.close(fd)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+class Shared(Stage):
+    """A stage that several processes fill, on one machine or many, each with its own journal."""
+
+    def __init__(self, place: Path, lock: _Lock, found: list[dict[str, Any]], parts: int) -> None:
+        super().__init__(_beside(place, "partial"), lock, found)
+        self.place, self.parts = place, parts
+
+    @contextmanager
+    def publishing(
+        self, job: str, force: bool, same: Callable[[Path], bool]
+    ) -> Iterator[list[list[dict[str, Any]]]]:
+        """Every part's records, for the one that is last to finish; none for the others."""
+        with _locked(self.place, "publish", fcntl.LOCK_EX):
+            if same(self.place):
+                yield []
+                return
+            records = [_records(_beside(self.place, _role(n, self.parts))) for n in self._numbers]
+            finished = [r and r[0].get("job") == job and "finished" in r[-1] for r in records]
+            if not all(finished):
+                yield []
+                return
+            yield records
+            _sync(self.path)
+            _refuse(self.place, force)
+            _publish(self.path, self.place, _beside(self.place, "replaced"))
+            for role in ["lock", *(_role(n, self.parts) for n in self._numbers)]:
+                _beside(self.place, role).unlink(missing_ok=True)
+
+    @property
+    def _numbers(self) -> range:
+        return range(1, self.parts + 1)
+
+
+@contextmanager
+def shared(
+    destination: str | os.PathLike[str],
+    job: str,
+    part: int,
+    parts: int,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    size: int = 0,
+    same: Callable[[Path], bool] = lambda place: False,
+) -> Iterator[Shared]:
+    """As `resumable`, for one of `parts` that fill one stage and know no more of each other."""
+    place, made = _place(destination), list[Path]()
+    with (
+        _said(place, resumes=True),
+        _parents(place, made),
+        _locked(place, how=fcntl.LOCK_SH | fcntl.LOCK_NB) as whole,
+        _locked(place, _role(part, parts)) as lock,
+    ):
+        whole.keep = True  # other parts rely on it: the last of them removes it
+        partial = _beside(place, "partial")
+        if same(place):
+            stage = Shared(place, lock, [], parts)
+            stage.published = whole.done = True
+            yield stage
+            return
+        _refuse(place, force)
+        entries = [] if restart else lock.read()
+        mine = bool(entries) and entries[0].get("job") == job and partial.is_dir()
+        if not mine:
+            _refuse_strangers(place, job, parts)
+            _check_free(place, size)
+            lock.restart({"job": job})
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(partial)
+        lock.keep = True
+        made.clear()
+        try:
+            yield Shared(place, lock, entries[1:] if mine else [], parts)
+        except (KeyboardInterrupt, OSError):
+            raise
+        except BaseException:
+            lock.keep = False
+            raise
+        whole.done = same(place)
+        lock.keep = not whole.done
+
+
+def _role(part: int, parts: int) -> str:
+    return f"part-{part}-of-{parts}"
+
+
+def _refuse_strangers(place: Path, job: str, parts: int) -> None:
+    """A stage that holds another job's parts is nothing to go on with."""
+    for n in range(1, parts + 1):
+        found = _records(_beside(place, _role(n, parts)))
+        if found and found[0].get("job") != job:
+            raise OutputExists(
+                f"{place}: part {n} of {parts} was begun from another source, spec or options. "
+                "Finish that, or remove what lies beside the destination"
+            )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            lines = file.read().split(b"\n")[:-1]
+        return [json.loads(line) for line in lines]
+    except (FileNotFoundError, ValueError):
+        return []
 
 
 def _sync(directory: Path) -> None:

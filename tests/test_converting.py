@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import zoo
 from converters.manifest import NAME, check
 from zoo import registry
-from zoo.errors import NonFinite, NotACheckpoint, OutputExists, OverflowOnCast, ZooError
+from zoo.errors import NonFinite, NotACheckpoint, OutputExists, OverflowOnCast, UsageError, ZooError
 from zoo.parity.compare import differences
 from zoo.parity.fixtures import hot_checkpoint
 
@@ -222,14 +222,16 @@ for name in ("pwrite", "fsync", "rename", "unlink", "mkdir", "ftruncate"):
     setattr(os, name, after(getattr(os, name)))
 events = []
 zoo.convert(src, dst, to="native", max_shard_size=60_000, memory=300_000, threads=1,
-            force=True, tell=events.append)
-print("calls", count, "resumed", events[-1]["resumed"] if events else -1)
+            force=True, part=sys.argv[5] or None, tell=events.append)
+print("calls", count, "resumed", events[-1].get("resumed", -1) if events else -1)
 """
 
 
-def convert(source: Path, out: Path, at: int = 0, how: str = "SIGKILL") -> subprocess.Popen[str]:
+def convert(
+    source: Path, out: Path, at: int = 0, how: str = "SIGKILL", part: str = ""
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(source), str(out), str(at), how],
+        [sys.executable, "-c", SCRIPT, str(source), str(out), str(at), how, part],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -301,3 +303,42 @@ def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Pat
     again = convert(source, out)
     assert again.communicate() and again.returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def test_parts_make_the_whole_and_the_last_publishes(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole").communicate()
+    out = tmp_path / "parts" / "out"
+    out.parent.mkdir()
+    for part in ("2/3", "1/3"):
+        assert convert(source, out, part=part).communicate()[1] == ""
+        assert not out.exists()
+    zoo.convert(source, tmp_path / "other", to="native", part="1/1", max_shard_size=60_000)
+    assert convert(source, out, part="3/3").communicate()[1] == ""
+    assert contents(out) == contents(tmp_path / "whole") == contents(tmp_path / "other")
+    assert beside(out) == ["out"]
+    assert convert(source, out, part="3/3").communicate()[1] == ""  # there is nothing left to do
+    assert beside(out) == ["out"]
+
+
+def test_parts_side_by_side_one_of_them_killed(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole").communicate()
+    out = tmp_path / "parts" / "out"
+    out.parent.mkdir()
+    runs = [convert(source, out, 25 if n == 2 else 0, part=f"{n}/4") for n in range(1, 5)]
+    errors = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0, 0], errors
+    assert not out.exists()
+    with pytest.raises(OutputExists, match="part 1 of 4 was begun from another"):
+        zoo.convert(source, out, to="native", part="2/4")
+    again = convert(source, out, part="2/4")
+    assert again.communicate()[1] == "" and contents(out) == contents(tmp_path / "whole")
+    assert beside(out) == ["out"]
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/2/3", (2, 1)])
+def test_a_part_is_a_number_of_how_many(part: Any, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="such as 3/16"):
+        zoo.convert(source, tmp_path / "out", part=part)

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", help="cast to float32, bfloat16 …  [as stored]")
     command.add_argument("--memory", type=_bytes, metavar="BYTES", help="for buffers  [64M]")
     command.add_argument("--shard", type=_bytes, metavar="BYTES", help="at most, a file  [5G]")
+    command.add_argument("--part", metavar="N/M", help="a share; the last one done publishes")
     command.add_argument("--restart", action="store_true", help="from the start, after a kill")
     command.add_argument("--allow-nonfinite", action="store_true", help="keep NaN and infinity")
     command.add_argument("--no-sha256", action="store_true", help="xxh3-128 of each tensor alone")
@@ -182,12 +183,15 @@ def _convert(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         max_shard_size=options.shard,
         restart=options.restart,
+        part=options.part,
         allow_nonfinite=options.allow_nonfinite,
         sha256=not options.no_sha256,
         tell=show,
         **more,
     )
-    if not (options.json or options.quiet):
+    if options.part and not written.exists():
+        print(f"part {options.part} of {written} is written; other parts are not", file=sys.stderr)
+    elif not (options.json or options.quiet):
         print(f"{options.ref} -> {written} ({options.to})")
     return OK
 

@@ -14,7 +14,7 @@ import torch
 import zoo
 from converters import manifest
 from converters.checkpoint import Checkpoint, open_checkpoint, shard
-from converters.engine import MEMORY, Options, Report, Tell, run
+from converters.engine import MEMORY, Options, Report, Tell, run, write_small_files
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.formats.safetensors import SafetensorsReader
@@ -22,7 +22,7 @@ from converters.lazy import Lazy
 from converters.output import Item, Output, Shard, Span, digest, index_of
 from converters.plan import Plan, Step
 from converters.spec import Spec
-from converters.store import resumable
+from converters.store import resumable, shared
 from zoo.conversion import (
     SHARD_BYTES,
     as_before,
@@ -32,9 +32,11 @@ from zoo.conversion import (
     native_record,
     origin_of,
 )
+from zoo.errors import UsageError
 from zoo.pretrained import Located, Origin, Ref, dtype_of, locate, prove, provenance_of
 from zoo.sources import CONFIG, NATIVE_FILE
 
+MOST_PARTS = 10_000
 INDEX = "model.safetensors.index.json"
 
 
@@ -49,6 +51,7 @@ def convert(
     memory: int = MEMORY,
     threads: int = 0,
     restart: bool = False,
+    part: str | tuple[int, int] | None = None,
     allow_nonfinite: bool = False,
     sha256: bool = True,
     tell: Tell = lambda event: None,
@@ -57,29 +60,33 @@ def convert(
     """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
 
     It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
-    where it stopped; `restart` begins anew. `dtype` casts; a value too large for it is an error, as
-    is NaN or infinity unless `allow_nonfinite`. `tell` is called with what happens. Further options
-    are those of `zoo.load`: head, config, revision, token, ignore_config, trust …
+    where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
+    of processes, on machines that share the disk, write the others, and the last publishes.
+    `dtype` casts; a value too large for it is an error, as is NaN or infinity unless
+    `allow_nonfinite`. `tell` is called with what happens. Further options are those of `zoo.load`:
+    head, config, revision, token, ignore_config, trust …
     """
     check_dialect(to)
     output = plan_output(src, to, dtype=dtype, max_shard_size=max_shard_size, **options)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
-    job = output.job()
-    with resumable(
-        dst,
-        digest([job, output.identity(), sha256]),
-        force=force,
-        restart=restart,
-        size=output.size,
-        same=partial(_is, job),
-    ) as stage:
-        if not stage.published:
-            report = run(output, stage, engine)
-            versions = {"zoo": zoo.__version__, "torch": str(torch.__version__)}
-            versions["python"] = platform.python_version()
-            text = manifest.manifest(output, report, versions)
-            (stage.path / manifest.NAME).write_bytes(text)
-            tell(_told(report))
+    job = digest([output.job(), output.identity(), sha256])
+    same = partial(_is, output.job())
+    how: dict[str, Any] = {"force": force, "restart": restart, "size": output.size, "same": same}
+    if part is None:
+        with resumable(dst, job, **how) as stage:
+            if not stage.published:
+                report = run(output, stage, engine)
+                tell(_finished(output, stage.path, report))
+        return Path(dst)
+    number, parts = _part(part)
+    with shared(dst, job, number, parts, **how) as place:
+        if not place.published:
+            report = run(output.part(number, parts), place, engine)
+            place.record({"finished": report.to_json()})
+            with place.publishing(job, force, same) as records:
+                if records:
+                    whole = Report.joined((r[-1]["finished"] for r in records), output)
+                    tell(_finished(output, place.path, whole))
     return Path(dst)
 
 
@@ -102,7 +109,22 @@ def _is(job: str, place: Path) -> bool:
         return False
 
 
-def _told(report: Report) -> dict[str, Any]:
+def _part(part: str | tuple[int, int]) -> tuple[int, int]:
+    """(3, 16) of "3/16"."""
+    words = part.split("/") if isinstance(part, str) else [str(n) for n in part]
+    if len(words) == 2 and all(w.isascii() and w.isdigit() for w in words):
+        number, parts = int(words[0]), int(words[1])
+        if 1 <= number <= parts <= MOST_PARTS:
+            return number, parts
+    raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
+
+
+def _finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
+    """All that is no tensor, the manifest last; what there is to tell of it."""
+    write_small_files(output, directory, report)
+    versions = {"zoo": zoo.__version__, "torch": str(torch.__version__)}
+    versions["python"] = platform.python_version()
+    (directory / manifest.NAME).write_bytes(manifest.manifest(output, report, versions))
     seen = {"zeros": report.zeros, "duplicates": report.duplicates}
     return {"event": "done", "resumed": report.resumed, **seen}
 
