@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from zoo.errors import CheckpointError, ConfigError, NotACheckpoint
 
 NAME = "zoo-manifest.json"
 _CHUNK = 1 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Damage(NamedTuple):
@@ -96,6 +98,18 @@ def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
                 yield from _check_file(path, name, said["sha256"])
         else:
             yield from _check_file(path, name, said["sha256"])
+
+
+def named_by_digest(directory: Path) -> list[Damage] | None:
+    """Damaged weights in a hub's cache, whose blobs bear their sha256; None where none does."""
+    blobs = {
+        path: path.resolve().name
+        for path in sorted(directory.iterdir())
+        if path.is_symlink() and _DIGEST.fullmatch(path.resolve().name)
+    }
+    if not blobs:
+        return None
+    return [d for path, wanted in blobs.items() for d in _check_file(path, path.name, wanted)]
 
 
 def _check_file(path: Path, name: str, wanted: str) -> Iterator[Damage]:

@@ -23,6 +23,7 @@ from converters.spec import Spec, load_spec
 from zoo import registry, sources
 from zoo.components.model import Model
 from zoo.errors import (
+    ChecksumMismatch,
     ConfigError,
     MissingTensors,
     NotACheckpoint,
@@ -148,6 +149,7 @@ def load(
     trust: Collection[str] = (),
     expect: type[Model] | None = None,
     modules: bool = True,
+    verify: bool = False,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
@@ -155,7 +157,7 @@ def load(
     native fields, `ignore_config` lets unknown fields of config.json pass, `trust` names tensors
     on disk that win where tied ones differ. `weights="random"` initialises as the original does.
     A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
-    the model alone.
+    the model alone. `verify` reads every byte and compares it with its recorded digest first.
     """
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
@@ -174,6 +176,8 @@ def load(
         )
         if weights == "random":
             return _random(found, config or {}, kind, device)
+        if verify:
+            _verify(found.source.directory)
         if modules and head is None and expect is None:
             directory = found.source.directory
             if (directory / sources.MODULES).is_file():
@@ -183,6 +187,23 @@ def load(
                 model = fill(alone, config=config or {}, dtype=kind, device=device, trust=trust)
                 return with_steps(model, directory)
         return fill(found, config=config or {}, dtype=kind, device=device, trust=trust)
+
+
+def _verify(directory: Path) -> None:
+    """Against convert's manifest, or the digests by which a hub's cache names its files."""
+    from converters import manifest
+
+    if (directory / manifest.NAME).exists():
+        damages = [str(damage) for damage in manifest.check(directory)]
+    elif (found := manifest.named_by_digest(directory)) is not None:
+        damages = [str(damage) for damage in found]
+    else:
+        raise NotACheckpoint(
+            f"{directory}: neither {manifest.NAME} nor files that a hub's cache names by their "
+            "digests, so there is nothing to verify against"
+        )
+    if damages:
+        raise ChecksumMismatch("\n  ".join([f"{directory}:", *damages]))
 
 
 @contextmanager
