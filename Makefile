@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults bench-load bench-moe clean
+.PHONY: help setup demo test test-fast check format lint types mutants faults fuzz bench-load bench-moe bench-convert clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -47,11 +47,17 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
 
+fuzz: $(READY) ## a million damaged headers, and indices, configs and zips
+	@$(RUN) tools/fuzz.py
+
 bench-load: $(READY) ## library import + load + first logits against the reference's
 	@$(RUN) tools/bench.py load
 
 bench-moe: $(READY) ## time a token takes against the experts it uses and those that exist
 	@$(RUN) tools/bench.py moe
+
+bench-convert: $(READY) ## conversions against cp of as many bytes, and the memory they take
+	@$(RUN) tools/bench.py convert
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MEMORY = 64 << 20
 _COPY = 256 << 10  # bytes copied at a time: such a buffer stays in the second-level cache
-_TURN = 4 << 20  # and turned at a time
+_TURN = 1 << 20  # and turned at a time
 _LARGE = 64 << 10  # bytes of a tensor that no other is like by chance
 
 Tell = Callable[[dict[str, Any]], None]

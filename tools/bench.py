@@ -1,4 +1,4 @@
-"""Benchmarks as commands: `python tools/bench.py load` against the reference, and `moe`.
+"""Benchmarks as commands: `python tools/bench.py load`, `moe` or `convert`.
 
 Fresh processes in turn, ratios pair by pair, medians: these survive a machine whose speed drifts.
 """
@@ -215,9 +215,94 @@ def bench_moe(rounds: int) -> dict[str, float]:
     return {f"{experts} exist, {chosen} used": ms for (experts, chosen), ms in figures.items()}
 
 
+# What is converted: a case above, how, and a floor to compare with.
+CONVERSIONS = {
+    "names change, 2.2 GB": ("llama-1.1b-bf16", {}, {"sha256": False}),
+    "names change, 2.2 GB, sha256": ("llama-1.1b-bf16", {}, {"sha256": True}),
+    "turned, 0.5 GB": ("gpt2-124m-fp32", {}, {"sha256": False}),
+    "bf16 to fp32, 4.4 GB": ("llama-1.1b-bf16", {"dtype": "float32"}, {"sha256": False}),
+}
+
+# `cp` and the engine in turn in one process, once all is planned; memory in a run of its own.
+CONVERT = """
+import json, os, shutil, subprocess, sys, threading, time
+from pathlib import Path
+from converters.engine import Options, run
+from converters.store import Stage
+from zoo.converting import plan_output
+source, changes, options, pairs, durable = json.loads(sys.argv[1])
+source = Path(source)
+output = plan_output(source, "native", **changes)
+files = sorted(source.glob("*.safetensors"))
+place = source.parent / "convert"
+class Journal:
+    def append(self, entry):
+        pass
+def anonymous():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
+def copy():
+    for n in range(round(output.size / sum(f.stat().st_size for f in files))):
+        subprocess.run(["cp", *map(str, files), str(place)], check=True)
+        if durable:
+            subprocess.run(["sync", "-d", *(str(p) for p in place.iterdir())], check=True)
+def convert():
+    run(output, Stage(place, Journal(), []), Options(**options))
+def timed(work):
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+if not durable:
+    os.fsync = lambda fd: None
+ways = [(timed(copy), timed(convert)) for _ in range(pairs + 1)][1:]
+before, peak, over = anonymous(), [0.0], threading.Event()
+def watch():
+    while not over.wait(0.02):
+        peak[0] = max(peak[0], anonymous() - before)
+watcher = threading.Thread(target=watch)
+watcher.start()
+timed(convert)
+over.set()
+watcher.join()
+shutil.rmtree(place)
+print(json.dumps({"ratios": [a / b for a, b in ways], "cp": [a for a, b in ways],
+                  "zoo": [b for a, b in ways], "bytes": output.size, "anonymous": peak[0]}))
+"""
+
+
+def bench_convert(pairs: int, where: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    print(f"{'':30} {'cp / zoo':>9} {'zoo':>10} {'cp':>10} {'anonymous':>10}")
+    for name, (case, changes, options) in CONVERSIONS.items():
+        for durable in (False, True):
+            given = [str(made(case, where)), changes, options, pairs, durable]
+            out = subprocess.run(
+                [sys.executable, "-c", CONVERT, json.dumps(given)],
+                env=ENV,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if out.returncode:
+                raise SystemExit(out.stderr)
+            found = json.loads(out.stdout.splitlines()[-1])
+            label = f"{name}{', fsync' if durable else ''}"
+            rate = {who: found["bytes"] / 1e9 / median(found[who]) for who in ("zoo", "cp")}
+            ratio = median(found["ratios"])
+            print(
+                f"{label:30} {ratio:8.2f}x {rate['zoo']:5.2f} GB/s {rate['cp']:5.2f} GB/s "
+                f"{found['anonymous']:7.0f} MB",
+                flush=True,
+            )
+            rows.append({"case": label, "ratio": ratio, **rate, "anonymous": found["anonymous"]})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["load", "moe"])
+    parser.add_argument("what", choices=["load", "moe", "convert"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
@@ -228,6 +313,9 @@ def main() -> None:
     figures: dict[str, object] = {}
     if args.what == "moe":
         figures["moe"] = bench_moe(10 * args.pairs)
+    elif args.what == "convert":
+        args.dir.mkdir(parents=True, exist_ok=True)
+        figures["convert"] = bench_convert(args.pairs, args.dir)
     else:
         args.dir.mkdir(parents=True, exist_ok=True)
         figures["import"] = bench_import(3 * args.pairs)
