@@ -43,6 +43,10 @@ class UnsupportedArchitecture(ZooError):
 class ConfigError(ZooError):
     """A config field is missing, unknown, malformed, or has a value that is not implemented."""
 
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems) or [message]  # each begins with its field
+
 
 class SpecError(ZooError):
     """A spec does not parse or contradicts itself; the message points at the column."""

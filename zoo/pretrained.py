@@ -28,6 +28,7 @@ from zoo.errors import (
     MissingTensors,
     NotACheckpoint,
     OverflowOnCast,
+    ResourceLimit,
     UnsupportedArchitecture,
     UsageError,
     did_you_mean,
@@ -298,10 +299,18 @@ def _understand(
     heads = _heads(entry, named, head, where)
     fields, problems = spec.dialect("hf").read_config(reference, ignore)
     found = Located(source, entry, spec, heads, fields, named, text)
+    published = load_spec(entry.spec).dialect("hf").reference_field
+
+    def as_published(problem: str) -> str:
+        name, _, text = problem.partition(": ")
+        return f"{published(name)}: {text}" if text else problem
+
     try:
         found.config(heads[0], {})
     except ConfigError as error:
-        problems.insert(0, str(error))
+        problems[:0] = map(as_published, error.problems)
+    except ResourceLimit as error:
+        raise ResourceLimit(f"{where}: {as_published(str(error))}") from None
     if problems:
         raise ConfigError("\n  ".join([f"{where}:", *problems]))
     return found

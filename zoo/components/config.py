@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from types import NoneType
@@ -14,8 +14,10 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 MAX_LAYERS = 1000
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
-# whole numbers of which none, or less, means something
-NOT_SIZES = ("pad", "window_from", "experts", "types", "conv", "reach", "log_buckets")
+# whole numbers of which none, or minus one, means something; what a padding id may be, the rest say
+LEAST = {"window_from": 0, "experts": 0, "types": 0, "conv": 0, "reach": -1, "log_buckets": -1}
+# what is enumerated before weights are looked at
+MOST = {"layers": MAX_LAYERS, "decoder_layers": MAX_LAYERS, "experts": 10_000, "labels": 100_000}
 
 
 class _Named(type):
@@ -45,7 +47,9 @@ class Labels(tuple[str, ...]):
     def from_json(cls, value: Any) -> Labels:
         if value is None:
             return TWO_LABELS
-        if type(value) is int and 0 < value <= MAX_SIZE:
+        if type(value) is int and value > MOST["labels"]:
+            raise ResourceLimit(f"{value} is more than {MOST['labels']}")
+        if type(value) is int and value > 0:
             return cls(f"LABEL_{n}" for n in range(value))
         if isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
             return cls(str(value[k]) for k in sorted(value, key=int))
@@ -78,11 +82,13 @@ class Config(metaclass=_Named):
             value, problem = _fitted(value, _kinds(type(self))[name])
             object.__setattr__(self, name, value)
             problems += [f"{name}: {problem}"] if problem else []
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        problems = problems or list(_sizes(self, given))
         if not problems:
-            for name, value in self.derived().items():
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, value)
-            problems += list(_sizes(self))
+            derived = {n: v for n, v in self.derived().items() if n not in given}
+            for name, value in derived.items():
+                object.__setattr__(self, name, value)
+            problems += list(_sizes(self, derived))
         if not problems:
             problems += list(self.problems())
         if self.head not in self.heads_known:
@@ -90,7 +96,7 @@ class Config(metaclass=_Named):
             known = ", ".join(self.heads_known)
             problems.append(f"head: {self.head!r} is not one of {known}.{near}")
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise ConfigError("; ".join(problems), problems)
 
     def derived(self) -> Mapping[str, Any]:
         """What fields left at DERIVED stand for."""
@@ -125,38 +131,42 @@ def _fitted(value: Any, kinds: tuple[type, ...]) -> tuple[Any, str]:
     if type(value) in kinds:
         return value, ""
     if type(value) is int and float in kinds:
-        return float(value), ""
+        try:
+            return float(value), ""
+        except OverflowError:
+            return value, "larger than any float"
     for kind in kinds:
         if hasattr(kind, "from_json"):
             try:
                 return kind.from_json(value), ""
+            except ResourceLimit:
+                raise
             except ZooError as error:
                 return value, str(error)
     names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
     return value, f"expected {names}, found {value!r}"
 
 
-def _sizes(config: Config) -> Iterator[str]:
+def _sizes(config: Config, names: Iterable[str]) -> Iterator[str]:
     """Sizes are positive, rates are rates, and nothing asks for more than a machine could hold."""
-    for f in fields(config):
-        value, name = getattr(config, f.name), f.name
+    for name in names:
+        value = getattr(config, name)
         if name.endswith("act") and value is not None:
             yield from unknown(name, value)
         elif name == "pad" and value is not None:
             yield from _pad_fits(value, getattr(config, "vocab", MAX_SIZE))
-        if name == "layers" and type(value) is int and value > MAX_LAYERS:
-            raise ResourceLimit(f"layers: {value} is more than {MAX_LAYERS}")
-        if type(value) is int and name not in NOT_SIZES:
-            if value < 1:
-                yield f"{name}: {value} is not positive"
-            elif value > MAX_SIZE:
-                raise ResourceLimit(f"{name}: {value} is more than {MAX_SIZE}")
+        if type(value) is int and name != "pad":
+            most = MOST.get(name, MAX_SIZE)
+            if value < (least := LEAST.get(name, 1)):
+                yield f"{name}: {value} is {'not positive' if least == 1 else f'below {least}'}"
+            elif value > most:
+                raise ResourceLimit(f"{name}: {value} is more than {most}")
         elif type(value) is float:
             if value != value or value in (float("inf"), float("-inf")):
                 yield f"{name}: {value} is not finite"
             elif name.endswith("dropout") and not 0 <= value < 1:
                 yield f"{name}: {value} is not in [0, 1)"
-            elif name in ("eps", "rope_base") and value <= 0:
+            elif (name in ("eps", "rope_base") or name.endswith("cap")) and value <= 0:
                 yield f"{name}: {value} is not positive"
             elif value < 0:
                 yield f"{name}: {value} is negative"

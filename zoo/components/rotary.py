@@ -73,8 +73,8 @@ class Scaling:
         return 1.0
 
     def problems(self) -> list[str]:
-        factor = getattr(self, "factor", None)
-        return [] if factor is None or factor > 0 else [f"factor: {factor} is not positive"]
+        given = {k: v for k, v in asdict(self).items() if type(v) in (int, float)}
+        return [f"{name}: {value} is not positive" for name, value in given.items() if value <= 0]
 
     def misfits(self, width: int, base: float) -> Iterator[str]:
         """What this type cannot do with such heads."""
@@ -94,7 +94,7 @@ class Scaling:
         name = kinds[0] if kinds else "default"
         if any(kind != name for kind in kinds):
             raise ConfigError(f"rope_type {kinds[0]!r} and type {kinds[1]!r} differ")
-        if name not in SCALINGS:
+        if not isinstance(name, str) or name not in SCALINGS:
             known = ", ".join(SCALINGS)
             near = did_you_mean(str(name), SCALINGS)
             raise ConfigError(f"rope type {name!r} is not implemented (only {known}).{near}")

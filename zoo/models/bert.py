@@ -1,5 +1,6 @@
 """BERT: every token sees every token, and norms stand after each branch, on the sum."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,13 @@ class Config(encoder.Config):
     offset: bool = False  # places are counted from behind the padding id's
     types: int = 2  # of tokens; 0: none
     heads_known: ClassVar = encoder.HEADS
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.offset and self.pad is None:
+            yield "pad: null, and places are counted from behind the padding id's"
+        elif self.limit < 1:
+            yield f"positions: {self.positions} leave none behind the padding id's {self.pad}"
 
     @property
     def behind(self) -> int | None:
