@@ -230,9 +230,10 @@ from pathlib import Path
 from converters.engine import Options, run
 from converters.store import Stage
 from zoo.converting import plan_output
+from zoo.pretrained import locate
 source, changes, options, pairs, durable = json.loads(sys.argv[1])
 source = Path(source)
-output = plan_output(source, "native", **changes)
+output = plan_output(locate(source), "native", **changes)
 files = sorted(source.glob("*.safetensors"))
 place = source.parent / "convert"
 class Journal:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from converters.spec import load_spec
 from converters.store import staged
 from zoo import registry
 from zoo.components.model import Model
-from zoo.errors import UsageError
+from zoo.errors import OutputExists, UsageError, listing
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
 from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
@@ -46,7 +48,11 @@ def save(
     makes a new one.
     """
     check_dialect(to)
-    destination = Path(dst)
+    if not isinstance(model, Model):
+        raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
+        raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
+    destination = checked_destination(dst, None, force)
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
         steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
@@ -77,6 +83,22 @@ def native_record(model: Model, origin: Origin) -> bytes:
         "origin": origin.to_json(),
     }
     return _json(record).encode()
+
+
+def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
+    """Where to write; no force replaces the source, or a directory of checkpoints."""
+    if not isinstance(dst, str | PathLike) or not os.fspath(dst):
+        raise UsageError(f"expected a directory to write, found {dst!r}")
+    place = Path(os.fsdecode(dst))
+    if not force or not place.is_dir() or place.is_symlink():
+        return place
+    if source is not None and source.resolve().is_relative_to(place.resolve()):
+        raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
+    inside = [p.parent for name in (CONFIG, NATIVE_FILE) for p in place.glob(f"*/{name}")]
+    if inside and not (place / MODULES).exists():
+        held = listing(map(str, sorted(inside)), 5)
+        raise OutputExists(f"{place}: holds checkpoints of its own, {held}. Write elsewhere")
+    return place
 
 
 def check_dialect(to: str) -> None:
@@ -125,6 +147,8 @@ def _recast(origin: Origin, model: Model, state: Mapping[str, Tensor], dtype: st
     changed = False
     for step in plan.steps:
         code = dtype_code(state[step.targets[0]].dtype)
+        if header[step.sources[0]].dtype == code:
+            continue  # as it was; another name of it may be wider, and stays so
         for name in (*step.sources, *(n for names in step.also for n in names)):
             if header[name].dtype != code:
                 header[name] = TensorInfo(name, header[name].shape, code)
@@ -188,6 +212,7 @@ def _write_weights(
     ]
     shards = as_before(infos, where) or shard(infos, max_shard_size or SHARD_BYTES)
     for name, members in shards:
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
         with SafetensorsWriter(stage / name, members, metadata=dict(metadata)) as writer:
             for info in members:
                 writer.write(info.name, tensors[info.name])

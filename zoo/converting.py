@@ -27,6 +27,7 @@ from zoo.conversion import (
     SHARD_BYTES,
     as_before,
     check_dialect,
+    checked_destination,
     companions,
     export_plan,
     native_record,
@@ -67,7 +68,10 @@ def convert(
     head, config, revision, token, ignore_config, trust …
     """
     check_dialect(to)
-    output = plan_output(src, to, dtype=dtype, max_shard_size=max_shard_size, **options)
+    found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
+    dst = checked_destination(dst, found.source.directory, force)
+    chosen = {name: options[name] for name in ("config", "trust") if name in options}
+    output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
     job = digest([output.job(), output.identity(), sha256])
     same = partial(_is, output.job())
@@ -133,17 +137,15 @@ def _finished(output: Output, directory: Path, report: Report) -> dict[str, Any]
 
 
 def plan_output(
-    src: Ref,
+    found: Located,
     to: str,
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | None = None,
     config: Mapping[str, Any] | None = None,
     trust: Collection[str] = (),
-    **options: Any,
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read."""
-    found = locate(src, **options)
     checkpoint = open_checkpoint(found.source.directory)
     model, plan = prove(found, checkpoint, config or {})
     model.provenance = provenance_of(found, checkpoint, model, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +16,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from converters.checkpoint import SINGLE, Checkpoint, is_plain, open_checkpoint, read_json
+from converters.checkpoint import (
+    SINGLE,
+    Checkpoint,
+    confined,
+    is_plain,
+    open_checkpoint,
+    read_json,
+)
 from converters.execute import carry_out
-from converters.formats import TensorInfo
+from converters.formats import BITS, TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
 from converters.spec import Spec, load_spec
+from converters.strict_json import parse_json
 from zoo import registry, sources
 from zoo.components.model import Model
 from zoo.errors import (
@@ -37,6 +46,7 @@ from zoo.registry import Architecture
 from zoo.sources import NATIVE_FILE
 
 Ref = str | PathLike[str]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Origin(NamedTuple):
@@ -160,6 +170,7 @@ def load(
     A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
     """
+    _check_arguments(head, device, config, ignore_config, trust)
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
     kind = dtype_of(dtype)
@@ -188,6 +199,22 @@ def load(
                 model = fill(alone, config=config or {}, dtype=kind, device=device, trust=trust)
                 return with_steps(model, directory)
         return fill(found, config=config or {}, dtype=kind, device=device, trust=trust)
+
+
+def _check_arguments(head: Any, device: Any, config: Any, ignore: Any, trust: Any) -> None:
+    """What torch or Python would say of them, in words of the call."""
+    if not isinstance(head, str | None):
+        raise UsageError(f"head={head!r}: expected a name")
+    if not isinstance(config, Mapping | None):
+        raise UsageError(f"config={config!r}: expected native fields by name")
+    for name, value in (("ignore_config", ignore), ("trust", trust)):
+        if isinstance(value, str) or not isinstance(value, Collection):
+            raise UsageError(f"{name}={value!r}: expected several names")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        told = str(error).partition("\n")[0]
+        raise UsageError(f"device={device!r}: {told}") from None
 
 
 def _verify(directory: Path) -> None:
@@ -273,13 +300,19 @@ def _read(
     source: sources.Source, head: str | None, ignore: Sequence[str], ref: Ref | None
 ) -> Located:
     directory = source.directory
-    if (native := directory / NATIVE_FILE).is_file():
-        return _read_native(source, native, head)
+    if os.path.lexists(directory / NATIVE_FILE):
+        return _read_native(source, confined(directory, NATIVE_FILE), head)
     path = directory / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise NotACheckpoint(f"{directory}: no config.json and no {NATIVE_FILE} in it")
-    reference = read_json(path, ConfigError)
+    reference = read_json(confined(directory, path.name), ConfigError)
     entry, _ = registry.architecture_for(reference, str(path))
+    known = source.checkpoint
+    if known is not None and known.architecture != entry.name:
+        raise ConfigError(
+            f"{path}: a {entry.name} model, and {known.name} is one of {known.architecture}. "
+            f"To load what is there nonetheless: hf:{known.repo}"
+        )
     text = path.read_text(encoding="utf-8")
     return _understand(source, entry, reference, text, head, ignore, str(path))
 
@@ -335,17 +368,52 @@ def _heads(
 
 def _read_native(source: sources.Source, path: Path, head: str | None) -> Located:
     data = read_json(path, ConfigError)
-    try:
-        entry = registry.architectures()[data["architecture"]]
-        fields = dict(data["config"])
-        origin = data["origin"]
-        heads = (head or fields.pop("head"),)
-        Origin.from_json(origin)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: not what zoo writes: {error!r}") from None
-    fields.pop("head", None)
+    if problems := list(_native_problems(data)):
+        raise ConfigError("\n  ".join([f"{path}: not what zoo writes:", *problems]))
+    entry = registry.architectures()[data["architecture"]]
+    fields, origin = dict(data["config"]), data["origin"]
+    named = fields.pop("head")
+    heads = (head or named,)
     spec = load_spec(entry.spec)
     return Located(source, entry, spec, heads, fields, origin["class"], origin["config"], data)
+
+
+def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a zoo.json."""
+    known = registry.architectures()
+    if data.get("architecture") not in known:
+        yield f"architecture: {data.get('architecture')!r} is not known"
+    config, origin = data.get("config"), data.get("origin")
+    if not isinstance(config, dict) or not isinstance(config.get("head"), str):
+        yield "config: expected an object with a head"
+    if not isinstance(origin, dict):
+        yield "origin: expected an object"
+        return
+    if not isinstance(origin.get("class"), str | None):
+        yield f"origin.class: expected a name, found {origin['class']!r}"
+    if origin.get("dialect") != "hf":
+        yield f"origin.dialect: {origin.get('dialect')!r} is not known"
+    metadata, text, tensors = (origin.get(name) for name in ("metadata", "config", "tensors"))
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        yield "origin.metadata: expected words by name"
+    try:
+        parse_json(str(text).encode(), "origin.config")
+    except ConfigError as error:
+        yield str(error)
+    if not isinstance(tensors, dict):
+        yield "origin.tensors: expected an object"
+        return
+    for name, said in tensors.items():
+        if (
+            not isinstance(said, list)
+            or len(said) != 3
+            or said[0] not in BITS
+            or not isinstance(said[1], list)
+            or not all(type(n) is int and n >= 0 for n in said[1])
+            or not isinstance(said[2], str)
+            or not is_plain(said[2])
+        ):
+            yield f"origin.tensors.{name}: expected dtype, shape and file, found {said!r}"
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -472,13 +540,14 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         named = getattr(torch, dtype, None)
         dtype = named if isinstance(named, torch.dtype) else _bad_dtype(dtype)
-    if dtype is not None and not dtype.is_floating_point:
-        raise UsageError(f"dtype={dtype}: weights are floating point")
+    if dtype is not None and dtype not in DTYPES:
+        known = ", ".join(str(kind).removeprefix("torch.") for kind in DTYPES)
+        raise UsageError(f"dtype={dtype!r}: one of {known}")
     return dtype
 
 
 def _bad_dtype(text: str) -> torch.dtype:
-    known = ("float64", "float32", "float16", "bfloat16")
+    known = [str(kind).removeprefix("torch.") for kind in DTYPES]
     near = did_you_mean(text, known)
     raise UsageError(f"dtype={text!r}: one of {', '.join(known)}.{near}")
 

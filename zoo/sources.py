@@ -102,6 +102,13 @@ def resolve(
 def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None]:
     if (match := _HUB.fullmatch(ref)) is None:
         raise UsageError(f"{ref!r}: expected hf:org/repo or hf:org/repo@revision")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(match["repo"])
+    except HFValidationError:
+        raise UsageError(f"{ref!r}: {match['repo']!r} is no name of a repository") from None
     if revision and match["revision"] and revision != match["revision"]:
         raise UsageError(f"{ref!r} asks for one revision and revision={revision!r} for another")
     return match["repo"], revision or match["revision"]

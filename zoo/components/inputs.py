@@ -7,14 +7,21 @@ from zoo.components.config import Config
 from zoo.errors import InputError, MaskError, SequenceTooLong, TokenIdError
 
 
-def check_ids(ids: Tensor, size: int, what: str = "token") -> None:
+def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None = None) -> None:
     """Every id names a row of its table."""
-    if torch.compiler.is_compiling() or ids.is_meta:
+    if torch.compiler.is_compiling():
         return
-    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+    if not isinstance(ids, Tensor):
+        raise InputError(f"{what} ids: expected a tensor, found {type(ids).__name__}")
+    if ids.is_meta:
+        return
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise InputError(
-            f"{what} ids: expected integers (batch, sequence), found {ids.dtype} {list(ids.shape)}"
+            f"{what} ids: expected int64 or int32 (batch, sequence), found {ids.dtype} "
+            f"{list(ids.shape)}"
         )
+    if like is not None and ids.shape != like.shape:
+        raise InputError(f"{what} ids: {list(ids.shape)} for input_ids {list(like.shape)}")
     if ids.numel() == 0:
         raise InputError(f"{what} ids: an empty sequence, {list(ids.shape)}")
     if ids.device.type == "cpu":
@@ -31,7 +38,11 @@ def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     """(b, s) of truth values, or None where every token is real."""
     if mask is None:
         return None
-    if torch.compiler.is_compiling() or ids.is_meta:
+    if torch.compiler.is_compiling():
+        return mask.bool()
+    if not isinstance(mask, Tensor):
+        raise MaskError(f"attention_mask: expected a tensor, found {type(mask).__name__}")
+    if ids.is_meta:
         return mask.bool()
     if mask.shape != ids.shape:
         raise MaskError(f"attention_mask: {list(mask.shape)} for input_ids {list(ids.shape)}")

@@ -74,6 +74,8 @@ class Scaling:
 
     def problems(self) -> list[str]:
         given = {k: v for k, v in asdict(self).items() if type(v) in (int, float)}
+        # a factor of temperature may be 0, which stands for none
+        given = {name: value for name, value in given.items() if not name.startswith("mscale")}
         return [f"{name}: {value} is not positive" for name, value in given.items() if value <= 0]
 
     def misfits(self, width: int, base: float) -> Iterator[str]:

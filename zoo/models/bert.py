@@ -77,7 +77,7 @@ class Model(encoder.Encoder):
         x = self.embed(input_ids) + self.positions(mask.positions)
         if self.types is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            inputs.check_ids(types, self.config.types, "token type")
+            inputs.check_ids(types, self.config.types, "token type", input_ids)
             x = x + self.types(types)
         x = self.dropout(self.norm(x))
         for block in self.blocks:

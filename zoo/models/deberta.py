@@ -137,7 +137,7 @@ class Disentangled(Attention):
     def look(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
     ) -> Tensor:
-        if self.distances is None:
+        if self.distances is None or not self.looks:
             return attend(q, k, v, mask, scale, dropout)
         vectors, rows = self.distances(mask)
         vectors, bias = self.table_dropout(vectors), torch.zeros((), dtype=q.dtype, device=q.device)
@@ -216,7 +216,7 @@ class Model(encoder.Encoder):
             x = x + places
         if self.types is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            inputs.check_ids(types, self.config.types, "token type")
+            inputs.check_ids(types, self.config.types, "token type", input_ids)
             x = x + self.types(types)
         x = self.dropout(self.norm(x))
         if attention_mask is not None:  # a convolution sees nothing where padding stands

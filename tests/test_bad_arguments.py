@@ -1,0 +1,213 @@
+"""What is given wrongly is answered in zoo's own words, whatever library would trip over it."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build, run
+
+import zoo
+from zoo import registry
+from zoo.errors import (
+    ConfigError,
+    InputError,
+    MaskError,
+    OutputExists,
+    ResourceLimit,
+    UnsafePath,
+    UsageError,
+    ZooError,
+)
+
+NAMES = sorted(registry.architectures())
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+COUNTS += ("num_local_experts", "num_labels", "vocab_size", "hidden_size", "n_embd", "d_model")
+
+
+@pytest.fixture(params=NAMES)
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return zoo.save(build(request.param).eval(), tmp_path / "published")
+
+
+def changed(directory: Path, **fields: Any) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return directory
+
+
+# --- config --------------------------------------------------------------------------------------
+
+
+def test_no_count_is_enumerated_before_its_bound(published: Path) -> None:
+    said = json.loads((published / "config.json").read_text())
+    text = (published / "config.json").read_text()
+    for field in said.keys() & set(COUNTS):
+        started = time.perf_counter()
+        with pytest.raises(ResourceLimit, match=rf"config\.json: {field}: "):
+            zoo.load(changed(published, **{field: 10**10}))
+        assert time.perf_counter() - started < 0.5
+        (published / "config.json").write_text(text)
+
+
+def test_any_number_in_any_field_is_answered(published: Path) -> None:
+    text = (published / "config.json").read_text()
+    for field in json.loads(text):
+        for value in (0, -1, 10**400, -0.5, 1e300, [], ["a"], {}, "x", True):
+            try:
+                model = zoo.load(changed(published, **{field: value}))
+                run(model, torch.ones(1, 3, dtype=torch.long) * 5)
+            except ZooError:
+                pass
+            (published / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "says"),
+    [
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads: 0 is not positive"),
+        ("llama", {"hidden_size": -1}, "hidden_size: -1 is not positive"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps: larger than any float"),
+        ("roberta", {"pad_token_id": None}, "pad_token_id: null, and places are counted"),
+        ("roberta", {"max_position_embeddings": 1}, "max_position_embeddings: 1 leave none"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: 0.0 is not"),
+        ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, "is not implemented"),
+    ],
+)
+def test_faults_bear_the_published_names(
+    name: str, fields: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    directory = zoo.save(build(name).eval(), tmp_path / "published")
+    with pytest.raises(ConfigError, match=says):
+        zoo.load(changed(directory, **fields))
+
+
+@pytest.mark.parametrize("field", ["original_max_position_embeddings", "beta_fast", "beta_slow"])
+def test_a_ramp_of_negative_ends_is_refused_at_once(field: str, tmp_path: Path) -> None:
+    directory = zoo.save(build("llama").eval(), tmp_path / "published")
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0, field: -8}
+    with pytest.raises(ConfigError, match=f"{field}: -8 is not positive"):
+        zoo.load(changed(directory, rope_parameters=rope))
+
+
+# --- what a call is given ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_ids_and_masks_are_tensors_of_their_kind(name: str) -> None:
+    model = build(name).eval()
+    ids = torch.ones(1, 3, dtype=torch.long)
+    for odd in ([[1, 2]], None, "text", ids.numpy(), ids.to(torch.int8), ids.to(torch.complex64)):
+        with pytest.raises(InputError, match="expected"):
+            run(model, odd)  # type: ignore[arg-type]
+    for mask in ([[1, 1, 1]], ids.numpy()):
+        with pytest.raises(MaskError, match="expected a tensor"):
+            model(ids, mask)
+
+
+def test_token_types_are_as_many_as_tokens() -> None:
+    model = build("bert").eval()
+    with pytest.raises(InputError, match=r"token type ids: \[1, 2\] for input_ids \[1, 3\]"):
+        model(torch.ones(1, 3, dtype=torch.long), token_type_ids=torch.ones(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": 3},
+        {"dtype": "float8_e4m3fn"},
+        {"dtype": torch.int8},
+        {"device": "cudaa"},
+        {"device": "cuda:77"},
+        {"head": 3},
+        {"config": [1]},
+        {"ignore_config": 5},
+        {"trust": "wte"},
+    ],
+    ids=str,
+)
+def test_options_that_mean_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    directory = zoo.save(build("gpt2").eval(), tmp_path / "published")
+    with pytest.raises(UsageError, match=next(iter(options))):
+        zoo.load(directory, **options)
+
+
+@pytest.mark.parametrize("repo", ["a/..", "-a/b", "a--b/c", "a/" + "b" * 200])
+def test_names_that_no_repository_has(repo: str) -> None:
+    with pytest.raises(UsageError, match="repository"):
+        zoo.load(f"hf:{repo}", local_files_only=True)
+
+
+def test_what_cannot_be_saved() -> None:
+    model: Any = build("gpt2")
+    for wrong in ("", None, 5):
+        with pytest.raises(UsageError, match="expected a directory"):
+            zoo.save(model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="expected a model of zoo's"):
+        zoo.save(torch.nn.Linear(2, 2), "x")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="max_shard_size"):
+        zoo.save(model, "x", max_shard_size="5GB")  # type: ignore[arg-type]
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "config.json"])
+def test_nothing_is_read_or_carried_from_elsewhere(name: str, tmp_path: Path) -> None:
+    directory = zoo.save(build("gpt2").eval(), tmp_path / "published")
+    secret = tmp_path / "secret"
+    secret.write_bytes((directory / name).read_bytes() if (directory / name).exists() else b"s")
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(secret)
+    with pytest.raises(UnsafePath, match=name):
+        zoo.convert(directory, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_force_replaces_neither_the_source_nor_its_neighbours(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for name in ("gpt2", "bert"):
+        zoo.save(build(name).eval(), models / name)
+    with pytest.raises(OutputExists, match="holds what is to be read"):
+        zoo.convert(models / "gpt2", models, to="hf", force=True)
+    with pytest.raises(OutputExists, match="holds what is to be read"):
+        zoo.convert(models / "gpt2", models / "gpt2", to="native", force=True)
+    with pytest.raises(OutputExists, match="holds checkpoints of its own"):
+        zoo.save(build("gpt2").eval(), models, force=True)
+    assert sorted(os.listdir(models)) == ["bert", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tensors", []),
+        ("tensors", {"x": ["F99", [1], "model.safetensors"]}),
+        ("tensors", {"x": ["F32", [-1], "model.safetensors"]}),
+        ("metadata", 5),
+        ("config", 5),
+        ("config", "{"),
+        ("class", 5),
+        ("dialect", "fh"),
+    ],
+)
+def test_a_native_record_is_audited(field: str, value: Any, tmp_path: Path) -> None:
+    path = zoo.save(build("gpt2").eval(), tmp_path / "native", to="native") / "zoo.json"
+    record = json.loads(path.read_text())
+    record["origin"][field] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=rf"origin\.{field}"):
+        zoo.load(path.parent)
+
+
+def test_a_name_that_holds_another_architecture(tmp_path: Path) -> None:
+    """The cache of a name, filled with something else."""
+    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / ("1" * 40)
+    zoo.save(build("bert").eval(), snapshot)
+    (refs := snapshot.parents[1] / "refs").mkdir()
+    (refs / "main").write_text("1" * 40)
+    with pytest.raises(ConfigError, match="a bert model, and gpt2 is one of gpt2"):
+        zoo.load("gpt2", cache_dir=tmp_path, local_files_only=True)
+    assert zoo.load("hf:openai-community/gpt2", cache_dir=tmp_path, local_files_only=True)
