@@ -26,6 +26,8 @@ class Looks(tuple[str, ...]):
     @classmethod
     def from_json(cls, value: Any) -> "Looks":
         names = value.split("|") if isinstance(value, str) else value or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
         names = [name.strip().lower() for name in names]
         if odd := [name for name in names if name not in ("c2p", "p2c")]:
             raise ConfigError(f"{odd[0]!r} is not implemented (only c2p and p2c)")
