@@ -172,6 +172,8 @@ def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
                 fields[name][PARTIAL] = 0.5  # of a narrow head, still even
         elif not _is_whole(value):
             continue
+        elif twins := [k for k in fields if name.endswith(f"_{k}") and defaults.get(k) == value]:
+            fields[name] = fields[twins[0]]  # pooler_hidden_size, which is hidden_size
         elif "experts_per" in name or "top_k" in name or "topk" in name:
             fields[name] = min(value, 2)
         elif "experts" in name and value < 1000:
