@@ -28,7 +28,10 @@ from zoo.errors import (
 )
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_SHOWN = 20  # problems of a kind that a message holds
 WRAPPERS = {
+    "base_model.model.": "a LoRA or another adapter of peft",
+    "_forward_module.": "Lightning's Fabric",
     "module.": "DataParallel",
     "_orig_mod.": "torch.compile",
     "model.module.": "DeepSpeed",
@@ -171,6 +174,7 @@ class _Planner:
         self.spec, self.dialect, self.native = spec, dialect.under(config), native
         self.header, self.where = header, where
         self.problems: list[tuple[type[ZooError], str]] = []
+        self.causes: list[str] = []  # what is likely behind them
         self.axes: Sizes = dict(NUMBER_WORDS)
         for axis, name in spec.axes.items():
             if isinstance(size := config.get(name), int):
@@ -195,8 +199,13 @@ class _Planner:
         ]
         kinds = {kind for kind, _ in self.problems}
         kind = next((k for k in gravity if k in kinds), PlanError)
-        ordered = sorted(self.problems, key=lambda p: gravity.index(p[0]))
-        raise kind("\n  ".join([f"{self.where}:", *(text for _, text in ordered)]))
+        lines = [f"{self.where}:", *self.causes]
+        for each in gravity:
+            texts = [text for found, text in self.problems if found is each]
+            lines += texts[:_SHOWN]
+            if len(texts) > _SHOWN:
+                lines.append(f"… and {len(texts) - _SHOWN} more of this kind")
+        raise kind("\n  ".join(lines))
 
     # --- rules under their bindings ---
 
@@ -458,12 +467,14 @@ class _Planner:
         for name in missing[:20]:
             near = did_you_mean(name, unexpected[:200])
             said.append(name + (f" ({near.strip()})" if near else ""))
-        hint = disk.wrapper_hint()
+        if hint := disk.wrapper_hint():
+            self.causes.append(hint)
+        if not self.header:
+            self.causes.append("The files hold no tensors at all")
         self.problem(
             MissingTensors,
-            f"{len(missing)} tensors missing: {listing(said)}"
-            + (f" … {len(missing)} in all" if len(missing) > 20 else "")
-            + (f". {hint}" if hint else ""),
+            f"{_tensors(len(missing))} missing: {listing(said)}"
+            + (f" … {len(missing)} in all" if len(missing) > 20 else ""),
         )
 
     def _check_counts(self, disk: _Disk) -> None:
@@ -498,6 +509,10 @@ class _Planner:
                 self.problem(
                     MissingTensors, f"{axis} {listing(map(str, gone))} of 0..{declared - 1} missing"
                 )
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
 
 
 def _axes_of(rule: Rule) -> set[str]:
@@ -604,7 +619,7 @@ class _Disk:
         if plain:
             self.planner.problem(
                 UnexpectedTensors,
-                f"{len(plain)} tensors that no rule maps: {listing(plain)}. Map or drop them in "
+                f"{_tensors(len(plain))} that no rule maps: {listing(plain)}. Map or drop them in "
                 f"{self.dialect.where or self.planner.spec.where}",
             )
         return dropped

@@ -61,6 +61,7 @@ class Stage:
         self.path, self._lock = path, lock
         self.found = found  # records of a run that was killed; none of a run from the start
         self.published = False  # all was done already, but for saying so
+        self.anew = False  # what was there belongs to another job, and is gone
 
     def record(self, entry: dict[str, Any]) -> None:
         self._lock.append(entry)
@@ -100,6 +101,7 @@ def resumable(
             os.mkdir(partial)
         lock.keep = True
         stage = Stage(partial, lock, entries[1:] if mine else [])
+        stage.anew = bool(entries) and not mine
         made.clear()
         try:
             yield stage

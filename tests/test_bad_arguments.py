@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import build, run
 
 import zoo
@@ -16,6 +17,7 @@ from zoo.errors import (
     ConfigError,
     InputError,
     MaskError,
+    MissingTensors,
     OutputExists,
     ResourceLimit,
     UnsafePath,
@@ -165,6 +167,39 @@ def test_nothing_is_read_or_carried_from_elsewhere(name: str, tmp_path: Path) ->
     with pytest.raises(UnsafePath, match=name):
         zoo.convert(directory, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_that_the_index_leaves_out_is_said(tmp_path: Path) -> None:
+    directory = zoo.save(build("gpt2").eval(), tmp_path / "published", max_shard_size=40_000)
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    gone = sorted(set(index["weight_map"].values()))[-1]
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != gone}
+    path.write_text(json.dumps(index))
+    with pytest.raises(MissingTensors, match=f"{gone} lie there too, and the index"):
+        zoo.load(directory)
+
+
+def test_the_likely_cause_comes_first(tmp_path: Path) -> None:
+    directory = zoo.save(build("llama").eval(), tmp_path / "published")
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for prefix, cause in (("module.", "DataParallel"), ("base_model.model.", "peft")):
+        save_file({prefix + name: x for name, x in tensors.items()}, path, {"format": "pt"})
+        with pytest.raises(MissingTensors, match=cause) as error:
+            zoo.load(directory)
+        assert cause in str(error.value).splitlines()[1]
+    save_file({}, path, {"format": "pt"})
+    with pytest.raises(MissingTensors, match="hold no tensors at all"):
+        zoo.load(directory)
+
+
+def test_a_message_holds_twenty_faults_of_a_kind(tmp_path: Path) -> None:
+    directory = zoo.save(build("bert").eval(), tmp_path / "published")
+    changed(directory, hidden_size=88)
+    with pytest.raises(ZooError, match="more of this kind") as error:
+        zoo.load(directory)
+    assert len(str(error.value).splitlines()) < 30
 
 
 def test_force_replaces_neither_the_source_nor_its_neighbours(tmp_path: Path) -> None:

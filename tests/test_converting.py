@@ -321,7 +321,9 @@ def test_another_source_or_option_begins_anew(source: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     convert(source, out, 30).communicate()
     assert [name for name in beside(out) if "partial" in name]
-    zoo.convert(source, out, to="hf")
+    events: list[dict[str, Any]] = []
+    zoo.convert(source, out, to="hf", tell=events.append)
+    assert events[0] == {"event": "anew"}
     assert beside(out) == ["out"] and differences(source, out) == []
     with pytest.raises(OutputExists):
         zoo.convert(source, out, to="hf")

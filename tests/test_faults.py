@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("cc") is None or not sys.platform.startswith("linux"),
     reason="the shim needs a C compiler and a loader that preloads",

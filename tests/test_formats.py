@@ -607,8 +607,11 @@ def test_payloads_are_named_and_never_run(tmp_path: Path) -> None:
         (b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R.", "bytearray"),
         (b"\x80\x02ctorch.nn.parameter\nParameter\n.", "Parameter"),
         (b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.", "os.system"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02ls\x85R.", "unpickler"),
-        (b"\x80\x02(X\x02\x00\x00\x00lsios\nsystem\n.", "unpickler"),
+        (
+            b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02ls\x85R.",
+            "STACK_GLOBAL.*os, system.*Nothing was run",
+        ),
+        (b"\x80\x02(X\x02\x00\x00\x00lsios\nsystem\n.", "INST.*Nothing was run"),
         (b"\x80\x02X\xff\xff\xff\x7fabc.", "no pickle"),
         (b"\x80\x02}", "no pickle"),
         (b"", "no pickle"),
@@ -621,8 +624,9 @@ def test_hostile_pickles(tmp_path: Path, pickle: bytes, message: str) -> None:
     path = saved(tmp_path, {"a": torch.ones(2)})
     repacked(path, edit=lambda n, d: (n, pickle if n.endswith(".pkl") else d))
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         TorchZipReader(path)
+    assert "weights_only" not in str(error.value)  # no advice to read it all the same
     assert time.perf_counter() - start < 1
 
 

@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("ref", metavar="SRC", help="a name, hf:org/repo@rev or a directory")
     command.add_argument("--to", choices=("native", "hf"), default="native", help="[native]")
     command.add_argument("--out", metavar="DIR", type=Path, help="[SRC's name and the layout's]")
+    command.add_argument("--head", help="in the place of the one that the checkpoint names")
+    command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
+    command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace DIR")
     command.add_argument("--dtype", help="cast to float32, bfloat16 …  [as stored]")
@@ -167,14 +170,19 @@ def _progress(done: int, count: int, name: str) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    asked = {
+        name: value
+        for name in ("head", "trust", "ignore_config")
+        if (value := getattr(options, name)) is not None
+    }
     if options.dry_run:
         from zoo.converting import dry_run
 
-        print(dry_run(options.ref, to=options.to))
+        print(dry_run(options.ref, to=options.to, **asked))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
     show = Shown(options.json, options.quiet)
-    more = {"memory": options.memory} if options.memory else {}
+    more = {**asked, **({"memory": options.memory} if options.memory else {})}
     written = zoo.convert(
         options.ref,
         out,

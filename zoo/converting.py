@@ -78,6 +78,8 @@ def convert(
     how: dict[str, Any] = {"force": force, "restart": restart, "size": output.size, "same": same}
     if part is None:
         with resumable(dst, job, **how) as stage:
+            if stage.anew:
+                tell({"event": "anew"})
             if not stage.published:
                 report = run(output, stage, engine)
                 tell(_finished(output, stage.path, report))

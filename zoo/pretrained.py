@@ -41,6 +41,7 @@ from zoo.errors import (
     UnsupportedArchitecture,
     UsageError,
     did_you_mean,
+    listing,
 )
 from zoo.registry import Architecture
 from zoo.sources import NATIVE_FILE
@@ -480,7 +481,11 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
             )
         except MissingTensors as error:
             lacking.append(error)
-    raise min(lacking, key=lambda error: len(str(error)))  # of the head that lacks least
+    least = min(lacking, key=lambda error: len(str(error)))  # of the head that lacks least
+    if not checkpoint.unlisted:
+        raise least
+    told = f"{listing(checkpoint.unlisted)} lie there too, and the index does not name them"
+    raise MissingTensors(f"{least}\n  {told}")
 
 
 def native_of(model: nn.Module) -> Native:

@@ -25,6 +25,10 @@ class Shown:
     def start(self, event: dict[str, Any]) -> None:
         self.total = event["bytes"]
 
+    def anew(self, event: dict[str, Any]) -> None:
+        told = "what was begun here is of another source, spec or options: starting anew"
+        print(told, file=sys.stderr)
+
     def tensor(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
         if now - self.last < 0.1 or not sys.stderr.isatty():

@@ -43,6 +43,8 @@ _NEEDED = re.compile(
     r"|torch (\w+Storage|Size|u?int\d+|float\d+\w*|bfloat16|complex\d+|bool)"
     r"|torch\.storage (Untyped|Typed)Storage"
 )
+# opcodes that name a class by what was pushed before, or by a number
+_HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}
 _MAGIC = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -224,9 +226,17 @@ def _check_small(path: Path, fd: int, root: str, record: _Record) -> None:
 def _check_pickle(path: Path, data: bytes) -> None:
     """Read as opcodes, not carried out: it may name nothing but what plain tensors need."""
     try:
-        named = {str(arg) for code, arg, _ in pickletools.genops(data) if code.name == "GLOBAL"}
+        codes = [(code.name, arg) for code, arg, _ in pickletools.genops(data)]
     except Exception as error:  # any malformed operand
         raise CorruptCheckpoint(f"{path}: data.pkl is no pickle: {error}") from None
+    if odd := sorted({name for name, _ in codes} & _HIDDEN):
+        words = [str(arg) for name, arg in codes if "UNICODE" in name]
+        raise CorruptCheckpoint(
+            f"{path}: its pickle names what it needs by {', '.join(odd)}, as torch.save does not; "
+            f"among its words: {listing(words, 5)}. Nothing was run. Save the bare state_dict() "
+            "again with torch.save's own protocol"
+        )
+    named = {str(arg) for name, arg in codes if name == "GLOBAL"}
     if blocked := sorted(name for name in named if not _NEEDED.fullmatch(name)):
         names = listing(name.replace(" ", ".") for name in blocked)
         raise CorruptCheckpoint(
@@ -244,8 +254,11 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     except ZooError:
         raise
     except Exception as error:  # the unpickler lets any kind through
+        # the rest of its message is advice to read it unrestricted
+        why = re.search(r"Unsupported [\w ]+ \S+|GLOBAL \S+", str(error))
+        told = f": {why[0]}" if why else ""
         raise CorruptCheckpoint(
-            f"{path}: torch's restricted unpickler refuses it: {str(error).splitlines()[0]}"
+            f"{path}: torch's restricted unpickler refuses it{told}. Nothing was run."
         ) from None
     if not isinstance(found, dict):
         kind = type(found).__name__
