@@ -307,6 +307,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert resumed > 0
 
 
+@pytest.mark.slow
 def test_interrupted_it_stops_and_goes_on(source: Path, tmp_path: Path) -> None:
     run = convert(source, tmp_path / "out", 9, "SIGINT")
     time.sleep(0.1)
@@ -317,6 +318,7 @@ def test_interrupted_it_stops_and_goes_on(source: Path, tmp_path: Path) -> None:
     assert again.communicate()[0].startswith("calls") and beside(tmp_path / "out") == ["out"]
 
 
+@pytest.mark.slow
 def test_another_source_or_option_begins_anew(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, out, 30).communicate()
@@ -329,6 +331,7 @@ def test_another_source_or_option_begins_anew(source: Path, tmp_path: Path) -> N
         zoo.convert(source, out, to="hf")
 
 
+@pytest.mark.slow
 def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole").communicate()
     out = tmp_path / "out"
@@ -346,6 +349,7 @@ def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Pat
 # --- parts ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole_and_the_last_publishes(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole").communicate()
     out = tmp_path / "parts" / "out"
@@ -361,6 +365,7 @@ def test_parts_make_the_whole_and_the_last_publishes(source: Path, tmp_path: Pat
     assert beside(out) == ["out"]
 
 
+@pytest.mark.slow
 def test_parts_side_by_side_one_of_them_killed(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole").communicate()
     out = tmp_path / "parts" / "out"
