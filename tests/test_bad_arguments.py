@@ -73,6 +73,12 @@ def test_any_number_in_any_field_is_answered(published: Path) -> None:
         ("llama", {"num_attention_heads": 0}, "num_attention_heads: 0 is not positive"),
         ("llama", {"hidden_size": -1}, "hidden_size: -1 is not positive"),
         ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps: larger than any float"),
+        ("bert", {"id2label": {"0": 10**4200, "1": "b"}}, "id2label: expected a number of labels"),
+        (
+            "bert",
+            {"id2label": {"9" * 4200: "a", "1": "b"}},
+            "id2label: expected a number of labels",
+        ),
         ("roberta", {"pad_token_id": None}, "pad_token_id: null, and places are counted"),
         ("roberta", {"max_position_embeddings": 1}, "max_position_embeddings: 1 leave none"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: 0.0 is not"),

@@ -51,12 +51,22 @@ class Labels(tuple[str, ...]):
             raise ResourceLimit(f"{value} is more than {MOST['labels']}")
         if type(value) is int and value > 0:
             return cls(f"LABEL_{n}" for n in range(value))
-        if isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
+        named = isinstance(value, dict) and all(str(k).isdecimal() and len(k) < 10 for k in value)
+        if value and named and all(_short(name) for name in value.values()):
             return cls(str(value[k]) for k in sorted(value, key=int))
-        raise ConfigError(f"expected a number of labels or their names by index, found {value!r}")
+        if type(value) is int and abs(value) > MAX_SIZE:
+            raise ConfigError("expected a number of labels, found one with too many digits")
+        raise ConfigError(
+            f"expected a number of labels or their names by index, found {type(value).__name__}"
+        )
 
     def to_json(self) -> dict[str, str]:
         return {str(n): name for n, name in enumerate(self)}
+
+
+def _short(name: Any) -> bool:
+    """A word, or a number that Python would write."""
+    return not isinstance(name, int) or abs(name) <= MAX_SIZE
 
 
 TWO_LABELS = Labels.from_json(2)
