@@ -276,6 +276,7 @@ def test_null_is_a_value_where_the_field_can_hold_it() -> None:
 def test_labels_by_number_or_by_name() -> None:
     names = config.Labels.from_json({"1": "b", "0": "a", "10": "c"})
     assert names == ("a", "b", "c")
+    assert config.Labels.from_json({1: "b", 0: "a"}) == ("a", "b")
     assert len(config.Labels.from_json(5)) == 5
     for bad in (0, {}, {"x": "y"}, True):
         with pytest.raises(ConfigError):

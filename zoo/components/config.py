@@ -51,7 +51,7 @@ class Labels(tuple[str, ...]):
             raise ResourceLimit(f"{value} is more than {MOST['labels']}")
         if type(value) is int and value > 0:
             return cls(f"LABEL_{n}" for n in range(value))
-        named = isinstance(value, dict) and all(str(k).isdecimal() and len(k) < 10 for k in value)
+        named = isinstance(value, dict) and all(map(_index, value))
         if value and named and all(_short(name) for name in value.values()):
             return cls(str(value[k]) for k in sorted(value, key=int))
         if type(value) is int and abs(value) > MAX_SIZE:
@@ -62,6 +62,13 @@ class Labels(tuple[str, ...]):
 
     def to_json(self) -> dict[str, str]:
         return {str(n): name for n, name in enumerate(self)}
+
+
+def _index(key: Any) -> bool:
+    """A whole number of a size that classes have; JSON's keys are words, YAML's may be numbers."""
+    if isinstance(key, str):
+        return key.isdecimal() and len(key) < 10
+    return type(key) is int and 0 <= key <= MAX_SIZE
 
 
 def _short(name: Any) -> bool:
