@@ -128,6 +128,11 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _largest_first(item: Item) -> int:
+    """So that no thread is left alone with a large one at the end."""
+    return -item.info.nbytes
+
+
 class _Run:
     def __init__(self, output: Output, stage: Stage, options: Options) -> None:
         self.output, self.stage, self.options = output, stage, options
@@ -150,16 +155,16 @@ class _Run:
         pool = ThreadPoolExecutor(self.options.workers, thread_name_prefix="zoo-convert")
         futures: list[Future[Any]] = []
         try:
-            if self.options.sha256:
-                futures += [pool.submit(self._hash_source, p) for p in self.output.sources]
             for shard in self.output.shards:
                 kept = found.get(shard.name, {})
                 futures += [
                     pool.submit(self._item, shard, item, files[shard.name], kept.get(item.name))
-                    for item in shard.items
+                    for item in sorted(shard.items, key=_largest_first)
                 ]
                 if not shard.items:
                     futures.append(pool.submit(self._finish, shard, files[shard.name]))
+            if self.options.sha256:  # beside the hash of the last file
+                futures += [pool.submit(self._hash_source, p) for p in self.output.sources]
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
                 future.result()
@@ -192,10 +197,11 @@ class _Run:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags, 0o666)
         head = shard.layout.head
-        whole = os.fstat(fd).st_size == shard.size and os.pread(fd, len(head), 0) == head
-        if not whole:
+        size = os.fstat(fd).st_size
+        if size != shard.size or os.pread(fd, len(head), 0) != head:
             found.pop(shard.name, None)
-            os.ftruncate(fd, 0)
+            if size:  # a file once cut to nothing is written out as soon as it is closed, on ext4
+                os.ftruncate(fd, 0)
             _write(fd, memoryview(head), 0)
             os.ftruncate(fd, shard.size)
         return fd
@@ -258,10 +264,11 @@ class _Run:
                 self.faults.append(f"{item.name} ({look.nonfinite})")
         return state.hexdigest(), look.zero
 
-    def _buffer(self) -> memoryview:
-        if not hasattr(self.buffers, "bytes"):
-            self.buffers.bytes = memoryview(bytearray(self.turn))
-        found: memoryview = self.buffers.bytes
+    def _buffer(self, name: str = "pieces") -> memoryview:
+        """This thread's own."""
+        if not hasattr(self.buffers, name):
+            setattr(self.buffers, name, memoryview(bytearray(self.turn)))
+        found: memoryview = getattr(self.buffers, name)
         return found
 
     def _pieces(self, item: Item, look: _Look) -> Iterator[memoryview]:
@@ -280,15 +287,29 @@ class _Run:
             finally:
                 os.close(fd)
             return
-        room = torch.frombuffer(buffer, dtype=torch.uint8)
+        room, aside = (torch.frombuffer(b, dtype=dtype) for b in (buffer, self._buffer("aside")))
         lazy = item.make()
         width = max(lazy.dtype.itemsize, dtype.itemsize)
         for view in lazy.pieces(self.turn * lazy.dtype.itemsize // width):
-            size = view.numel() * dtype.itemsize
-            out = room[:size].view(dtype).view(view.shape)
-            out.copy_(view)
+            out = room[: view.numel()].view(view.shape)
+            _fill(out, view, aside)
             look.at(out, view)
-            yield buffer[:size]
+            yield buffer[: out.nbytes]
+
+
+def _fill(out: Tensor, view: Tensor, aside: Tensor) -> None:
+    """`out` gets the numbers of `view`.
+
+    A matrix that lies turned is read along its rows first: torch turns in blocks what has no gaps.
+    """
+    flat = view.squeeze()
+    if flat.dim() == 2 and flat.stride(0) == 1 and flat.stride(1) != 1:
+        rows = aside[: flat.numel()].view(flat.shape[1], flat.shape[0])
+        rows.copy_(flat.t())
+        flat, out = rows.t(), out.view(flat.shape)
+        out.copy_(flat)
+    else:
+        out.copy_(view)
 
 
 class _Look:
@@ -331,7 +352,8 @@ def _read(fd: int, start: int, size: int, buffer: memoryview) -> Iterator[memory
 
 
 def _write(fd: int, data: memoryview, start: int) -> int:
+    """Pages are had in runs as long as a write; those of a megabyte are often not at hand."""
     written = 0
     while written < len(data):
-        written += os.pwrite(fd, data[written:], start + written)
+        written += os.pwrite(fd, data[written : written + _COPY], start + written)
     return written

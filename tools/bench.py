@@ -16,11 +16,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = {  # registry name, dtype, reference class, bytes a shard
-    "gpt2-124m-fp32": ("gpt2", "float32", "GPT2LMHeadModel", None),
-    "bert-base-fp32": ("bert-base-uncased", "float32", "BertForMaskedLM", None),
-    "llama-1.1b-bf16": ("tinyllama-1.1b", "bfloat16", "LlamaForCausalLM", 1_200_000_000),
+CASES = {  # registry name, dtype, reference class
+    "gpt2-124m-fp32": ("gpt2", "float32", "GPT2LMHeadModel"),
+    "bert-base-fp32": ("bert-base-uncased", "float32", "BertForMaskedLM"),
+    "llama-1.1b-bf16": ("tinyllama-1.1b", "bfloat16", "LlamaForCausalLM"),
 }
+SIZED = {  # a case above with other layers
+    "gpt2-0.5b-fp32": ("gpt2-124m-fp32", 72),
+    "gpt2-1.7b-fp32": ("gpt2-124m-fp32", 237),
+    "llama-0.3b-bf16": ("llama-1.1b-bf16", 3),
+    "llama-3.4b-bf16": ("llama-1.1b-bf16", 75),
+}
+SHARD = 1_200_000_000
 # Bytecode is cached as on a user's machine, whatever this shell says; threads do not spin.
 ENV = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
     "PYTHONPATH": str(ROOT),
@@ -85,13 +92,15 @@ def evict(directory: Path) -> None:
 
 def made(name: str, where: Path) -> Path:
     """The checkpoint of a case: random weights in the published layout, made once and kept."""
-    checkpoint, dtype, _, shard = CASES[name]
+    like, layers = SIZED.get(name, (name, None))
+    checkpoint, dtype, _ = CASES[like]
+    config = {"layers": layers} if layers else None
     directory = where / name
     if not directory.is_dir():
         print(f"making {directory} …", file=sys.stderr)
         code = (
-            f"import zoo; m = zoo.load({checkpoint!r}, weights='random', dtype={dtype!r}); "
-            f"zoo.save(m, {str(directory)!r}, max_shard_size={shard})"
+            f"import zoo; m = zoo.load({checkpoint!r}, weights='random', dtype={dtype!r}, "
+            f"config={config}); zoo.save(m, {str(directory)!r}, max_shard_size={SHARD})"
         )
         subprocess.run([sys.executable, "-c", code], check=True, env=ENV)
     return directory
@@ -103,7 +112,7 @@ def median(values: list[float]) -> float:
 
 def bench_load(pairs: int, where: Path) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
-    for name, (_, _, reference, _) in CASES.items():
+    for name, (_, _, reference) in CASES.items():
         directory = made(name, where)
         scripts = zoo_script(directory), reference_script(directory, reference)
         for script in scripts:
@@ -215,23 +224,25 @@ def bench_moe(rounds: int) -> dict[str, float]:
     return {f"{experts} exist, {chosen} used": ms for (experts, chosen), ms in figures.items()}
 
 
-# What is converted: a case above, how, and a floor to compare with.
+# How it is converted, and of which cases, about 0.5, 2.2 and 6.9 GB.
+LLAMAS = ("llama-0.3b-bf16", "llama-1.1b-bf16", "llama-3.4b-bf16")
 CONVERSIONS = {
-    "names change, 2.2 GB": ("llama-1.1b-bf16", {}, {"sha256": False}),
-    "names change, 2.2 GB, sha256": ("llama-1.1b-bf16", {}, {"sha256": True}),
-    "turned, 0.5 GB": ("gpt2-124m-fp32", {}, {"sha256": False}),
-    "bf16 to fp32, 4.4 GB": ("llama-1.1b-bf16", {"dtype": "float32"}, {"sha256": False}),
+    "names change": (("bert-base-fp32", *LLAMAS[1:]), {}, {"sha256": False}),
+    "names change, sha256": (("bert-base-fp32", *LLAMAS[1:]), {}, {"sha256": True}),
+    "turned": (("gpt2-124m-fp32", "gpt2-0.5b-fp32", "gpt2-1.7b-fp32"), {}, {"sha256": False}),
+    "bf16 to fp32": (LLAMAS, {"dtype": "float32"}, {"sha256": False}),
 }
 
-# `cp` and the engine in turn in one process, once all is planned; memory in a run of its own.
+# `cp`, `dd` of as many zeros and the engine in one process once all is planned, in an order drawn
+# anew each round: whoever comes behind a large file's removal pays for it. Memory in a run apart.
 CONVERT = """
-import json, os, shutil, subprocess, sys, threading, time
+import json, os, random, shutil, subprocess, sys, threading, time
 from pathlib import Path
 from converters.engine import Options, run
 from converters.store import Stage
 from zoo.converting import plan_output
 from zoo.pretrained import locate
-source, changes, options, pairs, durable = json.loads(sys.argv[1])
+source, changes, options, rounds, durable = json.loads(sys.argv[1])
 source = Path(source)
 output = plan_output(locate(source), "native", **changes)
 files = sorted(source.glob("*.safetensors"))
@@ -242,12 +253,17 @@ class Journal:
 def anonymous():
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
-def copy():
+def called(*words):
+    subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
+    if durable:
+        called_sync = ["sync", "-d", *map(str, place.iterdir())]
+        subprocess.run(called_sync, check=True)
+def cp():
     for n in range(round(output.size / sum(f.stat().st_size for f in files))):
-        subprocess.run(["cp", *map(str, files), str(place)], check=True)
-        if durable:
-            subprocess.run(["sync", "-d", *(str(p) for p in place.iterdir())], check=True)
-def convert():
+        called("cp", *map(str, files), str(place))
+def dd():
+    called("dd", "if=/dev/zero", f"of={place}/zeros", "bs=1M", f"count={output.size >> 20}")
+def zoo():
     run(output, Stage(place, Journal(), []), Options(**options))
 def timed(work):
     shutil.rmtree(place, ignore_errors=True)
@@ -257,48 +273,65 @@ def timed(work):
     return time.perf_counter() - started
 if not durable:
     os.fsync = lambda fd: None
-ways = [(timed(copy), timed(convert)) for _ in range(pairs + 1)][1:]
+times = {way.__name__: [] for way in (cp, dd, zoo)}
+for n in range(rounds + 1):
+    for way in random.sample((cp, dd, zoo), 3):
+        took = timed(way)
+        if n:
+            times[way.__name__].append(took)
 before, peak, over = anonymous(), [0.0], threading.Event()
 def watch():
     while not over.wait(0.02):
         peak[0] = max(peak[0], anonymous() - before)
 watcher = threading.Thread(target=watch)
 watcher.start()
-timed(convert)
+timed(zoo)
 over.set()
 watcher.join()
 shutil.rmtree(place)
-print(json.dumps({"ratios": [a / b for a, b in ways], "cp": [a for a, b in ways],
-                  "zoo": [b for a, b in ways], "bytes": output.size, "anonymous": peak[0]}))
+print(json.dumps({"times": times, "bytes": output.size, "anonymous": peak[0]}))
 """
 
 
-def bench_convert(pairs: int, where: Path) -> list[dict[str, object]]:
+def bench_convert(rounds: int, where: Path, only: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    print(f"{'':30} {'cp / zoo':>9} {'zoo':>10} {'cp':>10} {'anonymous':>10}")
-    for name, (case, changes, options) in CONVERSIONS.items():
-        for durable in (False, True):
-            given = [str(made(case, where)), changes, options, pairs, durable]
-            out = subprocess.run(
-                [sys.executable, "-c", CONVERT, json.dumps(given)],
-                env=ENV,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if out.returncode:
-                raise SystemExit(out.stderr)
-            found = json.loads(out.stdout.splitlines()[-1])
-            label = f"{name}{', fsync' if durable else ''}"
-            rate = {who: found["bytes"] / 1e9 / median(found[who]) for who in ("zoo", "cp")}
-            ratio = median(found["ratios"])
-            print(
-                f"{label:30} {ratio:8.2f}x {rate['zoo']:5.2f} GB/s {rate['cp']:5.2f} GB/s "
-                f"{found['anonymous']:7.0f} MB",
-                flush=True,
-            )
-            rows.append({"case": label, "ratio": ratio, **rate, "anonymous": found["anonymous"]})
+    print(f"{'':46} {'cp / zoo':>9} {'best':>6} {'dd / zoo':>9} {'best':>6}", end="")
+    print(f" {'zoo':>10} {'cp':>10} {'dd':>10} {'anonymous':>10}")
+    for name, (cases, changes, options) in CONVERSIONS.items():
+        for case in cases:
+            for durable in (False, True):
+                label = f"{name}, {case}{', fsync' if durable else ''}"
+                if only not in label:
+                    continue
+                row = converted([str(made(case, where)), changes, options, rounds, durable])
+                rows.append({"case": label, **row})
+                print(f"{label:46}", end="")
+                for than in ("cp", "dd"):
+                    print(
+                        f" {row[than + ' / zoo']:8.2f}x {row[than + ' / zoo best']:5.2f}x", end=""
+                    )
+                print("".join(f" {row[who]:5.2f} GB/s" for who in ("zoo", "cp", "dd")), end="")
+                print(f" {row['anonymous']:7.0f} MB", flush=True)
     return rows
+
+
+def converted(given: list[object]) -> dict[str, float]:
+    """Ratios pair by pair and their median, the ratio of the best runs, and rates."""
+    command = [sys.executable, "-c", CONVERT, json.dumps(given)]
+    out = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
+    if out.returncode:
+        raise SystemExit(out.stderr)
+    found = json.loads(out.stdout.splitlines()[-1])
+    times, size = found["times"], found["bytes"] / 1e9
+    row = {"gigabytes": size, "anonymous": found["anonymous"]}
+    for who in times:
+        row[who] = size / median(times[who])
+    for than in ("cp", "dd"):
+        row[f"{than} / zoo"] = median(
+            [a / b for a, b in zip(times[than], times["zoo"], strict=True)]
+        )
+        row[f"{than} / zoo best"] = min(times[than]) / min(times["zoo"])
+    return row
 
 
 def main() -> None:
@@ -308,6 +341,7 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
     )
+    parser.add_argument("--only", default="", help="conversions whose label has this")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
@@ -316,7 +350,7 @@ def main() -> None:
         figures["moe"] = bench_moe(10 * args.pairs)
     elif args.what == "convert":
         args.dir.mkdir(parents=True, exist_ok=True)
-        figures["convert"] = bench_convert(args.pairs, args.dir)
+        figures["convert"] = bench_convert(args.pairs, args.dir, args.only)
     else:
         args.dir.mkdir(parents=True, exist_ok=True)
         figures["import"] = bench_import(3 * args.pairs)
