@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MEMORY = 64 << 20
 _COPY = 256 << 10  # bytes copied at a time: such a buffer stays in the second-level cache
+_PAGE = 4 << 10
 _TURN = 1 << 20  # and turned at a time
 _LARGE = 64 << 10  # bytes of a tensor that no other is like by chance
 
@@ -255,7 +256,7 @@ class _Run:
     def _write_item(self, item: Item, fd: int, start: int) -> tuple[str, bool]:
         """(digest, whether all of it is zero)"""
         state, look = xxhash.xxh3_128(), _Look(item)
-        for piece in self._pieces(item, look):
+        for piece in self._pieces(item, look, start):
             state.update(piece)
             start += _write(fd, piece, start)
         with self.lock:
@@ -271,7 +272,8 @@ class _Run:
         found: memoryview = getattr(self.buffers, name)
         return found
 
-    def _pieces(self, item: Item, look: _Look) -> Iterator[memoryview]:
+    def _pieces(self, item: Item, look: _Look, start: int) -> Iterator[memoryview]:
+        """What goes to `start` and on; where copied, pieces end as the output's pages do."""
         import torch
 
         buffer, dtype = self._buffer(), torch_dtype(item.info.dtype)
@@ -280,8 +282,8 @@ class _Run:
         if item.span is not None:
             fd = open_regular(item.span.path)
             try:
-                pieces = _read(fd, item.span.start, item.info.nbytes, buffer[: self.copy])
-                for piece in pieces:
+                short, size = start % _PAGE, item.info.nbytes
+                for piece in _read(fd, item.span.start, size, buffer[: self.copy], short):
                     look.at(torch.frombuffer(piece, dtype=dtype))
                     yield piece
             finally:
@@ -339,9 +341,13 @@ class _Look:
                 )
 
 
-def _read(fd: int, start: int, size: int, buffer: memoryview) -> Iterator[memoryview]:
+def _read(
+    fd: int, start: int, size: int, buffer: memoryview, short: int = 0
+) -> Iterator[memoryview]:
+    """Pieces as long as the buffer, but for the first, which is `short` bytes shorter."""
     while size:
-        piece = buffer[: min(size, len(buffer))]
+        piece = buffer[: min(size, len(buffer) - short)]
+        short = 0
         count = os.preadv(fd, [piece], start)
         if count == 0:
             raise CorruptCheckpoint("a source became shorter while it was read")
@@ -352,8 +358,9 @@ def _read(fd: int, start: int, size: int, buffer: memoryview) -> Iterator[memory
 
 
 def _write(fd: int, data: memoryview, start: int) -> int:
-    """Pages are had in runs as long as a write; those of a megabyte are often not at hand."""
+    """In strides that end where pages do; pages for one of a megabyte are often not at hand."""
     written = 0
     while written < len(data):
-        written += os.pwrite(fd, data[written : written + _COPY], start + written)
+        stride = _COPY - (start + written) % _PAGE
+        written += os.pwrite(fd, data[written : written + stride], start + written)
     return written
