@@ -260,9 +260,10 @@ class _Run:
             state.update(piece)
             start += _write(fd, piece, start)
         with self.lock:
-            self.overflows += [item.name] if look.overflow else []
-            if look.nonfinite and not look.overflow and not self.options.allow_nonfinite:
-                self.faults.append(f"{item.name} ({look.nonfinite})")
+            if look.overflow:
+                self.overflows.append(f"{item.name}{look.overflow}")
+            if look.nonfinite and not self.options.allow_nonfinite:
+                self.faults.append(f"{item.name}{look.nonfinite}")
         return state.hexdigest(), look.zero
 
     def _buffer(self, name: str = "pieces") -> memoryview:
@@ -318,8 +319,9 @@ class _Look:
     """What is seen of a tensor as it goes by."""
 
     def __init__(self, item: Item) -> None:
-        self.cast = bool(item.stored)
-        self.zero, self.nonfinite, self.overflow = True, "", False
+        self.cast, self.shape = bool(item.stored), item.info.shape
+        self.zero, self.nonfinite, self.overflow = True, "", ""
+        self.seen = 0  # numbers that went by
 
     def at(self, piece: Tensor, before: Tensor | None = None) -> None:
         import torch
@@ -332,13 +334,24 @@ class _Look:
         total = piece.sum(dtype=wide).item()
         if total != 0 or (self.zero and piece.any().item()):
             self.zero = False
-        if total - total != 0 and not self.nonfinite:
+        if total - total != 0:
             odd = ~piece.isfinite()
-            if odd.any().item():
-                self.nonfinite = str(piece[odd][0].item())
-                self.overflow = (
-                    self.cast and before is not None and bool(before[odd].isfinite().any())
-                )
+            if self.cast and before is not None:
+                over = odd & before.isfinite()
+                self.overflow = self.overflow or self._first(over, before)
+                odd &= ~over
+            self.nonfinite = self.nonfinite or self._first(odd, piece)
+        self.seen += piece.numel()
+
+    def _first(self, where: Tensor, values: Tensor) -> str:
+        """[2, 7] is nan"""
+        import torch
+
+        if not where.any().item():
+            return ""
+        place = int(where.flatten().int().argmax())
+        at = torch.unravel_index(torch.tensor(self.seen + place), self.shape)
+        return f"{[int(n) for n in at]} is {values.flatten()[place].item():g}"
 
 
 def _read(

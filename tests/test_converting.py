@@ -14,7 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from converters.engine import _Look
+from converters.formats import TensorInfo
+from converters.lazy import Lazy
 from converters.manifest import NAME, check
+from converters.output import Item
 from zoo import registry
 from zoo.errors import (
     ChecksumMismatch,
@@ -128,17 +132,28 @@ def edited(source: Path, directory: Path, name: str, value: float) -> Path:
 def test_what_is_not_finite_is_named(source: Path, tmp_path: Path, to: str, value: float) -> None:
     name = "transformer.h.1.attn.c_attn.weight"
     broken = edited(source, tmp_path / "broken", name, value)
-    wanted = name if to == "hf" else r"blocks\.1\.attn\.[qkv]\.weight"
-    with pytest.raises(NonFinite, match=rf"{wanted} \({value}\)"):
+    wanted = rf"{name}\[0, 7\]" if to == "hf" else r"blocks\.1\.attn\.q\.weight\[7, 0\]"
+    with pytest.raises(NonFinite, match=f"{wanted} is {value}"):
         zoo.convert(broken, tmp_path / "out", to=to)
     assert beside(tmp_path / "out") == ["broken"]
     zoo.convert(broken, tmp_path / "out", to=to, allow_nonfinite=True)
 
 
+def test_the_place_is_counted_over_pieces() -> None:
+    unread = Lazy.of(torch.empty(0))
+    item = Item(TensorInfo("x", (3, 50), "F16"), "", lambda: unread, stored="F32")
+    values = torch.zeros(3, 50)
+    values[1, 49], values[2, 3], values[2, 4] = torch.nan, 1e6, 1e7
+    look = _Look(item)
+    for piece in values.flatten().split(40):
+        look.at(piece.half(), piece)
+    assert (look.nonfinite, look.overflow) == ("[1, 49] is nan", "[2, 3] is 1e+06")
+
+
 def test_what_overflows_is_named(source: Path, tmp_path: Path) -> None:
     name = "transformer.h.0.mlp.c_fc.bias"
     large = edited(source, tmp_path / "large", name, 1e6)
-    with pytest.raises(OverflowOnCast, match=name):
+    with pytest.raises(OverflowOnCast, match=rf"{name}\[7\] is 1e\+06"):
         zoo.convert(large, tmp_path / "out", to="hf", dtype="float16")
     zoo.convert(large, tmp_path / "out", to="hf", dtype="bfloat16")
 
