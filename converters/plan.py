@@ -175,6 +175,7 @@ class _Planner:
         self.header, self.where = header, where
         self.problems: list[tuple[type[ZooError], str]] = []
         self.causes: list[str] = []  # what is likely behind them
+        self.fields = {n: v for n, v in config.items() if type(v) is int and v > 1}
         self.axes: Sizes = dict(NUMBER_WORDS)
         for axis, name in spec.axes.items():
             if isinstance(size := config.get(name), int):
@@ -228,8 +229,8 @@ class _Planner:
         if unmapped := [name for name in self.native.shapes if name not in owners]:
             self.problem(
                 SpecError,
-                f"{len(unmapped)} tensors of the model unmapped: {listing(unmapped)}. "
-                f"Map them in {self.dialect.where or self.spec.where}.weights",
+                f"no rule for {listing(unmapped)} of the model. "
+                f"Add one in {self.dialect.where or self.spec.where}.weights",
             )
         return found
 
@@ -434,11 +435,18 @@ class _Planner:
         also += [other for other in disk.tied(use.sources) if other not in (names, *also)]
         return Step(use.rule, use.transform, names, owners, tuple(also))
 
+    def _by_field(self, shape: Sequence[int]) -> str:
+        """Sizes under the names of the config's fields that have them, as far as any has."""
+        named = {size: name for name, size in reversed(self.fields.items())}
+        if not named.keys() & set(shape):
+            return ""
+        return f" = [{' '.join(f'{named[n]}={n}' if n in named else str(n) for n in shape)}]"
+
     def _check(self, use: _Use, names: Sequence[str]) -> None:
         for name in names:
             info = self.header[name]
             if info.shape != use.shape:
-                axes = ""
+                axes = self._by_field(use.shape)
                 if use.transform is not None and use.rule.source.pattern is not None:
                     axes = f" = {use.rule.source.pattern.describe(dict(use.transform.sizes))}"
                 into = f" for {listing(use.targets)}"
