@@ -21,7 +21,7 @@ class Alibi:
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
         wide = self.dtype or torch.promote_types(q.dtype, torch.float32)
         pace = torch.tensor(self.slopes, dtype=wide, device=q.device)[:, None, None]
-        return (pace * mask.positions[:, None, None, :].to(wide)).to(q.dtype) * self.scale
+        return (pace * mask.keys[:, None, None, :].to(wide)).to(q.dtype) * self.scale
 
 
 def slopes(heads: int) -> list[float]:

@@ -110,11 +110,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Mask, source: Tensor | None = None) -> Tensor:
         """(b, s, d); keys and values are those of `source` where there is one, else of `x`."""
-        read = x if source is None else source
-        q, k, v = (
-            rearrange(part(y), "b s (h e) -> b h s e", e=self.head_dim)
-            for part, y in ((self.q, x), (self.k, read), (self.v, read))
-        )
-        q, k = self.rotary(q, k, mask)
+        q = self.by_head(self.q(x))
+        if source is None:
+            q, k = self.rotary(q, self.by_head(self.k(x)), mask)
+            k, v = mask.remember(k, self.by_head(self.v(x)))
+        else:
+            k, v = mask.keep(self, lambda: [self.by_head(p(source)) for p in (self.k, self.v)])
         y = self.attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
         return self.out(rearrange(y, "b h s e -> b s (h e)"))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b s (h e) -> b h s e", e=self.head_dim)

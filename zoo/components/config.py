@@ -133,6 +133,15 @@ class Config(metaclass=_Named):
         """How many tokens there are positions for; None where there is no end."""
         return getattr(self, "positions", None)
 
+    def windows(self) -> tuple[int | None, ...]:
+        """How far back each layer looks, None where to the start."""
+        return (None,) * self.layers  # type: ignore[attr-defined]
+
+    @property
+    def limit_cached(self) -> int | None:
+        """And for how many a cache stays what the whole row would give."""
+        return self.limit
+
     def replace(self, **changes: Any) -> Self:
         return replace(self, **changes)
 

@@ -4,8 +4,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from zoo.components import inputs, masks
 from zoo.components.heads import last_token
+from zoo.components.masks import Cache, Mask
 from zoo.components.model import Embedding, Linear, Model
+from zoo.errors import InputError
 
 HEADS = ("lm", "none", "sequence_classification")
 
@@ -26,6 +29,17 @@ class Decoder(Model):
         elif c.head == "sequence_classification":
             self.score = Linear(c.dim, len(c.labels), bias=False)
         self.finish()
+
+    def looks(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> list[Mask]:
+        """What each layer's queries see; all that is given to the model is checked here."""
+        c = self.config
+        if cache is not None and c.head == "sequence_classification":
+            raise InputError("a row is classified as a whole, and a cache gives it in parts")
+        inputs.check(input_ids, c, cache)
+        found = masks.windowed(input_ids, attention_mask, c.windows(), cache)
+        return [found[window] for window in c.windows()]
 
     def read_out(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         match self.config.head:

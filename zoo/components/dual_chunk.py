@@ -61,15 +61,16 @@ class DualChunked:
     ) -> Tensor:
         k, v = (repeat(x, "b g t e -> b (g r) t e", r=q.shape[1] // k.shape[1]) for x in (k, v))
         own, before, far = mask.keep(self, lambda: self.tables(mask.positions, q.dtype))
-        k = turn(k, *own)
-        chunk = mask.positions // self.sizes.length
+        length = self.sizes.length
+        k = turn(k, *self.rotary.tables(mask.keys % length, q.dtype))
+        chunk, of_key = mask.positions // length, mask.keys // length
         wide = torch.promote_types(q.dtype, torch.float32)
         if self.sizes.original_max_position_embeddings:
             q = q * self.heat(mask.positions.to(wide)).to(q.dtype)
         out = []
         for start in range(0, q.shape[2], ROWS):
             rows = slice(start, min(start + ROWS, q.shape[2]))
-            apart = (chunk[:, rows, None] - chunk[:, None, :])[:, None]
+            apart = (chunk[:, rows, None] - of_key[:, None, :])[:, None]
             near, next_to, beyond = (
                 turn(q[:, :, rows], *(table[:, :, rows] for table in tables)) @ k.mT
                 for tables in (own, before, far)
@@ -82,6 +83,8 @@ class DualChunked:
     def allowed(self, mask: Mask, rows: slice, q: Tensor) -> Tensor:
         if mask.allowed is not None:
             return mask.allowed[..., rows, :]
+        if not mask.causal:
+            return torch.ones((), dtype=torch.bool, device=q.device)
         places = torch.arange(q.shape[2], device=q.device)
         return places[rows, None] >= places
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zoo.components.cache import Cache
 from zoo.components.config import Config
 from zoo.errors import InputError, MaskError, SequenceTooLong, TokenIdError
 
@@ -34,8 +35,11 @@ def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None =
             )
 
 
-def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """(b, s) of truth values, or None where every token is real."""
+def check_mask(mask: Tensor | None, ids: Tensor, begun: bool = False) -> Tensor | None:
+    """(b, s) of truth values, or None where every token is real.
+
+    Of rows that have `begun` before, none needs to go on.
+    """
     if mask is None:
         return None
     if torch.compiler.is_compiling():
@@ -52,16 +56,21 @@ def check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     if odd.any():
         raise MaskError(f"attention_mask: holds {mask[odd][0].item()}; only 0 and 1 mean anything")
     mask = mask.bool()
-    if not (alive := mask.any(dim=-1)).all():
+    if not begun and not (alive := mask.any(dim=-1)).all():
         row = int((~alive).nonzero()[0])
         raise MaskError(f"attention_mask: row {row} is all zeros, so there is nothing to attend to")
     return None if mask.all() else mask
 
 
-def check(ids: Tensor, config: Config) -> None:
+def check(ids: Tensor, config: Config, cache: Cache | None = None) -> None:
     """Every id names a token of the config's vocabulary, and there are positions for all."""
     check_ids(ids, config.vocab)  # type: ignore[attr-defined]
-    length, limit = ids.shape[1], config.limit
-    if limit is not None and not torch.compiler.is_compiling() and length > limit:
+    if torch.compiler.is_compiling():
+        return
+    length, limit = ids.shape[1] + (cache.length if cache else 0), config.limit
+    if cache and config.limit_cached is not None and length > config.limit_cached and not limit:
+        why = "beyond them the model places all keys anew at every token: do without a cache"
+        raise SequenceTooLong(f"{length} tokens, and {config.limit_cached} positions; {why}")
+    if limit is not None and length > limit:
         more = " config={'extrapolate': True} allows" if hasattr(config, "extrapolate") else ""
         raise SequenceTooLong(f"{length} tokens, and the model has {limit} positions.{more}")

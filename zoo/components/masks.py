@@ -8,15 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.components.cache import Cache, Step
 from zoo.components.inputs import check_mask
 
 
 class Mask:
-    """`allowed`: (b, 1, s, t) or what broadcasts to it, True where a query may look; or None."""
+    """`allowed`: (b, 1, s, t) or what broadcasts to it, True where a query may look; or None.
 
-    def __init__(self, allowed: Tensor | None, positions: Tensor, causal: bool = False) -> None:
+    `positions` and `keys`: (b, s) and (b, t) or one row for all, where queries and keys stand.
+    """
+
+    def __init__(
+        self,
+        allowed: Tensor | None,
+        positions: Tensor,
+        causal: bool = False,
+        keys: Tensor | None = None,
+    ) -> None:
         self.allowed, self.positions, self.causal = allowed, positions, causal
+        self.keys = positions if keys is None else keys
         self._kept: dict[Any, Any] = {}
+        self._past: Past | None = None
 
     def dense(self, length: int) -> Tensor | None:
         """`allowed` where the kernel knows no causal masks: they are written out."""
@@ -29,6 +41,40 @@ class Mask:
         if owner not in self._kept:
             self._kept[owner] = make()
         return self._kept[owner]
+
+    def remember(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """These keys and values, behind those that a cache holds for the layer that asks."""
+        return (k, v) if self._past is None else self._past(k, v)
+
+    def on(self, past: Past) -> Mask:
+        self._past = past
+        return self
+
+    def take(self, rows: Tensor) -> Mask:
+        """The same for other rows, with what tensors were kept for its own."""
+
+        def taken(x: Tensor) -> Tensor:
+            return x if len(x) == 1 else x.index_select(0, rows)
+
+        mask = Mask(
+            None if self.allowed is None else taken(self.allowed),
+            taken(self.positions),
+            self.causal,
+            taken(self.keys),
+        )
+        mask._kept = {owner: tuple(map(taken, kept)) for owner, kept in self._kept.items()}
+        return mask
+
+
+class Past:
+    """What layers share of one call's place in a cache, each taking its turn."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.turn = step, 0
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.turn += 1
+        return self.step.remember(self.turn - 1, k, v)
 
 
 def positions_of(real: Tensor | None, ids: Tensor, behind: int | None = None) -> Tensor:
@@ -44,9 +90,45 @@ def positions_of(real: Tensor | None, ids: Tensor, behind: int | None = None) ->
     return (real.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def causal(ids: Tensor, attention_mask: Tensor | None, window: int | None = None) -> Mask:
+def causal(
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    window: int | None = None,
+    cache: Cache | None = None,
+) -> Mask:
     """Each token looks back, at real tokens only, and at the last `window` of them if given."""
-    real = check_mask(attention_mask, ids)
+    return windowed(ids, attention_mask, [window], cache)[window]
+
+
+def windowed(
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    windows: Iterable[int | None],
+    cache: Cache | None = None,
+) -> dict[int | None, Mask]:
+    """A causal mask for each window; the layers that have it share what they keep there."""
+    distinct = dict.fromkeys(windows)
+    if cache is None:
+        real = check_mask(attention_mask, ids)
+        return {window: _alone(ids, real, window) for window in distinct}
+    before = cache.length if attention_mask is not None else 0
+    real = check_mask(_of_these(attention_mask, ids, before), ids, begun=before > 0)
+    step = cache.step(ids, real)
+    past = Past(step)
+    if step.eager and step.start == 0:
+        return {window: _alone(ids, real, window).on(past) for window in distinct}
+    return {window: _behind(step, window).on(past) for window in distinct}
+
+
+def _of_these(attention_mask: Tensor | None, ids: Tensor, before: int) -> Tensor | None:
+    """The mask of new tokens, of one that names those before them too."""
+    if attention_mask is None or torch.compiler.is_compiling() or attention_mask.ndim != 2:
+        return attention_mask
+    whole = before and attention_mask.shape[1] == before + ids.shape[1]
+    return attention_mask[:, before:] if whole else attention_mask
+
+
+def _alone(ids: Tensor, real: Tensor | None, window: int | None) -> Mask:
     positions = positions_of(real, ids)
     length = ids.shape[1]
     if real is None and (window is None or window >= length):
@@ -61,11 +143,25 @@ def causal(ids: Tensor, attention_mask: Tensor | None, window: int | None = None
     return Mask((real[:, None, None, :] & back) | itself, positions)
 
 
-def windowed(
-    ids: Tensor, attention_mask: Tensor | None, windows: Iterable[int | None]
-) -> dict[int | None, Mask]:
-    """A causal mask for each window; the layers that have it share what they keep there."""
-    return {window: causal(ids, attention_mask, window) for window in dict.fromkeys(windows)}
+def _behind(step: Step, window: int | None) -> Mask:
+    """For tokens that others stand before, and in compiled code empty places behind."""
+    places, real = step.places, step.seen()
+    every = torch.arange(step.end, device=places.device)
+    if window is not None and step.eager and window >= step.end:
+        window = None
+    if real is None:
+        keys, positions = every[None], places[None]
+        if step.eager and len(places) == 1 and window is None:
+            return Mask(None, positions, keys=keys)
+    else:
+        keys = (real.cumsum(dim=-1) - 1).clamp(min=0)
+        positions = keys.index_select(1, places)
+    allowed = every <= places[:, None]
+    if window is not None:
+        allowed = allowed & (every > places[:, None] - window)
+    if real is not None:
+        allowed = (real[:, None, None, :] & allowed) | (every == places[:, None])
+    return Mask(allowed, positions, keys=keys)
 
 
 def _back(length: int, device: torch.device) -> Tensor:

@@ -258,6 +258,11 @@ class Rotated(Config):
     def limit(self) -> int | None:
         return None if self.extrapolate or self.rope.unbounded else self.positions
 
+    @property
+    def limit_cached(self) -> int | None:
+        """Beyond its positions a type that adapts turns all keys anew at every token."""
+        return self.positions if self.rope.unbounded else self.limit
+
     def rotary(self) -> Rotary:
         return Rotary(self.turned, self.rope_base, self.rope, self.positions)
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from zoo.components import config, decoder, inputs, masks
+from zoo.components import config, decoder
 from zoo.components.alibi import Alibi
 from zoo.components.attention import Attention, Biased
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
@@ -71,9 +71,10 @@ class Model(decoder.Decoder):
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.add_head()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check(input_ids, self.config)
-        mask = masks.causal(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        mask = self.looks(input_ids, attention_mask, cache)[0]
         x = self.embed_norm(self.embed(input_ids))
         for block in self.blocks:
             x = block(x, mask)

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components import activations, config, decoder
 from zoo.components.alibi import Alibi
 from zoo.components.attention import Attention, Biased
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 from zoo.components.rotary import Rotated
@@ -60,12 +59,12 @@ class Block(nn.Module):
     def __init__(self, c: Config, places: dict[str, Any]) -> None:
         super().__init__()
         self.two = c.grouped and c.norms != 1
-        norm = partial(nn.LayerNorm, c.dim, c.eps)
         if self.two:
-            self.norm_attn, self.norm_mlp = norm(), norm()
+            self.norm_attn = nn.LayerNorm(c.dim, c.eps)
+            self.norm_mlp = nn.LayerNorm(c.dim, c.eps)
         else:
-            self.norm1 = norm()
-            self.norm2 = None if c.parallel else norm()
+            self.norm1 = nn.LayerNorm(c.dim, c.eps)
+            self.norm2 = None if c.parallel else nn.LayerNorm(c.dim, c.eps)
         self.attn = Attention(c.dim, c.heads, c.kv_heads, c.turned, bias=c.bias, **places)
         self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
         self.attn_dropout, self.dropout = nn.Dropout(c.attn_dropout), nn.Dropout(c.dropout)
@@ -91,9 +90,10 @@ class Model(decoder.Decoder):
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.add_head()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check(input_ids, self.config)
-        mask = masks.causal(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        mask = self.looks(input_ids, attention_mask, cache)[0]
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

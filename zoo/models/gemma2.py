@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components import activations, config, decoder
 from zoo.components.attention import Attention, Explicit
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
 from zoo.components.norm import OffsetRMSNorm
@@ -86,13 +86,14 @@ class Model(decoder.Decoder):
         self.norm = OffsetRMSNorm(c.dim, c.eps)
         self.add_head()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         c = self.config
-        inputs.check(input_ids, c)
-        looks = masks.windowed(input_ids, attention_mask, c.windows())
+        looks = self.looks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         x = x * torch.tensor(c.dim**0.5, dtype=x.dtype, device=x.device)  # rounded as x is
-        for block, window in zip(self.blocks, c.windows(), strict=False):
-            x = block(x, looks[window])
+        for block, mask in zip(self.blocks, looks, strict=True):
+            x = block(x, mask)
         x = self.read_out(self.norm(x), input_ids, attention_mask)
         return soft_cap(x, c.logit_cap) if c.head == "lm" else x

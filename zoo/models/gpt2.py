@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components import activations, config, decoder
 from zoo.components.attention import Attention, Explicit, attend
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
@@ -83,9 +83,10 @@ class Model(decoder.Decoder):
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
                 parameter.normal_(0, std)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check(input_ids, self.config)
-        mask = masks.causal(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        mask = self.looks(input_ids, attention_mask, cache)[0]
         x = self.dropout(self.embed(input_ids) + self.positions(mask.positions))
         for block in self.blocks:
             x = block(x, mask)

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components import activations, config, decoder
 from zoo.components.attention import Attention
 from zoo.components.dual_chunk import DualChunk, DualChunked
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
 from zoo.components.moe import Experts
@@ -88,12 +88,12 @@ class Model(decoder.Decoder):
         self.norm = RMSNorm(c.dim, c.eps)
         self.add_head()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check(input_ids, self.config)
-        windows = self.config.windows()
-        looks = masks.windowed(input_ids, attention_mask, windows)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        looks = self.looks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
-        for block, window in zip(self.blocks, windows, strict=False):
+        for block, mask in zip(self.blocks, looks, strict=True):
             for _ in range(1 + self.config.twice):
-                x = block(x, looks[window])
+                x = block(x, mask)
         return self.read_out(self.norm(x), input_ids, attention_mask)

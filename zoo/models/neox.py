@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from zoo.components import activations, config, decoder, inputs, masks
+from zoo.components import activations, config, decoder
 from zoo.components.attention import Attention
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 from zoo.components.rotary import Rotary, Rotated
@@ -77,9 +77,10 @@ class Model(decoder.Decoder):
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.add_head()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        inputs.check(input_ids, self.config)
-        mask = masks.causal(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        mask = self.looks(input_ids, attention_mask, cache)[0]
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.components import config, inputs, masks, model
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.attention import Attention, Biased
-from zoo.components.masks import Mask
+from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Embedding, Linear
 from zoo.components.norm import RMSNorm
@@ -58,7 +58,7 @@ class Distances(nn.Module):
         nn.init.normal_(self.weight, 0, std)
 
     def forward(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-        ahead = mask.positions[:, None, :] - mask.positions[:, :, None]
+        ahead = mask.keys[:, None, :] - mask.positions[:, :, None]
         return F.embedding(self.bucket(ahead), self.weight).permute(0, 3, 1, 2)
 
     def bucket(self, ahead: Tensor) -> Tensor:
@@ -141,24 +141,36 @@ class Model(model.Model):
                 scores = self.config.head_dim if name.endswith(".q.weight") else 1
                 weight.mul_((weight.shape[1] * scores) ** -0.5)
 
+    def read(
+        self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Mask]:
+        """The encoder's states, once a question where a cache keeps them."""
+        if cache is not None and cache.encoded is not None:
+            return cache.encoded
+        inputs.check(ids, self.config)
+        there = masks.full(ids, attention_mask)
+        encoded = self.encoder(self.embed(ids), there), there
+        if cache is not None:
+            cache.encoded = encoded
+        return encoded
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        inputs.check(input_ids, self.config)
-        there = masks.full(input_ids, attention_mask)
-        encoded = self.encoder(self.embed(input_ids), there)
+        encoded, there = self.read(input_ids, attention_mask, cache)
         if self.config.head == "encoder":
             return encoded
         if decoder_input_ids is None:
             raise InputError(
                 "decoder_input_ids: missing; the answer so far, one padding id at first"
             )
-        inputs.check(decoder_input_ids, self.config)
-        mask = masks.causal(decoder_input_ids, decoder_attention_mask)
+        inputs.check(decoder_input_ids, self.config, cache)
+        mask = masks.causal(decoder_input_ids, decoder_attention_mask, cache=cache)
         x = self.decoder(self.embed(decoder_input_ids), mask, encoded, there)
         if self.config.head == "none":
             return x
