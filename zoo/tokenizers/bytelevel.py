@@ -24,6 +24,8 @@ PATTERNS = {
     "qwen2": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
     "llama3": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
 }
+MOST_BLANK = 100_000  # at a million its stack overflows
+_BLANK = re.compile(rf"\s{{{MOST_BLANK}}}")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 
 
@@ -93,8 +95,9 @@ class ByteLevel:
                 part = self._normal.normalize_str(part)
             if self._space and not part.startswith(" "):
                 part = f" {part}"
-            ranks = self._bpe.encode_ordinary(part)
-            found += ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+            for piece in _cut(part):
+                ranks = self._bpe.encode_ordinary(piece)
+                found += ranks if self._ids is None else [self._ids[rank] for rank in ranks]
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -114,6 +117,15 @@ class ByteLevel:
         except KeyError:
             return None
         return rank if self._ids is None else self._ids[rank]
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text, in several pieces where whitespace runs longer than tiktoken can follow."""
+    start = 0
+    for run in _BLANK.finditer(text) if len(text) > MOST_BLANK else ():
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _composed() -> Any:

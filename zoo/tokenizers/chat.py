@@ -24,7 +24,7 @@ from jinja2.visitor import NodeTransformer
 from zoo.errors import TemplateError
 
 MOST_SOURCE = 1 << 18  # characters of a template; published ones have some 20 thousand
-MOST_STEPS = 1 << 20  # turns of loops, calls and pieces of text
+MOST_STEPS = 1 << 18  # turns of loops, calls and pieces of text
 MOST_TEXT = 1 << 24  # characters or items of anything that it makes
 MOST_TEXTS = 1 << 28  # characters of all that it makes
 MOST_NUMBER = 1 << 20  # as an argument, where it is a width or a count
@@ -100,7 +100,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def made(self, value: Any) -> Any:
         """The same, once its size is paid for."""
         if isinstance(value, str | list | tuple):
-            fits(len(value))
+            _fits(len(value))
             self.texts -= len(value)
             if self.texts < 0:
                 raise TemplateError(f"makes more than {MOST_TEXTS} characters")
@@ -118,7 +118,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def joined(self, *values: Any) -> str:
         texts = [str(value) for value in values]
-        fits(sum(map(len, texts)))
+        _fits(sum(map(len, texts)))
         return str(self.made("".join(texts)))
 
     def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -134,17 +134,30 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         sizes = [len(v) if isinstance(v, str | list | tuple) else None for v in (left, right)]
         match operator, sizes:
             case "+", [int(), int()]:
-                fits(sum(size or 0 for size in sizes))
+                _fits(sum(size or 0 for size in sizes))
             case "*", [int(size), None]:
-                fits(size * right)
+                _fits(size * right)
             case "*", [None, int(size)]:
-                fits(size * left)
+                _fits(size * left)
             case "%", [int(), _]:
                 _foreseen("format", (left, *(right if isinstance(right, tuple) else (right,))), {})
             case (("*" | "**"), _):
                 _small(left, right if operator == "**" else 1)
                 _small(right, 1)
         return self.made(super().call_binop(context, operator, left, right))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if (safe := super().wrap_str_format(value)) is None:
+            return None
+
+        def format(*args: Any, **kwargs: Any) -> str:
+            _foreseen("format", (value.__self__, *args), kwargs)
+            return safe(*args, **kwargs)
+
+        return format
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise TemplateError(f"reaches for {attribute!r} of a {type(obj).__name__}")
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # and the marks by which jinja knows what to pass first
@@ -161,7 +174,7 @@ def _at_runtime(function: Callable[..., Any]) -> Callable[..., Any]:
     return pass_context(lambda context, *values: function(*values))
 
 
-def fits(size: int) -> None:
+def _fits(size: int) -> None:
     if size > MOST_TEXT:
         raise TemplateError(f"makes a text of {size} characters, of at most {MOST_TEXT}")
 
@@ -182,21 +195,21 @@ def _foreseen(name: str, values: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     longest = max(lengths[1:], default=0)
     first = values[0] if values else None
     if name == "replace" and isinstance(first, str) and len(values) > 2:
-        fits((first.count(str(values[1])) + 1) * len(str(values[2])))
+        _fits((first.count(str(values[1])) + 1) * len(str(values[2])))
     elif name == "join":
         parts = next((v for v in values if isinstance(v, list | tuple)), ())
         separator = max(lengths, default=0)
-        fits(separator * len(parts) + sum(len(part) for part in parts if isinstance(part, str)))
+        _fits(separator * len(parts) + sum(len(part) for part in parts if isinstance(part, str)))
     elif name == "indent" and isinstance(first, str):
-        fits(first.count("\n") * max([*numbers, longest]))
+        _fits(first.count("\n") * max([*numbers, longest]))
     elif name == "expandtabs" and isinstance(first, str):
-        fits(first.count("\t") * max([*numbers, 8]))
+        _fits(first.count("\t") * max([*numbers, 8]))
     elif name in ("format", "format_map") and isinstance(first, str):
         widths = "".join(c if c.isdecimal() else " " for c in first).split()
         if any(len(width) > 6 for width in widths):
             raise TemplateError("formats to a width of millions")
         fields = first.count("{") + first.count("%")
-        fits(sum(map(int, widths)) + fields * max([longest, *numbers]))
+        _fits(sum(map(int, widths)) + fields * max([longest, *numbers]))
 
 
 class _Counting(NodeTransformer):

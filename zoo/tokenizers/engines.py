@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
-from zoo.errors import BadTokenizer
+from zoo.errors import BadTokenizer, ZooError
 
 
 class Added(NamedTuple):
@@ -48,7 +48,7 @@ def refusing(where: object) -> Iterator[None]:
     """Another library's complaint about a file, as one of ours."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    except (ZooError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         told = " ".join(str(error).split())[:300]

@@ -28,10 +28,12 @@ class SentencePieces:
         count = model.get_piece_size()
         if not 0 < count <= MOST:
             raise BadTokenizer(f"{path}: {count} pieces")
-        numbers = list(range(count))
-        texts = model.id_to_piece(numbers)
-        control, unknown, byte = model.is_control, model.is_unknown, model.is_byte
-        marks = [i for i in numbers if control(i) or unknown(i)]
+        with refusing(path):
+            texts = [model.id_to_piece(id) for id in range(count)]
+            marks = [id for id in range(count) if model.is_control(id) or model.is_unknown(id)]
+            byte = {id: bytes.fromhex(texts[id][3:-1]) for id in range(count) if model.is_byte(id)}
+        if any(len(value) != 1 for value in byte.values()):
+            raise BadTokenizer(f"{path}: pieces for bytes that are none")
         self._ids = {text: i for i, text in enumerate(texts)}
         added = place([*wanted, *self._own(texts, marks, wanted)], self._ids, count, path)
         self._added, self._split = added, Splitter(added)
@@ -40,9 +42,8 @@ class SentencePieces:
         self.size = max(count, 1 + max(places, default=0))
         self._texts = [*texts, *[""] * (self.size - count)]
         pieces = [text.replace(SPACE, " ").encode() for text in self._texts]
-        for i in numbers:
-            if byte(i):
-                pieces[i] = bytes([int(texts[i][3:5], 16)])
+        for id, value in byte.items():
+            pieces[id] = value
         for id, text in places.items():
             self._texts[id], pieces[id] = text, text.encode()
         opens = self._encode("a")[:1]
@@ -69,7 +70,8 @@ class SentencePieces:
         return self._load(self._data + _NO_PREFIX)
 
     def _encode(self, text: str) -> list[int]:
-        found: list[int] = self._model.encode(text)
+        with refusing(self._path):
+            found: list[int] = self._model.encode(text)
         return found
 
     def kind(self) -> Kind:
