@@ -23,8 +23,8 @@ import pytest
 import sentencepiece
 import torch
 from tiny import build
+from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
 
 import zoo
 from zoo.errors import (
@@ -85,15 +85,15 @@ def texts(count: int, seed: int = 0) -> Iterator[str]:
         yield "".join(parts)
 
 
-CORPUS = list(texts(400, seed=7)) + ["The quick brown fox jumps over it."] * 20
+OFTEN = "The quick brown fox jumps over it. 2024 1234 12 123 456"
+CORPUS = [*texts(400, seed=7), *[OFTEN] * 20]
 
 
-def write_pairs(folder: Path, names: tuple[str, str], pattern: str) -> None:
+def write_pairs(folder: Path, names: tuple[str, str], split: Any) -> None:
     """A byte-level BPE trained by `tokenizers`, in the two files of GPT-2."""
     backend = Backend(models.BPE())
-    split = pre_tokenizers.Split(_regex(pattern), "isolated")
-    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, rest])
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     trainer = trainers.BpeTrainer(
         vocab_size=600,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -104,12 +104,6 @@ def write_pairs(folder: Path, names: tuple[str, str], pattern: str) -> None:
     folder.mkdir()
     for path in map(Path, backend.model.save(str(folder))):
         path.rename(folder / names[path.suffix == ".txt"])
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(bytelevel.PATTERNS[pattern])
 
 
 def write_pieces(path: Path, **options: Any) -> None:
@@ -129,8 +123,11 @@ def write_pieces(path: Path, **options: Any) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of each kind, as small as they come."""
     top = tmp_path_factory.mktemp("tokenizers")
-    write_pairs(top / "gpt2", ("encoder.json", "vocab.bpe"), "gpt2")
-    write_pairs(top / "qwen2", ("vocab.json", "merges.txt"), "qwen2")
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    words = pre_tokenizers.Whitespace(), pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    write_pairs(top / "gpt2", ("encoder.json", "vocab.bpe"), words[0])
+    write_pairs(top / "qwen2", ("vocab.json", "merges.txt"), words[1])
     (top / "qwen2" / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [b"th", b"he", b"the", b" the", b"  ", b"12", b"123", " é".encode(), b"\n\n"]
@@ -228,7 +225,6 @@ def _through_ranks(path: Path) -> Any:
 
     converter = TikTokenConverter(
         vocab_file=str(path),
-        pattern=bytelevel.PATTERNS["llama3"],
         extra_special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
     )
     return ref.PreTrainedTokenizerFast(tokenizer_object=converter.converted())
@@ -423,16 +419,17 @@ def test_added_tokens(made: Path, tmp_path: Path) -> None:
     listed = {
         str(size): {"content": "<mark>", "special": True, "lstrip": True},
         str(size + 1): {"content": "foxes", "special": False},
+        str(size + 3): {"content": "fox", "special": False},
     }
     config = {"added_tokens_decoder": listed, "pad_token": {"content": "<mark>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text('{"mask_token": "<mask>"}')
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<mask>": size + 2}))
     mine = zoo.tokenizer(tmp_path)
-    assert (mine.pad, mine.mask, mine.vocab_size) == (size, size + 2, size + 3)
+    assert (mine.pad, mine.mask, mine.vocab_size) == (size, size + 2, size + 4)
     assert list(mine.special_tokens.values()) == [0, 1, 2, size, size + 2]
     # what is not special is found in any text, and the other takes the space before it along
-    assert plain(mine, "foxes") == [size + 1]
+    assert plain(mine, "foxesfox") == [size + 1, size + 3]
     assert plain(mine, "the  <mark>foxes", special=True) == [*plain(mine, "the"), size, size + 1]
     assert mine.decode([size, size + 1]) == "<mark>foxes"
 
@@ -845,8 +842,8 @@ HOSTILE = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "recursive": "{% for i in range(9999) recursive %}{{ loop(range(9999)) }}{% endfor %}",
     "macro": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
-    "wide macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-    "{{ f(40) }}",
+    "wide macro": "{% macro f(n) %}{% if n %}{% set a = f(n - 1) %}{% set b = f(n - 1) %}"
+    "{% endif %}{% endmacro %}{{ f(40) }}",
     "repeat": "{{ 'a' * 10**10 }}",
     "list": "{{ [0] * 10**10 }}",
     "power": "{{ 9 ** (9 ** 9) }}",

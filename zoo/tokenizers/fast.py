@@ -126,8 +126,6 @@ class _Window:
         new = text[len(self._text) :]
         self._ids = self._ids[self._shown :]
         self._shown, self._text = len(self._ids), self._engine.decode(self._ids)
-        if not self._text:  # a window has to begin with text: its first space may go
-            self._shown = 0
         return new
 
 
