@@ -12,6 +12,8 @@ import os
 import random
 import shutil
 import string
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -27,6 +29,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 import zoo
+from zoo.cli import main
 from zoo.errors import (
     BadTokenizer,
     InputError,
@@ -594,6 +597,32 @@ def test_a_models_tokenizer(made: Path, tmp_path: Path) -> None:
         assert model.tokenizer is model.tokenizer
     with pytest.raises(UsageError, match="no checkpoint"):
         _ = build("gpt2").tokenizer
+
+
+def test_libraries_are_imported_when_used(made: Path) -> None:
+    code = """
+import sys, zoo
+zoo.tokenizer
+libraries = {"tiktoken", "sentencepiece", "tokenizers", "jinja2", "transformers"}
+print(sorted(libraries & set(sys.modules)))
+zoo.tokenizer(sys.argv[1]).encode("a")
+print(sorted(libraries & set(sys.modules)))
+"""
+    for kind, used in (("gpt2", "['tiktoken']"), ("t5", "['sentencepiece']")):
+        run = [sys.executable, "-c", code, str(made / kind)]
+        shown = subprocess.run(run, capture_output=True, text=True, timeout=60)
+        assert shown.stdout.splitlines() == ["[]", used], shown.stderr
+
+
+def test_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenize", str(made / "gpt2"), "fox<|endoftext|>", "--special", "--json"]) == 0
+    mine = zoo.tokenizer(made / "gpt2")
+    found = json.loads(capsys.readouterr().out)
+    assert found["ids"] == [*plain(mine, "fox"), mine.eos]
+    assert found["tokens"][-1] == "<|endoftext|>"
+    assert main(["tokenize", str(made / "bert-uncased"), "fox"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["2", "[CLS]"], ["6", "fox"], ["3", "[SEP]"]]
 
 
 def test_directories_without_one(tmp_path: Path) -> None:
