@@ -42,6 +42,10 @@ ARROWS = {
     "zoo.components": {"zoo.errors", "torch", "einops"},
     "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
     "zoo.sources": {"zoo.errors", "zoo.registry", "converters", "huggingface_hub"},
+    "zoo.tokenizers": {
+        *("zoo", "converters", "torch"),
+        *("tiktoken", "sentencepiece", "tokenizers", "jinja2"),
+    },
     "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
     "zoo": {"zoo", "converters", "torch"},
     "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml", "xxhash"},
@@ -50,6 +54,7 @@ ARROWS = {
 EXCEPTIONS = {
     ("zoo/components/model.py", "zoo.pretrained"): "from_pretrained on the class, when called",
     ("zoo/components/model.py", "zoo.conversion"): "save_pretrained on the class, when called",
+    ("zoo/components/model.py", "zoo.tokenizers"): "the tokenizer beside the weights, when asked",
 }
 
 

@@ -20,19 +20,31 @@ if TYPE_CHECKING:
     from zoo.errors import ZooError as ZooError
     from zoo.parity import verify as verify
     from zoo.pretrained import load as load
+    from zoo.tokenizers import tokenizer as tokenizer
 
 _HOMES = {
     "load": ("zoo.pretrained", "load"),
     "convert": ("zoo.converting", "convert"),
     "save": ("zoo.conversion", "save"),
     "verify": ("zoo.parity", "verify"),
+    "tokenizer": ("zoo.tokenizers", "tokenizer"),
     "list": ("zoo.catalog", "list_checkpoints"),
     "info": ("zoo.catalog", "info"),
     "ZooError": ("zoo.errors", "ZooError"),
     "models": ("zoo.models", None),
 }
 
-__all__ = ["ZooError", "convert", "info", "list", "load", "models", "save", "verify"]
+__all__ = [
+    "ZooError",
+    "convert",
+    "info",
+    "list",
+    "load",
+    "models",
+    "save",
+    "tokenizer",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: list, info, verify, convert, check."""
+"""The command line: list, info, verify, convert, check, tokenize."""
 
 from __future__ import annotations
 
@@ -96,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("directory", metavar="DIR", type=Path)
     command.add_argument("--sha256", action="store_true", help="whole files too")
     command.set_defaults(run=_check)
+
+    command = commands.add_parser("tokenize", help="the ids of a text, and their tokens")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("text", metavar="TEXT")
+    command.add_argument("--special", action="store_true", help="find special tokens in TEXT")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_tokenize)
     return parser
 
 
@@ -212,6 +219,18 @@ def _check(options: argparse.Namespace) -> int:
         print(damage)
     print(f"{options.directory}: {f'{len(damages)} damaged' if damages else 'as it was written'}")
     return FAILED if damages else OK
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    tokenizer = zoo.tokenizer(options.ref)
+    ids = tokenizer.encode(options.text, special=options.special)
+    tokens = [tokenizer.token(id) for id in ids]
+    seen = [token if token.isprintable() else repr(token) for token in tokens]
+    if options.json:
+        print(_json({"ids": ids, "tokens": tokens}))
+    elif ids:
+        print(_table([(str(id), token) for id, token in zip(ids, seen, strict=True)], right={0}))
+    return OK
 
 
 def _bytes(text: str) -> int:

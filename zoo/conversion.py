@@ -30,7 +30,10 @@ from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_fol
 DIALECTS = ("hf", "native")
 SHARD_BYTES = 5 * 10**9
 # what belongs to a checkpoint beside config and weights, and is carried along untouched
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+COMPANIONS = (
+    *("*.json", "*.txt", "*.bpe", "*.model", "*.jinja", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*"),
+)
 NOT_CARRIED = ("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json")
 
 

@@ -108,6 +108,14 @@ class TieConflict(CheckpointError):
     """Names that share one array hold different values."""
 
 
+class BadTokenizer(CheckpointError):
+    """Tokenizer files that break their format's rules or contradict each other."""
+
+
+class TemplateError(CheckpointError):
+    """A chat template that is malformed, refuses the messages, or reaches for more than text."""
+
+
 class PlanError(CheckpointError):
     """Spec, config and headers do not fit; holds every problem at once."""
 

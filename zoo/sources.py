@@ -40,9 +40,12 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "encoder.json",
+    "vocab.bpe",
     "vocab.txt",
     "tokenizer.model",
     "spiece.model",
+    "spm.model",
     "chat_template.jinja",
     MODULES,
 )
@@ -77,19 +80,21 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     weights: bool = True,
+    config: bool = True,
     progress: bool = True,
 ) -> Source:
     """The directory of a reference. Only names and hf: references may use the network.
 
     A registry name wins over a directory of the same name: write ./gpt2, or pass a Path, for that.
-    `weights=False` leaves the weights where they are; `progress` shows only on a terminal.
+    `weights=False` leaves the weights where they are; `config=False` takes a directory that holds
+    no config; `progress` shows only on a terminal.
     """
     if (entry := named(ref)) is not None:
         repo, revision = entry.repo, revision or entry.revision
     elif isinstance(ref, str) and ref.startswith("hf:"):
         repo, revision = _parse_hub(ref, revision)
     elif isinstance(ref, str | os.PathLike):
-        return Source(_local(ref, revision), os.fsdecode(ref))
+        return Source(_local(ref, revision, config), os.fsdecode(ref))
     else:
         kind = type(ref).__name__
         raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
@@ -117,7 +122,7 @@ def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None]:
 # --- directories ---------------------------------------------------------------------------------
 
 
-def _local(ref: str | os.PathLike[str], revision: str | None) -> Path:
+def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> Path:
     text = os.fsdecode(ref)
     path = Path(text).expanduser()
     try:
@@ -131,7 +136,7 @@ def _local(ref: str | os.PathLike[str], revision: str | None) -> Path:
         raise NotACheckpoint(f"{text}: expected a directory with {CONFIG} and weights in it")
     if revision is not None:
         raise UsageError(f"{text}: a directory has no revisions; leave revision={revision!r} out")
-    if not (path / CONFIG).exists() and not (path / NATIVE_FILE).exists():
+    if config and not (path / CONFIG).exists() and not (path / NATIVE_FILE).exists():
         raise NotACheckpoint(f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it.{_nearby(path)}")
     return path
 

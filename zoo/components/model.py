@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from zoo.components.config import Config
+from zoo.errors import UsageError
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from zoo.pretrained import Provenance
+    from zoo.tokenizers import Tokenizer
 
 
 class Model(nn.Module):
@@ -39,6 +42,15 @@ class Model(nn.Module):
         from zoo.conversion import save
 
         save(self, directory, **options)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that lies with the weights; nothing of it is read before."""
+        from zoo.tokenizers import read
+
+        if self.provenance is None:
+            raise UsageError("a model of no checkpoint has no tokenizer: zoo.tokenizer reads one")
+        return read(self.provenance.directory)
 
     @torch.no_grad()
     def initialise(self) -> None:

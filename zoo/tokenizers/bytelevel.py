@@ -1,0 +1,243 @@
+"""Byte-level BPE, by tiktoken: from GPT-2's two files, or from a file of ranks."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from converters.strict_json import parse_json
+from zoo.errors import BadTokenizer, listing
+from zoo.tokenizers.engines import Added, Pieces, Splitter, Stream, place, refusing
+from zoo.tokenizers.settings import read_bytes, read_text
+
+# what one step of merging never crosses, as each was trained
+_ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "qwen2": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
+    "llama3": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
+}
+MOST_BLANK = 100_000  # at a million its stack overflows
+_BLANK = re.compile(rf"\s{{{MOST_BLANK}}}")
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
+
+
+@cache
+def letters() -> dict[int, str]:
+    """Each byte as GPT-2's files write it: itself where it is seen, else moved beyond 255."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = (b for b in range(256) if b not in seen)
+    return {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+
+
+@cache
+def _values() -> dict[str, int]:
+    return {letter: byte for byte, letter in letters().items()}
+
+
+def spelling(token: bytes) -> str:
+    table = letters()
+    return "".join([table[byte] for byte in token])
+
+
+class ByteLevel:
+    """Ranks decide what merges first; `ids` says which id each rank has."""
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        ids: Sequence[int],
+        kind: str,
+        added: Mapping[str, Added],
+        *,
+        space: bool = False,
+        where: object,
+    ) -> None:
+        import tiktoken
+
+        with refusing(where):
+            self._bpe = tiktoken.Encoding(
+                kind,
+                pat_str=PATTERNS[kind],
+                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+                special_tokens={},
+            )
+        self._ids = None if list(ids) == list(range(len(ids))) else list(ids)
+        self._added, self._split, self._space = added, Splitter(added), space
+        self._normal = _composed() if kind == "qwen2" else None
+        self.specials = frozenset(t.id for t in added.values() if t.special and t.id is not None)
+        places = [t.id for t in added.values() if t.id is not None]
+        self.size = 1 + max(chain(ids, places))
+        pieces = [b""] * self.size
+        self._texts: dict[int, str] = {}
+        for id, token in zip(ids, tokens, strict=True):
+            pieces[id] = token
+        for text, entry in added.items():
+            assert entry.id is not None
+            pieces[entry.id], self._texts[entry.id] = text.encode(), text
+        self._pieces = pieces
+        self._table = Pieces(pieces)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        found: list[int] = []
+        for part in self._split(text, special):
+            if isinstance(part, int):
+                found.append(part)
+                continue
+            if self._normal:
+                part = self._normal.normalize_str(part)
+            if self._space and not part.startswith(" "):
+                part = f" {part}"
+            for piece in _cut(part):
+                ranks = self._bpe.encode_ordinary(piece)
+                found += ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._table.decode(ids)
+
+    def stream(self) -> Stream:
+        return self._table.stream()
+
+    def token(self, id: int) -> str | None:
+        return self._texts.get(id) or spelling(self._pieces[id]) or None
+
+    def id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token].id
+        try:
+            rank = self._bpe.encode_single_token(bytes(_values()[letter] for letter in token))
+        except KeyError:
+            return None
+        return rank if self._ids is None else self._ids[rank]
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text, in several pieces where whitespace runs longer than tiktoken can follow."""
+    start = 0
+    for run in _BLANK.finditer(text) if len(text) > MOST_BLANK else ():
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
+
+
+def _composed() -> Any:
+    """NFC by the reference's own tables, which are not those of every Python."""
+    from tokenizers.normalizers import NFC
+
+    return NFC()
+
+
+# --- vocabulary and merges -----------------------------------------------------------------------
+
+
+def guess(vocabulary: Iterable[str]) -> str:
+    """GPT-2's pattern keeps digits together, Qwen2's never; and only the latter glues a
+    sign other than a space to the letters after it."""
+    digits = glued = False
+    for token in vocabulary:
+        digits |= len(token) > 1 and token.isascii() and token.isdigit()
+        glued |= token[:1] in {"(", ".", "_", "/"} and token[1:].isascii() and token[1:].isalpha()
+    return "qwen2" if glued and not digits else "gpt2"
+
+
+def from_merges(
+    vocab: Path, merges: Path, kind: str, wanted: Iterable[Added], space: bool
+) -> ByteLevel:
+    """A token's rank is the line of the merge that makes it; bytes come before all merges."""
+    ids = read_ids(vocab)
+    ranked = {letter: bytes([byte]) for byte, letter in letters().items()}
+    unknown = []
+    for number, left, right in _merges(merges):
+        if left not in ids or right not in ids or left + right not in ids:
+            unknown.append(f"line {number}: {left} {right}")
+        else:
+            ranked.setdefault(left + right, _bytes(left + right))
+    if unknown:
+        raise BadTokenizer(
+            f"{merges}: {len(unknown)} merges of or into tokens that {vocab.name} lacks: "
+            f"{listing(unknown, 5)}"
+        )
+    if lacking := [letter for letter in letters().values() if letter not in ids]:
+        raise BadTokenizer(f"{vocab}: {len(lacking)} of 256 bytes are no token: {listing(lacking)}")
+    # what nothing merges into cannot come from a text: it is there to be named
+    named = [Added(text, id) for text, id in ids.items() if text not in ranked]
+    listed = list(wanted)
+    known = {token.text for token in listed}
+    named = [token for token in named if token.text not in known]
+    added = place([*listed, *named], ids, 1 + max(ids.values()), vocab)
+    numbers = [ids[text] for text in ranked]
+    return ByteLevel(list(ranked.values()), numbers, kind, added, space=space, where=vocab)
+
+
+def read_ids(path: Path) -> dict[str, int]:
+    """token -> id, each id once and none far beyond their number."""
+    found = parse_json(read_bytes(path), str(path), BadTokenizer)
+    odd = [f"{text!r}: {id!r}" for text, id in found.items() if type(id) is not int or id < 0]
+    if odd or not found:
+        raise BadTokenizer(f"{path}: expected tokens with their ids, found {listing(odd, 5)}")
+    if len(set(found.values())) != len(found):
+        raise BadTokenizer(f"{path}: tokens that share an id")
+    if max(found.values()) > 2 * len(found) + 1024:
+        raise BadTokenizer(f"{path}: id {max(found.values())} among {len(found)} tokens")
+    return found
+
+
+def _merges(path: Path) -> Iterator[tuple[int, str, str]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise BadTokenizer(f"{path}: line {number}: expected two tokens, found {line[:80]!r}")
+        yield number, left, right
+
+
+def _bytes(text: str) -> bytes:
+    values = _values()
+    try:
+        return bytes([values[letter] for letter in text])
+    except KeyError as error:
+        raise BadTokenizer(f"{text!r}: {error} stands for no byte") from None
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+def holds_ranks(path: Path) -> bool:
+    """Whether its first line is one of base64 and a number."""
+    with path.open("rb") as file:
+        return _RANK_LINE.fullmatch(file.readline(4096).rstrip()) is not None
+
+
+def from_ranks(path: Path, kind: str, wanted: Iterable[Added]) -> ByteLevel:
+    tokens: list[bytes] = []
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        if not line:
+            continue
+        if not _RANK_LINE.fullmatch(line):
+            raise BadTokenizer(f"{path}: line {number}: expected base64 and a rank")
+        text, _, rank = line.partition(b" ")
+        if rank.decode() != str(len(tokens)):
+            raise BadTokenizer(f"{path}: line {number}: rank {rank.decode()[:20]} is out of order")
+        try:
+            tokens.append(base64.b64decode(text, validate=True))
+        except binascii.Error as error:
+            raise BadTokenizer(f"{path}: line {number}: {error}") from None
+    known = set(tokens)
+    if len(known) != len(tokens):
+        raise BadTokenizer(f"{path}: {len(tokens) - len(known)} tokens stand twice")
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in known]:
+        raise BadTokenizer(f"{path}: {len(lacking)} of 256 bytes have no rank: truncated?")
+    added = place(wanted, {}, len(tokens), path)
+    if clash := [t.text for t in added.values() if t.id is not None and t.id < len(tokens)]:
+        raise BadTokenizer(f"{path}: added tokens with ids of ranks: {listing(clash)}")
+    return ByteLevel(tokens, range(len(tokens)), kind, added, where=path)

@@ -1,0 +1,247 @@
+"""A Tokenizer: an engine, the tokens around a text, and what is made of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from zoo.errors import InputError, TemplateError, TokenIdError, UsageError, did_you_mean, listing
+from zoo.tokenizers.engines import Engine, Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["left", "right"]
+
+
+class Batch(NamedTuple):
+    """(b, s) each, as a model's forward takes them: `model(**batch._asdict())`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Tokenizer:
+    """Text to ids and back. It never changes, so that threads and copies may share it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        roles: Mapping[str, int] | None = None,
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
+        padding_side: Side = "right",
+        templates: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self._engine, self._roles = engine, dict(roles or {})
+        self._before, self._after = list(before), list(after)
+        self.padding_side: Side = padding_side
+        self.templates = dict(templates or {})
+        self.directory = directory
+
+    def __repr__(self) -> str:
+        kind = type(self._engine).__name__
+        return f"{type(self).__name__}({self.directory or kind}, {self.vocab_size} ids)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    # --- text and ids ---
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        eos: bool | None = None,
+        special: bool = False,
+    ) -> list[int]:
+        """Ids; what stands before (`bos`) and after (`eos`) is the checkpoint's own custom.
+
+        True forces them, False leaves them out. `special`: special tokens in the text are such,
+        and not the characters that they are written with.
+        """
+        _check_text(text)
+        ids = self._engine.encode(text, special)
+        before = self._around(bos, self._before, ("bos", "cls"), "bos")
+        return [*before, *ids, *self._around(eos, self._after, ("eos", "sep"), "eos")]
+
+    def _around(
+        self, asked: bool | None, custom: list[int], roles: tuple[str, str], name: str
+    ) -> list[int]:
+        if asked is None or (asked and custom):
+            return custom
+        if not asked:
+            return []
+        if (id := self._roles.get(roles[0], self._roles.get(roles[1]))) is None:
+            raise UsageError(f"{name}=True: this tokenizer has no such token")
+        return [id]
+
+    def decode(self, ids: Iterable[int] | Tensor, *, skip_special: bool = False) -> str:
+        """The text of ids. A character that is not whole shows as U+FFFD."""
+        listed: list[Any] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        for id in listed:
+            self._check(id)
+        if skip_special:
+            specials = self._engine.specials
+            listed = [id for id in listed if id not in specials]
+        return self._engine.decode(listed)
+
+    def stream(self, *, skip_special: bool = False) -> Stream:
+        """Decodes one id at a time: what `put` and `end` give together is what `decode` gives."""
+        return _Checked(self, self._engine.stream(), skip_special)
+
+    def batch(
+        self,
+        texts: Sequence[str],
+        *,
+        padding_side: Side | None = None,
+        pad: int | None = None,
+        bos: bool | None = None,
+        eos: bool | None = None,
+        special: bool = False,
+    ) -> Batch:
+        """Rows of one length. Without a pad token the end token pads: the mask hides it anyway."""
+        import torch
+
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise UsageError(f"expected several texts, found {type(texts).__name__}")
+        side = self.padding_side if padding_side is None else padding_side
+        if side not in ("left", "right"):
+            raise UsageError(f"padding_side={side!r}: either 'left' or 'right'")
+        rows = [self.encode(text, bos=bos, eos=eos, special=special) for text in texts]
+        width = max(map(len, rows), default=0)
+        if pad is not None:
+            self._check(pad)
+        elif any(len(row) < width for row in rows):
+            pad = self.eos if self.pad is None else self.pad
+            if pad is None:
+                raise UsageError("rows of several lengths, and no pad token: pass pad=")
+        filled, masks = [], []
+        for row in rows:
+            blank = width - len(row)
+            padding, zeros, ones = [pad or 0] * blank, [0] * blank, [1] * len(row)
+            filled.append(padding + row if side == "left" else row + padding)
+            masks.append(zeros + ones if side == "left" else ones + zeros)
+        shape = (len(rows), width)
+        ids = torch.tensor(filled, dtype=torch.int64).reshape(shape)
+        return Batch(ids, torch.tensor(masks, dtype=torch.int64).reshape(shape))
+
+    def _check(self, id: Any) -> None:
+        if type(id) is not int or not 0 <= id < self._engine.size:
+            raise TokenIdError(f"token id {id!r} is outside 0..{self._engine.size - 1}")
+
+    # --- the vocabulary ---
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids are below it, those of added tokens too."""
+        return self._engine.size
+
+    def token(self, id: int) -> str:
+        """As the vocabulary writes it: Ġthe, ▁the, ##ing."""
+        self._check(id)
+        if (found := self._engine.token(id)) is None:
+            raise TokenIdError(f"token id {id} stands for nothing")
+        return found
+
+    def id(self, token: str) -> int:
+        if (found := self._engine.id(token)) is None:
+            raise TokenIdError(f"{token!r} is no token of this vocabulary")
+        return found
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Every token that a text cannot make, by its id's order."""
+        return {self.token(id): id for id in sorted(self._engine.specials)}
+
+    @property
+    def bos(self) -> int | None:
+        return self._roles.get("bos")
+
+    @property
+    def eos(self) -> int | None:
+        return self._roles.get("eos")
+
+    @property
+    def pad(self) -> int | None:
+        return self._roles.get("pad")
+
+    @property
+    def unk(self) -> int | None:
+        return self._roles.get("unk")
+
+    @property
+    def mask(self) -> int | None:
+        return self._roles.get("mask")
+
+    @property
+    def cls(self) -> int | None:
+        return self._roles.get("cls")
+
+    @property
+    def sep(self) -> int | None:
+        return self._roles.get("sep")
+
+    # --- chat ---
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        **vars: Any,
+    ) -> str:
+        """The messages as the checkpoint's template writes them, for `encode(…, bos=False,
+        eos=False, special=True)`. `template` is the name of one, or a text of your own.
+        """
+        from zoo.tokenizers.chat import render
+
+        name = template or ("tool_use" if self._has_tools(vars) else "default")
+        text = self.templates.get(name)
+        if text is None and template and ("{" in template):
+            text, name = template, "template="
+        if text is None:
+            known = listing(sorted(self.templates)) or "none"
+            near = did_you_mean(name, self.templates)
+            raise TemplateError(f"{self!r}: no chat template {name!r}; it has {known}.{near}")
+        words = {f"{role}_token": self.token(id) for role, id in self._roles.items()}
+        given = {**words, "tools": None, "documents": None, **vars}
+        given |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        return render(text, given, f"{self.directory or 'chat template'}: {name}")
+
+    def _has_tools(self, vars: Mapping[str, Any]) -> bool:
+        return vars.get("tools") is not None and "tool_use" in self.templates
+
+
+class _Checked:
+    """A stream that names ids which are none, and leaves special ones out if asked."""
+
+    def __init__(self, owner: Tokenizer, stream: Stream, skip_special: bool) -> None:
+        self._owner, self._stream = owner, stream
+        self._skipped = owner._engine.specials if skip_special else frozenset()
+
+    def put(self, id: int) -> str:
+        self._owner._check(id)
+        return "" if id in self._skipped else self._stream.put(id)
+
+    def end(self) -> str:
+        return self._stream.end()
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"expected a text, found {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"half a surrogate pair at character {error.start}, so this is no text: "
+                "decode it with errors='replace'"
+            ) from None

@@ -1,0 +1,166 @@
+"""What `tokenizers` reads: tokenizer.json, and WordPiece from vocab.txt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from converters.strict_json import parse_json
+from zoo.errors import BadTokenizer
+from zoo.tokenizers.engines import Added, Stream, place, refusing
+from zoo.tokenizers.settings import KINDS, Settings, read_bytes, read_text
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Fast:
+    """A tokenizer of `tokenizers`; its truncation and padding are left to the caller."""
+
+    def __init__(self, backend: Any, wanted: Iterable[Added], where: Path) -> None:
+        with refusing(where):
+            backend.no_truncation()
+            backend.no_padding()
+            known: Mapping[int, Any] = backend.get_added_tokens_decoder()
+            vocabulary = backend.get_vocab(with_added_tokens=True)
+            size = 1 + max(vocabulary.values(), default=-1)
+        if not vocabulary:
+            raise BadTokenizer(f"{where}: an empty vocabulary")
+        added = place(wanted, vocabulary, size, where)
+        special = {token.content for token in known.values() if token.special}
+        there = {token.content for token in known.values()}
+        lacking = [t for t in added.values() if t.text not in (special if t.special else there)]
+        with refusing(where):
+            for token in sorted(lacking, key=lambda t: t.id or 0):
+                self._add(backend, token)
+        if wrong := [t.text for t in lacking if backend.token_to_id(t.text) != t.id]:
+            raise BadTokenizer(f"{where}: added tokens whose ids leave a gap: {wrong[:5]}")
+        self._backend, self._where = backend, where
+        # its pieces of bytes become text all at once, so that none of them can be shown before
+        self._falls_back = "ByteFallback" in repr(backend.decoder)
+        found: Mapping[int, Any] = backend.get_added_tokens_decoder()
+        self.specials = frozenset(id for id, token in found.items() if token.special)
+        self.size = max(size, 1 + max(found, default=-1))
+
+    @staticmethod
+    def _add(backend: Any, token: Added) -> None:
+        from tokenizers import AddedToken
+
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+        made = AddedToken(token.text, special=token.special, normalized=token.normalized, **flags)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([made])
+
+    @cached_property
+    def _plain(self) -> Any:
+        """Takes special tokens for text: a tokenizer of its own, as the switch is not a call's."""
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(self._backend.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def ends(self) -> tuple[list[int], list[int]] | None:
+        """What its post-processor puts before and after a text, if it has one."""
+        if self._backend.post_processor is None:
+            return None
+        with refusing(self._where):
+            encoding = self._backend.encode("a")
+        ids, mask = encoding.ids, encoding.special_tokens_mask
+        if 0 not in mask:
+            return ids, []
+        start, stop = mask.index(0), len(mask) - mask[::-1].index(0)
+        return ids[:start], ids[stop:]
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        backend = self._backend if special else self._plain
+        with refusing(self._where):
+            found: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with refusing(self._where):
+            text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+    def stream(self) -> Stream:
+        return _Window(self)
+
+    def whole(self, id: int) -> bool:
+        """Whether text may end with this token: always, unless it is one byte of several."""
+        return not (self._falls_back and _BYTE.fullmatch(self._backend.id_to_token(id)))
+
+    def token(self, id: int) -> str | None:
+        found: str | None = self._backend.id_to_token(id)
+        return found
+
+    def id(self, token: str) -> int | None:
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+
+class _Window:
+    """Decodes the last tokens again with each new one, since their text may depend on each other.
+
+    What is shown ends where a character ends, so decoding can begin anew there.
+    """
+
+    def __init__(self, engine: Fast) -> None:
+        self._engine = engine
+        self._ids: list[int] = []
+        self._shown = 0  # how many of them, and the text that they gave
+        self._text = ""
+
+    def put(self, id: int) -> str:
+        self._ids.append(id)
+        return self._show() if self._engine.whole(id) else ""
+
+    def end(self) -> str:
+        return self._show(final=True) if self._ids[self._shown :] else ""
+
+    def _show(self, final: bool = False) -> str:
+        text = self._engine.decode(self._ids)
+        if not final and (text.endswith("\ufffd") or len(text) <= len(self._text)):
+            return ""
+        new = text[len(self._text) :]
+        self._ids = self._ids[self._shown :]
+        self._shown, self._text = len(self._ids), self._engine.decode(self._ids)
+        return new
+
+
+def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
+    from tokenizers import Tokenizer
+
+    data = read_bytes(path)
+    parse_json(data, str(path), BadTokenizer)
+    with refusing(path):
+        backend = Tokenizer.from_str(data.decode())
+    return Fast(backend, wanted, path)
+
+
+def from_words(path: Path, settings: Settings) -> Fast:
+    """WordPiece with what BERT's class takes for granted."""
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import WordPiece
+
+    words = [line.rstrip("\r") for line in read_text(path).split("\n")]
+    if words[-1] == "":
+        words.pop()
+    ids = {word: id for id, word in enumerate(words)}
+    roles = {**KINDS["bert"].roles, **{role: t.text for role, t in settings.named.items()}}
+    unknown = roles["unk"]
+    if unknown not in ids:
+        raise BadTokenizer(f"{path}: no {unknown} among its {len(ids)} words: truncated?")
+    listed = {token.text for token in settings.added}
+    wanted = [Added(text) for text in roles.values() if text in ids and text not in listed]
+    with refusing(path):
+        backend = Tokenizer(WordPiece(ids, unk_token=unknown))
+        backend.normalizer = normalizers.BertNormalizer(
+            lowercase=settings.flag("do_lower_case") is not False,
+            handle_chinese_chars=settings.flag("tokenize_chinese_chars") is not False,
+            strip_accents=settings.flag("strip_accents"),
+        )
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+    return Fast(backend, [*settings.added, *wanted], path)

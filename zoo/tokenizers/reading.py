@@ -1,0 +1,140 @@
+"""A directory becomes a Tokenizer: which engine, which tokens around a text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.checkpoint import confined
+from zoo import sources
+from zoo.errors import BadTokenizer, NotACheckpoint, listing
+from zoo.tokenizers import bytelevel, fast, pieces
+from zoo.tokenizers.characters import FILE as CHARACTERS
+from zoo.tokenizers.characters import CharTokenizer
+from zoo.tokenizers.core import Side, Tokenizer
+from zoo.tokenizers.engines import Added, Engine
+from zoo.tokenizers.settings import KINDS, ROLES, SETTINGS, Kind, Settings
+
+if TYPE_CHECKING:
+    from zoo.pretrained import Ref
+
+PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+MODELS = ("tokenizer.model", "spiece.model", "spm.model")
+T5_EXTRA_IDS = 100  # where the config says nothing else
+
+
+def tokenizer(ref: Ref, **where: Any) -> Tokenizer:
+    """The tokenizer behind a registry name, `hf:org/repo@revision` or a directory.
+
+    `where` is as `zoo.load` has it: revision, token, cache_dir, local_files_only.
+    """
+    return read(sources.resolve(ref, weights=False, config=False, **where).directory)
+
+
+def read(directory: Path) -> Tokenizer:
+    """The tokenizer in a local directory; one that holds nothing else will do."""
+
+    def has(*names: str) -> bool:
+        return all(os.path.lexists(directory / name) for name in names)
+
+    settings = Settings.of(directory)
+    if has("tokenizer.json"):
+        path = confined(directory, "tokenizer.json")
+        found = fast.from_json(path, settings.added)
+        # roles that no file names: the family's, if the vocabulary has them
+        return _finish(found, KINDS.get(settings.kind or "", Kind({})), settings, found.ends())
+    for vocab, merges in PAIRS:
+        if has(vocab, merges):
+            return _merged(confined(directory, vocab), confined(directory, merges), settings)
+    for name in MODELS:
+        if has(name):
+            return _modelled(confined(directory, name), settings)
+    if has("vocab.txt"):
+        words = fast.from_words(confined(directory, "vocab.txt"), settings)
+        return _finish(words, KINDS["bert"], settings)
+    if has(CHARACTERS):
+        return CharTokenizer.read(confined(directory, CHARACTERS))
+    known = ["tokenizer.json", *map(" and ".join, PAIRS), *MODELS, "vocab.txt", CHARACTERS]
+    there = listing(sorted(os.listdir(directory)), 5) or "nothing"
+    raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(known)}. It holds {there}.")
+
+
+def _merged(vocab: Path, merges: Path, settings: Settings) -> Tokenizer:
+    kind = settings.kind
+    if kind is None:
+        kind = bytelevel.guess(bytelevel.read_ids(vocab))
+    pattern = "qwen2" if kind == "qwen2" else "gpt2"
+    space = bool(settings.flag("add_prefix_space"))
+    engine = bytelevel.from_merges(vocab, merges, pattern, _wanted(settings, kind), space)
+    return _finish(engine, KINDS[kind], settings)
+
+
+def _modelled(path: Path, settings: Settings) -> Tokenizer:
+    if bytelevel.holds_ranks(path):
+        ranks = bytelevel.from_ranks(path, "llama3", _wanted(settings, "llama3"))
+        return _finish(ranks, KINDS["llama3"], settings)
+    wanted = list(settings.added)
+    if settings.kind == "t5":
+        wanted += _sentinels(settings)
+    legacy = settings.flag("legacy")
+    engine = pieces.SentencePieces(path, wanted, prefix_each=legacy)
+    known = settings.kind in ("bert", "deberta", "roberta")
+    kind = KINDS[settings.kind or ""] if known else engine.kind()
+    return _finish(engine, kind, settings)
+
+
+def _wanted(settings: Settings, kind: str) -> list[Added]:
+    """What the checkpoint adds; what the family adds, where nothing is listed with its id."""
+    listed = settings.added
+    if any(token.id is not None for token in listed):
+        return listed
+    there = {token.text for token in listed}
+    return [*(Added(text) for text in KINDS[kind].beyond if text not in there), *listed]
+
+
+def _sentinels(settings: Settings) -> list[Added]:
+    """T5's marks for what is left out of a text: the first is the last id."""
+    count = settings.config.get("extra_ids", T5_EXTRA_IDS)
+    if type(count) is not int or not 0 <= count <= 1000:
+        raise settings.wrong(SETTINGS, "extra_ids", "a count", count)
+    there = {token.text for token in settings.added if token.id is not None}
+    texts = (f"<extra_id_{n}>" for n in reversed(range(count)))
+    return [Added(text) for text in texts if text not in there]
+
+
+def _finish(
+    engine: Engine,
+    kind: Kind,
+    settings: Settings,
+    ends: tuple[list[int], list[int]] | None = None,
+) -> Tokenizer:
+    named: Mapping[str, str] = {role: token.text for role, token in settings.named.items()}
+    texts = {**kind.roles, **named}
+    ids = {role: engine.id(texts[role]) for role in ROLES if role in texts}
+    if lacking := sorted(named[role] for role in named if ids[role] is None):
+        raise BadTokenizer(f"{settings.directory}: special tokens of no id: {listing(lacking)}")
+    roles = {role: id for role, id in ids.items() if id is not None}
+    before, after = ends or (_only(roles, kind.before), _only(roles, kind.after))
+    # these two are about bos and eos alone, and say nothing of [CLS] and [SEP]
+    if (flag := settings.flag("add_bos_token")) is not None and kind.before != "cls":
+        before = _only(roles, "bos" if flag else None)
+    if (flag := settings.flag("add_eos_token")) is not None and kind.after != "sep":
+        after = _only(roles, "eos" if flag else None)
+    side: Side = settings.config.get("padding_side", "right")
+    if side not in ("left", "right"):
+        raise settings.wrong(SETTINGS, "padding_side", "left or right", side)
+    return Tokenizer(
+        engine,
+        roles=roles,
+        before=before,
+        after=after,
+        padding_side=side,
+        templates=settings.templates,
+        directory=settings.directory,
+    )
+
+
+def _only(roles: Mapping[str, int], role: str | None) -> list[int]:
+    return [roles[role]] if role is not None and role in roles else []

@@ -1,0 +1,212 @@
+"""What a checkpoint says of its tokenizer beside the vocabulary: roles, added tokens, templates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters.checkpoint import confined
+from converters.formats import open_regular
+from converters.strict_json import MAX_BYTES, read_json
+from zoo.errors import BadTokenizer
+from zoo.sources import CONFIG, NATIVE_FILE
+from zoo.tokenizers.engines import Added
+
+SETTINGS, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TEMPLATE = "chat_template.jinja"
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+class Kind(NamedTuple):
+    """What a family of tokenizers takes for granted, where its files do not say it."""
+
+    roles: Mapping[str, str]
+    before: str | None = None  # the role of what stands before a text
+    after: str | None = None
+    beyond: tuple[str, ...] = ()  # special tokens that follow the vocabulary, in order
+
+
+_END = "<|endoftext|>"
+_BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_ROBERTA = {
+    "bos": "<s>",
+    "cls": "<s>",
+    "eos": "</s>",
+    "sep": "</s>",
+    "unk": "<unk>",
+    "pad": "<pad>",
+    "mask": "<mask>",
+}
+_LLAMA3 = (
+    *("begin_of_text", "end_of_text"),
+    *(f"reserved_special_token_{n}" for n in range(4)),
+    *("start_header_id", "end_header_id", "reserved_special_token_4", "eot_id"),
+    *(f"reserved_special_token_{n}" for n in range(5, 251)),
+)
+KINDS = {
+    "gpt2": Kind({"bos": _END, "eos": _END, "unk": _END}),
+    "qwen2": Kind(
+        {"eos": _END, "pad": _END, "unk": _END}, beyond=(_END, "<|im_start|>", "<|im_end|>")
+    ),
+    "llama": Kind({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, before="bos"),
+    "llama3": Kind(
+        {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"},
+        before="bos",
+        beyond=tuple(f"<|{name}|>" for name in _LLAMA3),
+    ),
+    "t5": Kind({"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, after="eos"),
+    "bert": Kind(_BERT, before="cls", after="sep"),
+    "deberta": Kind({**_BERT, "bos": "[CLS]", "eos": "[SEP]"}, before="cls", after="sep"),
+    "roberta": Kind(_ROBERTA, before="cls", after="sep"),
+}
+# names by which the same is known
+_SAME = {"distilbert": "bert", "debertav2": "deberta", "mistral": "llama", "mobilellm": "llama"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The small files of a directory, each checked for what is read of it."""
+
+    directory: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    map: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, directory: Path) -> Settings:
+        return cls(directory, *(_optional(directory, name) for name in (SETTINGS, MAP, ADDED)))
+
+    @cached_property
+    def kind(self) -> str | None:
+        """A key of KINDS: by the class that is named, else by the model; None if by neither."""
+        said = str(self.config.get("tokenizer_class") or "").lower().removesuffix("fast")
+        model = self._model().replace("-", "").replace("_", "").lower()
+        for name in (said.removesuffix("tokenizer"), model):
+            if (name := _SAME.get(name, name)) in KINDS:
+                return name
+        return None
+
+    def _model(self) -> str:
+        for name, key in ((NATIVE_FILE, "architecture"), (CONFIG, "model_type")):
+            if found := _optional(self.directory, name).get(key):
+                return str(found)
+        return ""
+
+    def flag(self, name: str) -> bool | None:
+        """None where nothing is said."""
+        value = self.config.get(name)
+        if not isinstance(value, bool | None):
+            raise self.wrong(SETTINGS, name, "true or false", value)
+        return value
+
+    @cached_property
+    def named(self) -> dict[str, Added]:
+        """role -> the token that these files name for it; the config wins."""
+        found = {}
+        for file, source in ((MAP, self.map), (SETTINGS, self.config)):
+            for role in ROLES:
+                if (value := source.get(f"{role}_token")) is not None:
+                    found[role] = self._token(file, f"{role}_token", value)
+        return found
+
+    @cached_property
+    def added(self) -> list[Added]:
+        """Every token that these files add or name, with its id where they say it."""
+        by_id = self._by_id()
+        named = [*self.named.values(), *self._additional()]
+        found = {token.text: token for token in named}
+        for text, id in self.extra.items():
+            if type(id) is not int:
+                raise self.wrong(ADDED, text, "an id", id)
+            known = found.get(text, Added(self._text(ADDED, text, text), special=False))
+            found[text] = known._replace(id=id)
+        return list({**found, **{token.text: token for token in by_id}}.values())
+
+    def _by_id(self) -> list[Added]:
+        found = []
+        listed = self.config.get("added_tokens_decoder") or {}
+        if not isinstance(listed, dict):
+            raise self.wrong(SETTINGS, "added_tokens_decoder", "tokens by id", listed)
+        for id, value in listed.items():
+            where = f"added_tokens_decoder.{id}"
+            if not (id.isascii() and id.isdigit() and len(id) < 10) or not isinstance(value, dict):
+                raise self.wrong(SETTINGS, where, "an id and its token", value)
+            token = self._token(SETTINGS, where, value)
+            found.append(token._replace(id=int(id), special=bool(value.get("special", False))))
+        return found
+
+    def _additional(self) -> Iterator[Added]:
+        for file, source in ((MAP, self.map), (SETTINGS, self.config)):
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                value = source.get(key) or []
+                listed = list(value.values()) if isinstance(value, dict) else value
+                if not isinstance(listed, list):
+                    raise self.wrong(file, key, "a list of tokens", value)
+                for item in listed:
+                    yield self._token(file, key, item)
+
+    def _token(self, file: str, name: str, value: Any) -> Added:
+        if not isinstance(value, dict):
+            return Added(self._text(file, name, value))
+        flags = {key: value.get(key, False) for key in ("lstrip", "rstrip", "single_word")}
+        if not all(isinstance(flag, bool) for flag in flags.values()):
+            raise self.wrong(file, name, "true or false for lstrip, rstrip, single_word", value)
+        normalized = bool(value.get("normalized", False))
+        return Added(self._text(file, name, value.get("content")), normalized=normalized, **flags)
+
+    def _text(self, file: str, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not 0 < len(value) <= 1024:
+            raise self.wrong(file, name, "a token's text", value)
+        return value
+
+    def wrong(self, file: str, name: str, wanted: str, found: Any) -> BadTokenizer:
+        return BadTokenizer(
+            f"{self.directory / file}: {name}: expected {wanted}, found {repr(found)[:80]}"
+        )
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """name -> text; a file of its own is the default one, whatever the config holds."""
+        found = self.config.get("chat_template")
+        if found is None:
+            templates = {}
+        elif isinstance(found, str):
+            templates = {"default": found}
+        else:
+            listed = found if isinstance(found, list) else [found]
+            said = [item if isinstance(item, dict) else {} for item in listed]
+            pairs = [(item.get("name"), item.get("template")) for item in said]
+            templates = {n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}
+            if len(templates) != len(listed):
+                raise self.wrong(SETTINGS, "chat_template", "a text, or names with texts", found)
+        if os.path.lexists(self.directory / TEMPLATE):
+            templates["default"] = read_text(confined(self.directory, TEMPLATE))
+        return templates
+
+
+def _optional(directory: Path, name: str) -> dict[str, Any]:
+    if not os.path.lexists(directory / name):
+        return {}
+    return read_json(confined(directory, name), BadTokenizer)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file, of no more than a tokenizer's size."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise BadTokenizer(f"{path}: more than the {MAX_BYTES} bytes that such a file may have")
+    if not data:
+        raise BadTokenizer(f"{path}: is empty")
+    return data
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise BadTokenizer(f"{path}: not UTF-8 at byte {error.start}") from None
