@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
+from zoo.components.cache import Cache
 from zoo.conversion import save
 from zoo.parity.reference import Outputs, Reference
 from zoo.parity.report import Row
@@ -56,10 +57,10 @@ class Subject:
         self._models.clear()
 
 
-def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def call(model: nn.Module, inputs: Inputs, **more: Any) -> list[Tensor]:
     """The native model's outputs, in order."""
     accepted = inspect.signature(model.forward).parameters
-    extra = {name: value for name, value in inputs.extra.items() if name in accepted}
+    extra = {name: value for name, value in inputs.extra.items() if name in accepted} | more
     if inputs.answer is not None:
         extra["decoder_input_ids"] = inputs.answer.ids
         if inputs.answer.mask is not None:
@@ -153,6 +154,56 @@ def padding(subject: Subject) -> Iterator[Row]:
     worst = max(errors.values())
     detail = ", ".join(f"{side} {error:.1e}" for side, error in errors.items())
     yield Row(subject.name, "padding", worst, FP64, f"{worst:.1e}", detail)
+
+
+@torch.no_grad()
+def cached(subject: Subject) -> Iterator[Row]:
+    """A sequence in two parts, cut at every place, in single tokens, and padded: as in one."""
+    model = subject.model(torch.float64)
+    if "cache" not in inspect.signature(model.forward).parameters:
+        return
+    if model.config.head not in ("lm", "shared_lm", "none"):
+        return
+    truth, limit = subject.truth, model.config.limit_cached
+    errors = {}
+    for side, inputs in {"unpadded": truth.batch, **truth.padded}.items():
+        inputs = _part(inputs, 0, limit)
+        mask = inputs.places.mask
+        first = None if mask is None else mask.argmax(dim=-1)
+        tokens, least = inputs.places.ids.shape[1], 1
+        if mask is None or first is None:
+            inputs, cuts = _rows(inputs, torch.arange(4)), [[n] for n in range(1, tokens)]
+        else:  # every row has to begin in the first part
+            early = ((first < tokens // 2) & mask.any(dim=-1)).nonzero().flatten()
+            inputs, least = _rows(inputs, early), int(first[early].max()) + 1
+            mask, cuts = inputs.places.mask, [[least]]
+        whole, found = call(model, inputs)[0], [0.0]
+        real = torch.ones_like(whole[..., 0]).bool() if mask is None else mask.bool()
+        for cut in [*cuts, list(range(least, tokens))]:
+            cache, ends = Cache(tokens), zip([0, *cut], [*cut, tokens], strict=True)
+            parts = [call(model, _part(inputs, *end), cache=cache)[0] for end in ends]
+            found.append(distance(torch.cat(parts, dim=1)[real], whole[real], whole))
+        errors[side] = max(found)
+    worst = max(errors.values())
+    detail = ", ".join(f"{side} {error:.1e}" for side, error in errors.items())
+    yield Row(subject.name, "cache", worst, FP64, f"{worst:.1e}", detail)
+
+
+def _rows(inputs: Inputs, rows: Tensor) -> Inputs:
+    return Inputs(
+        inputs.ids[rows],
+        {name: x[rows] for name, x in inputs.extra.items()},
+        None if inputs.mask is None else inputs.mask[rows],
+        None if inputs.answer is None else _rows(inputs.answer, rows),
+    )
+
+
+def _part(inputs: Inputs, start: int, end: int | None) -> Inputs:
+    """Some of the tokens that outputs stand at; a question stays whole."""
+    if inputs.answer is not None:
+        return replace(inputs, answer=_part(inputs.answer, start, end))
+    mask = None if inputs.mask is None else inputs.mask[:, start:end]
+    return replace(inputs, ids=inputs.ids[:, start:end], mask=mask)
 
 
 def _real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
@@ -339,4 +390,4 @@ def _content(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
 
 # The cheapest and sharpest first.
 NUMERIC = (fp64, padding, batch, headless, gradients, fp32, bf16)
-CHECKS = (*NUMERIC, export)
+CHECKS = (*NUMERIC, cached, export)
