@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from converters.formats import open_regular, torch_dtype
-from converters.output import Item, Output, Shard, hash_file
+from converters.output import Item, Output, Shard, hash_file, identity
 from converters.store import Stage
-from zoo.errors import CorruptCheckpoint, NonFinite, OverflowOnCast, listing
+from zoo.errors import CheckpointError, CorruptCheckpoint, NonFinite, OverflowOnCast, listing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,35 @@ def run(output: Output, stage: Stage, options: Options) -> Report:
         return _Run(output, stage, options).run()
 
 
+def damages(output: Output, directory: Path, tensors: dict[str, dict[str, str]]) -> Iterator[str]:
+    """Files of tensors that are not what digests by file and tensor say; lack or surplus of any."""
+    for shard in output.shards:
+        said, path = tensors[shard.name], directory / shard.name
+        try:
+            fd = open_regular(path)
+        except (OSError, CheckpointError):
+            yield f"{shard.name} is gone"
+            continue
+        try:
+            head = shard.layout.head
+            if os.fstat(fd).st_size != shard.size or os.pread(fd, len(head), 0) != head:
+                yield f"{shard.name} is of another layout"
+                continue
+            buffer = memoryview(bytearray(_COPY))
+            for item in shard.items:
+                if _digest(fd, shard.start(item), item.info.nbytes, buffer) != said[item.name]:
+                    yield f"{shard.name}: {item.name} differs"
+        finally:
+            os.close(fd)
+
+
+def _digest(fd: int, start: int, size: int, buffer: memoryview) -> str:
+    state = xxhash.xxh3_128()
+    for piece in _read(fd, start, size, buffer):
+        state.update(piece)
+    return state.hexdigest()
+
+
 def write_small_files(output: Output, directory: Path, report: Report) -> None:
     """What is no tensor, and what each file's digest is."""
     for name, text in output.texts.items():
@@ -137,6 +166,7 @@ def _largest_first(item: Item) -> int:
 class _Run:
     def __init__(self, output: Output, stage: Stage, options: Options) -> None:
         self.output, self.stage, self.options = output, stage, options
+        self.sources = {path: open_regular(path) for path in output.sources}
         self.report = Report()
         self.lock = threading.Lock()
         self.faults: list[str] = []  # tensors that are not finite
@@ -149,6 +179,25 @@ class _Run:
         self.copy = min(_COPY, self.turn)
 
     def run(self) -> Report:
+        try:
+            self._check_sources()
+            report = self._run()
+            self._check_sources()  # nothing of it was read while it changed
+            return report
+        finally:
+            for fd in self.sources.values():
+                os.close(fd)
+
+    def _check_sources(self) -> None:
+        """The files that were planned with are those that are open, and as they were."""
+        found = {path: identity(os.fstat(fd)) for path, fd in self.sources.items()}
+        changed = [path for path, seen in self.output.seen.items() if found.get(path) != seen]
+        if changed:
+            raise CorruptCheckpoint(
+                f"{listing(map(str, changed))}: changed while it was read; convert it again"
+            )
+
+    def _run(self) -> Report:
         total = sum(shard.size for shard in self.output.shards)
         self.options.tell({"event": "start", "bytes": total, "files": len(self.output.shards)})
         found = self._found()
@@ -165,7 +214,9 @@ class _Run:
                 if not shard.items:
                     futures.append(pool.submit(self._finish, shard, files[shard.name]))
             if self.options.sha256:  # beside the hash of the last file
-                futures += [pool.submit(self._hash_source, p) for p in self.output.sources]
+                hashed = self.output.hashed
+                hashed = self.output.sources if hashed is None else hashed
+                futures += [pool.submit(self._hash_source, path) for path in hashed]
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
                 future.result()
@@ -187,7 +238,8 @@ class _Run:
         """file -> tensor -> record, of what an earlier run says it has written."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for entry in self.stage.found:
-            if "tensor" in entry:
+            words = [entry.get(name) for name in ("file", "tensor", "xxh3", "nonfinite")]
+            if all(isinstance(word, str) for word in words) and type(entry.get("zero")) is bool:
                 found.setdefault(entry["file"], {})[entry["tensor"]] = entry
         return found
 
@@ -212,7 +264,9 @@ class _Run:
             self.report.files[name] = digest
 
     def _hash_source(self, path: Path) -> None:
-        digest = hash_file(path)
+        with os.fdopen(os.dup(self.sources[path]), "rb") as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         with self.lock:
             self.report.sources[path.name] = digest
 
@@ -220,21 +274,31 @@ class _Run:
         os.fsync(fd)
         if self.options.sha256:
             self._keep_hash(shard.name, hash_file(self.stage.path / shard.name))
-        self.options.tell({"event": "file", "file": shard.name, "bytes": shard.size})
+        with self.lock:
+            self.options.tell({"event": "file", "file": shard.name, "bytes": shard.size})
 
     # --- tensors ---
 
     def _item(self, shard: Shard, item: Item, fd: int, kept: dict[str, Any] | None) -> None:
         start = shard.start(item)
-        if kept is not None and self._hash_of(fd, start, item.info.nbytes) == kept["xxh3"]:
-            digest, zero = kept["xxh3"], bool(kept["zero"])
+        if (
+            kept is not None
+            and _digest(fd, start, item.info.nbytes, self._buffer()[: self.copy]) == kept["xxh3"]
+        ):
+            digest, zero = kept["xxh3"], kept["zero"]
             with self.lock:
                 self.report.resumed += item.info.nbytes
+                self._note(item, kept["nonfinite"])
         else:
-            digest, zero = self._write_item(item, fd, start)
-            entry = {"file": shard.name, "tensor": item.name, "xxh3": digest, "zero": zero}
+            digest, look = self._write_item(item, fd, start)
+            zero = look.zero
+            entry = {"file": shard.name, "tensor": item.name, "xxh3": digest}
             with self.lock:
-                self.stage.record(entry)
+                self._note(item, look.nonfinite)
+                if look.overflow:  # no run can use it
+                    self.overflows.append(f"{item.name}{look.overflow}")
+                else:
+                    self.stage.record({**entry, "zero": zero, "nonfinite": look.nonfinite})
         with self.lock:
             self.report.tensors.setdefault(shard.name, {})[item.name] = digest
             if zero:
@@ -247,24 +311,16 @@ class _Run:
         if last:
             self._finish(shard, fd)
 
-    def _hash_of(self, fd: int, start: int, size: int) -> str:
-        state, buffer = xxhash.xxh3_128(), self._buffer()
-        for piece in _read(fd, start, size, buffer[: self.copy]):
-            state.update(piece)
-        return state.hexdigest()
+    def _note(self, item: Item, nonfinite: str) -> None:
+        if nonfinite and not self.options.allow_nonfinite:
+            self.faults.append(f"{item.name}{nonfinite}")
 
-    def _write_item(self, item: Item, fd: int, start: int) -> tuple[str, bool]:
-        """(digest, whether all of it is zero)"""
+    def _write_item(self, item: Item, fd: int, start: int) -> tuple[str, _Look]:
         state, look = xxhash.xxh3_128(), _Look(item)
         for piece in self._pieces(item, look, start):
             state.update(piece)
             start += _write(fd, piece, start)
-        with self.lock:
-            if look.overflow:
-                self.overflows.append(f"{item.name}{look.overflow}")
-            if look.nonfinite and not self.options.allow_nonfinite:
-                self.faults.append(f"{item.name}{look.nonfinite}")
-        return state.hexdigest(), look.zero
+        return state.hexdigest(), look
 
     def _buffer(self, name: str = "pieces") -> memoryview:
         """This thread's own."""
@@ -281,14 +337,10 @@ class _Run:
         if item.info.nbytes == 0:
             return
         if item.span is not None:
-            fd = open_regular(item.span.path)
-            try:
-                short, size = start % _PAGE, item.info.nbytes
-                for piece in _read(fd, item.span.start, size, buffer[: self.copy], short):
-                    look.at(torch.frombuffer(piece, dtype=dtype))
-                    yield piece
-            finally:
-                os.close(fd)
+            fd, short, size = self.sources[item.span.path], start % _PAGE, item.info.nbytes
+            for piece in _read(fd, item.span.start, size, buffer[: self.copy], short):
+                look.at(torch.frombuffer(piece, dtype=dtype))
+                yield piece
             return
         room, aside = (torch.frombuffer(b, dtype=dtype) for b in (buffer, self._buffer("aside")))
         lazy = item.make()

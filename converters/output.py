@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ _EXACT = {  # what a dtype's numbers can all be written in
     "F32": ("F32", "F64"),
     "F64": ("F64",),
 }
+
+
+Identity = tuple[int, int, int, int, int]
 
 
 class Span(NamedTuple):
@@ -85,7 +89,9 @@ class Output:
     texts: Mapping[str, bytes] = field(default_factory=dict)  # written as they are
     carried: Mapping[str, Path] = field(default_factory=dict)  # copied as they are
     sources: tuple[Path, ...] = ()
+    hashed: tuple[Path, ...] | None = None  # those of them that are: all
     said: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
+    seen: Mapping[Path, Identity] = field(default_factory=dict)  # sources as they were planned with
 
     def part(self, number: int, parts: int) -> Output:
         """A share of the files: the largest first, each to whoever has least."""
@@ -96,9 +102,9 @@ class Output:
             shares[least].append(shard)
             loads[least] += shard.size
         mine = set(shares[number - 1])
-        sources = self.sources[number - 1 :: parts]
+        hashed = self.sources[number - 1 :: parts]
         shards = tuple(shard for shard in self.shards if shard in mine)
-        return replace(self, shards=shards, sources=sources, texts={}, carried={})
+        return replace(self, shards=shards, hashed=hashed, texts={}, carried={})
 
     @property
     def size(self) -> int:
@@ -116,9 +122,14 @@ class Output:
         return digest([shards, texts, carried, self.said])
 
     def identity(self) -> list[list[Any]]:
-        """What says whether a source is still the file that it was."""
-        found = [(path.name, path.stat()) for path in self.sources]
-        return [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in found]
+        """Without the device, whose number is another on another machine."""
+        return [[path.name, *seen[1:]] for path, seen in self.seen.items()]
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What says whether a file is still the one that it was: a change of any kind moves ctime."""
+    s = status
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
 def _size(path: Path) -> int:

@@ -15,12 +15,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import OutputExists, ZooError
+from zoo.errors import OutputExists, UsageError, ZooError
 
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's flag
@@ -36,9 +36,14 @@ def staged(
     directory counts as nothing. `size` bytes have to be free before anything is written.
     """
     place, made = _place(destination), list[Path]()
-    with _said(place), _parents(place, made), _locked(place) as lock:
+    with _Said(place), _parents(place, made), _locked(place) as lock:
+        lock.keep = _begun(lock.read())
         partial, aside = _put_right(place)
         _refuse(place, force)
+        if not force:
+            _refuse_begun(place, lock.keep)
+        lock.restart_empty()
+        lock.keep = False
         _remove(partial)  # whoever left it is dead: the lock is ours
         _check_free(place, size)
         os.mkdir(partial)
@@ -46,7 +51,7 @@ def staged(
             yield partial
             _sync(partial)
             _refuse(place, force)
-            _publish(partial, place, aside)
+            _publish(partial, place, aside, lock)
         except BaseException:
             _remove(partial)
             raise
@@ -75,39 +80,43 @@ def resumable(
     force: bool = False,
     restart: bool = False,
     size: int = 0,
-    same: Callable[[Path], bool] = lambda place: False,
 ) -> Iterator[Stage]:
     """As `staged`, but a run that is killed or interrupted or whose disk fails leaves what it has.
 
-    The next run of the same `job` is given it. `same` tells of a directory that this job published.
+    The next run of the same `job` is given it. A run that is refused leaves what others have.
     """
-    place, made = _place(destination), list[Path]()
-    with _said(place, resumes=True), _parents(place, made), _locked(place) as lock:
+    place, made, said = _place(destination), list[Path](), _Said(_place(destination))
+    with said, _parents(place, made), _locked(place) as lock:
         partial, aside = _put_right(place)
-        entries = [] if restart else lock.read()
-        mine = bool(entries) and entries[0].get("job") == job
-        if mine and same(place):  # killed after the last rename: what is left is to tidy up
+        entries = lock.read()
+        lock.keep = _begun(entries)
+        if _is_published(
+            place, entries
+        ):  # killed after the last rename: what is left is to tidy up
             _remove(partial)
             stage = Stage(place, lock, entries)
             stage.published = lock.done = True
             yield stage
             return
-        mine = mine and partial.is_dir()
         _refuse(place, force)
+        _clear_parts(place, _journals(place), restart)
+        mine = not restart and bool(entries) and entries[0].get("job") == job
+        mine = mine and _is_directory(partial)
         if not mine:
             _remove(partial)
             _check_free(place, size)
             lock.restart({"job": job})
             os.mkdir(partial)
-        lock.keep = True
+        lock.keep = said.resumes = True
+        _unlink_links(partial)
         stage = Stage(partial, lock, entries[1:] if mine else [])
-        stage.anew = bool(entries) and not mine
+        stage.anew = _begun(entries) and not mine and not restart
         made.clear()
         try:
             yield stage
             _sync(partial)
             _refuse(place, force)
-            _publish(partial, place, aside)
+            _publish(partial, place, aside, lock)
         except (KeyboardInterrupt, OSError):
             raise
         except BaseException:
@@ -122,21 +131,27 @@ def _place(destination: str | os.PathLike[str]) -> Path:
     place = Path(os.path.abspath(destination))
     if not place.name:
         raise OutputExists(f"{place}: the root of a file system cannot be replaced")
+    if len(os.fsencode(place.name)) > 255:
+        raise UsageError(f"{place}: a name of more than 255 bytes, which no file system takes")
     return place
 
 
-@contextmanager
-def _said(place: Path, resumes: bool = False) -> Iterator[None]:
+class _Said:
     """A system's error in words that name the destination."""
-    try:
-        yield
-    except OSError as error:
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.resumes = place, False  # whether something to go on from is kept
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
+            return
         file = f" ({error.filename})" if error.filename else ""
-        again = " The same command goes on where this one stopped." if resumes else ""
-        told = (
-            f"{place}: not written: {error.strerror or error}{file}. What was there is untouched."
-        )
-        raise ZooError(told + again) from error
+        again = " The same command goes on where this one stopped." if self.resumes else ""
+        told = f"{self.place}: not written: {error.strerror or error}{file}."
+        raise ZooError(f"{told} What was there is untouched.{again}") from error
 
 
 @contextmanager
@@ -153,17 +168,63 @@ def _parents(place: Path, made: list[Path]) -> Iterator[None]:
 
 def _put_right(place: Path) -> tuple[Path, Path]:
     """(partial, aside), after a kill between the two renames of a replacement."""
-    partial, aside = _beside(place, "partial"), _beside(place, "replaced")
-    if aside.exists() and not os.path.lexists(place):
+    return _beside(place, "partial"), _put_aside_back(place)
+
+
+def _put_aside_back(place: Path) -> Path:
+    aside = _beside(place, "replaced")
+    if os.path.lexists(aside) and not os.path.lexists(place):
         os.rename(aside, place)
     _remove(aside)
-    return partial, aside
+    return aside
 
 
 def _check_free(place: Path, size: int) -> None:
     free = shutil.disk_usage(place.parent).free
     if size > free:
         raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _unlink_links(directory: Path) -> None:
+    """A stage is written to through no name but its own."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                path.unlink()
+
+
+def prune(directory: Path, wanted: Collection[str]) -> None:
+    """Nothing but these files, named by their paths in it, and the directories on the way."""
+    for folder, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            path = Path(folder, name)
+            if path.relative_to(directory).as_posix() not in wanted:
+                path.unlink()
+        if Path(folder) != directory:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(folder)
+
+
+def _begun(entries: list[dict[str, Any]]) -> bool:
+    """Whether a journal holds work that can be taken up."""
+    return any("job" in entry for entry in entries)
+
+
+def _is_published(place: Path, entries: list[dict[str, Any]]) -> bool:
+    """Whether the directory that a journal was about to rename is in its place."""
+    said = [entry["publishing"] for entry in entries if "publishing" in entry]
+    if not said or not _is_directory(place):
+        return False
+    status = place.lstat()
+    return bool(said[-1] == status.st_ino)
 
 
 def _refuse(place: Path, force: bool) -> None:
@@ -201,32 +262,26 @@ def _make_parents(parent: Path, made: list[Path]) -> None:
 class _Lock:
     """A file that is locked; what is in it is a journal, a line a record."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, path: Path) -> None:
+        self.fd, self.path = fd, path
         self.end = 0  # of the last whole line
         self.keep = self.done = False
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line; a torn one ends it, and is cut off."""
-        entries: list[dict[str, Any]] = []
         with os.fdopen(os.dup(self.fd), "rb") as file:
             file.seek(0)
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n") or not isinstance(entry, dict):
-                    break
-                entries.append(entry)
-                self.end += len(line)
+            entries, self.end = _entries(file)
         os.ftruncate(self.fd, self.end)
         return entries
 
     def restart(self, entry: dict[str, Any]) -> None:
+        self.restart_empty()
+        self.append(entry)
+
+    def restart_empty(self) -> None:
         os.ftruncate(self.fd, 0)
         self.end = 0
-        self.append(entry)
 
     def append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -256,50 +311,81 @@ def _locked(
             os.close(fd)
             raise
         os.close(fd)  # its last owner removed it between our open and our lock
-    lock = _Lock(fd)
+    lock = _Lock(fd, path)
     try:
         yield lock
     finally:
         if lock.done or not lock.keep:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if how & fcntl.LOCK_SH:  # others may hold it too: whoever is last removes it
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                    os.unlink(path)
         os.close(fd)
 
 
+def _entries(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
+    """Records up to the first line that is none, and how many bytes they take."""
+    entries: list[dict[str, Any]] = []
+    size = 0
+    for line in lines:
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict) or not (entries or entry.keys() & {"job", "publishing"}):
+            break
+        entries.append(entry)
+        size += len(line)
+    return entries, size
+
+
 # --- parts ---------------------------------------------------------------------------------------
+
+Verify = Callable[[int, list[dict[str, Any]]], None]
 
 
 class Shared(Stage):
     """A stage that several processes fill, on one machine or many, each with its own journal."""
 
-    def __init__(self, place: Path, lock: _Lock, found: list[dict[str, Any]], parts: int) -> None:
+    def __init__(
+        self, place: Path, lock: _Lock, found: list[dict[str, Any]], part: int, parts: int
+    ) -> None:
         super().__init__(_beside(place, "partial"), lock, found)
-        self.place, self.parts = place, parts
+        self.place, self.part, self.parts = place, part, parts
+        self.finished = False  # its own share
 
     @contextmanager
     def publishing(
-        self, job: str, force: bool, same: Callable[[Path], bool]
+        self, job: str, force: bool, verify: Verify
     ) -> Iterator[list[list[dict[str, Any]]]]:
-        """Every part's records, for the one that is last to finish; none for the others."""
-        with _locked(self.place, "publish", fcntl.LOCK_EX):
-            if same(self.place):
-                yield []
-                return
-            records = [_records(_beside(self.place, _role(n, self.parts))) for n in self._numbers]
+        """Every part's records, for the one that is last to finish; none for the others.
+
+        `verify` raises where what another part wrote is no longer so; that part begins anew.
+        """
+        self.finished = True
+        with _locked(self.place, "publish", fcntl.LOCK_EX) as publish:
+            numbers = range(1, self.parts + 1)
+            journals = [_beside(self.place, _role(n, self.parts)) for n in numbers]
+            records = [_records(journal) for journal in journals]
             finished = [r and r[0].get("job") == job and "finished" in r[-1] for r in records]
             if not all(finished):
                 yield []
                 return
+            for n, record in zip(numbers, records, strict=True):
+                try:
+                    if n != self.part:
+                        verify(n, record)
+                except ZooError:
+                    journals[n - 1].unlink(missing_ok=True)
+                    raise
             yield records
             _sync(self.path)
             _refuse(self.place, force)
-            _publish(self.path, self.place, _beside(self.place, "replaced"))
-            for role in ["lock", *(_role(n, self.parts) for n in self._numbers)]:
-                _beside(self.place, role).unlink(missing_ok=True)
-
-    @property
-    def _numbers(self) -> range:
-        return range(1, self.parts + 1)
+            publish.keep = True
+            _publish(self.path, self.place, _beside(self.place, "replaced"), publish)
+            _tidy(self.place)
+            publish.done = True
 
 
 @contextmanager
@@ -314,64 +400,141 @@ def shared(
     size: int = 0,
     same: Callable[[Path], bool] = lambda place: False,
 ) -> Iterator[Shared]:
-    """As `resumable`, for one of `parts` that fill one stage and know no more of each other."""
-    place, made = _place(destination), list[Path]()
+    """As `resumable`, for one of `parts` that fill one stage and know no more of each other.
+
+    `same` tells of a directory that is what this job publishes.
+    """
+    place, made, said = _place(destination), list[Path](), _Said(_place(destination))
     with (
-        _said(place, resumes=True),
+        said,
         _parents(place, made),
         _locked(place, how=fcntl.LOCK_SH | fcntl.LOCK_NB) as whole,
         _locked(place, _role(part, parts)) as lock,
     ):
-        whole.keep = True  # other parts rely on it: the last of them removes it
-        partial = _beside(place, "partial")
-        if same(place):
-            stage = Shared(place, lock, [], parts)
-            stage.published = whole.done = True
+        entries = lock.read()
+        lock.keep, whole.keep = _begun(entries), _begun(whole.read())
+        stage = Shared(place, lock, [], part, parts)
+        with _locked(place, "publish", fcntl.LOCK_EX) as publish:
+            begun = publish.read()
+            publish.keep = bool(begun)
+            if _is_published(place, begun):  # killed after the last rename
+                _tidy(place)
+                stage.published = whole.done = lock.done = True
+            elif not restart and same(place):
+                stage.published = True
+            else:
+                mine = _take_up(place, whole, lock, entries, job, parts, force, restart, size)
+                stage.found = entries[1:] if mine else []
+                stage.anew = _begun(entries) and not mine and not restart
+            publish.done = True
+        if stage.published:
             yield stage
             return
-        _refuse(place, force)
-        entries = [] if restart else lock.read()
-        mine = bool(entries) and entries[0].get("job") == job and partial.is_dir()
-        if not mine:
-            _refuse_strangers(place, job, parts)
-            _check_free(place, size)
-            lock.restart({"job": job})
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(partial)
-        lock.keep = True
+        lock.keep = said.resumes = True
         made.clear()
         try:
-            yield Shared(place, lock, entries[1:] if mine else [], parts)
+            yield stage
         except (KeyboardInterrupt, OSError):
             raise
         except BaseException:
-            lock.keep = False
+            lock.keep = stage.finished
             raise
-        whole.done = same(place)
-        lock.keep = not whole.done
+        lock.keep = lock.path.exists()  # gone with all others once they are published
+
+
+def _take_up(
+    place: Path,
+    whole: _Lock,
+    lock: _Lock,
+    entries: list[dict[str, Any]],
+    job: str,
+    parts: int,
+    force: bool,
+    restart: bool,
+    size: int,
+) -> bool:
+    """Whether this part goes on; else it is ready to begin. Nobody else begins meanwhile."""
+    partial, _ = _beside(place, "partial"), _put_aside_back(place)
+    _refuse(place, force)
+    if whole.keep:
+        _refuse_begun(place, not restart)
+        whole.restart_empty()
+        whole.keep = False
+        _remove(partial)
+    others = [path for path in _journals(place) if path != lock.path]
+    of = f"-of-{parts}"
+    odd = [p for p in others if not p.name.endswith(of) or _job(p) not in (job, None)]
+    _clear_parts(place, odd, restart)
+    mine = not restart and bool(entries) and entries[0].get("job") == job
+    mine = mine and _is_directory(partial)
+    if not mine:
+        if len(odd) == len(others) or not _is_directory(partial):
+            _remove(partial)
+        _check_free(place, size)
+        lock.restart({"job": job})
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(partial)
+    if len(odd) == len(others):
+        _unlink_links(partial)
+    return mine
+
+
+def _job(path: Path) -> Any:
+    """What a part's journal is of; None of one that has not begun."""
+    records = _records(path)
+    return records[0].get("job") if records else None
+
+
+def _journals(place: Path) -> list[Path]:
+    """Of parts, whatever their number."""
+    head = _beside(place, "part-").name
+    try:
+        names = os.listdir(place.parent)
+    except FileNotFoundError:
+        return []
+    return [place.with_name(name) for name in sorted(names) if name.startswith(head)]
+
+
+def _clear_parts(place: Path, journals: list[Path], restart: bool) -> None:
+    """Journals of parts that another run cannot go on beside: refused, or removed if asked."""
+    if not journals:
+        return
+    if not restart:
+        names = ", ".join(path.name.partition("zoo-")[2] for path in journals[:5])
+        raise OutputExists(
+            f"{place}: {names} were begun from another source, spec, options or number of parts. "
+            "Finish those, or give them up with restart (--restart)"
+        )
+    for path in journals:
+        with _locked(place, path.name.partition("zoo-")[2]) as lock:  # refused while it runs
+            lock.done = True
+
+
+def _refuse_begun(place: Path, begun: bool) -> None:
+    if begun:
+        raise OutputExists(
+            f"{place}: a conversion of the whole was begun here and not finished. Finish it with "
+            "the same command, or give it up with restart (--restart)"
+        )
+
+
+def _tidy(place: Path) -> None:
+    """What parts leave beside what they published."""
+    _remove(_beside(place, "partial"))
+    _remove(_beside(place, "replaced"))
+    for path in (*_journals(place), _beside(place, "lock")):
+        path.unlink(missing_ok=True)
 
 
 def _role(part: int, parts: int) -> str:
     return f"part-{part}-of-{parts}"
 
 
-def _refuse_strangers(place: Path, job: str, parts: int) -> None:
-    """A stage that holds another job's parts is nothing to go on with."""
-    for n in range(1, parts + 1):
-        found = _records(_beside(place, _role(n, parts)))
-        if found and found[0].get("job") != job:
-            raise OutputExists(
-                f"{place}: part {n} of {parts} was begun from another source, spec or options. "
-                "Finish that, or remove what lies beside the destination"
-            )
-
-
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as file:
-            lines = file.read().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines]
-    except (FileNotFoundError, ValueError):
+            return _entries(file)[0]
+    except FileNotFoundError:
         return []
 
 
@@ -393,7 +556,9 @@ def _fsync(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def _publish(partial: Path, place: Path, aside: Path) -> None:
+def _publish(partial: Path, place: Path, aside: Path, lock: _Lock) -> None:
+    """`lock` notes which directory it is, so that a run after a kill knows it by that."""
+    lock.append({"publishing": partial.lstat().st_ino})
     if not os.path.lexists(place) or _is_empty(place):
         os.rename(partial, place)
     elif _exchange(partial, place):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from converters.checkpoint import confined, shard, write_index
+from converters.checkpoint import SINGLE, confined, shard, write_index
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.safetensors import SafetensorsWriter
@@ -35,6 +35,7 @@ COMPANIONS = (
     *("LICENSE*", "NOTICE*"),
 )
 NOT_CARRIED = ("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # whatever else they are called
 
 
 def save(
@@ -90,12 +91,13 @@ def native_record(model: Model, origin: Origin) -> bytes:
 
 def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     """Where to write; no force replaces the source, or a directory of checkpoints."""
-    if not isinstance(dst, str | PathLike) or not os.fspath(dst):
+    if not isinstance(dst, str | PathLike) or not os.fspath(dst) or "\0" in os.fsdecode(dst):
         raise UsageError(f"expected a directory to write, found {dst!r}")
     place = Path(os.fsdecode(dst))
     if not force or not place.is_dir() or place.is_symlink():
         return place
-    if source is not None and source.resolve().is_relative_to(place.resolve()):
+    read = [] if source is None else [source, *source.iterdir()]
+    if any(path.resolve().is_relative_to(place.resolve()) for path in read):
         raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
     inside = [p.parent for name in (CONFIG, NATIVE_FILE) for p in place.glob(f"*/{name}")]
     if inside and not (place / MODULES).exists():
@@ -219,7 +221,7 @@ def _write_weights(
         with SafetensorsWriter(stage / name, members, metadata=dict(metadata)) as writer:
             for info in members:
                 writer.write(info.name, tensors[info.name])
-    if len(shards) > 1:
+    if len(shards) > 1 or shards[0][0] != SINGLE:
         write_index(stage, shards)
 
 
@@ -253,7 +255,7 @@ def companions(source: Path) -> dict[str, Path]:
         path.name
         for path in sorted(source.iterdir())
         if any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
-        and not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED)
+        and not any(fnmatch(path.name, pattern) for pattern in (*NOT_CARRIED, *WEIGHTS))
         and not path.is_dir()
     ]
     for _, folder in module_folders(source) if (source / MODULES).is_file() else ():

@@ -13,16 +13,16 @@ import torch
 
 import zoo
 from converters import manifest
-from converters.checkpoint import Checkpoint, open_checkpoint, shard
-from converters.engine import MEMORY, Options, Report, Tell, run, write_small_files
+from converters.checkpoint import SINGLE, Checkpoint, open_checkpoint, shard
+from converters.engine import MEMORY, Options, Report, Tell, damages, run, write_small_files
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
-from converters.output import Item, Output, Shard, Span, digest, index_of
+from converters.output import Item, Output, Shard, Span, digest, identity, index_of
 from converters.plan import Plan, Step
 from converters.spec import Spec
-from converters.store import resumable, shared
+from converters.store import Shared, prune, resumable, shared
 from zoo.conversion import (
     SHARD_BYTES,
     as_before,
@@ -33,7 +33,7 @@ from zoo.conversion import (
     native_record,
     origin_of,
 )
-from zoo.errors import UsageError
+from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.pretrained import Located, Origin, Ref, dtype_of, locate, prove, provenance_of
 from zoo.sources import CONFIG, NATIVE_FILE
 
@@ -68,28 +68,32 @@ def convert(
     head, config, revision, token, ignore_config, trust …
     """
     check_dialect(to)
+    _check_sizes(memory, threads, max_shard_size)
+    share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     dst = checked_destination(dst, found.source.directory, force)
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
     job = digest([output.job(), output.identity(), sha256])
-    same = partial(_is, output.job())
-    how: dict[str, Any] = {"force": force, "restart": restart, "size": output.size, "same": same}
-    if part is None:
-        with resumable(dst, job, **how) as stage:
+    how: dict[str, Any] = {"force": force, "restart": restart}
+    if share is None:
+        with resumable(dst, job, size=output.size, **how) as stage:
             if stage.anew:
                 tell({"event": "anew"})
             if not stage.published:
                 report = run(output, stage, engine)
                 tell(_finished(output, stage.path, report))
         return Path(dst)
-    number, parts = _part(part)
-    with shared(dst, job, number, parts, **how) as place:
+    number, parts = share
+    mine, same = output.part(number, parts), partial(_is, output, force)
+    with shared(dst, job, number, parts, size=mine.size, same=same, **how) as place:
+        if place.anew:
+            tell({"event": "anew"})
         if not place.published:
-            report = run(output.part(number, parts), place, engine)
+            report = run(mine, place, engine)
             place.record({"finished": report.to_json()})
-            with place.publishing(job, force, same) as records:
+            with place.publishing(job, force, partial(_still_there, output, place)) as records:
                 if records:
                     whole = Report.joined((r[-1]["finished"] for r in records), output)
                     tell(_finished(output, place.path, whole))
@@ -107,16 +111,50 @@ def dry_run(src: Ref, *, to: str = "native", **options: Any) -> str:
     return plan.describe()
 
 
-def _is(job: str, place: Path) -> bool:
-    """Whether a directory is what this job publishes."""
+def _is(output: Output, force: bool, place: Path) -> bool:
+    """Whether a directory is what this makes, of sources that did not change after it.
+
+    Who would replace it anyway does so if it is damaged.
+    """
+    path = place / manifest.NAME
     try:
-        return bool(json.loads((place / manifest.NAME).read_bytes())["job"] == job)
-    except (OSError, ValueError, KeyError, TypeError):
+        same = json.loads(path.read_bytes())["job"] == output.job()
+        written = path.stat().st_ctime_ns
+        same = same and all(p.stat().st_ctime_ns < written for p in output.sources)
+        return same and not (force and any(manifest.check(place)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ZooError):
         return False
+
+
+def _still_there(output: Output, place: Shared, part: int, records: list[dict[str, Any]]) -> None:
+    """Whether another part's files are as its journal has them; bytes that lie may be lost."""
+    again = f"run it again: --part {part}/{place.parts}"
+    try:
+        tensors = records[-1]["finished"]["tensors"]
+        damaged = list(damages(output.part(part, place.parts), place.path, tensors))
+        Report.joined([records[-1]["finished"]], output.part(part, place.parts))
+    except (KeyError, TypeError, AttributeError):
+        damaged = ["its journal is not what it wrote"]
+    if damaged:
+        raise CorruptCheckpoint(
+            f"{place.path}: part {part} of {place.parts}: {listing(damaged)}; {again}"
+        )
+
+
+def _check_sizes(memory: Any, threads: Any, max_shard_size: Any) -> None:
+    for name, value, least in (
+        ("memory", memory, 1),
+        ("threads", threads, 0),
+        ("max_shard_size", 1 if max_shard_size is None else max_shard_size, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name}={value!r}: expected a whole number, {least} at least")
 
 
 def _part(part: str | tuple[int, int]) -> tuple[int, int]:
     """(3, 16) of "3/16"."""
+    if not isinstance(part, str | tuple | list):
+        raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
     words = part.split("/") if isinstance(part, str) else [str(n) for n in part]
     if len(words) == 2 and all(w.isascii() and w.isdigit() for w in words):
         number, parts = int(words[0]), int(words[1])
@@ -127,10 +165,13 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
 
 def _finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
     """All that is no tensor, the manifest last; what there is to tell of it."""
+    names = [s.name for s in output.shards] + [*output.texts, *output.carried]
+    prune(directory, names)
     write_small_files(output, directory, report)
     versions = {"zoo": zoo.__version__, "torch": str(torch.__version__)}
     versions["python"] = platform.python_version()
-    (directory / manifest.NAME).write_bytes(manifest.manifest(output, report, versions))
+    with (directory / manifest.NAME).open("xb") as file:
+        file.write(manifest.manifest(output, report, versions))
     seen = {"zeros": report.zeros, "duplicates": report.duplicates}
     return {"event": "done", "resumed": report.resumed, **seen}
 
@@ -165,7 +206,7 @@ def plan_output(
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
     shards = _shards(items, where if max_shard_size is None else {}, metadata, max_shard_size)
-    if len(shards) > 1:
+    if len(shards) > 1 or shards[0].name != SINGLE:
         texts[INDEX] = index_of(shards)
     said = {
         "architecture": found.entry.name,
@@ -173,7 +214,8 @@ def plan_output(
         "spec": {"name": found.spec.name, "sha256": _spec_digest(found.spec)},
     }
     carried = companions(found.source.directory)
-    return Output(tuple(shards), texts, carried, checkpoint.files, said)
+    seen = {path: identity(path.stat()) for path in checkpoint.files}
+    return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
 
 
 def _state(

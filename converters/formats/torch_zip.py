@@ -87,7 +87,7 @@ class TorchZipReader:
                     f"{self.path}: tensor {name} (record {record.name}): CRC {found:08x}, "
                     f"expected {record.crc:08x}. Download or copy the file again."
                 )
-            del self._unchecked[address]
+            self._unchecked.pop(address, None)  # another thread may have been as fast
         if value.data_ptr() % value.element_size():
             return value.clone()  # a repacked zip may have lost torch's alignment
         return value
