@@ -24,7 +24,7 @@ import xxhash
 from converters.formats import open_regular, torch_dtype
 from converters.output import Item, Output, Shard, hash_file, identity
 from converters.store import Stage
-from zoo.errors import CheckpointError, CorruptCheckpoint, NonFinite, OverflowOnCast, listing
+from zoo.errors import CorruptCheckpoint, NonFinite, OverflowOnCast, ZooError, listing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def damages(output: Output, directory: Path, tensors: dict[str, dict[str, str]])
         said, path = tensors[shard.name], directory / shard.name
         try:
             fd = open_regular(path)
-        except (OSError, CheckpointError):
+        except ZooError:
             yield f"{shard.name} is gone"
             continue
         try:

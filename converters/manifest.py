@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ from converters.engine import Report
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Output, digest
 from converters.strict_json import read_json
-from zoo.errors import CheckpointError, ConfigError, NotACheckpoint
+from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
 NAME = "zoo-manifest.json"
+FORMAT = 1
+_LOADED = ("*.safetensors", "*.bin", "*.index.json", "config.json", "zoo.json")
 _CHUNK = 1 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -57,7 +60,7 @@ def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
     sizes |= {name: path.stat().st_size for name, path in output.carried.items()}
     files |= {name: {"size": size, "sha256": report.files[name]} for name, size in sizes.items()}
     data = {
-        "format": 1,
+        "format": FORMAT,
         "job": output.job(),
         "versions": versions,
         **output.said,
@@ -78,18 +81,50 @@ def read(directory: Path) -> dict[str, Any]:
     own = data.pop("digest", None)
     if own != digest(data):
         raise ConfigError(f"{path}: differs from the digest of itself that it holds")
+    if problem := _problem(data):
+        raise ConfigError(f"{path}: not what zoo writes: {problem}")
     return data
+
+
+def _problem(data: dict[str, Any]) -> str:
+    """What no writer of this format would write."""
+    if data.get("format") != FORMAT:
+        return f"format {data.get('format')!r}, and this zoo reads {FORMAT}"
+    files = data.get("files")
+    if not isinstance(files, dict) or not files:
+        return "no files"
+    for name, said in files.items():
+        if not isinstance(said, dict) or type(said.get("size")) is not int:
+            return f"files.{name}: no size"
+        if not isinstance(said.get("sha256"), str | None):
+            return f"files.{name}: no sha256"
+        if "tensors" not in said:
+            if said.get("sha256") is None:
+                return f"files.{name}: no sha256"
+            continue
+        tensors = said["tensors"]
+        if not isinstance(said.get("header"), str) or not isinstance(tensors, dict):
+            return f"files.{name}: no header or no tensors"
+        for tensor, one in tensors.items():
+            if not isinstance(one, dict) or not isinstance(one.get("xxh3"), str):
+                return f"files.{name}: {tensor}: no digest"
+    return ""
 
 
 def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
     """Everything that is not as the manifest says; with `sha256` each file's own digest too."""
-    for name, said in read(directory)["files"].items():
+    files = read(directory)["files"]
+    for path in sorted(directory.iterdir()):
+        if path.name not in files and any(fnmatch(path.name, pattern) for pattern in _LOADED):
+            yield Damage(path.name, "", "not written with the others, and would be loaded")
+    for name, said in files.items():
         try:
             path = confined(directory, name)
+            size = path.stat().st_size
         except CheckpointError as error:
             yield Damage(name, "", str(error))
             continue
-        if (size := path.stat().st_size) != said["size"]:
+        if size != said["size"]:
             yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
         elif "tensors" in said:
             found = list(_check_tensors(path, name, said))
@@ -127,6 +162,9 @@ def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Dama
             yield Damage(name, "", "its header differs from what was written")
             return
         reader = SafetensorsReader(path)
+        if odd := reader.tensors.keys() ^ said["tensors"].keys():
+            yield Damage(name, "", f"its tensors are not those of the manifest: {listing(odd)}")
+            return
         for tensor, one in said["tensors"].items():
             start, end = reader.span(tensor)
             file.seek(start)

@@ -106,10 +106,15 @@ class Output:
         shards = tuple(shard for shard in self.shards if shard in mine)
         return replace(self, shards=shards, hashed=hashed, texts={}, carried={})
 
+    def sizes(self) -> dict[str, int]:
+        """file -> bytes"""
+        sizes = {shard.name: shard.size for shard in self.shards}
+        sizes |= {name: len(text) for name, text in self.texts.items()}
+        return sizes | {name: path.stat().st_size for name, path in self.carried.items()}
+
     @property
     def size(self) -> int:
-        texts = sum(map(len, self.texts.values()))
-        return sum(s.size for s in self.shards) + texts + sum(map(_size, self.carried.values()))
+        return sum(self.sizes().values())
 
     def job(self) -> str:
         """What tells this output from any other, as far as can be known without reading weights."""
@@ -130,10 +135,6 @@ def identity(status: os.stat_result) -> Identity:
     """What says whether a file is still the one that it was: a change of any kind moves ctime."""
     s = status
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def digest(data: Any) -> str:

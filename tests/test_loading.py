@@ -230,7 +230,14 @@ def test_native_and_back_is_byte_for_byte(published: Path, tmp_path: Path) -> No
 
 def test_a_dry_run_shows_the_way_that_is_asked_for(published: Path, tmp_path: Path) -> None:
     native = zoo.convert(published, tmp_path / "native", to="native")
-    there, back = dry_run(published).splitlines(), dry_run(native, to="hf").splitlines()
+    there, written = (text.splitlines() for text in dry_run(published).split("\n\n"))
+    back = dry_run(native, to="hf").partition("\n\n")[0].splitlines()
+    assert [line.split(":")[0].strip() for line in written] == [
+        "to be written (native)",
+        *(path.name for path in sorted(native.glob("*.safetensors"))),
+        "zoo.json",
+        *(p.name for p in sorted(published.glob("generation_config.json"))),
+    ]
     rows = [line.split() for line in there[1:-1]]
     assert {row[0] for row in rows} <= set(load_file(published / "model.safetensors"))
     assert len(rows) == len(back) - 2

@@ -7,12 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import zoo
 from zoo import catalog
-from zoo.errors import UsageError, ZooError
+from zoo.errors import UsageError, ZooError, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
 
@@ -20,6 +21,11 @@ OK, FAILED, USAGE = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that it cannot write is no failure
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -30,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        going_on = options.run is _convert and not options.dry_run
+        told = "interrupted. The same command goes on from here" if going_on else "interrupted"
+        return _fail(told, 130)
     except ZooError as error:
         return _fail(str(error), USAGE if isinstance(error, UsageError) else FAILED)
     except OSError as error:
@@ -74,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
     command.add_argument("ref", metavar="SRC", help="a name, hf:org/repo@rev or a directory")
     command.add_argument("--to", choices=("native", "hf"), default="native", help="[native]")
-    command.add_argument("--out", metavar="DIR", type=Path, help="[SRC's name and the layout's]")
+    command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
@@ -185,6 +193,7 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         from zoo.converting import dry_run
 
+        asked |= {"dtype": options.dtype, "max_shard_size": options.shard, "part": options.part}
         print(dry_run(options.ref, to=options.to, **asked))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
@@ -204,19 +213,24 @@ def _convert(options: argparse.Namespace) -> int:
         tell=show,
         **more,
     )
+    if options.json or options.quiet:
+        return OK
     if options.part and not written.exists():
         print(f"part {options.part} of {written} is written; other parts are not", file=sys.stderr)
-    elif not (options.json or options.quiet):
+    else:
         print(f"{options.ref} -> {written} ({options.to})")
     return OK
 
 
 def _check(options: argparse.Namespace) -> int:
-    from converters.manifest import check
+    from converters.manifest import check, read
 
     damages = list(check(options.directory, sha256=options.sha256))
     for damage in damages:
         print(damage)
+    files = read(options.directory)["files"]
+    if options.sha256 and (without := [name for name in files if not files[name]["sha256"]]):
+        print(f"no sha256 was taken of {listing(without)}: each tensor's own digest was compared")
     print(f"{options.directory}: {f'{len(damages)} damaged' if damages else 'as it was written'}")
     return FAILED if damages else OK
 
@@ -231,6 +245,12 @@ def _tokenize(options: argparse.Namespace) -> int:
     elif ids:
         print(_table([(str(id), token) for id, token in zip(ids, seen, strict=True)], right={0}))
     return OK
+
+
+def _place(text: str) -> Path:
+    if not text:  # an unset variable of the shell's, and no wish for the current directory
+        raise argparse.ArgumentTypeError("expected a directory")
+    return Path(text)
 
 
 def _bytes(text: str) -> int:

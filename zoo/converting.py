@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,16 @@ from zoo.conversion import (
     origin_of,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
-from zoo.pretrained import Located, Origin, Ref, dtype_of, locate, prove, provenance_of
+from zoo.pretrained import (
+    Located,
+    Origin,
+    Ref,
+    check_trust,
+    dtype_of,
+    locate,
+    prove,
+    provenance_of,
+)
 from zoo.sources import CONFIG, NATIVE_FILE
 
 MOST_PARTS = 10_000
@@ -100,15 +110,34 @@ def convert(
     return Path(dst)
 
 
-def dry_run(src: Ref, *, to: str = "native", **options: Any) -> str:
+def dry_run(
+    src: Ref,
+    *,
+    to: str = "native",
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    part: str | tuple[int, int] | None = None,
+    **options: Any,
+) -> str:
     """The plan of a conversion for a person, with no byte of weights read."""
     check_dialect(to)
+    _check_sizes(MEMORY, 0, max_shard_size)
+    share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     checkpoint = open_checkpoint(found.source.directory)
+    chosen = {name: options[name] for name in ("config", "trust") if name in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
     if found.native is not None and to != "native":
-        return export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
-    return plan.describe()
+        text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
+    else:
+        text = plan.describe()
+    output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
+    output = output if share is None else output.part(*share)
+    items = [item for shard in output.shards for item in shard.items]
+    casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
+    lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
+    lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
+    return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
@@ -190,6 +219,7 @@ def plan_output(
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read."""
     checkpoint = open_checkpoint(found.source.directory)
+    check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     model.provenance = provenance_of(found, checkpoint, model, plan)
     kind = dtype_of(dtype)
@@ -212,6 +242,7 @@ def plan_output(
         "architecture": found.entry.name,
         "to": to,
         "spec": {"name": found.spec.name, "sha256": _spec_digest(found.spec)},
+        "dropped": dict(sorted(plan.dropped.items())),
     }
     carried = companions(found.source.directory)
     seen = {path: identity(path.stat()) for path in checkpoint.files}

@@ -430,6 +430,7 @@ def fill(
 ) -> Model:
     """The proven plan, then the weights; nothing is returned half-loaded."""
     checkpoint = open_checkpoint(found.source.directory)
+    check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     modules = dict(model.named_modules())
     names: dict[str, list[str]] = {name: [name] for name in plan.native.shapes}
@@ -442,6 +443,15 @@ def fill(
             modules[owner]._parameters[leaf] = parameter
     model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
     return model.eval()
+
+
+def check_trust(trust: Collection[str], checkpoint: Checkpoint) -> None:
+    if isinstance(trust, str) or not isinstance(trust, Collection):
+        raise UsageError(f"trust={trust!r}: expected several names")
+    for name in trust:
+        if name not in checkpoint.tensors:
+            near = did_you_mean(str(name), checkpoint.tensors)
+            raise UsageError(f"trust: no tensor {name!r} in {checkpoint.root}.{near}")
 
 
 def provenance_of(
