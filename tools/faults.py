@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"kill": 1, "tear": 2, "enospc": 3, "eio": 4, "int": 5, "term": 6}
-SCENES = ("fresh", "overwrite", "resume")
+SCENES = ("fresh", "overwrite", "resume", "last part", "last part over")
+LAST, FIRST = "2/2", "1/2"
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -132,7 +133,9 @@ class Hunt:
         self.old = {"zoo.json": b"old", "model.safetensors": b"weights"}
         self.verdicts: Counter[str] = Counter()
 
-    def convert(self, out: Path, at: int = 0, mode: int = 0) -> tuple[int, int]:
+    def convert(
+        self, out: Path, at: int = 0, mode: int = 0, part: str | None = None
+    ) -> tuple[int, int]:
         """(exit status, calls counted)"""
         import zoo
 
@@ -150,6 +153,7 @@ class Hunt:
                     memory=400_000,
                     threads=2,
                     force=True,
+                    part=part,
                 )
                 code = 0
             except zoo.ZooError:
@@ -172,28 +176,33 @@ class Hunt:
     def prepare(self, scene: str, out: Path) -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
-        if scene == "overwrite":
+        if "over" in scene:
             out.mkdir()
             for name, data in self.old.items():
                 (out / name).write_bytes(data)
         elif scene == "resume":
             self.convert(out, 25, MODES["kill"])
+        if "part" in scene:
+            self.convert(out, part=FIRST)
 
     def point(self, scene: str, mode: str, at: int, truth: dict[str, bytes]) -> str:
         """What is wrong after a fault at one call, or nothing."""
         out = self.scratch / "place" / "out"
         self.prepare(scene, out)
-        status, _ = self.convert(out, at, MODES[mode])
+        parts = "part" in scene
+        status, _ = self.convert(out, at, MODES[mode], LAST if parts else None)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 4:
             return "an exception of another library"
         now = contents(out) if out.exists() else {}
-        before = self.old if scene == "overwrite" else {}
+        before = self.old if "over" in scene else {}
         if now != truth and now != before:
             return "neither old nor new" if now.keys() != truth.keys() else "corrupt"
         left = [path.name for path in out.parent.iterdir() if path.name != "out"]
         if status == 0 and left and mode not in ("enospc", "eio"):
             return f"litter after success: {left}"
-        status, _ = self.convert(out)
+        status, _ = self.convert(out, part=LAST if parts else None)
+        if parts and status == 0:  # a batch system runs all of what failed again
+            status, _ = self.convert(out, part=FIRST)
         if status != 0 or contents(out) != truth:
             return f"does not go on: status {status}"
         left = [path.name for path in out.parent.iterdir() if path.name != "out"]
@@ -204,7 +213,7 @@ class Hunt:
         faults = []
         for scene in scenes:
             self.prepare(scene, out)
-            status, calls = self.convert(out)
+            status, calls = self.convert(out, part=LAST if "part" in scene else None)
             if status != 0:
                 raise SystemExit(f"faults: the conversion itself fails: status {status}")
             truth = contents(out)
@@ -234,7 +243,7 @@ def made(scratch: Path) -> Path:
 def lines(hunt: Hunt, faults: list[str]) -> Iterator[str]:
     for scene in SCENES:
         counts = [f"{mode} {hunt.verdicts[f'{scene} {mode}']}" for mode in MODES]
-        yield f"{scene:10} {'  '.join(counts)}"
+        yield f"{scene:15} {'  '.join(counts)}"
     yield from faults
     yield f"{sum(hunt.verdicts.values())} faults, {len(faults)} of them not survived"
 
