@@ -250,12 +250,16 @@ def _tokenize(options: argparse.Namespace) -> int:
     tokenizer = zoo.tokenizer(options.ref)
     ids = tokenizer.encode(options.text, special=options.special)
     tokens = [tokenizer.token(id) for id in ids]
-    seen = [token if token.isprintable() else repr(token) for token in tokens]
+    seen = map(_seen, tokens)
     if options.json:
         print(_json({"ids": ids, "tokens": tokens}))
     elif ids:
         print(_table([(str(id), token) for id, token in zip(ids, seen, strict=True)], right={0}))
     return OK
+
+
+def _seen(token: str) -> str:
+    return token if token.isprintable() else repr(token)
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -286,8 +290,8 @@ def _fill(options: argparse.Namespace) -> int:
         return OK
     for n, gap in enumerate(gaps):
         if len(gaps) > 1:
-            print(f"{chr(10) if n else ''}mask {n + 1}")
-        print(_table([(f"{guess.probability:.4f}", guess.text) for guess in gap]))
+            print(f"mask {n + 1}")
+        print(_table([(f"{guess.probability:.4f}", _seen(guess.text)) for guess in gap]))
     return OK
 
 

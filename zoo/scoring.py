@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.components.cache import Cache
 from zoo.components.decoder import Decoder
+from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
 from zoo.inference import at_rest, called, device_of, model_of
@@ -118,18 +119,17 @@ def _read(
 
 
 def _ids(given: Sequence[int] | Tensor, model: Model) -> Tensor:
+    """(s,), each of them known: the last one is never shown to the model, which checks the rest."""
     try:
-        ids = torch.as_tensor(given, device=device_of(model))
+        ids = torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"expected a text or its ids: {error}") from None
     if ids.ndim != 1:
         raise InputError(f"ids: expected one row of them, found {list(ids.shape)}")
     if len(ids) < 2:
-        what = "one token, and nothing before it" if len(ids) else "no tokens"
-        raise InputError(f"nothing to score: {what}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"ids: expected int64 or int32, found {ids.dtype}")
-    return ids.long()
+        raise InputError("nothing to score: no token has another before it")
+    check_ids(ids[None], model.config.vocab)
+    return ids.to(device_of(model), torch.int64)
 
 
 def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
