@@ -20,7 +20,15 @@ from zoo.components.decoder import Decoder
 from zoo.components.heads import MaskedLMHead
 from zoo.components.model import Model
 from zoo.embedding import POOLINGS
-from zoo.errors import InputError, SequenceTooLong, TokenIdError, UsageError, ZooError
+from zoo.errors import (
+    ConfigError,
+    InputError,
+    SequenceTooLong,
+    TokenIdError,
+    UnsupportedArchitecture,
+    UsageError,
+    ZooError,
+)
 from zoo.filling import Guess
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
@@ -142,7 +150,7 @@ def test_each_token_is_scored_once(length: int, window: int, stride: int) -> Non
     assert scored == list(range(1, length))
 
 
-def test_windows_of_models_without_an_end(hot: Any) -> None:
+def test_windows_of_models_without_an_end(hot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotary type that adapts scores beyond its positions too, where no cache goes on."""
     model = zoo.load(hot("llama", "rope-dynamic"), dtype="float64")
     positions = model.config.positions
@@ -152,6 +160,7 @@ def test_windows_of_models_without_an_end(hot: Any) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([ids[:-1]]))[0].log_softmax(dim=-1)
     wanted = -logits[range(len(ids) - 1), ids[1:]].mean().item()
+    monkeypatch.setattr(scoring, "LOGITS", 7 * model.config.vocab)
     found = zoo.perplexity(model, ids, window=len(ids)).nll
     assert found == pytest.approx(wanted, rel=1e-12)
     assert scoring._sizes(zoo.load(hot("bloom")), None, None) == (2048, 1024)
@@ -183,6 +192,8 @@ def test_bytes_and_the_first_token(hot: Any) -> None:
         forced = zoo.perplexity(model, text, bos=True)
         assert (forced.tokens, forced.bytes) == (15, size)
         assert forced.nll == zoo.perplexity(model, [0, *ids[-15:]]).nll
+        begun = zoo.perplexity(model, "\0" + text, bos=bos)
+        assert begun.bytes == size + 1 - first  # a text may begin with what stands before texts
     assert zoo.perplexity(model, torch.tensor(ids)) == alone
     assert zoo.perplexity(model, torch.tensor(ids, dtype=torch.int32)) == alone
 
@@ -405,6 +416,45 @@ def test_steps_of_its_own(tmp_path: Path) -> None:
     assert zoo.embed(zoo.load(root, modules=False), TEXTS, pooling="max").shape == (6, 44)
 
 
+def test_what_is_said_of_sentences(tmp_path: Path) -> None:
+    """How many tokens they have at most, and of which case: in files beside modules.json."""
+    root = sentence_checkpoint(tmp_path / "s", "mean_tokens")
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    (root / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    said = root / "sentence_bert_config.json"
+    with pytest.raises(SequenceTooLong, match="model takes 53"):
+        zoo.embed(root, ["a " * 60])
+    said.write_text('{"max_seq_length": 6, "do_lower_case": true}')
+    with pytest.raises(SequenceTooLong, match=r"text 1 has 7 tokens, .* takes 6"):
+        zoo.embed(root, ["a b", "a b c d e"])
+    found = zoo.embed(root, ["a b c d e", "The fox", "a b c d"], truncate=True)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[1], zoo.embed(root, ["[UNK] fox"])[0])
+    said.write_text('{"max_seq_length": 600}')
+    with pytest.raises(SequenceTooLong, match="model takes 53"):
+        zoo.embed(root, ["a " * 60])
+    for wrong in ('{"max_seq_length": "6"}', '{"max_seq_length": 0}', '{"do_lower_case": 1}'):
+        said.write_text(wrong)
+        with pytest.raises(ConfigError, match="expected max_seq_length"):
+            zoo.embed(root, ["a"])
+    said.unlink()
+    prompts = '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}'
+    (root / "config_sentence_transformers.json").write_text(prompts)
+    with pytest.raises(UnsupportedArchitecture, match=r"'query': prompts .* modules=False"):
+        zoo.embed(root, ["a"])
+    zoo.embed(zoo.load(root, modules=False), ["a"])
+
+
+def test_positions_of_the_head_that_is_left_away(hot: Any) -> None:
+    """DeBERTa's enhanced mask decoder brings an end of positions along."""
+    root = hot("deberta-v2")
+    model = zoo.load(root, head="enhanced_masked_lm", weights="random")
+    model.tokenizer = zoo.tokenizer(root)
+    with pytest.raises(SequenceTooLong, match="takes 53"):
+        zoo.embed(model, ["a " * 60])
+    assert zoo.embed(root, ["a " * 60]).shape == (1, 42)
+
+
 def test_too_long_is_an_error_or_cut(hot: Any) -> None:
     model = zoo.load(hot("bert", "bare"), dtype="float64")
     texts = ["a", "b a " * 50, "the fox", "c " * 60]
@@ -501,6 +551,11 @@ def test_embed_command(run: Any, hot: Any, tmp_path: Path) -> None:
     assert (code, err, [row["text"] for row in rows]) == (0, "", TEXTS[:3])
     assert torch.equal(torch.tensor([row["embedding"] for row in rows]), wanted)
     path.write_bytes("\r\n".join(TEXTS[:3]).encode() + b"\n")
+    rows = [
+        json.loads(line)
+        for line in run("embed", root, "--file", path, "--json")[1].split("\n")[:-1]
+    ]
+    assert [row["text"] for row in rows] == TEXTS[:3]
     out = run("embed", root, "--file", path, *asked)[1]
     numbers = torch.tensor([[float(n) for n in line.split()] for line in out.splitlines()])
     torch.testing.assert_close(numbers, wanted, rtol=1e-6, atol=0)

@@ -15,7 +15,7 @@ from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError, did_you_mean, listing
 from zoo.inference import at_rest, device_of, model_of
 from zoo.pretrained import Ref
-from zoo.sentences import WAYS, SentenceModel
+from zoo.sentences import WAYS, SentenceModel, manner
 from zoo.tokenizers import Tokenizer
 
 POOLINGS = {"mean": "mean_tokens", "first": "cls_token", "last": "lasttoken", "max": "max_tokens"}
@@ -34,12 +34,18 @@ def embed(
 
     The states of real tokens, special ones included, are pooled (`mean`), in fp32 at least. A
     checkpoint with a modules.json has steps of its own, which nothing is added to. A text of more
-    tokens than the model has positions is an error; `truncate` cuts it, and keeps its end token.
+    tokens than the model takes is an error; `truncate` cuts it, and keeps its end token.
     """
     model = model_of(model)
     _check(model, texts, pooling, normalize, batch_size)
-    body = model if isinstance(model, SentenceModel) else headless(model)
-    rows = _rows(model.tokenizer, body.config.limit, texts, truncate)
+    body, limit = model, model.config.limit
+    if not isinstance(model, SentenceModel):
+        body = headless(model)
+    elif model.provenance is not None:
+        longest, lower = manner(model.provenance.directory)
+        limit = min((n for n in (limit, longest) if n is not None), default=None)
+        texts = [text.lower() for text in texts] if lower else texts
+    rows = _rows(model.tokenizer, limit, texts, truncate)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # alike in length: less padding
     found: list[Tensor] = []
     with at_rest(body):
@@ -89,7 +95,7 @@ def _rows(
     if long and not truncate:
         counts = listing([f"text {n} has {len(rows[n])} tokens" for n in long], 5)
         raise SequenceTooLong(
-            f"{counts}, counted from 0; the model has {limit} positions. truncate=True cuts them"
+            f"{counts}, counted from 0; the model takes {limit}. truncate=True cuts them"
         )
     for n in long:
         rows[n] = _cut(tokenizer, texts[n], rows[n], limit)
