@@ -80,6 +80,9 @@ def _check(
         raise UsageError(f"batch_size={batch_size!r}: expected a positive number")
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
         raise UsageError(f"expected one text or more in a list, found {type(texts).__name__}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"expected a text, found {type(text).__name__}")
 
 
 def _rows(

@@ -125,7 +125,7 @@ class Normalize(nn.Module):
 
 def headless(heads: tuple[str, ...], kind: type[Model]) -> tuple[str, ...]:
     """Those of a class's heads that give hidden states; a head for another task is left away."""
-    return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[-1:]
+    return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[:1]
 
 
 def with_steps(model: Model, directory: Path) -> SentenceModel:
