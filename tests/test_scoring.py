@@ -130,12 +130,17 @@ def test_parts_give_what_the_whole_gives(
 
 
 def test_no_more_logits_than_a_part(hot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none where nothing is scored."""
     model = zoo.load(hot("gpt2"))
     monkeypatch.setattr(scoring, "LOGITS", 6 * model.config.vocab)
-    seen: list[int] = []
-    model.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
-    zoo.perplexity(model, some_ids(200))
-    assert max(seen) == 6
+    seen: dict[str, list[int]] = {"embed": [], "head": []}
+    for name, lengths in seen.items():
+        part = getattr(model, name)
+        part.register_forward_hook(lambda m, i, out, to=lengths: to.append(out.shape[1]))
+    zoo.perplexity(model, some_ids(200), window=50)
+    assert max(seen["embed"]) == max(seen["head"]) == 6
+    assert sum(seen["head"]) == 199
+    assert sum(seen["embed"]) == 7 * 49
 
 
 @pytest.mark.parametrize("length", [2, 3, 9, 10, 11, 31, 57])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError, did_you_mean, listing
-from zoo.inference import at_rest, device_of, model_of
+from zoo.inference import at_rest, device_of, headless, model_of
 from zoo.pretrained import Ref
 from zoo.sentences import WAYS, SentenceModel, manner
 from zoo.tokenizers import Tokenizer
@@ -55,13 +54,6 @@ def embed(
     vectors = torch.cat(found)
     vectors = vectors[torch.tensor(order, device=vectors.device).argsort()]
     return F.normalize(vectors, dim=-1) if normalize else vectors
-
-
-def headless(model: Model) -> Model:
-    """The same modules, giving hidden states."""
-    body = copy.copy(model)
-    body.config = model.config.replace(head=type(model).headless[0])
-    return body
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -26,6 +27,13 @@ def model_of(model: Model | Ref) -> Model:
 def called(model: Model) -> str:
     """What a message calls it: its architecture, and its head."""
     return f"{model.architecture or type(model).__name__} with head {model.config.head!r}"
+
+
+def headless(model: Model) -> Model:
+    """The same modules, giving hidden states."""
+    body = copy.copy(model)
+    body.config = model.config.replace(head=type(model).headless[0])
+    return body
 
 
 def device_of(model: nn.Module) -> torch.device:

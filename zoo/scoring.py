@@ -16,7 +16,7 @@ from zoo.components.decoder import Decoder
 from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
-from zoo.inference import at_rest, called, device_of, model_of
+from zoo.inference import at_rest, called, device_of, headless, model_of
 from zoo.pretrained import Ref
 
 UNLIMITED = 2048  # the window where a model has no end of positions
@@ -141,17 +141,25 @@ def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def _nll(model: Model, ids: Tensor, count: int) -> float:
-    """Of the last `count` of these ids together, in nats; logits come a part at a time."""
-    context, targets = ids[:-1], ids[1:]
-    total, first = 0.0, len(targets) - count
-    size, most = max(1, LOGITS // model.config.vocab), model.config.limit_cached
-    if most is not None and len(context) > most:
-        size = len(context)  # what a cache cannot hold comes at once
-    cache = Cache(len(context)) if size < len(context) else None
-    for start in range(0, len(context), size):
-        logits = model(context[None, start : start + size], cache=cache)[0]
-        skipped = max(0, first - start)
-        logits = logits[skipped:].to(torch.promote_types(logits.dtype, torch.float32))
-        wanted = targets[start + skipped : start + size]
-        total += F.cross_entropy(logits, wanted, reduction="none").double().sum().item()
+    """Of the last `count` of these ids together, in nats."""
+    total, at = 0.0, len(ids) - count
+    for logits in _logits(model, ids[:-1], at - 1):
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wanted = ids[at : at + len(wide)]
+        total += F.cross_entropy(wide, wanted, reduction="none").double().sum().item()
+        at += len(wide)
     return total
+
+
+def _logits(model: Model, context: Tensor, first: int) -> Iterator[Tensor]:
+    """(n, v), a part at a time; of the tokens before `first` none, they are only looked at."""
+    most = model.config.limit_cached
+    if most is not None and len(context) > most:
+        yield model(context[None])[0, first:]  # no cache goes so far
+        return
+    size = max(1, LOGITS // model.config.vocab)
+    cache, body = Cache(len(context)), headless(model)
+    for start in range(0, first, size):
+        body(context[None, start : min(start + size, first)], cache=cache)
+    for start in range(first, len(context), size):
+        yield model(context[None, start : start + size], cache=cache)[0]
