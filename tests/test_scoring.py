@@ -168,6 +168,12 @@ def test_windows_of_models_without_an_end(hot: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(scoring, "LOGITS", 7 * model.config.vocab)
     found = zoo.perplexity(model, ids, window=len(ids)).nll
     assert found == pytest.approx(wanted, rel=1e-12)
+    with torch.no_grad():  # the last window, of which two tokens are new
+        logits = model(torch.tensor([ids[2:-1]]))[0, -2:].log_softmax(dim=-1)
+    wanted = (-logits[range(2), ids[-2:]].sum()).item()
+    found = zoo.perplexity(model, ids, window=len(ids) - 2, stride=2).nll * (len(ids) - 1)
+    before = zoo.perplexity(model, ids[:-2], window=len(ids) - 2).nll * (len(ids) - 3)
+    assert found - before == pytest.approx(wanted, rel=1e-9)
     assert scoring._sizes(zoo.load(hot("bloom")), None, None) == (2048, 1024)
 
 
