@@ -95,7 +95,8 @@ def test_pooling(ways: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "variant"), [("bert", "bare"), ("roberta", "masked-lm"), ("t5", "encoder")]
+    ("architecture", "variant"),
+    [("bert", "bare"), ("roberta", "masked-lm"), ("t5", "encoder"), ("t5", "tied")],
 )
 def test_a_layer_of_its_own_and_length_one(architecture: str, variant: str, tmp_path: Path) -> None:
     """Of a class with a head for another task, the hidden states are taken."""

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from zoo.catalog import list_checkpoints as list
     from zoo.conversion import save as save
     from zoo.converting import convert as convert
+    from zoo.embedding import embed as embed
     from zoo.errors import ZooError as ZooError
+    from zoo.filling import fill as fill
     from zoo.parity import verify as verify
     from zoo.pretrained import load as load
+    from zoo.scoring import perplexity as perplexity
     from zoo.tokenizers import tokenizer as tokenizer
 
 _HOMES = {
@@ -28,6 +31,9 @@ _HOMES = {
     "save": ("zoo.conversion", "save"),
     "verify": ("zoo.parity", "verify"),
     "tokenizer": ("zoo.tokenizers", "tokenizer"),
+    "perplexity": ("zoo.scoring", "perplexity"),
+    "fill": ("zoo.filling", "fill"),
+    "embed": ("zoo.embedding", "embed"),
     "list": ("zoo.catalog", "list_checkpoints"),
     "info": ("zoo.catalog", "info"),
     "ZooError": ("zoo.errors", "ZooError"),
@@ -37,10 +43,13 @@ _HOMES = {
 __all__ = [
     "ZooError",
     "convert",
+    "embed",
+    "fill",
     "info",
     "list",
     "load",
     "models",
+    "perplexity",
     "save",
     "tokenizer",
     "verify",

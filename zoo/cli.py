@@ -1,4 +1,4 @@
-"""The command line: list, info, verify, convert, check, tokenize."""
+"""The command line: list, info, verify, convert, check, tokenize, score, fill, embed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import zoo
 from zoo import catalog
-from zoo.errors import UsageError, ZooError, listing
+from zoo.errors import InputError, UsageError, ZooError, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
 
@@ -111,6 +111,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--special", action="store_true", help="find special tokens in TEXT")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_tokenize)
+
+    command = commands.add_parser("score", help="how well a decoder foresees a text: perplexity")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("file", metavar="FILE", help="the text; - is standard input")
+    command.add_argument("--window", type=int, metavar="TOKENS", help="[all positions]")
+    command.add_argument("--stride", type=int, metavar="TOKENS", help="[half the window]")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_score)
+
+    command = commands.add_parser("fill", help="what a masked LM puts in a text's gaps")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("text", metavar="TEXT", help='such as "The capital of [MASK] is"')
+    command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each [5]")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_fill)
+
+    command = commands.add_parser("embed", help="a vector for each text")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("texts", metavar="TEXT", nargs="*")
+    command.add_argument("--file", metavar="FILE", help="a text each line; - is standard input")
+    command.add_argument("--pooling", choices=("mean", "first", "last", "max"), help="[mean]")
+    command.add_argument("--normalize", action="store_true", help="to length one")
+    command.add_argument("--truncate", action="store_true", help="cut what is too long")
+    command.add_argument("--json", action="store_true", help="an object with its text each line")
+    command.set_defaults(run=_embed)
     return parser
 
 
@@ -239,12 +264,80 @@ def _tokenize(options: argparse.Namespace) -> int:
     tokenizer = zoo.tokenizer(options.ref)
     ids = tokenizer.encode(options.text, special=options.special)
     tokens = [tokenizer.token(id) for id in ids]
-    seen = [token if token.isprintable() else repr(token) for token in tokens]
+    seen = map(_seen, tokens)
     if options.json:
         print(_json({"ids": ids, "tokens": tokens}))
     elif ids:
         print(_table([(str(id), token) for id, token in zip(ids, seen, strict=True)], right={0}))
     return OK
+
+
+def _seen(token: str) -> str:
+    return token if token.isprintable() else repr(token)
+
+
+def _score(options: argparse.Namespace) -> int:
+    text = _text(options.file)
+    asked = {"window": options.window, "stride": options.stride}
+    try:
+        score = zoo.perplexity(options.ref, text, progress=_scored, **asked)
+    finally:
+        passing("", sys.stderr)
+    if options.json:
+        print(_json(score.to_json()))
+    else:
+        told = "unknown" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
+        rows = [("tokens", f"{score.tokens:,}"), ("nats a token", f"{score.nll:.4f}")]
+        rows += [("perplexity", f"{score.perplexity:.4f}"), ("bits a byte", told)]
+        print(_table(rows))
+    return OK
+
+
+def _scored(done: int, count: int) -> None:
+    passing(f"{done:,} of {count:,} tokens", sys.stderr)
+
+
+def _fill(options: argparse.Namespace) -> int:
+    gaps = zoo.fill(options.ref, options.text, top=options.top)
+    if options.json:
+        print(_json([[guess._asdict() for guess in gap] for gap in gaps]))
+        return OK
+    for n, gap in enumerate(gaps):
+        if len(gaps) > 1:
+            print(f"mask {n + 1}")
+        print(_table([(f"{guess.probability:.4f}", _seen(guess.text)) for guess in gap]))
+    return OK
+
+
+def _embed(options: argparse.Namespace) -> int:
+    if bool(options.texts) == bool(options.file):
+        raise UsageError("embed: either texts or --file")
+    texts = options.texts or _lines(_text(options.file))
+    asked = {"normalize": options.normalize, "truncate": options.truncate}
+    vectors = zoo.embed(options.ref, texts, pooling=options.pooling, **asked).tolist()
+    for text, vector in zip(texts, vectors, strict=True):
+        if options.json:
+            print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))
+        else:
+            print(*(f"{number:.7g}" for number in vector))
+    return OK
+
+
+def _text(file: str) -> str:
+    """What a file holds, or standard input."""
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    place = "standard input" if file == "-" else file
+    if not data:
+        raise InputError(f"{place}: is empty")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 at byte {error.start}") from None
+
+
+def _lines(text: str) -> list[str]:
+    """As editors count them; a line separator of Unicode is part of a text."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _place(text: str) -> Path:

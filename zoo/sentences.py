@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from zoo.components.inputs import check_mask
 from zoo.components.masks import positions_of
 from zoo.components.model import Linear, Model
 from zoo.errors import ConfigError, MissingTensors, ShapeMismatch, UnsupportedArchitecture, listing
-from zoo.sources import CONFIG, MODULES, module_folders
+from zoo.sources import CONFIG, MODULES, SENTENCE_FILES, module_folders
 
 
 class SentenceModel(Model):
@@ -124,7 +125,7 @@ class Normalize(nn.Module):
 
 def headless(heads: tuple[str, ...], kind: type[Model]) -> tuple[str, ...]:
     """Those of a class's heads that give hidden states; a head for another task is left away."""
-    return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[-1:]
+    return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[:1]
 
 
 def with_steps(model: Model, directory: Path) -> SentenceModel:
@@ -136,6 +137,33 @@ def with_steps(model: Model, directory: Path) -> SentenceModel:
         steps.append(step.to(first.device, first.dtype))
         folders.append(folder)
     return SentenceModel(model, steps, folders).eval()
+
+
+class Manner(NamedTuple):
+    """What is done to a text before the model: at most how many tokens, and lower case or not."""
+
+    longest: int | None = None
+    lower: bool = False
+
+
+def manner(directory: Path) -> Manner:
+    """As the small files beside modules.json say it."""
+    said: dict[str, Any] = {}
+    for name in SENTENCE_FILES:
+        if os.path.lexists(directory / name):
+            said |= read_json(confined(directory, name), ConfigError)
+    longest, lower = said.get("max_seq_length"), said.get("do_lower_case", False)
+    if not (longest is None or (type(longest) is int and longest > 0)) or type(lower) is not bool:
+        raise ConfigError(
+            f"{directory / SENTENCE_FILES[0]}: expected max_seq_length, a number of tokens, and "
+            f"do_lower_case, true or false; found {longest!r} and {lower!r}"
+        )
+    if prompt := said.get("default_prompt_name"):
+        raise UnsupportedArchitecture(
+            f"{directory / SENTENCE_FILES[1]}: default_prompt_name {prompt!r}: prompts before each "
+            "text are not implemented. Pass modules=False to zoo.load and do what it says yourself"
+        )
+    return Manner(longest, lower)
 
 
 def _step(kind: str, root: Path, folder: str, width: int) -> tuple[nn.Module, int]:

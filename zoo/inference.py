@@ -1,0 +1,53 @@
+"""What every use of a loaded model begins with: which model is meant, and that it is at rest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+
+import torch
+from torch import nn
+
+from zoo.components.model import Model
+from zoo.errors import UsageError
+from zoo.pretrained import Ref, load
+
+
+def model_of(model: Model | Ref) -> Model:
+    """The model itself, or the one that `zoo.load` finds under a reference."""
+    if isinstance(model, str | PathLike):
+        return load(model)
+    if not isinstance(model, Model):
+        raise UsageError(f"expected a model or a reference, found {type(model).__name__}")
+    return model
+
+
+def called(model: Model) -> str:
+    """What a message calls it: its architecture, and its head."""
+    return f"{model.architecture or type(model).__name__} with head {model.config.head!r}"
+
+
+def headless(model: Model) -> Model:
+    """The same modules, giving hidden states."""
+    body = copy.copy(model)
+    body.config = model.config.replace(head=type(model).headless[0])
+    return body
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; a model in training is so again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
