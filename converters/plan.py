@@ -179,6 +179,9 @@ class _Planner:
         self.axes: Sizes = dict(NUMBER_WORDS)
         for axis, name in spec.axes.items():
             if isinstance(size := config.get(name), int):
+                if size < 1:
+                    said = self.dialect.reference_field(name)
+                    raise ConfigError(f"{where}: {said}: {size} is not positive")
                 self.axes[axis] = size
         self._transforms: dict[tuple[int, tuple[tuple[str, int], ...]], Transform] = {}
 

@@ -447,3 +447,11 @@ def test_a_dry_run_knows_of_casts(source: Path) -> None:
         dry_run(source, dtype="junk")
     with pytest.raises(UsageError):
         dry_run(source, part="9/1")
+
+
+def test_a_model_of_no_experts(tmp_path: Path) -> None:
+    hot_checkpoint(registry.architectures()["mixtral"], "base", tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "num_local_experts": 0}))
+    with pytest.raises(ConfigError, match="num_local_experts: 0 is not positive"):
+        zoo.load(tmp_path / "x")
