@@ -232,12 +232,14 @@ class _Hub:
         pinned = _COMMIT.fullmatch(self.revision) is not None
         config = (self._cached(CONFIG) if pinned else None) or self._fetch(CONFIG)
         if config is None:
-            raise self._miss(NotACheckpoint(f"hf:{self.repo}: no {CONFIG} in it"))
+            raise self._miss(NotACheckpoint(f"hf:{self.repo}: no {CONFIG} in it"), CONFIG)
         return config
 
-    def _miss(self, otherwise: ZooError) -> ZooError:
+    def _miss(self, otherwise: ZooError, missing: str) -> ZooError:
         """Why something is not there: nobody could be asked, or the repository lacks it."""
-        return self.unreachable or otherwise
+        if self.unreachable is None:
+            return otherwise
+        return type(self.unreachable)(f"{self.unreachable}. Missing: {missing}")
 
     @cached_property
     def unreachable(self) -> SourceError | None:
@@ -274,7 +276,8 @@ class _Hub:
         raise self._miss(
             NotACheckpoint(
                 f"hf:{self.repo}: looked for {names}; other formats are not read from the hub"
-            )
+            ),
+            f"weights, in one of {names}",
         )
 
     def _need(self, names: list[str]) -> list[Path]:
@@ -284,7 +287,7 @@ class _Hub:
             paths = dict(zip(names, pool.map(self._fetch, names), strict=True))
         if missing := [name for name, path in paths.items() if path is None]:
             told = f"hf:{self.repo}: the index names {listing(missing)}; the repository lacks them"
-            raise self._miss(MissingShard(told))
+            raise self._miss(MissingShard(told), listing(missing))
         return [path for path in paths.values() if path is not None]
 
     def _has(self, name: str) -> bool:
