@@ -303,26 +303,6 @@ def shard(infos: Iterable[TensorInfo], max_bytes: int) -> list[tuple[str, list[T
     ]
 
 
-def write_index(
-    directory: Path,
-    shards: Sequence[tuple[str, Sequence[TensorInfo]]],
-    total_parameters: int | None = None,
-) -> Path:
-    """model.safetensors.index.json; parameters are all elements unless the caller knows better."""
-    infos = [info for _, held in shards for info in held]
-    if total_parameters is None:
-        total_parameters = sum(info.numel for info in infos)
-    sizes = {
-        "total_parameters": total_parameters,
-        "total_size": sum(info.nbytes for info in infos),
-    }
-    weight_map = {info.name: file for file, held in shards for info in held}
-    text = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True)
-    path = directory / _LAYOUTS["safetensors"][1]
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
-
-
 __all__ = [
     "Checkpoint",
     "confined",
@@ -330,5 +310,4 @@ __all__ = [
     "open_checkpoint",
     "read_json",
     "shard",
-    "write_index",
 ]

@@ -316,10 +316,11 @@ class _Run:
             self.faults.append(f"{item.name}{nonfinite}")
 
     def _write_item(self, item: Item, fd: int, start: int) -> tuple[str, _Look]:
-        state, look = xxhash.xxh3_128(), _Look(item)
+        state, look, end = xxhash.xxh3_128(), _Look(item), start + item.info.nbytes
         for piece in self._pieces(item, look, start):
             state.update(piece)
             start += _write(fd, piece, start)
+        assert start == end, f"{item.name}: {start - end} bytes more than planned"
         return state.hexdigest(), look
 
     def _buffer(self, name: str = "pieces") -> memoryview:
@@ -387,9 +388,9 @@ class _Look:
         if total != 0 or (self.zero and piece.any().item()):
             self.zero = False
         if total - total != 0:
-            odd = ~piece.isfinite()
+            odd = ~piece.to(wide).isfinite()  # narrow types do not know it of themselves
             if self.cast and before is not None:
-                over = odd & before.isfinite()
+                over = odd & before.to(torch.float64).isfinite()
                 self.overflow = self.overflow or self._first(over, before)
                 odd &= ~over
             self.nonfinite = self.nonfinite or self._first(odd, piece)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import xxhash
 
 from converters.checkpoint import confined
-from converters.engine import Report
+from converters.engine import Report, write_small_files
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Output, digest
+from converters.store import prune
 from converters.strict_json import read_json
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
@@ -71,6 +72,15 @@ def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
         "files": dict(sorted(files.items())),
     }
     return (json.dumps({**data, "digest": digest(data)}, indent=2) + "\n").encode()
+
+
+def finish(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> None:
+    """All that is no tensor, and nothing that is not of the output; the manifest last."""
+    names = [shard.name for shard in output.shards] + [*output.texts, *output.carried]
+    prune(directory, names)
+    write_small_files(output, directory, report)
+    with (directory / NAME).open("xb") as file:
+        file.write(manifest(output, report, versions))
 
 
 def read(directory: Path) -> dict[str, Any]:

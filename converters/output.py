@@ -16,6 +16,7 @@ from converters.formats.safetensors import Layout, lay_out
 if TYPE_CHECKING:
     from converters.lazy import Lazy
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _EXACT = {  # what a dtype's numbers can all be written in
     "F16": ("F16", "F32", "F64"),
     "BF16": ("BF16", "F32", "F64"),
@@ -68,9 +69,10 @@ class Shard:
     layout: Layout
 
     @classmethod
-    def of(cls, name: str, items: Iterable[Item], metadata: Mapping[str, str]) -> Shard:
+    def of(cls, name: str, items: Iterable[Item], metadata: Mapping[str, str] | None) -> Shard:
+        items = list(items)
         by_name = {item.name: item for item in items}
-        layout = lay_out([item.info for item in by_name.values()], metadata, name)
+        layout = lay_out([item.info for item in items], metadata, name)
         return cls(name, tuple(by_name[n] for n in layout.starts), layout)
 
     def start(self, item: Item) -> int:
@@ -147,8 +149,10 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def index_of(shards: Sequence[Shard]) -> bytes:
-    """model.safetensors.index.json"""
+def index_of(shards: Sequence[Shard]) -> dict[str, bytes]:
+    """model.safetensors.index.json, where there is more than the one file of the usual name."""
+    if [shard.name for shard in shards] == [SINGLE]:
+        return {}
     infos = [item.info for shard in shards for item in shard.items]
     sizes = {
         "total_parameters": sum(info.numel for info in infos),
@@ -156,4 +160,4 @@ def index_of(shards: Sequence[Shard]) -> bytes:
     }
     weight_map = {item.name: shard.name for shard in shards for item in shard.items}
     data = {"metadata": sizes, "weight_map": weight_map}
-    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+    return {INDEX: (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()}

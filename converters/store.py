@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,17 @@ def staged(
 class Stage:
     """A directory being filled, and the journal of what is in it for good."""
 
-    def __init__(self, path: Path, lock: _Lock, found: list[dict[str, Any]]) -> None:
-        self.path, self._lock = path, lock
+    def __init__(
+        self, path: Path, lock: _Lock | None = None, found: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.path, self._lock = path, lock  # without one, nothing can be taken up again
         self.found = found  # records of a run that was killed; none of a run from the start
         self.published = False  # all was done already, but for saying so
         self.anew = False  # what was there belongs to another job, and is gone
 
     def record(self, entry: dict[str, Any]) -> None:
-        self._lock.append(entry)
+        if self._lock is not None:
+            self._lock.append(entry)
 
 
 @contextmanager

@@ -16,13 +16,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
+from tiny import write
 
 from converters.formats import BITS, TensorInfo, dtype_code, itemsize, open_regular, torch_dtype
 from converters.formats.safetensors import (
     SafetensorsReader,
-    SafetensorsWriter,
     header_order,
-    write_safetensors,
+    lay_out,
 )
 from converters.formats.torch_zip import TorchZipReader
 from converters.strict_json import parse_json, read_json
@@ -36,8 +36,6 @@ from zoo.errors import (
     MissingTensors,
     NotACheckpoint,
     ResourceLimit,
-    ShapeMismatch,
-    UnexpectedTensors,
     UnsafePath,
     UnsupportedZip,
     ZooError,
@@ -405,13 +403,10 @@ def test_files_equal_the_librarys(
     tensors = drawn(stock)
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     save_file(tensors, theirs, metadata)
-    infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
-    order.shuffle(infos)
+    names = list(tensors)
+    order.shuffle(names)
     ours.unlink(missing_ok=True)
-    with SafetensorsWriter(ours, infos, metadata) as writer:
-        order.shuffle(infos)
-        for info in infos:
-            writer.write(info.name, tensors[info.name])
+    write(ours, {name: tensors[name] for name in names}, metadata)
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -420,7 +415,7 @@ def test_files_equal_the_librarys(
 def test_metadata_survives_in_its_order(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "a"
     path.unlink(missing_ok=True)
-    write_safetensors(path, {"a": torch.ones(1)}, metadata)
+    write(path, {"a": torch.ones(1)}, metadata)
     assert SafetensorsReader(path).metadata == (metadata or {})
     assert list(SafetensorsReader(path).metadata) == list(metadata or {})
     assert load_file(path)["a"].item() == 1
@@ -429,7 +424,7 @@ def test_metadata_survives_in_its_order(tmp_path: Path, metadata: dict[str, str]
 def test_all_dtypes_stand_in_the_librarys_order(tmp_path: Path) -> None:
     tensors = {code.lower(): random((2, 2), torch_dtype(code)) for code in codes}
     save_file(tensors, tmp_path / "theirs")
-    write_safetensors(tmp_path / "ours", dict(reversed(tensors.items())))
+    write(tmp_path / "ours", dict(reversed(tensors.items())))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -437,12 +432,12 @@ def test_all_dtypes_stand_in_the_librarys_order(tmp_path: Path) -> None:
 def test_strided_tensors_are_written_in_slices(
     tmp_path: Path, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converters.formats.safetensors._CHUNK", 1 << 12)
+    monkeypatch.setattr("converters.engine._TURN", 1 << 12)
     base = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape)
     views = {"t": base.transpose(-1, -2), "s": base[..., ::2], "e": base[:1, :1].expand(shape)}
     if len(shape) == 3:
         views["p"] = base.permute(2, 0, 1)
-    write_safetensors(tmp_path / "ours", views)
+    write(tmp_path / "ours", views)
     save_file(
         {n: v.clone(memory_format=torch.contiguous_format) for n, v in views.items()},
         tmp_path / "theirs",
@@ -452,42 +447,22 @@ def test_strided_tensors_are_written_in_slices(
 
 def test_parameters_and_conjugates_are_written_by_value(tmp_path: Path) -> None:
     z = torch.randn(3, dtype=torch.complex64)
-    write_safetensors(tmp_path / "a", {"z": z.conj(), "p": torch.nn.Parameter(torch.ones(2))})
+    write(tmp_path / "a", {"z": z.conj(), "p": torch.nn.Parameter(torch.ones(2))})
     assert torch.equal(load_file(tmp_path / "a")["z"], z.conj().resolve_conj())
 
 
-def test_a_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
-    path = tmp_path / "a"
+def test_a_name_stands_once(tmp_path: Path) -> None:
     info = TensorInfo("a", (2,), "F32")
-    with pytest.raises(DuplicateTensor):
-        SafetensorsWriter(path, [info, info])
-    with pytest.raises(DuplicateTensor):
-        SafetensorsWriter(path, [TensorInfo("__metadata__", (), "F32")])
-    for name, tensor, kind in (
-        ("b", torch.ones(2), UnexpectedTensors),
-        ("a", torch.ones(3), ShapeMismatch),
-        ("a", torch.ones(2).double(), DtypeMismatch),
-        ("a", torch.ones(2, device="meta"), CheckpointError),
-    ):
-        with pytest.raises(kind, match="tensor"), SafetensorsWriter(path, [info]) as writer:
-            writer.write(name, tensor)
-        assert not path.exists()
-    with pytest.raises(MissingTensors, match="never written: a"):
-        SafetensorsWriter(path, [info]).close()
-    assert not path.exists()
-    with SafetensorsWriter(path, [info]) as writer:
-        writer.write("a", torch.ones(2))
-        with pytest.raises(UnexpectedTensors, match="already"):
-            writer.write("a", torch.ones(2))
-    with pytest.raises(FileExistsError):
-        SafetensorsWriter(path, [info])
+    for infos in ([info, info], [TensorInfo("__metadata__", (), "F32")]):
+        with pytest.raises(DuplicateTensor):
+            lay_out(infos, {}, "a file")
     assert header_order([TensorInfo("z", (), "F64"), info])[0].name == "z"
 
 
 def test_a_written_file_has_the_umasks_mode(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_safetensors(tmp_path / "a", {"a": torch.ones(2)})
+        write(tmp_path / "a", {"a": torch.ones(2)})
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from tiny import build, run
 
 import zoo
+from converters import manifest
 from zoo import registry
 from zoo.components.model import Model
 from zoo.converting import dry_run
 from zoo.errors import (
     ConfigError,
     MissingTensors,
+    NonFinite,
     OutputExists,
     OverflowOnCast,
     TieConflict,
@@ -216,12 +218,17 @@ def test_random_weights_take_any_head(head: str) -> None:
 # --- giving back ---------------------------------------------------------------------------------
 
 
+def besides_manifest(directory: Path) -> list[Path]:
+    """It names what the files were made from."""
+    return [path for path in directory.iterdir() if path.name != manifest.NAME]
+
+
 def test_native_and_back_is_byte_for_byte(published: Path, tmp_path: Path) -> None:
     (published / "tokenizer.json").write_text("{}")
     (published / "generation_config.json").write_text('{"max_length": 5}')
     native = zoo.convert(published, tmp_path / "native", to="native")
     back = zoo.convert(native, tmp_path / "back", to="hf")
-    for path in published.iterdir():
+    for path in besides_manifest(published):
         assert (back / path.name).read_bytes() == path.read_bytes(), path.name
     theirs = zoo.load(published).state_dict()
     for name, tensor in zoo.load(native).state_dict().items():
@@ -263,7 +270,7 @@ def test_shards_are_those_of_the_source_or_those_asked_for(published: Path, tmp_
     files = {path.name for path in split.glob("model-*.safetensors")}
     assert len(files) > 1 and set(index["weight_map"].values()) == files
     again = zoo.convert(split, tmp_path / "again", to="hf")
-    for path in split.iterdir():
+    for path in besides_manifest(split):
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -276,6 +283,19 @@ def test_what_was_changed_is_what_is_written(published: Path, tmp_path: Path) ->
     half = zoo.save(zoo.load(published, dtype="bfloat16"), tmp_path / "half")
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     assert {w.dtype for w in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_what_is_saved_can_be_verified_and_is_finite(published: Path, tmp_path: Path) -> None:
+    model = zoo.load(published)
+    assert not list(manifest.check(zoo.save(model, tmp_path / "saved")))
+    zoo.load(tmp_path / "saved", verify=True)
+    weight = next(model.parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] = torch.nan
+    with pytest.raises(NonFinite, match="is nan"):
+        zoo.save(model, tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+    zoo.save(model, tmp_path / "odd", allow_nonfinite=True)
 
 
 def test_nothing_is_overwritten_unasked(published: Path, tmp_path: Path) -> None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+import platform
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from converters.checkpoint import SINGLE, confined, shard, write_index
-from converters.execute import invert
+import zoo
+from converters.checkpoint import confined, shard
+from converters.engine import Options, run
 from converters.formats import TensorInfo, dtype_code
-from converters.formats.safetensors import SafetensorsWriter
-from converters.plan import Plan, make_plan, target_names
-from converters.spec import load_spec
-from converters.store import staged
+from converters.lazy import Lazy
+from converters.manifest import finish
+from converters.output import SINGLE, Item, Output, Shard, digest, index_of
+from converters.plan import Plan, Step, make_plan, target_names
+from converters.spec import Spec, load_spec
+from converters.store import Stage, staged
 from zoo import registry
 from zoo.components.model import Model
 from zoo.errors import OutputExists, UsageError, listing
@@ -45,11 +49,12 @@ def save(
     to: str = "hf",
     force: bool = False,
     max_shard_size: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
 
     A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes)
-    makes a new one.
+    makes a new one. What is not finite is refused, unless `allow_nonfinite`.
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -57,26 +62,104 @@ def save(
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)
+    output = _output(model, to, max_shard_size)
+    with staged(destination, force=force, size=output.size) as stage:
+        options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
+        finish(output, stage, run(output, Stage(stage), options), versions())
+    return destination
+
+
+def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
+    """Files, headers and recipes of a model as it is."""
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
         steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
     state = {name: p.detach() for name, p in model.named_parameters()}
+    if without := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise UsageError(f"{listing(without)}: on the meta device, where no values are")
     origin = origin_of(model, state)
-    with staged(destination, force=force) as stage:
-        if to == "native":
-            (stage / NATIVE_FILE).write_bytes(native_record(model, origin))
-            _write_weights(stage, state, {}, {"format": "pt"}, max_shard_size)
-        else:
-            (stage / "config.json").write_text(origin.config, encoding="utf-8")
-            plan = export_plan(model, origin)
-            tensors = invert(plan, state)
-            where = origin.where if max_shard_size is None else {}
-            _write_weights(stage, tensors, where, origin.metadata, max_shard_size)
-        if model.provenance is not None:
-            _carry(model.provenance.directory, stage)
-        for folder, step in steps.items():
-            _write_step(stage / folder, step)
-    return destination
+    if to == "native":
+        texts = {NATIVE_FILE: native_record(model, origin)}
+        items = [_item(name, tensor) for name, tensor in state.items()]
+        metadata, where = {"format": "pt"}, {}
+    else:
+        texts = {CONFIG: origin.config.encode()}
+        plan = export_plan(model, origin)
+        items = in_order(_exported(plan, state), plan)
+        metadata, where = dict(origin.metadata), dict(origin.where)
+    shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
+    texts |= index_of(shards)
+    carried = companions(model.provenance.directory) if model.provenance else {}
+    for folder, step in steps.items():  # a sentence model's own layers, as they are now
+        if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
+            for name in MODULE_WEIGHTS:
+                carried.pop(f"{folder}/{name}", None)
+            shards.append(Shard.of(f"{folder}/{SINGLE}", held, {"format": "pt"}))
+    entry = _entry(model)
+    return Output(
+        tuple(shards), texts, carried, said=said_of(entry.name, to, load_spec(entry.spec))
+    )
+
+
+def _item(name: str, tensor: Tensor) -> Item:
+    info = TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
+    return Item(info, "", partial(Lazy.of, tensor))
+
+
+def _exported(plan: Plan, state: Mapping[str, Tensor]) -> Iterator[Item]:
+    """Tensors under their names on disk, from those of the model."""
+
+    def made(step: Step, n: int) -> Lazy:
+        tensors = [state[name] for name in step.targets]
+        if step.transform is None:
+            return Lazy.of(tensors[n])
+        return step.transform.sources_of(tensors)[n]
+
+    for step in plan.steps:
+        dtype = dtype_code(state[step.targets[0]].dtype)
+        for names in (step.sources, *step.also):
+            for n, name in enumerate(names):
+                info = TensorInfo(plan.modern.get(name, name), plan.header[name].shape, dtype)
+                yield Item(info, str(step.rule), partial(made, step, n))
+
+
+def in_order(items: Iterable[Item], plan: Plan) -> list[Item]:
+    """As the files that the plan is of have them."""
+    order = {plan.modern.get(name, name): n for n, name in enumerate(plan.header)}
+    return sorted(items, key=lambda item: order[item.name])
+
+
+def split(
+    items: list[Item], where: Mapping[str, str], metadata: Mapping[str, str], most: int | None
+) -> list[Shard]:
+    """Over the files that `where` names, or over new ones of `most` bytes."""
+    by_name = {item.name: item for item in items}
+    infos = [item.info for item in items]
+    held = as_before(infos, where) or shard(infos, most or SHARD_BYTES)
+    return [Shard.of(name, [by_name[i.name] for i in infos], metadata) for name, infos in held]
+
+
+def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
+    """What a manifest names of how its files came to be."""
+    rules = {
+        name: [[str(rule) for rule in d.rules], {k: list(v) for k, v in d.config.items()}]
+        for name, d in spec.dialects.items()
+    }
+    return {
+        "architecture": architecture,
+        "to": to,
+        "spec": {"name": spec.name, "sha256": digest(rules)},
+    }
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {
+        "zoo": zoo.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def native_record(model: Model, origin: Origin) -> bytes:
@@ -203,28 +286,6 @@ def _fresh(
     return Origin("hf", named, text, wanted, {}, {"format": "pt"})
 
 
-def _write_weights(
-    stage: Path,
-    tensors: Mapping[str, Tensor],
-    where: Mapping[str, str],
-    metadata: Mapping[str, str],
-    max_shard_size: int | None,
-) -> None:
-    """One file, or the shards that `where` names, or new ones where it is too large for one."""
-    infos = [
-        TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
-        for name, tensor in tensors.items()
-    ]
-    shards = as_before(infos, where) or shard(infos, max_shard_size or SHARD_BYTES)
-    for name, members in shards:
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        with SafetensorsWriter(stage / name, members, metadata=dict(metadata)) as writer:
-            for info in members:
-                writer.write(info.name, tensors[info.name])
-    if len(shards) > 1 or shards[0][0] != SINGLE:
-        write_index(stage, shards)
-
-
 def as_before(
     infos: Iterable[TensorInfo], where: Mapping[str, str]
 ) -> list[tuple[str, list[TensorInfo]]]:
@@ -240,15 +301,6 @@ def as_before(
     return sorted(files.items())
 
 
-def _write_step(folder: Path, step: nn.Module) -> None:
-    """A sentence model's own layer, as it is now."""
-    state = {name: p.detach() for name, p in step.named_parameters()}
-    if state:
-        for name in MODULE_WEIGHTS:
-            (folder / name).unlink(missing_ok=True)
-        _write_weights(folder, state, {}, {"format": "pt"}, None)
-
-
 def companions(source: Path) -> dict[str, Path]:
     """What belongs to a checkpoint beside its weights, and what its modules' folders hold."""
     names = [
@@ -262,12 +314,6 @@ def companions(source: Path) -> dict[str, Path]:
         files = (f"{folder}/{name}" for name in (CONFIG, *MODULE_WEIGHTS))
         names += [name for name in files if (source / name).exists()]
     return {name: confined(source, name) for name in names}
-
-
-def _carry(source: Path, stage: Path) -> None:
-    for name, path in companions(source).items():
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, stage / name)
 
 
 def _json(data: Any) -> str:

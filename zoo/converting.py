@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
@@ -12,27 +11,27 @@ from typing import Any
 
 import torch
 
-import zoo
 from converters import manifest
-from converters.checkpoint import SINGLE, Checkpoint, open_checkpoint, shard
-from converters.engine import MEMORY, Options, Report, Tell, damages, run, write_small_files
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
-from converters.output import Item, Output, Shard, Span, digest, identity, index_of
+from converters.output import Item, Output, Span, digest, identity, index_of
 from converters.plan import Plan, Step
-from converters.spec import Spec
-from converters.store import Shared, prune, resumable, shared
+from converters.store import Shared, resumable, shared
 from zoo.conversion import (
-    SHARD_BYTES,
-    as_before,
     check_dialect,
     checked_destination,
     companions,
     export_plan,
+    in_order,
     native_record,
     origin_of,
+    said_of,
+    split,
+    versions,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.pretrained import (
@@ -48,7 +47,6 @@ from zoo.pretrained import (
 from zoo.sources import CONFIG, NATIVE_FILE
 
 MOST_PARTS = 10_000
-INDEX = "model.safetensors.index.json"
 
 
 def convert(
@@ -193,14 +191,8 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
 
 
 def _finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
-    """All that is no tensor, the manifest last; what there is to tell of it."""
-    names = [s.name for s in output.shards] + [*output.texts, *output.carried]
-    prune(directory, names)
-    write_small_files(output, directory, report)
-    versions = {"zoo": zoo.__version__, "torch": str(torch.__version__)}
-    versions["python"] = platform.python_version()
-    with (directory / manifest.NAME).open("xb") as file:
-        file.write(manifest.manifest(output, report, versions))
+    """The directory made whole; what there is to tell of it."""
+    manifest.finish(output, directory, report, versions())
     seen = {"zeros": report.zeros, "duplicates": report.duplicates}
     return {"event": "done", "resumed": report.resumed, **seen}
 
@@ -235,13 +227,10 @@ def plan_output(
         metadata, where = dict(origin.metadata), dict(origin.where)
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
-    shards = _shards(items, where if max_shard_size is None else {}, metadata, max_shard_size)
-    if len(shards) > 1 or shards[0].name != SINGLE:
-        texts[INDEX] = index_of(shards)
+    shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
+    texts |= index_of(shards)
     said = {
-        "architecture": found.entry.name,
-        "to": to,
-        "spec": {"name": found.spec.name, "sha256": _spec_digest(found.spec)},
+        **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
     }
     carried = companions(found.source.directory)
@@ -257,15 +246,6 @@ def _state(
         dtype = kind or torch_dtype(checkpoint.tensors[step.sources[0]].dtype)
         for name in step.targets:
             yield name, torch.empty(plan.native.shapes[name], dtype=dtype, device="meta")
-
-
-def _shards(
-    items: list[Item], where: Mapping[str, str], metadata: Mapping[str, str], most: int | None
-) -> list[Shard]:
-    by_name = {item.name: item for item in items}
-    infos = [item.info for item in items]
-    split = as_before(infos, where) or shard(infos, most or SHARD_BYTES)
-    return [Shard.of(name, [by_name[info.name] for info in held], metadata) for name, held in split]
 
 
 def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iterator[Item]:
@@ -318,7 +298,7 @@ def _to_hf(
                     agreed(step, checkpoint.tensor, trust)  # before a byte is written
             yield from _as_they_are(checkpoint, inverse, disk)
             return
-    yield from _backward(found, checkpoint, plan, inverse, trust)
+    yield from in_order(_backward(found, checkpoint, plan, inverse, trust), inverse)
 
 
 def _names(step: Step) -> list[str]:
@@ -385,12 +365,3 @@ def _span(checkpoint: Checkpoint, name: str) -> Span | None:
     if not isinstance(reader, SafetensorsReader):
         return None
     return Span(reader.path, reader.span(name)[0])
-
-
-def _spec_digest(spec: Spec) -> str:
-    return digest(
-        {
-            name: [[str(rule) for rule in d.rules], {k: list(v) for k, v in d.config.items()}]
-            for name, d in spec.dialects.items()
-        }
-    )

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import (
     BITS,
     RANK,
     TensorInfo,
-    dtype_code,
     itemsize,
     open_regular,
     torch_dtype,
 )
 from converters.strict_json import DuplicateKeys, unique
 from zoo.errors import (
-    CheckpointError,
     CorruptCheckpoint,
-    DtypeMismatch,
     DuplicateTensor,
     MissingTensors,
     ResourceLimit,
-    ShapeMismatch,
-    UnexpectedTensors,
     did_you_mean,
     listing,
 )
@@ -43,7 +37,6 @@ MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 64  # torch's
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LARGEST = (1 << 63) - 1
-_CHUNK = 4 << 20  # bytes that a strided tensor is copied by; larger buffers stay in the heap
 
 # A private mapping is charged to the machine's memory as if all of it were to be written, and one
 # larger than that memory is refused. Weights are only read, so they ask for no reservation.
@@ -290,114 +283,3 @@ def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, whe
         told = f"a header of {len(text)} bytes; the format has {MAX_HEADER}"
         raise ResourceLimit(f"{where}: {told}")
     return Layout(struct.pack("<Q", len(text)) + text, starts, reached)
-
-
-class SafetensorsWriter:
-    """A file whose tensors may come one at a time and in any order; its bytes depend on neither."""
-
-    def __init__(
-        self,
-        path: Path,
-        infos: Iterable[TensorInfo],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self.path = path
-        infos = list(infos)
-        layout = lay_out(infos, metadata, path)
-        self._missing = {info.name: info for info in infos}
-        self._start, self._data = layout.starts, len(layout.head)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o666)
-        try:
-            self._write_at(0, memoryview(layout.head))
-            os.ftruncate(self._fd, self._data + layout.size)
-        except BaseException:
-            self._abandon()
-            raise
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The tensor's bytes, at their place. A strided tensor is copied a slice at a time."""
-        info = self._missing.get(name)
-        if info is None:
-            known = "was written already" if name in self._start else "was not announced"
-            raise UnexpectedTensors(f"{self.path}: tensor {name} {known}")
-        if tuple(tensor.shape) != info.shape:
-            raise ShapeMismatch(
-                f"{self.path}: tensor {name}: expected shape {list(info.shape)}, "
-                f"got {list(tensor.shape)}"
-            )
-        if (code := dtype_code(tensor.dtype)) != info.dtype:
-            raise DtypeMismatch(f"{self.path}: tensor {name}: expected {info.dtype}, got {code}")
-        if tensor.is_meta:
-            raise CheckpointError(f"{self.path}: tensor {name} is on the meta device: no values")
-        offset = self._data + self._start[name]
-        for piece in _pieces(tensor.detach()):
-            offset += self._write_at(offset, piece)
-        del self._missing[name]
-
-    def _write_at(self, offset: int, data: memoryview) -> int:
-        written = 0
-        while written < len(data):
-            written += os.pwrite(self._fd, data[written:], offset + written)
-        return written
-
-    def close(self) -> None:
-        """Flush to the disk. A file that still lacks tensors is an error and is removed."""
-        if self._fd < 0:
-            return
-        if self._missing:
-            self._abandon()
-            raise MissingTensors(f"{self.path}: never written: {listing(self._missing)}")
-        try:
-            os.fsync(self._fd)
-        except BaseException:
-            self._abandon()
-            raise
-        os.close(self._fd)
-        self._fd = -1
-
-    def _abandon(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._abandon()
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes in row-major order, without a second copy of a large tensor."""
-    import torch
-
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return
-    if tensor.is_contiguous() or size <= _CHUNK:
-        plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
-        return
-    rows = _CHUNK * tensor.shape[0] // size
-    if rows == 0:
-        for row in tensor:
-            yield from _pieces(row)
-        return
-    for start in range(0, tensor.shape[0], rows):
-        yield from _pieces(tensor[start : start + rows])
-
-
-def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """All tensors in one file, as `safetensors.torch.save_file` would lay them out."""
-    infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
-    with SafetensorsWriter(path, infos, metadata) as writer:
-        for info in header_order(infos):
-            writer.write(info.name, tensors[info.name])
