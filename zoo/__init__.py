@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from zoo.converting import convert as convert
     from zoo.errors import ZooError as ZooError
     from zoo.parity import verify as verify
+    from zoo.prepared import prepare as prepare
     from zoo.pretrained import load as load
     from zoo.tokenizers import tokenizer as tokenizer
 
 _HOMES = {
     "load": ("zoo.pretrained", "load"),
+    "prepare": ("zoo.prepared", "prepare"),
     "convert": ("zoo.converting", "convert"),
     "save": ("zoo.conversion", "save"),
     "verify": ("zoo.parity", "verify"),
@@ -41,6 +43,7 @@ __all__ = [
     "list",
     "load",
     "models",
+    "prepare",
     "save",
     "tokenizer",
     "verify",

@@ -1,0 +1,252 @@
+"""Prepared models compute what they did, within the error that their dtype makes anyway."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build, run
+from torch import Tensor
+
+import zoo
+from zoo import prepared, registry
+from zoo.components.cache import Cache
+from zoo.errors import MissingDependency, UsageError
+from zoo.parity import fixtures
+
+TOKENS = 33
+# a row's first part has to hold a real token, and one of these stands behind nine of padding
+SPLITS = ([20, 13], [10] + [1] * 23, [10, 1, 1, 5, 16])
+CASES = [
+    pytest.param(name, variant, marks=() if n == 0 else pytest.mark.slow, id=f"{name}-{variant}")
+    for name, variants in registry.variants().items()
+    for n, variant in enumerate(variants)
+]
+NAMES = sorted(registry.architectures())
+Hot = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def hot(tmp_path_factory: pytest.TempPathFactory) -> Hot:
+    """A variant as the reference saves it, every parameter redrawn."""
+
+    @cache
+    def made(name: str, variant: str) -> Path:
+        place = tmp_path_factory.mktemp("hot")
+        fixtures.hot_checkpoint(registry.architectures()[name], variant, place)
+        return place
+
+    return made
+
+
+def masks(rows: int) -> Iterator[Tensor | None]:
+    yield None
+    for left in (True, False):
+        mask = torch.ones(rows, TOKENS, dtype=torch.long)
+        mask[0, slice(9) if left else slice(TOKENS - 9, None)] = 0
+        yield mask
+
+
+@torch.no_grad()
+def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
+    """At all real tokens: whole, and through a cache in parts."""
+    accepts = signature(type(model).forward).parameters
+    for mask in masks(len(ids)):
+        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        for out in run(model, ids, mask):
+            places = out.ndim > 1 and out.shape[1] == TOKENS
+            yield (out[real] if places else out).double().flatten()
+        if "cache" not in accepts or model.config.head not in ("none", *prepared.LOGITS):
+            continue
+        for split in SPLITS:
+            past, parts = Cache(TOKENS), []
+            given = (None,) * len(split) if mask is None else mask.split(split, 1)
+            for part, its_mask in zip(ids.split(split, 1), given, strict=True):
+                if "decoder_input_ids" in accepts:
+                    parts.append(model(ids, mask, part, its_mask, cache=past))
+                else:
+                    parts.append(model(part, its_mask, cache=past))
+            yield torch.cat(parts, 1)[real].double().flatten()
+
+
+def ids_for(model: Any) -> Tensor:
+    random = torch.Generator().manual_seed(5)
+    return torch.randint(4, model.config.vocab, (4, TOKENS), generator=random)
+
+
+def error(model: Any, truth: list[Tensor], ids: Tensor) -> float:
+    squares = [(x - y).square().mean() for x, y in zip(outputs(model, ids), truth, strict=True)]
+    return torch.stack(squares).mean().sqrt().item()
+
+
+# Sums in another order: over all variants the ratio of errors was 1.2 at most.
+FLOOR = 1.5
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_no_further_from_the_truth(name: str, variant: str, hot: Hot) -> None:
+    place = hot(name, variant)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        plain = zoo.load(place, dtype=dtype)
+        exact = zoo.load(place, dtype=dtype).double()
+        fast = zoo.load(place, dtype=dtype, prepare=True)
+        ids = ids_for(plain)
+        truth = list(outputs(exact, ids))
+        scale = torch.cat(truth).square().mean().sqrt()
+        if dtype is torch.float64:
+            assert error(fast, truth, ids) <= 1e-12 * scale
+        else:
+            assert error(fast, truth, ids) <= FLOOR * error(plain, truth, ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_says_what_it_loses(name: str) -> None:
+    model = build(name).eval()
+    ids = ids_for(model)[:2, :16]
+    with torch.no_grad():
+        before = run(model, ids)[0].double()
+        zoo.prepare(model, int8=True, sample=ids)
+        after = run(model, ids)[0].double()
+    loss = model.prepared.loss
+    assert 0 < loss.mean < 0.05
+    assert loss.tokens == ids.numel()
+    apart = ((after - before).abs() / before.square().mean().sqrt()).max().item()
+    assert loss.worst == pytest.approx(apart, rel=1e-6) or loss.worst > apart
+    assert (loss.kl is not None) == (model.config.head in prepared.LOGITS)
+
+
+def test_what_loses_nothing_reports_no_loss() -> None:
+    assert zoo.prepare(build("gpt2")).prepared.loss is None
+
+
+def test_changed_in_place_and_every_linear_layer_goes() -> None:
+    model = build("llama")
+    before = [weakref.ref(p) for p in model.parameters()]
+    assert zoo.prepare(model) is model
+    assert isinstance(model, registry.architectures()["llama"].model)
+    left = dict(model.named_parameters())
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in left} <= {
+        *("embed", "norm", "norm1", "norm2")
+    }
+    assert not any(p.requires_grad for p in left.values())
+    assert not any(isinstance(part, torch.nn.Linear) for part in model.modules())
+    assert not any(p() is not None for p in before)  # no second copy stays
+
+
+def test_without_onednn_weights_are_fused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "has_onednn", lambda dtype: False)
+    model, ids = build("llama").eval(), torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        before = model(ids)
+        after = zoo.prepare(model)(ids)
+    assert model.prepared.packed == 0
+    torch.testing.assert_close(after, before)
+
+
+# --- what it refuses -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, place: zoo.save(m, place),
+        lambda m, place: m.save_pretrained(place),
+        lambda m, place: zoo.prepare(m),
+        lambda m, place: m.train(),
+        lambda m, place: m.requires_grad_(),
+        lambda m, place: m.double(),
+        lambda m, place: m.to("meta"),
+        lambda m, place: m.state_dict(),
+        lambda m, place: m.load_state_dict({}),
+    ],
+)
+def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    model = zoo.prepare(build("gpt2"))
+    with pytest.raises(UsageError, match="prepared"):
+        use(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not any(part.training for part in model.modules())
+    assert all(p.dtype is torch.float32 and p.device.type == "cpu" for p in model.parameters())
+
+
+def test_what_changes_nothing_is_allowed() -> None:
+    model = zoo.prepare(build("gpt2"))
+    assert model.eval().float().to("cpu").requires_grad_(False) is model
+
+
+def test_gradients_are_refused_and_not_left_out() -> None:
+    model = zoo.prepare(build("llama"))
+    model.embed.weight.requires_grad = True
+    with pytest.raises(UsageError, match="no gradients"):
+        model(torch.ones(1, 4, dtype=torch.long))
+
+
+def test_meta_and_strangers_are_refused() -> None:
+    with torch.device("meta"):
+        model = build("gpt2")
+    for odd in (model, torch.nn.Linear(2, 2), None):
+        with pytest.raises(UsageError):
+            zoo.prepare(odd)
+
+
+def test_no_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> None:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    model = build("gpt2")
+    with pytest.raises(MissingDependency, match=r"C\+\+ compiler"):
+        zoo.prepare(model, compile=True)
+    assert not prepared.is_prepared(model)
+
+
+# --- the last place alone ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fast", [False, True])
+def test_last_only(name: str, fast: bool) -> None:
+    model = build(name).eval()
+    if model.config.head not in prepared.LOGITS:
+        with pytest.raises(UsageError, match="last_only"):
+            zoo.prepare(model, last_only=True)
+        assert not prepared.is_prepared(model)
+        return
+    if fast:
+        zoo.prepare(model)
+    ids = ids_for(model)
+    with torch.no_grad():
+        for mask in masks(len(ids)):
+            (whole,) = run(model, ids, mask)
+            last = [
+                TOKENS - 1 if mask is None else int(row.nonzero().max())
+                for row in masked(mask, ids)
+            ]
+            with prepared.last_only(model):
+                (out,) = run(model, ids, mask)
+            torch.testing.assert_close(out[:, 0], whole[torch.arange(len(ids)), last])
+            assert run(model, ids, mask)[0].shape == whole.shape
+
+
+def masked(mask: Tensor | None, ids: Tensor) -> Tensor:
+    return torch.ones_like(ids) if mask is None else mask
+
+
+def test_last_only_for_good() -> None:
+    model, ids = build("gpt2").eval(), torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        whole = model(ids)
+        zoo.prepare(model, last_only=True)
+        torch.testing.assert_close(model(ids), whole[:, -1:])
+        past = Cache(10)
+        mask = torch.ones_like(ids)
+        model(ids[:, :6], mask[:, :6], cache=past)
+        torch.testing.assert_close(model(ids[:, 6:], mask, cache=past), whole[:, -1:])
+        with prepared.last_only(model):
+            torch.testing.assert_close(model(ids), whole[:, -1:])
