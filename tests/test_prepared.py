@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import build, run
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import zoo
 from zoo import prepared, registry
@@ -250,3 +251,53 @@ def test_last_only_for_good() -> None:
         torch.testing.assert_close(model(ids[:, 6:], mask, cache=past), whole[:, -1:])
         with prepared.last_only(model):
             torch.testing.assert_close(model(ids), whole[:, -1:])
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> None:
+    """One graph for the prompt, one for every token after it, in a second dialogue too."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = build(name).eval()
+    ids = ids_for(model)[:2, :20]
+    mask = torch.ones_like(ids)
+    mask[0, : 3 * padded] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        whole = model(ids, mask)
+        for _ in range(2):
+            past, parts = Cache(32), []
+            for split in torch.arange(20).split([8] + [1] * 12):
+                parts.append(compiled(ids[:, split], mask[:, split], cache=past))
+            real = mask.bool()
+            torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_prepared_and_compiled(name: str, int8: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    models = [zoo.prepare(build(name), int8=int8, compile=c, last_only=True) for c in (False, True)]
+    ids = ids_for(models[0])[:2, :12]
+    with torch.no_grad():
+        pasts = [Cache(16) for _ in models]
+        for split in torch.arange(12).split([8, 1, 1, 1, 1]):
+            one, two = (m(ids[:, split], cache=c) for m, c in zip(models, pasts, strict=True))
+            # int8 rounds to bf16, and a compiler may keep what eager code rounds
+            close = {"rtol": 0.0, "atol": 2e-2 * one.std().item()} if int8 else {}
+            torch.testing.assert_close(one, two, **close)
+    assert counters["stats"]["unique_graphs"] == 2
+    with (
+        pytest.raises(UsageError, match="compiled"),
+        prepared.last_only(zoo.prepare(build(name), compile=True)),
+    ):
+        pass

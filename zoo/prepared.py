@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple, NoReturn, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -148,12 +149,26 @@ class OneDNN(Fixed):
         )
         self.bias = bias
         self.act, self.form = FUSED[act] if act else ("none", "")
+        self.features, self.key = len(weight), id(self)
+        _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, self.act, [], self.form
-        )
+        y: Tensor
+        if torch.compiler.is_compiling():
+            y = torch.ops.zoo.onednn(x, self.key, self.features)
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, self.act, [], self.form
+            )
         return y
+
+
+# Compilers cannot look at packed weights: to them a product is an operator that knows its layer.
+_KNOWN: WeakValueDictionary[int, OneDNN] = WeakValueDictionary()
+_OPERATORS = torch.library.Library("zoo", "DEF")
+_OPERATORS.define("onednn(Tensor x, int layer, int features) -> Tensor")
+_OPERATORS.impl("onednn", lambda x, layer, features: _KNOWN[layer].product(x), "CPU")
+_OPERATORS.impl("onednn", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
 
 
 class Int8(Fixed):

@@ -35,6 +35,13 @@ def attend(
         dense = mask.dense(q.shape[2])
         allowed = bias if dense is None else bias.masked_fill(~dense, -torch.inf)
         causal = False
+    elif q.shape[2] == 1 and q.shape[1] != k.shape[1]:
+        # heads of one token that share keys are rows that see the same: keys are read once
+        rows = rearrange(q, "b (g r) 1 e -> b g r e", g=k.shape[1])
+        y = F.scaled_dot_product_attention(
+            rows, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale
+        )
+        return rearrange(y, "b g r e -> b (g r) 1 e")
     return F.scaled_dot_product_attention(
         q,
         k,
