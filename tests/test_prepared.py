@@ -18,6 +18,7 @@ from zoo import prepared, registry
 from zoo.components.cache import Cache
 from zoo.errors import MissingDependency, UsageError
 from zoo.parity import fixtures
+from zoo.sentences import Pooling, SentenceModel
 
 TOKENS = 33
 # a row's first part has to hold a real token, and one of these stands behind nine of padding
@@ -174,6 +175,18 @@ def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path:
     assert all(p.dtype is torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 
+def test_a_sentence_model_and_the_model_in_it(tmp_path: Path) -> None:
+    model = SentenceModel(build("bert", head="none"), [Pooling(("mean_tokens",))], ["1_Pooling"]).eval()
+    ids = ids_for(model)
+    with torch.no_grad():
+        before = model(ids)
+        torch.testing.assert_close(zoo.prepare(model)(ids), before)
+    for one in (model, model.model):
+        for use in (lambda m: zoo.save(m, tmp_path / "out"), lambda m: m.train(), zoo.prepare):
+            with pytest.raises(UsageError, match="prepared"):
+                use(one)
+
+
 def test_what_changes_nothing_is_allowed() -> None:
     model = zoo.prepare(build("gpt2"))
     assert model.eval().float().to("cpu").requires_grad_(False) is model
@@ -280,9 +293,10 @@ def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> No
     assert not counters["graph_break"]
 
 
+# torch's own compiler uses what torch has deprecated
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "int8"), [("gpt2", False), ("llama", False), ("llama", True)])
 def test_prepared_and_compiled(name: str, int8: bool) -> None:
     torch._dynamo.reset()
     counters.clear()

@@ -5,6 +5,8 @@ What was loaded is changed in place, one matrix at a time, so that no two copies
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -412,6 +414,7 @@ def prepare(
             for name, p in owner.named_parameters(recurse=False):
                 # out of the mapped file, which nothing holds then
                 setattr(owner, name, nn.Parameter(p.detach().clone(), requires_grad=False))
+    _give_back()
     loss = None
     if before is not None and sample is not None:
         loss = _loss(model, before, _outputs(model, sample), sample.numel())
@@ -419,9 +422,11 @@ def prepare(
         _keep_last(model)
     seconds = time.perf_counter() - started
     done = Preparation(dtype, int8, bool(compile), last_only, pack.count, seconds, loss)
-    kind: Any = type(model)
-    model.__class__ = _laid_over(kind)
-    model.prepared = done  # type: ignore[assignment]
+    inner = [part for part in model.modules() if isinstance(part, Model)]
+    for part in inner:  # a sentence model's own, too
+        kind: Any = type(part)
+        part.__class__ = _laid_over(kind)
+        part.prepared = done  # type: ignore[assignment]
     if compile:
         model.compile(fullgraph=True)
     return model
@@ -458,6 +463,13 @@ def check_compiler(device: torch.device) -> None:
             "compile=True needs a C++ compiler, and none is here. Install g++ or clang, or leave "
             "compile away"
         ) from None
+
+
+def _give_back() -> None:
+    """To the system, what the C library keeps of freed matrices: a fifth of GPT-2's size."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _tokens(model: Model) -> Tensor:
