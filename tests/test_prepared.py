@@ -176,7 +176,9 @@ def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path:
 
 
 def test_a_sentence_model_and_the_model_in_it(tmp_path: Path) -> None:
-    model = SentenceModel(build("bert", head="none"), [Pooling(("mean_tokens",))], ["1_Pooling"]).eval()
+    model = SentenceModel(
+        build("bert", head="none"), [Pooling(("mean_tokens",))], ["1_Pooling"]
+    ).eval()
     ids = ids_for(model)
     with torch.no_grad():
         before = model(ids)
