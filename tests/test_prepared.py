@@ -75,9 +75,16 @@ def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
             yield torch.cat(parts, 1)[real].double().flatten()
 
 
-def ids_for(model: Any) -> Tensor:
+def ids_for(model: Any, rows: int = 4) -> Tensor:
     random = torch.Generator().manual_seed(5)
-    return torch.randint(4, model.config.vocab, (4, TOKENS), generator=random)
+    return torch.randint(4, model.config.vocab, (rows, TOKENS), generator=random)
+
+
+def enough_for(model: Any) -> Tensor:
+    """Ratios of errors need many numbers, and some heads give few a row."""
+    ids = ids_for(model)
+    few = min(x.numel() for x in outputs(model, ids)) < 1000
+    return ids_for(model, 256) if few else ids
 
 
 def error(model: Any, truth: list[Tensor], ids: Tensor) -> float:
@@ -85,7 +92,7 @@ def error(model: Any, truth: list[Tensor], ids: Tensor) -> float:
     return torch.stack(squares).mean().sqrt().item()
 
 
-# Sums in another order: over all variants the ratio of errors was 1.2 at most.
+# Sums in another order: over 101 variants the ratio of errors was 1.2 at most.
 FLOOR = 1.5
 
 
@@ -96,7 +103,7 @@ def test_no_further_from_the_truth(name: str, variant: str, hot: Hot) -> None:
         plain = zoo.load(place, dtype=dtype)
         exact = zoo.load(place, dtype=dtype).double()
         fast = zoo.load(place, dtype=dtype, prepare=True)
-        ids = ids_for(plain)
+        ids = enough_for(plain)
         truth = list(outputs(exact, ids))
         scale = torch.cat(truth).square().mean().sqrt()
         if dtype is torch.float64:
