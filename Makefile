@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults fuzz bench-load bench-moe bench-convert clean
+.PHONY: help setup demo test test-fast check format lint types mutants faults fuzz bench-load bench-moe bench-convert bench-generate clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -58,6 +58,9 @@ bench-moe: $(READY) ## time a token takes against the experts it uses and those 
 
 bench-convert: $(READY) ## conversions against cp of as many bytes, and the memory they take
 	@$(RUN) tools/bench.py convert
+
+bench-generate: $(READY) ## decoding and prefill against the reference's: clean, prepared, int8
+	@$(RUN) tools/bench.py generate
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

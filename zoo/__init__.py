@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from zoo.errors import ZooError as ZooError
     from zoo.filling import fill as fill
     from zoo.parity import verify as verify
+    from zoo.prepared import prepare as prepare
     from zoo.pretrained import load as load
     from zoo.scoring import perplexity as perplexity
     from zoo.tokenizers import tokenizer as tokenizer
 
 _HOMES = {
     "load": ("zoo.pretrained", "load"),
+    "prepare": ("zoo.prepared", "prepare"),
     "convert": ("zoo.converting", "convert"),
     "save": ("zoo.conversion", "save"),
     "verify": ("zoo.parity", "verify"),
@@ -50,6 +52,7 @@ __all__ = [
     "load",
     "models",
     "perplexity",
+    "prepare",
     "save",
     "tokenizer",
     "verify",

@@ -27,6 +27,7 @@ from converters.store import Stage, staged
 from zoo import registry
 from zoo.components.model import Model
 from zoo.errors import OutputExists, UsageError, listing
+from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
 from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
@@ -59,6 +60,11 @@ def save(
     check_dialect(to)
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if is_prepared(model):
+        raise UsageError(
+            "a prepared model holds its weights as this machine's kernels want them, and no file "
+            "does: save the model as it was before zoo.prepare, or load it again"
+        )
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)

@@ -162,6 +162,7 @@ def load(
     expect: type[Model] | None = None,
     modules: bool = True,
     verify: bool = False,
+    prepare: bool = False,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
@@ -170,6 +171,7 @@ def load(
     on disk that win where tied ones differ. `weights="random"` initialises as the original does.
     A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
+    `prepare` makes it fast for inference and for nothing else, as `zoo.prepare` does.
     """
     _check_arguments(head, device, config, ignore_config, trust)
     if weights not in ("checkpoint", "random"):
@@ -187,19 +189,24 @@ def load(
             ignore_config=ignore_config,
             expect=expect,
         )
+        directory, given = found.source.directory, config or {}
+        if verify and weights == "checkpoint":
+            _verify(directory)
         if weights == "random":
-            return _random(found, config or {}, kind, device)
-        if verify:
-            _verify(found.source.directory)
-        if modules and head is None and expect is None:
-            directory = found.source.directory
-            if (directory / sources.MODULES).is_file():
-                from zoo.sentences import headless, with_steps
+            model = _random(found, given, kind, device)
+        elif modules and head is expect is None and (directory / sources.MODULES).is_file():
+            from zoo.sentences import headless, with_steps
 
-                alone = found._replace(heads=headless(found.heads, found.entry.model))
-                model = fill(alone, config=config or {}, dtype=kind, device=device, trust=trust)
-                return with_steps(model, directory)
-        return fill(found, config=config or {}, dtype=kind, device=device, trust=trust)
+            alone = found._replace(heads=headless(found.heads, found.entry.model))
+            model = fill(alone, config=given, dtype=kind, device=device, trust=trust)
+            model = with_steps(model, directory)
+        else:
+            model = fill(found, config=given, dtype=kind, device=device, trust=trust)
+    if prepare:
+        from zoo.prepared import prepare as make_fast
+
+        return make_fast(model)
+    return model
 
 
 def _check_arguments(head: Any, device: Any, config: Any, ignore: Any, trust: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ def attend(
         dense = mask.dense(q.shape[2])
         allowed = bias if dense is None else bias.masked_fill(~dense, -torch.inf)
         causal = False
+    elif q.shape[2] == 1 and q.shape[1] != k.shape[1]:
+        # heads of one token that share keys are rows that see the same: keys are read once
+        rows = rearrange(q, "b (g r) 1 e -> b g r e", g=k.shape[1])
+        y = F.scaled_dot_product_attention(
+            rows, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale
+        )
+        return rearrange(y, "b g r e -> b (g r) 1 e")
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -110,14 +117,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Mask, source: Tensor | None = None) -> Tensor:
         """(b, s, d); keys and values are those of `source` where there is one, else of `x`."""
-        q = self.by_head(self.q(x))
         if source is None:
-            q, k = self.rotary(q, self.by_head(self.k(x)), mask)
-            k, v = mask.remember(k, self.by_head(self.v(x)))
+            q, k, v = self.project(x)
+            q, k = self.rotary(q, k, mask)
+            k, v = mask.remember(k, v)
         else:
+            q = self.by_head(self.q(x))
             k, v = mask.keep(self, lambda: [self.by_head(p(source)) for p in (self.k, self.v)])
         y = self.attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
         return self.out(rearrange(y, "b h s e -> b s (h e)"))
+
+    def project(self, x: Tensor) -> Iterable[Tensor]:
+        """(b, h, s, e) of queries, (b, g, s, e) of keys and values."""
+        return [self.by_head(p(x)) for p in (self.q, self.k, self.v)]
 
     def by_head(self, x: Tensor) -> Tensor:
         return rearrange(x, "b s (h e) -> b h s e", e=self.head_dim)

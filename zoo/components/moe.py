@@ -14,7 +14,7 @@ class Experts(nn.Module):
         self, dim: int, hidden: int, act: Activation, *, experts: int, chosen: int
     ) -> None:
         super().__init__()
-        self.act, self.chosen = act, chosen
+        self.act, self.experts, self.chosen = act, experts, chosen
         self.router = Linear(dim, experts, bias=False)
         self.gate = nn.Parameter(torch.empty(experts, hidden, dim))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
@@ -44,9 +44,9 @@ class Experts(nn.Module):
 
     def run_all(self, tokens: Tensor, share: Tensor, index: Tensor) -> Tensor:
         """The same sum with shapes that no value decides, for compilers."""
-        weights = share.new_zeros(tokens.shape[0], len(self.gate)).scatter(1, index, share)
+        weights = share.new_zeros(tokens.shape[0], self.experts).scatter(1, index, share)
         out = torch.zeros_like(tokens)
-        for expert in range(len(self.gate)):
+        for expert in range(self.experts):
             out = out + (self.expert(tokens, expert) * weights[:, expert, None]).to(out.dtype)
         return out
 
