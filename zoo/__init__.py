@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from zoo import models as models
     from zoo.catalog import info as info
     from zoo.catalog import list_checkpoints as list
+    from zoo.components.cache import Cache as Cache
     from zoo.conversion import save as save
     from zoo.converting import convert as convert
     from zoo.errors import ZooError as ZooError
+    from zoo.generation import generate_text as generate
     from zoo.parity import verify as verify
     from zoo.pretrained import load as load
     from zoo.tokenizers import tokenizer as tokenizer
@@ -26,6 +28,8 @@ _HOMES = {
     "load": ("zoo.pretrained", "load"),
     "convert": ("zoo.converting", "convert"),
     "save": ("zoo.conversion", "save"),
+    "generate": ("zoo.generation", "generate_text"),
+    "Cache": ("zoo.components.cache", "Cache"),
     "verify": ("zoo.parity", "verify"),
     "tokenizer": ("zoo.tokenizers", "tokenizer"),
     "list": ("zoo.catalog", "list_checkpoints"),
@@ -35,8 +39,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cache",
     "ZooError",
     "convert",
+    "generate",
     "info",
     "list",
     "load",
