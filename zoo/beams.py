@@ -43,17 +43,20 @@ def search(
         best = total.topk(min(keep, total.shape[1]), dim=-1)
         source, tokens = best.indices // vocab, best.indices % vocab
         chosen: list[list[int]] = []  # for each row, which of the best go on
+        over: list[list[bool]] = []  # and which have ended
         for n, row in enumerate(rows):
             each_best = (x[n].tolist() for x in (best.values, source, tokens))
             found = list(zip(*each_best, strict=True))
-            over = [token in ends or length == most for _, _, token in found]
-            _end(row, found, over, length, asked)
-            going = [k for k, is_over in enumerate(over) if not is_over]
-            # at the last step, nothing goes on: what does then is never read
-            chosen.append((going + [k for k in range(len(found)) if k not in going])[:beams])
+            over.append([token in ends or length == most for _, _, token in found])
+            _end(row, found, over[n], length, asked)
+            # where too few go on, of a tiny vocabulary, what is over stands in, and cannot win
+            chosen.append(sorted(range(len(found)), key=over[n].__getitem__)[:beams])
             row.running = [row.running[found[k][1]] + [found[k][2]] for k in chosen[-1]]
         index = torch.tensor(chosen, device=logits.device)
         scores = best.values.gather(1, index)
+        scores += _NONE * torch.tensor(
+            [[over[n][k] for k in row] for n, row in enumerate(chosen)], device=logits.device
+        )
         for n, row in enumerate(rows):
             row.open = row.open and _may_win(row, scores[n, 0].item(), length, most, asked)
         full = asked.early_stopping is True and all(len(row.ended) == beams for row in rows)

@@ -22,7 +22,14 @@ from converters.strict_json import read_json
 from zoo.components.cache import Cache
 from zoo.components.inputs import check_mask
 from zoo.components.model import Model
-from zoo.errors import ConfigError, InputError, SequenceTooLong, UsageError, did_you_mean
+from zoo.errors import (
+    ConfigError,
+    InputError,
+    SequenceTooLong,
+    TokenIdError,
+    UsageError,
+    did_you_mean,
+)
 from zoo.sampling import Dice, Sampling, seeds_of
 
 MAX_NEW_TOKENS = 100
@@ -93,10 +100,11 @@ class Runner:
         self.model = model
         self.question: dict[str, Tensor | None] = {}
         parameters = inspect.signature(model.forward).parameters
+        if "cache" not in parameters:
+            name = model.architecture or type(model).__module__.rpartition(".")[2]
+            raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
         if model.config.head not in LM_HEADS:
             raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
-        if "cache" not in parameters:
-            raise UsageError(f"{model.architecture} fills gaps and writes no text: see zoo.fill")
         real = _real(input_ids, attention_mask)
         self.ids, self.mask = left_aligned(input_ids, real)
         if "decoder_input_ids" in parameters:
@@ -138,11 +146,16 @@ class Runner:
         ids = self.ids[:, known:]
         mask = None if self.mask is None else self.mask[:, known:]
         self.fresh = False
-        with _last_only(self.model, last):
-            if self.question:
-                names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
-                return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
-            return self.model(ids, mask, cache=self.cache)
+        try:
+            with _last_only(self.model, last):
+                if self.question:
+                    names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
+                    return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
+                return self.model(ids, mask, cache=self.cache)
+        except BaseException:
+            if self.cache is not None:  # places were taken that not every layer has filled
+                self.cache.cut(min(known, self.cache.length))
+            raise
 
     def cut(self, length: int) -> None:
         """Forget all tokens but the first `length` of each row."""
@@ -150,6 +163,14 @@ class Runner:
         self.mask = None if self.mask is None else self.mask[:, :length]
         if self.cache is not None:
             self.cache.cut(min(length, self.cache.length))
+
+    def resume(self, ids: Tensor) -> int:
+        """(1, s) in the place of what was there. How many first tokens need no computing again."""
+        both = min(self.ids.shape[1], ids.shape[1] - 1)  # the last one's logits are wanted
+        differs = (self.ids[0, :both] != ids[0, :both]).nonzero()
+        self.cut(int(differs[0]) if len(differs) else both)
+        self.ids = ids
+        return 0 if self.cache is None else self.cache.length
 
     def take(self, rows: Tensor) -> None:
         """These rows in the place of those that were there."""
@@ -208,9 +229,7 @@ class Options:
     num_return_sequences: int = 1  # of each row, one below the other
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: their scores are divided by their length to this
-    early_stopping: bool | str = (
-        False  # of beams: once enough have ended; "never": when none can win
-    )
+    early_stopping: bool | str = False  # once enough beams have ended; "never": if none can win
     seed: int | Sequence[int] | None = None  # or one for each row, which alone decides its samples
     eos_token_id: int | Collection[int] | None = None  # the model's own; []: none
     pad_token_id: int | None = None
@@ -223,11 +242,18 @@ class Options:
         counts = ("max_new_tokens", "num_return_sequences", "num_beams", "num_assistant_tokens")
         for name in counts:
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if (value is not None or name != counts[0]) and (type(value) is not int or value < 1):
                 raise UsageError(f"{name}={value!r}: expected a positive number")
+        if self.early_stopping not in (True, False, "never"):
+            raise UsageError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
+        if not isinstance(self.length_penalty, int | float):
+            raise UsageError(f"length_penalty={self.length_penalty!r}: expected a number")
+        if self.assistant_model is not None and not isinstance(self.assistant_model, Model):
+            raise UsageError("assistant_model: expected a model, as zoo.load gives it")
+        stops = self.stops
         if self.do_sample and self.temperature == 0:
             raise UsageError("temperature=0 is greedy, and do_sample=True is not")
-        if self.num_beams > 1 and (self.sampled or self.assistant_model or self.stops):
+        if self.num_beams > 1 and (self.sampled or self.assistant_model or stops):
             raise UsageError(
                 "num_beams: beams neither sample, nor guess ahead, nor stop at strings"
             )
@@ -242,7 +268,8 @@ class Options:
         known = cls.__dataclass_fields__
         for name in options:
             if name not in known:
-                raise UsageError(f"generate: no option {name!r}.{did_you_mean(name, known)}")
+                near = did_you_mean(name, [*known, "return_logprobs", "stream"])
+                raise UsageError(f"generate: no option {name!r}.{near}")
         return cls(**options)
 
     @property
@@ -273,7 +300,10 @@ class Options:
 
     def ends(self, model: Model) -> frozenset[int]:
         eos = ends_of(model).eos if self.eos_token_id is None else self.eos_token_id
-        return frozenset([eos] if isinstance(eos, int) else eos)
+        ends, vocab = frozenset([eos] if isinstance(eos, int) else eos), model.config.vocab
+        if wrong := [id for id in ends if type(id) is not int or not 0 <= id < vocab]:
+            raise TokenIdError(f"eos_token_id: {wrong[0]!r} is outside 0..{vocab - 1}")
+        return ends
 
     def pad(self, model: Model) -> int:
         """What stands behind a row that has ended: anything will do."""
@@ -283,7 +313,7 @@ class Options:
     def most(self, model: Model, input_ids: Tensor) -> int:
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        limit = model.config.limit
+        limit = model.config.limit_cached if self.use_cache else model.config.limit
         if limit is None or answers(model):
             return MAX_NEW_TOKENS
         return max(1, min(MAX_NEW_TOKENS, limit + 1 - input_ids.shape[1]))
@@ -312,17 +342,7 @@ def generate(
     alone.
     """
     asked = Options.of(options)
-    if asked.num_beams > 1:
-        from zoo.beams import search
-
-        rows, numbers = search(model, input_ids, attention_mask, asked)
-    else:
-        count = len(input_ids) * asked.num_return_sequences
-        rows = [[] for _ in range(count)]
-        numbers = [[] for _ in range(count)]
-        for row, token, logprob in steps(model, input_ids, attention_mask, asked):
-            rows[row].append(token)
-            numbers[row].append(logprob)
+    rows, numbers = written(model, input_ids, attention_mask, asked)
     width = max(map(len, rows))
     full = [row + [asked.pad(model)] * (width - len(row)) for row in rows]
     new = torch.tensor(full, dtype=input_ids.dtype, device=input_ids.device)
@@ -335,6 +355,24 @@ def generate(
     return Generated(sequences, torch.tensor([n + [0.0] * (width - len(n)) for n in numbers]))
 
 
+def written(
+    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What each row goes on with, and its logprobs, or [score] of a beam."""
+    if asked.num_beams > 1:
+        from zoo.beams import search
+
+        return search(model, input_ids, attention_mask, asked)
+    _real(input_ids, attention_mask)
+    count = len(input_ids) * asked.num_return_sequences
+    rows: list[list[int]] = [[] for _ in range(count)]
+    numbers: list[list[float]] = [[] for _ in range(count)]
+    for row, token, logprob in steps(model, input_ids, attention_mask, asked):
+        rows[row].append(token)
+        numbers[row].append(logprob)
+    return rows, numbers
+
+
 def answers(model: Model) -> bool:
     """Whether it reads a question and writes an answer, each apart."""
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
@@ -342,20 +380,22 @@ def answers(model: Model) -> bool:
 
 @torch.no_grad()
 def steps(
-    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    asked: Options,
+    runner: Runner | None = None,
 ) -> Iterator[Step]:
-    """Tokens as they come, until every row has ended."""
+    """Tokens as they come, until every row has ended; by a runner that has seen some before."""
     if asked.assistant_model is not None:
         from zoo.speculative import ahead
 
         yield from ahead(model, input_ids, attention_mask, asked)
         return
-    most, ends, samples = (
-        asked.most(model, input_ids),
-        asked.ends(model),
-        asked.num_return_sequences,
-    )
-    runner = Runner(model, input_ids, attention_mask, room=most, use_cache=asked.use_cache)
+    most, ends = asked.most(model, input_ids), asked.ends(model)
+    samples = asked.num_return_sequences
+    if runner is None:
+        runner = Runner(model, input_ids, attention_mask, room=most, use_cache=asked.use_cache)
     dice = Dice(seeds_of(asked.seed, len(input_ids), samples))
     logits = runner.feed()[:, -1]
     if samples > 1:
@@ -363,7 +403,7 @@ def steps(
         runner.take(each)
         logits = logits[each]
     running = dict.fromkeys(range(len(logits)))
-    stops = {n: Stop(model, asked.stops) for n in running} if asked.stops else {}
+    stops = {n: Stop(model, asked.stops, runner.rows[n]) for n in running} if asked.stops else {}
     for length in range(1, most + 1):
         chosen = choose(logits, runner, asked.sampling, dice)
         likely = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1).tolist()
@@ -389,8 +429,10 @@ def choose(logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice) -> Te
 class Stop:
     """Whether one of some strings has come up in what a row wrote."""
 
-    def __init__(self, model: Model, strings: Sequence[str]) -> None:
+    def __init__(self, model: Model, strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self.strings, self.stream, self.text = strings, model.tokenizer.stream(), ""
+        for id in prompt:  # lest the first token lose the space before it
+            self.stream.put(id)
 
     def reached(self, token: int) -> bool:
         self.text += self.stream.put(token)
@@ -398,6 +440,14 @@ class Stop:
 
 
 # --- text ----------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """What follows a prompt. `ids` are all that were written, an end or a stop string too."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
 
 
 def generate_text(
@@ -419,23 +469,36 @@ def generate_text(
         model = load(model)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     asked = Options.of(options)
-    batch = _encoded(model, texts, special)
     if stream:
         if len(texts) != 1 or asked.num_return_sequences > 1 or asked.num_beams > 1:
             raise UsageError("stream: one text at a time, sampled once")
-        return _streamed(model, batch, asked)
-    sequences = generate(model, *batch, **options)
-    assert isinstance(sequences, Tensor)
-    new = sequences[:, 1 if answers(model) else batch[0].shape[1] :].tolist()
-    ends = asked.ends(model)
-    found = []
-    for row in new:
-        row = row[: next((n for n, id in enumerate(row) if id in ends), len(row))]
-        found.append(cut(model.tokenizer.decode(row, skip_special=True), asked.stops))
+        return pieces_of(model, *encoded(model, texts, special), asked)
+    found = [each.text for each in complete(model, texts, asked, special)]
     return found[0] if isinstance(prompt, str) and len(found) == 1 else found
 
 
-def _encoded(model: Model, texts: list[str], special: bool) -> tuple[Tensor, Tensor]:
+def complete(
+    model: Model, texts: Sequence[str], asked: Options, special: bool = False
+) -> list[Text]:
+    """Each text's samples, one after the other."""
+    ids, mask = encoded(model, texts, special)
+    rows, numbers = written(model, ids, mask, asked)
+    ends, found, samples = asked.ends(model), [], len(rows) // len(texts)
+    for n, (row, logprobs) in enumerate(zip(rows, numbers, strict=True)):
+        pieces = Pieces(model, asked.stops, prompt_of(model, ids, mask, n // samples))
+        text = "".join(pieces.put(id) for id in row if id not in ends) + pieces.end()
+        found.append(Text(text, row, logprobs))
+    return found
+
+
+def prompt_of(model: Model, ids: Tensor, mask: Tensor | None, row: int) -> list[int]:
+    """What stands before the text that a row writes: nothing, if that is an answer apart."""
+    if answers(model):
+        return []
+    return (ids[row] if mask is None else ids[row, mask[row].bool()]).tolist()
+
+
+def encoded(model: Model, texts: Sequence[str], special: bool = False) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     batch = model.tokenizer.batch(
         texts, padding_side="left", eos=None if answers(model) else False, special=special
@@ -454,9 +517,11 @@ def cut(text: str, stops: Sequence[str]) -> str:
 class Pieces:
     """Tokens to text as far as it is sure: nothing of a stop string, no half characters."""
 
-    def __init__(self, model: Model, stops: Sequence[str]) -> None:
+    def __init__(self, model: Model, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self.stream, self.stops = model.tokenizer.stream(skip_special=True), stops
-        self.text, self.said = "", 0
+        self.text, self.said, self.over = "", 0, False
+        for id in prompt:  # lest the first token lose the space before it
+            self.stream.put(id)
 
     def put(self, token: int) -> str:
         return self._add(self.stream.put(token), final=False)
@@ -465,9 +530,12 @@ class Pieces:
         return self._add(self.stream.end(), final=True)
 
     def _add(self, piece: str, final: bool) -> str:
+        if self.over:
+            return ""
         whole = self.text + piece
         self.text = cut(whole, self.stops)
-        held = 0 if final or self.text != whole else max(map(self._begun, self.stops), default=0)
+        self.over = final or self.text != whole
+        held = 0 if self.over else max(map(self._begun, self.stops), default=0)
         start, self.said = self.said, max(self.said, len(self.text) - held)
         return self.text[start : self.said]
 
@@ -477,9 +545,16 @@ class Pieces:
         return next((n for n in range(longest, 0, -1) if self.text.endswith(stop[:n])), 0)
 
 
-def _streamed(model: Model, batch: tuple[Tensor, Tensor], asked: Options) -> Iterator[str]:
-    pieces, ends = Pieces(model, asked.stops), asked.ends(model)
-    for step in steps(model, *batch, asked):
+def pieces_of(
+    model: Model,
+    ids: Tensor,
+    mask: Tensor | None,
+    asked: Options,
+    runner: Runner | None = None,
+) -> Iterator[str]:
+    """The text of one row, piece by piece."""
+    pieces, ends = Pieces(model, asked.stops, prompt_of(model, ids, mask, 0)), asked.ends(model)
+    for step in steps(model, ids, mask, asked, runner):
         if step.token not in ends and (piece := pieces.put(step.token)):
             yield piece
     if piece := pieces.end():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.components.inputs import check_mask
 from zoo.components.model import Model
-from zoo.errors import UsageError
+from zoo.errors import UsageError, ZooError
 from zoo.generation import Options, Runner, Step, Stop, answers
 from zoo.sampling import Dice, Sampling, pick, seeds_of
 
@@ -46,10 +46,13 @@ def ahead(
 def _row(
     model: Model, small: Model, prompt: Tensor, dice: Dice, most: int, asked: Options
 ) -> Iterator[tuple[int, float]]:
-    draft, large = (
-        Runner(each, prompt, None, room=most, use_cache=asked.use_cache) for each in (small, model)
-    )
-    ends, stops = asked.ends(model), Stop(model, asked.stops) if asked.stops else None
+    large = Runner(model, prompt, None, room=most, use_cache=asked.use_cache)
+    try:
+        draft = Runner(small, prompt, None, room=most, use_cache=asked.use_cache)
+    except ZooError as error:
+        raise type(error)(f"assistant_model: {error}") from None
+    ends = asked.ends(model)
+    stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
     draft.feed()
     count, accepted = 0, _first(large.feed()[0], large, asked.sampling, dice)
     while True:
