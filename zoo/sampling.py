@@ -72,10 +72,14 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            whole = name in ("no_repeat_ngram_size", "top_k")
+            if type(value) is not int and (whole or not isinstance(value, int | float)):
+                raise UsageError(f"{name}={value!r}: expected a {'whole ' * whole}number")
         wrong = [
             text
             for text, fits in (
-                ("repetition_penalty: above 0", self.repetition_penalty > 0),
+                ("repetition_penalty: above 0", 0 < self.repetition_penalty < float("inf")),
                 ("no_repeat_ngram_size: 0 or more", self.no_repeat_ngram_size >= 0),
                 ("temperature: 0 or more", 0 <= self.temperature < float("inf")),
                 ("top_k: 0 or more", self.top_k >= 0),
@@ -145,7 +149,7 @@ def seeds_of(seed: int | Sequence[int] | None, rows: int, samples: int) -> list[
     """One for each sample of each row; a row's own do not follow from where it stands."""
     if seed is None:
         return torch.randint(_SEED - 1, (rows * samples,)).tolist()
-    given = [seed] * rows if isinstance(seed, int) else list(seed)
+    given = list(seed) if isinstance(seed, Sequence) else [seed] * rows
     if len(given) != rows or not all(type(s) is int for s in given):
         raise UsageError(f"seed={seed!r}: a whole number, or one for each of {rows} rows")
     # the first sample is the one that a single sample would be

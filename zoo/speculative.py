@@ -92,10 +92,10 @@ def _round(
         mine = _chances(logits[n : n + 1], [*before, last, *guessed[:n]], asked.sampling)
         if n < guesses:
             token = guessed[n]
-            if dice.numbers()[0, 0] * said[n][0, token] < mine[0, token]:
+            if _holds(mine[0, token], said[n][0, token], dice.numbers()[0, 0]):
                 out.append((token, _logprob(logits[n : n + 1], token)))
                 continue
-            mine = (mine - said[n]).clamp(min=0)
+            mine = _left(mine, said[n])
         token = int(pick(mine, dice.numbers())[0])
         out.append((token, _logprob(logits[n : n + 1], token)))
         break
@@ -105,6 +105,16 @@ def _round(
         small.feed(_one(large, guessed[-1]))  # all held: the small one has not read its last
     small.cut(length + len(out) - 1)
     return out
+
+
+def _holds(mine: Tensor, said: Tensor, number: Tensor) -> bool:
+    """A guess, in as many cases of those where the small model makes it as the large one would."""
+    return bool(number * said < mine)
+
+
+def _left(mine: Tensor, said: Tensor) -> Tensor:
+    """What the large model gives more often than guesses do: the rest of its distribution."""
+    return (mine - said).clamp(min=0)
 
 
 def _one(runner: Runner, token: int) -> Tensor:
