@@ -1,10 +1,14 @@
 """Generation against the reference's own, each row against the row alone, text against its ids."""
 
+import base64
+import codecs
 import json
+import shutil
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 import zoo
 from zoo import registry
 from zoo.errors import ConfigError, InputError, SequenceTooLong, TokenIdError, UsageError
-from zoo.generation import Options, Pieces, generate, left_aligned
+from zoo.generation import Options, Pieces, Runner, ends_of, generate, left_aligned
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
 from zoo.registry import Architecture
@@ -82,6 +86,8 @@ class Case:
         ask = partial(self.reference.generate, do_sample=False, **options)
         mask = torch.ones_like(self.ids) if mask is None else mask
         said = self.reference.config
+        # its cache has a place for each layer of the encoder, and fails where the decoder has more
+        ask = partial(ask, use_cache=not said.is_encoder_decoder)
         if said.is_encoder_decoder or said._attn_implementation != "eager":
             return ask(self.ids, attention_mask=mask)
         # its plain attention overflows in fp64, to NaN at padding: each row alone
@@ -252,3 +258,283 @@ def test_guesses_that_hold_cost_the_large_model_few_calls() -> None:
         hook.remove()
     # a token; five guesses and one more, twice
     assert calls == [WIDTH, 6, 5]
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+CHARACTERS = "abcdefghijklm \n.😀é漢"
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that writes single characters, some of them of several bytes."""
+    place = tmp_path_factory.mktemp("speller") / "x"
+    zoo.save(build("llama", vocab=len(CHARACTERS), positions=64).eval(), place)
+    CharTokenizer.of(CHARACTERS).save(place)
+    return zoo.load(place)
+
+
+@pytest.fixture(scope="module")
+def piecewise(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model whose tokens are single bytes: every character beyond ASCII spans several."""
+    place = tmp_path_factory.mktemp("piecewise") / "x"
+    zoo.save(build("llama", vocab=512, positions=512).eval(), place)
+    tokens = [*(bytes([n]) for n in range(256)), b"th", b"he", b" the", b"12"]
+    lines = (base64.b64encode(token) + b" %d\n" % n for n, token in enumerate(tokens))
+    (place / "tokenizer.model").write_bytes(b"".join(lines))
+    return zoo.load(place)
+
+
+WARM: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0}
+
+
+def test_streams_are_the_text(speller: Any, piecewise: Any) -> None:
+    for model, prompt in ((speller, "abc"), (piecewise, "the 漢")):
+        for seed in range(4):
+            for stops in ((), ("e", "ab"), ("\n",)):
+                more = {**WARM, "seed": seed, "stop_strings": stops}
+                whole = zoo.generate(model, prompt, **more)
+                pieces = list(zoo.generate(model, prompt, stream=True, **more))
+                assert "".join(pieces) == whole
+                assert all(pieces) and not any(stop in whole for stop in stops)
+
+
+def test_no_half_characters() -> None:
+    """One token is one byte here: those of a character come out together, and at the end too."""
+    text = "a😀漢é" * 2
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda **_: Bytes()))
+    for stops in ((), ("漢é",), ("zz",), ("é",)):
+        pieces = Pieces(model, stops)
+        out = [pieces.put(byte) for byte in text.encode()] + [pieces.end()]
+        assert "".join(out) == (text.partition(stops[0])[0] if stops else text)
+        assert "\ufffd" not in "".join(out)
+    pieces = Pieces(model, ("a",))
+    assert [pieces.put(byte) for byte in "éa".encode() + b"\xe2"] == ["", "é", "", ""]
+    assert pieces.end() == ""  # what comes behind a stop string is no part of the text
+
+
+class Bytes:
+    """A stream of single bytes."""
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, id: int) -> str:
+        return self.decoder.decode(bytes([id]))
+
+    def end(self) -> str:
+        return self.decoder.decode(b"", final=True)
+
+
+def test_stop_strings_end_a_row(speller: Any) -> None:
+    free = zoo.generate(speller, "abc", **WARM, seed=5)
+    stop = free[20:23]  # three tokens
+    place = free.index(stop)
+    assert zoo.generate(speller, "abc", **WARM, seed=5, stop_strings=stop) == free[:place]
+    assert zoo.generate(speller, "abc", **WARM, seed=5, stop_strings=["☃", stop]) == free[:place]
+    ids = speller.tokenizer.batch(["abc"]).input_ids
+    row = speller.generate(ids, **WARM, seed=5, stop_strings=stop)[0, 3:]
+    assert speller.tokenizer.decode(row) == free[: place + 3]  # and nothing more was computed
+    two = zoo.generate(speller, ["abc", "ab"], **WARM, seed=[5, 6], stop_strings=stop)
+    assert two[0] == free[:place]
+
+
+def test_several_texts_and_samples(speller: Any) -> None:
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+    alone = [zoo.generate(speller, text, **options) for text in ("abc", "i", "head")]
+    assert zoo.generate(speller, ["abc", "i", "head"], **options) == alone
+    many = zoo.generate(speller, ["abc", "i"], num_return_sequences=3, **options)
+    assert many[::3] == alone[:2] and len(set(many[:3])) == len(set(many[3:])) == 3
+    one = zoo.generate(speller, "abc", num_return_sequences=2, **options)
+    assert one == many[:2]
+    beams = zoo.generate(speller, "abc", num_beams=3, num_return_sequences=2, max_new_tokens=9)
+    assert len(beams) == 2 and beams[0] != beams[1]
+    guessed = zoo.generate(speller, "abc", assistant_model=speller, max_new_tokens=9)
+    assert guessed == zoo.generate(speller, "abc", max_new_tokens=9)
+
+
+def test_a_seed_belongs_to_its_row() -> None:
+    this = case("llama")
+    options = {"max_new_tokens": 8, "temperature": 1.5, "eos_token_id": []}
+    same = generate(this.model, this.ids[:1].repeat(3, 1), seed=[1, 2, 1], **options)
+    assert same[0].tolist() == same[2].tolist() != same[1].tolist()
+    torch.manual_seed(4)
+    first = this.write(**options)
+    second = this.write(**options)
+    torch.manual_seed(4)
+    assert this.write(**options).tolist() == first.tolist() != second.tolist()
+
+
+# --- a trained model -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stories(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place = tmp_path_factory.mktemp("stories")
+    publish(fixtures / "stories260K" / "stories260K.bin", place)
+    shutil.copyfile(fixtures / "stories260K" / "tok512.model", place / "tokenizer.model")
+    return zoo.load(place)
+
+
+def test_stories(stories: Any, fixtures: Path) -> None:
+    expected = json.loads((fixtures / "stories260K" / "EXPECTED.json").read_text())
+    ids, text = expected["greedy_ids_from_BOS"], expected["greedy_text"]
+    count = len(ids) - 1
+    assert stories.generate(torch.tensor([[1]]), max_new_tokens=count).tolist() == [ids]
+    assert zoo.generate(stories, "", max_new_tokens=count) == text
+    assert "".join(zoo.generate(stories, "", max_new_tokens=count, stream=True)) == text
+    # the space between a prompt and what follows it is part of what follows
+    start = text[: text.index(" a time")]
+    assert zoo.generate(stories, start, max_new_tokens=3).startswith(" a time")
+    short = zoo.generate(stories, "", max_new_tokens=count, stop_strings="park.\nLily")
+    assert text.startswith(short) or "park.\nLily" not in text
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"temprature": 1.0}, "Did you mean temperature"),
+        ({"max_tokens": 5}, "max_new_tokens"),
+        ({"return_logprob": True}, "return_logprobs"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
+        ({"num_beams": None}, "num_beams=None"),
+        ({"do_sample": True, "temperature": 0}, "temperature=0 is greedy"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"num_beams": 2, "temperature": 1.0}, "beams neither sample"),
+        ({"num_return_sequences": 2}, "give a temperature"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "more than 2 beams"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon'"),
+        ({"stop_strings": [""]}, "stop_strings"),
+        ({"stop_strings": [3]}, "stop_strings"),
+        ({"stop_strings": "x"}, "no checkpoint"),
+        ({"temperature": 1.0, "seed": [1, 2]}, "one for each of 1 rows"),
+        ({"assistant_model": "gpt2"}, "assistant_model"),
+        ({"assistant_model": build("gpt2", vocab=7)}, "7 tokens"),
+    ],
+    ids=str,
+)
+def test_options_that_mean_nothing(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build("gpt2").eval().generate(IDS, **options)
+    assert told in str(caught.value)
+
+
+def test_an_end_that_is_no_token() -> None:
+    with pytest.raises(TokenIdError, match="eos_token_id: 100000 is outside"):
+        build("gpt2").generate(IDS, eos_token_id=[1, 100000])
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1, 2]), torch.zeros(1, 0).long(), "text", [[1]]])
+def test_what_is_no_prompt(ids: Any) -> None:
+    with pytest.raises(InputError, match="input_ids"):
+        build("gpt2").generate(ids)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "deberta-v2"])
+def test_encoders_write_nothing(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is an encoder"):
+        build(name).generate(IDS)
+
+
+def test_heads_that_write_nothing() -> None:
+    for head in ("none", "sequence_classification"):
+        with pytest.raises(UsageError, match=f"head '{head}' writes no text; load it with"):
+            build("gpt2", head=head).generate(IDS)
+    with pytest.raises(UsageError, match="'encoder'"):
+        build("t5", head="encoder").generate(IDS)
+
+
+def test_empty_prompts(speller: Any) -> None:
+    for prompt in ("", ["abc", ""]):
+        with pytest.raises(InputError, match="an empty text"):
+            zoo.generate(speller, prompt)
+    with pytest.raises(InputError):
+        zoo.generate(speller, [])
+    for more in ({"num_return_sequences": 2, "temperature": 1.0}, {"num_beams": 2}):
+        with pytest.raises(UsageError, match="one text at a time"):
+            zoo.generate(speller, "abc", stream=True, **more)
+
+
+def test_no_more_than_there_are_positions(speller: Any) -> None:
+    """Of 64: as many as fit, if nobody says how many; the last token needs none of its own."""
+    assert speller.generate(torch.ones(1, 60).long()).shape == (1, 65)
+    assert speller.generate(torch.ones(1, 60).long(), max_new_tokens=5).shape == (1, 65)
+    with pytest.raises(SequenceTooLong, match=r"65 tokens.* 64 positions: fewer max_new_tokens"):
+        speller.generate(torch.ones(1, 60).long(), max_new_tokens=6)
+    with pytest.raises(SequenceTooLong):
+        speller.generate(torch.ones(1, 65).long())
+    # padding takes no positions
+    mask = torch.zeros(1, 80).long()
+    mask[0, 30:40] = 1
+    assert speller.generate(torch.ones(1, 80).long(), mask, max_new_tokens=40).shape == (1, 120)
+
+
+def test_beyond_positions_that_adapt() -> None:
+    this = Case(registry.architectures()["llama"], "rope-dynamic-beyond")  # 19 positions
+    with pytest.raises(SequenceTooLong, match="use_cache=False goes on beyond them"):
+        generate(this.model, this.ids, max_new_tokens=15)
+    options = {"max_new_tokens": 15, "use_cache": False, "pad_token_id": 1, "eos_token_id": []}
+    got = generate(this.model, this.ids, **options)
+    for length in range(WIDTH, WIDTH + 15):
+        with torch.no_grad():
+            logits = this.model(got[:, :length])[:, -1]
+        assert logits.argmax(dim=-1).tolist() == got[:, length].tolist()
+    assert generate(this.model, this.ids).shape == (ROWS, 20)
+
+
+def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
+    zoo.save(build("gpt2").eval(), tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config |= {"eos_token_id": 5, "pad_token_id": 6}
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    more = tmp_path / "x" / "generation_config.json"
+    more.unlink(missing_ok=True)
+    assert ends_of(zoo.load(tmp_path / "x"))[:2] == ((5,), 6)
+    more.write_text('{"eos_token_id": [7, 8], "pad_token_id": null}')
+    assert ends_of(zoo.load(tmp_path / "x"))[:2] == ((7, 8), 6)
+    for wrong in (100000, "x", [1, 2.5], True):
+        more.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ConfigError, match="eos_token_id"):
+            zoo.load(tmp_path / "x").generate(IDS)
+
+
+def test_an_interrupted_step_leaves_the_cache_as_it_was() -> None:
+    model = build("llama").double().eval()
+    runner = Runner(model, IDS, None, room=9)
+    with torch.no_grad():
+        runner.feed()
+        hook = model.blocks[1].register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.feed(torch.tensor([[4, 5]]))
+        hook.remove()
+        assert runner.cache is not None and runner.cache.length == 3
+        again = torch.tensor([[1, 2, 3, 4, 6, 7]])
+        assert runner.resume(again) == 3
+        assert torch.allclose(runner.feed()[:, -1], model(again)[:, -1], atol=1e-12)
+        assert runner.resume(again[:, :2]) == 1 and runner.feed().shape[1] == 1
+        assert torch.allclose(runner.feed(IDS)[:, -1], model(runner.ids)[:, -1], atol=1e-12)
+
+
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_prompts_logits_are_those_of_its_last_token_alone() -> None:
+    model, seen = build("gpt2").eval(), []
+    model.head.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    model.generate(IDS, max_new_tokens=4, eos_token_id=[])
+    assert seen == [1, 1, 1, 1]
+    assert model(IDS).shape[1] == 3
+
+
+def test_signs_of_sampling() -> None:
+    assert Options().sampled is False and Options(temperature=0.5).sampled
+    assert Options(do_sample=True).sampling.temperature == 1
+    assert Options(top_p=0.9).sampling.temperature == 1
+    assert Options(do_sample=False, temperature=0.5).sampling.greedy

@@ -500,9 +500,10 @@ def prompt_of(model: Model, ids: Tensor, mask: Tensor | None, row: int) -> list[
 
 def encoded(model: Model, texts: Sequence[str], special: bool = False) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
-    batch = model.tokenizer.batch(
-        texts, padding_side="left", eos=None if answers(model) else False, special=special
-    )
+    tokenizer = model.tokenizer
+    anything = 0 if tokenizer.pad is None and tokenizer.eos is None else None  # behind a mask
+    eos = None if answers(model) else False
+    batch = tokenizer.batch(texts, padding_side="left", pad=anything, eos=eos, special=special)
     if not batch.input_ids.numel() or not batch.attention_mask.any(dim=1).all():
         raise InputError("an empty text, and this tokenizer puts nothing before it: give a word")
     return batch.input_ids.to(device), batch.attention_mask.to(device)
