@@ -1,5 +1,6 @@
 """`zoo generate` and `zoo chat`: as functions, through pipes, and at a terminal with Ctrl-C."""
 
+import fcntl
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,9 +89,9 @@ def told(dialogue: Dialogue, text: str) -> str:
     return "".join(dialogue.answer(text))
 
 
-def fresh(model: Any, dialogue: Dialogue, text: str) -> str:
+def fresh(model: Any, messages: list[dict[str, str]], text: str) -> str:
     """What follows all that was said, computed anew."""
-    turns = [("User" if m["role"] == "user" else "Assistant", m) for m in dialogue.messages]
+    turns = [("User" if m["role"] == "user" else "Assistant", m) for m in messages]
     prompt = "".join(f"{name}: {m['content']}\n" for name, m in turns)
     options = {"max_new_tokens": 30, "stop_strings": "\nUser:", **WARM}
     return str(zoo.generate(model, f"{prompt}User: {text}\nAssistant:", **options)).lstrip()
@@ -99,7 +101,7 @@ def test_the_cache_goes_on_between_turns(model: Any) -> None:
     dialogue, calls = Dialogue(model, max_new_tokens=30, **WARM), []
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     for n, text in enumerate(("hello", "how are you", "good bye " * 200, "so")):
-        want = fresh(model, dialogue, text)
+        want = fresh(model, dialogue.messages, text)
         calls.clear()
         assert told(dialogue, text) == want
         new = len(f"{want}\nUser: {text}\nAssistant:")
@@ -115,14 +117,11 @@ def test_an_answer_that_is_left_is_remembered_as_far_as_it_came(model: Any) -> N
     begun = next(pieces) + next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert dialogue.messages[-1] == {"role": "assistant", "content": begun.strip()}
-    assert told(dialogue, "go on") == fresh(model, Dialogue_of(dialogue.messages[:2]), "go on")
+    before = dialogue.messages
+    assert told(dialogue, "go on") == fresh(model, before, "go on")
     dialogue.reset()
     assert dialogue.messages == []
-    assert told(dialogue, "hello") == fresh(model, Dialogue_of([]), "hello")
-
-
-def Dialogue_of(messages: list[dict[str, str]]) -> Any:
-    return type("Said", (), {"messages": messages})
+    assert told(dialogue, "hello") == fresh(model, [], "hello")
 
 
 def test_templates(model: Any) -> None:
@@ -205,7 +204,7 @@ def terminal(place: Path, root: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         env={**os.environ, "TERM": "dumb"},
         start_new_session=True,
         # the terminal's own Ctrl-C goes to the group in front
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(slave)
     yield program, master
@@ -237,7 +236,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
         read_until(master, r"> $", seconds=20)
         assert program.poll() is None
     os.write(master, b"/help\n")
-    read_until(master, r"/save FILE(.|\s)*> $")
+    read_until(master, r"(?s)/save FILE.*> $")
     os.write(master, b"\x04")
     assert program.wait(timeout=20) == 0
 

@@ -355,6 +355,7 @@ def generate(
     return Generated(sequences, torch.tensor([n + [0.0] * (width - len(n)) for n in numbers]))
 
 
+@torch.no_grad()
 def written(
     model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
 ) -> tuple[list[list[int]], list[list[float]]]:
