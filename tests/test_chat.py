@@ -227,6 +227,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
 ) -> None:
     program, master = terminal
     read_until(master, r"Ctrl-D leaves\s+> ")
+    time.sleep(0.5)  # what comes before input() looks for signals, it sees with the next key
     os.write(master, b"\x03")  # at the prompt: nothing but a new one
     read_until(master, r"> ")
     for _ in range(2):
