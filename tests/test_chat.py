@@ -22,7 +22,7 @@ from tiny import build
 import zoo
 from zoo.chat import Dialogue
 from zoo.cli import main
-from zoo.errors import OutputExists, SequenceTooLong, TemplateError, UsageError
+from zoo.errors import InputError, OutputExists, SequenceTooLong, TemplateError, UsageError
 from zoo.generation import generate
 from zoo.tokenizers import CharTokenizer
 
@@ -136,6 +136,9 @@ def test_templates(model: Any) -> None:
     with pytest.raises(TemplateError):
         told(dialogue, "hello")
     assert len(dialogue.messages) == 4  # as before
+    vars(model.tokenizer)["special_tokens"] = {"<|end|>": 3}
+    with pytest.raises(InputError, match=r"<\|end\|> is a special token"):
+        told(dialogue, "what does <|end|> mean")
 
 
 def test_a_dialogue_ends_with_the_positions() -> None:

@@ -201,16 +201,12 @@ def test_scores_of_beams_are_means() -> None:
     torch.testing.assert_close(got.logprobs[:, 0].double(), each.mean(dim=1), atol=1e-5, rtol=0)
 
 
-def test_no_tiny_vocabulary_lets_what_has_ended_go_on() -> None:
-    """Three tokens, two of them ends: fewer go on than there are beams."""
+def test_what_has_ended_does_not_go_on() -> None:
+    """Nothing but ends: no beam is left to go on, and none that has ended stands in for one."""
     model = build("gpt2", vocab=3).double()
-    ids = torch.tensor([[0, 2]])
-    rows = generate(
-        model, ids, num_beams=3, num_return_sequences=3, max_new_tokens=4, eos_token_id=[0, 1]
-    )
-    for row in rows[:, 2:].tolist():
-        first = next((n for n, id in enumerate(row) if id != 2), len(row))
-        assert len(set(row[first:])) <= 1 or set(row[first + 1 :]) <= {0}
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 4}
+    rows = generate(model, torch.tensor([[0, 2]]), eos_token_id=[0, 1, 2], **options)
+    assert rows.shape == (3, 3) and sorted(rows[:, 2].tolist()) == [0, 1, 2]
 
 
 MOST: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": []}
@@ -240,28 +236,38 @@ def test_guessing_ahead_is_greedy(name: str) -> None:
         torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_guessing_ahead_with_penalties(cached: bool) -> None:
-    this = case("llama")
-    small = build("gpt2", vocab=this.config.vocab).double().eval()
-    for assistant in (this.model, small):
-        options: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
-        options |= {"max_new_tokens": 11, "use_cache": cached}
-        got = this.write(assistant_model=assistant, num_assistant_tokens=3, **options)
-        assert got.tolist() == this.write(**options).tolist()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1, "use_cache": False},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 1.1},
+    ],
+    ids=str,
+)
+def test_guessing_ahead_with_penalties(options: dict[str, Any]) -> None:
+    for name in ("llama", "bloom"):
+        this = case(name)
+        small = build("gpt2", vocab=this.config.vocab).double().eval()
+        want = this.write(**options, **MOST).tolist()
+        for assistant in (this.model, small):
+            got = this.write(assistant_model=assistant, num_assistant_tokens=3, **options, **MOST)
+            assert got.tolist() == want
 
 
 def test_guesses_that_hold_cost_the_large_model_few_calls() -> None:
     """Else it is only slow: one call looks at all guesses and gives one token more."""
-    this, calls = case("llama"), []
+    this, calls, read = case("llama"), [], []
     small = Case(registry.architectures()["llama"], WRITERS["llama"][0]).model  # the same weights
+    small.register_forward_pre_hook(lambda _, args: read.extend(args[0][0].tolist()))
     hook = this.model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     try:
-        generate(this.model, this.ids[:1], assistant_model=small, **MOST)
+        row = generate(this.model, this.ids[:1], assistant_model=small, **MOST)[0].tolist()
     finally:
         hook.remove()
     # a token; five guesses and one more, twice
     assert calls == [WIDTH, 6, 5]
+    assert read == row[: len(read)] and len(read) >= len(row) - 2  # each token once, none left out
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -339,6 +345,10 @@ def test_stop_strings_end_a_row(speller: Any) -> None:
     ids = speller.tokenizer.batch(["abc"]).input_ids
     row = speller.generate(ids, **WARM, seed=5, stop_strings=stop)[0, 3:]
     assert speller.tokenizer.decode(row) == free[: place + 3]  # and nothing more was computed
+    plain = zoo.generate(speller, "abc", max_new_tokens=40)
+    more: dict[str, Any] = {"max_new_tokens": 40, "stop_strings": plain[7:9]}
+    ahead = zoo.generate(speller, "abc", assistant_model=speller, **more)
+    assert ahead == zoo.generate(speller, "abc", **more) == plain[: plain.index(plain[7:9])]
     two = zoo.generate(speller, ["abc", "ab"], **WARM, seed=[5, 6], stop_strings=stop)
     assert two[0] == free[:place]
 
@@ -477,6 +487,12 @@ def test_no_more_than_there_are_positions(speller: Any) -> None:
     mask = torch.zeros(1, 80).long()
     mask[0, 30:40] = 1
     assert speller.generate(torch.ones(1, 80).long(), mask, max_new_tokens=40).shape == (1, 120)
+
+
+def test_an_assistant_needs_positions_too(speller: Any) -> None:
+    small = build("gpt2", vocab=len(CHARACTERS), positions=16).eval()
+    with pytest.raises(SequenceTooLong, match=r"assistant_model: .* 16 positions"):
+        zoo.generate(speller, "abc", assistant_model=small, max_new_tokens=20)
 
 
 def test_beyond_positions_that_adapt() -> None:

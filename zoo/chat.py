@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zoo.components.model import Model
-from zoo.errors import OutputExists, SequenceTooLong, UsageError, ZooError
+from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
 from zoo.generation import Options, Runner, answers, pieces_of
 from zoo.terminal import BOLD, DIM, RED, has_colour, paint
 
@@ -46,6 +46,9 @@ class Dialogue:
 
     def answer(self, text: str) -> Iterator[str]:
         """Piece by piece. One that is left in the middle is remembered as far as it came."""
+        tokenizer = self.model.tokenizer
+        if tokenizer.templates and (named := [t for t in tokenizer.special_tokens if t in text]):
+            raise InputError(f"{named[0]} is a special token, and would end or begin a turn")
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = torch.tensor([self._ids(messages)], device=next(self.model.parameters()).device)
         most = self._most(ids.shape[1])
