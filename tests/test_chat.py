@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build
+from tiny import build, hot
 
 import zoo
 from zoo.chat import Dialogue
@@ -35,7 +35,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that spells."""
     place = tmp_path_factory.mktemp("chat") / "speller"
-    zoo.save(build("llama", vocab=len(LETTERS), positions=20_000).eval(), place)
+    zoo.save(hot(build("llama", vocab=len(LETTERS), positions=20_000)), place)
     CharTokenizer.of(LETTERS).save(place)
     return place
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_stories import publish
-from tiny import build
+from tiny import build, hot
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -279,7 +279,7 @@ CHARACTERS = "abcdefghijklm \n.😀é漢"
 def speller(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model that writes single characters, some of them of several bytes."""
     place = tmp_path_factory.mktemp("speller") / "x"
-    zoo.save(build("llama", vocab=len(CHARACTERS), positions=64).eval(), place)
+    zoo.save(hot(build("llama", vocab=len(CHARACTERS), positions=64)), place)
     CharTokenizer.of(CHARACTERS).save(place)
     return zoo.load(place)
 
@@ -288,7 +288,7 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def piecewise(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model whose tokens are single bytes: every character beyond ASCII spans several."""
     place = tmp_path_factory.mktemp("piecewise") / "x"
-    zoo.save(build("llama", vocab=512, positions=512).eval(), place)
+    zoo.save(hot(build("llama", vocab=512, positions=512)), place)
     tokens = [*(bytes([n]) for n in range(256)), b"th", b"he", b" the", b"12"]
     lines = (base64.b64encode(token) + b" %d\n" % n for n, token in enumerate(tokens))
     (place / "tokenizer.model").write_bytes(b"".join(lines))
@@ -365,6 +365,19 @@ def test_several_texts_and_samples(speller: Any) -> None:
     assert len(beams) == 2 and beams[0] != beams[1]
     guessed = zoo.generate(speller, "abc", assistant_model=speller, max_new_tokens=9)
     assert guessed == zoo.generate(speller, "abc", max_new_tokens=9)
+
+
+def test_answers_to_texts(tmp_path: Path) -> None:
+    zoo.save(hot(build("t5", vocab=len(CHARACTERS), pad=0)), tmp_path / "x")
+    CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
+    model = zoo.load(tmp_path / "x")
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+    found = zoo.generate(model, ["abc", "a bead"], **options)
+    for text, answer in zip(["abc", "a bead"], found, strict=True):
+        ids = torch.tensor([model.tokenizer.encode(text)])
+        rows = model.generate(ids, **options)
+        assert answer == model.tokenizer.decode(rows[0, 1:])  # behind the one that begins it
+        assert answer == "".join(zoo.generate(model, text, stream=True, **options))
 
 
 def test_a_seed_belongs_to_its_row() -> None:

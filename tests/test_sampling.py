@@ -27,6 +27,7 @@ def logits() -> dict[str, Tensor]:
         "flat": plain * 1e-4,
         "ties": plain.round(),
         "equal": torch.zeros(2, 9),
+        "quarters": torch.zeros(2, 4),  # whose sums meet a bound exactly
         "masked": plain.masked_fill(plain < 0.3, -INF),
         "one left": torch.full((2, 9), -INF).index_fill(1, torch.tensor([4]), 1.5),
         "two tokens": plain[:, :2],
