@@ -368,8 +368,11 @@ def test_several_texts_and_samples(speller: Any) -> None:
 
 
 def test_answers_to_texts(tmp_path: Path) -> None:
-    zoo.save(hot(build("t5", vocab=len(CHARACTERS), pad=0)), tmp_path / "x")
+    zoo.save(hot(build("t5", vocab=len(CHARACTERS))), tmp_path / "x")
     CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
+    with pytest.raises(ConfigError, match="decoder_start_token_id: missing"):
+        zoo.generate(tmp_path / "x", "abc")
+    (tmp_path / "x" / "generation_config.json").write_text('{"decoder_start_token_id": 0}')
     model = zoo.load(tmp_path / "x")
     options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
     found = zoo.generate(model, ["abc", "a bead"], **options)

@@ -110,7 +110,8 @@ class Runner:
         if "decoder_input_ids" in parameters:
             start = ends_of(model).start
             if start is None:
-                raise ConfigError("decoder_start_token_id: missing, and no pad_token_id either")
+                told = "missing, and no pad_token_id either; say it in generation_config.json"
+                raise ConfigError(f"decoder_start_token_id: {told}")
             self.question = {"input_ids": self.ids, "attention_mask": self.mask}
             self.ids = torch.full_like(self.ids[:, :1], start)
             self.mask = None
@@ -344,7 +345,8 @@ def generate(
     asked = Options.of(options)
     rows, numbers = written(model, input_ids, attention_mask, asked)
     width = max(map(len, rows))
-    full = [row + [asked.pad(model)] * (width - len(row)) for row in rows]
+    pad = asked.pad(model)
+    full = [row + [pad] * (width - len(row)) for row in rows]
     new = torch.tensor(full, dtype=input_ids.dtype, device=input_ids.device)
     prompts = input_ids.repeat_interleave(len(rows) // len(input_ids), dim=0)
     if answers(model):
