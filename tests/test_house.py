@@ -54,6 +54,7 @@ ARROWS = {
 EXCEPTIONS = {
     ("zoo/components/model.py", "zoo.pretrained"): "from_pretrained on the class, when called",
     ("zoo/components/model.py", "zoo.conversion"): "save_pretrained on the class, when called",
+    ("zoo/components/model.py", "zoo.generation"): "generate on the model, when called",
     ("zoo/components/model.py", "zoo.tokenizers"): "the tokenizer beside the weights, when asked",
 }
 

@@ -41,6 +41,16 @@ def build(name: str, **changes: Any) -> Any:
     return model
 
 
+def hot(model: Any) -> Any:
+    """Redrawn so that what it writes depends on every token before."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
 def run(model: Any, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """All its outputs; an encoder-decoder answers with what it was asked."""
     out = model(ids, mask, **answer(model, ids, mask))

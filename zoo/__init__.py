@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from zoo import models as models
     from zoo.catalog import info as info
     from zoo.catalog import list_checkpoints as list
+    from zoo.components.cache import Cache as Cache
     from zoo.conversion import save as save
     from zoo.converting import convert as convert
     from zoo.embedding import embed as embed
     from zoo.errors import ZooError as ZooError
     from zoo.filling import fill as fill
+    from zoo.generation import generate_text as generate
     from zoo.parity import verify as verify
     from zoo.prepared import prepare as prepare
     from zoo.pretrained import load as load
@@ -31,6 +33,8 @@ _HOMES = {
     "prepare": ("zoo.prepared", "prepare"),
     "convert": ("zoo.converting", "convert"),
     "save": ("zoo.conversion", "save"),
+    "generate": ("zoo.generation", "generate_text"),
+    "Cache": ("zoo.components.cache", "Cache"),
     "verify": ("zoo.parity", "verify"),
     "tokenizer": ("zoo.tokenizers", "tokenizer"),
     "perplexity": ("zoo.scoring", "perplexity"),
@@ -43,10 +47,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cache",
     "ZooError",
     "convert",
     "embed",
     "fill",
+    "generate",
     "info",
     "list",
     "load",

@@ -1,4 +1,4 @@
-"""The command line: list, info, verify, convert, check, tokenize, score, fill, embed."""
+"""The command line: one function a command, each a thin front over the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -136,7 +137,50 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--truncate", action="store_true", help="cut what is too long")
     command.add_argument("--json", action="store_true", help="an object with its text each line")
     command.set_defaults(run=_embed)
+
+    command = commands.add_parser("generate", help="go on with a text")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument("text", metavar="TEXT")
+    _add_sampling(command)
+    command.add_argument("--num-return-sequences", type=int, metavar="N", help="several samples")
+    command.add_argument("--beams", dest="num_beams", type=int, metavar="N", help="beam search")
+    command.add_argument("--special", action="store_true", help="find special tokens in TEXT")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="text, ids, logprobs and times")
+    how.add_argument("--no-stream", action="store_true", help="nothing before all is written")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("chat", help="a dialogue; /help tells more there")
+    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    _add_sampling(command)
+    command.set_defaults(run=_chat)
     return parser
+
+
+SAMPLING = {  # option: its type and what it does
+    "max-new-tokens": (int, "as many at most  [100; 1000 in a dialogue]"),
+    "temperature": (float, "above 0: drawn, and not the likeliest"),
+    "top-k": (int, "of so many"),
+    "top-p": (float, "of the fewest that hold this share"),
+    "min-p": (float, "of those with this share of the likeliest one's"),
+    "repetition-penalty": (float, "above 1: what was said is less likely"),
+    "no-repeat-ngram-size": (int, "no run of so many tokens comes twice"),
+    "seed": (int, "the same samples again"),
+}
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    for name, (kind, does) in SAMPLING.items():
+        command.add_argument(f"--{name}", type=kind, metavar="N", help=does)
+    how = {"dest": "stop_strings", "action": "append", "metavar": "TEXT"}
+    command.add_argument("--stop", **how, help="end before TEXT; may be given again")  # type: ignore[arg-type]
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    names = [name.replace("-", "_") for name in SAMPLING]
+    names += ["stop_strings", "num_return_sequences", "num_beams"]
+    found = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -344,6 +388,40 @@ def _place(text: str) -> Path:
     if not text:  # an unset variable of the shell's, and no wish for the current directory
         raise argparse.ArgumentTypeError("expected a directory")
     return Path(text)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from zoo.generation import Options, complete
+
+    asked = Options.of(_asked(options))  # before weights are looked at
+    model = zoo.load(options.ref)
+    several = asked.num_return_sequences > 1 or asked.num_beams > 1
+    if not (options.json or options.no_stream or several):
+        more = {**_asked(options), "special": options.special}
+        for piece in zoo.generate(model, options.text, stream=True, **more):
+            print(piece, end="", flush=True)
+        print()
+        return OK
+    started = time.perf_counter()
+    found = complete(model, [options.text], asked, options.special)
+    seconds = time.perf_counter() - started
+    if options.json:
+        texts = [each._asdict() for each in found]
+        told = texts[0] if len(texts) == 1 else {"samples": texts}
+        speed = sum(len(each.ids) for each in found) / seconds
+        print(_json({**told, "seconds": seconds, "tokens_per_second": speed}))
+    else:
+        print("\n---\n".join(each.text for each in found))
+    return OK
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from zoo.chat import talk
+    from zoo.generation import Options
+
+    Options.of(_asked(options))
+    talk(zoo.load(options.ref), _asked(options))
+    return OK
 
 
 def _bytes(text: str) -> int:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.components.config import Config
 from zoo.errors import UsageError
@@ -42,6 +42,14 @@ class Model(nn.Module):
         from zoo.conversion import save
 
         save(self, directory, **options)
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Each prompt with what follows it; options are those of `zoo.generation.Options`."""
+        from zoo.generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -1,0 +1,565 @@
+"""Text from a model: tokens one by one, by what `zoo.sampling` makes of the logits.
+
+Every row stands for itself: what it gives does not depend on the others of its batch, nor on the
+side where its padding is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from converters.checkpoint import confined
+from converters.strict_json import read_json
+from zoo.components.cache import Cache
+from zoo.components.inputs import check_mask
+from zoo.components.model import Model
+from zoo.errors import (
+    ConfigError,
+    InputError,
+    SequenceTooLong,
+    TokenIdError,
+    UsageError,
+    did_you_mean,
+)
+from zoo.sampling import Dice, Sampling, seeds_of
+
+MAX_NEW_TOKENS = 100
+LM_HEADS = ("lm", "shared_lm")
+
+
+class Generated(NamedTuple):
+    """`sequences`: (b, s + n), each prompt with what follows it, then padding.
+
+    `logprobs`: (b, n), each new token's under the model itself; or each row's score of a beam.
+    """
+
+    sequences: Tensor
+    logprobs: Tensor
+
+
+class Ends(NamedTuple):
+    """What a checkpoint says of where its texts begin and end."""
+
+    eos: tuple[int, ...]
+    pad: int | None
+    start: int | None  # of an answer, where a question is read apart
+
+
+def ends_of(model: Model) -> Ends:
+    """By generation_config.json before config.json."""
+    said: dict[str, Any] = {}
+    if model.provenance is not None:
+        said = json.loads(model.provenance.origin.config)
+        path = model.provenance.directory / "generation_config.json"
+        if path.is_file():
+            more = read_json(confined(path.parent, path.name), ConfigError)
+            said.update({k: v for k, v in more.items() if v is not None})
+    eos = said.get("eos_token_id")
+    many = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    pad = said.get("pad_token_id", model.config.pad)
+    start = said.get("decoder_start_token_id", pad)
+    for name, ids in {
+        "eos_token_id": many,
+        "pad_token_id": (pad,),
+        "decoder_start_token_id": (start,),
+    }.items():
+        for id in ids:
+            if id is not None and (type(id) is not int or id >= model.config.vocab):
+                raise ConfigError(f"{name}: {id!r} is no id of {model.config.vocab} tokens")
+    return Ends(tuple(id for id in many if id >= 0), pad, start)
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A model and all that it was given so far; it answers with (b, v) logits of what follows.
+
+    Rows lie with their padding on the left, whatever side it was on. The cache has room for `room`
+    tokens beyond the prompt; without one every step computes all of it again.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        room: int,
+        use_cache: bool = True,
+    ) -> None:
+        self.model = model
+        self.question: dict[str, Tensor | None] = {}
+        parameters = inspect.signature(model.forward).parameters
+        if "cache" not in parameters:
+            name = model.architecture or type(model).__module__.rpartition(".")[2]
+            raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
+        if model.config.head not in LM_HEADS:
+            raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
+        real = _real(input_ids, attention_mask)
+        self.ids, self.mask = left_aligned(input_ids, real)
+        if "decoder_input_ids" in parameters:
+            start = ends_of(model).start
+            if start is None:
+                told = "missing, and no pad_token_id either; say it in generation_config.json"
+                raise ConfigError(f"decoder_start_token_id: {told}")
+            self.question = {"input_ids": self.ids, "attention_mask": self.mask}
+            self.ids = torch.full_like(self.ids[:, :1], start)
+            self.mask = None
+        self._check(room, use_cache)
+        self.cache = Cache(self.ids.shape[1] + room) if use_cache else None
+        self.fresh = True
+
+    def _check(self, room: int, use_cache: bool) -> None:
+        config, length = self.model.config, self.ids.shape[1] + room - 1
+        limit = config.limit_cached if use_cache else config.limit
+        if limit is not None and length > limit and not self.question:
+            told = "fewer max_new_tokens, or a shorter prompt"
+            if config.limit is None:
+                told = "use_cache=False goes on beyond them"
+            elif hasattr(config, "extrapolate"):
+                told += ", or config={'extrapolate': True}"
+            raise SequenceTooLong(f"{length} tokens, and the model has {limit} positions: {told}")
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each row up to now."""
+        if self.mask is None:
+            return self.ids.tolist()
+        return [ids[mask.bool()].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
+
+    def feed(self, tokens: Tensor | None = None, last: int = 1) -> Tensor:
+        """(b, last, v), after (b, n) tokens more; at first after the prompt."""
+        if tokens is not None:
+            self.ids = torch.cat((self.ids, tokens), dim=1)
+            if self.mask is not None:
+                self.mask = torch.cat((self.mask, torch.ones_like(tokens)), dim=1)
+        known = 0 if self.cache is None or self.fresh else self.cache.length
+        ids = self.ids[:, known:]
+        mask = None if self.mask is None else self.mask[:, known:]
+        self.fresh = False
+        try:
+            with _last_only(self.model, last):
+                if self.question:
+                    names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
+                    return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
+                return self.model(ids, mask, cache=self.cache)
+        except BaseException:
+            if self.cache is not None:  # places were taken that not every layer has filled
+                self.cache.cut(min(known, self.cache.length))
+            raise
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens but the first `length` of each row."""
+        self.ids = self.ids[:, :length]
+        self.mask = None if self.mask is None else self.mask[:, :length]
+        if self.cache is not None:
+            self.cache.cut(min(length, self.cache.length))
+
+    def resume(self, ids: Tensor) -> int:
+        """(1, s) in the place of what was there. How many first tokens need no computing again."""
+        both = min(self.ids.shape[1], ids.shape[1] - 1)  # the last one's logits are wanted
+        differs = (self.ids[0, :both] != ids[0, :both]).nonzero()
+        self.cut(int(differs[0]) if len(differs) else both)
+        self.ids = ids
+        return 0 if self.cache is None else self.cache.length
+
+    def take(self, rows: Tensor) -> None:
+        """These rows in the place of those that were there."""
+        self.ids = self.ids[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+        self.question = {k: None if x is None else x[rows] for k, x in self.question.items()}
+        if self.cache is not None:
+            self.cache.take(rows)
+
+
+def _real(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:
+        raise InputError(
+            "input_ids: expected (batch, sequence) of token ids; for text zoo.generate"
+        )
+    return check_mask(attention_mask, ids)
+
+
+def left_aligned(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each row's real tokens in their order, at the end; the mask is None where all are real."""
+    if real is None:
+        return ids, None
+    order = real.int().argsort(dim=1, stable=True)
+    ids, real = ids.gather(1, order), real.gather(1, order)
+    width = int(real.sum(dim=1).max())
+    ids, real = ids[:, -width:], real[:, -width:]
+    return ids, None if real.all() else real.long()
+
+
+@contextmanager
+def _last_only(model: Model, count: int) -> Iterator[None]:
+    """Logits of the last tokens alone: those of a whole prompt can be larger than the model."""
+    head: Any = model.head
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, -count:],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# --- many steps ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to go on: greedily, unless there is a temperature or another sign of sampling."""
+
+    max_new_tokens: int | None = None  # 100, or as many as there are positions for
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_return_sequences: int = 1  # of each row, one below the other
+    num_beams: int = 1
+    length_penalty: float = 1.0  # of beams: their scores are divided by their length to this
+    early_stopping: bool | str = False  # once enough beams have ended; "never": if none can win
+    seed: int | Sequence[int] | None = None  # or one for each row, which alone decides its samples
+    eos_token_id: int | Collection[int] | None = None  # the model's own; []: none
+    pad_token_id: int | None = None
+    stop_strings: str | Sequence[str] = ()
+    use_cache: bool = True
+    assistant_model: Model | None = None  # smaller, of the same vocabulary; it guesses ahead
+    num_assistant_tokens: int = 5
+
+    def __post_init__(self) -> None:
+        counts = ("max_new_tokens", "num_return_sequences", "num_beams", "num_assistant_tokens")
+        for name in counts:
+            value = getattr(self, name)
+            if (value is not None or name != counts[0]) and (type(value) is not int or value < 1):
+                raise UsageError(f"{name}={value!r}: expected a positive number")
+        if self.early_stopping not in (True, False, "never"):
+            raise UsageError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
+        if not isinstance(self.length_penalty, int | float):
+            raise UsageError(f"length_penalty={self.length_penalty!r}: expected a number")
+        if self.assistant_model is not None and not isinstance(self.assistant_model, Model):
+            raise UsageError("assistant_model: expected a model, as zoo.load gives it")
+        stops = self.stops
+        if self.do_sample and self.temperature == 0:
+            raise UsageError("temperature=0 is greedy, and do_sample=True is not")
+        if self.num_beams > 1 and (self.sampled or self.assistant_model or stops):
+            raise UsageError(
+                "num_beams: beams neither sample, nor guess ahead, nor stop at strings"
+            )
+        if self.num_return_sequences > 1 and not self.sampled and self.num_beams == 1:
+            raise UsageError("num_return_sequences: all would be the same; give a temperature")
+        if self.num_return_sequences > self.num_beams > 1:
+            raise UsageError(f"num_return_sequences: more than {self.num_beams} beams")
+        self.sampling  # noqa: B018  its own checks
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        known = cls.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                near = did_you_mean(name, [*known, "return_logprobs", "stream"])
+                raise UsageError(f"generate: no option {name!r}.{near}")
+        return cls(**options)
+
+    @property
+    def sampled(self) -> bool:
+        if self.do_sample is not None:
+            return self.do_sample
+        return bool(self.temperature or self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def sampling(self) -> Sampling:
+        warm = 1.0 if self.temperature is None else self.temperature
+        return Sampling(
+            temperature=warm if self.sampled else 0.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+        )
+
+    @property
+    def stops(self) -> list[str]:
+        one = isinstance(self.stop_strings, str)
+        stops = [str(self.stop_strings)] if one else list(self.stop_strings)
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise UsageError(f"stop_strings={stops!r}: expected words")
+        return stops
+
+    def ends(self, model: Model) -> frozenset[int]:
+        eos = ends_of(model).eos if self.eos_token_id is None else self.eos_token_id
+        ends, vocab = frozenset([eos] if isinstance(eos, int) else eos), model.config.vocab
+        if wrong := [id for id in ends if type(id) is not int or not 0 <= id < vocab]:
+            raise TokenIdError(f"eos_token_id: {wrong[0]!r} is outside 0..{vocab - 1}")
+        return ends
+
+    def pad(self, model: Model) -> int:
+        """What stands behind a row that has ended: anything will do."""
+        known = (self.pad_token_id, ends_of(model).pad, *sorted(self.ends(model)))
+        return next((id for id in known if id is not None and id >= 0), 0)
+
+    def most(self, model: Model, input_ids: Tensor) -> int:
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        limit = model.config.limit_cached if self.use_cache else model.config.limit
+        if limit is None or answers(model):
+            return MAX_NEW_TOKENS
+        return max(1, min(MAX_NEW_TOKENS, limit + 1 - input_ids.shape[1]))
+
+
+class Step(NamedTuple):
+    """A token that a row goes on with, and how likely the model itself had it."""
+
+    row: int
+    token: int
+    logprob: float
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_logprobs: bool = False,
+    **options: Any,
+) -> Tensor | Generated:
+    """(b, s + n): each prompt with what follows, until the model's own end or `max_new_tokens`.
+
+    `options` are those of `zoo.generation.Options`. What an encoder-decoder gives is the answer
+    alone.
+    """
+    asked = Options.of(options)
+    rows, numbers = written(model, input_ids, attention_mask, asked)
+    width = max(map(len, rows))
+    pad = asked.pad(model)
+    full = [row + [pad] * (width - len(row)) for row in rows]
+    new = torch.tensor(full, dtype=input_ids.dtype, device=input_ids.device)
+    prompts = input_ids.repeat_interleave(len(rows) // len(input_ids), dim=0)
+    if answers(model):
+        prompts = torch.full_like(prompts[:, :1], ends_of(model).start or 0)
+    sequences = torch.cat((prompts, new), dim=1)
+    if not return_logprobs:
+        return sequences
+    return Generated(sequences, torch.tensor([n + [0.0] * (width - len(n)) for n in numbers]))
+
+
+@torch.no_grad()
+def written(
+    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What each row goes on with, and its logprobs, or [score] of a beam."""
+    if asked.num_beams > 1:
+        from zoo.beams import search
+
+        return search(model, input_ids, attention_mask, asked)
+    _real(input_ids, attention_mask)
+    count = len(input_ids) * asked.num_return_sequences
+    rows: list[list[int]] = [[] for _ in range(count)]
+    numbers: list[list[float]] = [[] for _ in range(count)]
+    for row, token, logprob in steps(model, input_ids, attention_mask, asked):
+        rows[row].append(token)
+        numbers[row].append(logprob)
+    return rows, numbers
+
+
+def answers(model: Model) -> bool:
+    """Whether it reads a question and writes an answer, each apart."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def steps(
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    asked: Options,
+    runner: Runner | None = None,
+) -> Iterator[Step]:
+    """Tokens as they come, until every row has ended; by a runner that has seen some before."""
+    if asked.assistant_model is not None:
+        from zoo.speculative import ahead
+
+        yield from ahead(model, input_ids, attention_mask, asked)
+        return
+    most, ends = asked.most(model, input_ids), asked.ends(model)
+    samples = asked.num_return_sequences
+    if runner is None:
+        runner = Runner(model, input_ids, attention_mask, room=most, use_cache=asked.use_cache)
+    dice = Dice(seeds_of(asked.seed, len(input_ids), samples))
+    logits = runner.feed()[:, -1]
+    if samples > 1:
+        each = torch.arange(len(input_ids), device=logits.device).repeat_interleave(samples)
+        runner.take(each)
+        logits = logits[each]
+    running = dict.fromkeys(range(len(logits)))
+    stops = {n: Stop(model, asked.stops, runner.rows[n]) for n in running} if asked.stops else {}
+    for length in range(1, most + 1):
+        chosen = choose(logits, runner, asked.sampling, dice)
+        likely = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1).tolist()
+        tokens = chosen.tolist()
+        for n in list(running):
+            yield Step(n, tokens[n], likely[n])
+            if tokens[n] in ends or (n in stops and stops[n].reached(tokens[n])):
+                del running[n]
+        if not running or length == most:
+            return
+        logits = runner.feed(chosen[:, None].to(runner.ids.dtype))[:, -1]
+
+
+def choose(logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice) -> Tensor:
+    """(b,) tokens."""
+    rows = runner.rows if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size else []
+    logits = sampling.penalised(logits.float(), rows)
+    if sampling.greedy:
+        return logits.argmax(dim=-1)
+    return dice.choose(sampling.warped(logits))
+
+
+class Stop:
+    """Whether one of some strings has come up in what a row wrote."""
+
+    def __init__(self, model: Model, strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
+        self.strings, self.stream, self.text = strings, model.tokenizer.stream(), ""
+        for id in prompt:  # lest the first token lose the space before it
+            self.stream.put(id)
+
+    def reached(self, token: int) -> bool:
+        self.text += self.stream.put(token)
+        return any(s in self.text for s in self.strings)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """What follows a prompt. `ids` are all that were written, an end or a stop string too."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+
+
+def generate_text(
+    model: Model | str | PathLike[str],
+    prompt: str | Sequence[str],
+    *,
+    stream: bool = False,
+    special: bool = False,
+    **options: Any,
+) -> Any:
+    """What follows a text; of several texts, or samples, a list. Options are those of `m.generate`.
+
+    `stream=True` gives an iterator over pieces of the text, each as soon as its characters are
+    whole. Texts end before a stop string. `special`: special tokens in the prompt are such.
+    """
+    if not isinstance(model, Model):
+        from zoo.pretrained import load
+
+        model = load(model)
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    asked = Options.of(options)
+    if stream:
+        if len(texts) != 1 or asked.num_return_sequences > 1 or asked.num_beams > 1:
+            raise UsageError("stream: one text at a time, sampled once")
+        return pieces_of(model, *encoded(model, texts, special), asked)
+    found = [each.text for each in complete(model, texts, asked, special)]
+    return found[0] if isinstance(prompt, str) and len(found) == 1 else found
+
+
+def complete(
+    model: Model, texts: Sequence[str], asked: Options, special: bool = False
+) -> list[Text]:
+    """Each text's samples, one after the other."""
+    ids, mask = encoded(model, texts, special)
+    rows, numbers = written(model, ids, mask, asked)
+    ends, found, samples = asked.ends(model), [], len(rows) // len(texts)
+    for n, (row, logprobs) in enumerate(zip(rows, numbers, strict=True)):
+        pieces = Pieces(model, asked.stops, prompt_of(model, ids, mask, n // samples))
+        text = "".join(pieces.put(id) for id in row if id not in ends) + pieces.end()
+        found.append(Text(text, row, logprobs))
+    return found
+
+
+def prompt_of(model: Model, ids: Tensor, mask: Tensor | None, row: int) -> list[int]:
+    """What stands before the text that a row writes: nothing, if that is an answer apart."""
+    if answers(model):
+        return []
+    return (ids[row] if mask is None else ids[row, mask[row].bool()]).tolist()
+
+
+def encoded(model: Model, texts: Sequence[str], special: bool = False) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
+    tokenizer = model.tokenizer
+    anything = 0 if tokenizer.pad is None and tokenizer.eos is None else None  # behind a mask
+    eos = None if answers(model) else False
+    batch = tokenizer.batch(texts, padding_side="left", pad=anything, eos=eos, special=special)
+    if not batch.input_ids.numel() or not batch.attention_mask.any(dim=1).all():
+        raise InputError("an empty text, and this tokenizer puts nothing before it: give a word")
+    return batch.input_ids.to(device), batch.attention_mask.to(device)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """Up to the first stop string."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class Pieces:
+    """Tokens to text as far as it is sure: nothing of a stop string, no half characters."""
+
+    def __init__(self, model: Model, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
+        self.stream, self.stops = model.tokenizer.stream(skip_special=True), stops
+        self.text, self.said, self.over = "", 0, False
+        for id in prompt:  # lest the first token lose the space before it
+            self.stream.put(id)
+
+    def put(self, token: int) -> str:
+        return self._add(self.stream.put(token), final=False)
+
+    def end(self) -> str:
+        return self._add(self.stream.end(), final=True)
+
+    def _add(self, piece: str, final: bool) -> str:
+        if self.over:
+            return ""
+        whole = self.text + piece
+        self.text = cut(whole, self.stops)
+        self.over = final or self.text != whole
+        held = 0 if self.over else max(map(self._begun, self.stops), default=0)
+        start, self.said = self.said, max(self.said, len(self.text) - held)
+        return self.text[start : self.said]
+
+    def _begun(self, stop: str) -> int:
+        """How much of the end may be the beginning of a stop string."""
+        longest = min(len(stop) - 1, len(self.text))
+        return next((n for n in range(longest, 0, -1) if self.text.endswith(stop[:n])), 0)
+
+
+def pieces_of(
+    model: Model,
+    ids: Tensor,
+    mask: Tensor | None,
+    asked: Options,
+    runner: Runner | None = None,
+) -> Iterator[str]:
+    """The text of one row, piece by piece."""
+    pieces, ends = Pieces(model, asked.stops, prompt_of(model, ids, mask, 0)), asked.ends(model)
+    for step in steps(model, ids, mask, asked, runner):
+        if step.token not in ends and (piece := pieces.put(step.token)):
+            yield piece
+    if piece := pieces.end():
+        yield piece

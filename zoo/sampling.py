@@ -1,0 +1,156 @@
+"""What turns logits into the next token: warpers, and draws that a row makes for itself.
+
+Each warper takes and gives (b, v) logits; what may not follow has -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.errors import UsageError
+
+_SEED = 1 << 63
+
+
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Tokens of (b, v) `seen` are less likely: divided where positive, multiplied where not."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def no_repeat_ngram(logits: Tensor, rows: Sequence[Sequence[int]], size: int) -> Tensor:
+    """No token ends a run of `size` that stood in its row before."""
+    out = logits.clone()
+    for n, row in enumerate(rows):
+        start = tuple(row[len(row) - size + 1 :])
+        for place in range(len(row) - size + 1):
+            if tuple(row[place : place + size - 1]) == start:
+                out[n, row[place + size - 1]] = -torch.inf
+    return out
+
+
+def temperature(logits: Tensor, value: float) -> Tensor:
+    return logits / value
+
+
+def top_k(logits: Tensor, count: int) -> Tensor:
+    """The `count` most likely, and what is as likely as the last of them."""
+    least = logits.topk(min(count, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def top_p(logits: Tensor, mass: float) -> Tensor:
+    """The fewest that hold `mass` of the probability; one at least."""
+    ordered, index = logits.sort(dim=-1, descending=False)
+    removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - mass
+    removed[..., -1] = False
+    return logits.masked_fill(removed.scatter(-1, index, removed), -torch.inf)
+
+
+def min_p(logits: Tensor, share: float) -> Tensor:
+    """Those that have `share` of the likeliest one's probability."""
+    probabilities = logits.softmax(dim=-1)
+    least = share * probabilities.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(probabilities < least, -torch.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: the likeliest at temperature 0, else drawn from what is left.
+
+    Warpers come in the order of the fields.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            whole = name in ("no_repeat_ngram_size", "top_k")
+            if type(value) is not int and (whole or not isinstance(value, int | float)):
+                raise UsageError(f"{name}={value!r}: expected a {'whole ' * whole}number")
+        wrong = [
+            text
+            for text, fits in (
+                ("repetition_penalty: above 0", 0 < self.repetition_penalty < float("inf")),
+                ("no_repeat_ngram_size: 0 or more", self.no_repeat_ngram_size >= 0),
+                ("temperature: 0 or more", 0 <= self.temperature < float("inf")),
+                ("top_k: 0 or more", self.top_k >= 0),
+                ("top_p: above 0, 1 at most", 0 < self.top_p <= 1),
+                ("min_p: from 0 to 1", 0 <= self.min_p <= 1),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise UsageError("; ".join(wrong))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def penalised(self, logits: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+        """By what stands in each row so far."""
+        if self.repetition_penalty != 1:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            for n, row in enumerate(rows):
+                seen[n, list(set(row))] = True
+            logits = repetition_penalty(logits, seen, self.repetition_penalty)
+        if self.no_repeat_ngram_size:
+            logits = no_repeat_ngram(logits, rows, self.no_repeat_ngram_size)
+        return logits
+
+    def warped(self, logits: Tensor) -> Tensor:
+        """As far as it is drawn from."""
+        if self.greedy:
+            return logits
+        if self.temperature != 1:
+            logits = temperature(logits, self.temperature)
+        if self.top_k:
+            logits = top_k(logits, self.top_k)
+        if self.top_p < 1:
+            logits = top_p(logits, self.top_p)
+        if self.min_p:
+            logits = min_p(logits, self.min_p)
+        return logits
+
+
+class Dice:
+    """A source of numbers for each row, so that no row depends on the others of its batch."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.sources = [torch.Generator().manual_seed(seed % _SEED) for seed in seeds]
+
+    def numbers(self, count: int = 1) -> Tensor:
+        """(b, count) in [0, 1), fp64."""
+        draws = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.sources]
+        return torch.stack(draws)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """(b,) tokens by (b, v) logits: where the row's number falls in their distribution."""
+        return pick(logits.double().softmax(dim=-1), self.numbers().to(logits.device))
+
+
+def pick(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """(b,): the first place where the sum of (b, v) passes the row's number; never one of none."""
+    sums = probabilities.cumsum(dim=-1)
+    found = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
+    last = torch.arange(sums.shape[-1], device=sums.device) * (probabilities > 0)
+    return torch.minimum(found, last.amax(dim=-1))
+
+
+def seeds_of(seed: int | Sequence[int] | None, rows: int, samples: int) -> list[int]:
+    """One for each sample of each row; a row's own do not follow from where it stands."""
+    if seed is None:
+        return torch.randint(_SEED - 1, (rows * samples,)).tolist()
+    given = list(seed) if isinstance(seed, Sequence) else [seed] * rows
+    if len(given) != rows or not all(type(s) is int for s in given):
+        raise UsageError(f"seed={seed!r}: a whole number, or one for each of {rows} rows")
+    # the first sample is the one that a single sample would be
+    return [s + n * 0x9E3779B97F4A7C15 for s in given for n in range(samples)]

@@ -1,0 +1,133 @@
+"""Guessing ahead: a small model proposes, the large one looks at all proposals at once.
+
+What comes out is what the large model alone would give: the same tokens where it is greedy, the
+same distribution where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from zoo.components.inputs import check_mask
+from zoo.components.model import Model
+from zoo.errors import UsageError, ZooError
+from zoo.generation import Options, Runner, Step, Stop, answers
+from zoo.sampling import Dice, Sampling, pick, seeds_of
+
+
+def ahead(
+    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+) -> Iterator[Step]:
+    """Row by row: each accepts as many guesses as it does."""
+    small = asked.assistant_model
+    assert small is not None
+    if small.config.vocab != model.config.vocab:
+        raise UsageError(
+            f"assistant_model: {small.config.vocab} tokens, and the model has {model.config.vocab}"
+        )
+    if answers(model) or answers(small):
+        raise UsageError("assistant_model: not for models that read a question apart")
+    real = check_mask(attention_mask, input_ids)
+    samples = asked.num_return_sequences
+    seeds = seeds_of(asked.seed, len(input_ids), samples)
+    for n in range(len(input_ids) * samples):
+        row = n // samples
+        prompt = input_ids[row : row + 1]
+        if real is not None:
+            prompt = prompt[:, real[row]]
+        most = asked.most(model, input_ids)
+        for token, logprob in _row(model, small, prompt, Dice([seeds[n]]), most, asked):
+            yield Step(n, token, logprob)
+
+
+def _row(
+    model: Model, small: Model, prompt: Tensor, dice: Dice, most: int, asked: Options
+) -> Iterator[tuple[int, float]]:
+    large = Runner(model, prompt, None, room=most, use_cache=asked.use_cache)
+    try:
+        draft = Runner(small, prompt, None, room=most, use_cache=asked.use_cache)
+    except ZooError as error:
+        raise type(error)(f"assistant_model: {error}") from None
+    ends = asked.ends(model)
+    stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
+    draft.feed()
+    count, accepted = 0, _first(large.feed()[0], large, asked.sampling, dice)
+    while True:
+        for token, logprob in accepted:
+            count += 1
+            yield token, logprob
+            if token in ends or count == most or (stops is not None and stops.reached(token)):
+                return
+        guesses = min(asked.num_assistant_tokens, most - count - 1)
+        accepted = _round(draft, large, accepted[-1][0], guesses, asked, dice)
+
+
+def _first(
+    logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice
+) -> list[tuple[int, float]]:
+    chances = _chances(logits, runner.rows[0], sampling)
+    token = int(pick(chances, dice.numbers())[0])
+    return [(token, _logprob(logits, token))]
+
+
+def _round(
+    small: Runner, large: Runner, last: int, guesses: int, asked: Options, dice: Dice
+) -> list[tuple[int, float]]:
+    """The guesses that hold, and a token of the large model's own behind them."""
+    length = large.ids.shape[1] + 1  # with `last`, which is certain
+    token, said, guessed = last, [], []
+    for _ in range(guesses):
+        logits = small.feed(_one(large, token), last=1)[0]
+        said.append(_chances(logits, small.rows[0], asked.sampling))
+        token = int(pick(said[-1], dice.numbers())[0])
+        guessed.append(token)
+    tokens = torch.cat([_one(large, t) for t in (last, *guessed)], dim=1)
+    before = large.rows[0]
+    logits = large.feed(tokens, last=guesses + 1)[0]
+    out: list[tuple[int, float]] = []
+    for n in range(guesses + 1):
+        mine = _chances(logits[n : n + 1], [*before, last, *guessed[:n]], asked.sampling)
+        if n < guesses:
+            token = guessed[n]
+            if _holds(mine[0, token], said[n][0, token], dice.numbers()[0, 0]):
+                out.append((token, _logprob(logits[n : n + 1], token)))
+                continue
+            mine = _left(mine, said[n])
+        token = int(pick(mine, dice.numbers())[0])
+        out.append((token, _logprob(logits[n : n + 1], token)))
+        break
+    # both have seen `last` and what was accepted, but not the token that comes now
+    large.cut(length + len(out) - 1)
+    if len(out) == guesses + 1 and guesses:
+        small.feed(_one(large, guessed[-1]))  # all held: the small one has not read its last
+    small.cut(length + len(out) - 1)
+    return out
+
+
+def _holds(mine: Tensor, said: Tensor, number: Tensor) -> bool:
+    """A guess, in as many cases of those where the small model makes it as the large one would."""
+    return bool(number * said < mine)
+
+
+def _left(mine: Tensor, said: Tensor) -> Tensor:
+    """What the large model gives more often than guesses do: the rest of its distribution."""
+    return (mine - said).clamp(min=0)
+
+
+def _one(runner: Runner, token: int) -> Tensor:
+    return torch.full_like(runner.ids[:, :1], token)
+
+
+def _chances(logits: Tensor, row: list[int], sampling: Sampling) -> Tensor:
+    """(1, v) probabilities; all of it on the likeliest where it is greedy."""
+    logits = sampling.penalised(logits.float(), [row])
+    if sampling.greedy:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+    return sampling.warped(logits).double().softmax(dim=-1)
+
+
+def _logprob(logits: Tensor, token: int) -> float:
+    return logits.float().log_softmax(dim=-1)[0, token].item()
