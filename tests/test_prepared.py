@@ -64,6 +64,8 @@ def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
             yield (out[real] if places else out).double().flatten()
         if "cache" not in accepts or model.config.head not in ("none", *prepared.LOGITS):
             continue
+        if (model.config.limit_cached or TOKENS) < TOKENS:
+            continue
         for split in SPLITS:
             past, parts = Cache(TOKENS), []
             given = (None,) * len(split) if mask is None else mask.split(split, 1)
@@ -306,18 +308,27 @@ def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> No
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "int8"), [("gpt2", False), ("llama", False), ("llama", True)])
-def test_prepared_and_compiled(name: str, int8: bool) -> None:
+def test_prepared_and_compiled(
+    name: str, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what another process is writing would be read half done
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     counters.clear()
     models = [zoo.prepare(build(name), int8=int8, compile=c, last_only=True) for c in (False, True)]
     ids = ids_for(models[0])[:2, :12]
+    models.append(build(name).eval())
     with torch.no_grad():
         pasts = [Cache(16) for _ in models]
         for split in torch.arange(12).split([8, 1, 1, 1, 1]):
-            one, two = (m(ids[:, split], cache=c) for m, c in zip(models, pasts, strict=True))
-            # int8 rounds to bf16, and a compiler may keep what eager code rounds
-            close = {"rtol": 0.0, "atol": 2e-2 * one.std().item()} if int8 else {}
-            torch.testing.assert_close(one, two, **close)
+            one, two, truth = (
+                m(ids[:, split], cache=c)[:, -1:] for m, c in zip(models, pasts, strict=True)
+            )
+            if int8:  # it rounds to bf16, and a compiler may keep what eager code rounds
+                far = [(x - truth).square().mean().sqrt() for x in (one, two)]
+                assert far[1] <= FLOOR * far[0]
+            else:
+                torch.testing.assert_close(one, two)
     assert counters["stats"]["unique_graphs"] == 2
     with (
         pytest.raises(UsageError, match="compiled"),

@@ -93,7 +93,7 @@ class Model(decoder.Decoder):
     ) -> Tensor:
         looks = self.looks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
-        for block, mask in zip(self.blocks, looks, strict=True):
+        for block, mask in zip(self.blocks, looks, strict=False):
             for _ in range(1 + self.config.twice):
                 x = block(x, mask)
         return self.read_out(self.norm(x), input_ids, attention_mask)
