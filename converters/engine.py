@@ -184,6 +184,9 @@ class _Run:
             report = self._run()
             self._check_sources()  # nothing of it was read while it changed
             return report
+        except CorruptCheckpoint:
+            self._check_sources()  # the likelier cause, and it names the file
+            raise
         finally:
             for fd in self.sources.values():
                 os.close(fd)
@@ -259,10 +262,6 @@ class _Run:
             os.ftruncate(fd, shard.size)
         return fd
 
-    def _keep_hash(self, name: str, digest: str) -> None:
-        with self.lock:
-            self.report.files[name] = digest
-
     def _hash_source(self, path: Path) -> None:
         with os.fdopen(os.dup(self.sources[path]), "rb") as file:
             file.seek(0)
@@ -272,9 +271,10 @@ class _Run:
 
     def _finish(self, shard: Shard, fd: int) -> None:
         os.fsync(fd)
-        if self.options.sha256:
-            self._keep_hash(shard.name, hash_file(self.stage.path / shard.name))
+        digest = hash_file(self.stage.path / shard.name) if self.options.sha256 else ""
         with self.lock:
+            if digest:
+                self.report.files[shard.name] = digest
             self.options.tell({"event": "file", "file": shard.name, "bytes": shard.size})
 
     # --- tensors ---

@@ -17,6 +17,7 @@ import zoo
 from zoo import prepared, registry
 from zoo.components.cache import Cache
 from zoo.errors import MissingDependency, UsageError
+from zoo.inference import headless
 from zoo.parity import fixtures
 from zoo.sentences import Pooling, SentenceModel
 
@@ -275,6 +276,29 @@ def test_last_only_for_good() -> None:
         torch.testing.assert_close(model(ids[:, 6:], mask, cache=past), whole[:, -1:])
         with prepared.last_only(model):
             torch.testing.assert_close(model(ids), whole[:, -1:])
+
+
+def test_a_prepared_model_reads_texts_as_it_was() -> None:
+    plain, fast = build("gpt2").eval(), zoo.prepare(build("gpt2"))
+    ids = ids_for(plain, 1)[0]
+    assert zoo.perplexity(fast, ids, window=16).nll == pytest.approx(
+        zoo.perplexity(plain, ids, window=16).nll, rel=1e-5
+    )
+    with torch.no_grad():
+        body = headless(fast)
+        torch.testing.assert_close(body(ids[None]), headless(plain)(ids[None]))
+    assert fast(ids[None]).shape[-1] == plain.config.vocab
+
+
+def test_who_wants_every_place_is_not_given_the_last() -> None:
+    last, other = zoo.prepare(build("gpt2"), last_only=True), build("gpt2").eval()
+    ids = ids_for(other, 1)[:, :9]
+    with pytest.raises(UsageError, match="last_only=True"):
+        zoo.perplexity(last, ids[0])
+    with pytest.raises(UsageError, match="last_only=True"):
+        last.generate(ids, assistant_model=other, max_new_tokens=4)
+    same = {"max_new_tokens": 4, "eos_token_id": []}
+    assert torch.equal(last.generate(ids, **same), other.generate(ids, **same))
 
 
 # --- compiled ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 from converters.checkpoint import confined
 from converters.strict_json import read_json
 from zoo.components.cache import Cache
+from zoo.components.heads import LOGITS
 from zoo.components.inputs import check_mask
 from zoo.components.model import Model
 from zoo.errors import (
@@ -30,10 +31,10 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
+from zoo.inference import device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
 
 MAX_NEW_TOKENS = 100
-LM_HEADS = ("lm", "shared_lm")
 
 
 class Generated(NamedTuple):
@@ -103,7 +104,7 @@ class Runner:
         if "cache" not in parameters:
             name = model.architecture or type(model).__module__.rpartition(".")[2]
             raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
-        if model.config.head not in LM_HEADS:
+        if model.config.head not in LOGITS:
             raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
         real = _real(input_ids, attention_mask)
         self.ids, self.mask = left_aligned(input_ids, real)
@@ -466,10 +467,7 @@ def generate_text(
     `stream=True` gives an iterator over pieces of the text, each as soon as its characters are
     whole. Texts end before a stop string. `special`: special tokens in the prompt are such.
     """
-    if not isinstance(model, Model):
-        from zoo.pretrained import load
-
-        model = load(model)
+    model = model_of(model)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     asked = Options.of(options)
     if stream:
@@ -502,7 +500,7 @@ def prompt_of(model: Model, ids: Tensor, mask: Tensor | None, row: int) -> list[
 
 
 def encoded(model: Model, texts: Sequence[str], special: bool = False) -> tuple[Tensor, Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokenizer = model.tokenizer
     anything = 0 if tokenizer.pad is None and tokenizer.eos is None else None  # behind a mask
     eos = None if answers(model) else False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -30,10 +29,21 @@ def called(model: Model) -> str:
 
 
 def headless(model: Model) -> Model:
-    """The same modules, giving hidden states."""
-    body = copy.copy(model)
+    """The same modules, giving hidden states. Not through copy, which a prepared model refuses."""
+    body = object.__new__(type(model))
+    body.__dict__.update(model.__dict__)
+    body.__dict__.pop("_compiled_call_impl", None)  # it knows the model with its head
     body.config = model.config.replace(head=type(model).headless[0])
     return body
+
+
+def every_place(model: Model) -> None:
+    """Refuses a model that was prepared to give the logits of the last place alone."""
+    done = getattr(model, "prepared", None)
+    if done is not None and done.last_only:
+        raise UsageError(
+            f"{called(model)}: prepared with last_only=True, and logits of every place are wanted"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from zoo.components import activations
 from zoo.components.activations import Activation
 from zoo.components.attention import Attention
+from zoo.components.heads import LOGITS
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Model
 from zoo.components.moe import Experts
 from zoo.errors import InputError, MissingDependency, UsageError
 
 M = TypeVar("M", bound=Model)
-LOGITS = ("lm", "shared_lm")  # heads that give a distribution over tokens at each place
 
 
 class Loss(NamedTuple):

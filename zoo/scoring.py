@@ -16,7 +16,7 @@ from zoo.components.decoder import Decoder
 from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
-from zoo.inference import at_rest, called, device_of, headless, model_of
+from zoo.inference import at_rest, called, device_of, every_place, headless, model_of
 from zoo.pretrained import Ref
 
 UNLIMITED = 2048  # the window where a model has no end of positions
@@ -72,6 +72,7 @@ def perplexity(
             f"{called(model)}: only a decoder with head 'lm' gives each token a probability "
             "from those before it; a masked LM fills gaps (zoo.fill)"
         )
+    every_place(model)
     window, stride = _sizes(model, window, stride)
     ids, size = _read(model, text, bos)
     total = 0.0

@@ -15,6 +15,7 @@ from zoo.components.inputs import check_mask
 from zoo.components.model import Model
 from zoo.errors import UsageError, ZooError
 from zoo.generation import Options, Runner, Step, Stop, answers
+from zoo.inference import every_place
 from zoo.sampling import Dice, Sampling, pick, seeds_of
 
 
@@ -30,6 +31,7 @@ def ahead(
         )
     if answers(model) or answers(small):
         raise UsageError("assistant_model: not for models that read a question apart")
+    every_place(model)
     real = check_mask(attention_mask, input_ids)
     samples = asked.num_return_sequences
     seeds = seeds_of(asked.seed, len(input_ids), samples)

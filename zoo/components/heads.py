@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from zoo.components.activations import Activation
 from zoo.components.model import Linear
 
+LOGITS = ("lm", "shared_lm")  # heads that give a distribution over tokens at each place
+
 
 def first_place(attention_mask: Tensor) -> Tensor:
     """(b, 1), where each row's first real token stands."""

@@ -17,6 +17,7 @@ from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
 from zoo.components.cache import Cache
+from zoo.components.heads import LOGITS
 from zoo.conversion import save
 from zoo.parity.reference import Outputs, Reference
 from zoo.parity.report import Row
@@ -162,7 +163,7 @@ def cached(subject: Subject) -> Iterator[Row]:
     model = subject.model(torch.float64)
     if "cache" not in inspect.signature(model.forward).parameters:
         return
-    if model.config.head not in ("lm", "shared_lm", "none"):
+    if model.config.head not in (*LOGITS, "none"):
         return
     truth, limit = subject.truth, model.config.limit_cached
     errors = {}
