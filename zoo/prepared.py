@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import kernels
 from zoo.components import activations
 from zoo.components.activations import Activation
-from zoo.components.attention import Attention
+from zoo.components.attention import Attention, attend
 from zoo.components.heads import LOGITS
+from zoo.components.masks import Mask
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Model
 from zoo.components.moe import Experts
@@ -137,40 +139,35 @@ FUSED: dict[Activation, tuple[str, str]] = {
 }
 
 
+MANY = 1024  # rows that oneDNN's blocks are made for: those for one are slower for all others
+
+
 class OneDNN(Fixed):
     """Blocks in the order in which oneDNN reads them; an activation may follow at once."""
 
     packed = True
+    few = 8  # rows; so many are read faster by kernels of our own
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Activation | None = None) -> None:
         nn.Module.__init__(self)
-        wide = weight.shape[0] >= weight.shape[1]
-        # fp32 blocks for one row read a third faster where rows are long, and are slower for many
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(
-            weight.contiguous(), 1024 if wide else 1
-        )
-        self.bias = bias
-        self.act, self.form = FUSED[act] if act else ("none", "")
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MANY)
+        self.bias, self.act = bias, act
+        self.said = FUSED[act] if act else ("none", "")
+        self.blocks = kernels.Blocks.of(self.weight, weight, bias)
         self.features, self.key = len(weight), id(self)
         _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
-        y: Tensor
         if torch.compiler.is_compiling():
-            y = torch.ops.zoo.onednn(x, self.key, self.features)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, self.act, [], self.form
-            )
+            return opaque(self, x)
+        if self.blocks is not None and few(x, self.few) and kernels.usable(x):
+            if self.act is None:
+                return self.blocks.product(x, x.dtype)
+            return self.act(self.blocks.product(x, torch.float32)).to(x.dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, self.said[0], [], self.said[1]
+        )
         return y
-
-
-# Compilers cannot look at packed weights: to them a product is an operator that knows its layer.
-_KNOWN: WeakValueDictionary[int, OneDNN] = WeakValueDictionary()
-_OPERATORS = torch.library.Library("zoo", "DEF")
-_OPERATORS.define("onednn(Tensor x, int layer, int features) -> Tensor")
-_OPERATORS.impl("onednn", lambda x, layer, features: _KNOWN[layer].product(x), "CPU")
-_OPERATORS.impl("onednn", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
 
 
 class Int8(Fixed):
@@ -187,8 +184,17 @@ class Int8(Fixed):
             torch.cat(part).contiguous() for part in zip(*parts, strict=True)
         )
         self.bias = bias
+        self.wide = self.scale.float(), None if bias is None else bias.float()
+        self.features, self.key = len(weight), id(self)
+        _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return opaque(self, x)
+        if few(x, self.few) and kernels.usable(x):
+            done = kernels.bytes_product(x, self.weight, *self.wide)
+            if done is not None:
+                return done
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         # torch's kernel reads past the end of rows that are no multiple of 16, and may crash there
         fits = rows.device.type == "cpu" and rows.shape[1] % 16 == 0
@@ -198,6 +204,24 @@ class Int8(Fixed):
             y = F.linear(rows, self.weight.bfloat16()) * self.scale
         y = y.to(x.dtype).view(*x.shape[:-1], len(self.scale))
         return y if self.bias is None else y + self.bias
+
+
+# Compilers cannot look at packed weights: to them a product is an operator that knows its layer.
+_KNOWN: WeakValueDictionary[int, OneDNN | Int8] = WeakValueDictionary()
+_OPERATORS = torch.library.Library("zoo", "DEF")
+_OPERATORS.define("product(Tensor x, int layer, int features) -> Tensor")
+for _where in ("CPU", "CUDA"):
+    _OPERATORS.impl("product", lambda x, layer, features: _KNOWN[layer].product(x), _where)
+_OPERATORS.impl("product", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
+
+
+def opaque(layer: OneDNN | Int8, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.zoo.product(x, layer.key, layer.features)
+    return y
+
+
+def few(x: Tensor, rows: int) -> bool:
+    return x.numel() <= rows * x.shape[-1]
 
 
 def _bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,13 +279,21 @@ class FusedAttention(Attention):
     def __init__(self, plain: Attention, pack: Packer) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.dropout, self.scale = plain.head_dim, 0.0, plain.scale
-        self.rotary, self.attend = plain.rotary, plain.attend
+        self.rotary = plain.rotary
+        self.attend = attend_few if plain.attend is attend else plain.attend
         self.sizes = [part.out_features for part in (plain.q, plain.k, plain.v)]
         self.qkv = pack(plain.q, plain.k, plain.v)
         self.out = plain.out
 
     def project(self, x: Tensor) -> Iterator[Tensor]:
         return map(self.by_head, self.qkv(x).split(self.sizes, dim=-1))
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
+    """`attend`, where one query a row is no matrix."""
+    if q.shape[2] == 1 and kernels.usable(q):
+        return kernels.attend_one(q, k, v, mask, scale)
+    return attend(q, k, v, mask, scale, dropout)
 
 
 class FusedGate(nn.Module):
