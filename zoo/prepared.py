@@ -52,6 +52,7 @@ class Preparation:
     compiled: bool
     last_only: bool
     packed: int  # matrices that lie as this machine's kernels want them
+    kernels: bool  # whether few rows go through zoo/kernels.c
     seconds: float
     loss: Loss | None  # of int8; the rest loses nothing
 
@@ -281,12 +282,14 @@ class FusedAttention(Attention):
         self.head_dim, self.dropout, self.scale = plain.head_dim, 0.0, plain.scale
         self.rotary = plain.rotary
         self.attend = attend_few if plain.attend is attend else plain.attend
-        self.sizes = [part.out_features for part in (plain.q, plain.k, plain.v)]
+        sizes = [part.out_features for part in (plain.q, plain.k, plain.v)]
+        self.heads = [size // plain.head_dim for size in sizes]
         self.qkv = pack(plain.q, plain.k, plain.v)
         self.out = plain.out
 
     def project(self, x: Tensor) -> Iterator[Tensor]:
-        return map(self.by_head, self.qkv(x).split(self.sizes, dim=-1))
+        every = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return iter(every.split(self.heads, dim=1))
 
 
 def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
@@ -337,7 +340,7 @@ def _fused(name: str, module: nn.Module, pack: Packer) -> nn.Module:
         module.act = activations.linear
     if isinstance(module, nn.Linear):
         return pack(module)
-    return module
+    return nn.Identity() if isinstance(module, nn.Dropout) else module
 
 
 def _rebuild(module: nn.Module, pack: Packer, name: str = "") -> None:
@@ -453,7 +456,8 @@ def prepare(
     if hooked is not None:
         _keep_last(model)
     seconds = time.perf_counter() - started
-    done = Preparation(dtype, int8, bool(compile), last_only, pack.count, seconds, loss)
+    own = device.type == "cpu" and kernels.library() is not None
+    done = Preparation(dtype, int8, bool(compile), last_only, pack.count, own, seconds, loss)
     inner = [part for part in model.modules() if isinstance(part, Model)]
     for part in inner:  # a sentence model's own, too
         kind: Any = type(part)
