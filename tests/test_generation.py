@@ -5,6 +5,7 @@ import codecs
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -578,3 +579,17 @@ def test_signs_of_sampling() -> None:
     assert Options(do_sample=True).sampling.temperature == 1
     assert Options(top_p=0.9).sampling.temperature == 1
     assert Options(do_sample=False, temperature=0.5).sampling.greedy
+
+
+def test_another_thread_is_given_all_logits_meanwhile() -> None:
+    model, ids = build("gpt2").eval(), torch.arange(20).view(2, 10)
+    found: list[Tensor] = []
+
+    def meanwhile(*_: Any) -> None:
+        hook.remove()
+        found.append(ThreadPoolExecutor(1).submit(model, ids).result())
+
+    hook = model.norm.register_forward_pre_hook(meanwhile)
+    with torch.no_grad():
+        Runner(model, ids, None, room=2).feed()
+    torch.testing.assert_close(found[0], model(ids))

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +207,12 @@ def left_aligned(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | Non
 def _last_only(model: Model, count: int) -> Iterator[None]:
     """Logits of the last tokens alone: those of a whole prompt can be larger than the model."""
     head: Any = model.head
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, -count:],))
+    owner = get_ident()  # another thread may be reading with the same model
+
+    def cut(_: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (args[0][:, -count:],) if get_ident() == owner else None
+
+    hook = head.register_forward_pre_hook(cut)
     try:
         yield
     finally:

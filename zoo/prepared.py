@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
+from threading import get_ident
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
@@ -355,6 +356,10 @@ def _rebuild(module: nn.Module, pack: Packer, name: str = "") -> None:
 # --- the last place alone ------------------------------------------------------------------------
 
 
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()
+
+
 class LastPlace:
     """Cuts what a head reads, (b, s, d), to each row's last real token, (b, 1, d)."""
 
@@ -366,17 +371,18 @@ class LastPlace:
         names = list(signature(type(model).forward).parameters)[1:]
         self.name = names[-2]  # of the mask; behind it stands the cache
         self.place = names.index(self.name)
-        self.at: Tensor | None = None
+        self.masks: dict[int, Tensor | None] = {}  # of what each thread is reading
 
     def note(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         mask = args[self.place] if len(args) > self.place else named.get(self.name)
-        self.at = mask
+        self.masks[_thread()] = mask
 
     def cut(self, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        if self.at is None:
+        mask = self.masks.pop(_thread(), None)
+        if mask is None:
             return (x[:, -1:],)
-        real = self.at[:, -x.shape[1] :].bool()  # it may name the tokens in the cache too
+        real = mask[:, -x.shape[1] :].bool()  # it may name the tokens in the cache too
         places = torch.arange(x.shape[1], device=x.device)
         last = torch.where(real, places, 0).amax(dim=-1)
         return (x[torch.arange(len(x), device=x.device), last][:, None],)
