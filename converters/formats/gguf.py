@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000
-MAX_KEYS = 1 << 12
-MAX_TENSORS = 1 << 16
-MAX_ELEMENTS = 1 << 21  # of all arrays together; vocabularies and merges have less than half
+# As many as are read in a second. Real files have a hundred keys, two thousand tensors, and 1.3
+# million elements of arrays: a large vocabulary with its scores and types, and its merges.
+MAX_KEYS = 1 << 10
+MAX_TENSORS = 1 << 14
+MAX_ELEMENTS = 1 << 21
 MAX_TEXT = 16 << 20  # bytes of all that is decoded on opening: it may take four times as many
 MAX_AXES = 4  # ggml's
 MAX_NAME = 63  # ggml's, in bytes; only what is written has to keep to it
@@ -576,9 +578,11 @@ def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) ->
     """
     infos = list(infos)
     problems: list[str] = []
-    kind, alignment = _typed(said.get(_ALIGNMENT, 32))
-    if kind != "u32" or type(alignment) is not int or alignment & (alignment - 1) or not alignment:
-        raise LossyExport(f"{where}: {_ALIGNMENT} is {alignment!r} ({kind}), no power of two (u32)")
+    alignment = said.get(_ALIGNMENT, 32)
+    if isinstance(alignment, Value) and alignment.kind == "u32":
+        alignment = alignment.value
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise LossyExport(f"{where}: {_ALIGNMENT} is {alignment!r}, no power of two (u32)")
     head = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(said)))
     for key, value in said.items():
         try:
