@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.checkpoint import Reader
+from converters.engine import Options, run
 from converters.formats import TensorInfo
 from converters.formats.gguf import (
     MAX_ELEMENTS,
@@ -37,7 +39,10 @@ from converters.formats.gguf import (
     open_gguf,
     stored_bytes,
 )
-from converters.formats.quants import KINDS, UNREAD, quantise_q8_0
+from converters.formats.quants import KINDS, UNREAD, pieces_of_q8_0, quantise_q8_0
+from converters.lazy import Lazy
+from converters.output import Item, Output, Shard
+from converters.store import Stage
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -436,6 +441,24 @@ def test_one_tensor_of_many_touches_no_other(tmp_path: Path) -> None:
     assert not b.any()
 
 
+@pytest.mark.parametrize("kind", [8, 13])  # Q8_0, Q5_K
+def test_decoding_takes_the_tensor_and_little_more(tmp_path: Path, kind: int) -> None:
+    path = sparse(tmp_path / "a.gguf", ("a", (1 << 10, 10), kind), ("b", (1 << 13, 1 << 12), kind))
+    code = (
+        "import resource; from pathlib import Path; from converters.formats.gguf import GGUFReader;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10;"
+        f"reader = GGUFReader(Path({str(path)!r})); reader.tensor('a'); before = peak();"
+        "b = reader.tensor('b'); start, end = reader.span('b');"
+        "print(peak() - before, b.nbytes + end - start)"
+    )
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    grown, size = map(int, run.stdout.split())
+    assert size > 128 << 20  # the numbers, and the pages of the file that were read
+    assert grown < size + (8 << 20)
+
+
 def test_what_is_written_to_a_view_stays_here(tmp_path: Path) -> None:
     path = put(tmp_path / "a.gguf", one(2))
     before = path.read_bytes()
@@ -746,6 +769,19 @@ def test_the_most_that_is_read_is_read_fast(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_the_most_text_takes_little_memory(tmp_path: Path) -> None:
+    """Of a text with one wide character every other takes four bytes."""
+    wide = "🦙".encode()
+    body = b"a" * (MAX_TEXT - len(wide) - 1) + wide
+    path = put(tmp_path / "a.gguf", raw(key("a", 8, text(body)), keys=1))
+    tracemalloc.start()
+    try:
+        assert GGUFReader(path).said["a"][-1] == "🦙"
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size + (64 << 20)
+    finally:
+        tracemalloc.stop()
+
+
 def sample() -> bytes:
     """A small file with something of everything."""
     infos = [TensorInfo("a.weight", (2, 32), "Q8_0"), TensorInfo("b", (3,), "F32")]
@@ -866,6 +902,8 @@ def test_swapped_parts_are_refused(split: list[Path]) -> None:
     split[2].write_bytes(data)
     with pytest.raises(BadIndex, match=r"00002-of-00003\.gguf says file 3 of 3, expected file 2 "):
         open_gguf(split[0])
+    with pytest.raises(BadIndex, match=r"says that it is file 3 of 3, so its name should end"):
+        open_gguf(split[1])
 
 
 def test_a_part_that_is_whole_is_refused(split: list[Path]) -> None:
@@ -1095,6 +1133,39 @@ def test_nothing_is_written_that_is_not_read() -> None:
         lay_out([about(f"t{n}") for n in range(MAX_TENSORS + 1)], {}, "out.gguf")
 
 
+class Packing:
+    """A lazy array as the bytes of Q8_0: all that the engine asks of one."""
+
+    dtype = torch.uint8
+
+    def __init__(self, lazy: Lazy) -> None:
+        self.lazy = lazy
+
+    def pieces(self, limit: int) -> Iterator[torch.Tensor]:
+        return pieces_of_q8_0(self.lazy.pieces(limit))
+
+
+def test_a_conversion_writes_it_in_any_order_and_in_pieces(tmp_path: Path) -> None:
+    """A shard of GGUF is a shard: a header, and places for tensors."""
+    large = torch.randn(600, 128)
+    stock = {**STOCK, "turned": ("F16", large.half().t()), "packed": ("Q8_0", large.t()[:, :576])}
+    infos = [TensorInfo(name, tuple(t.shape), kind) for name, (kind, t) in stock.items()]
+    layout = lay_out(infos, {"a": 1}, "a.gguf")
+    items = []
+    for info in infos:
+        kind, tensor = stock[info.name]
+        make: Any = partial(Lazy.of, tensor)
+        if kind == "Q8_0":
+            make = partial(Packing, Lazy.of(tensor))
+            info = TensorInfo(info.name, (stored_bytes(info),), "U8")
+        items.append(Item(info, "", make))
+    output = Output((Shard("a.gguf", tuple(items), layout),))
+    run(output, Stage(tmp_path), Options(memory=1 << 18))
+    assert (tmp_path / "a.gguf").read_bytes() == save(
+        tmp_path / "b.gguf", stock, {"a": 1}
+    ).read_bytes()
+
+
 # --- Q8_0 -----------------------------------------------------------------------------------------
 
 
@@ -1122,10 +1193,16 @@ def test_halves_are_rounded_away_from_zero() -> None:
     assert same(found, quantize(values.numpy(), Type.Q8_0))
 
 
-def test_pieces_quantise_as_the_whole() -> None:
-    values = torch.randn(4, 128)
-    pieces = [quantise_q8_0(piece) for piece in values.view(-1).split(96)]
-    assert torch.equal(torch.cat(pieces), quantise_q8_0(values).view(-1))
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 96, 100, 512])
+def test_pieces_quantise_as_the_whole(size: int) -> None:
+    values, shared = torch.randn(4, 128), torch.empty(size)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for piece in values.view(-1).split(size):
+            yield shared[: len(piece)].copy_(piece)
+
+    found = [piece.clone() for piece in pieces_of_q8_0(pieces())]
+    assert torch.equal(torch.cat(found), quantise_q8_0(values).view(-1))
 
 
 def test_turned_tensors_quantise_as_they_read() -> None:
@@ -1134,8 +1211,11 @@ def test_turned_tensors_quantise_as_they_read() -> None:
 
 
 def test_numbers_too_small_for_any_scale_are_zeros() -> None:
-    values = torch.full((32,), 1e-44)
-    assert not quantise_q8_0(values).any()
+    for tiny in (1e-44, 1e-40, 1e-38):
+        values = torch.full((32,), tiny)
+        values[3] = 0
+        assert not quantise_q8_0(values)[:2].any()
+    assert not quantise_q8_0(torch.full((32,), 1e-40)).any()
 
 
 def test_what_q8_0_cannot_hold() -> None:

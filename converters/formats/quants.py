@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
 
 def _half(raw: Tensor) -> Tensor:
-    """(n, 2k) bytes -> (n, k) F32. A copy, since a view would need an even address."""
+    """(n, 2k) bytes -> (n, k) F32. A copy first: kernels may assume an even address."""
     import torch
 
     return raw.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
@@ -247,7 +247,7 @@ def dequantise(kind: Kind, raw: Tensor, out: Tensor) -> None:
 def quantise_q8_0(tensor: Tensor) -> Tensor:
     """(..., numbers) -> (..., bytes): of each 32 a half-precision scale, then 32 of eight bits.
 
-    Halves are rounded away from zero. Whoever has a tensor in pieces gives any number of blocks.
+    Halves are rounded away from zero.
     """
     import torch
 
@@ -266,3 +266,19 @@ def quantise_q8_0(tensor: Tensor) -> Tensor:
     whole += (2 * (values - whole)).trunc()
     packed = torch.cat([half.view(torch.uint8), whole.to(torch.int8).view(torch.uint8)], 1)
     return packed.view(*tensor.shape[:-1], -1)
+
+
+def pieces_of_q8_0(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """(bytes,) piece by piece, of a tensor that comes in pieces of any size in row-major order."""
+    import torch
+
+    kept: Tensor | None = None  # what is not a whole block yet
+    for piece in pieces:
+        numbers = piece.float().reshape(-1)
+        if kept is not None and len(kept):
+            numbers = torch.cat([kept, numbers])
+        whole = len(numbers) // 32 * 32
+        kept = numbers[whole:].clone()  # whoever gives the piece may use its memory again
+        if whole:
+            yield quantise_q8_0(numbers[:whole])
+    assert kept is None or not len(kept), "rows that are no whole blocks are refused before"
