@@ -117,8 +117,7 @@ class GGUFReader:
         self.path = path
         fd = open_regular(path)
         try:
-            size = os.fstat(fd).st_size
-            _check_magic(path, os.pread(fd, 24, 0), size)
+            _check_magic(path, os.pread(fd, 24, 0), os.fstat(fd).st_size)
             self._data = mapped(fd)
         finally:
             os.close(fd)
@@ -136,9 +135,7 @@ class GGUFReader:
                 f"{path}: is file {number + 1} of {count}, and tensors lie in the others too. "
                 "Open them together, with open_gguf."
             )
-        self.tensors: dict[str, TensorInfo]
-        self.quantised: dict[str, str]
-        self._places = _places(path, header, self.alignment, size)
+        self._places = _places(path, header, self.alignment, len(self._data))
         self.tensors = {
             name: TensorInfo(name, place.shape, place.kind.dtype)
             for name, place in self._places.items()
