@@ -47,7 +47,7 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
 
-fuzz: $(READY) ## a million damaged headers, and indices, configs and zips
+fuzz: $(READY) ## a million damaged headers, and GGUF files, indices, configs and zips
 	@$(RUN) tools/fuzz.py
 
 bench-load: $(READY) ## library import + load + first logits against the reference's

@@ -1,8 +1,9 @@
 """Damaged inputs by the million: `python tools/fuzz.py [--scale X] [--seed N]`.
 
-Headers of safetensors, indices, configs and zip directories are mutated at random. Whatever comes
-of it is an answer or a ZooError within a second; and no header is accepted that a second, plainer
-reading refuses. What is found is printed as a line that reproduces it.
+Headers of safetensors and GGUF, indices, configs and zip directories are mutated at random.
+Whatever comes of it is an answer or a ZooError within a second and in little memory; and no header
+is accepted that a second, plainer reading refuses. What is found is printed as a line that
+reproduces it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import struct
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,22 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from converters.checkpoint import open_checkpoint  # noqa: E402
-from converters.formats import BITS  # noqa: E402
+from converters.formats import BITS, TensorInfo  # noqa: E402
+from converters.formats.gguf import GGUFReader, Value, lay_out  # noqa: E402
+from converters.formats.quants import KINDS  # noqa: E402
 from converters.formats.safetensors import SafetensorsReader  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
 from zoo.pretrained import locate  # noqa: E402
 
-COUNTS = {"header": 1_000_000, "index": 100_000, "config": 100_000, "zip": 100_000}
+COUNTS = {
+    "header": 1_000_000,
+    "gguf": 100_000,
+    "index": 100_000,
+    "config": 100_000,
+    "zip": 100_000,
+}
 SLOW = 1.0  # seconds
+LARGE = 64 << 20  # bytes that a kind of input may add to what this process takes
 
 # what stands in real headers and configs, and what should never
 WORDS = [
@@ -71,6 +82,39 @@ def _value(data: bytearray, near: int) -> slice | None:
     )
     ends = [i for i in (data.find(c, start) for c in (b",", b"}", b"]")) if i >= 0]
     return slice(start, min(ends)) if start and ends else None
+
+
+# what lengths, counts, types and offsets should never be, and what they may be
+NUMBERS = [
+    0,
+    1,
+    2,
+    7,
+    8,
+    9,
+    13,
+    31,
+    32,
+    63,
+    255,
+    1 << 16,
+    1 << 20,
+    *(1 << n for n in range(28, 64)),
+]
+NUMBERS += [n - 1 for n in NUMBERS[13:]] + [(1 << 64) - n for n in (1, 2, 8, 31, 32)]
+
+
+def renumbered(data: bytes, chance: random.Random) -> bytes:
+    """A few random edits of a binary header: numbers put in the place of others, or any edit."""
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        if chance.random() < 0.3:
+            data = mutated(data, chance)
+            continue
+        width = chance.choice((4, 8))
+        number = (chance.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, "little")
+        at = chance.randrange(len(data) + 1)
+        data = data[:at] + number + data[at + width * chance.choice((1, 1, 1, 0)) :]
+    return data
 
 
 def plainly_sound(data: bytes) -> bool:
@@ -125,6 +169,61 @@ def plainly_sound(data: bytes) -> bool:
     return reached == len(data) - 8 - length
 
 
+def plainly_sound_gguf(data: bytes) -> bool:
+    """A second reading of a GGUF file, likewise."""
+    at = 0
+
+    def take(code: str) -> Any:
+        nonlocal at
+        found = struct.unpack_from(f"<{code}", data, at)
+        at += struct.calcsize(f"<{code}")
+        return found[0] if len(found) == 1 else list(found)
+
+    def text() -> str:
+        return str(take(f"{take('Q')}s"), "utf-8")
+
+    def value(kind: int, count: int = 1) -> Any:
+        if kind == 8:
+            return [text() for _ in range(count)][-1]
+        return take(f"{count}" + "BbHhIif?..Qqd"[kind])  # a dot is no code of struct's
+
+    try:
+        if take("4s") != b"GGUF" or take("I") not in (2, 3):
+            return False
+        tensors, keys = take("Q"), take("Q")
+        said: dict[str, Any] = {}
+        for _ in range(keys):
+            key, kind = text(), take("I")
+            if key in said:
+                return False
+            if kind == 9:
+                kind, count = take("I"), take("Q")
+                said[key] = value(kind, count) if count else []
+            else:
+                said[key] = value(kind)
+        spans: dict[str, tuple[int, int]] = {}
+        alignment = said.get("general.alignment", 32)
+        for _ in range(tensors):
+            name, dims = text(), [take("Q") for _ in range(take("I"))]
+            kind, offset = KINDS[take("I")], take("Q")
+            numbers = 1
+            for n in dims:
+                numbers *= n
+            row = dims[0] if dims else 1
+            if name in spans or not numbers or row % kind.block or offset % alignment:
+                return False
+            spans[name] = offset, offset + numbers // kind.block * kind.size
+    except (struct.error, UnicodeDecodeError, LookupError):
+        return False
+    start = -(-at // alignment) * alignment
+    reached = 0
+    for first, last in sorted(spans.values()):
+        if first != -(-reached // alignment) * alignment:
+            return False
+        reached = last
+    return start + reached <= len(data) or (not spans and at <= len(data))
+
+
 class Fuzz:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -150,6 +249,13 @@ class Fuzz:
         self.config = json.dumps({**config, **sizes, **more, "rope_scaling": rope}).encode()
         torch.save({"a": torch.ones(3), "b": torch.ones(2, 2)}, scratch / "whole.bin")
         self.zip = (scratch / "whole.bin").read_bytes()
+        infos = [TensorInfo("a.weight", (2, 32), "Q8_0"), TensorInfo("b.weight", (2, 3), "F32")]
+        infos += [TensorInfo("c.weight", (2, 1, 2, 1), "BF16"), TensorInfo("d", (), "F16")]
+        said = {"general.architecture": "llama", "general.alignment": 32, "x": Value("u8", 7)}
+        said |= {"llama.block_count": 2, "eps": 1e-5, "y": True, "tokens": ["<s>", "ü", "c"] * 3}
+        said |= {"types": Value("[i32]", [3, 1, 1] * 400), "split.no": Value("u16", 0)}
+        layout = lay_out(infos, {**said, "split.count": Value("u16", 1)}, "here")
+        self.gguf, self.gguf_data = layout.head, bytes(layout.size)
 
     def file(self, name: str, data: bytes) -> Path:
         place = self.scratch / "one"
@@ -172,6 +278,22 @@ class Fuzz:
         for name in reader.tensors:
             reader.span(name)
 
+    def one_gguf(self, chance: random.Random) -> None:
+        data = renumbered(self.gguf, chance) + self.gguf_data
+        if chance.random() < 0.1:
+            data = data[: chance.randrange(len(data))]
+        path = self.file("model.gguf", data)
+        try:
+            reader = GGUFReader(path)
+        except ZooError:
+            return
+        self.seen["gguf accepted"] += 1
+        assert plainly_sound_gguf(data), "accepted, and a plain reading refuses it"
+        for name, info in reader.tensors.items():
+            assert reader.tensor(name).shape == info.shape
+        for value in reader.said.values():
+            list(value) if isinstance(value, Iterable) else value
+
     def one_index(self, chance: random.Random) -> None:
         self.file("model.safetensors.index.json", mutated(self.index, chance))
         open_checkpoint(self.scratch / "one")
@@ -190,6 +312,7 @@ class Fuzz:
         one: Callable[[random.Random], None] = getattr(self, f"one_{kind}")
         for path in (self.scratch / "one").glob("*"):
             path.unlink()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for n in range(count):
             chance = random.Random(f"{kind} {seed} {n}")
             started = time.perf_counter()
@@ -202,6 +325,10 @@ class Fuzz:
                 self.fault(kind, seed, n, f"{type(error).__name__}: {str(error)[:120]}")
             if (took := time.perf_counter() - started) > SLOW:
                 self.fault(kind, seed, n, f"took {took:.1f} s")
+
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+        if grown > LARGE:
+            self.fault(kind, seed, count, f"{grown >> 20} MB more at its height than before")
 
     def fault(self, kind: str, seed: int, n: int, what: str) -> None:
         self.faults.append(f"{kind}, seed {seed}, number {n}: {what}")

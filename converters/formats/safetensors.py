@@ -7,7 +7,6 @@ import math
 import mmap
 import os
 import struct
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +15,10 @@ from converters.formats import (
     BITS,
     RANK,
     TensorInfo,
-    itemsize,
+    mapped,
     open_regular,
     torch_dtype,
+    view_of,
 )
 from converters.strict_json import DuplicateKeys, unique
 from zoo.errors import (
@@ -37,10 +37,6 @@ MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 64  # torch's
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LARGEST = (1 << 63) - 1
-
-# A private mapping is charged to the machine's memory as if all of it were to be written, and one
-# larger than that memory is refused. Weights are only read, so they ask for no reservation.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class SafetensorsReader:
@@ -73,22 +69,12 @@ class SafetensorsReader:
         if info is None:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
-        dtype = torch_dtype(info.dtype)
         start, end = self.span(name)
         if start == end:
-            return torch.empty(info.shape, dtype=dtype)
-        size = itemsize(info.dtype)
+            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
         if self._mapping is None:
             self._mapping = self._map()
-        if start % size:  # kernels may assume alignment, so this tensor alone is copied
-            raw = torch.frombuffer(
-                self._mapping, dtype=torch.uint8, count=end - start, offset=start
-            )
-            return raw.clone().view(dtype).view(info.shape)
-        flat = torch.frombuffer(
-            self._mapping, dtype=dtype, count=(end - start) // size, offset=start
-        )
-        return flat.view(info.shape)
+        return view_of(self._mapping, start, info)
 
     def _map(self) -> mmap.mmap:
         fd = open_regular(self.path)
@@ -97,8 +83,7 @@ class SafetensorsReader:
                 raise CorruptCheckpoint(
                     f"{self.path}: changed after its header was read; open it again"
                 )
-            flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(fd, 0, flags=flags, prot=protection)
+            return mapped(fd)
         finally:
             os.close(fd)
 
