@@ -271,7 +271,8 @@ def _fresh(
     """A checkpoint as the reference itself would save it."""
     spec = load_spec(entry.spec)
     fields = model.config.to_dict()
-    config: dict[str, Any] = {}
+    # with no end said, the reference would take its class's own, and zoo takes none
+    config: dict[str, Any] = {"eos_token_id": None}
     if model.provenance is not None:  # fields that do not change inference stay as they were
         config = json.loads(model.provenance.origin.config)
     config.update(spec.dialect("hf").write_config(fields))

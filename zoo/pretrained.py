@@ -102,7 +102,7 @@ class Provenance:
     files: tuple[Path, ...]
     plan: Plan
     origin: Origin
-    config: Any = field(repr=False)  # as loaded
+    config: Any = field(repr=False)  # as the source has it
     dtype: torch.dtype | None = None  # a cast asked for at loading
     repo: str | None = None
     revision: str | None = None
@@ -475,7 +475,7 @@ def provenance_of(
         files=checkpoint.files,
         plan=plan,
         origin=_origin(found, checkpoint, plan),
-        config=model.config,
+        config=found.config(model.config.head, {}),
         dtype=dtype,
         repo=found.source.repo,
         revision=found.source.revision,
