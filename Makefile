@@ -47,7 +47,7 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
 
-fuzz: $(READY) ## a million damaged headers, and indices, configs and zips
+fuzz: $(READY) ## a million damaged headers, and indices, configs, zips and bundles
 	@$(RUN) tools/fuzz.py
 
 tf-fixtures: ## tests/data/tf anew, by TensorFlow in .venv-tf: a large download; no test needs it

@@ -42,10 +42,10 @@ def unpack(data: bytes) -> bytes:
             if at > len(data) or not 0 < back <= len(out):
                 raise Malformed(f"snappy: a copy from {back} bytes back, {len(out)} are there")
             start = len(out) - back
-            if back >= length:
-                out += out[start : start + length]
-            else:  # it may run into what it writes: a pattern repeats
-                out += (out[start:] * (length // back + 1))[:length]
+            copy = out[start : start + length]
+            if back < length:  # it runs into what it writes: a pattern repeats
+                copy = (copy * (length // back + 1))[:length]
+            out += copy
         if len(out) > size:
             raise Malformed(f"snappy: more than the {size} bytes that it claims")
     if len(out) != size:

@@ -14,7 +14,7 @@ from converters.formats.snappy import unpack, unpacked_size
 from converters.formats.wire import Malformed, varint
 from zoo.errors import CorruptCheckpoint, ResourceLimit
 
-MAX_TABLE = 8 << 20  # bytes: packed, unpacked, and of keys written out; 100 an entry are usual
+MAX_TABLE = 2 << 20  # bytes of a file, half of what may be unpacked; BERT has 10 kB
 MAX_ENTRIES = 1 << 15
 _FOOTER = 48
 _MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)

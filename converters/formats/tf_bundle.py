@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = ".index"
-MAX_SHARDS = 10_000
-MAX_RANK = 16  # TensorFlow's own operations stop at 8
+MAX_SHARDS = 10_000  # and slices of one tensor
+MAX_RANK = 8  # where TensorFlow's own operations stop
 _MAX_POINTER = 1 << 20
 _VERSION = 1  # of the bundles read here; a file says the least that its reader has to know
 
@@ -78,7 +78,11 @@ _ALL = -1  # of an axis, as the length of a slice
 _COUNTER = "save_counter/.ATTRIBUTES/VARIABLE_VALUE"
 
 _HEADER = {1: Field("num_shards"), 2: Field("endianness"), 3: Field("version", BYTES)}
-_VERSIONS = {1: Field("producer"), 2: Field("min_consumer"), 3: Field("bad_consumers", many=True)}
+_VERSIONS = {
+    1: Field("producer"),
+    2: Field("min_consumer"),
+    3: Field("bad_consumers", most=MAX_SHARDS),
+}
 _ENTRY = {
     1: Field("dtype"),
     2: Field("shape", BYTES),
@@ -86,11 +90,11 @@ _ENTRY = {
     4: Field("offset"),
     5: Field("size"),
     6: Field("crc32c", FIXED32),
-    7: Field("slices", BYTES, many=True),
+    7: Field("slices", BYTES, most=MAX_SHARDS),
 }
-_SHAPE = {2: Field("dim", BYTES, many=True), 3: Field("unknown_rank")}
+_SHAPE = {2: Field("dim", BYTES, most=MAX_RANK), 3: Field("unknown_rank")}
 _DIM = {1: Field("size"), 2: Field("name", BYTES)}
-_SLICE = {1: Field("extent", BYTES, many=True)}
+_SLICE = {1: Field("extent", BYTES, most=MAX_RANK)}
 _EXTENT = {1: Field("start"), 2: Field("length")}
 
 
@@ -285,12 +289,9 @@ def _entry(value: bytes, shards: int) -> _Entry:
 
 def _shape(value: bytes) -> tuple[int, ...]:
     shape = message(value, _SHAPE)
-    dims = shape.get("dim", [])
-    if len(dims) > MAX_RANK:
-        raise Malformed(f"has {len(dims)} axes; at most {MAX_RANK} are read")
     if shape.get("unknown_rank"):
         raise Malformed("says that its rank is not known")
-    sizes = tuple(signed(message(dim, _DIM).get("size", 0)) for dim in dims)
+    sizes = tuple(signed(message(dim, _DIM).get("size", 0)) for dim in shape.get("dim", []))
     if any(size < 0 for size in sizes):
         raise Malformed(f"shape {_dims(sizes)} has a negative size")
     # an empty tensor's other axes may not overflow either

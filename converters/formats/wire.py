@@ -14,15 +14,17 @@ class Malformed(ValueError):
 
 
 class Field(NamedTuple):
-    """One field of a message."""
+    """One field of a message; `most` times, in a list, if it may stand more than once."""
 
     name: str
     wire: int = VARINT
-    many: bool = False
+    most: int = 1
 
 
 def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
     """(the number at a place, where it ends)."""
+    if at < len(data) and data[at] < 128:  # as nearly all are
+        return data[at], at + 1
     value = shift = 0
     while at < len(data) and shift < bits:
         byte = data[at]
@@ -43,7 +45,7 @@ def signed(value: int) -> int:
 
 
 def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
-    """Field name -> number or bytes, a list of them where the schema says many."""
+    """Field name -> number or bytes, a list where a field may repeat."""
     found: dict[str, Any] = {}
     at = 0
     while at < len(data):
@@ -64,10 +66,13 @@ def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
             at += size
             if field.wire != BYTES:
                 value = int.from_bytes(value, "little")
-        if field.many:
-            found.setdefault(field.name, []).append(value)
-        elif field.name in found:
-            raise Malformed(f"field {field.name} stands twice")
-        else:
+        if field.most == 1:
+            if field.name in found:
+                raise Malformed(f"field {field.name} stands twice")
             found[field.name] = value
+        else:
+            values = found.setdefault(field.name, [])
+            if len(values) == field.most:
+                raise Malformed(f"field {field.name} stands more than {field.most} times")
+            values.append(value)
     return found
