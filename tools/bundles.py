@@ -61,7 +61,10 @@ def slices(dtype: int, dims: Iterable[int], cuts: Iterable[Sequence[tuple[int, i
     """The entry of a tensor that lies in slices: (start, length) on each axis, -1 for all."""
     text = number(1, dtype) + part(2, shape(dims))
     for cut in cuts:
-        extents = (number(1, s) + number(2, n) if n >= 0 else b"" for s, n in cut)
+        extents = (
+            (number(1, start) if start else b"") + (number(2, n) if n >= 0 else b"")
+            for start, n in cut
+        )
         text += part(7, b"".join(part(1, extent) for extent in extents))
     return text
 

@@ -135,7 +135,9 @@ def read_table(path: Path) -> list[tuple[bytes, bytes]]:
     place = "footer"
     try:
         meta, at = table.handle(footer)
-        index, _ = table.handle(footer, at)
+        index, at = table.handle(footer, at)
+        if any(footer[at : -len(_MAGIC)]):
+            raise Malformed("something stands between its handles and its magic")
         place = "meta block"
         if list(table.block(meta)):
             raise Malformed("names filters, which tensor bundles have not")

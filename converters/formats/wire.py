@@ -31,6 +31,8 @@ def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
+            if not byte:
+                raise Malformed(f"a number ends with bytes of nothing at byte {at}")
             if value >> bits:
                 raise Malformed(f"a number of more than {bits} bits ends at byte {at}")
             return value, at
