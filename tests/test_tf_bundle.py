@@ -112,7 +112,7 @@ def test_every_place_counts() -> None:
 
 
 def test_checksums_are_no_bottleneck() -> None:
-    """6 GB/s alone on a core; a tenth of what is wanted at least would still be 100 MB/s."""
+    """6 GB/s on a core; a table in Python has 12 MB/s."""
     data = torch.zeros(64 << 20, dtype=torch.uint8)
     took = []
     for _ in range(5):
@@ -455,7 +455,11 @@ PAIRS: dict[str, tuple[Pairs, type[ZooError], tuple[str, ...]]] = {
         ("tensor a", "field slices has 268435455 bytes"),
     ),
     "a name that is no text": ([HEADER, (b"\xff", GOOD[1])], CorruptCheckpoint, ("utf-8", "\\xff")),
-    "a slice of nothing": ([HEADER, (b"\0a", GOOD[1])], CorruptCheckpoint, ("slice of no tensor",)),
+    "a slice of nothing": (
+        [HEADER, (b"\0a", bundles.entry(F32, (0,))), GOOD],
+        CorruptCheckpoint,
+        ("slice of no tensor",),
+    ),
 }
 
 
@@ -477,7 +481,7 @@ def cut(cuts: Sequence[Sequence[tuple[int, int]]], dims: Sequence[int] = (2, 2))
     """A tensor whose slices are as said, and whose parts are the first row and the second."""
     rows = [[(0, 1), (0, -1)], [(1, 1), (0, -1)]]
     parts = [
-        (tf_bundle._slice_key(b"t", row), bundles.entry(F32, (1, 2), TWO, offset=8 * n))
+        (tf_bundle.slice_key(b"t", row), bundles.entry(F32, (1, 2), TWO, offset=8 * n))
         for n, row in enumerate(rows)
     ]
     return [HEADER, *parts, (b"t", bundles.slices(F32, dims, cuts))]
@@ -519,10 +523,22 @@ def test_slices_that_are_refused(
     refused(placed(tmp_path, bundles.index(pairs), TWO + TWO), kind, *told)
 
 
+def test_slices_that_overlap_and_leave_a_hole(tmp_path: Path) -> None:
+    """Their rows add up."""
+    spans = [[(0, 2)], [(1, 2)]]
+    parts = [
+        (tf_bundle.slice_key(b"t", span), bundles.entry(F32, (2,), TWO, offset=8 * n))
+        for n, span in enumerate(spans)
+    ]
+    pairs = [HEADER, *parts, (b"t", bundles.slices(F32, (4,), spans))]
+    path = placed(tmp_path, bundles.index(pairs), TWO + TWO)
+    refused(path, CorruptCheckpoint, "tensor t", "reach 2 of axis 0 and go on at 1")
+
+
 def test_slices_along_two_axes_are_refused_by_name(tmp_path: Path) -> None:
     spans = [[(a, 1), (b, 1)] for a in (0, 1) for b in (0, 1)]
     parts = [
-        (tf_bundle._slice_key(b"t", span), bundles.entry(F32, (1, 1), TWO[:4], offset=4 * n))
+        (tf_bundle.slice_key(b"t", span), bundles.entry(F32, (1, 1), TWO[:4], offset=4 * n))
         for n, span in enumerate(spans)
     ]
     pairs = [HEADER, *parts, (b"t", bundles.slices(F32, (2, 2), spans))]
@@ -610,6 +626,11 @@ TABLES: dict[str, tuple[bytes, type[ZooError], tuple[str, ...]]] = {
         one(restarts(len(RAW), 0, 2)),
         CorruptCheckpoint,
         ("restart",),
+    ),
+    "a restart that shares": (
+        one(b"\0\1\0a\1\1\0b" + struct.pack("<3I", 0, 4, 2), bound=b"b"),
+        CorruptCheckpoint,
+        ("the entry at restart 4 shares 1 bytes",),
     ),
     "a key shares with nothing": (
         one(b"\x05\0\0" + struct.pack("<2I", 0, 1)),

@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 from converters.formats import dtype_code  # noqa: E402
 from converters.formats.crc32c import crc32c, masked  # noqa: E402
-from converters.formats.tf_bundle import _DTYPES, _slice_key  # noqa: E402
+from converters.formats.tf_bundle import DTYPES, slice_key  # noqa: E402
 
 Pairs = Sequence[tuple[bytes, bytes]]
-NUMBERS = {code: number for number, code in _DTYPES.items()}
+NUMBERS = {code: number for number, code in DTYPES.items()}
 MAGIC = bytes.fromhex("57fb808b247547db")
 
 # --- protobuf ------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def bundle(
         for size in sizes:
             span = [(0, -1)] * tensor.dim()
             span[axis] = (start, size)
-            add(_slice_key(key, span), tensor.narrow(axis, start, size))
+            add(slice_key(key, span), tensor.narrow(axis, start, size))
             spans.append(span)
             start += size
         pairs.append((key, slices(NUMBERS[dtype_code(tensor.dtype)], tensor.shape, spans)))

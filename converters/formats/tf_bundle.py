@@ -38,7 +38,7 @@ _MAX_POINTER = 1 << 20
 _VERSION = 1  # of the bundles read here; a file says the least that its reader has to know
 
 # TensorFlow's number: our code, or what is stored there that is no tensor of ours
-_DTYPES = {
+DTYPES = {
     1: "F32",
     2: "F64",
     3: "I32",
@@ -196,7 +196,7 @@ class TFBundleReader:
                 problems.append(f"tensor {_shown(key)}: {error}")
                 continue
             unclaimed -= pieces.keys()
-            self.tensors[name] = TensorInfo(name, entry.shape, _DTYPES[entry.dtype])
+            self.tensors[name] = TensorInfo(name, entry.shape, DTYPES[entry.dtype])
             self._pieces[name] = sorted(pieces.values(), key=lambda piece: piece.first)
         problems += [f"{_shown(key)} is a slice of no tensor" for key in sorted(unclaimed)]
         if problems:
@@ -268,7 +268,7 @@ def _header(path: Path, value: bytes) -> int:
 def _entry(value: bytes, shards: int) -> _Entry:
     entry = message(value, _ENTRY)
     dtype, slices = entry.get("dtype", 0), entry.get("slices", [])
-    if dtype not in _DTYPES and dtype not in _OTHERS:
+    if dtype not in DTYPES and dtype not in _OTHERS:
         raise Malformed(f"dtype {dtype} is none that TensorFlow saves")
     shape = _shape(entry.get("shape", b""))
     shard, crc = entry.get("shard_id", 0), entry.get("crc32c", 0)
@@ -279,10 +279,10 @@ def _entry(value: bytes, shards: int) -> _Entry:
         raise Malformed(f"{size} bytes at byte {start}")
     if slices and (start or size):
         raise Malformed("has slices, and bytes of its own")
-    if dtype in _DTYPES and not slices:
-        wanted = math.prod(shape) * BITS[_DTYPES[dtype]] // 8
+    if dtype in DTYPES and not slices:
+        wanted = math.prod(shape) * BITS[DTYPES[dtype]] // 8
         if size != wanted:
-            told = f"shape {_dims(shape)} of {_DTYPES[dtype]} takes {wanted} bytes"
+            told = f"shape {_dims(shape)} of {DTYPES[dtype]} takes {wanted} bytes"
             raise Malformed(f"{told}, the index says {size}")
     return _Entry(dtype, shape, _Part(shard, start, start + size, crc), slices)
 
@@ -330,7 +330,7 @@ def _slices(
             if length < size:
                 cut.add(at)
                 axis, first, shape[at] = at, start, length
-        name = _slice_key(key, spans)
+        name = slice_key(key, spans)
         part = entries.get(name)
         where = f"its slice from {first} on axis {axis}"
         if part is None or name in found:
@@ -367,7 +367,7 @@ def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int
         raise Malformed(f"its slices end at {reached} of axis {axis}, which has {shape[axis]}")
 
 
-def _slice_key(name: bytes, spans: Iterable[tuple[int, int]]) -> bytes:
+def slice_key(name: bytes, spans: Iterable[tuple[int, int]]) -> bytes:
     """What a slice is called in the index: numbers and text written so that bytes sort as they do.
 
     A zero; the name, its own 0 and 255 escaped; the rank; start and length for each axis.
