@@ -20,7 +20,6 @@ from typing import Any
 import bench
 import torch
 import torch.nn.functional as F
-import transformers
 
 sys.path.insert(0, str(bench.ROOT))
 
@@ -59,6 +58,8 @@ class Case:
 
     @property
     def theirs(self) -> Any:
+        import transformers
+
         load = getattr(transformers, self.reference).from_pretrained
         return self._once("reference", lambda: load(self.directory, dtype=self.dtype).eval())
 

@@ -1,9 +1,9 @@
 """Damaged inputs by the million: `python tools/fuzz.py [--scale X] [--seed N]`.
 
-Headers of safetensors and GGUF, indices, configs and zip directories are mutated at random.
-Whatever comes of it is an answer or a ZooError within a second and in little memory; and no header
-is accepted that a second, plainer reading refuses. What is found is printed as a line that
-reproduces it.
+Headers of safetensors and GGUF, indices, configs, zip directories and TensorFlow's bundles are
+mutated at random. Whatever comes of it is an answer or a ZooError within a second and in little
+memory; and no header is accepted that a second, plainer reading refuses. What is found is printed
+as a line that reproduces it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bundles  # noqa: E402
 import torch  # noqa: E402
 
 from converters.checkpoint import open_checkpoint  # noqa: E402
-from converters.formats import BITS, TensorInfo  # noqa: E402
+from converters.formats import BITS, TensorInfo, dtype_code  # noqa: E402
 from converters.formats.gguf import GGUFReader, Value, lay_out  # noqa: E402
 from converters.formats.quants import KINDS  # noqa: E402
 from converters.formats.safetensors import SafetensorsReader  # noqa: E402
+from converters.formats.sstable import read_table  # noqa: E402
+from converters.formats.tf_bundle import TFBundleReader  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
 from zoo.pretrained import locate  # noqa: E402
 
@@ -40,6 +43,7 @@ COUNTS = {
     "index": 100_000,
     "config": 100_000,
     "zip": 100_000,
+    "tf": 100_000,
 }
 SLOW = 1.0  # seconds
 LARGE = 64 << 20  # bytes that a kind of input may add to what this process takes
@@ -50,6 +54,21 @@ WORDS = [
     *("18446744073709551616", "-9223372036854775809", "9" * 5000, "[]", "{}", "[[]]", '"F32"'),
     *('"BF16"', '"../x"', '"/etc/passwd"', "[0,0]", "[1,0]", "[4,2]", '{"a":1,"a":2}', '"\\u0000"'),
 ]
+
+# lengths and numbers that no varint should say, tags of protobuf and snappy
+NUMBERS = [
+    *(b"\0", b"\1", b"\x7f", b"\xff\x7f", b"\xff" * 4 + b"\x0f", b"\xff" * 9 + b"\x01"),
+    *(b"\x80" * 9 + b"\x01", b"\xff" * 11, b"\x80" * 12, b"\x08", b"\x12\x80", b"\x3a\x02\x0a\0"),
+    *(b"\xfc\xff\xff\xff\xff", b"\xfe\xff\xff", b"\xff\xff\xff\xff\x7f", b"\x01\0", b"\xf0\xff"),
+]
+
+
+def bitten(data: bytes, chance: random.Random) -> bytes:
+    """`mutated` for what is no text: numbers put in, or in the place of bytes."""
+    if chance.random() < 0.5:
+        return mutated(data, chance)
+    at, word = chance.randrange(len(data) + 1), chance.choice(NUMBERS)
+    return data[:at] + word + data[at + chance.choice((0, 1, len(word))) :]
 
 
 def mutated(text: bytes, chance: random.Random) -> bytes:
@@ -85,23 +104,9 @@ def _value(data: bytearray, near: int) -> slice | None:
 
 
 # what lengths, counts, types and offsets should never be, and what they may be
-NUMBERS = [
-    0,
-    1,
-    2,
-    7,
-    8,
-    9,
-    13,
-    31,
-    32,
-    63,
-    255,
-    1 << 16,
-    1 << 20,
-    *(1 << n for n in range(28, 64)),
-]
-NUMBERS += [n - 1 for n in NUMBERS[13:]] + [(1 << 64) - n for n in (1, 2, 8, 31, 32)]
+WHOLE = [0, 1, 2, 7, 8, 9, 13, 31, 32, 63, 255, 1 << 16, 1 << 20]
+WHOLE += [1 << n for n in range(28, 64)]
+WHOLE += [n - 1 for n in WHOLE[13:]] + [(1 << 64) - n for n in (1, 2, 8, 31, 32)]
 
 
 def renumbered(data: bytes, chance: random.Random) -> bytes:
@@ -111,7 +116,7 @@ def renumbered(data: bytes, chance: random.Random) -> bytes:
             data = mutated(data, chance)
             continue
         width = chance.choice((4, 8))
-        number = (chance.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, "little")
+        number = (chance.choice(WHOLE) % (1 << 8 * width)).to_bytes(width, "little")
         at = chance.randrange(len(data) + 1)
         data = data[:at] + number + data[at + width * chance.choice((1, 1, 1, 0)) :]
     return data
@@ -256,6 +261,12 @@ class Fuzz:
         said |= {"types": Value("[i32]", [3, 1, 1] * 400), "split.no": Value("u16", 0)}
         layout = lay_out(infos, {**said, "split.count": Value("u16", 1)}, "here")
         self.gguf, self.gguf_data = layout.head, bytes(layout.size)
+        tensors = {f"m/h{n}/w": torch.arange(4.0 * n).view(2, -1) for n in range(7)}
+        tensors |= {"a": torch.ones(3, dtype=torch.int8), "cut": torch.arange(14).view(2, 7)}
+        path = bundles.bundle(scratch / "x", tensors, shards=2, cut={"cut": (1, (3, 4))})
+        self.table, self.pairs = path.read_bytes(), read_table(path)
+        self.placed: dict[str, bytes] = {}  # what lies there already: opening files takes longest
+        self.shards = {p.name: p.read_bytes() for p in sorted(scratch.glob("x.data-*"))}
 
     def file(self, name: str, data: bytes) -> Path:
         place = self.scratch / "one"
@@ -308,6 +319,51 @@ class Fuzz:
         self.file("pytorch_model.bin", data)
         open_checkpoint(self.scratch / "one")
 
+    def one_tf(self, chance: random.Random) -> None:
+        """Damage before the sums are made, so that they fit; or after."""
+        index, pairs, shards = self.table, list(self.pairs), dict(self.shards)
+        packed = chance.randrange(2)
+        match chance.randrange(6):
+            case 0:
+                index = bitten(index, chance)
+            case 1:
+                name = chance.choice(list(shards))
+                shards[name] = mutated(shards[name], chance)
+            case 2:  # an entry, or several
+                for _ in range(chance.choice((1, 1, 5))):
+                    n = chance.randrange(len(pairs))
+                    pairs[n] = pairs[n][0], bitten(pairs[n][1], chance)
+                index = bundles.index(pairs, packed, 4)
+            case 3:  # names, their order
+                n, other = chance.randrange(len(pairs)), chance.randrange(len(pairs))
+                pairs[n] = bitten(pairs[n][0], chance), pairs[other][1]
+                index = bundles.index(sorted(pairs) if chance.random() < 0.5 else pairs, packed, 4)
+            case _:  # a block, before or behind its compression
+                blocks = []
+                for n in range(0, len(pairs), 4):
+                    block = bundles.block(pairs[n : n + 4], chance.choice((1, 16)))
+                    if (where := chance.randrange(3)) == 0:
+                        block = bitten(block, chance)
+                    block = bundles.snappy(block) if packed else block
+                    block = bitten(block, chance) if where == 1 and packed else block
+                    blocks.append((pairs[min(n + 3, len(pairs) - 1)][0], block, packed))
+                index = bundles.table(blocks, packed)
+        for name, data in shards.items():
+            if self.placed.get(name) != data:
+                self.file(name, data)
+        self.placed = shards
+        reader = TFBundleReader(self.file("x.index", index))
+        self.seen["bundle accepted"] += 1
+        held = sum(info.nbytes for info in reader.tensors.values())
+        assert held <= sum(map(len, shards.values())), "more tensors than bytes"
+        for name, info in reader.tensors.items():
+            tensor = reader.tensor(name)
+            assert (tuple(tensor.shape), dtype_code(tensor.dtype)) == info[1:], name
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+            if name != "cut":
+                assert any(bytes(raw.tolist()) in data for data in shards.values()), name
+            self.seen["tensors of bundles"] += 1
+
     def run(self, kind: str, count: int, seed: int) -> None:
         one: Callable[[random.Random], None] = getattr(self, f"one_{kind}")
         for path in (self.scratch / "one").glob("*"):
@@ -338,10 +394,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers below  [1]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=COUNTS, help="one kind of input")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="zoo-fuzz-") as scratch:
         fuzz = Fuzz(Path(scratch))
         for kind, count in COUNTS.items():
+            if options.only not in (None, kind):
+                continue
             fuzz.run(kind, max(1, int(count * options.scale)), options.seed)
     for name, count in sorted(fuzz.seen.items()):
         print(f"{count:>9,} {name}")

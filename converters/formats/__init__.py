@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import stat
-import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -109,25 +107,3 @@ def open_regular(path: Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise NotACheckpoint(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     raise UnsafePath(f"{path}: is no regular file, so it was not opened")
-
-
-# A private mapping is charged to the machine's memory as if all of it were to be written, and one
-# larger than that memory is refused. Weights are only read, so they ask for no reservation.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
-
-def mapped(fd: int) -> mmap.mmap:
-    """A whole file, not empty; what is written to it stays in this process."""
-    flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(fd, 0, flags=flags, prot=protection)
-
-
-def view_of(mapping: mmap.mmap, start: int, info: TensorInfo) -> torch.Tensor:
-    """The tensor that begins at a byte of the mapping, and is not empty."""
-    import torch
-
-    dtype, size = torch_dtype(info.dtype), itemsize(info.dtype)
-    if start % size:  # kernels may assume alignment, so this tensor alone is copied
-        raw = torch.frombuffer(mapping, dtype=torch.uint8, count=info.nbytes, offset=start)
-        return raw.clone().view(dtype).view(info.shape)
-    return torch.frombuffer(mapping, dtype=dtype, count=info.numel, offset=start).view(info.shape)

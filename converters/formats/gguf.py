@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.formats import TensorInfo, mapped, open_regular, view_of
+from converters.formats import TensorInfo, open_regular
+from converters.formats.mapped import MappedFile
 from converters.formats.quants import KINDS, UNREAD, WRITTEN, Kind, dequantise
 from converters.formats.safetensors import Layout
 from zoo.errors import (
@@ -118,9 +119,10 @@ class GGUFReader:
         fd = open_regular(path)
         try:
             _check_magic(path, os.pread(fd, 24, 0), os.fstat(fd).st_size)
-            self._data = mapped(fd)
+            self._file = MappedFile(path, fd)
         finally:
             os.close(fd)
+        self._data = self._file.data
         header = _Header(path, self._data)
         self.version: int = header.version
         self.said: dict[str, Any] = header.said
@@ -153,7 +155,7 @@ class GGUFReader:
 
         place, info = self._place(name), self.tensors[name]
         if place.kind.decode is None:
-            return view_of(self._data, place.start, info)
+            return self._file.tensor(place.start, info.dtype, info.shape)
         out = torch.empty(info.numel)
         dequantise(place.kind, self._bytes(place.start, place.end), out)
         return out.view(info.shape)
@@ -175,9 +177,8 @@ class GGUFReader:
         return out[start - first * block :][: end - start]
 
     def _bytes(self, start: int, end: int) -> Tensor:
-        import torch
 
-        return torch.frombuffer(self._data, dtype=torch.uint8, count=end - start, offset=start)
+        return self._file.bytes(start, end)
 
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.formats import (
-    BITS,
-    RANK,
-    TensorInfo,
-    mapped,
-    open_regular,
-    torch_dtype,
-    view_of,
-)
+from converters.formats import BITS, RANK, TensorInfo, open_regular
+from converters.formats.mapped import MappedFile
 from converters.strict_json import DuplicateKeys, unique
 from zoo.errors import (
     CorruptCheckpoint,
@@ -46,15 +38,15 @@ class SafetensorsReader:
         self.path = path
         fd = open_regular(path)
         try:
-            self._identity = _identity(fd)
+            self._file = MappedFile(path, fd)
             self._start, header = _read_header(path, fd)
-            size = os.fstat(fd).st_size
         finally:
             os.close(fd)
         self.metadata: dict[str, str]
         self.tensors: dict[str, TensorInfo]
-        self.metadata, self.tensors, self._spans = _parse(path, header, size - self._start)
-        self._mapping: mmap.mmap | None = None
+        self.metadata, self.tensors, self._spans = _parse(
+            path, header, self._file.size - self._start
+        )
 
     def span(self, name: str) -> tuple[int, int]:
         """(start, end) of a tensor's bytes in the file."""
@@ -63,34 +55,11 @@ class SafetensorsReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file; what is written to it stays in this process."""
-        import torch
-
         info = self.tensors.get(name)
         if info is None:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
-        start, end = self.span(name)
-        if start == end:
-            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        if self._mapping is None:
-            self._mapping = self._map()
-        return view_of(self._mapping, start, info)
-
-    def _map(self) -> mmap.mmap:
-        fd = open_regular(self.path)
-        try:
-            if _identity(fd) != self._identity:
-                raise CorruptCheckpoint(
-                    f"{self.path}: changed after its header was read; open it again"
-                )
-            return mapped(fd)
-        finally:
-            os.close(fd)
-
-
-def _identity(fd: int) -> tuple[int, int, int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return self._file.tensor(self.span(name)[0], info.dtype, info.shape)
 
 
 def _read_header(path: Path, fd: int) -> tuple[int, bytes]:
