@@ -310,7 +310,8 @@ def test_streams_are_the_text(speller: Any, piecewise: Any) -> None:
 def test_no_half_characters() -> None:
     """One token is one byte here: those of a character come out together, and at the end too."""
     text = "a😀漢é" * 2
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda **_: Bytes()))
+    tokenizer = SimpleNamespace(stream=lambda **_: Bytes(), vocab_size=256)
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
     for stops in ((), ("漢é",), ("zz",), ("é",)):
         pieces = Pieces(model, stops)
         out = [pieces.put(byte) for byte in text.encode()] + [pieces.end()]
@@ -332,6 +333,21 @@ class Bytes:
 
     def end(self) -> str:
         return self.decoder.decode(b"", final=True)
+
+
+def test_tokens_that_only_the_model_has(tmp_path: Path) -> None:
+    """Tables are often wider than the vocabulary: what lies beyond it is no text, and no error."""
+    zoo.save(hot(build("llama", vocab=2 * len(CHARACTERS))), tmp_path / "x")
+    CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
+    model = zoo.load(tmp_path / "x")
+    for stops in ((), ("zz",)):
+        more = {**WARM, "seed": 1, "stop_strings": stops}
+        row = model.generate(torch.tensor([model.tokenizer.encode("abc")]), **more)[0, 3:]
+        known = row[row < len(CHARACTERS)]
+        assert len(known) < len(row)
+        text = zoo.generate(model, "abc", **more)
+        assert text == model.tokenizer.decode(known)
+        assert text == "".join(zoo.generate(model, "abc", stream=True, **more))
 
 
 def test_stop_strings_end_a_row(speller: Any) -> None:

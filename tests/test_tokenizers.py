@@ -25,7 +25,7 @@ import pytest
 import sentencepiece
 import torch
 from tiny import build
-from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 import zoo
@@ -402,6 +402,56 @@ def test_the_config_says_what_stands_around(made: Path, tmp_path: Path) -> None:
     mine = zoo.tokenizer(tmp_path)
     assert mine.encode("the") == [*plain(mine, "the"), mine.eos]
     assert mine.padding_side == "left"
+
+
+def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> None:
+    """Some numbers, <s>, </s> and bytes, of a class that `kind` names."""
+    place.mkdir()
+    numbers = {str(n): n for n in range(20)}
+    bytes_ = {f"<0x{n:02X}>": 40 + n for n in range(256)}
+    backend = Backend(models.BPE({**numbers, **bytes_, "<s>": 30, "</s>": 31}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    backend.save(str(place / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", **flags}
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
+def test_tokenizer_json_says_what_stands_around(kind: str, tmp_path: Path) -> None:
+    """The reference heeds nothing beside it, and puts nothing where it says nothing."""
+    import transformers as ref
+
+    known = [("<s>", 30), ("</s>", 31)]
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=known)
+    for n, around in enumerate((None, both)):
+        for flag in (None, True, False):
+            flags = {} if flag is None else {"add_bos_token": flag, "add_eos_token": flag}
+            place = tmp_path / f"{n}-{flag}"
+            write_json(place, kind, flags, post_processor=around)
+            wanted = ref.AutoTokenizer.from_pretrained(place).encode("1")
+            assert {30, 31} & set(wanted) == ({30, 31} if n else set())
+            assert zoo.tokenizer(place).encode("1") == ([30, 1, 31] if n else [1])
+
+
+def test_ends_of_those_that_know_no_letters(tmp_path: Path) -> None:
+    """What they do not know they drop, and where it was is not between the ends."""
+    around = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 30), ("</s>", 31)]
+    )
+    write_json(tmp_path / "x", "PreTrainedTokenizerFast", {}, post_processor=around)
+    assert zoo.tokenizer(tmp_path / "x").encode("1a") == [30, 1, 31]
+
+
+def test_ids_that_stand_for_nothing(tmp_path: Path) -> None:
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    write_json(tmp_path / "x", "PreTrainedTokenizerFast", {}, decoder=decoder)
+    mine = zoo.tokenizer(tmp_path / "x")
+    ids = [1, 35, 40 + 0xC3, 35, 40 + 0xA9, 35]
+    assert mine.decode(ids) == streamed(mine, ids) == "1é"
+    with pytest.raises(TokenIdError, match="35 stands for nothing"):
+        mine.token(35)
 
 
 def test_t5_sentinels_where_the_config_says_t5(made: Path, tmp_path: Path) -> None:

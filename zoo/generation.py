@@ -430,13 +430,29 @@ def choose(logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice) -> Te
     return dice.choose(sampling.warped(logits))
 
 
+class Reading:
+    """What tokens behind a prompt say. Those that only the model's table has, to make its size
+    round, say nothing.
+    """
+
+    def __init__(self, model: Model, prompt: Sequence[int], *, skip_special: bool = False) -> None:
+        self.stream = model.tokenizer.stream(skip_special=skip_special)
+        self.size = model.tokenizer.vocab_size
+        for id in prompt:  # lest the first token lose the space before it
+            self.put(id)
+
+    def put(self, id: int) -> str:
+        return self.stream.put(id) if id < self.size else ""
+
+    def end(self) -> str:
+        return self.stream.end()
+
+
 class Stop:
     """Whether one of some strings has come up in what a row wrote."""
 
     def __init__(self, model: Model, strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
-        self.strings, self.stream, self.text = strings, model.tokenizer.stream(), ""
-        for id in prompt:  # lest the first token lose the space before it
-            self.stream.put(id)
+        self.strings, self.stream, self.text = strings, Reading(model, prompt), ""
 
     def reached(self, token: int) -> bool:
         self.text += self.stream.put(token)
@@ -520,10 +536,8 @@ class Pieces:
     """Tokens to text as far as it is sure: nothing of a stop string, no half characters."""
 
     def __init__(self, model: Model, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
-        self.stream, self.stops = model.tokenizer.stream(skip_special=True), stops
+        self.stream, self.stops = Reading(model, prompt, skip_special=True), stops
         self.text, self.said, self.over = "", 0, False
-        for id in prompt:  # lest the first token lose the space before it
-            self.stream.put(id)
 
     def put(self, token: int) -> str:
         return self._add(self.stream.put(token), final=False)
