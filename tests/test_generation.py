@@ -454,6 +454,10 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"num_return_sequences": 2}, "give a temperature"),
         ({"num_beams": 2, "num_return_sequences": 3}, "more than 2 beams"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon'"),
+        ({"num_beams": 2, "length_penalty": 1000.0}, "length_penalty=1000.0"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty=nan"),
+        ({"use_cache": "no"}, "use_cache='no'"),
+        ({"do_sample": "yes"}, "do_sample='yes'"),
         ({"stop_strings": [""]}, "stop_strings"),
         ({"stop_strings": [3]}, "stop_strings"),
         ({"stop_strings": "x"}, "no checkpoint"),
@@ -475,9 +479,32 @@ def test_no_guesses_at_answers() -> None:
         this.write(assistant_model=this.model)
 
 
-def test_an_end_that_is_no_token() -> None:
-    with pytest.raises(TokenIdError, match="eos_token_id: 100000 is outside"):
-        build("gpt2").generate(IDS, eos_token_id=[1, 100000])
+@pytest.mark.parametrize("ids", [[1, 100000], torch.tensor([-1]), 1.5, "x"], ids=str)
+def test_an_end_that_is_no_token(ids: Any) -> None:
+    with pytest.raises(TokenIdError, match=r"eos_token_id: (100000|-1|1.5|'x') is outside"):
+        build("gpt2").generate(IDS, eos_token_id=ids)
+
+
+@pytest.mark.parametrize("id", [-1, 100000, 1.5, "x"])
+def test_padding_that_is_no_token(id: Any) -> None:
+    with pytest.raises(TokenIdError, match="pad_token_id"):
+        build("gpt2").generate(IDS, pad_token_id=id, max_new_tokens=1)
+
+
+def test_values_that_mean_what_others_do() -> None:
+    this = case("llama")
+    ends = this.write(eos_token_id=this.ends).tolist()
+    assert this.write(eos_token_id=torch.tensor(this.ends), stop_strings=None).tolist() == ends
+    one = this.write(eos_token_id=this.ends[:1]).tolist()
+    assert this.write(eos_token_id=torch.tensor(this.ends[0])).tolist() == one
+
+
+def test_a_model_in_training_writes_as_at_rest() -> None:
+    model = build("gpt2")
+    want = hot(model).generate(IDS, **MOST).tolist()
+    model.train()
+    assert model.generate(IDS, **MOST).tolist() == want
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 2]), torch.zeros(1, 0).long(), "text", [[1]]])

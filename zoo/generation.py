@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
-from zoo.inference import device_of, model_of
+from zoo.inference import at_rest, device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
 
 MAX_NEW_TOKENS = 100
@@ -149,7 +149,7 @@ class Runner:
         mask = None if self.mask is None else self.mask[:, known:]
         self.fresh = False
         try:
-            with _last_only(self.model, last):
+            with _last_only(self.model, last), _without_dropout(self.model):
                 if self.question:
                     names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
                     return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
@@ -202,6 +202,10 @@ def left_aligned(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | Non
     return ids, None if real.all() else real.long()
 
 
+def _without_dropout(model: Model) -> AbstractContextManager[None]:
+    return at_rest(model) if model.training else nullcontext()
+
+
 @contextmanager
 def _last_only(model: Model, count: int) -> Iterator[None]:
     """Logits of the last tokens alone: those of a whole prompt can be larger than the model."""
@@ -235,7 +239,7 @@ class Options:
     seed: int | Sequence[int] | None = None  # or one for each row, which alone decides its samples
     eos_token_id: int | Collection[int] | None = None  # the model's own; []: none
     pad_token_id: int | None = None
-    stop_strings: str | Sequence[str] = ()
+    stop_strings: str | Sequence[str] | None = ()
     use_cache: bool = True
     assistant_model: Model | None = None  # smaller, of the same vocabulary; it guesses ahead
     num_assistant_tokens: int = 5
@@ -248,8 +252,12 @@ class Options:
                 raise UsageError(f"{name}={value!r}: expected a positive number")
         if self.early_stopping not in (True, False, "never"):
             raise UsageError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
-        if not isinstance(self.length_penalty, int | float):
-            raise UsageError(f"length_penalty={self.length_penalty!r}: expected a number")
+        if type(self.length_penalty) not in (int, float) or not abs(self.length_penalty) <= 20:
+            raise UsageError(f"length_penalty={self.length_penalty!r}: a number from -20 to 20")
+        if type(self.use_cache) is not bool or self.do_sample not in (None, True, False):
+            raise UsageError(
+                f"use_cache={self.use_cache!r}, do_sample={self.do_sample!r}: True or False"
+            )
         if self.assistant_model is not None and not isinstance(self.assistant_model, Model):
             raise UsageError("assistant_model: expected a model, as zoo.load gives it")
         stops = self.stops
@@ -295,20 +303,22 @@ class Options:
     @property
     def stops(self) -> list[str]:
         one = isinstance(self.stop_strings, str)
-        stops = [str(self.stop_strings)] if one else list(self.stop_strings)
+        stops = [str(self.stop_strings)] if one else list(self.stop_strings or ())
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise UsageError(f"stop_strings={stops!r}: expected words")
         return stops
 
     def ends(self, model: Model) -> frozenset[int]:
-        eos = ends_of(model).eos if self.eos_token_id is None else self.eos_token_id
-        ends, vocab = frozenset([eos] if isinstance(eos, int) else eos), model.config.vocab
-        if wrong := [id for id in ends if type(id) is not int or not 0 <= id < vocab]:
-            raise TokenIdError(f"eos_token_id: {wrong[0]!r} is outside 0..{vocab - 1}")
-        return ends
+        eos: Any = ends_of(model).eos if self.eos_token_id is None else self.eos_token_id
+        eos = eos.tolist() if isinstance(eos, Tensor) else eos
+        ends = tuple(eos) if isinstance(eos, Collection) else (eos,)
+        _check_ids("eos_token_id", ends, model)
+        return frozenset(ends)
 
     def pad(self, model: Model) -> int:
         """What stands behind a row that has ended: anything will do."""
+        if self.pad_token_id is not None:
+            _check_ids("pad_token_id", (self.pad_token_id,), model)
         known = (self.pad_token_id, ends_of(model).pad, *sorted(self.ends(model)))
         return next((id for id in known if id is not None and id >= 0), 0)
 
@@ -319,6 +329,12 @@ class Options:
         if limit is None or answers(model):
             return MAX_NEW_TOKENS
         return max(1, min(MAX_NEW_TOKENS, limit + 1 - input_ids.shape[1]))
+
+
+def _check_ids(name: str, ids: Collection[Any], model: Model) -> None:
+    last = model.config.vocab - 1
+    if wrong := [id for id in ids if type(id) is not int or not 0 <= id <= last]:
+        raise TokenIdError(f"{name}: {wrong[0]!r} is outside 0..{last}")
 
 
 class Step(NamedTuple):
@@ -344,9 +360,9 @@ def generate(
     alone.
     """
     asked = Options.of(options)
+    pad = asked.pad(model)
     rows, numbers = written(model, input_ids, attention_mask, asked)
     width = max(map(len, rows))
-    pad = asked.pad(model)
     full = [row + [pad] * (width - len(row)) for row in rows]
     new = torch.tensor(full, dtype=input_ids.dtype, device=input_ids.device)
     prompts = input_ids.repeat_interleave(len(rows) // len(input_ids), dim=0)
