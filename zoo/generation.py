@@ -82,6 +82,15 @@ def ends_of(model: Model) -> Ends:
 # --- one step ------------------------------------------------------------------------------------
 
 
+def check_writes(model: Model) -> None:
+    """Refuses a model that gives no logits of what comes next."""
+    if "cache" not in inspect.signature(model.forward).parameters:
+        name = model.architecture or type(model).__module__.rpartition(".")[2]
+        raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
+    if model.config.head not in LOGITS:
+        raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
+
+
 class Runner:
     """A model and all that it was given so far; it answers with (b, v) logits of what follows.
 
@@ -100,15 +109,10 @@ class Runner:
     ) -> None:
         self.model = model
         self.question: dict[str, Tensor | None] = {}
-        parameters = inspect.signature(model.forward).parameters
-        if "cache" not in parameters:
-            name = model.architecture or type(model).__module__.rpartition(".")[2]
-            raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
-        if model.config.head not in LOGITS:
-            raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
+        check_writes(model)
         real = _real(input_ids, attention_mask)
         self.ids, self.mask = left_aligned(input_ids, real)
-        if "decoder_input_ids" in parameters:
+        if answers(model):
             start = ends_of(model).start
             if start is None:
                 told = "missing, and no pad_token_id either; say it in generation_config.json"
