@@ -897,6 +897,33 @@ def test_named_templates(made: Path, tmp_path: Path) -> None:
     assert zoo.tokenizer(tmp_path).chat([], x=5) == f"{datetime.now():%Y} 5"
 
 
+def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
+    """As the reference writes several, and reads them; what a checkpoint has is carried along."""
+    reference = _through_pieces(oracle(made / "llama2", "llama2").backend, "llama2")
+    texts = {"default": "default", "tool_use": "{{ tools|length }} tools", "rag": "documents"}
+    reference.chat_template = texts
+    zoo.save(build("llama"), tmp_path / "x")
+    reference.save_pretrained(tmp_path / "x")
+    zoo.save(zoo.load(tmp_path / "x"), tmp_path / "saved")
+    zoo.convert(tmp_path / "x", tmp_path / "native", to="native")
+    for name in ("x", "saved", "native"):
+        mine = zoo.tokenizer(tmp_path / name)
+        assert mine.templates == texts
+        assert mine.chat(SAID, tools=TOOLS) == "1 tools"
+        assert mine.chat(SAID) == "default" and mine.chat(SAID, template="rag") == "documents"
+    (tmp_path / "x" / "additional_chat_templates" / "out.jinja").symlink_to("/etc/hostname")
+    with pytest.raises(UnsafePath):
+        zoo.tokenizer(tmp_path / "x")
+
+
+@pytest.mark.parametrize("messages", ["hello", SAID[0], None, ["hello"], [("user", "hello")], 5])
+def test_what_is_no_dialogue(talker: Tokenizer, messages: Any) -> None:
+    with pytest.raises(InputError, match="messages: expected a list of mappings"):
+        talker.chat(messages, template=CHATML)
+    with pytest.raises(InputError, match="template=5"):
+        talker.chat(SAID, template=5)  # type: ignore[arg-type]
+
+
 def test_no_template(talker: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="no chat template 'default'; it has none"):
         talker.chat(SAID)

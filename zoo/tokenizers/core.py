@@ -202,6 +202,13 @@ class Tokenizer:
         """
         from zoo.tokenizers.chat import render
 
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if not listed or not all(isinstance(each, Mapping) for each in messages):
+            raise InputError(
+                "messages: expected a list of mappings, such as {'role': 'user', 'content': 'Hi'}"
+            )
+        if not isinstance(template, str | None):
+            raise InputError(f"template={template!r}: expected a name, or a template's text")
         name = template or ("tool_use" if self._has_tools(vars) else "default")
         text = self.templates.get(name)
         if text is None and template and ("{" in template):
