@@ -123,5 +123,5 @@ def test_a_cache_of_fewer_layers(model: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [{}, [], 12, True])
 def test_what_is_no_cache(model: Any, wrong: Any) -> None:
-    with pytest.raises(InputError, match="expected a zoo.Cache"):
+    with pytest.raises(InputError, match=r"expected a zoo\.Cache"):
         model(IDS, cache=wrong)

@@ -381,6 +381,34 @@ def test_several_texts_and_samples(speller: Any) -> None:
     assert guessed == zoo.generate(speller, "abc", max_new_tokens=9)
 
 
+def test_tokens_as_they_come(speller: Any) -> None:
+    ids, mask = padded(torch.randint(0, len(CHARACTERS), (3, 10)))
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3, "eos_token_id": [1]}
+    want = speller.generate(ids, mask, return_logprobs=True, pad_token_id=1, **options)
+    rows: list[list[int]] = [[], [], []]
+    for step in speller.generate(ids, mask, stream=True, **options):
+        assert step.logprob == want.logprobs[step.row, len(rows[step.row])]
+        rows[step.row].append(step.token)
+    width = want.sequences.shape[1] - 10
+    assert [row + [1] * (width - len(row)) for row in rows] == want.sequences[:, 10:].tolist()
+    with pytest.raises(UsageError, match="stream: beams"):
+        speller.generate(ids, mask, stream=True, num_beams=2)
+
+
+def test_texts_with_their_logprobs(speller: Any) -> None:
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+    got = zoo.generate(speller, "abc", return_logprobs=True, **options)
+    assert got.text == zoo.generate(speller, "abc", **options)
+    ids = torch.tensor([speller.tokenizer.encode("abc")])
+    want = speller.generate(ids, return_logprobs=True, **options)
+    assert got.ids == want.sequences[0, 3:].tolist()
+    assert got.logprobs == pytest.approx(want.logprobs[0].tolist())
+    two = zoo.generate(speller, ["abc", "i"], return_logprobs=True, **options)
+    assert [each.text for each in two] == zoo.generate(speller, ["abc", "i"], **options)
+    with pytest.raises(UsageError, match=r"m\.generate streams tokens"):
+        zoo.generate(speller, "abc", return_logprobs=True, stream=True)
+
+
 def test_answers_to_texts(tmp_path: Path) -> None:
     zoo.save(hot(build("t5", vocab=len(CHARACTERS))), tmp_path / "x")
     CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
@@ -531,8 +559,9 @@ def test_empty_prompts(speller: Any) -> None:
     for prompt in ("", ["abc", ""]):
         with pytest.raises(InputError, match="an empty text"):
             zoo.generate(speller, prompt)
-    with pytest.raises(InputError):
-        zoo.generate(speller, [])
+    for prompt in ([], None, 5, b"abc"):
+        with pytest.raises(InputError):
+            zoo.generate(speller, prompt)
     for more in ({"num_return_sequences": 2, "temperature": 1.0}, {"num_beams": 2}):
         with pytest.raises(UsageError, match="one text at a time"):
             zoo.generate(speller, "abc", stream=True, **more)

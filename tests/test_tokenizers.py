@@ -575,6 +575,17 @@ def test_what_is_no_text(made: Path, kind: str) -> None:
         mine.encode(b"a")  # type: ignore[arg-type]
 
 
+def test_what_is_one_row_of_ids(made: Path) -> None:
+    mine = zoo.tokenizer(made / "llama2")
+    ids = plain(mine, "the fox")
+    one = mine.decode(ids[:1])
+    assert mine.decode(ids[0]) == mine.decode(torch.tensor(ids[0])) == one
+    assert mine.decode(torch.tensor(ids)) == mine.decode(iter(ids)) == "the fox"
+    for wrong in (None, torch.tensor([ids]), 1.5):
+        with pytest.raises(InputError, match="one row of ids"):
+            mine.decode(wrong)  # type: ignore[arg-type]
+
+
 def test_a_stream_holds_back_and_skips(made: Path) -> None:
     mine = zoo.tokenizer(made / "llama2")
     stream, parts = mine.stream(skip_special=True), mine.encode("a \U0010fffd")

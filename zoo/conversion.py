@@ -326,7 +326,9 @@ def companions(source: Path) -> dict[str, Path]:
     for _, folder in module_folders(source) if (source / MODULES).is_file() else ():
         files = (f"{folder}/{name}" for name in (CONFIG, *MODULE_WEIGHTS))
         names += [name for name in files if (source / name).exists()]
-    names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted(source.glob(f"{MORE_TEMPLATES}/*.jinja"))]
+    names += [
+        f"{MORE_TEMPLATES}/{p.name}" for p in sorted(source.glob(f"{MORE_TEMPLATES}/*.jinja"))
+    ]
     return {name: confined(source, name) for name in names}
 
 

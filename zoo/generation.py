@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -35,6 +35,7 @@ from zoo.inference import at_rest, device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
 
 MAX_NEW_TOKENS = 100
+OUTPUTS = ("return_logprobs", "stream")  # options that say what is given back
 
 
 class Generated(NamedTuple):
@@ -282,7 +283,7 @@ class Options:
         known = cls.__dataclass_fields__
         for name in options:
             if name not in known:
-                near = did_you_mean(name, [*known, "return_logprobs", "stream"])
+                near = did_you_mean(name, [*known, *OUTPUTS])
                 raise UsageError(f"generate: no option {name!r}.{near}")
         return cls(**options)
 
@@ -356,15 +357,21 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     return_logprobs: bool = False,
+    stream: bool = False,
     **options: Any,
-) -> Tensor | Generated:
+) -> Tensor | Generated | Iterator[Step]:
     """(b, s + n): each prompt with what follows, until the model's own end or `max_new_tokens`.
 
     `options` are those of `zoo.generation.Options`. What an encoder-decoder gives is the answer
-    alone.
+    alone. `stream=True` gives an iterator over tokens as they come, each with its row's number.
     """
     asked = Options.of(options)
     pad = asked.pad(model)
+    if stream:
+        if asked.num_beams > 1:
+            raise UsageError("stream: beams know their tokens at their end")
+        _real(input_ids, attention_mask)
+        return steps(model, input_ids, attention_mask, asked)
     rows, numbers = written(model, input_ids, attention_mask, asked)
     width = max(map(len, rows))
     full = [row + [pad] * (width - len(row)) for row in rows]
@@ -496,21 +503,28 @@ def generate_text(
     *,
     stream: bool = False,
     special: bool = False,
+    return_logprobs: bool = False,
     **options: Any,
 ) -> Any:
     """What follows a text; of several texts, or samples, a list. Options are those of `m.generate`.
 
     `stream=True` gives an iterator over pieces of the text, each as soon as its characters are
-    whole. Texts end before a stop string. `special`: special tokens in the prompt are such.
+    whole; `return_logprobs=True` gives `Text`s. Texts end before a stop string. `special`: special
+    tokens in the prompt are such.
     """
     model = model_of(model)
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"expected a text, or several, found {type(prompt).__name__}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     asked = Options.of(options)
     if stream:
+        if return_logprobs:
+            raise UsageError("stream: pieces of text have no logprobs; m.generate streams tokens")
         if len(texts) != 1 or asked.num_return_sequences > 1 or asked.num_beams > 1:
             raise UsageError("stream: one text at a time, sampled once")
         return pieces_of(model, *encoded(model, texts, special), asked)
-    found = [each.text for each in complete(model, texts, asked, special)]
+    written = complete(model, texts, asked, special)
+    found = written if return_logprobs else [each.text for each in written]
     return found[0] if isinstance(prompt, str) and len(found) == 1 else found
 
 

@@ -81,9 +81,12 @@ class Tokenizer:
             raise UsageError(f"{name}=True: this tokenizer has no such token")
         return [id]
 
-    def decode(self, ids: Iterable[int] | Tensor, *, skip_special: bool = False) -> str:
+    def decode(self, ids: int | Iterable[int] | Tensor, *, skip_special: bool = False) -> str:
         """The text of ids. A character that is not whole shows as U+FFFD."""
-        listed: list[Any] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        given: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(given, int | Iterable) or getattr(ids, "ndim", 1) > 1:
+            raise InputError(f"expected one row of ids, found {type(ids).__name__}; each by itself")
+        listed = [given] if isinstance(given, int) else list(given)
         for id in listed:
             self._check(id)
         if skip_special:
