@@ -125,3 +125,15 @@ def test_a_cache_of_fewer_layers(model: Any) -> None:
 def test_what_is_no_cache(model: Any, wrong: Any) -> None:
     with pytest.raises(InputError, match=r"expected a zoo\.Cache"):
         model(IDS, cache=wrong)
+
+
+def test_another_question_is_not_answered_by_the_first() -> None:
+    model, start = hot(build("t5", vocab=50)).double(), torch.zeros(2, 1).long()
+    cache, other = Cache(16), IDS.flip(1)
+    model(IDS, decoder_input_ids=start, cache=cache)
+    for question in (other, IDS[:1], IDS[:, :5]):
+        with pytest.raises(InputError, match="another question"):
+            model(question, decoder_input_ids=start[: len(question)], cache=cache)
+    cache.cut(0)
+    found = model(other, decoder_input_ids=start, cache=cache)
+    torch.testing.assert_close(found, model(other, decoder_input_ids=start), rtol=0, atol=1e-10)

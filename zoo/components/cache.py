@@ -27,7 +27,8 @@ class Cache:
         self.slots: list[tuple[Tensor, Tensor]] = []  # (b, g, size, e) twice, as layers run
         self.filled: Tensor | None = None  # (), how many places hold a token
         self.real: Tensor | None = None  # (b, size), once there is padding in any row
-        self.encoded: tuple[Tensor, Mask] | None = None  # what an encoder made of the question
+        self.question: Tensor | None = None  # (b, q) ids, where a question is read apart
+        self.encoded: tuple[Tensor, Mask] | None = None  # what an encoder made of it
 
     @property
     def length(self) -> int:
@@ -57,6 +58,15 @@ class Cache:
         if self.slots and len(ids) != len(self.slots[0][0]):
             raise InputError(f"{len(ids)} rows, and the cache holds {len(self.slots[0][0])}")
 
+    def read(self, question: Tensor) -> tuple[Tensor, Mask] | None:
+        """What an encoder made of this question, if it has seen it."""
+        if self.encoded is None:
+            self.question = question
+        elif not torch.compiler.is_compiling() and question.device.type == "cpu":
+            if self.question is None or not torch.equal(self.question, question):
+                raise InputError("the cache holds an answer to another question: take a new one")
+        return self.encoded
+
     def check_layer(self, n: int, k: Tensor, start: int) -> None:
         """The layer that is n-th to run goes on with keys like those that it has here."""
         if n == len(self.slots) and start:
@@ -81,13 +91,16 @@ class Cache:
             self.filled = torch.full_like(self.filled, length)
         if self.real is not None:
             self.real[:, length:] = False
+        if not length:
+            self.encoded = None
 
     def take(self, rows: Tensor) -> None:
         """The rows of these numbers in the place of those that were there."""
         self.slots = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.slots]
         if self.real is not None:
             self.real = self.real.index_select(0, rows)
-        if self.encoded is not None:
+        if self.encoded is not None and self.question is not None:
+            self.question = self.question.index_select(0, rows)
             states, mask = self.encoded
             self.encoded = states.index_select(0, rows), mask.take(rows)
 
