@@ -63,7 +63,8 @@ class Cache:
         if self.encoded is None:
             self.question = question
         elif not torch.compiler.is_compiling() and question.device.type == "cpu":
-            if self.question is None or not torch.equal(self.question, question):
+            same = self.question is not None and torch.equal(self.question, question)
+            if not same:
                 raise InputError("the cache holds an answer to another question: take a new one")
         return self.encoded
 
