@@ -30,7 +30,14 @@ from zoo.errors import OutputExists, UsageError, listing
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
-from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
+from zoo.sources import (
+    CONFIG,
+    MODULE_WEIGHTS,
+    MODULES,
+    MORE_TEMPLATES,
+    NATIVE_FILE,
+    module_folders,
+)
 
 DIALECTS = ("hf", "native")
 SHARD_BYTES = 5 * 10**9
@@ -320,6 +327,9 @@ def companions(source: Path) -> dict[str, Path]:
     for _, folder in module_folders(source) if (source / MODULES).is_file() else ():
         files = (f"{folder}/{name}" for name in (CONFIG, *MODULE_WEIGHTS))
         names += [name for name in files if (source / name).exists()]
+    names += [
+        f"{MORE_TEMPLATES}/{p.name}" for p in sorted(source.glob(f"{MORE_TEMPLATES}/*.jinja"))
+    ]
     return {name: confined(source, name) for name in names}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,7 @@ def read(directory: Path) -> Tokenizer:
 
     settings = Settings.of(directory)
     if has("tokenizer.json"):
-        path = confined(directory, "tokenizer.json")
-        found = fast.from_json(path, settings.added)
-        # roles that no file names: the family's, if the vocabulary has them
-        return _finish(found, KINDS.get(settings.kind or "", Kind({})), settings, found.ends())
+        return _spelled_out(confined(directory, "tokenizer.json"), settings)
     for vocab, merges in PAIRS:
         if has(vocab, merges):
             return _merged(confined(directory, vocab), confined(directory, merges), settings)
@@ -70,6 +68,19 @@ def read(directory: Path) -> Tokenizer:
     known += ["vocab.txt", CHARACTERS]
     there = listing(sorted(os.listdir(directory)), 5) or "nothing"
     raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(known)}. It holds {there}.")
+
+
+def _spelled_out(path: Path, settings: Settings) -> Tokenizer:
+    """What stands around a text is in the file: as the reference, which heeds no add_bos_token
+    beside it, and where the file is silent asks only families that begin with [CLS] or end with
+    an end.
+    """
+    said = {k: v for k, v in settings.config.items() if k not in ("add_bos_token", "add_eos_token")}
+    found = fast.from_json(path, settings.added)
+    # roles that no file names: the family's, if the vocabulary has them
+    kind = KINDS.get(settings.kind or "", Kind({}))
+    kind = kind._replace(before=None if kind.before == "bos" else kind.before)
+    return _finish(found, kind, replace(settings, config=said), found.ends())
 
 
 def _merged(vocab: Path, merges: Path, settings: Settings) -> Tokenizer:
