@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -353,13 +354,52 @@ SECTIONS: dict[str, Callable[[Case], Iterator[Table]]] = {
 
 # --- llama.cpp, where it is installed ------------------------------------------------------------
 
+KINDS = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def llama_cpp(case: Case) -> dict[str, Any]:
+    """Who -> llama.cpp with the same weights, and with its bytes; none where it is missing."""
+    try:
+        import llama_cpp as package
+    except ImportError:
+        print("  llama.cpp: not measured, llama-cpp-python is not installed")
+        return {}
+    threads = torch.get_num_threads()
+
+    def load(kind: str) -> Any:
+        path = case.directory.with_name(f"{case.directory.name}-{kind.lower()}.gguf")
+        return package.Llama(
+            str(path),
+            n_ctx=1024,
+            n_batch=1024,
+            n_ubatch=1024,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+
+    kinds = {"llama.cpp": KINDS[case.dtype], "llama.cpp q8_0": "Q8_0"}
+    return {who: case._once(who, partial(load, kind)) for who, kind in kinds.items()}
+
 
 def llama_cpp_decode(case: Case, ids: torch.Tensor) -> Ways:
-    return {}
+    def tokens(llama: Any) -> Iterator[float]:
+        while True:
+            llama.reset()
+            llama.eval(ids[0].tolist())
+            for token in range(10, 10 + NEW - 1):
+                yield timed(partial(llama.eval, [token]))
+
+    return {who: tokens(llama) for who, llama in llama_cpp(case).items()}
 
 
 def llama_cpp_prefill(case: Case, ids: torch.Tensor) -> Ways:
-    return {}
+    def prompts(llama: Any) -> Iterator[float]:
+        while True:
+            llama.reset()
+            yield timed(lambda: llama.eval(ids[0].tolist()))
+
+    return {who: prompts(llama) for who, llama in llama_cpp(case).items()}
 
 
 # --- all of it -----------------------------------------------------------------------------------
