@@ -159,7 +159,8 @@ def prefill(case: Case) -> Iterator[Table]:
     def ours(model: Any, last: bool = False) -> Iterator[float]:
         while True:
             with last_only(model) if last else nullcontext():
-                yield timed(lambda: model(ids))
+                took = timed(lambda: model(ids))
+            yield took  # outside, for others read with this model meanwhile
 
     def theirs(keep: int) -> Iterator[float]:
         while True:
