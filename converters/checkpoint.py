@@ -60,6 +60,8 @@ class Checkpoint:
     where: dict[str, str] = field(repr=False)  # tensor -> file name
     metadata: dict[str, str]
     unlisted: tuple[str, ...] = ()  # shards that lie there and the index does not name
+    shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
+    outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
 
     def tensor(self, name: str) -> torch.Tensor:

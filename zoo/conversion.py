@@ -221,7 +221,8 @@ def origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
     dtypes = {dtype_code(tensor.dtype) for tensor in state.values()}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
     provenance = model.provenance
-    if provenance is not None and model.config == provenance.config:
+    foreign = provenance is not None and provenance.origin.dialect != "hf"
+    if provenance is not None and model.config == provenance.config and not foreign:
         origin: Origin = provenance.origin
         if origin.reference_class is not None and model.config.head in entry.heads.get(
             origin.reference_class, ()
@@ -272,7 +273,7 @@ def _fresh(
     spec = load_spec(entry.spec)
     fields = model.config.to_dict()
     config: dict[str, Any] = {}
-    if model.provenance is not None:  # fields that do not change inference stay as they were
+    if model.provenance is not None and model.provenance.origin.dialect == "hf":  # fields that do not change inference stay as they were
         config = json.loads(model.provenance.origin.config)
     config.update(spec.dialect("hf").write_config(fields))
     config["architectures"] = [named]

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from converters import manifest
-from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.checkpoint import Checkpoint
 from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
-from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
 from converters.output import Item, Output, Span, digest, identity, index_of
 from converters.plan import Plan, Step
@@ -122,7 +121,7 @@ def dry_run(
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
-    checkpoint = open_checkpoint(found.source.directory)
+    checkpoint = found.checkpoint()
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
     if found.native is not None and to != "native":
@@ -210,7 +209,7 @@ def plan_output(
     trust: Collection[str] = (),
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read."""
-    checkpoint = open_checkpoint(found.source.directory)
+    checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     model.provenance = provenance_of(found, checkpoint, model, plan)
@@ -289,7 +288,7 @@ def _to_hf(
 ) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse = export_plan(model, origin)
-    if found.native is None and not trust:
+    if found.native is None and found.foreign is None and not trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}
         if written <= disk.keys():
@@ -361,7 +360,7 @@ def _backward(
 
 
 def _span(checkpoint: Checkpoint, name: str) -> Span | None:
-    reader = checkpoint.readers[checkpoint.where[name]]
-    if not isinstance(reader, SafetensorsReader):
-        return None
-    return Span(reader.path, reader.span(name)[0])
+    """Where its bytes lie as they are, if they do in a way that can be trusted unread."""
+    reader: Any = checkpoint.readers[checkpoint.where[name]]
+    found = reader.span(name) if hasattr(reader, "span") else None
+    return None if found is None else Span(reader.path, found[0])

@@ -18,6 +18,7 @@ from zoo.errors import (
     CheckpointError,
     CorruptCheckpoint,
     DtypeMismatch,
+    DuplicateTensor,
     MissingTensors,
     ResourceLimit,
     UnsafePath,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_PICKLE = 64 << 20  # names, shapes and strides: 100 bytes a tensor
 MAX_RECORDS = 1 << 20
+MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
 _BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
 _CHUNK = 16 << 20
 
@@ -65,13 +67,27 @@ class TorchZipReader:
     So listing a file costs no reading of weights, and no tensor leaves here unchecked.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, nested: bool = False) -> None:
+        """`nested` takes dicts in dicts, and plain values beside tensors, as trainers leave them.
+
+        A tensor's name is then the keys that lead to it, joined by /.
+        """
         self.path = path
         self.metadata: dict[str, str] = {}
         records = _records(path)
-        self._values = _load(path)
+        found = _load(path)
+        self.values: dict[str, Any] = {}
+        if nested:
+            self._values, self.values = _flattened(path, found)
+        else:
+            self._values = _only_tensors(path, found)
         self.tensors = {n: _info(path, n, t) for n, t in self._values.items()}
         self._unchecked = _pair(path, self._values, records)
+
+    def place(self, name: str) -> object:
+        """What two names have in common if they are one array."""
+        value = self._values[name]
+        return value.data_ptr(), tuple(value.shape), value.stride()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file; names that shared a storage when saved still do."""
@@ -245,8 +261,8 @@ def _check_pickle(path: Path, data: bytes) -> None:
         )
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    """The dict of tensors; anything else is refused, with the likely cause."""
+def _load(path: Path) -> dict[Any, Any]:
+    """What the restricted unpickler makes of it, if that is a dict."""
     import torch
 
     try:
@@ -263,6 +279,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
+    return found
+
+
+def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    """The dict of tensors; anything else is refused, with the likely cause."""
+    import torch
+
     strange = {k: v for k, v in found.items() if not isinstance(v, torch.Tensor)}
     for key, value in strange.items():
         if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()):
@@ -278,6 +301,42 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     if names := [repr(key) for key in found if not isinstance(key, str)]:
         raise CheckpointError(f"{path}: names that are no text: {listing(names)}")
     return {name: value.detach() for name, value in found.items()}
+
+
+def _flattened(
+    path: Path, found: dict[Any, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors by the keys that lead to them, everything else as plain data)."""
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    seen = 0
+
+    def plain(value: Any, at: str, depth: int) -> Any:
+        nonlocal seen
+        seen += 1  # what a pickle's memo holds once may stand in many places
+        if depth > MAX_DEPTH or seen > MAX_VALUES:
+            raise ResourceLimit(
+                f"{path}: {at}: deeper than {MAX_DEPTH} levels, or over {MAX_VALUES} values"
+            )
+        if isinstance(value, torch.Tensor):
+            if at in tensors:
+                raise DuplicateTensor(f"{path}: two tensors are called {at}")
+            tensors[at] = value.detach()
+            return None
+        if isinstance(value, dict):
+            if odd := [repr(key)[:60] for key in value if type(key) not in (str, int)]:
+                raise CheckpointError(f"{path}: {at}: names that are no text: {listing(odd)}")
+            items = {str(k): plain(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
+            return {k: v for k, v in items.items() if f"{at}/{k}" not in tensors}
+        if isinstance(value, list | tuple):
+            return [plain(v, f"{at}/{n}", depth + 1) for n, v in enumerate(value)]
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        return f"a {type(value).__name__}"  # torch.Size, a dtype: nothing that a config says
+
+    top = {str(key): plain(value, str(key), 1) for key, value in found.items()}
+    return tensors, {key: value for key, value in top.items() if key not in tensors}
 
 
 def _info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:

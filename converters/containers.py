@@ -1,0 +1,202 @@
+"""Files of weights that no index names: what kind each is by its bytes, and which belong together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from converters.checkpoint import Checkpoint, Reader, confined
+from converters.formats import TensorInfo, open_regular
+from zoo.errors import (
+    AmbiguousCheckpoint,
+    CheckpointError,
+    MissingShard,
+    SourceError,
+    listing,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from converters.spec import Container
+
+_SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
+
+
+class Format(NamedTuple):
+    """A kind of file that is known by its bytes, and opened by a reader that offers `values` too."""
+
+    module: str
+    open: Callable[[Any, Path], Any]
+    about: str
+    is_: Callable[[bytes, bytes, int], bool]  # of its first and last bytes and its size
+
+
+def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
+    from converters.formats.llama2c import recognises
+
+    return recognises(head, size)
+
+
+FORMATS: dict[str, Format] = {
+    "torch": Format(
+        "torch_zip",
+        lambda module, path: module.TorchZipReader(path, nested=True),
+        "a zip of torch.save",
+        lambda head, tail, size: head.startswith(b"PK\x03\x04"),
+    ),
+    # without a magic, so after all others
+    "llama2c": Format(
+        "llama2c", lambda module, path: module.Llama2cReader(path), "llama2.c's .bin", _is_llama2c
+    ),
+}
+
+
+def kind_of(path: Path) -> str | None:
+    """The format of a file, by its bytes; None where none is known."""
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        head, tail = os.pread(fd, 512, 0), os.pread(fd, 512, max(0, size - 512))
+    finally:
+        os.close(fd)
+    return next((name for name, known in FORMATS.items() if known.is_(head, tail, size)), None)
+
+
+class Opened(NamedTuple):
+    """Files of one format that are one checkpoint."""
+
+    kind: str
+    paths: tuple[Path, ...]
+    readers: tuple[Any, ...]
+
+    def checkpoint(self, container: Container) -> Checkpoint | None:
+        """Its tensors as a dialect calls them; None where the key that they stand under is gone."""
+        tensors: dict[str, TensorInfo] = {}
+        where: dict[str, str] = {}
+        shared: dict[str, str] = {}
+        outside: dict[str, str] = {}
+        readers: dict[str, Reader] = {}
+        for number, (path, reader) in enumerate(zip(self.paths, self.readers, strict=True)):
+            key = _key(container.within, reader.tensors)
+            if key is None:
+                return None
+            above = f"{key}/" if key else ""
+            before = f"{number}/" if container.sharded else ""
+            names = {
+                before + name[len(above) :]: name
+                for name in reader.tensors
+                if name.startswith(above)
+            }
+            for name in reader.tensors:
+                if not name.startswith(above):
+                    outside[name.partition("/")[0]] = f"not below '{key}'"
+            readers[path.name] = _Renamed(reader, names)
+            for name, inner in names.items():
+                info = reader.tensors[inner]
+                tensors[name] = TensorInfo(name, info.shape, info.dtype)
+                where[name] = path.name
+            shared |= _shared(reader, names)
+        return Checkpoint(
+            root=self.paths[0].parent,
+            format=self.kind,
+            files=self.paths,
+            tensors=tensors,
+            where=where,
+            metadata={},
+            readers=readers,
+            shared=shared,
+            outside=outside,
+        )
+
+
+def _key(within: tuple[str, ...], names: Mapping[str, Any]) -> str | None:
+    return next(
+        (key for key in within if not key or any(n.startswith(f"{key}/") for n in names)), None
+    )
+
+
+def _shared(reader: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """name -> an earlier name of the same array."""
+    if not hasattr(reader, "place"):
+        return {}
+    first: dict[object, str] = {}
+    owners = {name: first.setdefault(reader.place(inner), name) for name, inner in names.items()}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+class _Renamed:
+    """A reader whose tensors are called as their dialect calls them."""
+
+    def __init__(self, reader: Any, names: Mapping[str, str]) -> None:
+        self.path: Path = reader.path
+        self.metadata: dict[str, str] = {}
+        self._reader, self._names = reader, names
+        self.tensors = {
+            name: TensorInfo(name, *reader.tensors[inner][1:]) for name, inner in names.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._reader.tensor(self._names[name])
+        return found
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        span = getattr(self._reader, "span", None)
+        found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
+        return found
+
+
+def open_place(place: Path) -> Opened | None:
+    """The checkpoint that a file belongs to, or that a directory holds; None where there is none."""
+    single = not place.is_dir()
+    root = place.parent if single else place
+    kinds: dict[str, str] = {}
+    for name in [place.name] if single else sorted(os.listdir(root)):
+        if name.startswith(".") and not single:
+            continue
+        try:
+            kind = kind_of(confined(root, name))
+        except (CheckpointError, SourceError):
+            if single:
+                raise
+            continue  # a folder, a link to elsewhere: nothing that this directory holds
+        if kind is not None:
+            kinds[name] = kind
+    if not kinds:
+        return None
+    names = _shards(root, sorted(kinds))
+    kind = kinds[names[0]]
+    known = FORMATS[kind]
+    module = import_module(f"converters.formats.{known.module}")
+    paths = tuple(confined(root, name) for name in names)
+    return Opened(kind, paths, tuple(known.open(module, path) for path in paths))
+
+
+def _shards(root: Path, names: list[str]) -> list[str]:
+    """The files of one checkpoint in order: one, or all that are numbered alike, from 00 on."""
+    matches = [_SHARD.fullmatch(name) for name in names]
+    stems = {match.group(1, 3) for match in matches if match is not None}
+    if None in matches or len(stems) != 1:
+        if len(names) > 1:
+            raise AmbiguousCheckpoint(
+                f"{root}: several files of weights, {listing(names)}, and nothing says which is "
+                "meant: give that file"
+            )
+        return names
+    before, after = next(iter(stems))
+    alike = [m for name in os.listdir(root) if (m := _SHARD.fullmatch(name))]
+    there = {int(m.group(2)) for m in alike if m.group(1, 3) == (before, after)}
+    every = [f"{before}{n:02}{after}" for n in range(max(there) + 1)]
+    if missing := [name for n, name in enumerate(every) if n not in there]:
+        raise MissingShard(
+            f"{root}: {len(missing)} of {len(every)} files are missing: {listing(missing)}"
+        )
+    return every
+
+
+def known_formats() -> str:
+    return ", ".join(known.about for known in FORMATS.values())
