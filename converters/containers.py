@@ -1,4 +1,4 @@
-"""Files of weights that no index names: what kind each is by its bytes, and which belong together."""
+"""Files of weights that no index names: what each is by its bytes, and which belong together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
 
 
 class Format(NamedTuple):
-    """A kind of file that is known by its bytes, and opened by a reader that offers `values` too."""
+    """A kind of file that is known by its bytes; its reader offers `values` too."""
 
     module: str
     open: Callable[[Any, Path], Any]
@@ -151,7 +151,7 @@ class _Renamed:
 
 
 def open_place(place: Path) -> Opened | None:
-    """The checkpoint that a file belongs to, or that a directory holds; None where there is none."""
+    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
     single = not place.is_dir()
     root = place.parent if single else place
     kinds: dict[str, str] = {}

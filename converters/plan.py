@@ -126,13 +126,21 @@ def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) 
 
 
 def target_names(
-    spec: Spec, dialect: str, config: Mapping[str, object], native: Native, *, bare: bool
+    spec: Spec,
+    dialect: str,
+    config: Mapping[str, object],
+    native: Native,
+    *,
+    bare: bool,
+    alternatives: bool = False,
 ) -> dict[str, TensorInfo]:
     """The header that a writer of `dialect` would publish: names and shapes; dtypes are open.
 
-    `bare` leaves the prefix away, as files of a class without a head do.
+    `bare` leaves the prefix away, as files of a class without a head do. `alternatives` count
+    in the place of what they replace.
     """
     planner = _Planner(spec, spec.dialect(dialect), config, native, {}, dialect)
+    planner.alternatives_first = alternatives
     header: dict[str, TensorInfo] = {}
     for use in planner.uses():
         if any(target in native.ties for target in use.targets):
@@ -190,6 +198,7 @@ class _Planner:
                     said = self.dialect.reference_field(whole)
                     raise ConfigError(f"{where}: {said}: {size} cannot be cut into {count} {parts}")
                 self.axes[axis] = size // count
+        self.alternatives_first = False
         self._transforms: dict[tuple[int, tuple[tuple[str, int], ...]], Transform] = {}
 
     def problem(self, kind: type[ZooError], text: str) -> None:
@@ -264,7 +273,8 @@ class _Planner:
                     if name in self.header
                 ]
                 alike = str(rule.source.name) in same
-                if use is not None and found and (not alike or found[0] == use.shape):
+                fits = bool(found) and (not alike or use is None or found[0] == use.shape)
+                if use is not None and (fits or self.alternatives_first):
                     yield use
                 elif alike:
                     del self.problems[before:]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import zoo
 from converters.checkpoint import confined, shard
+from converters.dialects import every_dialect
 from converters.engine import Options, run
 from converters.formats import TensorInfo, dtype_code
 from converters.lazy import Lazy
@@ -26,13 +27,14 @@ from converters.spec import Spec, load_spec
 from converters.store import Stage, staged
 from zoo import registry
 from zoo.components.model import Model
-from zoo.errors import OutputExists, UsageError, listing
+from zoo.errors import OutputExists, UsageError, did_you_mean, listing
+from zoo.exporting import Export, dialects, export
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
 from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
 
-DIALECTS = ("hf", "native")
+OWN_FILES = ("hf", "native")  # written as safetensors
 SHARD_BYTES = 5 * 10**9
 # what belongs to a checkpoint beside config and weights, and is carried along untouched
 COMPANIONS = (
@@ -50,12 +52,15 @@ def save(
     to: str = "hf",
     force: bool = False,
     max_shard_size: int | None = None,
+    layout: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
 ) -> Path:
     """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
 
-    A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes)
-    makes a new one. What is not finite is refused, unless `allow_nonfinite`.
+    Other dialects are those of its spec, such as "meta" or "llama2c"; `layout` is what they offer
+    to choose: {"shards": 2}, {"version": 1}. A model still as it was loaded keeps its source's
+    split over files; `max_shard_size` (bytes) makes a new one. What is not finite is refused,
+    unless `allow_nonfinite`.
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -68,14 +73,16 @@ def save(
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)
-    output = _output(model, to, max_shard_size)
+    output = _output(model, to, max_shard_size, layout)
     with staged(destination, force=force, size=output.size) as stage:
         options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
         finish(output, stage, run(output, Stage(stage), options), versions())
     return destination
 
 
-def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
+def _output(
+    model: Model, to: str, max_shard_size: int | None, layout: Mapping[str, Any] | None
+) -> Output:
     """Files, headers and recipes of a model as it is."""
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
@@ -83,6 +90,9 @@ def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
     state = {name: p.detach() for name, p in model.named_parameters()}
     if without := [name for name, tensor in state.items() if tensor.is_meta]:
         raise UsageError(f"{listing(without)}: on the meta device, where no values are")
+    if to not in OWN_FILES:
+        return _exported_output(model, state, to, layout)
+    check_no_layout(to, layout)
     origin = origin_of(model, state)
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, origin)}
@@ -95,7 +105,9 @@ def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    carried = companions(model.provenance.directory) if model.provenance else {}
+    carried = {}
+    if model.provenance is not None:
+        carried = companions_of(model.provenance.directory, model.provenance.file)
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
         if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
@@ -105,6 +117,32 @@ def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
     return Output(
         tuple(shards), texts, carried, said=said_of(entry.name, to, load_spec(entry.spec))
     )
+
+
+def _exported_output(
+    model: Model, state: Mapping[str, Tensor], to: str, layout: Mapping[str, Any] | None
+) -> Output:
+    entry = _entry(model)
+    spec = load_spec(entry.spec)
+    dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
+    made = export(spec, to, model.config, native_of(model), dtypes, layout)
+    items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
+    shards, texts = made.files(items)
+    carried = {}
+    if model.provenance is not None:
+        carried = companions_of(model.provenance.directory, model.provenance.file)
+    texts |= vocabulary_of(made, carried)
+    return Output(tuple(shards), texts, carried, said=said_of(entry.name, to, spec))
+
+
+def vocabulary_of(made: Export, carried: dict[str, Path]) -> dict[str, bytes]:
+    """llama2.c reads a vocabulary of its own kind."""
+    from zoo.tokenizers import llama2c
+
+    if made.container.format != "llama2c" or llama2c.FILE in carried:
+        return {}
+    text = llama2c.made_of(carried)
+    return {} if text is None else {llama2c.FILE: text}
 
 
 def _item(name: str, tensor: Tensor) -> Item:
@@ -196,8 +234,13 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
 
 
 def check_dialect(to: str) -> None:
-    if to not in DIALECTS:
-        raise UsageError(f"to={to!r}: one of {', '.join(DIALECTS)}")
+    if to not in OWN_FILES and to not in (known := dialects()):
+        raise UsageError(f"to={to!r}: one of {', '.join(known)}.{did_you_mean(str(to), known)}")
+
+
+def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:
+    if layout:
+        raise UsageError(f"layout: {to} leaves nothing to choose, found {listing(layout)}")
 
 
 def _entry(model: Model) -> registry.Architecture:
@@ -273,7 +316,9 @@ def _fresh(
     spec = load_spec(entry.spec)
     fields = model.config.to_dict()
     config: dict[str, Any] = {}
-    if model.provenance is not None and model.provenance.origin.dialect == "hf":  # fields that do not change inference stay as they were
+    if (
+        model.provenance is not None and model.provenance.origin.dialect == "hf"
+    ):  # fields that do not change inference stay as they were
         config = json.loads(model.provenance.origin.config)
     config.update(spec.dialect("hf").write_config(fields))
     config["architectures"] = [named]
@@ -321,6 +366,17 @@ def companions(source: Path) -> dict[str, Path]:
         files = (f"{folder}/{name}" for name in (CONFIG, *MODULE_WEIGHTS))
         names += [name for name in files if (source / name).exists()]
     return {name: confined(source, name) for name in names}
+
+
+def companions_of(directory: Path, file: Path | None) -> dict[str, Path]:
+    """Likewise of a checkpoint in any dialect; of a file that was given alone, its tokenizer."""
+    if file is None:
+        held = companions(directory)
+        configs = {c.config for _, _, c in every_dialect()} - {""}
+        return {name: path for name, path in held.items() if name not in configs}
+    from zoo.tokenizers.reading import beside
+
+    return beside(file)
 
 
 def _json(data: Any) -> str:

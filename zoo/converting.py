@@ -21,9 +21,11 @@ from converters.output import Item, Output, Span, digest, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
 from zoo.conversion import (
+    OWN_FILES,
     check_dialect,
+    check_no_layout,
     checked_destination,
-    companions,
+    companions_of,
     export_plan,
     in_order,
     native_record,
@@ -31,8 +33,10 @@ from zoo.conversion import (
     said_of,
     split,
     versions,
+    vocabulary_of,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
+from zoo.exporting import export
 from zoo.pretrained import (
     Located,
     Origin,
@@ -60,6 +64,7 @@ def convert(
     threads: int = 0,
     restart: bool = False,
     part: str | tuple[int, int] | None = None,
+    layout: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
     sha256: bool = True,
     tell: Tell = lambda event: None,
@@ -70,17 +75,19 @@ def convert(
     It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
     where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
     of processes, on machines that share the disk, write the others, and the last publishes.
-    `dtype` casts; a value too large for it is an error, as is NaN or infinity unless
-    `allow_nonfinite`. `tell` is called with what happens. Further options are those of `zoo.load`:
-    head, config, revision, token, ignore_config, trust …
+    `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
+    offers to choose, such as {"shards": 2}. `dtype` casts; a value too large for it is an error, as
+    is NaN or infinity unless `allow_nonfinite`. `tell` is called with what happens. Further options
+    are those of `zoo.load`: head, config, revision, token, ignore_config, trust …
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     dst = checked_destination(dst, found.source.directory, force)
-    chosen = {name: options[name] for name in ("config", "trust") if name in options}
-    output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
+    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
+    chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
+    output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
     job = digest([output.job(), output.identity(), sha256])
     how: dict[str, Any] = {"force": force, "restart": restart}
@@ -114,6 +121,7 @@ def dry_run(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | None = None,
     part: str | tuple[int, int] | None = None,
+    layout: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str:
     """The plan of a conversion for a person, with no byte of weights read."""
@@ -122,13 +130,14 @@ def dry_run(
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     checkpoint = found.checkpoint()
-    chosen = {name: options[name] for name in ("config", "trust") if name in options}
+    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
-    if found.native is not None and to != "native":
+    if found.native is not None and to == "hf":
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
-    output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
+    chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
+    output = plan_output(found, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
     casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
@@ -207,6 +216,7 @@ def plan_output(
     max_shard_size: int | None = None,
     config: Mapping[str, Any] | None = None,
     trust: Collection[str] = (),
+    layout: Mapping[str, Any] | None = None,
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read."""
     checkpoint = found.checkpoint()
@@ -215,6 +225,24 @@ def plan_output(
     model.provenance = provenance_of(found, checkpoint, model, plan)
     kind = dtype_of(dtype)
     state = dict(_state(plan, checkpoint, kind))
+    said = {
+        **said_of(found.entry.name, to, found.spec),
+        "dropped": dict(sorted(plan.dropped.items())),
+    }
+    carried = companions_of(found.source.directory, found.source.file)
+    seen = {path: identity(path.stat()) for path in checkpoint.files}
+    if to not in OWN_FILES:
+        dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
+        made = export(found.spec, to, model.config, plan.native, dtypes, layout)
+        held = {info.dtype for info in made.plan.header.values()}
+        if kind is not None and held != {dtype_code(kind)}:
+            raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
+        items = list(_backward(found, checkpoint, plan, made.plan, trust))
+        shards, texts = made.files(items, lossy=kind is not None)
+        texts |= vocabulary_of(made, carried)
+        said["layout"] = dict(made.options)
+        return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
+    check_no_layout(to, layout)
     origin = origin_of(model, state)
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, origin)}
@@ -228,12 +256,6 @@ def plan_output(
         items = [item.cast(dtype_code(kind)) for item in items]
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    said = {
-        **said_of(found.entry.name, to, found.spec),
-        "dropped": dict(sorted(plan.dropped.items())),
-    }
-    carried = companions(found.source.directory)
-    seen = {path: identity(path.stat()) for path in checkpoint.files}
     return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
 
 

@@ -110,6 +110,7 @@ class Provenance:
     dtype: torch.dtype | None = None  # a cast asked for at loading
     repo: str | None = None
     revision: str | None = None
+    file: Path | None = None  # where one was given and not its directory
 
     @property
     def rules(self) -> dict[str, str]:
@@ -537,6 +538,7 @@ def provenance_of(
         dtype=dtype,
         repo=found.source.repo,
         revision=found.source.revision,
+        file=found.source.file,
     )
 
 
@@ -565,9 +567,7 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
     raise MissingTensors(f"{least}\n  {told}")
 
 
-def _foreign_plan(
-    foreign: Found, fields: Mapping[str, Any], native: Native, where: str
-) -> Plan:
+def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, where: str) -> Plan:
     checkpoint, name = foreign.checkpoint, foreign.dialect.name
     said = f"{where} ({foreign.spec.name}, {foreign.container.about or name})"
     fields = {**fields, "shards": foreign.shards}

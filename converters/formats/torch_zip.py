@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import pickletools
 import re
 import struct
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.formats import TensorInfo, dtype_code, open_regular
+from converters.formats import Layout, TensorInfo, dtype_code, open_regular
 from zoo.errors import (
     CheckpointError,
     CorruptCheckpoint,
@@ -303,9 +306,7 @@ def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in found.items()}
 
 
-def _flattened(
-    path: Path, found: dict[Any, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by the keys that lead to them, everything else as plain data)."""
     import torch
 
@@ -380,3 +381,137 @@ def _crc(value: torch.Tensor) -> int:
     for start in range(0, len(raw), _CHUNK):
         crc = zlib.crc32(raw[start : start + _CHUNK].data, crc)
     return crc
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+_ROOT = "archive"
+_ALIGNMENT = 64  # as torch.save has it, so that what is mapped can be used as it lies
+_WIDE = 0xFFFFFFFF
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_TAIL = struct.Struct("<4s4H2LH")
+_TAIL_64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR = struct.Struct("<4sLQL")
+_STORAGES = {
+    "F64": "DoubleStorage",
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+}
+
+
+class _Entry:
+    """A record to be: its header in front of it, and what the directory says of it."""
+
+    def __init__(self, name: str, size: int, at: int, crc: int | None = None) -> None:
+        self.name, self.size, self.at, self.crc = f"{_ROOT}/{name}".encode(), size, at, crc
+        wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _WIDE else b""
+        pad = -(at + _LOCAL.size + len(self.name) + len(wide) + 4) % _ALIGNMENT
+        self.extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+        self.start = at + _LOCAL.size + len(self.name) + len(self.extra)
+        self.end = self.start + size
+
+    def local(self, crc: int) -> bytes:
+        size = min(self.size, _WIDE)
+        sizes = (crc, size, size, len(self.name), len(self.extra))
+        return _LOCAL.pack(_MAGIC, 45, 0x800, 0, 0, 0x21, *sizes) + self.name + self.extra
+
+    def central(self, crc: int) -> bytes:
+        size, at = min(self.size, _WIDE), min(self.at, _WIDE)
+        wide = [self.size] * 2 if self.size >= _WIDE else []
+        wide += [self.at] if self.at >= _WIDE else []
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        lengths = (len(self.name), len(extra), 0, 0, 0, 0, at)
+        head = (b"PK\x01\x02", 45, 45, 0x800, 0, 0, 0x21, crc, size, size, *lengths)
+        return _CENTRAL.pack(*head) + self.name + extra
+
+
+def lay_out(
+    infos: Sequence[TensorInfo],
+    names: Mapping[str, str],
+    *,
+    within: str = "",
+    values: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Layout:
+    """What torch.save would make of these tensors, below `within` and beside `values` if given.
+
+    `names` are those in the file; `aliases` are further ones, of arrays that have a name already.
+    """
+    keys = {info.name: str(n) for n, info in enumerate(infos)}
+    tensors = {names[info.name]: _Stub(keys[info.name], info) for info in infos}
+    tensors |= {other: tensors[name] for other, name in (aliases or {}).items()}
+    data = _pickled({within: tensors, **(values or {})} if within else tensors)
+    head, at = b"", 0
+    written: list[_Entry] = []
+    for name, content in (("data.pkl", data), ("byteorder", b"little")):
+        written.append(_Entry(name, len(content), at, zlib.crc32(content)))
+        head += written[-1].local(zlib.crc32(content)) + content
+        at = written[-1].end
+    records: dict[str, _Entry] = {}
+    for info in infos:
+        records[info.name] = _Entry(f"data/{keys[info.name]}", info.nbytes, at)
+        at = records[info.name].end
+    version = _Entry("version", 2, at, zlib.crc32(b"3\n"))
+
+    def tail(crcs: Mapping[str, int]) -> bytes:
+        entries = [(e, e.crc or 0) for e in written]
+        entries += [(entry, crcs[name]) for name, entry in records.items()]
+        entries.append((version, version.crc or 0))
+        directory = b"".join(entry.central(crc) for entry, crc in entries)
+        out = version.local(version.crc or 0) + b"3\n" + directory
+        place, count = version.end, len(entries)
+        if place >= _WIDE or len(directory) >= _WIDE or count >= 0xFFFF:
+            counts = (count, count, len(directory), place)
+            out += _TAIL_64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, *counts)
+            out += _LOCATOR.pack(b"PK\x06\x07", 0, place + len(directory), 1)
+        few = min(count, 0xFFFF)
+        sizes = (min(len(directory), _WIDE), min(place, _WIDE))
+        return out + _TAIL.pack(_END, 0, 0, few, few, *sizes, 0)
+
+    def seal(crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
+        chunks = [(entry.at, entry.local(crcs[name])) for name, entry in records.items()]
+        return [*chunks, (version.at, tail(crcs))]
+
+    end = version.at + len(tail(dict.fromkeys(records, 0)))
+    starts = {name: entry.start - len(head) for name, entry in records.items()}
+    return Layout(head, starts, end - len(head), seal)
+
+
+class _Storage:
+    def __init__(self, key: str, info: TensorInfo) -> None:
+        self.key, self.info = key, info
+
+
+class _Stub:
+    """A tensor without its numbers, which pickles as a tensor does."""
+
+    def __init__(self, key: str, info: TensorInfo) -> None:
+        self.storage = _Storage(key, info)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import torch
+
+        shape = tuple(self.storage.info.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        none: dict[str, Any] = OrderedDict()  # hooks
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, stride, False, none)
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        import torch
+
+        if not isinstance(obj, _Storage):
+            return None
+        kind = getattr(torch, _STORAGES[obj.info.dtype])
+        return "storage", kind, obj.key, "cpu", obj.info.numel
+
+
+def _pickled(data: Any) -> bytes:
+    """Without a memo: the bytes depend on the values and on nothing else."""
+    out = io.BytesIO()
+    pickler = _Pickler(out, protocol=2)
+    pickler.fast = True
+    pickler.dump(data)
+    return out.getvalue()
