@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.checkpoint import Checkpoint, confined
 from converters.containers import Opened, open_place
 from converters.formats import TensorInfo
-from converters.language import NUMBER_WORDS, Rule, Sizes, parse_name, solve
+from converters.language import NUMBER_WORDS, Rule, Sizes, solve
 from converters.spec import Container, Dialect, Spec, load_spec, spec_names
 from converters.strict_json import read_json
-from zoo.errors import AmbiguousCheckpoint, NotACheckpoint, UsageError, listing
+from zoo.errors import AmbiguousCheckpoint, NotACheckpoint, listing
 
 
 class Found(NamedTuple):
@@ -147,24 +148,17 @@ def _arrays(
                 if (binding := rule.source.name.match(canonical)) is None:
                     continue
                 sizes: Sizes = {**NUMBER_WORDS, "shard": shards}
+                listed = [rule.spread(target) for target in rule.targets]
+                sizes |= {n: len(p.values) for each in listed for n, p in each.items() if p.values}
                 problem = rule.source.pattern and solve(rule.source.pattern, info.shape, sizes)
-                for target in rule.targets:
-                    if problem or not set(target.name.placeholders) <= set(binding):
-                        continue
+                for target, spread in zip(rule.targets, listed, strict=True):
+                    if problem or not all(p.values for p in spread.values()):
+                        continue  # as many as the config says
                     shape = info.shape
                     if target.pattern is not None:
                         if not target.pattern.axes - {"1"} <= sizes.keys():
                             continue
                         shape = target.pattern.shape(sizes)
-                    yield target.name.format(binding), shape
-
-
-def with_files(to: str, architectures: Iterable[str] = ()) -> Container:
-    """How the files of a dialect are written."""
-    for _, dialect, container in every_dialect():
-        if dialect.name == to:
-            return container
-    raise UsageError(f"to={to!r}: no dialect of that name")
-
-
-__all__ = ["Found", "every_dialect", "find", "infer", "parse_name", "with_files"]
+                    for point in product(*(range(sizes[n]) for n in spread)):
+                        here = {**binding, **dict(zip(spread, point, strict=True))}
+                        yield target.name.format(here), shape

@@ -27,7 +27,7 @@ _SECTIONS = (
 )
 _CONFIG_SECTIONS = (
     *("config", "defaults", "require", "ignore", "exclusive"),
-    *("is", "needs", "unsaid", "words", "write", "forgets"),
+    *("is", "needs", "unsaid", "words", "write", "zeros", "forgets"),
 )
 _SPEC_KEYS = ("axes", "shapes", "present")
 
@@ -89,6 +89,8 @@ class Dialect:
     unsaid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that say nothing
     words: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
     write: Mapping[str, Any] = field(default_factory=dict)  # `{field}` or a constant; null: not
+    # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
+    zeros: Mapping[str, Any] = field(default_factory=dict)
     forgets: frozenset[str] = frozenset()  # native fields that may be lost
 
     @property
@@ -112,6 +114,9 @@ class Dialect:
         known += [name for name, _ in (*self.tied, *self.drop)]
         names = {disk, disk[len(prefix) :] if disk.startswith(prefix) else disk}
         return any(template.match(name) is not None for template in known for name in names)
+
+    def drops(self, disk: str) -> bool:
+        return any(template.match(disk) is not None for template, _ in self.drop)
 
     def native_names(self, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
         """What is given in the dialect's own words, in native ones; what neither has, as it is."""
@@ -367,6 +372,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         unsaid={k: tuple(v) for k, v in section("unsaid").items()},
         words={k: tuple((a, b) for a, b in pairs) for k, pairs in section("words").items()},
         write=section("write"),
+        zeros=section("zeros"),
         forgets=frozenset([*(data.get("forgets") or ()), *common["forgets"]]),
     )
     for template, _ in dialect.drop + dialect.tied + dialect.aliases:

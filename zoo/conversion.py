@@ -27,8 +27,8 @@ from converters.spec import Spec, load_spec
 from converters.store import Stage, staged
 from zoo import registry
 from zoo.components.model import Model
-from zoo.errors import OutputExists, UsageError, did_you_mean, listing
-from zoo.exporting import Export, dialects, export
+from zoo.errors import LossyExport, OutputExists, UsageError, did_you_mean, listing
+from zoo.exporting import Export, dialects, export, same_config, with_zeros
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
@@ -93,12 +93,14 @@ def _output(
     if to not in OWN_FILES:
         return _exported_output(model, state, to, layout)
     check_no_layout(to, layout)
-    origin = origin_of(model, state)
+    if to == "hf":
+        model, state = _with_zeros(model, state, to)
     if to == "native":
-        texts = {NATIVE_FILE: native_record(model, origin)}
+        texts = {NATIVE_FILE: native_record(model, state)}
         items = [_item(name, tensor) for name, tensor in state.items()]
         metadata, where = {"format": "pt"}, {}
     else:
+        origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
         plan = export_plan(model, origin)
         items = in_order(_exported(plan, state), plan)
@@ -124,6 +126,7 @@ def _exported_output(
 ) -> Output:
     entry = _entry(model)
     spec = load_spec(entry.spec)
+    model, state = _with_zeros(model, state, to)
     dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
     made = export(spec, to, model.config, native_of(model), dtypes, layout)
     items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
@@ -133,6 +136,18 @@ def _exported_output(
         carried = companions_of(model.provenance.directory, model.provenance.file)
     texts |= vocabulary_of(made, carried)
     return Output(tuple(shards), texts, carried, said=said_of(entry.name, to, spec))
+
+
+def _with_zeros(
+    model: Model, state: Mapping[str, Tensor], to: str
+) -> tuple[Model, dict[str, Tensor]]:
+    """The model that a dialect can say, and its tensors: those that it has more hold zeros."""
+    dialect = load_spec(_entry(model).spec).dialects.get(to)
+    if dialect is None:
+        return model, dict(state)
+    model, shapes = with_zeros(model, dialect)
+    like = next(iter(state.values()))
+    return model, {**state, **{name: like.new_zeros(shape) for name, shape in shapes.items()}}
 
 
 def vocabulary_of(made: Export, carried: dict[str, Path]) -> dict[str, bytes]:
@@ -206,8 +221,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def native_record(model: Model, origin: Origin) -> bytes:
-    """zoo.json: what a native directory holds, and what it was."""
+def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
+    """zoo.json: what a native directory holds, and what it was, or would be as an HF directory."""
+    try:
+        origin = origin_of(model, state)
+    except LossyExport:  # nothing that the reference could say; other dialects can
+        named = _class_of(_entry(model), model.config.head)
+        origin = Origin("none", named, "{}", {}, {}, {})
     record = {
         "architecture": _entry(model).name,
         "config": model.config.to_dict(),
@@ -321,6 +341,8 @@ def _fresh(
     ):  # fields that do not change inference stay as they were
         config = json.loads(model.provenance.origin.config)
     config.update(spec.dialect("hf").write_config(fields))
+    read, _ = spec.dialect("hf").read_config(config)
+    same_config(spec.dialect("hf"), model.config, {**read, "head": model.config.head})
     config["architectures"] = [named]
     config["model_type"] = entry.model_type
     if dtype:

@@ -36,7 +36,7 @@ from zoo.conversion import (
     vocabulary_of,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
-from zoo.exporting import export
+from zoo.exporting import export, with_zeros
 from zoo.pretrained import (
     Located,
     Origin,
@@ -44,6 +44,7 @@ from zoo.pretrained import (
     check_trust,
     dtype_of,
     locate,
+    native_of,
     prove,
     provenance_of,
 )
@@ -132,7 +133,7 @@ def dry_run(
     checkpoint = found.checkpoint()
     chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
-    if found.native is not None and to == "hf":
+    if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
@@ -229,28 +230,33 @@ def plan_output(
         **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
     }
+    zeros: dict[str, tuple[int, ...]] = {}
+    if to != "native" and to in found.spec.dialects:
+        model, zeros = with_zeros(model, found.spec.dialect(to))
+        like = next(iter(state.values()))
+        state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
     carried = companions_of(found.source.directory, found.source.file)
     seen = {path: identity(path.stat()) for path in checkpoint.files}
     if to not in OWN_FILES:
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
-        made = export(found.spec, to, model.config, plan.native, dtypes, layout)
+        made = export(found.spec, to, model.config, native_of(model), dtypes, layout)
         held = {info.dtype for info in made.plan.header.values()}
         if kind is not None and held != {dtype_code(kind)}:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
-        items = list(_backward(found, checkpoint, plan, made.plan, trust))
+        items = list(_backward(checkpoint, plan, made.plan, trust, zeros))
         shards, texts = made.files(items, lossy=kind is not None)
         texts |= vocabulary_of(made, carried)
         said["layout"] = dict(made.options)
         return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
     check_no_layout(to, layout)
-    origin = origin_of(model, state)
     if to == "native":
-        texts = {NATIVE_FILE: native_record(model, origin)}
+        texts = {NATIVE_FILE: native_record(model, state)}
         items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
         metadata, where = {"format": "pt"}, {}
     else:
+        origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
-        items = list(_to_hf(found, checkpoint, model, plan, origin, trust))
+        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros))
         metadata, where = dict(origin.metadata), dict(origin.where)
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
@@ -307,6 +313,7 @@ def _to_hf(
     plan: Plan,
     origin: Origin,
     trust: Collection[str],
+    zeros: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse = export_plan(model, origin)
@@ -319,7 +326,7 @@ def _to_hf(
                     agreed(step, checkpoint.tensor, trust)  # before a byte is written
             yield from _as_they_are(checkpoint, inverse, disk)
             return
-    yield from in_order(_backward(found, checkpoint, plan, inverse, trust), inverse)
+    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros), inverse)
 
 
 def _names(step: Step) -> list[str]:
@@ -348,12 +355,19 @@ def _of(checkpoint: Checkpoint, name: str) -> Lazy:
 
 
 def _backward(
-    found: Located, checkpoint: Checkpoint, plan: Plan, inverse: Plan, trust: Collection[str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    inverse: Plan,
+    trust: Collection[str],
+    zeros: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Item]:
-    """From native arrays, which are the checkpoint's own or made from its tensors."""
+    """From native arrays, which are the checkpoint's own, or made from its tensors, or zeros."""
     ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
+    any_dtype = checkpoint.tensors[plan.steps[0].sources[0]].dtype
 
     def native(name: str) -> torch.Tensor:
+        if name in zeros:
+            return torch.zeros(zeros[name], dtype=torch_dtype(any_dtype))
         step, n = ways[plan.native.ties.get(name, name)]
         return _made(step, checkpoint, trust, n).whole()
 
@@ -367,9 +381,15 @@ def _backward(
         for names in (step.sources, *step.also):
             for n, name in enumerate(names):
                 info = inverse.header[name]
+                span, stored = None, any_dtype
+                if step.targets[0] in zeros:
+                    made_so = Item(
+                        TensorInfo(name, info.shape, stored), "zeros", partial(made, step, n)
+                    )
+                    yield made_so.cast(info.dtype)
+                    continue
                 first = ways[plan.native.ties.get(step.targets[0], step.targets[0])][0]
                 stored = checkpoint.tensors[first.sources[0]].dtype
-                span = None
                 if step.transform is None and first.transform is None and not first.also:
                     span = _span(checkpoint, first.sources[ways[step.targets[n]][1]])
                 item = Item(

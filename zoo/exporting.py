@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from converters.coding import int8_groups
 from converters.dialects import every_dialect, infer
 from converters.formats import TensorInfo, llama2c, torch_zip
@@ -15,7 +17,9 @@ from converters.lazy import Lazy
 from converters.output import Item, Shard
 from converters.plan import Native, Plan, make_plan, target_names
 from converters.spec import Container, Dialect, Spec
+from zoo.components.model import Model
 from zoo.errors import ConfigError, LossyExport, SpecError, UsageError, did_you_mean, listing
+from zoo.pretrained import native_of
 
 # option: its least value and what it is, by format
 OPTIONS: dict[str, dict[str, int]] = {
@@ -109,6 +113,26 @@ class Export:
         return [Shard(self.container.file, tuple(written), layout)]
 
 
+def with_zeros(model: Model, dialect: Dialect) -> tuple[Model, dict[str, tuple[int, ...]]]:
+    """The model that a dialect can say, on meta, and the shapes of what it has more: all zeros.
+
+    A bias of zero is none.
+    """
+    config = model.config
+    grown = {
+        name: True
+        for name, when in dialect.zeros.items()
+        if getattr(config, name) is False and (when is True or getattr(config, when))
+    }
+    if not grown:
+        return model, {}
+    with torch.device("meta"):
+        larger = type(model)(config.replace(**grown))
+    larger.architecture, larger.provenance = model.architecture, model.provenance
+    before = native_of(model).shapes
+    return larger, {n: s for n, s in native_of(larger).shapes.items() if n not in before}
+
+
 def _coded(item: Item, info: TensorInfo, coding: Any) -> Item:
     return Item(info, item.rule, item.make, None, item.stored or item.info.dtype, coding)
 
@@ -199,19 +223,26 @@ def _come_back(
 ) -> None:
     """Reads what would be written; a field that means something else then is refused by name."""
     known, problems = dialect.read_config(reference)
-    fields = config.to_dict()
     everything = {**header, **{o: TensorInfo(o, *header[n][1:]) for o, n in aliases.items()}}
     told = infer(spec, dialect, known, everything, shards, aliases)
-    asked = {name: fields[name] for name in dialect.needs if known.get(name) is None}
+    asked = {name: getattr(config, name) for name in dialect.needs if known.get(name) is None}
     head = "lm" if "lm" in type(config).heads_known else config.head
+    same_config(dialect, config, {**known, **told, **asked, "head": head}, problems)
+
+
+def same_config(
+    dialect: Dialect, config: Any, again: Mapping[str, Any], problems: Iterable[str] = ()
+) -> None:
+    """Refuses what would come back different, by name."""
+    fields, lost = config.to_dict(), list(problems)
     try:
-        again = type(config)(**{**known, **told, **asked, "head": head}).to_dict()
+        read = type(config)(**again).to_dict()
     except ConfigError as error:
         raise LossyExport(f"to={dialect.name!r}: it would not be read back: {error}") from None
-    problems += [
-        f"{name}: {fields[name]!r} cannot be said there, and would be read as {again[name]!r}"
+    lost += [
+        f"{name}: {fields[name]!r} cannot be said there, and would be read as {read[name]!r}"
         for name in fields
-        if again[name] != fields[name] and name not in dialect.forgets
+        if read[name] != fields[name] and name not in dialect.forgets
     ]
-    if problems:
-        raise LossyExport("\n  ".join([f"to={dialect.name!r}: not written:", *problems]))
+    if lost:
+        raise LossyExport("\n  ".join([f"to={dialect.name!r}: not written:", *lost]))

@@ -458,7 +458,7 @@ def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
         return
     if not isinstance(origin.get("class"), str | None):
         yield f"origin.class: expected a name, found {origin['class']!r}"
-    if origin.get("dialect") != "hf":
+    if origin.get("dialect") not in ("hf", "none"):
         yield f"origin.dialect: {origin.get('dialect')!r} is not known"
     metadata, text, tensors = (origin.get(name) for name in ("metadata", "config", "tensors"))
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
