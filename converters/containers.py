@@ -169,7 +169,7 @@ def open_place(place: Path) -> Opened | None:
     if not kinds:
         return None
     names = _shards(root, sorted(kinds))
-    kind = kinds[names[0]]
+    kind = next(iter(kinds.values()))  # the same of all
     known = FORMATS[kind]
     module = import_module(f"converters.formats.{known.module}")
     paths = tuple(confined(root, name) for name in names)

@@ -574,23 +574,31 @@ def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, whe
     try:
         plan = make_plan(foreign.spec, name, fields, native, checkpoint.tensors, said)
     except ShapeMismatch as error:
-        if foreign.container.sharded and (times := _times_too_small(foreign, fields, native)) > 1:
+        if foreign.container.sharded and (times := _times_too_small(foreign, native)) > 1:
             wanted = times * foreign.shards
             told = listing(path.name for path in checkpoint.files)
             raise MissingShard(
-                f"{where}: {foreign.shards} of {wanted} files are there ({told}): each tensor has "
-                f"one in {times} of the numbers that {foreign.config_from} makes it have"
+                f"{where}: {foreign.shards} of {wanted} files are there ({told}): tensors have "
+                f"one in {times} of the numbers that {foreign.config_from} makes them have"
             ) from error
         raise
     return replace(plan, dropped={**plan.dropped, **checkpoint.outside})
 
 
-def _times_too_small(foreign: Found, fields: Mapping[str, Any], native: Native) -> int:
-    """How many times the numbers there are would make a whole model; 0 where none would."""
-    header = foreign.checkpoint.tensors.values()
-    matrices = sum(info.numel for info in header if len(info.shape) > 1)
-    wanted = sum(prod(shape) for shape in native.shapes.values() if len(shape) > 1)
-    return wanted // matrices if matrices and wanted % matrices == 0 else 0
+def _times_too_small(foreign: Found, native: Native) -> int:
+    """How many times the files there are would make a whole model; 1 where none would.
+
+    What only shapes tell is taken from too few files, and fits them.
+    """
+    times = {1}
+    for rule in foreign.dialect.weights:
+        if "shard" not in rule.stacked:
+            continue
+        for name, info in foreign.checkpoint.tensors.items():
+            if (binding := rule.source.name.match(name)) is not None and info.numel:
+                whole = prod(native.shapes.get(rule.targets[0].name.format(binding), ()))
+                times.add(whole // (info.numel * foreign.shards))
+    return max(times) if len(times) == 2 and 0 not in times else 1
 
 
 def native_of(model: nn.Module) -> Native:
