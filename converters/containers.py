@@ -28,10 +28,15 @@ _SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
 
 
 class Format(NamedTuple):
-    """A kind of file that is known by its bytes; its reader offers `values` too."""
+    """A kind of file that is known by its bytes.
+
+    `open` gives the readers of a file and of those that it says belong to it. Beside what every
+    reader has they may offer `values` (what else the file says), `span` (where a tensor's bytes lie
+    as they are), `place` (the same of two names of one array) and `files` (all that they read).
+    """
 
     module: str
-    open: Callable[[Any, Path], Any]
+    open: Callable[[Any, Path], list[tuple[Path, Any]]]
     about: str
     is_: Callable[[bytes, bytes, int], bool]  # of its first and last bytes and its size
 
@@ -45,13 +50,16 @@ def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
 FORMATS: dict[str, Format] = {
     "torch": Format(
         "torch_zip",
-        lambda module, path: module.TorchZipReader(path, nested=True),
+        lambda module, path: [(path, module.TorchZipReader(path, nested=True))],
         "a zip of torch.save",
         lambda head, tail, size: head.startswith(b"PK\x03\x04"),
     ),
     # without a magic, so after all others
     "llama2c": Format(
-        "llama2c", lambda module, path: module.Llama2cReader(path), "llama2.c's .bin", _is_llama2c
+        "llama2c",
+        lambda module, path: [(path, module.Llama2cReader(path))],
+        "llama2.c's .bin",
+        _is_llama2c,
     ),
 }
 
@@ -71,8 +79,13 @@ class Opened(NamedTuple):
     """Files of one format that are one checkpoint."""
 
     kind: str
-    paths: tuple[Path, ...]
-    readers: tuple[Any, ...]
+    readers: tuple[tuple[Path, Any], ...]
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What the first file says beside its tensors."""
+        found: Mapping[str, Any] = getattr(self.readers[0][1], "values", {})
+        return found
 
     def checkpoint(self, container: Container) -> Checkpoint | None:
         """Its tensors as a dialect calls them; None where the key that they stand under is gone."""
@@ -81,7 +94,7 @@ class Opened(NamedTuple):
         shared: dict[str, str] = {}
         outside: dict[str, str] = {}
         readers: dict[str, Reader] = {}
-        for number, (path, reader) in enumerate(zip(self.paths, self.readers, strict=True)):
+        for number, (path, reader) in enumerate(self.readers):
             key = _key(container.within, reader.tensors)
             if key is None:
                 return None
@@ -102,9 +115,9 @@ class Opened(NamedTuple):
                 where[name] = path.name
             shared |= _shared(reader, names)
         return Checkpoint(
-            root=self.paths[0].parent,
+            root=self.readers[0][0].parent,
             format=self.kind,
-            files=self.paths,
+            files=tuple(f for path, reader in self.readers for f in _files(path, reader)),
             tensors=tensors,
             where=where,
             metadata={},
@@ -112,6 +125,11 @@ class Opened(NamedTuple):
             shared=shared,
             outside=outside,
         )
+
+
+def _files(path: Path, reader: Any) -> tuple[Path, ...]:
+    found: tuple[Path, ...] = getattr(reader, "files", (path,))
+    return found
 
 
 def _key(within: tuple[str, ...], names: Mapping[str, Any]) -> str | None:
@@ -172,8 +190,8 @@ def open_place(place: Path) -> Opened | None:
     kind = next(iter(kinds.values()))  # the same of all
     known = FORMATS[kind]
     module = import_module(f"converters.formats.{known.module}")
-    paths = tuple(confined(root, name) for name in names)
-    return Opened(kind, paths, tuple(known.open(module, path) for path in paths))
+    every = [pair for name in names for pair in known.open(module, confined(root, name))]
+    return Opened(kind, tuple(every))
 
 
 def _shards(root: Path, names: list[str]) -> list[str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.checkpoint import Checkpoint, confined
-from converters.containers import Opened, open_place
+from converters.containers import FORMATS, Opened, open_place
 from converters.formats import TensorInfo
 from converters.language import NUMBER_WORDS, Rule, Sizes, solve
 from converters.spec import Container, Dialect, Spec, load_spec, spec_names
 from converters.strict_json import read_json
-from zoo.errors import AmbiguousCheckpoint, NotACheckpoint, listing
+from zoo.errors import AmbiguousCheckpoint, ConfigError, NotACheckpoint, listing
 
 
 class Found(NamedTuple):
@@ -62,11 +62,11 @@ def find(place: Path) -> Found | None:
             looked.append(f"{name}: nothing below {' or '.join(filter(None, container.within))}")
             continue
         odd = [n for n in checkpoint.tensors if not dialect.knows(n)]
-        values = opened.readers[0].values
+        values = opened.values
         wrong = [k for k, allowed in dialect.is_.items() if values.get(k) not in allowed]
         if not odd and not wrong and checkpoint.tensors:
             reference, said = _reference(container, opened, checkpoint)
-            shards = len(opened.paths)
+            shards = len(opened.readers) if container.sharded else 1
             fits.append(Found(spec, dialect, container, checkpoint, reference, shards, said))
         elif wrong:
             looked.append(f"{name}: {listing(f'{k} is {values.get(k)!r}' for k in wrong)}")
@@ -79,16 +79,19 @@ def find(place: Path) -> Found | None:
         named = listing(f"{found.spec.name} of {found.container.about}" for found in fits)
         raise AmbiguousCheckpoint(f"{place}: its names are those of {named}, and nothing tells")
     lines = "\n  ".join(looked) or f"no dialect has files of format {opened.kind}"
-    raise NotACheckpoint(f"{place}: a file of {opened.kind} whose names fit no dialect:\n  {lines}")
+    raise NotACheckpoint(
+        f"{place}: {FORMATS[opened.kind].about} whose names fit no dialect, and no config.json:\n"
+        f"  {lines}"
+    )
 
 
 def _reference(
     container: Container, opened: Opened, checkpoint: Checkpoint
 ) -> tuple[dict[str, Any], str]:
     """(the config in the dialect's own words, where it lies); empty where there is none."""
-    values, file = opened.readers[0].values, opened.paths[0]
+    values, file = opened.values, opened.readers[0][0]
     if container.config == ".":
-        return dict(values), f"{file}: header"
+        return _nested(values), f"{file}: header"
     if container.config.endswith(".json"):
         path = checkpoint.root / container.config
         if not os.path.lexists(path):
@@ -96,6 +99,20 @@ def _reference(
         return read_json(confined(checkpoint.root, container.config)), str(path)
     said = values.get(container.config)
     return (said if isinstance(said, dict) else {}), f"{file}: {container.config or 'no config'}"
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`, which is how a spec's paths look."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        *above, last = key.split(".")
+        place = out
+        for name in above:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key}: {name} is a value and holds others")
+        place[last] = value
+    return out
 
 
 # --- what shapes and names tell ------------------------------------------------------------------

@@ -167,7 +167,14 @@ class Dialect:
             said = [reference[name] for name in names if reference.get(name) is not None]
             if any(value != said[0] for value in said):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
+        every = {path for paths in self.config.values() for path in paths}
+        flat: dict[str, Any] = {}
         for key, value in reference.items():
+            # of an object of which parts are mapped, and never the whole, each part is a field
+            parts = isinstance(value, dict) and key in mapped and key not in every
+            flat |= {f"{key}.{inner}": v for inner, v in value.items()} if parts else {key: value}
+        mapped |= every
+        for key, value in flat.items():
             if key in self.require:
                 allowed = self.require[key]
                 # `True == 1`: a flag is compared with its type

@@ -30,7 +30,8 @@ OPTIONS: dict[str, dict[str, int]] = {
 
 def dialects() -> list[str]:
     """Every name that `to` may have."""
-    return list(dict.fromkeys(["hf", "native", *(d.name for _, d, _ in every_dialect())]))
+    written = (dialect.name for _, dialect, container in every_dialect() if container.file)
+    return list(dict.fromkeys(["hf", "native", *written]))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Export:
             raise LossyExport(
                 f"{self.dialect.name} holds {kinds}, and {listing(wide, 5)} hold more"
             )
-        make = self._torch if self.container.format == "torch" else self._llama2c
+        make = {"torch": self._torch, "llama2c": self._llama2c}[self.container.format]
         texts = {}
         if self.container.config.endswith(".json"):
             text = json.dumps(self.reference, indent=2) + "\n"
@@ -161,6 +162,8 @@ def export(
         known = listing(["hf", "native", *(n for n in spec.dialects if n != "hf")])
         raise LossyExport(f"to={to!r}: {spec.name} is not written in that dialect; only in {known}")
     container, chosen = dialect.container, _checked(dialect, options or {})
+    if not container.file:
+        raise LossyExport(f"to={to!r}: {container.about} is read, and not written")
     fields = {**config.to_dict(), "shards": chosen.get("shards", 1)}
     reference = dialect.write_config(fields)
     try:
