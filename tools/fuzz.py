@@ -25,12 +25,22 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from converters.checkpoint import open_checkpoint  # noqa: E402
+from converters.containers import kind_of  # noqa: E402
+from converters.dialects import find  # noqa: E402
 from converters.formats import BITS  # noqa: E402
+from converters.formats.llama2c import Header, Llama2cReader  # noqa: E402
 from converters.formats.safetensors import SafetensorsReader  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
 from zoo.pretrained import locate  # noqa: E402
 
-COUNTS = {"header": 1_000_000, "index": 100_000, "config": 100_000, "zip": 100_000}
+COUNTS = {
+    "header": 1_000_000,
+    "index": 100_000,
+    "config": 100_000,
+    "zip": 100_000,
+    "nested": 100_000,
+    "llama2c": 100_000,
+}
 SLOW = 1.0  # seconds
 
 # what stands in real headers and configs, and what should never
@@ -150,6 +160,15 @@ class Fuzz:
         self.config = json.dumps({**config, **sizes, **more, "rope_scaling": rope}).encode()
         torch.save({"a": torch.ones(3), "b": torch.ones(2, 2)}, scratch / "whole.bin")
         self.zip = (scratch / "whole.bin").read_bytes()
+        names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.mlp.c_fc.weight")
+        state = {f"transformer.{name}": torch.ones(2, 2) for name in names}
+        values = {"model_args": {"n_layer": 1, "n_head": 1, "n_embd": 2}, "optimizer": {0: [1.5]}}
+        torch.save({"model": state, **values}, scratch / "nested.pt")
+        self.nested = (scratch / "nested.pt").read_bytes()
+        heads = [
+            Header(v, (8, 6, 2, 2, 1, 5, 4), bool(v % 2), 2 if v == 2 else 0) for v in range(3)
+        ]
+        self.bins = [head.pack().ljust(head.starts()[1], b"\1") for head in heads]
 
     def file(self, name: str, data: bytes) -> Path:
         place = self.scratch / "one"
@@ -185,6 +204,31 @@ class Fuzz:
         data = self.zip[:tail] + mutated(self.zip[tail:], chance)
         self.file("pytorch_model.bin", data)
         open_checkpoint(self.scratch / "one")
+
+    def one_nested(self, chance: random.Random) -> None:
+        tail = chance.choice((0, len(self.nested) - 900, 100))
+        data = self.nested[:tail] + mutated(self.nested[tail:], chance)
+        found = find(self.file("ckpt.pt", data))
+        if found is not None:
+            found.fields()
+
+    def one_llama2c(self, chance: random.Random) -> None:
+        """Numbers in the place of the header's, among them those that make the file's own size."""
+        whole = bytearray(chance.choice(self.bins))
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            numbers = (0, 1, 2, -1, 2**31 - 1, -(2**31), 3, 255, chance.getrandbits(31))
+            at = 4 * chance.randrange(12)
+            whole[at : at + 4] = struct.pack("<i", chance.choice(numbers))
+        if chance.random() < 0.3:
+            whole = bytearray(mutated(bytes(whole), chance))
+        place = self.file("model.bin", bytes(whole))
+        if kind_of(place) != "llama2c":
+            raise ZooError("nothing that is known")
+        reader = Llama2cReader(place)
+        self.seen["llama2c accepted"] += 1
+        assert reader.header.starts()[1] == len(whole), "accepted, and of another size"
+        for name in reader.tensors:
+            reader.tensor(name)
 
     def run(self, kind: str, count: int, seed: int) -> None:
         one: Callable[[random.Random], None] = getattr(self, f"one_{kind}")
