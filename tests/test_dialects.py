@@ -473,6 +473,33 @@ def test_book(gpt2: Any, tmp_path: Path, biased: bool, nested: bool) -> None:
     assert all(torch.equal(mine[name], state[name]) for name in mine)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("spec", "to", "layout"),
+    [
+        ("llama", "meta", {}),
+        ("llama", "meta", {"shards": 2}),
+        ("gpt2", "book", {}),
+        ("gpt2", "mingpt", {}),
+    ],
+)
+def test_a_head_that_is_the_embedding(spec: str, to: str, layout: Any, tmp_path: Path) -> None:
+    """One array under two names in the file, and one in the model that is read from it."""
+    even = EVEN if spec == "llama" else {}
+    model = model_of(spec, to, tied=True, **even)
+    zoo.save(model, tmp_path / "out", to=to, layout=layout)
+    again = zoo.load(tmp_path / "out", config=asked(model, to, spec))
+    assert again.config.tied and again.head.weight is again.embed.weight
+    assert torch.equal(again(IDS), model(IDS))
+    apart = model_of(spec, to, tied=False, **even)
+    apart.head.weight.copy_(apart.embed.weight)
+    zoo.save(apart, tmp_path / "apart", to=to, layout=layout)
+    assert not zoo.load(tmp_path / "apart", config=asked(model, to, spec)).config.tied
+    if layout:
+        with pytest.raises(LossyExport, match="leave columns away"):
+            zoo.save(model, tmp_path / "no", to=to, layout=layout | {"columns": 1})
+
+
 # --- llama2.c ------------------------------------------------------------------------------------
 
 
