@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from converters.formats import TensorInfo
+from converters.formats import TensorInfo, torch_dtype
 from converters.formats.safetensors import SafetensorsReader
+from converters.lazy import Decoded, Lazy
 from converters.strict_json import read_json
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -70,6 +71,15 @@ class Checkpoint:
             near = did_you_mean(name, self.where)
             raise MissingTensors(f"{self.root}: holds no tensor {name}.{near}")
         return self.readers[self.where[name]].tensor(name)
+
+    def lazy(self, name: str) -> Lazy:
+        """Likewise; where its numbers have to be decoded, only those that are looked at are."""
+        reader: Any = self.readers[self.where[name]]
+        read = reader.decoder(name) if hasattr(reader, "decoder") else None
+        if read is None:
+            return Lazy.of(self.tensor(name))
+        info = self.tensors[name]
+        return Decoded(info.shape, torch_dtype(info.dtype), read)
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +33,8 @@ class Format(NamedTuple):
 
     `open` gives the readers of a file and of those that it says belong to it. Beside what every
     reader has they may offer `values` (what else the file says), `span` (where a tensor's bytes lie
-    as they are), `place` (the same of two names of one array) and `files` (all that they read).
+    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `place` (the
+    same of two names of one array) and `files` (all that they read).
     """
 
     module: str
@@ -161,6 +163,13 @@ class _Renamed:
     def tensor(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self._reader.tensor(self._names[name])
         return found
+
+    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
+        """What makes some of its numbers, where the bytes are not the numbers."""
+        inner = self._names[name]
+        if self.span(name) is not None or not hasattr(self._reader, "numbers"):
+            return None
+        return partial(self._reader.numbers, inner)
 
     def span(self, name: str) -> tuple[int, int] | None:
         span = getattr(self._reader, "span", None)

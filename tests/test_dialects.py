@@ -2,6 +2,7 @@
 
 import json
 import struct
+import weakref
 from collections import OrderedDict
 from functools import cache
 from itertools import product
@@ -18,6 +19,7 @@ from converters.coding import in_units, int8_groups
 from converters.dialects import every_dialect
 from converters.formats import llama2c
 from converters.formats.torch_zip import TorchZipReader
+from converters.lazy import Lazy, Part
 from converters.manifest import check
 from converters.spec import load_spec, spec_names
 from zoo import registry
@@ -621,6 +623,60 @@ def test_hostile_headers(tmp_path: Path, head: bytes, size: int, why: str) -> No
     with pytest.raises(CorruptCheckpoint, match=why) as error:
         zoo.load(path)
     assert str(path) in str(error.value)
+
+
+def test_numbers_of_groups_wherever_they_are_cut(tmp_path: Path) -> None:
+    header = llama2c.Header(2, (8, 24, 2, 2, 1, 5, 16), True, 8)
+    path = tmp_path / "model.bin"
+    size = header.starts()[1]
+    body = torch.randn(size, generator=torch.Generator().manual_seed(2)).to(torch.float16)
+    data = body.view(torch.uint8)[: size - 256].numpy().tobytes()
+    path.write_bytes(header.pack() + data)
+    reader = llama2c.Llama2cReader(path)
+    for name in ("wq.1", "w2.0", "token_embedding_table"):
+        whole = reader.tensor(name).reshape(-1)
+        for start, end in ((0, 1), (7, 9), (8, 16), (3, 40), (39, 40), (0, 40)):
+            found = reader.numbers(name, start, end)
+            assert torch.equal(found.nan_to_num(), whole[start:end].nan_to_num())
+
+
+def test_parts_are_made_one_by_one_where_they_stand_in_turn() -> None:
+    made: list[int] = []
+    held = [torch.full((4, 6), float(n)) for n in range(3)]
+
+    def make(n: int) -> Tensor:
+        made.append(n)
+        return held[n]
+
+    meta = torch.empty(4, 6, device="meta", dtype=torch.float32)
+    rows = [Part((slice(4 * n, 4 * n + 4), slice(0, 6)), meta) for n in range(3)]
+    found = torch.cat(list(Lazy((12, 6), (12, 6), rows).later(make).pieces(24)))
+    assert torch.equal(found, torch.cat(held)) and made == [0, 1, 2]
+    made.clear()
+    columns = [Part((slice(0, 4), slice(6 * n, 6 * n + 6)), meta) for n in range(3)]
+    mixed = Lazy((4, 18), (4, 18), columns).later(make)
+    found = torch.cat([piece.reshape(-1) for piece in mixed.pieces(24)])
+    assert torch.equal(found, torch.cat(held, 1).reshape(-1)) and made == [0, 1, 2]
+    assert mixed._made.keys() == {0, 1, 2}
+
+
+def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an array of all layers that comes from matrices which are turned on the way."""
+    zoo.save(model_of("llama", "meta", "llama2c"), tmp_path / "meta", to="meta")
+    made: list[Any] = []
+    most, whole = 0, Lazy.whole
+
+    def watched(self: Lazy) -> Tensor:
+        nonlocal most
+        most = max(most, 1 + sum(ref() is not None for ref in made))
+        tensor = whole(self).clone()  # a view would die with its array
+        made.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(Lazy, "whole", watched)
+    zoo.convert(tmp_path / "meta", tmp_path / "out", to="llama2c", threads=1)
+    assert len(made) == 9 * 3  # nine kinds of three layers, each once
+    assert most == 1
 
 
 # --- what is found, and what is not --------------------------------------------------------------

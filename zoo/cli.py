@@ -87,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
     )
     command.add_argument(
-        "--to", metavar="DIALECT", default="native", help="hf, meta, llama2c, nanogpt … [native]"
+        "--to",
+        metavar="DIALECT",
+        type=_dialect,
+        default="native",
+        help="hf, meta, llama2c, nanogpt … [native]",
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
@@ -195,6 +199,14 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=kind, metavar="N", help=does)
     how = {"dest": "stop_strings", "action": "append", "metavar": "TEXT"}
     command.add_argument("--stop", **how, help="end before TEXT; may be given again")  # type: ignore[arg-type]
+
+
+def _dialect(text: str) -> str:
+    from zoo.exporting import dialects
+
+    if text not in (known := dialects()):
+        raise argparse.ArgumentTypeError(f"{text!r}: one of {', '.join(known)}")
+    return text
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -300,9 +300,9 @@ def _target_shapes(step: Step) -> list[tuple[int, ...]]:
 
 def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) -> Lazy:
     names = agreed(step, checkpoint.tensor, trust)
-    tensors = [checkpoint.tensor(name) for name in names]
     if step.transform is None:
-        return Lazy.of(tensors[n])
+        return checkpoint.lazy(names[n])
+    tensors = [checkpoint.tensor(name) for name in names]
     return step.transform.targets_of(tensors)[n]
 
 
@@ -365,17 +365,44 @@ def _backward(
     ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
     any_dtype = checkpoint.tensors[plan.steps[0].sources[0]].dtype
 
-    def native(name: str) -> torch.Tensor:
+    def native(name: str) -> Lazy:
         if name in zeros:
-            return torch.zeros(zeros[name], dtype=torch_dtype(any_dtype))
+            return Lazy.of(torch.zeros(zeros[name], dtype=torch_dtype(any_dtype)))
         step, n = ways[plan.native.ties.get(name, name)]
-        return _made(step, checkpoint, trust, n).whole()
+        return _made(step, checkpoint, trust, n)
 
     def made(step: Step, n: int) -> Lazy:
-        tensors = [native(name) for name in step.targets]
-        return (
-            Lazy.of(tensors[n]) if step.transform is None else step.transform.sources_of(tensors)[n]
-        )
+        if step.transform is None:
+            return native(step.targets[n])
+        metas = [
+            torch.empty(
+                zeros.get(name) or plan.native.shapes[plan.native.ties.get(name, name)],
+                dtype=torch_dtype(stored_as(name)),
+                device="meta",
+            )
+            for name in step.targets
+        ]
+        transform, shaped = step.transform, step.transform.sources_of(metas)[n]
+        # of which array each part is a view: one at a time is made, where several are joined
+        of = [
+            [k for k, m in enumerate(metas) if p.view is m or p.view._base is m]
+            for p in shaped.parts
+        ]
+        if not all(len(found) == 1 for found in of):
+            return transform.sources_of([native(name).whole() for name in step.targets])[n]
+
+        def part(p: int) -> torch.Tensor:
+            (k,) = of[p]
+            tensors = [*metas[:k], native(step.targets[k]).whole(), *metas[k + 1 :]]
+            return transform.sources_of(tensors)[n].parts[p].view
+
+        return shaped.later(part)
+
+    def stored_as(name: str) -> str:
+        if name in zeros:
+            return any_dtype
+        step, _ = ways[plan.native.ties.get(name, name)]
+        return checkpoint.tensors[step.sources[0]].dtype
 
     for step in inverse.steps:
         for names in (step.sources, *step.also):

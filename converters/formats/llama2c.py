@@ -196,13 +196,25 @@ class Llama2cReader:
         if not self.header.groups(name):
             flat = torch.frombuffer(data, dtype=torch.float32, count=count, offset=start)
             return flat.view(shape)
-        whole = torch.frombuffer(data, dtype=torch.int8, count=count, offset=start)
+        return self.numbers(name, 0, count).view(shape)
+
+    def numbers(self, name: str, start: int, end: int) -> torch.Tensor:
+        """(end - start,) of an array in groups, in row-major order; no others are made."""
+        import torch
+
+        group, count = self.header.group, prod(self.tensors[name].shape)
+        first, last = start // group, -(-end // group)
+        at, data = self._starts[name], self._mapping
+        whole = torch.frombuffer(
+            data, dtype=torch.int8, count=(last - first) * group, offset=at + first * group
+        )
         # scales lie behind as many bytes as there are numbers, wherever that is
-        groups = count // self.header.group
-        raw = torch.frombuffer(data, dtype=torch.uint8, count=4 * groups, offset=start + count)
+        raw = torch.frombuffer(
+            data, dtype=torch.uint8, count=4 * (last - first), offset=at + count + 4 * first
+        )
         scales = raw.clone().view(torch.float32)
-        grouped = whole.view(groups, self.header.group).to(torch.float32)
-        return (grouped * scales[:, None]).view(shape)
+        made = (whole.view(-1, group).to(torch.float32) * scales[:, None]).view(-1)
+        return made[start - first * group :][: end - start]
 
 
 # --- writing -------------------------------------------------------------------------------------
