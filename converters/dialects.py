@@ -61,7 +61,7 @@ def find(place: Path) -> Found | None:
         if checkpoint is None:
             looked.append(f"{name}: nothing below {' or '.join(filter(None, container.within))}")
             continue
-        odd = [n for n in checkpoint.tensors if not dialect.knows(n)]
+        odd = _unknown(dialect, container, checkpoint)
         values = opened.values
         wrong = [k for k, allowed in dialect.is_.items() if values.get(k) not in allowed]
         if not odd and not wrong and checkpoint.tensors:
@@ -83,6 +83,19 @@ def find(place: Path) -> Found | None:
         f"{place}: {FORMATS[opened.kind].about} whose names fit no dialect, and no config.json:\n"
         f"  {lines}"
     )
+
+
+def _unknown(dialect: Dialect, container: Container, checkpoint: Checkpoint) -> list[str]:
+    """Names that the dialect says nothing of; files of the same names are looked at once."""
+    first = (
+        {n[2:] for n in checkpoint.tensors if n.startswith("0/")} if container.sharded else set()
+    )
+    known = {name for name in first if dialect.knows(f"0/{name}")}
+    return [
+        name
+        for name in checkpoint.tensors
+        if name.partition("/")[2] not in known and not dialect.knows(name)
+    ]
 
 
 def _reference(
@@ -126,7 +139,9 @@ def infer(
     shards: int = 1,
     shared: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Native fields that the config leaves open and the files tell."""
+    """Native fields that the config leaves open and the files tell: of several, the first."""
+    if shards > 1:
+        header = {name: info for name, info in header.items() if name.startswith("0/")}
     rules = dialect.weights + dialect.heads + dialect.alternatives
     arrays = list(_arrays(rules, dialect.prefix, header, shards))
     told: dict[str, Any] = {}
