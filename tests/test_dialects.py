@@ -267,6 +267,8 @@ def test_meta(llama: Any, tmp_path: Path, shards: int, columns: bool) -> None:
     assert torch.equal(model(IDS), zoo.load(hf)(IDS))
     assert model.config.vocab == 134 and model.config.hidden == 102
     assert set(model.provenance.dropped.values()) == {"rotary frequencies follow from the config"}
+    zoo.save(model, tmp_path / "same", to="meta")  # what params.json said, it says again
+    assert json.loads((tmp_path / "same" / "params.json").read_text()) == params_of(config)
     # given back: joined and split as they were, norms in each file
     layout = {"shards": shards, "columns": int(columns)} if columns else {"shards": shards}
     zoo.convert(place, tmp_path / "hf", to="hf")

@@ -128,7 +128,9 @@ def _exported_output(
     spec = load_spec(entry.spec)
     model, state = _with_zeros(model, state, to)
     dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
-    made = export(spec, to, model.config, native_of(model), dtypes, layout)
+    origin = model.provenance.origin if model.provenance is not None else None
+    said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
+    made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
     items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
     shards, texts = made.files(items)
     carried = {}

@@ -223,7 +223,7 @@ def plan_output(
     checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
-    model.provenance = provenance_of(found, checkpoint, model, plan)
+    provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
     kind = dtype_of(dtype)
     state = dict(_state(plan, checkpoint, kind))
     said = {
@@ -239,7 +239,9 @@ def plan_output(
     seen = {path: identity(path.stat()) for path in checkpoint.files}
     if to not in OWN_FILES:
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
-        made = export(found.spec, to, model.config, native_of(model), dtypes, layout)
+        origin = provenance.origin
+        before = json.loads(origin.config) if origin.dialect == to else None
+        made = export(found.spec, to, model.config, native_of(model), dtypes, layout, before)
         held = {info.dtype for info in made.plan.header.values()}
         if kind is not None and held != {dtype_code(kind)}:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")

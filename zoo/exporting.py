@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,10 +153,12 @@ def export(
     native: Native,
     stored: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> Export:
     """Proven: every array of the model has a place, and its config comes back as it is.
 
-    `stored` is each native array's dtype.
+    `stored` is each native array's dtype. `said` is the config of files of this very dialect that
+    the model was read from: it is kept word for word if it still means this model.
     """
     dialect = spec.dialects.get(to)
     if dialect is None or dialect.container is None:
@@ -186,7 +189,12 @@ def export(
             f"to={to!r}: a head that is the embedding is cut by rows, and columns=1 cuts the "
             "embedding by columns: leave columns away"
         )
-    _come_back(spec, dialect, config, reference, header, aliases, fields["shards"])
+    back = partial(_come_back, spec, dialect, config)
+    if said:
+        with suppress(LossyExport):
+            back(said, header, aliases, fields["shards"])
+            return Export(dialect, container, plan, said, aliases, chosen)
+    back(reference, header, aliases, fields["shards"])
     return Export(dialect, container, plan, reference, aliases, chosen)
 
 
