@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults fuzz bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast check format lint types mutants faults fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -47,8 +47,13 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
 
-fuzz: $(READY) ## a million damaged headers, and indices, configs and zips
+fuzz: $(READY) ## a million damaged headers, and GGUF files, indices, configs, zips and bundles
 	@$(RUN) tools/fuzz.py
+
+tf-fixtures: ## tests/data/tf anew, by TensorFlow in .venv-tf: a large download; no test needs it
+	@test -x .venv-tf/bin/python || $(PYTHON) -m venv .venv-tf
+	@.venv-tf/bin/python -m pip install -qq --disable-pip-version-check 'tensorflow-cpu>=2.16,<3'
+	@TF_CPP_MIN_LOG_LEVEL=2 .venv-tf/bin/python tools/tf_fixtures.py
 
 bench-load: $(READY) ## library import + load + first logits against the reference's
 	@$(RUN) tools/bench.py load

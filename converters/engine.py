@@ -134,6 +134,17 @@ def _digest(
     return state.hexdigest(), crc
 
 
+def _rest(shard: Shard, fd: int, buffer: memoryview) -> str:
+    """Of all that is no tensor: the head, and what stands between and behind."""
+    state, reached = xxhash.xxh3_128(), 0
+    places = sorted((shard.start(item), item.nbytes) for item in shard.items)
+    for start, size in (*places, (shard.size, 0)):
+        for piece in _read(fd, reached, start - reached, buffer):
+            state.update(piece)
+        reached = start + size
+    return state.hexdigest()
+
+
 def write_small_files(output: Output, directory: Path, report: Report) -> None:
     """What is no tensor, and what each file's digest is."""
     for name, text in output.texts.items():
@@ -279,13 +290,12 @@ class _Run:
             self.report.sources[path.name] = digest
 
     def _finish(self, shard: Shard, fd: int) -> None:
-        rest = xxhash.xxh3_128()
-        for n, (place, data) in enumerate(shard.rest(self.sums[shard.name])):
-            if n:  # the head has long been there
-                _write(fd, memoryview(data), place)
-            rest.update(data)
+        seal = shard.layout.seal
+        for place, data in seal(self.sums[shard.name]) if seal is not None else ():
+            _write(fd, memoryview(data), place)
+        digest = _rest(shard, fd, self._buffer()[: self.copy])
         with self.lock:
-            self.report.rest[shard.name] = rest.hexdigest()
+            self.report.rest[shard.name] = digest
         os.fsync(fd)
         digest = hash_file(self.stage.path / shard.name) if self.options.sha256 else ""
         with self.lock:

@@ -84,11 +84,6 @@ class Shard:
         layout = lay_out([item.info for item in items], metadata, name)
         return cls(name, tuple(by_name[n] for n in layout.starts), layout)
 
-    def rest(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
-        """(place, bytes) of what is no tensor, the head first."""
-        seal = self.layout.seal
-        return [(0, self.layout.head), *(seal(crcs) if seal is not None else [])]
-
     def start(self, item: Item) -> int:
         return len(self.layout.head) + self.layout.starts[item.name]
 

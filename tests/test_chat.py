@@ -20,6 +20,7 @@ import torch
 from tiny import build, hot
 
 import zoo
+from zoo import speculative
 from zoo.chat import Dialogue
 from zoo.cli import main
 from zoo.errors import InputError, OutputExists, SequenceTooLong, TemplateError, UsageError
@@ -74,6 +75,73 @@ def test_generate_streams_what_python_gives(
     assert capsys.readouterr().out == beam + "\n"
 
 
+@pytest.fixture(scope="module")
+def small(place: Path) -> Path:
+    """Smaller, and often of the same mind: the large one's own first layers."""
+    model = zoo.load(place)
+    small = build("llama", vocab=len(LETTERS), positions=20_000, layers=model.config.layers - 1)
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+    small = zoo.save(small, place.parent / "small")
+    CharTokenizer.of(LETTERS).save(small)
+    return Path(small)
+
+
+def test_an_assistant_changes_nothing(
+    place: Path, small: Path, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", str(place), "abc", "--max-new-tokens", "60"]
+    text = zoo.generate(model, "abc", max_new_tokens=60)
+    for assistant in (small, place):
+        for how in ((), ("--no-stream",)):
+            assert main([*asked, *how, "--assistant", str(assistant)]) == 0
+            assert capsys.readouterr().out == text + "\n"
+        assert main([*asked, "--json", "--assistant", str(assistant)]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+
+
+def test_the_assistant_is_asked(
+    place: Path, small: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds: list[int] = []
+    before = speculative._round
+
+    def counted(*given: Any) -> Any:
+        found = before(*given)
+        rounds.append(len(found))
+        return found
+
+    monkeypatch.setattr(speculative, "_round", counted)
+    asked = ["generate", str(place), "abc", "--max-new-tokens", "60"]
+    assert main([*asked, "--assistant", str(place)]) == 0
+    assert sum(rounds) == 59 and set(rounds[:-1]) == {6}  # five guesses that hold, and one more
+    rounds.clear()
+    assert main([*asked, "--assistant", str(small)]) == 0
+    assert sum(rounds) >= 59 and len(rounds) < 59
+
+
+@pytest.mark.parametrize("command", ("generate", "chat"))
+def test_assistants_of_another_vocabulary(
+    place: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [command, str(place), *(["abc"] if command == "generate" else [])]
+    zoo.save(build("llama", vocab=7), tmp_path / "sized")
+    assert main([*asked, "--assistant", str(tmp_path / "sized")]) == 2
+    error = capsys.readouterr().err
+    assert f"--assistant {tmp_path / 'sized'}: 7 tokens, and the model has" in error
+    zoo.save(build("gpt2", vocab=len(LETTERS)), tmp_path / "worded")
+    CharTokenizer.of(LETTERS.replace("b", "ß")).save(tmp_path / "worded")
+    assert main([*asked, "--assistant", str(tmp_path / "worded")]) == 2
+    error = capsys.readouterr().err
+    assert f"--assistant {tmp_path / 'worded'}: another vocabulary: id " in error
+    assert main([*asked, "--assistant", "nothing"]) == 2
+    assert "nothing" in capsys.readouterr().err
+    if command == "generate":
+        assert main([*asked, "--assistant", str(place), "--beams", "2"]) == 2
+        assert "beams do not guess ahead" in capsys.readouterr().err
+
+
 def test_mistakes_are_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["generate", "nothing", "abc"], ["chat", "nothing"]):
         assert main([*command, "--top-p", "7"]) == 2
@@ -122,6 +190,42 @@ def test_an_answer_that_is_left_is_remembered_as_far_as_it_came(model: Any) -> N
     dialogue.reset()
     assert dialogue.messages == []
     assert told(dialogue, "hello") == fresh(model, [], "hello")
+
+
+def test_an_assistants_cache_goes_on_too(model: Any, small: Path) -> None:
+    guesser, read = zoo.load(small), {"model": 0, "guesser": 0}
+    dialogue = Dialogue(model, max_new_tokens=30, assistant_model=guesser)
+    alone = Dialogue(zoo.load(model.provenance.directory), max_new_tokens=30)
+
+    def count(name: str) -> Any:
+        def hook(_: Any, args: Any) -> None:
+            read[name] += args[0].shape[1]
+
+        return hook
+
+    model.register_forward_pre_hook(count("model"))
+    guesser.register_forward_pre_hook(count("guesser"))
+    for n, text in enumerate(("hello", "how are you", "good bye " * 200, "so", "well")):
+        read.update(model=0, guesser=0)
+        if n == 3:  # left in the middle, between two tokens
+            for each in (dialogue, alone):
+                pieces = each.answer(text)
+                _ = next(pieces), next(pieces)
+                pieces.close()  # type: ignore[attr-defined]
+            continue
+        assert told(dialogue, text) == told(alone, text)
+        if n in (1, 4):  # the prompt's new part, and what was guessed: not all that was said before
+            most = len(f"\nUser: {text}\nAssistant:") + 40 + 6 * 30
+            assert max(read.values()) < most < len(str(dialogue.messages)) + 6 * 30
+    assert dialogue.messages == alone.messages
+
+
+def test_a_dialogue_ends_with_the_assistants_positions(model: Any) -> None:
+    short = build("llama", vocab=len(LETTERS), positions=40).eval()
+    dialogue = Dialogue(model, assistant_model=short)
+    assert len(told(dialogue, "hello")) <= 40 + 1 - len("User: hello\nAssistant:")
+    with pytest.raises(SequenceTooLong, match="its assistant 40 positions: /reset"):
+        told(dialogue, "more than there are places for")
 
 
 def test_templates(model: Any) -> None:

@@ -5,6 +5,7 @@ import codecs
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -366,7 +367,7 @@ def test_several_texts_and_samples(speller: Any) -> None:
 
 
 def test_answers_to_texts(tmp_path: Path) -> None:
-    zoo.save(hot(build("t5", vocab=len(CHARACTERS))), tmp_path / "x")
+    zoo.save(hot(build("t5", vocab=len(CHARACTERS), pad=None, start=None)), tmp_path / "x")
     CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
     with pytest.raises(ConfigError, match="decoder_start_token_id: missing"):
         zoo.generate(tmp_path / "x", "abc")
@@ -544,6 +545,66 @@ def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
             zoo.load(tmp_path / "x").generate(IDS)
 
 
+def test_the_files_are_read_once_a_call(tmp_path: Path, monkeypatch: Any) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path, error: Any) -> Any:
+        read.append(path)
+        return {"eos_token_id": 5, "pad_token_id": 0}
+
+    monkeypatch.setattr("zoo.generation.read_json", counted)
+    for name in ("gpt2", "t5"):
+        zoo.save(hot(build(name, vocab=len(CHARACTERS))), tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text("{}")
+        CharTokenizer.of(CHARACTERS).save(tmp_path / name)
+        model = zoo.load(tmp_path / name)
+        for options in ({}, {"num_beams": 2}, {"assistant_model": model}, {"temperature": 1.0}):
+            if name == "t5" and "assistant_model" in options:
+                continue
+            for call in (
+                lambda o: model.generate(IDS, max_new_tokens=3, **o),  # noqa: B023
+                lambda o: zoo.generate(model, "abc", max_new_tokens=3, **o),  # noqa: B023
+            ):
+                read.clear()
+                call(options)
+                assert read == [tmp_path / name / "generation_config.json"]
+        read.clear()
+        assert list(zoo.generate(model, "abc", max_new_tokens=3, stream=True))
+        assert len(read) == 1
+
+
+T5_IDS = {"pad_token_id": 3, "decoder_start_token_id": 7, "eos_token_id": 9}
+
+
+@pytest.mark.parametrize("kind", ("made", "published", "changed", "without", "head"))
+def test_t5_saved_anew_answers_alike(tmp_path: Path, kind: str) -> None:
+    """In memory, read again, and in the reference: what answers begin with goes along."""
+    from transformers import T5ForConditionalGeneration
+
+    fields = {} if kind == "without" else {"pad": 3, "start": 7}
+    model = hot(build("t5", tied=kind != "head", **fields))
+    if kind not in ("made", "without"):
+        source = zoo.save(model, tmp_path / "source")
+        said = json.loads((source / "config.json").read_text()) | T5_IDS
+        (source / "config.json").write_text(json.dumps(said, indent=1))
+        changes = {"changed": {"start": 11}, "head": {"dropout": 0.0}}
+        model = zoo.load(source, config=changes.get(kind, {}))
+    place = zoo.save(model, tmp_path / "x")
+    said = json.loads((place / "config.json").read_text())
+    start = {"changed": 11, "without": 0}.get(kind, 7)
+    assert said["decoder_start_token_id"] == start
+    assert said["pad_token_id"] == (0 if kind == "without" else 3)
+    assert said["eos_token_id"] == (None if kind in ("made", "without") else 9)
+    if kind == "published":
+        assert (place / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    reference = T5ForConditionalGeneration.from_pretrained(place).eval()
+    ids = torch.randint(12, 130, (4, 7), generator=torch.Generator().manual_seed(2))
+    wanted = reference.generate(ids, max_new_tokens=12, do_sample=False)
+    assert wanted[:, 0].tolist() == [start] * 4 and len(wanted[:, 1:].unique()) > 4
+    for each in (model, zoo.load(place)):
+        assert torch.equal(each.generate(ids, max_new_tokens=12), wanted)
+
+
 def test_an_interrupted_step_leaves_the_cache_as_it_was() -> None:
     model = build("llama").double().eval()
     runner = Runner(model, IDS, None, room=9)
@@ -578,3 +639,17 @@ def test_signs_of_sampling() -> None:
     assert Options(do_sample=True).sampling.temperature == 1
     assert Options(top_p=0.9).sampling.temperature == 1
     assert Options(do_sample=False, temperature=0.5).sampling.greedy
+
+
+def test_another_thread_is_given_all_logits_meanwhile() -> None:
+    model, ids = build("gpt2").eval(), torch.arange(20).view(2, 10)
+    found: list[Tensor] = []
+
+    def meanwhile(*_: Any) -> None:
+        hook.remove()
+        found.append(ThreadPoolExecutor(1).submit(model, ids).result())
+
+    hook = model.norm.register_forward_pre_hook(meanwhile)
+    with torch.no_grad():
+        Runner(model, ids, None, room=2).feed()
+    torch.testing.assert_close(found[0], model(ids))

@@ -285,6 +285,17 @@ def test_what_was_changed_is_what_is_written(published: Path, tmp_path: Path) ->
     assert {w.dtype for w in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("through", ("hf", "native"))
+def test_a_config_that_was_changed_in_loading_is_written(
+    published: Path, tmp_path: Path, through: str
+) -> None:
+    model = zoo.load(published, config={"init_std": 0.25})
+    assert zoo.load(published).config.init_std != 0.25
+    saved = zoo.save(model, tmp_path / "saved", to=through)
+    again = zoo.load(zoo.convert(saved, tmp_path / "again", to="hf"))
+    assert again.config == zoo.load(saved).config == model.config
+
+
 def test_what_is_saved_can_be_verified_and_is_finite(published: Path, tmp_path: Path) -> None:
     model = zoo.load(published)
     assert not list(manifest.check(zoo.save(model, tmp_path / "saved")))

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -276,6 +277,22 @@ def test_last_only_for_good() -> None:
         torch.testing.assert_close(model(ids[:, 6:], mask, cache=past), whole[:, -1:])
         with prepared.last_only(model):
             torch.testing.assert_close(model(ids), whole[:, -1:])
+
+
+def test_what_another_thread_reads_is_not_cut() -> None:
+    model, ids = zoo.prepare(build("gpt2"), last_only=True), torch.arange(20).view(2, 10)
+    first, second = torch.ones_like(ids), torch.ones_like(ids)
+    first[:, 4:] = 0
+    want = [model(ids, mask) for mask in (first, second)]
+    inner: list[Tensor] = []
+
+    def meanwhile(*_: Any) -> None:  # between the mask of one and its head
+        hook.remove()
+        inner.append(ThreadPoolExecutor(1).submit(model, ids, second).result())
+
+    hook = model.norm.register_forward_pre_hook(meanwhile)
+    torch.testing.assert_close(model(ids, first), want[0])
+    torch.testing.assert_close(inner[0], want[1])
 
 
 def test_a_prepared_model_reads_texts_as_it_was() -> None:

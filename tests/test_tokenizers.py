@@ -1,7 +1,7 @@
 """Text to ids and back, against transformers, tiktoken and sentencepiece themselves.
 
 Each of six kinds is tried twice: on small vocabularies made here, and on the published ones where
-ZOO_FIXTURES has them.
+ZOO_FIXTURES has them. Three more, which lie beside a tokenizer.json as a rule, are made here alone.
 """
 
 import base64
@@ -15,6 +15,7 @@ import string
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import cache
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import sentencepiece
+import tiktoken
 import torch
 from tiny import build
 from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -40,9 +42,10 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel
+from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, unigrams
 
 KINDS = ("gpt2", "qwen2", "llama3", "llama2", "t5", "bert-uncased")
+MORE = ("xlm-roberta", "qwen", "tekken")
 
 # --- material ------------------------------------------------------------------------------------
 
@@ -109,6 +112,43 @@ def write_pairs(folder: Path, names: tuple[str, str], split: Any) -> None:
         path.rename(folder / names[path.suffix == ".txt"])
 
 
+TEKKEN_PATTERN = r"\p{Lu}*[\p{Ll}\p{M}]+|\p{N}|[^\s\p{N}]|\s+(?!\S)|\s+"
+
+
+def ranks(split: str) -> list[bytes]:
+    """Bytes in their order, then what a BPE trained by `tokenizers` merges."""
+    backend = Backend(models.BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = pre_tokenizers.Split(Regex(split), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, letters])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    values = {letter: byte for byte, letter in bytelevel.letters().items()}
+    ids = sorted((id, text) for text, id in backend.get_vocab().items())
+    merged = [bytes(values[letter] for letter in text) for _, text in ids if len(text) > 1]
+    return [*(bytes([byte]) for byte in range(256)), *merged]
+
+
+def write_tekken(path: Path) -> None:
+    tokens = ranks(TEKKEN_PATTERN)
+    vocab = [
+        {"rank": n, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for n, token in enumerate(tokens)
+    ]
+    named = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
+    specials = [{"rank": n, "token_str": t, "is_control": True} for n, t in enumerate(named)]
+    config = {
+        "pattern": TEKKEN_PATTERN,
+        "num_vocab_tokens": len(vocab),
+        "default_vocab_size": len(vocab) - 20 + 10,  # so that some are left out
+        "default_num_special_tokens": 10,
+        "version": "v13",
+    }
+    path.parent.mkdir()
+    path.write_text(json.dumps({"config": config, "vocab": vocab, "special_tokens": specials}))
+
+
 def write_pieces(path: Path, **options: Any) -> None:
     path.parent.mkdir()
     model = io.BytesIO()
@@ -161,6 +201,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += [*string.ascii_lowercase[:20], *(f"##{c}" for c in string.ascii_lowercase), "'", "漢"]
     (top / "bert-uncased").mkdir()
     (top / "bert-uncased" / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
+    write_pieces(
+        top / "xlm-roberta" / "sentencepiece.bpe.model",
+        model_type="unigram",
+        vocab_size=400,
+        character_coverage=0.98,
+    )
+    said = '{"tokenizer_class": "XLMRobertaTokenizer"}'
+    (top / "xlm-roberta" / "tokenizer_config.json").write_text(said)
+    (top / "qwen").mkdir()
+    tokens = enumerate(ranks(bytelevel.PATTERNS["qwen2"]))
+    lines = (base64.b64encode(token) + b" %d\n" % n for n, token in tokens)
+    (top / "qwen" / "qwen.tiktoken").write_bytes(b"".join(lines))
+    write_tekken(top / "tekken" / "tekken.json")
     return top
 
 
@@ -334,6 +387,277 @@ def test_known_answers(fixtures: Path) -> None:
         "t5": 32000,
         "bert-uncased": 30522,
     }
+
+
+# --- three that lie beside a tokenizer.json as a rule ---------------------------------------------
+
+XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def fairseq(folder: Path) -> Any:
+    """The reference's class as it reads such a file, for which it needs protobuf."""
+    import transformers as ref
+
+    path = folder / "sentencepiece.bpe.model"
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    numbers = range(3, model.get_piece_size())
+    pieces = [(model.id_to_piece(n), model.get_score(n)) for n in numbers]
+    first = [(text, 0.0) for text in XLM_SPECIALS[:4]]
+    table = unigrams.read_model(path).characters or None
+    vocab = [*first, *pieces, ("<mask>", 0.0)]
+    return ref.XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=table)
+
+
+def same_as_fairseq(folder: Path, count: int, seed: int) -> None:
+    """With special tokens in a text found; and where there are none, also as if not to be found:
+    the reference's model takes their characters for them nonetheless, since they are pieces of it.
+    """
+    mine, reference = zoo.tokenizer(folder), fairseq(folder)
+    apart = 0
+    for text in texts(count, seed):
+        found = reference(text)["input_ids"]
+        assert mine.encode(text, special=True) == found, repr(text)
+        ids = plain(mine, text)
+        if any(special in text for special in XLM_SPECIALS):
+            apart += 1
+            assert not {0, 1, 2, mine.vocab_size - 1} & set(ids), repr(text)
+        else:
+            theirs = reference(text, add_special_tokens=False, split_special_tokens=True)
+            assert ids == theirs["input_ids"], repr(text)
+        shown = mine.decode(found)
+        assert shown == reference.decode(found, clean_up_tokenization_spaces=False), repr(text)
+        assert streamed(mine, found) == shown, repr(text)
+    assert 0 < apart < count / 5
+
+
+def test_xlm_roberta_is_the_references(made: Path) -> None:
+    same_as_fairseq(made / "xlm-roberta", 1000, seed=11)
+
+
+@pytest.mark.slow
+def test_xlm_roberta_on_ten_thousand_texts(made: Path) -> None:
+    same_as_fairseq(made / "xlm-roberta", 10_000, seed=12)
+
+
+def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
+    write_pieces(
+        tmp_path / "x" / "sentencepiece.bpe.model",
+        model_type="unigram",
+        vocab_size=400,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        user_defined_symbols=["foxes"],
+        control_symbols=["<ctl>"],
+    )
+    assert unigrams.read_model(tmp_path / "x" / "sentencepiece.bpe.model").characters == b""
+    same_as_fairseq(tmp_path / "x", 500, seed=13)
+    mine = zoo.tokenizer(tmp_path / "x")
+    assert mine.id("<ctl>") in mine.special_tokens.values()
+    assert mine.id("<ctl>") == 4
+    assert plain(mine, "thefoxesfox") == [
+        *plain(mine, "the"),
+        mine.id("foxes"),
+        *plain(mine, "fox"),
+    ]
+    assert 4 in plain(mine, "a<ctl>b", special=True) and 4 not in plain(mine, "a<ctl>b")
+
+
+def test_fairseqs_ids_are_sentencepieces_but_for_the_first(made: Path) -> None:
+    """Where no character is composed and no score is the same twice, so is the engine."""
+    path = made / "xlm-roberta" / "sentencepiece.bpe.model"
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    mine = zoo.tokenizer(path.parent)
+    for text in ("the quick brown fox", "jumps over it 2024", "", "  a  b "):
+        assert plain(mine, text) == [{0: 3}.get(id, id + 1) for id in model.encode(text)]
+    assert mine.vocab_size == model.get_piece_size() + 2
+    assert [mine.bos, mine.pad, mine.eos, mine.unk] == [0, 1, 2, 3]
+    assert (mine.cls, mine.sep, mine.mask) == (0, 2, mine.vocab_size - 1)
+    assert mine.encode("fox") == [0, *plain(mine, "fox"), 2]
+    assert plain(mine, "\ufffc") == [mine.id("\u2581"), 3]
+
+
+def test_the_config_says_what_fairseqs_tokens_are(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "xlm-roberta", tmp_path, dirs_exist_ok=True)
+    size = zoo.tokenizer(tmp_path).vocab_size
+    config = {
+        "tokenizer_class": "XLMRobertaTokenizerFast",
+        "pad_token": "[PAD]",
+        "mask_token": {"content": "[MASK]", "lstrip": True},
+        "added_tokens_decoder": {str(size): {"content": "[NEW]", "special": True}},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    mine = zoo.tokenizer(tmp_path)
+    assert (mine.pad, mine.mask, mine.id("[NEW]")) == (1, size - 1, size)
+    ids = plain(mine, "the  [MASK] fox[NEW]", special=True)
+    assert ids == [*plain(mine, "the"), size - 1, *plain(mine, " fox"), size]
+    assert not {size - 1, size} & set(plain(mine, "the  [MASK] fox[NEW]"))
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "fine"),
+    [
+        ({}, {}, True),
+        ({}, {"model_type": "xlm-roberta"}, True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"model_type": "xlm-roberta"}, True),
+        ({"tokenizer_class": "XLMRobertaTokenizer"}, {"model_type": "bert"}, True),
+        ({"tokenizer_class": "CamembertTokenizer"}, {"model_type": "xlm-roberta"}, False),
+        ({"tokenizer_class": "NllbTokenizer"}, {}, False),
+        ({}, {"model_type": "mbart"}, False),
+    ],
+)
+def test_other_families_ids_are_not_guessed(
+    made: Path, tmp_path: Path, config: Any, model: Any, fine: bool
+) -> None:
+    shutil.copytree(made / "xlm-roberta", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    if fine:
+        assert zoo.tokenizer(tmp_path).bos == 0
+        return
+    with pytest.raises(BadTokenizer, match="only XLM-RoBERTa's ids are known"):
+        zoo.tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"model_type": "bpe"}, "expected unigrams"),
+        ({"model_type": "unigram", "byte_fallback": True}, "bytes to fall back on"),
+        (
+            {"model_type": "unigram", "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
+            "twice: </s>",
+        ),
+        ({"model_type": "unigram", "bos_id": -1}, "its first"),
+    ],
+)
+def test_models_that_fairseqs_ids_are_not_for(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    path = tmp_path / "x" / "sentencepiece.bpe.model"
+    write_pieces(path, vocab_size=700, character_coverage=0.98, **options)
+    with pytest.raises(BadTokenizer, match=told) as caught:
+        zoo.tokenizer(path.parent)
+    assert str(path) in str(caught.value)
+
+
+class Ranked(NamedTuple):
+    """tiktoken itself on the tables that are made here, and the id of each of its ranks."""
+
+    encoding: tiktoken.Encoding
+    ids: list[int]
+    composes: bool
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        text = unicodedata.normalize("NFC", text) if self.composes else text
+        found = self.encoding.encode(text, disallowed_special=(), **options)
+        return [self.ids[rank] for rank in found]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode([self.ids.index(id) for id in ids])
+
+
+def through_tiktoken(kind: str) -> Ranked:
+    if kind == "qwen":
+        pattern = bytelevel.PATTERNS["qwen2"]
+        tokens, names = ranks(pattern), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        names += [f"<|extra_{n}|>" for n in range(205)]
+        ids = list(range(len(tokens) + len(names)))
+    else:
+        pattern, tokens = TEKKEN_PATTERN, ranks(TEKKEN_PATTERN)[:-20]
+        names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
+        names += [f"<SPECIAL_{n}>" for n in range(6, 10)]
+        ids = [*range(10, 10 + len(tokens)), *range(10)]
+    special = {name: len(tokens) + n for n, name in enumerate(names)}
+    table = {token: rank for rank, token in enumerate(tokens)}
+    encoding = tiktoken.Encoding(
+        kind, pat_str=pattern, mergeable_ranks=table, special_tokens=special
+    )
+    return Ranked(encoding, ids, composes=kind == "qwen")
+
+
+def same_as_tiktoken(folder: Path, count: int, seed: int) -> None:
+    mine, reference = zoo.tokenizer(folder), through_tiktoken(folder.name)
+    special = list(mine.special_tokens)
+    draw, found = random.Random(seed), 0
+    for text in texts(count, seed):
+        text += draw.choice(["", "", draw.choice(special), draw.choice(special) + "\u0338 a"])
+        ids = plain(mine, text)
+        assert ids == reference.encode(text), repr(text)
+        shown = mine.decode(ids)
+        assert shown == reference.decode(ids), repr(text)
+        assert streamed(mine, ids) == shown, repr(text)
+        ids = plain(mine, text, special=True)
+        assert ids == reference.encode(text, allowed_special="all"), repr(text)
+        assert mine.decode(ids) == reference.decode(ids)
+        found += any(id in mine.special_tokens.values() for id in ids)
+    assert found > count / 4
+
+
+@pytest.mark.parametrize("kind", ("qwen", "tekken"))
+def test_ranks_are_tiktokens(made: Path, kind: str) -> None:
+    same_as_tiktoken(made / kind, 1000, seed=14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("qwen", "tekken"))
+def test_ranks_on_ten_thousand_texts(made: Path, kind: str) -> None:
+    same_as_tiktoken(made / kind, 10_000, seed=15)
+
+
+def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
+    mine = zoo.tokenizer(made / "qwen")
+    count = mine.vocab_size - 208
+    assert mine.token(count) == "<|endoftext|>" and mine.token(count + 207) == "<|extra_204|>"
+    assert (mine.bos, mine.eos, mine.pad) == (None, count, count)
+    assert mine.encode("fox") == plain(mine, "fox")
+    shutil.copyfile(made / "qwen" / "qwen.tiktoken", tmp_path / "other.tiktoken")
+    with pytest.raises(BadTokenizer, match=r"other\.tiktoken.*only Qwen's pattern is known"):
+        zoo.tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "QWenTokenizer"}')
+    assert zoo.tokenizer(tmp_path).eos == count
+    shutil.copyfile(made / "qwen" / "qwen.tiktoken", tmp_path / "qwen.tiktoken")
+    with pytest.raises(BadTokenizer, match=r"other\.tiktoken, qwen\.tiktoken, and one"):
+        zoo.tokenizer(tmp_path)
+    (tmp_path / "other.tiktoken").unlink()
+    assert zoo.tokenizer(tmp_path).eos == count
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(BadTokenizer, match="ranks for 'gpt2'"):
+        zoo.tokenizer(tmp_path)
+
+
+def test_tekkens_tokens(made: Path) -> None:
+    mine = zoo.tokenizer(made / "tekken")
+    assert [mine.unk, mine.bos, mine.eos, mine.pad] == [0, 1, 2, 5]
+    assert mine.encode("fox") == [1, *plain(mine, "fox")]
+    assert mine.token(9) == "<SPECIAL_9>" and mine.id("a") == 10 + ord("a")
+    file = json.loads((made / "tekken" / "tekken.json").read_text())
+    assert mine.vocab_size == file["config"]["default_vocab_size"] < len(file["vocab"])
+
+
+def test_tekkens_tokens_where_an_early_file_names_none(made: Path, tmp_path: Path) -> None:
+    file = json.loads((made / "tekken" / "tekken.json").read_text())
+    del file["special_tokens"]
+    file["config"] |= {"version": "v3", "default_num_special_tokens": 30}
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps(file))
+    mine = zoo.tokenizer(tmp_path)
+    names = ["[TOOL_CALLS]", "[IMG]", "<pad>", "[TOOL_CONTENT]", "<SPECIAL_20>"]
+    assert [mine.id(name) for name in names] == [9, 10, 11, 19, 20]
+    assert (mine.pad, mine.id("a")) == (11, 30 + ord("a"))
+    path.write_text(json.dumps(file | {"config": file["config"] | {"version": "v11"}}))
+    with pytest.raises(BadTokenizer, match="special_tokens: expected a list, found nothing"):
+        zoo.tokenizer(tmp_path)
+
+
+def test_many_special_tokens_are_found_quickly(made: Path, tmp_path: Path) -> None:
+    """A published tekken.json has a thousand: 24 kB took seven seconds, and take a millisecond."""
+    file = json.loads((made / "tekken" / "tekken.json").read_text())
+    more = {"default_num_special_tokens": 1000, "default_vocab_size": 1500}
+    (tmp_path / "tekken.json").write_text(json.dumps(file | {"config": file["config"] | more}))
+    mine = zoo.tokenizer(tmp_path)
+    started = time.perf_counter()
+    assert plain(mine, "hello world " * 2000 + "[INST]", special=True)[-1] == 3
+    assert time.perf_counter() - started < 1
 
 
 # --- tokenizer.json ------------------------------------------------------------------------------
@@ -516,7 +840,7 @@ def test_tokens_have_ids_and_ids_tokens(kinds: Path, kind: str) -> None:
     assert mine.decode(torch.tensor(mine.encode("a"))) == mine.decode(mine.encode("a"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + MORE)
 def test_what_is_no_text(made: Path, kind: str) -> None:
     mine = zoo.tokenizer(made / kind)
     with pytest.raises(InputError, match="half a surrogate pair at character 1"):
@@ -663,6 +987,9 @@ FILES = {
     "llama2": ("tokenizer.model",),
     "t5": ("spiece.model",),
     "bert-uncased": ("vocab.txt",),
+    "xlm-roberta": ("sentencepiece.bpe.model", "tokenizer_config.json"),
+    "qwen": ("qwen.tiktoken",),
+    "tekken": ("tekken.json",),
 }
 PLACES = [(kind, name) for kind, names in FILES.items() for name in names]
 
@@ -726,6 +1053,30 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("llama3", "tokenizer.model", lambda d: d[:808], "truncated"),
         ("llama2", "tokenizer.model", lambda d: d[: len(d) // 2], "no model of sentencepiece"),
         ("bert-uncased", "vocab.txt", lambda d: d[:6], r"no \[UNK\]"),
+        ("qwen", "qwen.tiktoken", lambda d: d + b"YWJj 9999\n", "rank 9999 is out of order"),
+        ("qwen", "qwen.tiktoken", lambda d: d[: d.index(b" 200\n")], "line 201"),
+        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d[:-1], "it ends within"),
+        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x0a\x00", "without text"),
+        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "bytes are exp"),
+        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + d, "its first pieces"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"pattern"', b'"x"'), "config.pattern"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"vocab"', b'"x"'), "vocab: expected"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'tern": "', b'tern": "('), "Parsing error"),
+        ("tekken", "tekken.json", lambda d: d.replace(b"|[^", b"|x[^"), "config.pattern: of"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"rank": 7,', b'"rank": 8,'), "vocab.7"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"YQ=="', b'"Y!=="'), "token_bytes"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"YQ=="', b"null"), "vocab.97: token_bytes"),
+        (
+            "tekken",
+            "tekken.json",
+            lambda d: d.replace(b'"YQ=="', b'"Yg=="'),
+            "1 tokens stand twice",
+        ),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"<pad>"', b'"<s>"'), "special_tokens.5"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'"<s>"', b'"<SPECIAL_7>"'), "of its own"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'tokens": 10', b'tokens": 5'), "6, and"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'tokens": 10', b'tokens": -1'), "a count"),
+        ("tekken", "tekken.json", lambda d: d.replace(b'size": ', b'size": 9'), "vocab_size"),
     ],
 )
 def test_damage_by_name(

@@ -13,10 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {  # registry name, dtype, reference class
@@ -338,125 +335,6 @@ def converted(given: list[object]) -> dict[str, float]:
 
 
 # What is run, of which checkpoint, in which dtype; a reference class for the same.
-RUNS = {
-    "gpt2-124m fp32": ("gpt2-124m-fp32", "float32"),
-    "gpt2-124m bf16": ("gpt2-124m-fp32", "bfloat16"),
-    "llama-1.1b bf16": ("llama-1.1b-bf16", "bfloat16"),
-}
-PROMPT, NEW = 128, 64
-
-
-def anonymous() -> float:
-    with open("/proc/self/smaps_rollup") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
-
-
-def bench_generate(rounds: int, where: Path, only: str, prefill: int) -> list[dict[str, object]]:
-    """Tokens a second of a plain loop over model and cache: decoding, and prefill, batch 1.
-
-    All ways in turn in one process, token by token; ratios to the reference pair by pair, medians.
-    """
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    rows: list[dict[str, object]] = []
-    print(f"{torch.get_num_threads()} threads; llama.cpp: not measured, it is not installed here")
-    for label, (case, dtype) in RUNS.items():
-        if only not in label:
-            continue
-        for name, ways in generate_ways(made(case, where), dtype, CASES[case][2], prefill).items():
-            times: dict[str, list[float]] = {who: [] for who in ways}
-            turns = rounds * (NEW - 1) if name == "decode" else rounds
-            for k in range(turns + 1):
-                for who, way in ways.items():
-                    with torch.inference_mode():
-                        took = next(way)
-                    if k:  # the first warms up
-                        times[who].append(took)
-            for who, taken in times.items():
-                pairs = zip(times["reference"], taken, strict=True)
-                ratio = median([theirs / ours for theirs, ours in pairs])
-                tokens = 1 if name == "decode" else prefill
-                best = min(times["reference"]) / min(taken)
-                row = {"case": label, "what": name, "who": who, "ratio": ratio, "best": best}
-                rows.append({**row, "tokens_per_second": tokens / median(taken)})
-                rate = f"{tokens / median(taken):8.1f} tokens/s"
-                print(
-                    f"{label:18}{name:9}{who:22}{rate} {ratio:6.2f}x, best {best:5.2f}x", flush=True
-                )
-    return rows
-
-
-def generate_ways(
-    directory: Path, dtype: str, reference: str, length: int
-) -> dict[str, dict[str, Iterator[float]]]:
-    """What is measured -> who does it -> the seconds of a token, or of a whole prompt, for ever."""
-    import torch
-    import transformers
-
-    import zoo
-    from zoo.components.cache import Cache
-    from zoo.prepared import last_only
-
-    theirs = getattr(transformers, reference).from_pretrained(directory, dtype=dtype).eval()
-    clean = zoo.load(directory, dtype=dtype)
-    before, started = anonymous(), time.perf_counter()
-    fast = zoo.load(directory, dtype=dtype, prepare=True)
-    took, size = time.perf_counter() - started, anonymous() - before
-    print(f"prepared in {took:.2f} s, {size:.0f} MB anonymous", flush=True)
-    before = anonymous()
-    small: Any = zoo.prepare(zoo.load(directory, dtype=dtype), int8=True)
-    print(f"int8: {anonymous() - before:.0f} MB anonymous, {small.prepared.loss}", flush=True)
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, clean.config.vocab, (1, max(length, PROMPT)), generator=random)
-
-    def decode(model: Any) -> Iterator[float]:
-        while True:
-            cache, prompt = Cache(PROMPT + NEW), ids[:, :PROMPT]
-            with last_only(model):
-                token = model(prompt, cache=cache)[:, -1:].argmax(-1)
-            for _ in range(NEW - 1):
-                started = time.perf_counter()
-                token = model(token, cache=cache)[:, -1:].argmax(-1)
-                yield time.perf_counter() - started
-
-    def their_decode() -> Iterator[float]:
-        while True:
-            out = theirs(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
-            for _ in range(NEW - 1):
-                started = time.perf_counter()
-                token = out.logits[:, -1:].argmax(-1)
-                out = theirs(token, past_key_values=out.past_key_values, use_cache=True)
-                yield time.perf_counter() - started
-
-    def prefill(model: Any, last: bool = False) -> Iterator[float]:
-        while True:
-            started = time.perf_counter()
-            with last_only(model) if last else nullcontext():
-                model(ids[:, :length])
-            yield time.perf_counter() - started
-
-    def their_prefill(keep: int) -> Iterator[float]:
-        while True:
-            started = time.perf_counter()
-            theirs(ids[:, :length], use_cache=False, logits_to_keep=keep)
-            yield time.perf_counter() - started
-
-    models = {"clean": clean, "prepared": fast, "prepared int8": small}
-    return {
-        "decode": {
-            "reference": their_decode(),
-            **{who: decode(model) for who, model in models.items()},
-        },
-        "prefill": {
-            "reference": their_prefill(0),
-            "reference, last": their_prefill(1),
-            **{who: prefill(model) for who, model in models.items()},
-            "prepared, last": prefill(fast, last=True),
-        },
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["load", "moe", "convert", "generate"])
@@ -465,7 +343,7 @@ def main() -> None:
         "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
     )
     parser.add_argument("--only", default="", help="cases whose label has this")
-    parser.add_argument("--prefill", type=int, default=1024, help="tokens of a prompt")
+    parser.add_argument("--section", action="append", help="of generate: decode, prefill, …")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
@@ -477,7 +355,11 @@ def main() -> None:
         figures["convert"] = bench_convert(args.pairs, args.dir, args.only)
     elif args.what == "generate":
         args.dir.mkdir(parents=True, exist_ok=True)
-        figures["generate"] = bench_generate(args.pairs, args.dir, args.only, args.prefill)
+        import bench_generate
+
+        figures["generate"] = bench_generate.run(
+            args.pairs, args.dir, args.only, args.section or list(bench_generate.SECTIONS)
+        )
     else:
         args.dir.mkdir(parents=True, exist_ok=True)
         figures["import"] = bench_import(3 * args.pairs)

@@ -1,8 +1,9 @@
 """Damaged inputs by the million: `python tools/fuzz.py [--scale X] [--seed N]`.
 
-Headers of safetensors, indices, configs and zip directories are mutated at random. Whatever comes
-of it is an answer or a ZooError within a second; and no header is accepted that a second, plainer
-reading refuses. What is found is printed as a line that reproduces it.
+Headers of safetensors and GGUF, indices, configs, zip directories and TensorFlow's bundles are
+mutated at random. Whatever comes of it is an answer or a ZooError within a second and in little
+memory; and no header is accepted that a second, plainer reading refuses. What is found is printed
+as a line that reproduces it.
 """
 
 from __future__ import annotations
@@ -10,38 +11,47 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import struct
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bundles  # noqa: E402
 import torch  # noqa: E402
 
 from converters.checkpoint import open_checkpoint  # noqa: E402
 from converters.containers import kind_of  # noqa: E402
 from converters.dialects import find  # noqa: E402
-from converters.formats import BITS  # noqa: E402
+from converters.formats import BITS, TensorInfo, dtype_code  # noqa: E402
+from converters.formats.gguf import GGUFReader, Value, lay_out  # noqa: E402
 from converters.formats.llama2c import Header, Llama2cReader  # noqa: E402
+from converters.formats.quants import KINDS  # noqa: E402
 from converters.formats.safetensors import SafetensorsReader  # noqa: E402
+from converters.formats.sstable import read_table  # noqa: E402
+from converters.formats.tf_bundle import TFBundleReader  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
 from zoo.pretrained import locate  # noqa: E402
 
 COUNTS = {
     "header": 1_000_000,
+    "gguf": 100_000,
     "index": 100_000,
     "config": 100_000,
     "zip": 100_000,
     "nested": 100_000,
     "llama2c": 100_000,
+    "tf": 100_000,
 }
 SLOW = 1.0  # seconds
+LARGE = 64 << 20  # bytes that a kind of input may add to what this process takes
 
 # what stands in real headers and configs, and what should never
 WORDS = [
@@ -49,6 +59,21 @@ WORDS = [
     *("18446744073709551616", "-9223372036854775809", "9" * 5000, "[]", "{}", "[[]]", '"F32"'),
     *('"BF16"', '"../x"', '"/etc/passwd"', "[0,0]", "[1,0]", "[4,2]", '{"a":1,"a":2}', '"\\u0000"'),
 ]
+
+# lengths and numbers that no varint should say, tags of protobuf and snappy
+NUMBERS = [
+    *(b"\0", b"\1", b"\x7f", b"\xff\x7f", b"\xff" * 4 + b"\x0f", b"\xff" * 9 + b"\x01"),
+    *(b"\x80" * 9 + b"\x01", b"\xff" * 11, b"\x80" * 12, b"\x08", b"\x12\x80", b"\x3a\x02\x0a\0"),
+    *(b"\xfc\xff\xff\xff\xff", b"\xfe\xff\xff", b"\xff\xff\xff\xff\x7f", b"\x01\0", b"\xf0\xff"),
+]
+
+
+def bitten(data: bytes, chance: random.Random) -> bytes:
+    """`mutated` for what is no text: numbers put in, or in the place of bytes."""
+    if chance.random() < 0.5:
+        return mutated(data, chance)
+    at, word = chance.randrange(len(data) + 1), chance.choice(NUMBERS)
+    return data[:at] + word + data[at + chance.choice((0, 1, len(word))) :]
 
 
 def mutated(text: bytes, chance: random.Random) -> bytes:
@@ -81,6 +106,25 @@ def _value(data: bytearray, near: int) -> slice | None:
     )
     ends = [i for i in (data.find(c, start) for c in (b",", b"}", b"]")) if i >= 0]
     return slice(start, min(ends)) if start and ends else None
+
+
+# what lengths, counts, types and offsets should never be, and what they may be
+WHOLE = [0, 1, 2, 7, 8, 9, 13, 31, 32, 63, 255, 1 << 16, 1 << 20]
+WHOLE += [1 << n for n in range(28, 64)]
+WHOLE += [n - 1 for n in WHOLE[13:]] + [(1 << 64) - n for n in (1, 2, 8, 31, 32)]
+
+
+def renumbered(data: bytes, chance: random.Random) -> bytes:
+    """A few random edits of a binary header: numbers put in the place of others, or any edit."""
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        if chance.random() < 0.3:
+            data = mutated(data, chance)
+            continue
+        width = chance.choice((4, 8))
+        number = (chance.choice(WHOLE) % (1 << 8 * width)).to_bytes(width, "little")
+        at = chance.randrange(len(data) + 1)
+        data = data[:at] + number + data[at + width * chance.choice((1, 1, 1, 0)) :]
+    return data
 
 
 def plainly_sound(data: bytes) -> bool:
@@ -135,6 +179,61 @@ def plainly_sound(data: bytes) -> bool:
     return reached == len(data) - 8 - length
 
 
+def plainly_sound_gguf(data: bytes) -> bool:
+    """A second reading of a GGUF file, likewise."""
+    at = 0
+
+    def take(code: str) -> Any:
+        nonlocal at
+        found = struct.unpack_from(f"<{code}", data, at)
+        at += struct.calcsize(f"<{code}")
+        return found[0] if len(found) == 1 else list(found)
+
+    def text() -> str:
+        return str(take(f"{take('Q')}s"), "utf-8")
+
+    def value(kind: int, count: int = 1) -> Any:
+        if kind == 8:
+            return [text() for _ in range(count)][-1]
+        return take(f"{count}" + "BbHhIif?..Qqd"[kind])  # a dot is no code of struct's
+
+    try:
+        if take("4s") != b"GGUF" or take("I") not in (2, 3):
+            return False
+        tensors, keys = take("Q"), take("Q")
+        said: dict[str, Any] = {}
+        for _ in range(keys):
+            key, kind = text(), take("I")
+            if key in said:
+                return False
+            if kind == 9:
+                kind, count = take("I"), take("Q")
+                said[key] = value(kind, count) if count else []
+            else:
+                said[key] = value(kind)
+        spans: dict[str, tuple[int, int]] = {}
+        alignment = said.get("general.alignment", 32)
+        for _ in range(tensors):
+            name, dims = text(), [take("Q") for _ in range(take("I"))]
+            kind, offset = KINDS[take("I")], take("Q")
+            numbers = 1
+            for n in dims:
+                numbers *= n
+            row = dims[0] if dims else 1
+            if name in spans or not numbers or row % kind.block or offset % alignment:
+                return False
+            spans[name] = offset, offset + numbers // kind.block * kind.size
+    except (struct.error, UnicodeDecodeError, LookupError):
+        return False
+    start = -(-at // alignment) * alignment
+    reached = 0
+    for first, last in sorted(spans.values()):
+        if first != -(-reached // alignment) * alignment:
+            return False
+        reached = last
+    return start + reached <= len(data) or (not spans and at <= len(data))
+
+
 class Fuzz:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -169,6 +268,19 @@ class Fuzz:
             Header(v, (8, 6, 2, 2, 1, 5, 4), bool(v % 2), 2 if v == 2 else 0) for v in range(3)
         ]
         self.bins = [head.pack().ljust(head.starts()[1], b"\1") for head in heads]
+        infos = [TensorInfo("a.weight", (2, 32), "Q8_0"), TensorInfo("b.weight", (2, 3), "F32")]
+        infos += [TensorInfo("c.weight", (2, 1, 2, 1), "BF16"), TensorInfo("d", (), "F16")]
+        said = {"general.architecture": "llama", "general.alignment": 32, "x": Value("u8", 7)}
+        said |= {"llama.block_count": 2, "eps": 1e-5, "y": True, "tokens": ["<s>", "ü", "c"] * 3}
+        said |= {"types": Value("[i32]", [3, 1, 1] * 400), "split.no": Value("u16", 0)}
+        layout = lay_out(infos, {**said, "split.count": Value("u16", 1)}, "here")
+        self.gguf, self.gguf_data = layout.head, bytes(layout.size)
+        tensors = {f"m/h{n}/w": torch.arange(4.0 * n).view(2, -1) for n in range(7)}
+        tensors |= {"a": torch.ones(3, dtype=torch.int8), "cut": torch.arange(14).view(2, 7)}
+        path = bundles.bundle(scratch / "x", tensors, shards=2, cut={"cut": (1, (3, 4))})
+        self.table, self.pairs = path.read_bytes(), read_table(path)
+        self.placed: dict[str, bytes] = {}  # what lies there already: opening files takes longest
+        self.shards = {p.name: p.read_bytes() for p in sorted(scratch.glob("x.data-*"))}
 
     def file(self, name: str, data: bytes) -> Path:
         place = self.scratch / "one"
@@ -190,6 +302,22 @@ class Fuzz:
         assert plainly_sound(data), "accepted, and a plain reading refuses it"
         for name in reader.tensors:
             reader.span(name)
+
+    def one_gguf(self, chance: random.Random) -> None:
+        data = renumbered(self.gguf, chance) + self.gguf_data
+        if chance.random() < 0.1:
+            data = data[: chance.randrange(len(data))]
+        path = self.file("model.gguf", data)
+        try:
+            reader = GGUFReader(path)
+        except ZooError:
+            return
+        self.seen["gguf accepted"] += 1
+        assert plainly_sound_gguf(data), "accepted, and a plain reading refuses it"
+        for name, info in reader.tensors.items():
+            assert reader.tensor(name).shape == info.shape
+        for value in reader.said.values():
+            list(value) if isinstance(value, Iterable) else value
 
     def one_index(self, chance: random.Random) -> None:
         self.file("model.safetensors.index.json", mutated(self.index, chance))
@@ -230,10 +358,56 @@ class Fuzz:
         for name in reader.tensors:
             reader.tensor(name)
 
+    def one_tf(self, chance: random.Random) -> None:
+        """Damage before the sums are made, so that they fit; or after."""
+        index, pairs, shards = self.table, list(self.pairs), dict(self.shards)
+        packed = chance.randrange(2)
+        match chance.randrange(6):
+            case 0:
+                index = bitten(index, chance)
+            case 1:
+                name = chance.choice(list(shards))
+                shards[name] = mutated(shards[name], chance)
+            case 2:  # an entry, or several
+                for _ in range(chance.choice((1, 1, 5))):
+                    n = chance.randrange(len(pairs))
+                    pairs[n] = pairs[n][0], bitten(pairs[n][1], chance)
+                index = bundles.index(pairs, packed, 4)
+            case 3:  # names, their order
+                n, other = chance.randrange(len(pairs)), chance.randrange(len(pairs))
+                pairs[n] = bitten(pairs[n][0], chance), pairs[other][1]
+                index = bundles.index(sorted(pairs) if chance.random() < 0.5 else pairs, packed, 4)
+            case _:  # a block, before or behind its compression
+                blocks = []
+                for n in range(0, len(pairs), 4):
+                    block = bundles.block(pairs[n : n + 4], chance.choice((1, 16)))
+                    if (where := chance.randrange(3)) == 0:
+                        block = bitten(block, chance)
+                    block = bundles.snappy(block) if packed else block
+                    block = bitten(block, chance) if where == 1 and packed else block
+                    blocks.append((pairs[min(n + 3, len(pairs) - 1)][0], block, packed))
+                index = bundles.table(blocks, packed)
+        for name, data in shards.items():
+            if self.placed.get(name) != data:
+                self.file(name, data)
+        self.placed = shards
+        reader = TFBundleReader(self.file("x.index", index))
+        self.seen["bundle accepted"] += 1
+        held = sum(info.nbytes for info in reader.tensors.values())
+        assert held <= sum(map(len, shards.values())), "more tensors than bytes"
+        for name, info in reader.tensors.items():
+            tensor = reader.tensor(name)
+            assert (tuple(tensor.shape), dtype_code(tensor.dtype)) == info[1:], name
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+            if name != "cut":
+                assert any(bytes(raw.tolist()) in data for data in shards.values()), name
+            self.seen["tensors of bundles"] += 1
+
     def run(self, kind: str, count: int, seed: int) -> None:
         one: Callable[[random.Random], None] = getattr(self, f"one_{kind}")
         for path in (self.scratch / "one").glob("*"):
             path.unlink()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for n in range(count):
             chance = random.Random(f"{kind} {seed} {n}")
             started = time.perf_counter()
@@ -247,6 +421,10 @@ class Fuzz:
             if (took := time.perf_counter() - started) > SLOW:
                 self.fault(kind, seed, n, f"took {took:.1f} s")
 
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+        if grown > LARGE:
+            self.fault(kind, seed, count, f"{grown >> 20} MB more at its height than before")
+
     def fault(self, kind: str, seed: int, n: int, what: str) -> None:
         self.faults.append(f"{kind}, seed {seed}, number {n}: {what}")
 
@@ -255,10 +433,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers below  [1]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=COUNTS, help="one kind of input")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="zoo-fuzz-") as scratch:
         fuzz = Fuzz(Path(scratch))
         for kind, count in COUNTS.items():
+            if options.only not in (None, kind):
+                continue
             fuzz.run(kind, max(1, int(count * options.scale)), options.seed)
     for name, count in sorted(fuzz.seen.items()):
         print(f"{count:>9,} {name}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.components.model import Model
-from zoo.generation import Options, Runner
+from zoo.generation import Bounds, Options, Runner
 
 _NONE = -1e9
 
@@ -23,11 +24,16 @@ class _Row:
 
 
 def search(
-    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    asked: Options,
+    bounds: Bounds,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """The best `num_return_sequences` of each row, and [score] of each."""
-    beams, most, ends = asked.num_beams, asked.most(model, input_ids), asked.ends(model)
-    runner = Runner(model, input_ids, attention_mask, room=most, use_cache=asked.use_cache)
+    beams, most, ends = asked.num_beams, asked.most(model, input_ids), bounds.eos
+    more: dict[str, Any] = {"use_cache": asked.use_cache, "start": bounds.start}
+    runner = Runner(model, input_ids, attention_mask, room=most, **more)
     logits = runner.feed()[:, -1]
     each = torch.arange(len(logits), device=logits.device).repeat_interleave(beams)
     runner.take(each)

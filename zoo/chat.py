@@ -41,7 +41,7 @@ class Dialogue:
             stops = (*self.asked.stops, f"\n{NAMES['user']}:")
             self.asked = replace(self.asked, stop_strings=stops)
         self.messages: list[dict[str, str]] = []
-        self.runner: Runner | None = None
+        self.runners: dict[int, Runner] = {}
         self.saved: set[Path] = set()
 
     def answer(self, text: str) -> Iterator[str]:
@@ -53,9 +53,9 @@ class Dialogue:
         ids = torch.tensor([self._ids(messages)], device=next(self.model.parameters()).device)
         most = self._most(ids.shape[1])
         asked, said = replace(self.asked, max_new_tokens=most), ""
-        runner = self._runner(ids, most)
+        runners = [self._runner(n, ids, most) for n in range(len(self._models))]
         try:
-            for piece in pieces_of(self.model, ids, None, asked, runner):
+            for piece in pieces_of(self.model, ids, None, asked, runners):
                 piece = piece if said else piece.lstrip()
                 said += piece
                 yield piece
@@ -69,30 +69,38 @@ class Dialogue:
         turns = [f"{NAMES[turn['role']]}: {turn['content']}\n" for turn in messages]
         return tokenizer.encode("".join(turns) + f"{NAMES['assistant']}:", eos=False)
 
-    def _most(self, length: int) -> int:
-        limit, most = self.model.config.limit_cached, self.asked.max_new_tokens or MOST
-        if limit is None:
-            return most
-        if length > limit:
-            raise SequenceTooLong(
-                f"the dialogue has {length} tokens, and the model {limit} positions: "
-                "/reset begins anew"
-            )
-        return min(most, limit + 1 - length)
+    @property
+    def _models(self) -> list[Model]:
+        """The one that answers, and the one that guesses ahead."""
+        return [m for m in (self.model, self.asked.assistant_model) if m is not None]
 
-    def _runner(self, ids: torch.Tensor, most: int) -> Runner:
+    def _most(self, length: int) -> int:
+        most = self.asked.max_new_tokens or MOST
+        for model, name in zip(self._models, ("the model", "its assistant"), strict=False):
+            if (limit := model.config.limit_cached) is None:
+                continue
+            if length > limit:
+                raise SequenceTooLong(
+                    f"the dialogue has {length} tokens, and {name} {limit} positions: "
+                    "/reset begins anew"
+                )
+            most = min(most, limit + 1 - length)
+        return most
+
+    def _runner(self, n: int, ids: torch.Tensor, most: int) -> Runner:
         """The one there is, as long as its cache has room: all of it is taken when it is made."""
-        need, kept = ids.shape[1] + most, self.runner
+        need, kept = ids.shape[1] + most, self.runners.get(n)
         if kept is not None and kept.cache is not None and need <= kept.cache.size:
             kept.resume(ids)
             return kept
-        limit = self.model.config.limit_cached
+        model = self._models[n]
+        limit = model.config.limit_cached
         size = max(2 * need, ROOM) if limit is None else min(max(2 * need, ROOM), limit + 1)
-        self.runner = Runner(self.model, ids, None, room=size - ids.shape[1])
-        return self.runner
+        self.runners[n] = Runner(model, ids, None, room=size - ids.shape[1])
+        return self.runners[n]
 
     def reset(self) -> None:
-        self.messages, self.runner = [], None
+        self.messages, self.runners = [], {}
 
     def save(self, name: str) -> Path:
         path = Path(name)

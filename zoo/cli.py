@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zoo
 from zoo import catalog
 from zoo.errors import InputError, UsageError, ZooError, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
+
+if TYPE_CHECKING:
+    from zoo.components.model import Model
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -199,6 +202,8 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=kind, metavar="N", help=does)
     how = {"dest": "stop_strings", "action": "append", "metavar": "TEXT"}
     command.add_argument("--stop", **how, help="end before TEXT; may be given again")  # type: ignore[arg-type]
+    does = "a smaller model of the same vocabulary, to guess ahead: the same, and often sooner"
+    command.add_argument("--assistant", metavar="NAME|DIR", help=does)
 
 
 def _dialect(text: str) -> str:
@@ -447,11 +452,15 @@ def _generate(options: argparse.Namespace) -> int:
     from zoo.generation import Options, complete
 
     asked = Options.of(_asked(options))  # before weights are looked at
+    if options.assistant and asked.num_beams > 1:
+        raise UsageError("--assistant: beams do not guess ahead")
     model = zoo.load(options.ref)
+    more = {**_asked(options), **_assistant(options, model)}
+    asked = Options.of(more)
     several = asked.num_return_sequences > 1 or asked.num_beams > 1
     if not (options.json or options.no_stream or several):
-        more = {**_asked(options), "special": options.special}
-        for piece in zoo.generate(model, options.text, stream=True, **more):
+        pieces = zoo.generate(model, options.text, stream=True, special=options.special, **more)
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return OK
@@ -473,8 +482,23 @@ def _chat(options: argparse.Namespace) -> int:
     from zoo.generation import Options
 
     Options.of(_asked(options))
-    talk(zoo.load(options.ref), _asked(options))
+    model = zoo.load(options.ref)
+    talk(model, {**_asked(options), **_assistant(options, model)})
     return OK
+
+
+def _assistant(options: argparse.Namespace, model: Model) -> dict[str, Model]:
+    if not options.assistant:
+        return {}
+    from zoo.speculative import check_words
+
+    small = zoo.load(options.assistant)
+    try:
+        check_words(model, small)
+    except UsageError as error:
+        told = str(error).removeprefix("assistant_model: ")
+        raise UsageError(f"--assistant {options.assistant}: {told}") from None
+    return {"assistant_model": small}
 
 
 def _bytes(text: str) -> int:

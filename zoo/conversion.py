@@ -337,11 +337,11 @@ def _fresh(
     """A checkpoint as the reference itself would save it."""
     spec = load_spec(entry.spec)
     fields = model.config.to_dict()
-    config: dict[str, Any] = {}
-    if (
-        model.provenance is not None and model.provenance.origin.dialect == "hf"
-    ):  # fields that do not change inference stay as they were
-        config = json.loads(model.provenance.origin.config)
+    # with no end said, the reference would take its class's own, and zoo takes none
+    config: dict[str, Any] = {"eos_token_id": None}
+    origin = model.provenance.origin if model.provenance is not None else None
+    if origin is not None and origin.dialect == "hf":  # what changes no inference stays as it was
+        config = json.loads(origin.config)
     config.update(spec.dialect("hf").write_config(fields))
     read, _ = spec.dialect("hf").read_config(config)
     same_config(spec.dialect("hf"), model.config, {**read, "head": model.config.head})

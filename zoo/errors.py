@@ -88,6 +88,10 @@ class UnsupportedZip(CheckpointError):
     """A torch zip that stores its entries in a way that cannot be mapped."""
 
 
+class UnsupportedFormat(CheckpointError):
+    """A file in a version, byte order or encoding of its format that is not read."""
+
+
 class ResourceLimit(CheckpointError):
     """A header or config asks for more than any real checkpoint holds."""
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Generated(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """What a checkpoint says of where its texts begin and end."""
+    """What a checkpoint says of where its texts begin and end; its files are read for it."""
 
     eos: tuple[int, ...]
     pad: int | None
@@ -56,18 +57,23 @@ class Ends(NamedTuple):
 
 
 def ends_of(model: Model) -> Ends:
-    """By generation_config.json before config.json."""
+    """By generation_config.json before the model's own config, and that before config.json."""
     said: dict[str, Any] = {}
     if model.provenance is not None:
         said = json.loads(model.provenance.origin.config)
+    own = {"pad_token_id": "pad", "decoder_start_token_id": "start"}
+    held = {key: getattr(model.config, name, None) for key, name in own.items()}
+    said |= {key: id for key, id in held.items() if id is not None}
+    if model.provenance is not None:
         path = model.provenance.directory / "generation_config.json"
         if path.is_file():
             more = read_json(confined(path.parent, path.name), ConfigError)
             said.update({k: v for k, v in more.items() if v is not None})
     eos = said.get("eos_token_id")
     many = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    pad = said.get("pad_token_id", model.config.pad)
-    start = said.get("decoder_start_token_id", pad)
+    pad = said.get("pad_token_id")
+    start = said.get("decoder_start_token_id")
+    start = pad if start is None else start
     for name, ids in {
         "eos_token_id": many,
         "pad_token_id": (pad,),
@@ -79,6 +85,14 @@ def ends_of(model: Model) -> Ends:
     return Ends(tuple(id for id in many if id >= 0), pad, start)
 
 
+class Bounds(NamedTuple):
+    """Where the texts of one call begin and end: as asked, or as the checkpoint says."""
+
+    eos: frozenset[int]
+    pad: int  # behind a row that has ended: anything will do
+    start: int | None
+
+
 # --- one step ------------------------------------------------------------------------------------
 
 
@@ -86,7 +100,8 @@ class Runner:
     """A model and all that it was given so far; it answers with (b, v) logits of what follows.
 
     Rows lie with their padding on the left, whatever side it was on. The cache has room for `room`
-    tokens beyond the prompt; without one every step computes all of it again.
+    tokens beyond the prompt; without one every step computes all of it again. An answer apart
+    begins with `start`.
     """
 
     def __init__(
@@ -97,6 +112,7 @@ class Runner:
         *,
         room: int,
         use_cache: bool = True,
+        start: int | None = None,
     ) -> None:
         self.model = model
         self.question: dict[str, Tensor | None] = {}
@@ -109,7 +125,6 @@ class Runner:
         real = _real(input_ids, attention_mask)
         self.ids, self.mask = left_aligned(input_ids, real)
         if "decoder_input_ids" in parameters:
-            start = ends_of(model).start
             if start is None:
                 told = "missing, and no pad_token_id either; say it in generation_config.json"
                 raise ConfigError(f"decoder_start_token_id: {told}")
@@ -206,7 +221,12 @@ def left_aligned(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | Non
 def _last_only(model: Model, count: int) -> Iterator[None]:
     """Logits of the last tokens alone: those of a whole prompt can be larger than the model."""
     head: Any = model.head
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, -count:],))
+    owner = get_ident()  # another thread may be reading with the same model
+
+    def cut(_: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        return (args[0][:, -count:],) if get_ident() == owner else None
+
+    hook = head.register_forward_pre_hook(cut)
     try:
         yield
     finally:
@@ -300,17 +320,16 @@ class Options:
             raise UsageError(f"stop_strings={stops!r}: expected words")
         return stops
 
-    def ends(self, model: Model) -> frozenset[int]:
-        eos = ends_of(model).eos if self.eos_token_id is None else self.eos_token_id
-        ends, vocab = frozenset([eos] if isinstance(eos, int) else eos), model.config.vocab
+    def bounds(self, model: Model) -> Bounds:
+        """Once a call: it reads the checkpoint's files."""
+        said, vocab = ends_of(model), model.config.vocab
+        eos = said.eos if self.eos_token_id is None else self.eos_token_id
+        ends = frozenset([eos] if isinstance(eos, int) else eos)
         if wrong := [id for id in ends if type(id) is not int or not 0 <= id < vocab]:
             raise TokenIdError(f"eos_token_id: {wrong[0]!r} is outside 0..{vocab - 1}")
-        return ends
-
-    def pad(self, model: Model) -> int:
-        """What stands behind a row that has ended: anything will do."""
-        known = (self.pad_token_id, ends_of(model).pad, *sorted(self.ends(model)))
-        return next((id for id in known if id is not None and id >= 0), 0)
+        known = (self.pad_token_id, said.pad, *sorted(ends))
+        pad = next((id for id in known if id is not None and id >= 0), 0)
+        return Bounds(ends, pad, said.start)
 
     def most(self, model: Model, input_ids: Tensor) -> int:
         if self.max_new_tokens is not None:
@@ -344,14 +363,14 @@ def generate(
     alone.
     """
     asked = Options.of(options)
-    rows, numbers = written(model, input_ids, attention_mask, asked)
+    bounds = asked.bounds(model)
+    rows, numbers = written(model, input_ids, attention_mask, asked, bounds)
     width = max(map(len, rows))
-    pad = asked.pad(model)
-    full = [row + [pad] * (width - len(row)) for row in rows]
+    full = [row + [bounds.pad] * (width - len(row)) for row in rows]
     new = torch.tensor(full, dtype=input_ids.dtype, device=input_ids.device)
     prompts = input_ids.repeat_interleave(len(rows) // len(input_ids), dim=0)
     if answers(model):
-        prompts = torch.full_like(prompts[:, :1], ends_of(model).start or 0)
+        prompts = torch.full_like(prompts[:, :1], bounds.start or 0)
     sequences = torch.cat((prompts, new), dim=1)
     if not return_logprobs:
         return sequences
@@ -360,18 +379,22 @@ def generate(
 
 @torch.no_grad()
 def written(
-    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    asked: Options,
+    bounds: Bounds,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """What each row goes on with, and its logprobs, or [score] of a beam."""
     if asked.num_beams > 1:
         from zoo.beams import search
 
-        return search(model, input_ids, attention_mask, asked)
+        return search(model, input_ids, attention_mask, asked, bounds)
     _real(input_ids, attention_mask)
     count = len(input_ids) * asked.num_return_sequences
     rows: list[list[int]] = [[] for _ in range(count)]
     numbers: list[list[float]] = [[] for _ in range(count)]
-    for row, token, logprob in steps(model, input_ids, attention_mask, asked):
+    for row, token, logprob in steps(model, input_ids, attention_mask, asked, bounds):
         rows[row].append(token)
         numbers[row].append(logprob)
     return rows, numbers
@@ -388,18 +411,25 @@ def steps(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     asked: Options,
-    runner: Runner | None = None,
+    bounds: Bounds,
+    runners: Sequence[Runner] = (),
 ) -> Iterator[Step]:
-    """Tokens as they come, until every row has ended; by a runner that has seen some before."""
+    """Tokens as they come, until every row has ended.
+
+    `runners`, if they have read some of it before: the model's, and one of the assistant's.
+    """
     if asked.assistant_model is not None:
         from zoo.speculative import ahead
 
-        yield from ahead(model, input_ids, attention_mask, asked)
+        yield from ahead(model, input_ids, attention_mask, asked, bounds, runners)
         return
-    most, ends = asked.most(model, input_ids), asked.ends(model)
+    most = asked.most(model, input_ids)
     samples = asked.num_return_sequences
-    if runner is None:
-        runner = Runner(model, input_ids, attention_mask, room=most, use_cache=asked.use_cache)
+    if runners:
+        (runner,) = runners
+    else:
+        more: dict[str, Any] = {"use_cache": asked.use_cache, "start": bounds.start}
+        runner = Runner(model, input_ids, attention_mask, room=most, **more)
     dice = Dice(seeds_of(asked.seed, len(input_ids), samples))
     logits = runner.feed()[:, -1]
     if samples > 1:
@@ -414,7 +444,7 @@ def steps(
         tokens = chosen.tolist()
         for n in list(running):
             yield Step(n, tokens[n], likely[n])
-            if tokens[n] in ends or (n in stops and stops[n].reached(tokens[n])):
+            if tokens[n] in bounds.eos or (n in stops and stops[n].reached(tokens[n])):
                 del running[n]
         if not running or length == most:
             return
@@ -483,11 +513,12 @@ def complete(
 ) -> list[Text]:
     """Each text's samples, one after the other."""
     ids, mask = encoded(model, texts, special)
-    rows, numbers = written(model, ids, mask, asked)
-    ends, found, samples = asked.ends(model), [], len(rows) // len(texts)
+    bounds = asked.bounds(model)
+    rows, numbers = written(model, ids, mask, asked, bounds)
+    found, samples = [], len(rows) // len(texts)
     for n, (row, logprobs) in enumerate(zip(rows, numbers, strict=True)):
         pieces = Pieces(model, asked.stops, prompt_of(model, ids, mask, n // samples))
-        text = "".join(pieces.put(id) for id in row if id not in ends) + pieces.end()
+        text = "".join(pieces.put(id) for id in row if id not in bounds.eos) + pieces.end()
         found.append(Text(text, row, logprobs))
     return found
 
@@ -552,12 +583,13 @@ def pieces_of(
     ids: Tensor,
     mask: Tensor | None,
     asked: Options,
-    runner: Runner | None = None,
+    runners: Sequence[Runner] = (),
 ) -> Iterator[str]:
     """The text of one row, piece by piece."""
-    pieces, ends = Pieces(model, asked.stops, prompt_of(model, ids, mask, 0)), asked.ends(model)
-    for step in steps(model, ids, mask, asked, runner):
-        if step.token not in ends and (piece := pieces.put(step.token)):
+    bounds = asked.bounds(model)
+    pieces = Pieces(model, asked.stops, prompt_of(model, ids, mask, 0))
+    for step in steps(model, ids, mask, asked, bounds, runners):
+        if step.token not in bounds.eos and (piece := pieces.put(step.token)):
             yield piece
     if piece := pieces.end():
         yield piece

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
+from threading import get_ident
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
@@ -20,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import kernels
 from zoo.components import activations
 from zoo.components.activations import Activation
-from zoo.components.attention import Attention
+from zoo.components.attention import Attention, attend
 from zoo.components.heads import LOGITS
+from zoo.components.masks import Mask
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Model
 from zoo.components.moe import Experts
@@ -50,6 +53,7 @@ class Preparation:
     compiled: bool
     last_only: bool
     packed: int  # matrices that lie as this machine's kernels want them
+    kernels: bool  # whether few rows go through zoo/kernels.c
     seconds: float
     loss: Loss | None  # of int8; the rest loses nothing
 
@@ -137,40 +141,35 @@ FUSED: dict[Activation, tuple[str, str]] = {
 }
 
 
+MANY = 1024  # rows that oneDNN's blocks are made for: those for one are slower for all others
+
+
 class OneDNN(Fixed):
     """Blocks in the order in which oneDNN reads them; an activation may follow at once."""
 
     packed = True
+    few = 8  # rows; so many are read faster by kernels of our own
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Activation | None = None) -> None:
         nn.Module.__init__(self)
-        wide = weight.shape[0] >= weight.shape[1]
-        # fp32 blocks for one row read a third faster where rows are long, and are slower for many
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(
-            weight.contiguous(), 1024 if wide else 1
-        )
-        self.bias = bias
-        self.act, self.form = FUSED[act] if act else ("none", "")
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MANY)
+        self.bias, self.act = bias, act
+        self.said = FUSED[act] if act else ("none", "")
+        self.blocks = kernels.Blocks.of(self.weight, weight, bias)
         self.features, self.key = len(weight), id(self)
         _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
-        y: Tensor
         if torch.compiler.is_compiling():
-            y = torch.ops.zoo.onednn(x, self.key, self.features)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, self.act, [], self.form
-            )
+            return opaque(self, x)
+        if self.blocks is not None and few(x, self.few) and kernels.usable(x):
+            if self.act is None:
+                return self.blocks.product(x, x.dtype)
+            return self.act(self.blocks.product(x, torch.float32)).to(x.dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, self.said[0], [], self.said[1]
+        )
         return y
-
-
-# Compilers cannot look at packed weights: to them a product is an operator that knows its layer.
-_KNOWN: WeakValueDictionary[int, OneDNN] = WeakValueDictionary()
-_OPERATORS = torch.library.Library("zoo", "DEF")
-_OPERATORS.define("onednn(Tensor x, int layer, int features) -> Tensor")
-_OPERATORS.impl("onednn", lambda x, layer, features: _KNOWN[layer].product(x), "CPU")
-_OPERATORS.impl("onednn", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
 
 
 class Int8(Fixed):
@@ -187,8 +186,17 @@ class Int8(Fixed):
             torch.cat(part).contiguous() for part in zip(*parts, strict=True)
         )
         self.bias = bias
+        self.wide = self.scale.float(), None if bias is None else bias.float()
+        self.features, self.key = len(weight), id(self)
+        _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return opaque(self, x)
+        if few(x, self.few) and kernels.usable(x):
+            done = kernels.bytes_product(x, self.weight, *self.wide)
+            if done is not None:
+                return done
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         # torch's kernel reads past the end of rows that are no multiple of 16, and may crash there
         fits = rows.device.type == "cpu" and rows.shape[1] % 16 == 0
@@ -198,6 +206,24 @@ class Int8(Fixed):
             y = F.linear(rows, self.weight.bfloat16()) * self.scale
         y = y.to(x.dtype).view(*x.shape[:-1], len(self.scale))
         return y if self.bias is None else y + self.bias
+
+
+# Compilers cannot look at packed weights: to them a product is an operator that knows its layer.
+_KNOWN: WeakValueDictionary[int, OneDNN | Int8] = WeakValueDictionary()
+_OPERATORS = torch.library.Library("zoo", "DEF")
+_OPERATORS.define("product(Tensor x, int layer, int features) -> Tensor")
+for _where in ("CPU", "CUDA"):
+    _OPERATORS.impl("product", lambda x, layer, features: _KNOWN[layer].product(x), _where)
+_OPERATORS.impl("product", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
+
+
+def opaque(layer: OneDNN | Int8, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.zoo.product(x, layer.key, layer.features)
+    return y
+
+
+def few(x: Tensor, rows: int) -> bool:
+    return x.numel() <= rows * x.shape[-1]
 
 
 def _bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,13 +281,23 @@ class FusedAttention(Attention):
     def __init__(self, plain: Attention, pack: Packer) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.dropout, self.scale = plain.head_dim, 0.0, plain.scale
-        self.rotary, self.attend = plain.rotary, plain.attend
-        self.sizes = [part.out_features for part in (plain.q, plain.k, plain.v)]
+        self.rotary = plain.rotary
+        self.attend = attend_few if plain.attend is attend else plain.attend
+        sizes = [part.out_features for part in (plain.q, plain.k, plain.v)]
+        self.heads = [size // plain.head_dim for size in sizes]
         self.qkv = pack(plain.q, plain.k, plain.v)
         self.out = plain.out
 
     def project(self, x: Tensor) -> Iterator[Tensor]:
-        return map(self.by_head, self.qkv(x).split(self.sizes, dim=-1))
+        every = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return iter(every.split(self.heads, dim=1))
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
+    """`attend`, where one query a row is no matrix."""
+    if q.shape[2] == 1 and kernels.usable(q):
+        return kernels.attend_one(q, k, v, mask, scale)
+    return attend(q, k, v, mask, scale, dropout)
 
 
 class FusedGate(nn.Module):
@@ -305,7 +341,7 @@ def _fused(name: str, module: nn.Module, pack: Packer) -> nn.Module:
         module.act = activations.linear
     if isinstance(module, nn.Linear):
         return pack(module)
-    return module
+    return nn.Identity() if isinstance(module, nn.Dropout) else module
 
 
 def _rebuild(module: nn.Module, pack: Packer, name: str = "") -> None:
@@ -320,6 +356,10 @@ def _rebuild(module: nn.Module, pack: Packer, name: str = "") -> None:
 # --- the last place alone ------------------------------------------------------------------------
 
 
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()
+
+
 class LastPlace:
     """Cuts what a head reads, (b, s, d), to each row's last real token, (b, 1, d)."""
 
@@ -331,17 +371,18 @@ class LastPlace:
         names = list(signature(type(model).forward).parameters)[1:]
         self.name = names[-2]  # of the mask; behind it stands the cache
         self.place = names.index(self.name)
-        self.at: Tensor | None = None
+        self.masks: dict[int, Tensor | None] = {}  # of what each thread is reading
 
     def note(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         mask = args[self.place] if len(args) > self.place else named.get(self.name)
-        self.at = mask
+        self.masks[_thread()] = mask
 
     def cut(self, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        if self.at is None:
+        mask = self.masks.pop(_thread(), None)
+        if mask is None:
             return (x[:, -1:],)
-        real = self.at[:, -x.shape[1] :].bool()  # it may name the tokens in the cache too
+        real = mask[:, -x.shape[1] :].bool()  # it may name the tokens in the cache too
         places = torch.arange(x.shape[1], device=x.device)
         last = torch.where(real, places, 0).amax(dim=-1)
         return (x[torch.arange(len(x), device=x.device), last][:, None],)
@@ -421,7 +462,8 @@ def prepare(
     if hooked is not None:
         _keep_last(model)
     seconds = time.perf_counter() - started
-    done = Preparation(dtype, int8, bool(compile), last_only, pack.count, seconds, loss)
+    own = device.type == "cpu" and kernels.library() is not None
+    done = Preparation(dtype, int8, bool(compile), last_only, pack.count, own, seconds, loss)
     inner = [part for part in model.modules() if isinstance(part, Model)]
     for part in inner:  # a sentence model's own, too
         kind: Any = type(part)

@@ -106,7 +106,7 @@ class Provenance:
     files: tuple[Path, ...]
     plan: Plan
     origin: Origin
-    config: Any = field(repr=False)  # as loaded
+    config: Any = field(repr=False)  # as the source has it
     dtype: torch.dtype | None = None  # a cast asked for at loading
     repo: str | None = None
     revision: str | None = None
@@ -534,7 +534,8 @@ def provenance_of(
         files=checkpoint.files,
         plan=plan,
         origin=_origin(found, checkpoint, plan),
-        config=model.config,
+        # a foreign file may not say all of it; what it says is read again when it is written
+        config=model.config if found.foreign else found.config(model.config.head, {}),
         dtype=dtype,
         repo=found.source.repo,
         revision=found.source.revision,

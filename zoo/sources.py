@@ -46,6 +46,9 @@ COMPANIONS = (
     "tokenizer.model",
     "spiece.model",
     "spm.model",
+    "sentencepiece.bpe.model",
+    "qwen.tiktoken",
+    "tekken.json",
     "chat_template.jinja",
     MODULES,
 )

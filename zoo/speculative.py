@@ -6,29 +6,34 @@ same distribution where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from zoo.components.inputs import check_mask
 from zoo.components.model import Model
-from zoo.errors import UsageError, ZooError
-from zoo.generation import Options, Runner, Step, Stop, answers
+from zoo.errors import NotACheckpoint, UsageError, ZooError
+from zoo.generation import Bounds, Options, Runner, Step, Stop, answers
 from zoo.inference import every_place
 from zoo.sampling import Dice, Sampling, pick, seeds_of
 
 
 def ahead(
-    model: Model, input_ids: Tensor, attention_mask: Tensor | None, asked: Options
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    asked: Options,
+    bounds: Bounds,
+    runners: Sequence[Runner] = (),
 ) -> Iterator[Step]:
-    """Row by row: each accepts as many guesses as it does."""
+    """Row by row: each accepts as many guesses as it does.
+
+    `runners`: the model's and the small one's, of one row, if they have read some of it before.
+    """
     small = asked.assistant_model
     assert small is not None
-    if small.config.vocab != model.config.vocab:
-        raise UsageError(
-            f"assistant_model: {small.config.vocab} tokens, and the model has {model.config.vocab}"
-        )
+    _same_size(model, small)
     if answers(model) or answers(small):
         raise UsageError("assistant_model: not for models that read a question apart")
     every_place(model)
@@ -41,27 +46,58 @@ def ahead(
         if real is not None:
             prompt = prompt[:, real[row]]
         most = asked.most(model, input_ids)
-        for token, logprob in _row(model, small, prompt, Dice([seeds[n]]), most, asked):
+        large, draft = runners or _runners(model, small, prompt, most, asked.use_cache)
+        stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
+        for token, logprob in _row(large, draft, Dice([seeds[n]]), most, asked):
             yield Step(n, token, logprob)
+            if token in bounds.eos or (stops is not None and stops.reached(token)):
+                break
+
+
+def _same_size(model: Model, small: Model) -> None:
+    if small.config.vocab != model.config.vocab:
+        raise UsageError(
+            f"assistant_model: {small.config.vocab} tokens, and the model has {model.config.vocab}"
+        )
+
+
+def check_words(model: Model, small: Model) -> None:
+    """Whether an id stands for the same in both, special tokens aside.
+
+    Any guess is looked at, so that nothing wrong would come of it; but few would hold.
+    """
+    _same_size(model, small)
+    try:
+        mine, other = model.tokenizer, small.tokenizer
+    except NotACheckpoint:  # one without words of its own is as good as its guesses
+        return
+    if (found := mine.difference(other)) is not None:
+        id, word, guess = found
+        raise UsageError(
+            f"assistant_model: another vocabulary: id {id} is {guess!r}, and {word!r} to the model"
+        )
+
+
+def _runners(
+    model: Model, small: Model, prompt: Tensor, most: int, use_cache: bool
+) -> tuple[Runner, Runner]:
+    large = Runner(model, prompt, None, room=most, use_cache=use_cache)
+    try:
+        return large, Runner(small, prompt, None, room=most, use_cache=use_cache)
+    except ZooError as error:
+        raise type(error)(f"assistant_model: {error}") from None
 
 
 def _row(
-    model: Model, small: Model, prompt: Tensor, dice: Dice, most: int, asked: Options
+    large: Runner, draft: Runner, dice: Dice, most: int, asked: Options
 ) -> Iterator[tuple[int, float]]:
-    large = Runner(model, prompt, None, room=most, use_cache=asked.use_cache)
-    try:
-        draft = Runner(small, prompt, None, room=most, use_cache=asked.use_cache)
-    except ZooError as error:
-        raise type(error)(f"assistant_model: {error}") from None
-    ends = asked.ends(model)
-    stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
     draft.feed()
     count, accepted = 0, _first(large.feed()[0], large, asked.sampling, dice)
     while True:
         for token, logprob in accepted:
             count += 1
             yield token, logprob
-            if token in ends or count == most or (stops is not None and stops.reached(token)):
+            if count == most:
                 return
         guesses = min(asked.num_assistant_tokens, most - count - 1)
         accepted = _round(draft, large, accepted[-1][0], guesses, asked, dice)

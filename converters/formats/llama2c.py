@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, open_regular
+from converters.formats.mapped import MappedFile
 from zoo.errors import (
     ConfigError,
     CorruptCheckpoint,
@@ -28,7 +28,6 @@ _HEAD = 256  # of the versions that have a magic
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
 # more than any of them can be, so that arbitrary bytes are no header
 _MOST = (1 << 20, 1 << 22, 1 << 12, 1 << 16, 1 << 16, 1 << 26, 1 << 26)
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
 class Header(NamedTuple):
@@ -166,12 +165,7 @@ class Llama2cReader:
                     f"{path}: {size} bytes, and its header (version {self.header.version}: "
                     f"{self.header.values}) makes {end}. {cause}"
                 )
-            self._mapping = mmap.mmap(
-                fd,
-                0,
-                flags=mmap.MAP_PRIVATE | _NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+            self._file = MappedFile(path, fd)
         finally:
             os.close(fd)
         self.values: dict[str, Any] = self.header.values
@@ -186,35 +180,24 @@ class Llama2cReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file; made of whole numbers and scales in version 2."""
-        import torch
-
         if name not in self.tensors:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
-        shape, start = self.tensors[name].shape, self._starts[name]
-        count, data = prod(shape), self._mapping
-        if not self.header.groups(name):
-            flat = torch.frombuffer(data, dtype=torch.float32, count=count, offset=start)
-            return flat.view(shape)
-        return self.numbers(name, 0, count).view(shape)
+        info = self.tensors[name]
+        if self.header.groups(name):
+            return self.numbers(name, 0, info.numel).view(info.shape)
+        return self._file.tensor(self._starts[name], info.dtype, info.shape)
 
     def numbers(self, name: str, start: int, end: int) -> torch.Tensor:
         """(end - start,) of an array in groups, in row-major order; no others are made."""
-        import torch
-
-        group, count = self.header.group, prod(self.tensors[name].shape)
+        group, at = self.header.group, self._starts[name]
         first, last = start // group, -(-end // group)
-        at, data = self._starts[name], self._mapping
-        whole = torch.frombuffer(
-            data, dtype=torch.int8, count=(last - first) * group, offset=at + first * group
-        )
+        whole = self._file.tensor(at + first * group, "I8", (last - first, group))
         # scales lie behind as many bytes as there are numbers, wherever that is
-        raw = torch.frombuffer(
-            data, dtype=torch.uint8, count=4 * (last - first), offset=at + count + 4 * first
+        scales = self._file.tensor(
+            at + self.tensors[name].numel + 4 * first, "F32", (last - first, 1)
         )
-        scales = raw.clone().view(torch.float32)
-        made = (whole.view(-1, group).to(torch.float32) * scales[:, None]).view(-1)
-        return made[start - first * group :][: end - start]
+        return (whole.float() * scales).view(-1)[start - first * group :][: end - start]
 
 
 # --- writing -------------------------------------------------------------------------------------

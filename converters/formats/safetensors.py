@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import struct
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.formats import (
-    BITS,
-    RANK,
-    Layout,
-    TensorInfo,
-    itemsize,
-    open_regular,
-    torch_dtype,
-)
+from converters.formats import BITS, RANK, Layout, TensorInfo, open_regular
+from converters.formats.mapped import MappedFile
 from converters.strict_json import DuplicateKeys, unique
 from zoo.errors import (
     CorruptCheckpoint,
@@ -39,10 +30,6 @@ MAX_RANK = 64  # torch's
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LARGEST = (1 << 63) - 1
 
-# A private mapping is charged to the machine's memory as if all of it were to be written, and one
-# larger than that memory is refused. Weights are only read, so they ask for no reservation.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
 
 class SafetensorsReader:
     """The header, checked when opened; the tensors, mapped when first asked for."""
@@ -51,15 +38,15 @@ class SafetensorsReader:
         self.path = path
         fd = open_regular(path)
         try:
-            self._identity = _identity(fd)
+            self._file = MappedFile(path, fd)
             self._start, header = _read_header(path, fd)
-            size = os.fstat(fd).st_size
         finally:
             os.close(fd)
         self.metadata: dict[str, str]
         self.tensors: dict[str, TensorInfo]
-        self.metadata, self.tensors, self._spans = _parse(path, header, size - self._start)
-        self._mapping: mmap.mmap | None = None
+        self.metadata, self.tensors, self._spans = _parse(
+            path, header, self._file.size - self._start
+        )
 
     def span(self, name: str) -> tuple[int, int]:
         """(start, end) of a tensor's bytes in the file."""
@@ -68,45 +55,11 @@ class SafetensorsReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file; what is written to it stays in this process."""
-        import torch
-
         info = self.tensors.get(name)
         if info is None:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
-        dtype = torch_dtype(info.dtype)
-        start, end = self.span(name)
-        if start == end:
-            return torch.empty(info.shape, dtype=dtype)
-        size = itemsize(info.dtype)
-        if self._mapping is None:
-            self._mapping = self._map()
-        if start % size:  # kernels may assume alignment, so this tensor alone is copied
-            raw = torch.frombuffer(
-                self._mapping, dtype=torch.uint8, count=end - start, offset=start
-            )
-            return raw.clone().view(dtype).view(info.shape)
-        flat = torch.frombuffer(
-            self._mapping, dtype=dtype, count=(end - start) // size, offset=start
-        )
-        return flat.view(info.shape)
-
-    def _map(self) -> mmap.mmap:
-        fd = open_regular(self.path)
-        try:
-            if _identity(fd) != self._identity:
-                raise CorruptCheckpoint(
-                    f"{self.path}: changed after its header was read; open it again"
-                )
-            flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(fd, 0, flags=flags, prot=protection)
-        finally:
-            os.close(fd)
-
-
-def _identity(fd: int) -> tuple[int, int, int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return self._file.tensor(self.span(name)[0], info.dtype, info.shape)
 
 
 def _read_header(path: Path, fd: int) -> tuple[int, bytes]:

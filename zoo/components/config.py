@@ -14,8 +14,9 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 MAX_LAYERS = 1000
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
-# whole numbers of which none, or minus one, means something; what a padding id may be, the rest say
+# whole numbers of which none, or minus one, means something
 LEAST = {"window_from": 0, "experts": 0, "types": 0, "conv": 0, "reach": -1, "log_buckets": -1}
+IDS = ("pad", "start")  # of tokens; some configs count them from the vocabulary's end
 # what is enumerated before weights are looked at
 MOST = {"layers": MAX_LAYERS, "decoder_layers": MAX_LAYERS, "experts": 10_000, "labels": 100_000}
 
@@ -179,9 +180,9 @@ def _sizes(config: Config, names: Iterable[str]) -> Iterator[str]:
         value = getattr(config, name)
         if name.endswith("act") and value is not None:
             yield from unknown(name, value)
-        elif name == "pad" and value is not None:
-            yield from _pad_fits(value, getattr(config, "vocab", MAX_SIZE))
-        if type(value) is int and name != "pad":
+        elif name in IDS and value is not None:
+            yield from _id_fits(name, value, getattr(config, "vocab", MAX_SIZE))
+        if type(value) is int and name not in IDS:
             most = MOST.get(name, MAX_SIZE)
             if value < (least := LEAST.get(name, 1)):
                 yield f"{name}: {value} is {'not positive' if least == 1 else f'below {least}'}"
@@ -203,9 +204,9 @@ def divides(part_name: str, part: int, whole_name: str, whole: int) -> Iterator[
         yield f"{part_name}: {part} does not divide {whole_name} {whole}"
 
 
-def _pad_fits(pad: int, vocab: int) -> Iterator[str]:
-    if not -vocab <= pad < vocab:
-        yield f"pad: {pad} is outside the vocabulary of {vocab}"
+def _id_fits(name: str, id: int, vocab: int) -> Iterator[str]:
+    if not -vocab <= id < vocab:
+        yield f"{name}: {id} is outside the vocabulary of {vocab}"
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -38,12 +38,19 @@ class Config(config.Config):
     dropout: float = 0.1
     tied: bool = True  # and the states scaled before it, which an untied head's are not
     init_std: float = 1.0
+    pad: int | None = 0
+    start: int | None = config.DERIVED  # what answers begin with: pad
     heads_known: ClassVar = ("lm", "shared_lm", "encoder", "none")
 
     def derived(self) -> Mapping[str, Any]:
         gated, act = self.mlp.startswith("gated-"), self.mlp.removeprefix("gated-")
         act = "gelu_new" if self.mlp == "gated-gelu" else act
-        return {"decoder_layers": self.layers, "act": act, "gated": gated}
+        return {
+            "decoder_layers": self.layers,
+            "act": act,
+            "gated": gated,
+            "start": self.pad,
+        }
 
 
 class Distances(nn.Module):

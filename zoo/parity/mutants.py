@@ -426,6 +426,7 @@ def _(config: Any) -> dict[str, Any]:
 @mutant("padding token unknown", "config")
 def _(config: Any) -> dict[str, Any]:
     _field(config, "pad")
+    need(not hasattr(config, "start"))  # only what is generated depends on either
     return {"pad": None}
 
 

@@ -6,8 +6,10 @@ What a directory holds decides which engine reads it. Where several lie together
    tokens, where every other one leaves them to the class that reads it. The reference prefers it.
 2. `vocab.json` and `merges.txt`, or `encoder.json` and `vocab.bpe`, by tiktoken.
 3. `tokenizer.model`, `spiece.model` or `spm.model`: ranks by tiktoken, pieces by sentencepiece.
-4. `vocab.txt`: WordPiece, by `tokenizers`.
-5. `characters.json`, zoo's own.
+4. `sentencepiece.bpe.model`: XLM-RoBERTa's unigrams under fairseq's ids, by `tokenizers`.
+5. `tekken.json` of Mistral's, and `qwen.tiktoken`: ranks, by tiktoken.
+6. `vocab.txt`: WordPiece, by `tokenizers`.
+7. `characters.json`, zoo's own.
 
 Decoding never cleans spaces up (`clean_up_tokenization_spaces=False`): what was encoded comes back.
 WordPiece is the exception, since its pieces do not hold their spaces: they are put between words,

@@ -1,4 +1,4 @@
-"""Byte-level BPE, by tiktoken: from GPT-2's two files, or from a file of ranks."""
+"""Byte-level BPE, by tiktoken: from GPT-2's two files, or from ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from converters.strict_json import parse_json
 from zoo.errors import BadTokenizer, listing
@@ -27,6 +27,7 @@ PATTERNS = {
 MOST_BLANK = 100_000  # at a million its stack overflows
 _BLANK = re.compile(rf"\s{{{MOST_BLANK}}}")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
+Composed = Literal["text", "parts"]
 
 
 @cache
@@ -48,30 +49,36 @@ def spelling(token: bytes) -> str:
 
 
 class ByteLevel:
-    """Ranks decide what merges first; `ids` says which id each rank has."""
+    """Ranks decide what merges first; `ids` says which id each rank has.
+
+    `composed`: characters are put together (NFC) in the whole text, or between added tokens alone.
+    """
 
     def __init__(
         self,
         tokens: Sequence[bytes],
         ids: Sequence[int],
-        kind: str,
+        pattern: str,
         added: Mapping[str, Added],
         *,
+        composed: Composed | None = None,
         space: bool = False,
         where: object,
     ) -> None:
         import tiktoken
 
+        self._where = where
         with refusing(where):
             self._bpe = tiktoken.Encoding(
-                kind,
-                pat_str=PATTERNS[kind],
+                str(where),
+                pat_str=pattern,
                 mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
                 special_tokens={},
             )
         self._ids = None if list(ids) == list(range(len(ids))) else list(ids)
         self._added, self._split, self._space = added, Splitter(added), space
-        self._normal = _composed() if kind == "qwen2" else None
+        self._composed = composed
+        self._normal: Any = _composer() if composed else None
         self.specials = frozenset(t.id for t in added.values() if t.special and t.id is not None)
         places = [t.id for t in added.values() if t.id is not None]
         self.size = 1 + max(chain(ids, places))
@@ -86,17 +93,20 @@ class ByteLevel:
         self._table = Pieces(pieces)
 
     def encode(self, text: str, special: bool) -> list[int]:
+        if self._composed == "text":
+            text = self._normal.normalize_str(text)
         found: list[int] = []
         for part in self._split(text, special):
             if isinstance(part, int):
                 found.append(part)
                 continue
-            if self._normal:
+            if self._composed == "parts":
                 part = self._normal.normalize_str(part)
             if self._space and not part.startswith(" "):
                 part = f" {part}"
             for piece in _cut(part):
-                ranks = self._bpe.encode_ordinary(piece)
+                with refusing(self._where):  # a pattern may give up
+                    ranks = self._bpe.encode_ordinary(piece)
                 found += ranks if self._ids is None else [self._ids[rank] for rank in ranks]
         return found
 
@@ -128,7 +138,7 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _composed() -> Any:
+def _composer() -> Any:
     """NFC by the reference's own tables, which are not those of every Python."""
     from tokenizers.normalizers import NFC
 
@@ -174,7 +184,16 @@ def from_merges(
     named = [token for token in named if token.text not in known]
     added = place([*listed, *named], ids, 1 + max(ids.values()), vocab)
     numbers = [ids[text] for text in ranked]
-    return ByteLevel(list(ranked.values()), numbers, kind, added, space=space, where=vocab)
+    composed: Composed | None = "parts" if kind == "qwen2" else None
+    return ByteLevel(
+        list(ranked.values()),
+        numbers,
+        PATTERNS[kind],
+        added,
+        composed=composed,
+        space=space,
+        where=vocab,
+    )
 
 
 def read_ids(path: Path) -> dict[str, int]:
@@ -218,7 +237,9 @@ def holds_ranks(path: Path) -> bool:
         return _RANK_LINE.fullmatch(file.readline(4096).rstrip()) is not None
 
 
-def from_ranks(path: Path, kind: str, wanted: Iterable[Added]) -> ByteLevel:
+def from_ranks(
+    path: Path, kind: str, wanted: Iterable[Added], composed: Composed | None = None
+) -> ByteLevel:
     tokens: list[bytes] = []
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line:
@@ -232,12 +253,26 @@ def from_ranks(path: Path, kind: str, wanted: Iterable[Added]) -> ByteLevel:
             tokens.append(base64.b64decode(text, validate=True))
         except binascii.Error as error:
             raise BadTokenizer(f"{path}: line {number}: {error}") from None
+    added = place(wanted, {}, len(tokens), path)
+    return ranked(tokens, PATTERNS[kind], added, path, composed=composed)
+
+
+def ranked(
+    tokens: Sequence[bytes],
+    pattern: str,
+    added: Mapping[str, Added],
+    path: Path,
+    *,
+    first: int = 0,
+    composed: Composed | None = None,
+) -> ByteLevel:
+    """A token's place is its rank, and its id counts from `first` on."""
     known = set(tokens)
     if len(known) != len(tokens):
         raise BadTokenizer(f"{path}: {len(tokens) - len(known)} tokens stand twice")
     if lacking := [byte for byte in range(256) if bytes([byte]) not in known]:
         raise BadTokenizer(f"{path}: {len(lacking)} of 256 bytes have no rank: truncated?")
-    added = place(wanted, {}, len(tokens), path)
-    if clash := [t.text for t in added.values() if t.id is not None and t.id < len(tokens)]:
+    ids = range(first, first + len(tokens))
+    if clash := [token.text for token in added.values() if token.id in ids]:
         raise BadTokenizer(f"{path}: added tokens with ids of ranks: {listing(clash)}")
-    return ByteLevel(tokens, range(len(tokens)), kind, added, where=path)
+    return ByteLevel(tokens, ids, pattern, added, composed=composed, where=path)

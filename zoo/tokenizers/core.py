@@ -154,6 +154,17 @@ class Tokenizer:
             raise TokenIdError(f"{token!r} is no token of this vocabulary")
         return found
 
+    def difference(self, other: Tokenizer) -> tuple[int, str | None, str | None] | None:
+        """The first id that stands for something else there, and for what; special tokens aside."""
+        mine, theirs = self._engine, other._engine
+        for id in range(max(mine.size, theirs.size)):
+            if id in mine.specials or id in theirs.specials:
+                continue
+            a, b = (e.token(id) if id < e.size else None for e in (mine, theirs))
+            if a != b:
+                return id, a, b
+        return None
+
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Every token that a text cannot make, by its id's order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Fast:
-    """A tokenizer of `tokenizers`; its truncation and padding are left to the caller."""
+    """A tokenizer of `tokenizers`; its truncation and padding are left to the caller.
 
-    def __init__(self, backend: Any, wanted: Iterable[Added], where: Path) -> None:
+    `plain` makes the model for texts in which special tokens are text, if it is another one.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        wanted: Iterable[Added],
+        where: Path,
+        *,
+        plain: Callable[[], Any] | None = None,
+    ) -> None:
         with refusing(where):
             backend.no_truncation()
             backend.no_padding()
@@ -37,7 +47,7 @@ class Fast:
                 self._add(backend, token)
         if wrong := [t.text for t in lacking if backend.token_to_id(t.text) != t.id]:
             raise BadTokenizer(f"{where}: added tokens whose ids leave a gap: {wrong[:5]}")
-        self._backend, self._where = backend, where
+        self._backend, self._where, self._unspecial = backend, where, plain
         # its pieces of bytes become text all at once, so that none of them can be shown before
         self._falls_back = "ByteFallback" in repr(backend.decoder)
         found: Mapping[int, Any] = backend.get_added_tokens_decoder()
@@ -59,6 +69,8 @@ class Fast:
 
         plain = Tokenizer.from_str(self._backend.to_str())
         plain.encode_special_tokens = True
+        if self._unspecial is not None:
+            plain.model = self._unspecial()
         return plain
 
     def ends(self) -> tuple[list[int], list[int]] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converters.checkpoint import confined
 from zoo import sources
 from zoo.errors import BadTokenizer, NotACheckpoint, listing
-from zoo.tokenizers import bytelevel, fast, llama2c, pieces
+from zoo.tokenizers import bytelevel, fast, llama2c, pieces, tekken, unigrams
 from zoo.tokenizers.characters import FILE as CHARACTERS
 from zoo.tokenizers.characters import CharTokenizer
 from zoo.tokenizers.core import Side, Tokenizer
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 MODELS = ("tokenizer.model", "spiece.model", "spm.model")
+FAIRSEQ = "sentencepiece.bpe.model"
+TEKKEN = "tekken.json"
+QWEN = "qwen.tiktoken"
 T5_EXTRA_IDS = 100  # where the config says nothing else
 
 
@@ -60,6 +63,13 @@ def read(directory: Path) -> Tokenizer:
     for name in MODELS:
         if has(name):
             return _modelled(confined(directory, name), settings)
+    if has(FAIRSEQ):
+        return _fairseq(confined(directory, FAIRSEQ), settings)
+    if has(TEKKEN):
+        mistral = tekken.from_tekken(confined(directory, TEKKEN), settings.added)
+        return _finish(mistral, KINDS["tekken"], settings)
+    if ranks := sorted(path.name for path in directory.glob("*.tiktoken")):
+        return _ranked(directory, ranks, settings)
     if has("vocab.txt"):
         words = fast.from_words(confined(directory, "vocab.txt"), settings)
         return _finish(words, KINDS["bert"], settings)
@@ -70,7 +80,8 @@ def read(directory: Path) -> Tokenizer:
             return _modelled(lone, settings)
         engine = pieces.SentencePieces(lone, settings.added, data=llama2c.as_model(lone))
         return _finish(engine, engine.kind(), settings)
-    known = ["tokenizer.json", *map(" and ".join, PAIRS), *MODELS, "vocab.txt", CHARACTERS]
+    known = ["tokenizer.json", *map(" and ".join, PAIRS), *MODELS, FAIRSEQ, TEKKEN, QWEN]
+    known += ["vocab.txt", CHARACTERS]
     there = listing(sorted(os.listdir(directory)), 5) or "nothing"
     raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(known)}. It holds {there}.")
 
@@ -88,6 +99,7 @@ def beside(file: Path) -> dict[str, Path]:
     """What is the tokenizer of weights in a file that was given alone, by its usual names."""
     directory = file.parent
     every = ("tokenizer.json", *(name for pair in PAIRS for name in pair), *MODELS, "vocab.txt")
+    every += (FAIRSEQ, TEKKEN, QWEN)
     every += (SETTINGS, MAP, ADDED, TEMPLATE, "generation_config.json", CHARACTERS)
     named = {n: confined(directory, n) for n in every if os.path.lexists(directory / n)}
     if any(name in named for name in every[: every.index(SETTINGS)]):
@@ -119,6 +131,30 @@ def _modelled(path: Path, settings: Settings) -> Tokenizer:
     known = settings.kind in ("bert", "deberta", "roberta")
     kind = KINDS[settings.kind or ""] if known else engine.kind()
     return _finish(engine, kind, settings)
+
+
+def _fairseq(path: Path, settings: Settings) -> Tokenizer:
+    """Of the families with this file, each with ids of its own, XLM-RoBERTa's is known."""
+    if settings.family not in ("", "xlmroberta", "xlmrobertaxl"):
+        raise BadTokenizer(
+            f"{path}: pieces for {settings.family!r}, and only XLM-RoBERTa's ids are known. Name "
+            f"XLMRobertaTokenizer as tokenizer_class in {SETTINGS} if these are they"
+        )
+    return _finish(unigrams.from_pieces(path, settings), KINDS["roberta"], settings)
+
+
+def _ranked(directory: Path, names: list[str], settings: Settings) -> Tokenizer:
+    """Lines of ranks say nothing of what is not merged across: Qwen's pattern is known."""
+    if len(names) > 1:
+        raise BadTokenizer(f"{directory}: {listing(names)}, and one file of ranks is wanted")
+    path = confined(directory, names[0])
+    if settings.family != "qwen" and (settings.family or path.name != QWEN):
+        raise BadTokenizer(
+            f"{path}: ranks for {settings.family or 'nobody'!r}, and only Qwen's pattern is known. "
+            f"Name QWenTokenizer as tokenizer_class in {SETTINGS} if it is theirs"
+        )
+    ranks = bytelevel.from_ranks(path, "qwen2", _wanted(settings, "qwen"), composed="text")
+    return _finish(ranks, KINDS["qwen"], settings)
 
 
 def _wanted(settings: Settings, kind: str) -> list[Added]:

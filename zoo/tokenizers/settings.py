@@ -52,19 +52,31 @@ KINDS = {
     "qwen2": Kind(
         {"eos": _END, "pad": _END, "unk": _END}, beyond=(_END, "<|im_start|>", "<|im_end|>")
     ),
+    "qwen": Kind(
+        {"eos": _END, "pad": _END},
+        beyond=(_END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205))),
+    ),
     "llama": Kind({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, before="bos"),
     "llama3": Kind(
         {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"},
         before="bos",
         beyond=tuple(f"<|{name}|>" for name in _LLAMA3),
     ),
+    "tekken": Kind({"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, before="bos"),
     "t5": Kind({"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, after="eos"),
     "bert": Kind(_BERT, before="cls", after="sep"),
     "deberta": Kind({**_BERT, "bos": "[CLS]", "eos": "[SEP]"}, before="cls", after="sep"),
     "roberta": Kind(_ROBERTA, before="cls", after="sep"),
 }
 # names by which the same is known
-_SAME = {"distilbert": "bert", "debertav2": "deberta", "mistral": "llama", "mobilellm": "llama"}
+_SAME = {
+    "distilbert": "bert",
+    "debertav2": "deberta",
+    "mistral": "llama",
+    "mobilellm": "llama",
+    "xlmroberta": "roberta",
+}
+_ANYONES = ("", "pretrained", "tokenizersbackend")
 
 
 @dataclass(frozen=True)
@@ -83,17 +95,23 @@ class Settings:
     @cached_property
     def kind(self) -> str | None:
         """A key of KINDS: by the class that is named, else by the model; None if by neither."""
-        said = str(self.config.get("tokenizer_class") or "").lower().removesuffix("fast")
-        model = self._model().replace("-", "").replace("_", "").lower()
-        for name in (said.removesuffix("tokenizer"), model):
+        for name in (self.family, self._model):
             if (name := _SAME.get(name, name)) in KINDS:
                 return name
         return None
 
+    @cached_property
+    def family(self) -> str:
+        """Whose it is: by the class that is named, by the model if that class is anyone's."""
+        said = str(self.config.get("tokenizer_class") or "").lower().removesuffix("fast")
+        said = said.removesuffix("tokenizer")
+        return self._model if said in _ANYONES else said
+
+    @cached_property
     def _model(self) -> str:
         for name, key in ((NATIVE_FILE, "architecture"), (CONFIG, "model_type")):
             if found := _optional(self.directory, name).get(key):
-                return str(found)
+                return str(found).replace("-", "").replace("_", "").lower()
         return ""
 
     def flag(self, name: str) -> bool | None:

@@ -1,0 +1,169 @@
+"""Products of a few rows in C, where torch's own read memory at half its speed.
+
+The machine's compiler translates them once a process; where there is none, torch does it all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.components.masks import Mask
+
+WIDE = 64  # outputs of a block, as in kernels.c
+_SOURCE = Path(__file__).with_name("kernels.c")
+_DTYPES = (torch.float32, torch.bfloat16)
+_STEPS = c_long * 3
+_ROWS = [c_long] * 3 + [c_int]
+_ARGUMENTS: dict[str, list[Any]] = {
+    "zoo_blocks": [c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int, c_long, *_ROWS],
+    "zoo_bytes": [c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *_ROWS],
+    "zoo_scores": [*[c_void_p] * 3, c_int, *[c_long] * 5, _STEPS, c_float, c_int],
+    "zoo_mix": [*[c_void_p] * 3, c_int, *[c_long] * 5, _STEPS, c_int],
+}
+
+
+@cache
+def library() -> Any:
+    """The kernels for this machine; None where no compiler makes them."""
+    given = os.environ.get("CC", "").split()
+    found = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if not given and found is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="zoo-kernels-") as directory:
+        out = os.path.join(directory, "kernels.so")
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        try:
+            command = [*(given or [str(found)]), *flags, "-o", out, os.fspath(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            made = ctypes.CDLL(out)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(made, name).argtypes = arguments
+        getattr(made, name).restype = c_int
+    return made
+
+
+def usable(x: Tensor) -> bool:
+    fits = x.dtype in _DTYPES and x.device.type == "cpu"
+    return fits and not torch.compiler.is_compiling() and library() is not None
+
+
+class Blocks:
+    """(o, i) as oneDNN packed it: 64 outputs a block, in it one input after the other."""
+
+    def __init__(self, packed: Tensor, bias: Tensor | None, outputs: int, deep: int) -> None:
+        self.packed, self.outputs, self.deep = packed, outputs, deep
+        self.bias = None if bias is None else bias.float()
+        self.half = int(packed.dtype == torch.bfloat16)
+        # it lies where it is as long as it is held
+        self.start = torch.ops.mkldnn.data_ptr(packed)
+
+    @classmethod
+    def of(cls, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Blocks | None:
+        """None where oneDNN chose another order, as it may for another machine or shape."""
+        if library() is None or weight.dtype not in _DTYPES:
+            return None
+        outputs, inputs = weight.shape
+        size, pair = weight.element_size(), 4 // weight.element_size()
+        count, nbytes = -(-outputs // WIDE), torch.ops.mkldnn._nbytes(packed)
+        deep, rest = divmod(nbytes, count * WIDE * size)
+        if rest or deep % pair or deep < inputs:
+            return None
+        made = cls(packed, bias, outputs, deep)
+        memory = (ctypes.c_char * nbytes).from_address(made.start)
+        found = torch.frombuffer(memory, dtype=weight.dtype).view(count, deep // pair, WIDE, pair)
+
+        def agree(b: int) -> bool:
+            rows = weight[b * WIDE : (b + 1) * WIDE]
+            rows = F.pad(rows, (0, deep - inputs, 0, WIDE - len(rows)))
+            return torch.equal(found[b], rows.view(WIDE, -1, pair).transpose(0, 1))
+
+        some = {0, count // 2, count - 1}
+        plain = all((rows := found[b]).eq(rows.flatten()[0]).all() for b in some)
+        return made if all(map(agree, range(count) if plain else some)) else None
+
+    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., i) to (..., o), in fp32 up to the last rounding."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.outputs), dtype=dtype)
+        inputs = x.shape[-1]
+        done = library().zoo_blocks(
+            self.start,
+            self.half,
+            x.data_ptr(),
+            x.dtype == torch.bfloat16,
+            None if self.bias is None else self.bias.data_ptr(),
+            y.data_ptr(),
+            dtype == torch.bfloat16,
+            x.numel() // inputs,
+            self.outputs,
+            inputs,
+            self.deep,
+            torch.get_num_threads(),
+        )
+        return _got(done, y)
+
+
+def bytes_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """(..., i) and bytes (o, i) to (..., o); scale and bias are fp32. None: x is not finite."""
+    x = x.contiguous()
+    outputs, inputs = weight.shape
+    y = x.new_empty((*x.shape[:-1], outputs))
+    half = x.dtype == torch.bfloat16
+    done = library().zoo_bytes(
+        weight.data_ptr(),
+        scale.data_ptr(),
+        x.data_ptr(),
+        half,
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        half,
+        x.numel() // inputs,
+        outputs,
+        inputs,
+        torch.get_num_threads(),
+    )
+    return y if done else None
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """`attend` for (b, h, 1, e) of queries: keys and values are read once, where they lie."""
+    (b, h, _, e), (_, g, t, _) = q.shape, k.shape
+    half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    q = q.contiguous()
+    scores = q.new_empty((b, h, 1, t), dtype=torch.float32)
+    sizes = (half, b, g, h // g, t, e)
+    done = library().zoo_scores(
+        q.data_ptr(), k.data_ptr(), scores.data_ptr(), *sizes, _steps(k), scale, threads
+    )
+    if mask.allowed is not None:
+        scores.masked_fill_(~mask.allowed, -torch.inf)
+    weights, y = _got(done, scores).softmax(dim=-1), torch.empty_like(q)
+    sizes = (half, b, g, h // g, t, v.shape[-1])
+    done = library().zoo_mix(
+        weights.data_ptr(), v.data_ptr(), y.data_ptr(), *sizes, _steps(v), threads
+    )
+    return _got(done, y)
+
+
+def _steps(x: Tensor) -> Any:
+    return _STEPS(*x.stride()[:3])
+
+
+def _got(done: int, y: Tensor) -> Tensor:
+    if not done:
+        raise MemoryError("no memory for the rows of a product")
+    return y
