@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from converters.spec import Container
 
 _SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 class Format(NamedTuple):
@@ -55,6 +56,18 @@ FORMATS: dict[str, Format] = {
         lambda module, path: [(path, module.TorchZipReader(path, nested=True))],
         "a zip of torch.save",
         lambda head, tail, size: head.startswith(b"PK\x03\x04"),
+    ),
+    "gguf": Format(
+        "gguf",
+        lambda module, path: [(path.parent / n, r) for n, r in module.open_gguf(path).items()],
+        "GGUF",
+        lambda head, tail, size: head.startswith(b"GGUF"),
+    ),
+    "tf": Format(
+        "tf_bundle",
+        lambda module, path: [(path, module.TFBundleReader(path))],
+        "TensorFlow's bundle (.index)",
+        lambda head, tail, size: tail.endswith(bytes.fromhex("57fb808b247547db")),
     ),
     # without a magic, so after all others
     "llama2c": Format(
@@ -173,6 +186,8 @@ class _Renamed:
 
     def span(self, name: str) -> tuple[int, int] | None:
         span = getattr(self._reader, "span", None)
+        if self._names[name] in getattr(self._reader, "quantised", ()):
+            return None
         found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
         return found
 
@@ -195,10 +210,14 @@ def open_place(place: Path) -> Opened | None:
             kinds[name] = kind
     if not kinds:
         return None
-    names = _shards(root, sorted(kinds))
-    kind = next(iter(kinds.values()))  # the same of all
+    kind, first = next(iter(kinds.values())), next(iter(kinds))
     known = FORMATS[kind]
     module = import_module(f"converters.formats.{known.module}")
+    if set(kinds.values()) == {kind} and _SPLIT.search(first):  # which names the others itself
+        together = known.open(module, confined(root, first))
+        if kinds.keys() <= {path.name for path, _ in together}:
+            return Opened(kind, tuple(together))
+    names = _shards(root, sorted(kinds))
     every = [pair for name in names for pair in known.open(module, confined(root, name))]
     return Opened(kind, tuple(every))
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 import zoo
 from converters.coding import in_units, int8_groups
+from converters.containers import open_place
 from converters.dialects import every_dialect
-from converters.formats import llama2c
+from converters.formats import TensorInfo, gguf, llama2c
 from converters.formats.torch_zip import TorchZipReader
 from converters.lazy import Lazy, Part
 from converters.manifest import check
-from converters.spec import load_spec, spec_names
+from converters.spec import Container, load_spec, spec_names
 from zoo import registry
 from zoo.cli import main
 from zoo.errors import (
@@ -686,7 +687,7 @@ def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_files_that_nothing_knows(tmp_path: Path, gpt2: Any) -> None:
     (tmp_path / "noise.bin").write_bytes(b"GIF89a" * 100)
-    with pytest.raises(NotACheckpoint, match=r"expected a directory .* zip of torch.save, llama2"):
+    with pytest.raises(NotACheckpoint, match=r"expected a directory .* zip of torch.save, .*llama2"):
         zoo.load(tmp_path / "noise.bin")
     torch.save({"a.b": torch.ones(2)}, tmp_path / "odd.pt")
     with pytest.raises(
@@ -780,6 +781,40 @@ def test_what_cannot_be_said_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(LossyExport, match=r"holds F32, and .* hold more"):
         zoo.save(model_of("llama", "llama2c").double(), tmp_path / "out", to="llama2c")
     zoo.save(model_of("llama", "llama2c").bfloat16(), tmp_path / "out", to="llama2c")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_formats_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts: int) -> None:
+    """A dialect of them is a section of a spec and nothing more."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    raw = torch.cat([data.reshape(-1) for _, data in in_units(iter([x]), int8_groups(32)[0])])
+    names = ["one.gguf"] if parts == 1 else [f"x-0000{n}-of-00002.gguf" for n in (1, 2)]
+    for n, name in enumerate(names):
+        infos = [TensorInfo(f"blk.{n}.w", (4, 64), "Q8_0"), TensorInfo(f"norm.{n}", (6,), "F32")]
+        said: dict[str, Any] = {"general.architecture": "none"}
+        if parts == 2:
+            said |= {"split.no": gguf.Value("u16", n), "split.count": gguf.Value("u16", 2)}
+        layout = gguf.lay_out(infos, said, name)
+        body = bytearray(raw.numpy().tobytes() * 2)[: layout.size].ljust(layout.size, b"\0")
+        body[layout.starts[f"norm.{n}"] - (-272 % 32) : layout.starts[f"norm.{n}"]] = bytes(
+            -272 % 32
+        )
+        (tmp_path / name).write_bytes(layout.head + body)
+    for place in (tmp_path, tmp_path / names[-1]):
+        with pytest.raises(
+            NotACheckpoint, match=r"GGUF whose names fit no dialect(.|\n)*no dialect"
+        ):
+            zoo.load(place)
+        opened = open_place(place)
+        assert opened is not None and opened.values["general.architecture"] == "none"
+        checkpoint = opened.checkpoint(Container(format="gguf", file=""))
+        assert checkpoint is not None and len(checkpoint.tensors) == 2 * parts
+        for name in checkpoint.tensors:
+            whole = checkpoint.tensor(name)
+            found = [p.reshape(-1) for p in checkpoint.lazy(name).pieces(100)]
+            assert torch.equal(torch.cat(found).nan_to_num(), whole.reshape(-1).nan_to_num())
+    ((_, reader), *_) = opened.readers
+    assert reader.quantised
 
 
 # --- the engine ----------------------------------------------------------------------------------

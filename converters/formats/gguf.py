@@ -125,6 +125,7 @@ class GGUFReader:
         header = _Header(path, self._data)
         self.version: int = header.version
         self.said: dict[str, Any] = header.said
+        self.values = self.said  # as other readers call it
         self.kinds: dict[str, str] = header.kinds  # of `said`: u32, str, [f32] …
         # what is said in text
         self.metadata = {key: text for key, text in self.said.items() if type(text) is str}
