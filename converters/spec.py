@@ -57,6 +57,7 @@ class Container:
     within: tuple[str, ...] = ("",)  # the key of a nested file that weights stand under
     config: str = ""  # a file beside it, a key of the file's own values, `.` for all of these
     about: str = ""  # for people
+    fixed: Mapping[str, int] = field(default_factory=dict)  # of what its format leaves to choose
 
     @property
     def sharded(self) -> bool:

@@ -687,7 +687,9 @@ def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_files_that_nothing_knows(tmp_path: Path, gpt2: Any) -> None:
     (tmp_path / "noise.bin").write_bytes(b"GIF89a" * 100)
-    with pytest.raises(NotACheckpoint, match=r"expected a directory .* zip of torch.save, .*llama2"):
+    with pytest.raises(
+        NotACheckpoint, match=r"expected a directory .* zip of torch.save, .*llama2"
+    ):
         zoo.load(tmp_path / "noise.bin")
     torch.save({"a.b": torch.ones(2)}, tmp_path / "odd.pt")
     with pytest.raises(
@@ -773,6 +775,14 @@ def test_what_cannot_be_said_is_refused_by_name(tmp_path: Path) -> None:
             zoo.save(model, tmp_path / "out", to=to)
     with pytest.raises(UsageError, match="nanogpt has no 'shards'; it has none"):
         zoo.save(model, tmp_path / "out", to="nanogpt", layout={"shards": 2})
+    small = model_of("llama", "llama2c")
+    for to, layout, why in (
+        ("llama2c", {"version": 2}, "version=2: a whole number from 0 to 1"),
+        ("llama2c-q8", {"version": 1}, "has no 'version'; it has group"),
+        ("llama2c", {"version": True}, "version=True"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            zoo.save(small, tmp_path / "out", to=to, layout=layout)
     with pytest.raises(UsageError, match="hf leaves nothing to choose"):
         zoo.save(model, tmp_path / "out", to="hf", layout={"shards": 2})
     model = model_of("llama", "meta")

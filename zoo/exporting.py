@@ -22,10 +22,10 @@ from zoo.components.model import Model
 from zoo.errors import ConfigError, LossyExport, SpecError, UsageError, did_you_mean, listing
 from zoo.pretrained import native_of
 
-# option: its least value and what it is, by format
-OPTIONS: dict[str, dict[str, int]] = {
-    "torch": {"shards": 1, "columns": 0},
-    "llama2c": {"version": 0, "group": 1},
+# what a format leaves to choose: the least and the most
+OPTIONS: dict[str, dict[str, tuple[int, int]]] = {
+    "torch": {"shards": (1, 100), "columns": (0, 1)},
+    "llama2c": {"version": (0, 1), "group": (1, 1 << 20)},
 }
 
 
@@ -87,9 +87,8 @@ class Export:
         return shards
 
     def _llama2c(self, items: Sequence[Item]) -> list[Shard]:
-        version = 2 if self.dialect.name.endswith("q8") else self.options.get("version", 0)
-        group = self.options.get("group", 64)
-        header = llama2c.header_for(self.reference, version, group)
+        version = self.options.get("version", 0)
+        header = llama2c.header_for(self.reference, version, self.options.get("group", 64))
         layout = llama2c.lay_out(
             header, {item.name: item.info for item in items}, self.dialect.name
         )
@@ -200,17 +199,20 @@ def export(
 
 def _checked(dialect: Dialect, options: Mapping[str, Any]) -> dict[str, int]:
     assert dialect.container is not None
+    fixed = dialect.container.fixed
     known = OPTIONS.get(dialect.container.format, {})
-    if not dialect.container.sharded:
-        known = {name: least for name, least in known.items() if name not in ("shards", "columns")}
+    known = {name: limits for name, limits in known.items() if name not in fixed}
+    if dialect.container.format == "torch" and not dialect.container.sharded:
+        known = {}
     for name, value in options.items():
         if name not in known:
             said = listing(known) or "none"
             near = did_you_mean(name, known)
             raise UsageError(f"layout: {dialect.name} has no {name!r}; it has {said}.{near}")
-        if type(value) is not int or value < known[name]:
-            raise UsageError(f"layout: {name}={value!r}: a whole number, {known[name]} at least")
-    return dict(options)
+        least, most = known[name]
+        if type(value) is not int or not least <= value <= most:
+            raise UsageError(f"layout: {name}={value!r}: a whole number from {least} to {most}")
+    return {**options, **fixed}
 
 
 def _aliases(dialect: Dialect, header: Mapping[str, TensorInfo]) -> dict[str, str]:
