@@ -100,10 +100,10 @@ def run(output: Output, stage: Stage, options: Options) -> Report:
         return _Run(output, stage, options).run()
 
 
-def damages(output: Output, directory: Path, tensors: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Files of tensors that are not what digests by file and tensor say; lack or surplus of any."""
+def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterator[str]:
+    """Files of tensors that are not what a part's report says of them; lack or surplus of any."""
     for shard in output.shards:
-        said, path = tensors[shard.name], directory / shard.name
+        said, path = finished["tensors"][shard.name], directory / shard.name
         try:
             fd = open_regular(path)
         except ZooError:
@@ -119,6 +119,8 @@ def damages(output: Output, directory: Path, tensors: dict[str, dict[str, str]])
                 digest, _ = _digest(fd, shard.start(item), item.nbytes, buffer)
                 if digest != said[item.name]:
                     yield f"{shard.name}: {item.name} differs"
+            if _rest(shard, fd, buffer) != finished["rest"][shard.name]:
+                yield f"{shard.name}: what stands around its tensors differs"
         finally:
             os.close(fd)
 

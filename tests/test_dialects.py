@@ -860,7 +860,13 @@ def test_parts(tmp_path: Path) -> None:
     zoo.convert(tmp_path / "native", tmp_path / "whole", **how)
     zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="2/2")
     assert not (tmp_path / "out").exists()
-    zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="1/2")
+    (path,) = (tmp_path / ".out.zoo-partial").glob("*.pth")
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1  # in the zip's directory, which holds no tensor
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"part 2 of 2: .* around its tensors .*part 2/2"):
+        zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="1/2")
+    zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="2/2")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 

@@ -166,8 +166,8 @@ def _still_there(output: Output, place: Shared, part: int, records: list[dict[st
     """Whether another part's files are as its journal has them; bytes that lie may be lost."""
     again = f"run it again: --part {part}/{place.parts}"
     try:
-        tensors = records[-1]["finished"]["tensors"]
-        damaged = list(damages(output.part(part, place.parts), place.path, tensors))
+        finished = records[-1]["finished"]
+        damaged = list(damages(output.part(part, place.parts), place.path, finished))
         Report.joined([records[-1]["finished"]], output.part(part, place.parts))
     except (KeyError, TypeError, AttributeError):
         damaged = ["its journal is not what it wrote"]
