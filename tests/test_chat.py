@@ -1,6 +1,7 @@
 """`zoo generate` and `zoo chat`: as functions, through pipes, and at a terminal with Ctrl-C."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -56,13 +57,13 @@ def test_generate_streams_what_python_gives(
     more = ["--seed", "4", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.001"]
     options = {"max_new_tokens": 40, "top_k": 20, "top_p": 0.9, "min_p": 0.001, **WARM}
     text = zoo.generate(model, "abc", **options)
-    for how in ((), ("--no-stream",)):
+    for how in ((), ("--stream",), ("--no-stream",)):
         assert main([*asked, *more, *how]) == 0
         assert capsys.readouterr().out == text + "\n"
     stop = text[9:11]
     assert main([*asked, *more, "--stop", stop, "--stop", "☃"]) == 0
     assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
-    assert main([*asked, *more, "--json"]) == 0
+    assert main([*asked, *more, "--stream", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["text"] == text and len(said["ids"]) == len(said["logprobs"]) == 40
     assert said["tokens_per_second"] == pytest.approx(40 / said["seconds"])
@@ -262,6 +263,12 @@ def test_what_is_no_dialogue(model: Any, tmp_path: Path) -> None:
         Dialogue(model, num_beams=2)
     with pytest.raises(UsageError, match="each question for itself"):
         Dialogue(build("t5"))
+    with pytest.raises(UsageError, match="bert is an encoder"):
+        Dialogue(build("bert"))
+    with pytest.raises(UsageError, match="'none' writes no text"):
+        Dialogue(build("gpt2", head="none"))
+    with pytest.raises(InputError, match="No such file or directory"):
+        Dialogue(model).save(str(tmp_path / "nowhere" / "x"))
     (tmp_path / "there").touch()
     with pytest.raises(OutputExists):
         Dialogue(model).save(str(tmp_path / "there"))
@@ -297,6 +304,30 @@ def test_through_pipes(place: Path, model: Any, root: Path, tmp_path: Path) -> N
     assert "Ctrl-D leaves" in done.stdout
     errors = done.stderr.splitlines()
     assert [line.partition("error: ")[2][:6] for line in errors] == ["/save ", "/sing:", "charac"]
+
+
+@pytest.mark.parametrize("said", ['"""\nhello', "hello\\", "hello"], ids=["block", "more", "line"])
+def test_a_text_ends_where_the_input_does(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    assert main(["chat", str(place), "--max-new-tokens", "9"]) == 0
+    want = told(Dialogue(zoo.load(place), max_new_tokens=9), "hello")
+    assert capsys.readouterr().out == want + "\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full")
+def test_output_that_cannot_be_written_ends_it(place: Path, root: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, str(place)],
+            cwd=root,
+            input=b"hello\n/help\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert done.returncode == 1 and done.stderr.count(b"No space left") == 1
 
 
 @pytest.fixture

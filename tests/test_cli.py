@@ -14,6 +14,7 @@ import zoo
 from zoo import catalog, registry
 from zoo.cli import main
 from zoo.errors import OutputExists, ParityError
+from zoo.tokenizers import CharTokenizer
 
 Result = tuple[int, str, str]
 
@@ -260,6 +261,13 @@ def test_usage(run: Any) -> None:
     assert run("--version")[:2] == (0, f"zoo {zoo.__version__}\n")
 
 
+def test_misspelt_options(run: Any) -> None:
+    code, _, err = run("generate", "gpt2", "abc", "--temprature", "1")
+    assert code == 2
+    assert "usage: zoo generate" in err and "--temprature 1. Did you mean --temperature?" in err
+    assert run("score", "gpt2", "file", "more")[2].endswith("unrecognized arguments: more\n")
+
+
 # --- as a process --------------------------------------------------------------------------------
 
 
@@ -287,3 +295,16 @@ def test_a_reader_that_leaves_is_no_error(root: Path) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_json_is_json_whatever_can_be_written(root: Path, tmp_path: Path) -> None:
+    CharTokenizer.of("aé漢").save(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-m", "zoo", "tokenize", str(tmp_path), "é漢", "--json"],
+        cwd=root,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"ids": [1, 2], "tokens": ["é", "漢"]}

@@ -311,7 +311,8 @@ def test_streams_are_the_text(speller: Any, piecewise: Any) -> None:
 def test_no_half_characters() -> None:
     """One token is one byte here: those of a character come out together, and at the end too."""
     text = "a😀漢é" * 2
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda **_: Bytes()))
+    tokenizer = SimpleNamespace(stream=lambda **_: Bytes(), vocab_size=256)
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
     for stops in ((), ("漢é",), ("zz",), ("é",)):
         pieces = Pieces(model, stops)
         out = [pieces.put(byte) for byte in text.encode()] + [pieces.end()]
@@ -333,6 +334,21 @@ class Bytes:
 
     def end(self) -> str:
         return self.decoder.decode(b"", final=True)
+
+
+def test_tokens_that_only_the_model_has(tmp_path: Path) -> None:
+    """Tables are often wider than the vocabulary: what lies beyond it is no text, and no error."""
+    zoo.save(hot(build("llama", vocab=2 * len(CHARACTERS))), tmp_path / "x")
+    CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
+    model = zoo.load(tmp_path / "x")
+    for stops in ((), ("zz",)):
+        more = {**WARM, "seed": 1, "stop_strings": stops}
+        row = model.generate(torch.tensor([model.tokenizer.encode("abc")]), **more)[0, 3:]
+        known = row[row < len(CHARACTERS)]
+        assert len(known) < len(row)
+        text = zoo.generate(model, "abc", **more)
+        assert text == model.tokenizer.decode(known)
+        assert text == "".join(zoo.generate(model, "abc", stream=True, **more))
 
 
 def test_stop_strings_end_a_row(speller: Any) -> None:
@@ -364,6 +380,34 @@ def test_several_texts_and_samples(speller: Any) -> None:
     assert len(beams) == 2 and beams[0] != beams[1]
     guessed = zoo.generate(speller, "abc", assistant_model=speller, max_new_tokens=9)
     assert guessed == zoo.generate(speller, "abc", max_new_tokens=9)
+
+
+def test_tokens_as_they_come(speller: Any) -> None:
+    ids, mask = padded(torch.randint(0, len(CHARACTERS), (3, 10)))
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3, "eos_token_id": [1]}
+    want = speller.generate(ids, mask, return_logprobs=True, pad_token_id=1, **options)
+    rows: list[list[int]] = [[], [], []]
+    for step in speller.generate(ids, mask, stream=True, **options):
+        assert step.logprob == want.logprobs[step.row, len(rows[step.row])]
+        rows[step.row].append(step.token)
+    width = want.sequences.shape[1] - 10
+    assert [row + [1] * (width - len(row)) for row in rows] == want.sequences[:, 10:].tolist()
+    with pytest.raises(UsageError, match="stream: beams"):
+        speller.generate(ids, mask, stream=True, num_beams=2)
+
+
+def test_texts_with_their_logprobs(speller: Any) -> None:
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+    got = zoo.generate(speller, "abc", return_logprobs=True, **options)
+    assert got.text == zoo.generate(speller, "abc", **options)
+    ids = torch.tensor([speller.tokenizer.encode("abc")])
+    want = speller.generate(ids, return_logprobs=True, **options)
+    assert got.ids == want.sequences[0, 3:].tolist()
+    assert got.logprobs == pytest.approx(want.logprobs[0].tolist())
+    two = zoo.generate(speller, ["abc", "i"], return_logprobs=True, **options)
+    assert [each.text for each in two] == zoo.generate(speller, ["abc", "i"], **options)
+    with pytest.raises(UsageError, match=r"m\.generate streams tokens"):
+        zoo.generate(speller, "abc", return_logprobs=True, stream=True)
 
 
 def test_answers_to_texts(tmp_path: Path) -> None:
@@ -439,6 +483,10 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"num_return_sequences": 2}, "give a temperature"),
         ({"num_beams": 2, "num_return_sequences": 3}, "more than 2 beams"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon'"),
+        ({"num_beams": 2, "length_penalty": 1000.0}, "length_penalty=1000.0"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty=nan"),
+        ({"use_cache": "no"}, "use_cache='no'"),
+        ({"do_sample": "yes"}, "do_sample='yes'"),
         ({"stop_strings": [""]}, "stop_strings"),
         ({"stop_strings": [3]}, "stop_strings"),
         ({"stop_strings": "x"}, "no checkpoint"),
@@ -460,9 +508,32 @@ def test_no_guesses_at_answers() -> None:
         this.write(assistant_model=this.model)
 
 
-def test_an_end_that_is_no_token() -> None:
-    with pytest.raises(TokenIdError, match="eos_token_id: 100000 is outside"):
-        build("gpt2").generate(IDS, eos_token_id=[1, 100000])
+@pytest.mark.parametrize("ids", [[1, 100000], torch.tensor([-1]), 1.5, "x"], ids=str)
+def test_an_end_that_is_no_token(ids: Any) -> None:
+    with pytest.raises(TokenIdError, match=r"eos_token_id: (100000|-1|1.5|'x') is outside"):
+        build("gpt2").generate(IDS, eos_token_id=ids)
+
+
+@pytest.mark.parametrize("id", [-1, 100000, 1.5, "x"])
+def test_padding_that_is_no_token(id: Any) -> None:
+    with pytest.raises(TokenIdError, match="pad_token_id"):
+        build("gpt2").generate(IDS, pad_token_id=id, max_new_tokens=1)
+
+
+def test_values_that_mean_what_others_do() -> None:
+    this = case("llama")
+    ends = this.write(eos_token_id=this.ends).tolist()
+    assert this.write(eos_token_id=torch.tensor(this.ends), stop_strings=None).tolist() == ends
+    one = this.write(eos_token_id=this.ends[:1]).tolist()
+    assert this.write(eos_token_id=torch.tensor(this.ends[0])).tolist() == one
+
+
+def test_a_model_in_training_writes_as_at_rest() -> None:
+    model = build("gpt2")
+    want = hot(model).generate(IDS, **MOST).tolist()
+    model.train()
+    assert model.generate(IDS, **MOST).tolist() == want
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 2]), torch.zeros(1, 0).long(), "text", [[1]]])
@@ -489,8 +560,9 @@ def test_empty_prompts(speller: Any) -> None:
     for prompt in ("", ["abc", ""]):
         with pytest.raises(InputError, match="an empty text"):
             zoo.generate(speller, prompt)
-    with pytest.raises(InputError):
-        zoo.generate(speller, [])
+    for prompt in ([], None, 5, b"abc"):
+        with pytest.raises(InputError):
+            zoo.generate(speller, prompt)
     for more in ({"num_return_sequences": 2, "temperature": 1.0}, {"num_beams": 2}):
         with pytest.raises(UsageError, match="one text at a time"):
             zoo.generate(speller, "abc", stream=True, **more)

@@ -103,6 +103,7 @@ def test_warpers_come_in_the_references_order() -> None:
         {"temperature": INF},
         {"temperature": float("nan")},
         {"temperature": "hot"},
+        {"temperature": 1e-320},
         {"top_k": -1},
         {"top_k": 2.5},
         {"top_p": 0.0},

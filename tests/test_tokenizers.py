@@ -27,7 +27,7 @@ import sentencepiece
 import tiktoken
 import torch
 from tiny import build
-from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 import zoo
@@ -728,6 +728,56 @@ def test_the_config_says_what_stands_around(made: Path, tmp_path: Path) -> None:
     assert mine.padding_side == "left"
 
 
+def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> None:
+    """Some numbers, <s>, </s> and bytes, of a class that `kind` names."""
+    place.mkdir()
+    numbers = {str(n): n for n in range(20)}
+    bytes_ = {f"<0x{n:02X}>": 40 + n for n in range(256)}
+    backend = Backend(models.BPE({**numbers, **bytes_, "<s>": 30, "</s>": 31}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    backend.save(str(place / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", **flags}
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
+def test_tokenizer_json_says_what_stands_around(kind: str, tmp_path: Path) -> None:
+    """The reference heeds nothing beside it, and puts nothing where it says nothing."""
+    import transformers as ref
+
+    known = [("<s>", 30), ("</s>", 31)]
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=known)
+    for n, around in enumerate((None, both)):
+        for flag in (None, True, False):
+            flags = {} if flag is None else {"add_bos_token": flag, "add_eos_token": flag}
+            place = tmp_path / f"{n}-{flag}"
+            write_json(place, kind, flags, post_processor=around)
+            wanted = ref.AutoTokenizer.from_pretrained(place).encode("1")
+            assert {30, 31} & set(wanted) == ({30, 31} if n else set())
+            assert zoo.tokenizer(place).encode("1") == ([30, 1, 31] if n else [1])
+
+
+def test_ends_of_those_that_know_no_letters(tmp_path: Path) -> None:
+    """What they do not know they drop, and where it was is not between the ends."""
+    around = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 30), ("</s>", 31)]
+    )
+    write_json(tmp_path / "x", "PreTrainedTokenizerFast", {}, post_processor=around)
+    assert zoo.tokenizer(tmp_path / "x").encode("1a") == [30, 1, 31]
+
+
+def test_ids_that_stand_for_nothing(tmp_path: Path) -> None:
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    write_json(tmp_path / "x", "PreTrainedTokenizerFast", {}, decoder=decoder)
+    mine = zoo.tokenizer(tmp_path / "x")
+    ids = [1, 35, 40 + 0xC3, 35, 40 + 0xA9, 35]
+    assert mine.decode(ids) == streamed(mine, ids) == "1é"
+    with pytest.raises(TokenIdError, match="35 stands for nothing"):
+        mine.token(35)
+
+
 def test_t5_sentinels_where_the_config_says_t5(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "t5", tmp_path, dirs_exist_ok=True)
     size = zoo.tokenizer(tmp_path).vocab_size
@@ -847,6 +897,17 @@ def test_what_is_no_text(made: Path, kind: str) -> None:
         mine.encode("a\ud800")
     with pytest.raises(InputError, match="expected a text"):
         mine.encode(b"a")  # type: ignore[arg-type]
+
+
+def test_what_is_one_row_of_ids(made: Path) -> None:
+    mine = zoo.tokenizer(made / "llama2")
+    ids = plain(mine, "the fox")
+    one = mine.decode(ids[:1])
+    assert mine.decode(ids[0]) == mine.decode(torch.tensor(ids[0])) == one
+    assert mine.decode(torch.tensor(ids)) == mine.decode(iter(ids)) == "the fox"
+    for wrong in (None, torch.tensor([ids]), 1.5):
+        with pytest.raises(InputError, match="one row of ids"):
+            mine.decode(wrong)  # type: ignore[arg-type]
 
 
 def test_a_stream_holds_back_and_skips(made: Path) -> None:
@@ -1196,6 +1257,33 @@ def test_named_templates(made: Path, tmp_path: Path) -> None:
         mine.chat([], template="rga")
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }} {{ x }}")
     assert zoo.tokenizer(tmp_path).chat([], x=5) == f"{datetime.now():%Y} 5"
+
+
+def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
+    """As the reference writes several, and reads them; what a checkpoint has is carried along."""
+    reference = _through_pieces(oracle(made / "llama2", "llama2").backend, "llama2")
+    texts = {"default": "default", "tool_use": "{{ tools|length }} tools", "rag": "documents"}
+    reference.chat_template = texts
+    zoo.save(build("llama"), tmp_path / "x")
+    reference.save_pretrained(tmp_path / "x")
+    zoo.save(zoo.load(tmp_path / "x"), tmp_path / "saved")
+    zoo.convert(tmp_path / "x", tmp_path / "native", to="native")
+    for name in ("x", "saved", "native"):
+        mine = zoo.tokenizer(tmp_path / name)
+        assert mine.templates == texts
+        assert mine.chat(SAID, tools=TOOLS) == "1 tools"
+        assert mine.chat(SAID) == "default" and mine.chat(SAID, template="rag") == "documents"
+    (tmp_path / "x" / "additional_chat_templates" / "out.jinja").symlink_to("/etc/hostname")
+    with pytest.raises(UnsafePath):
+        zoo.tokenizer(tmp_path / "x")
+
+
+@pytest.mark.parametrize("messages", ["hello", SAID[0], None, ["hello"], [("user", "hello")], 5])
+def test_what_is_no_dialogue(talker: Tokenizer, messages: Any) -> None:
+    with pytest.raises(InputError, match="messages: expected a list of mappings"):
+        talker.chat(messages, template=CHATML)
+    with pytest.raises(InputError, match="template=5"):
+        talker.chat(SAID, template=5)  # type: ignore[arg-type]
 
 
 def test_no_template(talker: Tokenizer) -> None:

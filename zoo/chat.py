@@ -15,7 +15,7 @@ import torch
 
 from zoo.components.model import Model
 from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
-from zoo.generation import Options, Runner, answers, pieces_of
+from zoo.generation import Options, Runner, answers, check_writes, pieces_of
 from zoo.terminal import BOLD, DIM, RED, has_colour, paint
 
 HELP = '''\
@@ -33,6 +33,7 @@ class Dialogue:
 
     def __init__(self, model: Model, **options: Any) -> None:
         self.model, self.asked = model, Options.of(options)
+        check_writes(model)
         if answers(model):
             raise UsageError(f"{model.architecture} answers each question for itself: zoo generate")
         if self.asked.num_beams > 1 or self.asked.num_return_sequences > 1:
@@ -107,7 +108,10 @@ class Dialogue:
         if path.exists() and path.resolve() not in self.saved:
             raise OutputExists(f"{path} is there already; /save to another file")
         text = json.dumps(self.messages, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        try:
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; /save to another file") from None
         self.saved.add(path.resolve())
         return path
 
@@ -133,21 +137,32 @@ def talk(model: Model, options: Mapping[str, Any]) -> None:
             return
         except KeyboardInterrupt:
             print(flush=True)
-        except (ZooError, OSError) as error:
+        except ZooError as error:
             title = paint("zoo: error:", BOLD + RED, has_colour(sys.stderr))
             print(title, error, file=sys.stderr, flush=True)
 
 
 def _read(prompt: str, more: str) -> str:
-    line = input(prompt)
-    if line.strip() == '"""':
+    """A line, or several; a text that has begun ends where the input does."""
+    text = input(prompt)
+    if text.strip() == '"""':
         lines: list[str] = []
-        while (line := input(more)).strip() != '"""':
+        while (line := _next(more)) is not None and line.strip() != '"""':
             lines.append(line)
         return "\n".join(lines)
-    while line.endswith("\\"):
-        line = f"{line[:-1]}\n{input(more)}"
-    return line
+    while text.endswith("\\"):
+        line = _next(more)
+        text = text[:-1] if line is None else f"{text[:-1]}\n{line}"
+    return text
+
+
+def _next(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        if prompt:
+            print()
+        return None
 
 
 def _turn(dialogue: Dialogue, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import zoo
 from zoo import catalog
-from zoo.errors import InputError, UsageError, ZooError, listing
+from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -54,6 +54,17 @@ def _fail(message: str, code: int) -> int:
     title = paint("zoo: error:", BOLD + RED, has_colour(sys.stderr))
     print(title, message, file=sys.stderr)
     return code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, odd = parser.parse_known_args(arguments)
+    if odd:
+        command: argparse.ArgumentParser = options.command
+        known = [name for action in command._actions for name in action.option_strings]
+        near = did_you_mean(odd[0].partition("=")[0], known)
+        command.error(f"unrecognized arguments: {' '.join(odd)}{near and '.' + near}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,8 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num-return-sequences", type=int, metavar="N", help="several samples")
     command.add_argument("--beams", dest="num_beams", type=int, metavar="N", help="beam search")
     command.add_argument("--special", action="store_true", help="find special tokens in TEXT")
+    command.add_argument("--json", action="store_true", help="text, ids, logprobs and times")
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="text, ids, logprobs and times")
+    told = "each piece as soon as it is written; so it is, unless there are several or --json"
+    how.add_argument("--stream", action="store_true", help=told)
     how.add_argument("--no-stream", action="store_true", help="nothing before all is written")
     command.set_defaults(run=_generate)
 
@@ -182,6 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sampling(command)
     command.set_defaults(run=_chat)
+    for command in commands.choices.values():
+        command.set_defaults(command=command)
     return parser
 
 
@@ -419,7 +434,7 @@ def _embed(options: argparse.Namespace) -> int:
     vectors = zoo.embed(options.ref, texts, pooling=options.pooling, **asked).tolist()
     for text, vector in zip(texts, vectors, strict=True):
         if options.json:
-            print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))
+            print(_json({"text": text, "embedding": vector}, indent=None))
         else:
             print(*(f"{number:.7g}" for number in vector))
     return OK
@@ -458,11 +473,13 @@ def _generate(options: argparse.Namespace) -> int:
     more = {**_asked(options), **_assistant(options, model)}
     asked = Options.of(more)
     several = asked.num_return_sequences > 1 or asked.num_beams > 1
-    if not (options.json or options.no_stream or several):
+    if not options.json and (options.stream or not (options.no_stream or several)):
         pieces = zoo.generate(model, options.text, stream=True, special=options.special, **more)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:  # of a text that is interrupted too
+            print(flush=True)
         return OK
     started = time.perf_counter()
     found = complete(model, [options.text], asked, options.special)
@@ -544,5 +561,7 @@ def _revision(revision: str, pinned: bool | None) -> str:
     return f"{revision} (unpinned)" if pinned is False else revision
 
 
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+def _json(data: Any, indent: int | None = 2) -> str:
+    # what cannot be written would be so as Python does it, and be no JSON
+    plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    return json.dumps(data, indent=indent, ensure_ascii=plain)

@@ -32,7 +32,14 @@ from zoo.exporting import Export, dialects, export, same_config, with_zeros
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
-from zoo.sources import CONFIG, MODULE_WEIGHTS, MODULES, NATIVE_FILE, module_folders
+from zoo.sources import (
+    CONFIG,
+    MODULE_WEIGHTS,
+    MODULES,
+    MORE_TEMPLATES,
+    NATIVE_FILE,
+    module_folders,
+)
 
 OWN_FILES = ("hf", "native")  # written as safetensors
 SHARD_BYTES = 5 * 10**9
@@ -389,6 +396,9 @@ def companions(source: Path) -> dict[str, Path]:
     for _, folder in module_folders(source) if (source / MODULES).is_file() else ():
         files = (f"{folder}/{name}" for name in (CONFIG, *MODULE_WEIGHTS))
         names += [name for name in files if (source / name).exists()]
+    names += [
+        f"{MORE_TEMPLATES}/{p.name}" for p in sorted(source.glob(f"{MORE_TEMPLATES}/*.jinja"))
+    ]
     return {name: confined(source, name) for name in names}
 
 

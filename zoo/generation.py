@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from threading import get_ident
@@ -32,10 +32,11 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
-from zoo.inference import device_of, model_of
+from zoo.inference import at_rest, device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
 
 MAX_NEW_TOKENS = 100
+OUTPUTS = ("return_logprobs", "stream")  # options that say what is given back
 
 
 class Generated(NamedTuple):
@@ -96,6 +97,15 @@ class Bounds(NamedTuple):
 # --- one step ------------------------------------------------------------------------------------
 
 
+def check_writes(model: Model) -> None:
+    """Refuses a model that gives no logits of what comes next."""
+    if "cache" not in inspect.signature(model.forward).parameters:
+        name = model.architecture or type(model).__module__.rpartition(".")[2]
+        raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
+    if model.config.head not in LOGITS:
+        raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
+
+
 class Runner:
     """A model and all that it was given so far; it answers with (b, v) logits of what follows.
 
@@ -116,15 +126,10 @@ class Runner:
     ) -> None:
         self.model = model
         self.question: dict[str, Tensor | None] = {}
-        parameters = inspect.signature(model.forward).parameters
-        if "cache" not in parameters:
-            name = model.architecture or type(model).__module__.rpartition(".")[2]
-            raise UsageError(f"{name} is an encoder: it fills gaps and writes no text")
-        if model.config.head not in LOGITS:
-            raise UsageError(f"a head {model.config.head!r} writes no text; load it with head='lm'")
+        check_writes(model)
         real = _real(input_ids, attention_mask)
         self.ids, self.mask = left_aligned(input_ids, real)
-        if "decoder_input_ids" in parameters:
+        if answers(model):
             if start is None:
                 told = "missing, and no pad_token_id either; say it in generation_config.json"
                 raise ConfigError(f"decoder_start_token_id: {told}")
@@ -164,7 +169,7 @@ class Runner:
         mask = None if self.mask is None else self.mask[:, known:]
         self.fresh = False
         try:
-            with _last_only(self.model, last):
+            with _last_only(self.model, last), _without_dropout(self.model):
                 if self.question:
                     names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
                     return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
@@ -217,6 +222,10 @@ def left_aligned(ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | Non
     return ids, None if real.all() else real.long()
 
 
+def _without_dropout(model: Model) -> AbstractContextManager[None]:
+    return at_rest(model) if model.training else nullcontext()
+
+
 @contextmanager
 def _last_only(model: Model, count: int) -> Iterator[None]:
     """Logits of the last tokens alone: those of a whole prompt can be larger than the model."""
@@ -255,7 +264,7 @@ class Options:
     seed: int | Sequence[int] | None = None  # or one for each row, which alone decides its samples
     eos_token_id: int | Collection[int] | None = None  # the model's own; []: none
     pad_token_id: int | None = None
-    stop_strings: str | Sequence[str] = ()
+    stop_strings: str | Sequence[str] | None = ()
     use_cache: bool = True
     assistant_model: Model | None = None  # smaller, of the same vocabulary; it guesses ahead
     num_assistant_tokens: int = 5
@@ -268,8 +277,12 @@ class Options:
                 raise UsageError(f"{name}={value!r}: expected a positive number")
         if self.early_stopping not in (True, False, "never"):
             raise UsageError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
-        if not isinstance(self.length_penalty, int | float):
-            raise UsageError(f"length_penalty={self.length_penalty!r}: expected a number")
+        if type(self.length_penalty) not in (int, float) or not abs(self.length_penalty) <= 20:
+            raise UsageError(f"length_penalty={self.length_penalty!r}: a number from -20 to 20")
+        if type(self.use_cache) is not bool or self.do_sample not in (None, True, False):
+            raise UsageError(
+                f"use_cache={self.use_cache!r}, do_sample={self.do_sample!r}: True or False"
+            )
         if self.assistant_model is not None and not isinstance(self.assistant_model, Model):
             raise UsageError("assistant_model: expected a model, as zoo.load gives it")
         stops = self.stops
@@ -290,7 +303,7 @@ class Options:
         known = cls.__dataclass_fields__
         for name in options:
             if name not in known:
-                near = did_you_mean(name, [*known, "return_logprobs", "stream"])
+                near = did_you_mean(name, [*known, *OUTPUTS])
                 raise UsageError(f"generate: no option {name!r}.{near}")
         return cls(**options)
 
@@ -315,21 +328,23 @@ class Options:
     @property
     def stops(self) -> list[str]:
         one = isinstance(self.stop_strings, str)
-        stops = [str(self.stop_strings)] if one else list(self.stop_strings)
+        stops = [str(self.stop_strings)] if one else list(self.stop_strings or ())
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise UsageError(f"stop_strings={stops!r}: expected words")
         return stops
 
     def bounds(self, model: Model) -> Bounds:
         """Once a call: it reads the checkpoint's files."""
-        said, vocab = ends_of(model), model.config.vocab
-        eos = said.eos if self.eos_token_id is None else self.eos_token_id
-        ends = frozenset([eos] if isinstance(eos, int) else eos)
-        if wrong := [id for id in ends if type(id) is not int or not 0 <= id < vocab]:
-            raise TokenIdError(f"eos_token_id: {wrong[0]!r} is outside 0..{vocab - 1}")
+        said = ends_of(model)
+        eos: Any = said.eos if self.eos_token_id is None else self.eos_token_id
+        eos = eos.tolist() if isinstance(eos, Tensor) else eos
+        ends = tuple(eos) if isinstance(eos, Collection) else (eos,)
+        _check_ids("eos_token_id", ends, model)
+        if self.pad_token_id is not None:
+            _check_ids("pad_token_id", (self.pad_token_id,), model)
         known = (self.pad_token_id, said.pad, *sorted(ends))
         pad = next((id for id in known if id is not None and id >= 0), 0)
-        return Bounds(ends, pad, said.start)
+        return Bounds(frozenset(ends), pad, said.start)
 
     def most(self, model: Model, input_ids: Tensor) -> int:
         if self.max_new_tokens is not None:
@@ -338,6 +353,12 @@ class Options:
         if limit is None or answers(model):
             return MAX_NEW_TOKENS
         return max(1, min(MAX_NEW_TOKENS, limit + 1 - input_ids.shape[1]))
+
+
+def _check_ids(name: str, ids: Collection[Any], model: Model) -> None:
+    last = model.config.vocab - 1
+    if wrong := [id for id in ids if type(id) is not int or not 0 <= id <= last]:
+        raise TokenIdError(f"{name}: {wrong[0]!r} is outside 0..{last}")
 
 
 class Step(NamedTuple):
@@ -355,15 +376,21 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     return_logprobs: bool = False,
+    stream: bool = False,
     **options: Any,
-) -> Tensor | Generated:
+) -> Tensor | Generated | Iterator[Step]:
     """(b, s + n): each prompt with what follows, until the model's own end or `max_new_tokens`.
 
     `options` are those of `zoo.generation.Options`. What an encoder-decoder gives is the answer
-    alone.
+    alone. `stream=True` gives an iterator over tokens as they come, each with its row's number.
     """
     asked = Options.of(options)
     bounds = asked.bounds(model)
+    if stream:
+        if asked.num_beams > 1:
+            raise UsageError("stream: beams know their tokens at their end")
+        _real(input_ids, attention_mask)
+        return steps(model, input_ids, attention_mask, asked, bounds)
     rows, numbers = written(model, input_ids, attention_mask, asked, bounds)
     width = max(map(len, rows))
     full = [row + [bounds.pad] * (width - len(row)) for row in rows]
@@ -460,13 +487,29 @@ def choose(logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice) -> Te
     return dice.choose(sampling.warped(logits))
 
 
+class Reading:
+    """What tokens behind a prompt say. Those that only the model's table has, to make its size
+    round, say nothing.
+    """
+
+    def __init__(self, model: Model, prompt: Sequence[int], *, skip_special: bool = False) -> None:
+        self.stream = model.tokenizer.stream(skip_special=skip_special)
+        self.size = model.tokenizer.vocab_size
+        for id in prompt:  # lest the first token lose the space before it
+            self.put(id)
+
+    def put(self, id: int) -> str:
+        return self.stream.put(id) if id < self.size else ""
+
+    def end(self) -> str:
+        return self.stream.end()
+
+
 class Stop:
     """Whether one of some strings has come up in what a row wrote."""
 
     def __init__(self, model: Model, strings: Sequence[str], prompt: Sequence[int] = ()) -> None:
-        self.strings, self.stream, self.text = strings, model.tokenizer.stream(), ""
-        for id in prompt:  # lest the first token lose the space before it
-            self.stream.put(id)
+        self.strings, self.stream, self.text = strings, Reading(model, prompt), ""
 
     def reached(self, token: int) -> bool:
         self.text += self.stream.put(token)
@@ -490,21 +533,28 @@ def generate_text(
     *,
     stream: bool = False,
     special: bool = False,
+    return_logprobs: bool = False,
     **options: Any,
 ) -> Any:
     """What follows a text; of several texts, or samples, a list. Options are those of `m.generate`.
 
     `stream=True` gives an iterator over pieces of the text, each as soon as its characters are
-    whole. Texts end before a stop string. `special`: special tokens in the prompt are such.
+    whole; `return_logprobs=True` gives `Text`s. Texts end before a stop string. `special`: special
+    tokens in the prompt are such.
     """
     model = model_of(model)
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"expected a text, or several, found {type(prompt).__name__}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     asked = Options.of(options)
     if stream:
+        if return_logprobs:
+            raise UsageError("stream: pieces of text have no logprobs; m.generate streams tokens")
         if len(texts) != 1 or asked.num_return_sequences > 1 or asked.num_beams > 1:
             raise UsageError("stream: one text at a time, sampled once")
         return pieces_of(model, *encoded(model, texts, special), asked)
-    found = [each.text for each in complete(model, texts, asked, special)]
+    written = complete(model, texts, asked, special)
+    found = written if return_logprobs else [each.text for each in written]
     return found[0] if isinstance(prompt, str) and len(found) == 1 else found
 
 
@@ -551,10 +601,8 @@ class Pieces:
     """Tokens to text as far as it is sure: nothing of a stop string, no half characters."""
 
     def __init__(self, model: Model, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
-        self.stream, self.stops = model.tokenizer.stream(skip_special=True), stops
+        self.stream, self.stops = Reading(model, prompt, skip_special=True), stops
         self.text, self.said, self.over = "", 0, False
-        for id in prompt:  # lest the first token lose the space before it
-            self.stream.put(id)
 
     def put(self, token: int) -> str:
         return self._add(self.stream.put(token), final=False)

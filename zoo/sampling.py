@@ -76,12 +76,13 @@ class Sampling:
             whole = name in ("no_repeat_ngram_size", "top_k")
             if type(value) is not int and (whole or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r}: expected a {'whole ' * whole}number")
+        warm = self.temperature  # below the least that fp32 divides by, all logits are infinite
         wrong = [
             text
             for text, fits in (
                 ("repetition_penalty: above 0", 0 < self.repetition_penalty < float("inf")),
                 ("no_repeat_ngram_size: 0 or more", self.no_repeat_ngram_size >= 0),
-                ("temperature: 0 or more", 0 <= self.temperature < float("inf")),
+                ("temperature: 0, or 1e-30 and more", warm == 0 or 1e-30 <= warm < float("inf")),
                 ("top_k: 0 or more", self.top_k >= 0),
                 ("top_p: above 0, 1 at most", 0 < self.top_p <= 1),
                 ("min_p: from 0 to 1", 0 <= self.min_p <= 1),

@@ -31,6 +31,7 @@ from zoo.registry import CheckpointEntry, architecture_for, find, named
 CONFIG = "config.json"
 NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
 MODULES = "modules.json"  # what makes sentence embeddings of a model's output
+MORE_TEMPLATES = "additional_chat_templates"  # a folder: its files have templates by name
 # what is fetched beside config and weights, where the repository has it
 COMPANIONS = (
     "generation_config.json",
@@ -50,6 +51,7 @@ COMPANIONS = (
     "qwen.tiktoken",
     "tekken.json",
     "chat_template.jinja",
+    f"{MORE_TEMPLATES}/tool_use.jinja",  # the one that is taken unasked
     MODULES,
 )
 # and where it has modules; these lie in folders of their own

@@ -27,7 +27,8 @@ class Cache:
         self.slots: list[tuple[Tensor, Tensor]] = []  # (b, g, size, e) twice, as layers run
         self.filled: Tensor | None = None  # (), how many places hold a token
         self.real: Tensor | None = None  # (b, size), once there is padding in any row
-        self.encoded: tuple[Tensor, Mask] | None = None  # what an encoder made of the question
+        self.question: Tensor | None = None  # (b, q) ids, where a question is read apart
+        self.encoded: tuple[Tensor, Mask] | None = None  # what an encoder made of it
 
     @property
     def length(self) -> int:
@@ -49,14 +50,31 @@ class Cache:
         if self.real is not None:
             given = torch.ones_like(ids, dtype=torch.bool) if real is None else real
             self.real.index_copy_(1, places, given)
-        self.filled = self.filled + new
-        return Step(self, start, end, places, not compiling)
+        return Step(self, start, end, places, not compiling, self.filled + new)
 
     def _check(self, ids: Tensor, end: int) -> None:
         if end > self.size:
             raise SequenceTooLong(f"{end} tokens, and the cache has room for {self.size}")
         if self.slots and len(ids) != len(self.slots[0][0]):
             raise InputError(f"{len(ids)} rows, and the cache holds {len(self.slots[0][0])}")
+
+    def read(self, question: Tensor) -> tuple[Tensor, Mask] | None:
+        """What an encoder made of this question, if it has seen it."""
+        if self.encoded is None:
+            self.question = question
+        elif not torch.compiler.is_compiling() and question.device.type == "cpu":
+            same = self.question is not None and torch.equal(self.question, question)
+            if not same:
+                raise InputError("the cache holds an answer to another question: take a new one")
+        return self.encoded
+
+    def check_layer(self, n: int, k: Tensor, start: int) -> None:
+        """The layer that is n-th to run goes on with keys like those that it has here."""
+        if n == len(self.slots) and start:
+            raise InputError(f"the cache is another model's: it has {n} layers, and this one more")
+        if n < len(self.slots) and _kind(held := self.slots[n][0]) != _kind(k):
+            has, here = (", ".join(map(str, _kind(x))) for x in (held, k))
+            raise InputError(f"the cache is another model's: its keys are {has}, and here {here}")
 
     def slot(self, n: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The room of the layer that is n-th to run. It starts as zeros: masked, NaN would stay."""
@@ -68,21 +86,29 @@ class Cache:
 
     def cut(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
-        if not 0 <= length <= self.length:
-            raise InputError(f"cannot cut {self.length} tokens to {length}")
+        if type(length) is not int or not 0 <= length <= self.length:
+            raise InputError(f"cannot cut {self.length} tokens to {length!r}")
         if self.filled is not None:
             self.filled = torch.full_like(self.filled, length)
         if self.real is not None:
             self.real[:, length:] = False
+        if not length:
+            self.encoded = None
 
     def take(self, rows: Tensor) -> None:
         """The rows of these numbers in the place of those that were there."""
         self.slots = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.slots]
         if self.real is not None:
             self.real = self.real.index_select(0, rows)
-        if self.encoded is not None:
+        if self.encoded is not None and self.question is not None:
+            self.question = self.question.index_select(0, rows)
             states, mask = self.encoded
             self.encoded = states.index_select(0, rows), mask.take(rows)
+
+
+def _kind(x: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
+    """Heads, their width, and of what and where they are."""
+    return x.shape[1], x.shape[3], x.dtype, x.device
 
 
 class Step(NamedTuple):
@@ -93,11 +119,16 @@ class Step(NamedTuple):
     end: int  # of what is looked at
     places: Tensor  # (s,)
     eager: bool
+    filled: Tensor  # (), once the tokens of this call are there
 
     def remember(self, n: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(b, g, t, e) of all tokens up to now, from (b, g, s, e) of these."""
         if k.requires_grad:
             raise InputError("a cache keeps no gradients; call the model under torch.no_grad()")
+        if self.eager:
+            self.cache.check_layer(n, k, self.start)
+        if n == 0:  # and no sooner: a call that is refused leaves the cache as it was
+            self.cache.filled = self.filled
         keys, values = self.cache.slot(n, k, v)
         if not self.eager:
             keys.index_copy_(2, self.places, k)

@@ -67,6 +67,8 @@ def check(ids: Tensor, config: Config, cache: Cache | None = None) -> None:
     check_ids(ids, config.vocab)  # type: ignore[attr-defined]
     if torch.compiler.is_compiling():
         return
+    if not isinstance(cache, Cache | None):
+        raise InputError(f"cache: expected a zoo.Cache, found {type(cache).__name__}")
     length, limit = ids.shape[1] + (cache.length if cache else 0), config.limit
     if cache and config.limit_cached is not None and length > config.limit_cached and not limit:
         why = "beyond them the model places all keys anew at every token: do without a cache"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.components.cache import Cache, Step
 from zoo.components.inputs import check_mask
+from zoo.errors import MaskError
 
 
 class Mask:
@@ -112,7 +113,7 @@ def windowed(
         real = check_mask(attention_mask, ids)
         return {window: _alone(ids, real, window) for window in distinct}
     before = cache.length if attention_mask is not None else 0
-    real = check_mask(_of_these(attention_mask, ids, before), ids, begun=before > 0)
+    real = check_mask(_of_these(attention_mask, ids, cache, before), ids, begun=before > 0)
     step = cache.step(ids, real)
     past = Past(step)
     if step.eager and step.start == 0:
@@ -120,12 +121,23 @@ def windowed(
     return {window: _behind(step, window).on(past) for window in distinct}
 
 
-def _of_these(attention_mask: Tensor | None, ids: Tensor, before: int) -> Tensor | None:
+def _of_these(
+    attention_mask: Tensor | None, ids: Tensor, cache: Cache, before: int
+) -> Tensor | None:
     """The mask of new tokens, of one that names those before them too."""
-    if attention_mask is None or torch.compiler.is_compiling() or attention_mask.ndim != 2:
+    if attention_mask is None or torch.compiler.is_compiling():
         return attention_mask
-    whole = before and attention_mask.shape[1] == before + ids.shape[1]
-    return attention_mask[:, before:] if whole else attention_mask
+    if not before or attention_mask.shape != (len(ids), before + ids.shape[1]):
+        return attention_mask
+    said = attention_mask[:, :before]
+    if said.device.type == "cpu":
+        known = torch.ones(()) if cache.real is None else cache.real[:, :before]
+        if (said != known).any():
+            raise MaskError(
+                f"attention_mask: of the {before} tokens that the cache holds, it says otherwise "
+                "than they were given with"
+            )
+    return attention_mask[:, before:]
 
 
 def _alone(ids: Tensor, real: Tensor | None, window: int | None) -> Mask:

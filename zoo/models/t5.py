@@ -152,8 +152,8 @@ class Model(model.Model):
         self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Mask]:
         """The encoder's states, once a question where a cache keeps them."""
-        if cache is not None and cache.encoded is not None:
-            return cache.encoded
+        if cache is not None and (known := cache.read(ids)) is not None:
+            return known
         inputs.check(ids, self.config)
         there = masks.full(ids, attention_mask)
         encoded = self.encoder(self.embed(ids), there), there

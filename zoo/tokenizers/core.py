@@ -81,9 +81,12 @@ class Tokenizer:
             raise UsageError(f"{name}=True: this tokenizer has no such token")
         return [id]
 
-    def decode(self, ids: Iterable[int] | Tensor, *, skip_special: bool = False) -> str:
+    def decode(self, ids: int | Iterable[int] | Tensor, *, skip_special: bool = False) -> str:
         """The text of ids. A character that is not whole shows as U+FFFD."""
-        listed: list[Any] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        given: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(given, int | Iterable) or getattr(ids, "ndim", 1) > 1:
+            raise InputError(f"expected one row of ids, found {type(ids).__name__}; each by itself")
+        listed = [given] if isinstance(given, int) else list(given)
         for id in listed:
             self._check(id)
         if skip_special:
@@ -213,6 +216,13 @@ class Tokenizer:
         """
         from zoo.tokenizers.chat import render
 
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if not listed or not all(isinstance(each, Mapping) for each in messages):
+            raise InputError(
+                "messages: expected a list of mappings, such as {'role': 'user', 'content': 'Hi'}"
+            )
+        if not isinstance(template, str | None):
+            raise InputError(f"template={template!r}: expected a name, or a template's text")
         name = template or ("tool_use" if self._has_tools(vars) else "default")
         text = self.templates.get(name)
         if text is None and template and ("{" in template):

@@ -75,15 +75,16 @@ class Fast:
 
     def ends(self) -> tuple[list[int], list[int]] | None:
         """What its post-processor puts before and after a text, if it has one."""
-        if self._backend.post_processor is None:
+        backend = self._backend
+        if backend.post_processor is None:
             return None
         with refusing(self._where):
-            encoding = self._backend.encode("a")
-        ids, mask = encoding.ids, encoding.special_tokens_mask
-        if 0 not in mask:
-            return ids, []
-        start, stop = mask.index(0), len(mask) - mask[::-1].index(0)
-        return ids[:start], ids[stop:]
+            texts = ("a", *backend.get_vocab())  # some know no such letter, and drop it
+            text = next(t for t in texts if backend.encode(t, add_special_tokens=False).ids)
+            encoding = backend.encode(text)
+            mask = encoding.special_tokens_mask
+            start, stop = mask.index(0), len(mask) - mask[::-1].index(0)
+        return encoding.ids[:start], encoding.ids[stop:]
 
     def encode(self, text: str, special: bool) -> list[int]:
         backend = self._backend if special else self._plain
@@ -101,7 +102,7 @@ class Fast:
 
     def whole(self, id: int) -> bool:
         """Whether text may end with this token: always, unless it is one byte of several."""
-        return not (self._falls_back and _BYTE.fullmatch(self._backend.id_to_token(id)))
+        return not (self._falls_back and _BYTE.fullmatch(self.token(id) or ""))
 
     def token(self, id: int) -> str | None:
         found: str | None = self._backend.id_to_token(id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,7 @@ def read(directory: Path) -> Tokenizer:
 
     settings = Settings.of(directory)
     if has("tokenizer.json"):
-        path = confined(directory, "tokenizer.json")
-        found = fast.from_json(path, settings.added)
-        # roles that no file names: the family's, if the vocabulary has them
-        return _finish(found, KINDS.get(settings.kind or "", Kind({})), settings, found.ends())
+        return _spelled_out(confined(directory, "tokenizer.json"), settings)
     for vocab, merges in PAIRS:
         if has(vocab, merges):
             return _merged(confined(directory, vocab), confined(directory, merges), settings)
@@ -107,6 +105,19 @@ def beside(file: Path) -> dict[str, Path]:
     if (path := _lone(directory)) is not None:
         return {"tokenizer.model" if path.suffix == ".model" else llama2c.FILE: path}
     return named
+
+
+def _spelled_out(path: Path, settings: Settings) -> Tokenizer:
+    """What stands around a text is in the file: as the reference, which heeds no add_bos_token
+    beside it, and where the file is silent asks only families that begin with [CLS] or end with
+    an end.
+    """
+    said = {k: v for k, v in settings.config.items() if k not in ("add_bos_token", "add_eos_token")}
+    found = fast.from_json(path, settings.added)
+    # roles that no file names: the family's, if the vocabulary has them
+    kind = KINDS.get(settings.kind or "", Kind({}))
+    kind = kind._replace(before=None if kind.before == "bos" else kind.before)
+    return _finish(found, kind, replace(settings, config=said), found.ends())
 
 
 def _merged(vocab: Path, merges: Path, settings: Settings) -> Tokenizer:

@@ -13,7 +13,7 @@ from converters.checkpoint import confined
 from converters.formats import open_regular
 from converters.strict_json import MAX_BYTES, read_json
 from zoo.errors import BadTokenizer
-from zoo.sources import CONFIG, NATIVE_FILE
+from zoo.sources import CONFIG, MORE_TEMPLATES, NATIVE_FILE
 from zoo.tokenizers.engines import Added
 
 SETTINGS, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -188,7 +188,7 @@ class Settings:
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """name -> text; a file of its own is the default one, whatever the config holds."""
+        """name -> text; files of their own win over what the config holds."""
         found = self.config.get("chat_template")
         if found is None:
             templates = {}
@@ -203,6 +203,9 @@ class Settings:
                 raise self.wrong(SETTINGS, "chat_template", "a text, or names with texts", found)
         if os.path.lexists(self.directory / TEMPLATE):
             templates["default"] = read_text(confined(self.directory, TEMPLATE))
+        for path in sorted((self.directory / MORE_TEMPLATES).glob("*.jinja")):
+            place = confined(self.directory, f"{MORE_TEMPLATES}/{path.name}")
+            templates[path.stem] = read_text(place)
         return templates
 
 

@@ -1,0 +1,139 @@
+"""The cache as a user holds it: parts of a text, going back, and what it refuses."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import build, hot
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from zoo import Cache
+from zoo.errors import InputError, MaskError, SequenceTooLong, ZooError
+
+IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+LEFT = torch.ones_like(IDS)
+LEFT[0, :2] = 0
+DECODERS = ("gpt2", "llama", "mistral", "neox", "gemma2", "mixtral", "bloom", "falcon")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return hot(build("llama", vocab=50)).double()
+
+
+def begun(model: Any, count: int = 3, size: int = 16) -> Cache:
+    cache = Cache(size)
+    model(IDS[:, :count], cache=cache)
+    return cache
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["", "left"])
+def test_any_parts_and_going_back(name: str, mask: Tensor | None) -> None:
+    """In parts of any size, some of them taken back; masks of what is new, or of all."""
+    model, draw = hot(build(name, vocab=50)).double(), random.Random(1)
+    want = model(IDS, mask)
+    real = torch.ones_like(IDS, dtype=torch.bool) if mask is None else mask.bool()
+    for _ in range(6):
+        cache, found, at = Cache(IDS.shape[1]), torch.empty_like(want[:, :0]), 0
+        while at < IDS.shape[1]:
+            end = min(at + draw.choice((1, 2, 5)), IDS.shape[1]) if at else draw.choice((3, 7))
+            said = None if mask is None else mask[:, draw.choice((0, at)) : end]
+            found = torch.cat((found, model(IDS[:, at:end], said, cache=cache)), dim=1)
+            at = end
+            if draw.random() < 0.3:
+                at = draw.randint(3, at)
+                cache.cut(at)
+                found = found[:, :at]
+        torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral", "bloom"])
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["", "left"])
+def test_compiled_once_for_the_prompt_and_once_for_a_token(name: str, mask: Tensor | None) -> None:
+    model, counted = hot(build(name, vocab=50)).double(), CompileCounter()
+    compiled: Any = torch.compile(model, backend=counted, fullgraph=True)
+    want = model(IDS, mask)
+    for _ in range(2):
+        cache, parts = Cache(IDS.shape[1]), [slice(0, 4), *(slice(n, n + 1) for n in range(4, 12))]
+        given = [(IDS[:, part], None if mask is None else mask[:, part]) for part in parts]
+        found = torch.cat([compiled(ids, said, cache=cache) for ids, said in given], dim=1)
+        real = torch.ones_like(IDS, dtype=torch.bool) if mask is None else mask.bool()
+        torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-10)
+    assert counted.frame_count == 2
+
+
+def deeper(model: Any, cache: Cache) -> Tensor:
+    return hot(build("llama", vocab=50, layers=9)).double()(IDS, cache=cache)
+
+
+def with_gradients(model: Any, cache: Cache) -> Tensor:
+    with torch.enable_grad():
+        return model(IDS[:, 3:], cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "told"),
+    [
+        (lambda m, c: m(IDS[:1], cache=c), InputError, "1 rows, and the cache holds 2"),
+        (lambda m, c: m(IDS.repeat(1, 2), cache=c), SequenceTooLong, "room for 16"),
+        (lambda m, c: hot(build("llama", vocab=50))(IDS, cache=c), InputError, "torch.float64"),
+        (lambda m, c: hot(build("gpt2", vocab=50)).double()(IDS, cache=c), InputError, "another"),
+        (with_gradients, InputError, "no gradients"),
+        (lambda m, c: m(IDS[:, 3:], LEFT, cache=c), MaskError, "of the 3 tokens"),
+        (lambda m, c: m(IDS[:, 3:], LEFT[:, 1:], cache=c), MaskError, "attention_mask"),
+        (lambda m, c: m(IDS[:, 3:] + 50, cache=c), InputError, "outside"),
+        (lambda m, c: c.cut(4), InputError, "cannot cut 3 tokens to 4"),
+        (lambda m, c: c.cut(1.5), InputError, "cannot cut 3 tokens to 1.5"),
+    ],
+)
+def test_what_is_refused_leaves_it_as_it_was(
+    model: Any, use: Callable[[Any, Cache], Any], error: type[ZooError], told: str
+) -> None:
+    cache = begun(model)
+    with pytest.raises(error, match=told):
+        use(model, cache)
+    assert cache.length == 3
+    found = model(IDS[:, 3:], cache=cache)
+    torch.testing.assert_close(found, model(IDS)[:, 3:], rtol=0, atol=1e-10)
+
+
+def test_the_first_call_too(model: Any) -> None:
+    """Refused for its gradients, it has filled nothing: the next call begins."""
+    cache = Cache(16)
+    with torch.enable_grad(), pytest.raises(InputError, match="no gradients"):
+        model(IDS, cache=cache)
+    torch.testing.assert_close(model(IDS, cache=cache), model(IDS), rtol=0, atol=1e-10)
+
+
+def test_a_cache_of_fewer_layers(model: Any) -> None:
+    with pytest.raises(InputError, match=r"another model's: it has \d layers, and this one more"):
+        deeper(model, begun(model))
+
+
+@pytest.mark.parametrize("wrong", [{}, [], 12, True])
+def test_what_is_no_cache(model: Any, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"expected a zoo\.Cache"):
+        model(IDS, cache=wrong)
+
+
+def test_another_question_is_not_answered_by_the_first() -> None:
+    model, start = hot(build("t5", vocab=50)).double(), torch.zeros(2, 1).long()
+    cache, other = Cache(16), IDS.flip(1)
+    model(IDS, decoder_input_ids=start, cache=cache)
+    for question in (other, IDS[:1], IDS[:, :5]):
+        with pytest.raises(InputError, match="another question"):
+            model(question, decoder_input_ids=start[: len(question)], cache=cache)
+    cache.cut(0)
+    found = model(other, decoder_input_ids=start, cache=cache)
+    torch.testing.assert_close(found, model(other, decoder_input_ids=start), rtol=0, atol=1e-10)
