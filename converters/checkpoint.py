@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from converters.formats import TensorInfo
+from converters.formats import TensorInfo, torch_dtype
 from converters.formats.safetensors import SafetensorsReader
+from converters.lazy import Decoded, Lazy
 from converters.strict_json import read_json
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -60,6 +61,8 @@ class Checkpoint:
     where: dict[str, str] = field(repr=False)  # tensor -> file name
     metadata: dict[str, str]
     unlisted: tuple[str, ...] = ()  # shards that lie there and the index does not name
+    shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
+    outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -68,6 +71,15 @@ class Checkpoint:
             near = did_you_mean(name, self.where)
             raise MissingTensors(f"{self.root}: holds no tensor {name}.{near}")
         return self.readers[self.where[name]].tensor(name)
+
+    def lazy(self, name: str) -> Lazy:
+        """Likewise; where its numbers have to be decoded, only those that are looked at are."""
+        reader: Any = self.readers[self.where[name]]
+        read = reader.decoder(name) if hasattr(reader, "decoder") else None
+        if read is None:
+            return Lazy.of(self.tensor(name))
+        info = self.tensors[name]
+        return Decoded(info.shape, torch_dtype(info.dtype), read)
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from converters.coding import in_units
 from converters.formats import open_regular, torch_dtype
 from converters.output import Item, Output, Shard, hash_file, identity
 from converters.store import Stage
@@ -58,6 +60,7 @@ class Report:
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> tensor -> xxh3
     files: dict[str, str] = field(default_factory=dict)  # file -> sha256
     sources: dict[str, str] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)  # file -> xxh3 of what is no tensor
     zeros: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)  # names that hold the same numbers
     resumed: int = 0  # bytes that an earlier run had written
@@ -70,7 +73,7 @@ class Report:
         """What the parts of an output saw together, in the order of its files."""
         whole = cls()
         for part in parts:
-            for name in ("tensors", "files", "sources"):
+            for name in ("tensors", "files", "sources", "rest"):
                 getattr(whole, name).update(part[name])
             whole.zeros += part["zeros"]
             whole.resumed += part["resumed"]
@@ -86,7 +89,7 @@ class Report:
             self.tensors[shard.name] = {item.name: seen[item.name] for item in shard.items}
             self.zeros += [item.name for item in shard.items if item.name in zeros]
             for item in shard.items:
-                if item.info.nbytes >= _LARGE and item.name not in zeros:
+                if item.nbytes >= _LARGE and item.name not in zeros:
                     same.setdefault(seen[item.name], []).append(item.name)
         self.duplicates = [names for names in same.values() if len(names) > 1]
 
@@ -97,10 +100,10 @@ def run(output: Output, stage: Stage, options: Options) -> Report:
         return _Run(output, stage, options).run()
 
 
-def damages(output: Output, directory: Path, tensors: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Files of tensors that are not what digests by file and tensor say; lack or surplus of any."""
+def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterator[str]:
+    """Files of tensors that are not what a part's report says of them; lack or surplus of any."""
     for shard in output.shards:
-        said, path = tensors[shard.name], directory / shard.name
+        said, path = finished["tensors"][shard.name], directory / shard.name
         try:
             fd = open_regular(path)
         except ZooError:
@@ -113,16 +116,34 @@ def damages(output: Output, directory: Path, tensors: dict[str, dict[str, str]])
                 continue
             buffer = memoryview(bytearray(_COPY))
             for item in shard.items:
-                if _digest(fd, shard.start(item), item.info.nbytes, buffer) != said[item.name]:
+                digest, _ = _digest(fd, shard.start(item), item.nbytes, buffer)
+                if digest != said[item.name]:
                     yield f"{shard.name}: {item.name} differs"
+            if _rest(shard, fd, buffer) != finished["rest"][shard.name]:
+                yield f"{shard.name}: what stands around its tensors differs"
         finally:
             os.close(fd)
 
 
-def _digest(fd: int, start: int, size: int, buffer: memoryview) -> str:
-    state = xxhash.xxh3_128()
+def _digest(
+    fd: int, start: int, size: int, buffer: memoryview, sums: bool = False
+) -> tuple[str, int]:
+    """(xxh3, CRC-32 if it is asked for)"""
+    state, crc = xxhash.xxh3_128(), 0
     for piece in _read(fd, start, size, buffer):
         state.update(piece)
+        crc = zlib.crc32(piece, crc) if sums else 0
+    return state.hexdigest(), crc
+
+
+def _rest(shard: Shard, fd: int, buffer: memoryview) -> str:
+    """Of all that is no tensor: the head, and what stands between and behind."""
+    state, reached = xxhash.xxh3_128(), 0
+    places = sorted((shard.start(item), item.nbytes) for item in shard.items)
+    for start, size in (*places, (shard.size, 0)):
+        for piece in _read(fd, reached, start - reached, buffer):
+            state.update(piece)
+        reached = start + size
     return state.hexdigest()
 
 
@@ -160,7 +181,7 @@ def _one_thread_each() -> Iterator[None]:
 
 def _largest_first(item: Item) -> int:
     """So that no thread is left alone with a large one at the end."""
-    return -item.info.nbytes
+    return -item.nbytes
 
 
 class _Run:
@@ -173,6 +194,7 @@ class _Run:
         self.overflows: list[str] = []
         self.done, self.began = 0, time.monotonic()
         self.left = {shard.name: len(shard.items) for shard in output.shards}
+        self.sums: dict[str, dict[str, int]] = {shard.name: {} for shard in output.shards}
         self.buffers = threading.local()
         share = options.memory // (2 * options.workers)
         self.turn = max(64 << 10, min(_TURN, share))
@@ -270,6 +292,12 @@ class _Run:
             self.report.sources[path.name] = digest
 
     def _finish(self, shard: Shard, fd: int) -> None:
+        seal = shard.layout.seal
+        for place, data in seal(self.sums[shard.name]) if seal is not None else ():
+            _write(fd, memoryview(data), place)
+        digest = _rest(shard, fd, self._buffer()[: self.copy])
+        with self.lock:
+            self.report.rest[shard.name] = digest
         os.fsync(fd)
         digest = hash_file(self.stage.path / shard.name) if self.options.sha256 else ""
         with self.lock:
@@ -280,17 +308,17 @@ class _Run:
     # --- tensors ---
 
     def _item(self, shard: Shard, item: Item, fd: int, kept: dict[str, Any] | None) -> None:
-        start = shard.start(item)
-        if (
-            kept is not None
-            and _digest(fd, start, item.info.nbytes, self._buffer()[: self.copy]) == kept["xxh3"]
-        ):
+        start, sums = shard.start(item), shard.layout.seal is not None
+        there, crc = "", 0
+        if kept is not None:
+            there, crc = _digest(fd, start, item.nbytes, self._buffer()[: self.copy], sums)
+        if kept is not None and there == kept["xxh3"]:
             digest, zero = kept["xxh3"], kept["zero"]
             with self.lock:
-                self.report.resumed += item.info.nbytes
+                self.report.resumed += item.nbytes
                 self._note(item, kept["nonfinite"])
         else:
-            digest, look = self._write_item(item, fd, start)
+            digest, crc, look = self._write_item(item, fd, start, sums)
             zero = look.zero
             entry = {"file": shard.name, "tensor": item.name, "xxh3": digest}
             with self.lock:
@@ -303,9 +331,10 @@ class _Run:
             self.report.tensors.setdefault(shard.name, {})[item.name] = digest
             if zero:
                 self.report.zeros.append(item.name)
+            self.sums[shard.name][item.name] = crc
             self.left[shard.name] -= 1
             last = self.left[shard.name] == 0
-            self.done += item.info.nbytes
+            self.done += item.nbytes
             event = {"event": "tensor", "tensor": item.name, "file": shard.name, "done": self.done}
             self.options.tell({**event, "seconds": time.monotonic() - self.began})
         if last:
@@ -315,13 +344,14 @@ class _Run:
         if nonfinite and not self.options.allow_nonfinite:
             self.faults.append(f"{item.name}{nonfinite}")
 
-    def _write_item(self, item: Item, fd: int, start: int) -> tuple[str, _Look]:
-        state, look, end = xxhash.xxh3_128(), _Look(item), start + item.info.nbytes
+    def _write_item(self, item: Item, fd: int, start: int, sums: bool) -> tuple[str, int, _Look]:
+        state, crc, look, end = xxhash.xxh3_128(), 0, _Look(item), start + item.nbytes
         for piece in self._pieces(item, look, start):
             state.update(piece)
+            crc = zlib.crc32(piece, crc) if sums else 0
             start += _write(fd, piece, start)
         assert start == end, f"{item.name}: {start - end} bytes more than planned"
-        return state.hexdigest(), look
+        return state.hexdigest(), crc, look
 
     def _buffer(self, name: str = "pieces") -> memoryview:
         """This thread's own."""
@@ -334,9 +364,15 @@ class _Run:
         """What goes to `start` and on; where copied, pieces end as the output's pages do."""
         import torch
 
-        buffer, dtype = self._buffer(), torch_dtype(item.info.dtype)
-        if item.info.nbytes == 0:
+        if item.nbytes == 0:
             return
+        if item.coding is not None:
+            # numbers, those of them that wait for a whole unit, and their bytes are held together
+            for numbers, coded in in_units(item.make().pieces(self.turn // 4), item.coding):
+                look.at(numbers)
+                yield coded.contiguous().view(-1).numpy().data
+            return
+        buffer, dtype = self._buffer(), torch_dtype(item.info.dtype)
         if item.span is not None:
             fd, short, size = self.sources[item.span.path], start % _PAGE, item.info.nbytes
             for piece in _read(fd, item.span.start, size, buffer[: self.copy], short):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,28 @@ class Lazy:
 
     def __init__(self, shape: Sequence[int], space: Sequence[int], parts: Sequence[Part]) -> None:
         self.shape, self.space, self.parts = tuple(shape), tuple(space), tuple(parts)
+        self._make: Callable[[int], Tensor] | None = None
+        self._made: dict[int, Tensor] = {}
+        rows = sorted((part.box[0].start, part.box[0].stop) for part in self.parts if part.box)
+        self._in_turn = all(a[1] <= b[0] for a, b in pairwise(rows))
+
+    def later(self, make: Callable[[int], Tensor]) -> Lazy:
+        """The same with parts that are made when they are looked at.
+
+        One is held where they stand one behind the other; where rows mix them, all are.
+        """
+        found = Lazy(self.shape, self.space, self.parts)
+        found._make = make
+        return found
+
+    def _view(self, part: int) -> Tensor:
+        if self._make is None:
+            return self.parts[part].view
+        if part not in self._made:
+            if self._in_turn:
+                self._made.clear()  # before the next one is there
+            self._made[part] = self._make(part)
+        return self._made[part]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Lazy:
@@ -62,16 +85,42 @@ class Lazy:
 
     def region(self, box: Box) -> Tensor:
         """What stands in a box: a view if it is one part's, else gathered."""
-        found = [(_overlap(part.box, box), part) for part in self.parts]
-        found = [(common, part) for common, part in found if common is not None]
+        import torch
+
+        boxes = [_overlap(part.box, box) for part in self.parts]
+        found = [(common, n) for n, common in enumerate(boxes) if common is not None]
         if len(found) == 1 and found[0][0] == box:
-            return _inside(found[0][1], box)
-        shape = [axis.stop - axis.start for axis in box]
-        out = self.parts[0].view.new_empty(shape)
-        for common, part in found:
-            assert common is not None
-            out[_relative(common, box)] = _inside(part, common)
+            return self._inside(found[0][1], box)
+        out = torch.empty([axis.stop - axis.start for axis in box], dtype=self.dtype)
+        for common, n in found:
+            out[_relative(common, box)] = self._inside(n, common)
         return out
+
+    def _inside(self, n: int, box: Box) -> Tensor:
+        view, mine = self._view(n), self.parts[n].box
+        return view if mine == box else view[_relative(box, mine)]
+
+
+class Decoded(Lazy):
+    """An array that is made of other numbers, from `start` to `end` in row-major order."""
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, read: Callable[[int, int], Tensor]
+    ) -> None:
+        super().__init__(shape, shape, ())
+        self._dtype, self._read = dtype, read
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def whole(self) -> Tensor:
+        return self._read(0, prod(self.shape)).view(self.shape)
+
+    def pieces(self, limit: int) -> Iterator[Tensor]:
+        count, step = prod(self.shape), max(1, limit // self._dtype.itemsize)
+        for start in range(0, count, step):
+            yield self._read(start, min(start + step, count))
 
 
 def _whole(shape: Sequence[int]) -> Box:
@@ -98,7 +147,3 @@ def _relative(box: Box, origin: Box) -> Box:
     return tuple(
         slice(x.start - y.start, x.stop - y.start) for x, y in zip(box, origin, strict=True)
     )
-
-
-def _inside(part: Part, box: Box) -> Tensor:
-    return part.view if part.box == box else part.view[_relative(box, part.box)]

@@ -15,7 +15,7 @@ import xxhash
 from converters.checkpoint import confined
 from converters.engine import Report, write_small_files
 from converters.formats.safetensors import SafetensorsReader
-from converters.output import Output, digest
+from converters.output import Item, Output, Shard, digest
 from converters.store import prune
 from converters.strict_json import read_json
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
@@ -46,12 +46,13 @@ def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
         files[shard.name] = {
             "size": shard.size,
             "sha256": report.files.get(shard.name),
-            "header": xxhash.xxh3_128_hexdigest(shard.layout.head),
+            "header": report.rest[shard.name],
             "tensors": {
                 item.name: {
                     "xxh3": seen[item.name],
+                    **_place(shard, item),
                     "rule": item.rule,
-                    **({"cast": f"{item.stored} -> {item.info.dtype}"} if item.stored else {}),
+                    **({"cast": f"{item.stored} -> {_kind(item)}"} if item.stored else {}),
                     **({"lossy": True} if item.lossy else {}),
                 }
                 for item in shard.items
@@ -72,6 +73,17 @@ def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
         "files": dict(sorted(files.items())),
     }
     return (json.dumps({**data, "digest": digest(data)}, indent=2) + "\n").encode()
+
+
+def _kind(item: Item) -> str:
+    return item.coding.name if item.coding is not None else item.info.dtype
+
+
+def _place(shard: Shard, item: Item) -> dict[str, Any]:
+    """Where its bytes lie, in a file whose own header is not what `check` reads."""
+    if shard.name.endswith(".safetensors"):
+        return {}
+    return {"at": [shard.start(item), item.nbytes]}
 
 
 def finish(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> None:
@@ -118,7 +130,25 @@ def _problem(data: dict[str, Any]) -> str:
         for tensor, one in tensors.items():
             if not isinstance(one, dict) or not isinstance(one.get("xxh3"), str):
                 return f"files.{name}: {tensor}: no digest"
+        if not name.endswith(".safetensors") and not _tiles(tensors, said["size"]):
+            return f"files.{name}: its tensors do not lie side by side in it"
     return ""
+
+
+def _tiles(tensors: dict[str, Any], size: int) -> bool:
+    """Whether every tensor has a place, none of them overlap, and all are in the file."""
+    places = [one.get("at") for one in tensors.values()]
+    if not all(
+        isinstance(p, list) and len(p) == 2 and all(type(n) is int and n >= 0 for n in p)
+        for p in places
+    ):
+        return False
+    reached = 0
+    for start, length in sorted(places):
+        if start < reached:
+            return False
+        reached = start + length
+    return bool(reached <= size)
 
 
 def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
@@ -137,7 +167,8 @@ def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
         if size != said["size"]:
             yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
         elif "tensors" in said:
-            found = list(_check_tensors(path, name, said))
+            look = _check_tensors if name.endswith(".safetensors") else _check_places
+            found = list(look(path, name, said))
             yield from found
             if sha256 and not found and said["sha256"]:
                 yield from _check_file(path, name, said["sha256"])
@@ -184,3 +215,26 @@ def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Dama
                 left -= len(piece)
             if state.hexdigest() != one["xxh3"]:
                 yield Damage(name, tensor, "differs from what was written (xxh3-128)")
+
+
+def _check_places(path: Path, name: str, said: dict[str, Any]) -> Iterator[Damage]:
+    """A file of any format: each tensor where it was written, and all the bytes between them."""
+    rest, reached = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+
+        def taken(state: xxhash.xxh3_128, size: int) -> xxhash.xxh3_128:
+            left = size
+            while left and (piece := file.read(min(left, _CHUNK))):
+                state.update(piece)
+                left -= len(piece)
+            return state
+
+        for tensor, one in sorted(said["tensors"].items(), key=lambda pair: pair[1]["at"]):
+            start, size = one["at"]
+            taken(rest, start - reached)
+            if taken(xxhash.xxh3_128(), size).hexdigest() != one["xxh3"]:
+                yield Damage(name, tensor, "differs from what was written (xxh3-128)")
+            reached = start + size
+        taken(rest, said["size"] - reached)
+    if rest.hexdigest() != said["header"]:
+        yield Damage(name, "", "what stands around its tensors differs from what was written")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.formats import TensorInfo
-from converters.formats.safetensors import Layout, lay_out
+from converters.formats import Layout, TensorInfo
+from converters.formats.safetensors import lay_out
 
 if TYPE_CHECKING:
+    from converters.coding import Coding
     from converters.lazy import Lazy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,13 +45,21 @@ class Item:
     make: Callable[[], Lazy]
     span: Span | None = None
     stored: str = ""  # the dtype it had, where it is cast
+    coding: Coding | None = None  # how the file holds its numbers, if not as they are
 
     @property
     def name(self) -> str:
         return self.info.name
 
     @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return self.coding.nbytes(self.info.numel) if self.coding else self.info.nbytes
+
+    @property
     def lossy(self) -> bool:
+        if self.coding is not None:
+            return True
         return bool(self.stored) and self.info.dtype not in _EXACT[self.stored]
 
     def cast(self, dtype: str) -> Item:
@@ -121,8 +130,7 @@ class Output:
     def job(self) -> str:
         """What tells this output from any other, as far as can be known without reading weights."""
         shards = [
-            [s.name, s.layout.head.hex(), [[i.name, i.rule, i.stored] for i in s.items]]
-            for s in self.shards
+            [s.name, s.layout.head.hex(), [_said(item) for item in s.items]] for s in self.shards
         ]
         texts = {name: hashlib.sha256(text).hexdigest() for name, text in self.texts.items()}
         carried = {name: hash_file(path) for name, path in self.carried.items()}
@@ -131,6 +139,11 @@ class Output:
     def identity(self) -> list[list[Any]]:
         """Without the device, whose number is another on another machine."""
         return [[path.name, *seen[1:]] for path, seen in self.seen.items()]
+
+
+def _said(item: Item) -> list[str]:
+    said = [item.name, item.rule, item.stored]
+    return [*said, item.coding.name] if item.coding is not None else said
 
 
 def identity(status: os.stat_result) -> Identity:

@@ -126,19 +126,27 @@ def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) 
 
 
 def target_names(
-    spec: Spec, dialect: str, config: Mapping[str, object], native: Native, *, bare: bool
+    spec: Spec,
+    dialect: str,
+    config: Mapping[str, object],
+    native: Native,
+    *,
+    bare: bool,
+    alternatives: bool = False,
 ) -> dict[str, TensorInfo]:
     """The header that a writer of `dialect` would publish: names and shapes; dtypes are open.
 
-    `bare` leaves the prefix away, as files of a class without a head do.
+    `bare` leaves the prefix away, as files of a class without a head do. `alternatives` count
+    in the place of what they replace.
     """
     planner = _Planner(spec, spec.dialect(dialect), config, native, {}, dialect)
+    planner.alternatives_first = alternatives
     header: dict[str, TensorInfo] = {}
     for use in planner.uses():
         if any(target in native.ties for target in use.targets):
             continue  # a tied name is written once, under the name that owns the array
         prefix = "" if bare or use.rule in planner.dialect.heads else planner.dialect.prefix
-        for name in use.sources:
+        for name in (n for names in (use.sources, *use.copies) for n in names):
             header[prefix + name] = TensorInfo(prefix + name, use.shape, "F32")
     planner.raise_problems()
     return header
@@ -178,11 +186,19 @@ class _Planner:
         self.fields = {n: v for n, v in config.items() if type(v) is int and v > 1}
         self.axes: Sizes = dict(NUMBER_WORDS)
         for axis, name in spec.axes.items():
-            if isinstance(size := config.get(name), int):
+            whole, _, parts = (part.strip() for part in name.partition("/"))
+            if isinstance(size := config.get(whole), int):
                 if size < 1:
-                    said = self.dialect.reference_field(name)
+                    said = self.dialect.reference_field(whole)
                     raise ConfigError(f"{where}: {said}: {size} is not positive")
-                self.axes[axis] = size
+                # `heads / shards`: of what is cut over several files, each holds so many
+                count = config.get(parts, 1)
+                assert isinstance(count, int)
+                if size % count:
+                    said = self.dialect.reference_field(whole)
+                    raise ConfigError(f"{where}: {said}: {size} cannot be cut into {count} {parts}")
+                self.axes[axis] = size // count
+        self.alternatives_first = False
         self._transforms: dict[tuple[int, tuple[tuple[str, int], ...]], Transform] = {}
 
     def problem(self, kind: type[ZooError], text: str) -> None:
@@ -220,8 +236,11 @@ class _Planner:
         produced = {target: use.rule for use in found for target in use.targets}
         for rule in self.dialect.weights + self.dialect.heads:
             for binding in self._bindings(rule):
+                before = len(self.problems)
                 use = self._use(rule, binding)
                 if use is None or instead & set(use.targets):
+                    if use is not None or instead & set(self._targets(rule, binding)):
+                        del self.problems[before:]  # of a rule that does not count here
                     continue
                 for target in use.targets:
                     if target in produced:
@@ -238,16 +257,31 @@ class _Planner:
         return found
 
     def _alternatives(self) -> Iterator[_Use]:
-        """Rules in the place of others, where what they read is on disk."""
+        """Rules in the place of others, where what they read is on disk.
+
+        Of rules that read the same names the one counts that the shapes fit.
+        """
+        same = {str(rule.source.name) for rule in self.dialect.weights + self.dialect.heads}
         for rule in self.dialect.alternatives:
             for binding in self._bindings(rule):
+                before = len(self.problems)
                 use = self._use(rule, binding)
-                if use is not None and any(
-                    name in self.header
-                    for source in use.sources
+                found = [
+                    self.header[name].shape
+                    for source in (use.sources if use is not None else ())
                     for name in (self.dialect.prefix + source, source)
-                ):
+                    if name in self.header
+                ]
+                alike = str(rule.source.name) in same
+                fits = bool(found) and (not alike or use is None or found[0] == use.shape)
+                if use is not None and (fits or self.alternatives_first):
                     yield use
+                elif alike:
+                    del self.problems[before:]
+
+    def _targets(self, rule: Rule, binding: Binding) -> list[str]:
+        every = [t.name for t in rule.targets if set(t.name.placeholders) <= set(binding)]
+        return [name.format(binding) for name in every]
 
     def _knows(self, name: str) -> bool:
         return name in self.native.shapes or name in self.native.ties

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from converters.language import Rule, Template, parse_name, parse_rule
+from converters.language import Ref, Rule, Template, parse_name, parse_ref, parse_rule
 from converters.strict_yaml import read_yaml
 from zoo.errors import SpecError, did_you_mean
 
@@ -25,8 +25,11 @@ _SECTIONS = (
     "aliases",
     "drop",
 )
-_CONFIG_SECTIONS = ("config", "defaults", "require", "ignore", "exclusive")
-_SPEC_KEYS = ("axes",)
+_CONFIG_SECTIONS = (
+    *("config", "defaults", "require", "ignore", "exclusive"),
+    *("is", "needs", "unsaid", "words", "write", "zeros", "forgets"),
+)
+_SPEC_KEYS = ("axes", "shapes", "present")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,25 @@ class When:
 
     def of(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get(self.field)) == self.holds
+
+
+@dataclass(frozen=True)
+class Container:
+    """What the files of a dialect are, whatever the architecture: `common.<dialect>.yaml` says it.
+
+    `{shard}` in the file's name: there may be several, and tensors are called `0/name`, `1/name` …
+    """
+
+    format: str
+    file: str  # as it is written
+    within: tuple[str, ...] = ("",)  # the key of a nested file that weights stand under
+    config: str = ""  # a file beside it, a key of the file's own values, `.` for all of these
+    about: str = ""  # for people
+    fixed: Mapping[str, int] = field(default_factory=dict)  # of what its format leaves to choose
+
+    @property
+    def sharded(self) -> bool:
+        return "{shard" in self.file
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,15 @@ class Dialect:
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     exclusive: tuple[tuple[str, ...], ...] = ()  # fields of which one counts: they may not differ
+    container: Container | None = None  # None: hf, whose files are what they always were
+    is_: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that tell it
+    needs: tuple[str, ...] = ()  # native fields without which nothing can be read
+    unsaid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that say nothing
+    words: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
+    write: Mapping[str, Any] = field(default_factory=dict)  # `{field}` or a constant; null: not
+    # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
+    zeros: Mapping[str, Any] = field(default_factory=dict)
+    forgets: frozenset[str] = frozenset()  # native fields that may be lost
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -75,6 +106,32 @@ class Dialect:
             self, weights=weights, heads=sum((when.heads for when in chosen), self.heads), when=()
         )
 
+    def knows(self, disk: str) -> bool:
+        """Whether anything is said of a tensor of this name."""
+        prefix = self.prefix
+        rules = self.rules + sum((when.weights + when.heads for when in self.when), ())
+        known = [rule.source.name for rule in rules]
+        known += [name for pair in self.aliases for name in pair[:1]]
+        known += [name for name, _ in (*self.tied, *self.drop)]
+        names = {disk, disk[len(prefix) :] if disk.startswith(prefix) else disk}
+        return any(template.match(name) is not None for template in known for name in names)
+
+    def drops(self, disk: str) -> bool:
+        return any(template.match(disk) is not None for template, _ in self.drop)
+
+    def native_names(self, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+        """What is given in the dialect's own words, in native ones; what neither has, as it is."""
+        known, out = set(known), dict[str, Any]()
+        for key, value in given.items():
+            named = [n for n, paths in self.config.items() if key in paths]
+            for name in [key] if key in known or not named else named:
+                out[name] = self._native(name, value)
+        return out
+
+    def _native(self, name: str, value: Any) -> Any:
+        pairs = self.words.get(name, ())
+        return next((n for r, n in pairs if r == value and type(r) is type(value)), value)
+
     # --- config, both ways ---
 
     def read_config(
@@ -84,11 +141,14 @@ class Dialect:
 
         What one field maps out of an object is no part of it for another that maps the whole.
         """
+        if self.unsaid:
+            kept = reference.items()
+            reference = {k: v for k, v in kept if v not in self.unsaid.get(k, ())}
         fields = dict(self.defaults)
         for name, paths in self.config.items():
             found = (value for path in paths if (value := self._value(reference, path)) is not None)
             if (value := next(found, None)) is not None:
-                fields[name] = value
+                fields[name] = self._native(name, value)
             elif any(_is_null(reference, path) for path in paths):
                 fields[name] = None  # said, and not the same as left out
         return fields, self._audit(reference, frozenset(ignore))
@@ -108,7 +168,14 @@ class Dialect:
             said = [reference[name] for name in names if reference.get(name) is not None]
             if any(value != said[0] for value in said):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
+        every = {path for paths in self.config.values() for path in paths}
+        flat: dict[str, Any] = {}
         for key, value in reference.items():
+            # of an object of which parts are mapped, and never the whole, each part is a field
+            parts = isinstance(value, dict) and key in mapped and key not in every
+            flat |= {f"{key}.{inner}": v for inner, v in value.items()} if parts else {key: value}
+        mapped |= every
+        for key, value in flat.items():
             if key in self.require:
                 allowed = self.require[key]
                 # `True == 1`: a flag is compared with its type
@@ -139,10 +206,22 @@ class Dialect:
             for key in outer:
                 place = place.setdefault(key, {})
             value = fields[name]
+            if name in self.words:
+                said = [r for r, native in self.words[name] if native == value]
+                if not said:
+                    continue  # left out; it comes back different if that means something else
+                value = said[0]
             if isinstance(value, dict) and isinstance(place.get(last), dict):
                 place[last] = {**value, **place[last]}
             else:
                 place[last] = value
+        for key, value in self.write.items():
+            if value is None:
+                out.pop(key, None)
+            elif isinstance(value, str) and value.startswith("{"):
+                out[key] = fields[value[1:-1]]
+            else:
+                out[key] = value
         return out
 
 
@@ -170,6 +249,8 @@ class Spec:
     where: str
     axes: Mapping[str, str]
     dialects: Mapping[str, Dialect]
+    shapes: tuple[Ref, ...] = ()  # native arrays whose axes, and numbers, are native fields
+    present: Mapping[str, str] = field(default_factory=dict)  # field, or `not` one: a native name
 
     def dialect(self, name: str) -> Dialect:
         if name not in self.dialects:
@@ -199,7 +280,10 @@ def _read(path: Path, below: tuple[str, ...] = ()) -> Any:
     base = SPECS / f"{other}.yaml"
     if not base.is_file():
         raise SpecError(f"{path.name}: like: no spec {other!r}.{did_you_mean(other, spec_names())}")
-    return _laid_over(_read(base, (*below, path.stem)), data)
+    under = _read(base, (*below, path.stem))
+    # another dialect's names are not taken for an architecture's own unless it says so
+    wanted = {*_SPEC_KEYS, "hf", *data}
+    return _laid_over({key: value for key, value in under.items() if key in wanted}, data)
 
 
 def _laid_over(base: Any, more: Any) -> Any:
@@ -221,12 +305,33 @@ def parse_spec(name: str, data: Any, where: str = "") -> Spec:
     """A spec from plain data; every section that does not belong is an error."""
     data = _mapping(data, where)
     axes = _mapping(data.get("axes") or {}, f"{where}: axes")
+    shapes = data.get("shapes") or []
+    if not isinstance(shapes, list) or not all(isinstance(line, str) for line in shapes):
+        raise SpecError(f"{where}: shapes: expected a list of native tensors with their axes")
     dialects = {
-        key: _dialect(key, _mapping(value, f"{where}: {key}"), f"{where}: {key}")
-        for key, value in data.items()
+        key: _dialect(key, _section(data, key, where), f"{where}: {key}")
+        for key in data
         if key not in _SPEC_KEYS
     }
-    return Spec(name, where, axes, dialects)
+    return Spec(
+        name,
+        where,
+        axes,
+        dialects,
+        tuple(parse_ref(line, f"{where}: shapes") for line in shapes),
+        _mapping(data.get("present") or {}, f"{where}: present"),
+    )
+
+
+def _section(data: dict[str, Any], key: str, where: str, below: tuple[str, ...] = ()) -> Any:
+    """A dialect's lines, laid over those of another that it is `like`."""
+    section = _mapping(data[key], f"{where}: {key}")
+    if (other := section.get("like")) is None:
+        return section
+    if other not in data or other in (*below, key, *_SPEC_KEYS):
+        raise SpecError(f"{where}: {key}: like: no other dialect {other!r} to lay it over")
+    mine = {name: value for name, value in section.items() if name != "like"}
+    return _laid_over(_section(data, other, where, (*below, key)), mine)
 
 
 def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
@@ -269,6 +374,14 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         require={k: tuple(v) for k, v in require.items()},
         ignore=frozenset(ignored) | frozenset(common["ignore"]),
         exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),
+        container=common["container"],
+        is_={k: tuple(v) for k, v in section("is").items()},
+        needs=tuple(data.get("needs") or ()),
+        unsaid={k: tuple(v) for k, v in section("unsaid").items()},
+        words={k: tuple((a, b) for a, b in pairs) for k, pairs in section("words").items()},
+        write=section("write"),
+        zeros=section("zeros"),
+        forgets=frozenset([*(data.get("forgets") or ()), *common["forgets"]]),
     )
     for template, _ in dialect.drop + dialect.tied + dialect.aliases:
         if not str(template).strip():
@@ -304,7 +417,22 @@ def _common(dialect: str) -> dict[str, Any]:
     """What every config of a dialect may hold, whatever the architecture."""
     path = SPECS / f"common.{dialect}.yaml"
     data = _mapping(read_yaml(path, SpecError), path.name) if path.is_file() else {}
-    return {"ignore": data.get("ignore") or [], "require": data.get("require") or {}}
+    said = data.get("container")
+    return {
+        "ignore": data.get("ignore") or [],
+        "require": data.get("require") or {},
+        "forgets": data.get("forgets") or [],
+        "container": None if said is None else _container(said, f"{path.name}: container"),
+    }
+
+
+def _container(data: Any, where: str) -> Container:
+    data = _mapping(data, where)
+    known = Container.__dataclass_fields__
+    if odd := [key for key in data if key not in known]:
+        raise SpecError(f"{where}: no field {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    within = data.get("within", "")
+    return Container(**{**data, "within": tuple(within) if isinstance(within, list) else (within,)})
 
 
 def _mapping(data: Any, where: str) -> dict[str, Any]:

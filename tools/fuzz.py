@@ -28,8 +28,11 @@ import bundles  # noqa: E402
 import torch  # noqa: E402
 
 from converters.checkpoint import open_checkpoint  # noqa: E402
+from converters.containers import kind_of  # noqa: E402
+from converters.dialects import find  # noqa: E402
 from converters.formats import BITS, TensorInfo, dtype_code  # noqa: E402
 from converters.formats.gguf import GGUFReader, Value, lay_out  # noqa: E402
+from converters.formats.llama2c import Header, Llama2cReader  # noqa: E402
 from converters.formats.quants import KINDS  # noqa: E402
 from converters.formats.safetensors import SafetensorsReader  # noqa: E402
 from converters.formats.sstable import read_table  # noqa: E402
@@ -43,6 +46,8 @@ COUNTS = {
     "index": 100_000,
     "config": 100_000,
     "zip": 100_000,
+    "nested": 100_000,
+    "llama2c": 100_000,
     "tf": 100_000,
 }
 SLOW = 1.0  # seconds
@@ -254,6 +259,15 @@ class Fuzz:
         self.config = json.dumps({**config, **sizes, **more, "rope_scaling": rope}).encode()
         torch.save({"a": torch.ones(3), "b": torch.ones(2, 2)}, scratch / "whole.bin")
         self.zip = (scratch / "whole.bin").read_bytes()
+        names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.mlp.c_fc.weight")
+        state = {f"transformer.{name}": torch.ones(2, 2) for name in names}
+        values = {"model_args": {"n_layer": 1, "n_head": 1, "n_embd": 2}, "optimizer": {0: [1.5]}}
+        torch.save({"model": state, **values}, scratch / "nested.pt")
+        self.nested = (scratch / "nested.pt").read_bytes()
+        heads = [
+            Header(v, (8, 6, 2, 2, 1, 5, 4), bool(v % 2), 2 if v == 2 else 0) for v in range(3)
+        ]
+        self.bins = [head.pack().ljust(head.starts()[1], b"\1") for head in heads]
         infos = [TensorInfo("a.weight", (2, 32), "Q8_0"), TensorInfo("b.weight", (2, 3), "F32")]
         infos += [TensorInfo("c.weight", (2, 1, 2, 1), "BF16"), TensorInfo("d", (), "F16")]
         said = {"general.architecture": "llama", "general.alignment": 32, "x": Value("u8", 7)}
@@ -318,6 +332,31 @@ class Fuzz:
         data = self.zip[:tail] + mutated(self.zip[tail:], chance)
         self.file("pytorch_model.bin", data)
         open_checkpoint(self.scratch / "one")
+
+    def one_nested(self, chance: random.Random) -> None:
+        tail = chance.choice((0, len(self.nested) - 900, 100))
+        data = self.nested[:tail] + mutated(self.nested[tail:], chance)
+        found = find(self.file("ckpt.pt", data))
+        if found is not None:
+            found.fields()
+
+    def one_llama2c(self, chance: random.Random) -> None:
+        """Numbers in the place of the header's, among them those that make the file's own size."""
+        whole = bytearray(chance.choice(self.bins))
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            numbers = (0, 1, 2, -1, 2**31 - 1, -(2**31), 3, 255, chance.getrandbits(31))
+            at = 4 * chance.randrange(12)
+            whole[at : at + 4] = struct.pack("<i", chance.choice(numbers))
+        if chance.random() < 0.3:
+            whole = bytearray(mutated(bytes(whole), chance))
+        place = self.file("model.bin", bytes(whole))
+        if kind_of(place) != "llama2c":
+            raise ZooError("nothing that is known")
+        reader = Llama2cReader(place)
+        self.seen["llama2c accepted"] += 1
+        assert reader.header.starts()[1] == len(whole), "accepted, and of another size"
+        for name in reader.tensors:
+            reader.tensor(name)
 
     def one_tf(self, chance: random.Random) -> None:
         """Damage before the sums are made, so that they fit; or after."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo import registry, sources
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, NotACheckpoint
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
 
 
 def list_checkpoints() -> list[registry.CheckpointEntry]:
@@ -47,6 +49,11 @@ class Info:
     pinned: bool | None = None
     directory: str | None = None
     stored: Stored | None = None
+    dialect: str | None = None  # of files; None where none were looked at
+    about: str = ""  # what such files are
+    inferred: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # native fields, from shapes and names
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,8 +66,7 @@ def info(ref: str | os.PathLike[str], **where: Any) -> Info:
     """
     if (entry := registry.named(ref)) is not None and not where:
         return _of_entry(entry)
-    source = sources.resolve(ref, weights=False, **where)
-    return _of_directory(source)
+    return _of_directory(sources.resolve(ref, weights=False, **where))
 
 
 def _of_entry(entry: registry.CheckpointEntry) -> Info:
@@ -81,9 +87,15 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 
 
 def _of_directory(source: sources.Source) -> Info:
+    from converters.checkpoint import open_checkpoint
     from converters.strict_json import read_json
 
     native = source.directory / sources.NATIVE_FILE
+    if source.file is not None or not (
+        native.exists() or (source.directory / sources.CONFIG).exists()
+    ):
+        return _of_files(source)
+    dialect = "native" if native.is_file() else "hf"
     if native.is_file():
         data = read_json(native)
         try:
@@ -111,15 +123,50 @@ def _of_directory(source: sources.Source) -> Info:
         revision=source.revision,
         pinned=known.pinned if known else None,
         directory=str(source.directory),
-        stored=None if source.repo else _stored(source.directory),
+        stored=None if source.repo else _stored(open_checkpoint(source.directory)),
+        dialect=dialect,
     )
 
 
-def _stored(directory: Path) -> Stored:
-    from converters.checkpoint import open_checkpoint
+def _of_files(source: sources.Source) -> Info:
+    """Of files without a config.json, whose content says what they are."""
+    from converters.dialects import find
+
+    place = source.file or source.directory
+    found = find(place)
+    if found is None:
+        raise NotACheckpoint(f"{place}: no file in it says what it is")
+    fields, problems = found.fields()
+    if problems:
+        raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))
+    said, _ = found.dialect.read_config(found.reference)
+    known = registry.architectures().values()
+    architecture = next(entry for entry in known if entry.spec == found.spec.name)
+    checkpoint = found.checkpoint
+    arrays = [
+        info
+        for name, info in checkpoint.tensors.items()
+        if name not in checkpoint.shared and not found.dialect.drops(name)
+    ]
+    return Info(
+        ref=source.ref,
+        architecture=architecture.name,
+        reference_class=None,
+        head="lm",
+        heads=_heads(architecture),
+        config=found.reference,
+        parameters=sum(info.numel for info in arrays) if found.shards == 1 else None,
+        directory=str(source.directory),
+        stored=_stored(checkpoint),
+        dialect=found.dialect.name,
+        about=found.container.about,
+        inferred={name: value for name, value in fields.items() if name not in said},
+    )
+
+
+def _stored(checkpoint: Checkpoint) -> Stored:
     from converters.formats import itemsize
 
-    checkpoint = open_checkpoint(directory)
     values: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         values[tensor.dtype] += prod(tensor.shape)

@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_list)
 
     command = commands.add_parser("info", help="what a checkpoint is, without loading it")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     command.add_argument("--tree", action="store_true", help="its modules and their shapes")
     command.set_defaults(run=_info)
 
@@ -95,12 +97,23 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
-    command.add_argument("ref", metavar="SRC", help="a name, hf:org/repo@rev or a directory")
-    command.add_argument("--to", choices=("native", "hf"), default="native", help="[native]")
+    command.add_argument(
+        "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
+    )
+    command.add_argument(
+        "--to",
+        metavar="DIALECT",
+        type=_dialect,
+        default="native",
+        help="hf, meta, llama2c, nanogpt … [native]",
+    )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
+    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
+    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
+    command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace DIR")
     command.add_argument("--dtype", help="cast to float32, bfloat16 …  [as stored]")
@@ -121,14 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_check)
 
     command = commands.add_parser("tokenize", help="the ids of a text, and their tokens")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     command.add_argument("text", metavar="TEXT")
     command.add_argument("--special", action="store_true", help="find special tokens in TEXT")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_tokenize)
 
     command = commands.add_parser("score", help="how well a decoder foresees a text: perplexity")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     command.add_argument("file", metavar="FILE", help="the text; - is standard input")
     command.add_argument("--window", type=int, metavar="TOKENS", help="[all positions]")
     command.add_argument("--stride", type=int, metavar="TOKENS", help="[half the window]")
@@ -136,14 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_score)
 
     command = commands.add_parser("fill", help="what a masked LM puts in a text's gaps")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     command.add_argument("text", metavar="TEXT", help='such as "The capital of [MASK] is"')
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each [5]")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_fill)
 
     command = commands.add_parser("embed", help="a vector for each text")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     command.add_argument("texts", metavar="TEXT", nargs="*")
     command.add_argument("--file", metavar="FILE", help="a text each line; - is standard input")
     command.add_argument("--pooling", choices=("mean", "first", "last", "max"), help="[mean]")
@@ -153,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_embed)
 
     command = commands.add_parser("generate", help="go on with a text")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     command.add_argument("text", metavar="TEXT")
     _add_sampling(command)
     command.add_argument("--num-return-sequences", type=int, metavar="N", help="several samples")
@@ -167,7 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("chat", help="a dialogue; /help tells more there")
-    command.add_argument("ref", metavar="NAME|DIR", help="a name, hf:org/repo@rev or a directory")
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
     _add_sampling(command)
     command.set_defaults(run=_chat)
     for command in commands.choices.values():
@@ -194,6 +219,25 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--stop", **how, help="end before TEXT; may be given again")  # type: ignore[arg-type]
     does = "a smaller model of the same vocabulary, to guess ahead: the same, and often sooner"
     command.add_argument("--assistant", metavar="NAME|DIR", help=does)
+
+
+def _dialect(text: str) -> str:
+    from zoo.exporting import dialects
+
+    if text not in (known := dialects()):
+        raise argparse.ArgumentTypeError(f"{text!r}: one of {', '.join(known)}")
+    return text
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """n_heads=12: the value as JSON has it, else a word."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
@@ -230,6 +274,8 @@ def _list(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     found = catalog.info(options.ref)
     rows: list[tuple[str, str]] = [("architecture", found.architecture)]
+    if found.dialect:
+        rows.append(("dialect", " ".join([found.dialect, f"({found.about})" * bool(found.about)])))
     if found.reference_class:
         rows.append(("class", found.reference_class))
     rows.append(("head", found.head or "not named"))
@@ -249,8 +295,10 @@ def _info(options: argparse.Namespace) -> int:
         rows.append(("files", ", ".join(stored.files)))
     print(found.ref)
     print(_indent(_table(rows)))
-    print("  config")
-    print(_indent(_table([(k, json.dumps(v)) for k, v in found.config.items()]), 4))
+    for title, fields in (("config", found.config), ("told by the tensors", found.inferred)):
+        if fields or title == "config":
+            print(f"  {title}")
+            print(_indent(_table([(k, json.dumps(v)) for k, v in fields.items()]), 4))
     if options.tree:
         from zoo.pretrained import skeleton
 
@@ -277,6 +325,11 @@ def _convert(options: argparse.Namespace) -> int:
     asked = {
         name: value
         for name in ("head", "trust", "ignore_config")
+        if (value := getattr(options, name)) is not None
+    }
+    asked |= {
+        name: dict(value)
+        for name in ("config", "layout")
         if (value := getattr(options, name)) is not None
     }
     if options.dry_run:

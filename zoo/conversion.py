@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import zoo
 from converters.checkpoint import confined, shard
+from converters.dialects import every_dialect
 from converters.engine import Options, run
 from converters.formats import TensorInfo, dtype_code
 from converters.lazy import Lazy
@@ -26,7 +27,8 @@ from converters.spec import Spec, load_spec
 from converters.store import Stage, staged
 from zoo import registry
 from zoo.components.model import Model
-from zoo.errors import OutputExists, UsageError, listing
+from zoo.errors import LossyExport, OutputExists, UsageError, did_you_mean, listing
+from zoo.exporting import Export, dialects, export, same_config, with_zeros
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
@@ -39,7 +41,7 @@ from zoo.sources import (
     module_folders,
 )
 
-DIALECTS = ("hf", "native")
+OWN_FILES = ("hf", "native")  # written as safetensors
 SHARD_BYTES = 5 * 10**9
 # what belongs to a checkpoint beside config and weights, and is carried along untouched
 COMPANIONS = (
@@ -57,12 +59,15 @@ def save(
     to: str = "hf",
     force: bool = False,
     max_shard_size: int | None = None,
+    layout: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
 ) -> Path:
     """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
 
-    A model still as it was loaded keeps its source's split over files; `max_shard_size` (bytes)
-    makes a new one. What is not finite is refused, unless `allow_nonfinite`.
+    Other dialects are those of its spec, such as "meta" or "llama2c"; `layout` is what they offer
+    to choose: {"shards": 2}, {"version": 1}. A model still as it was loaded keeps its source's
+    split over files; `max_shard_size` (bytes) makes a new one. What is not finite is refused,
+    unless `allow_nonfinite`.
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -75,14 +80,16 @@ def save(
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)
-    output = _output(model, to, max_shard_size)
+    output = _output(model, to, max_shard_size, layout)
     with staged(destination, force=force, size=output.size) as stage:
         options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
         finish(output, stage, run(output, Stage(stage), options), versions())
     return destination
 
 
-def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
+def _output(
+    model: Model, to: str, max_shard_size: int | None, layout: Mapping[str, Any] | None
+) -> Output:
     """Files, headers and recipes of a model as it is."""
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
@@ -90,19 +97,26 @@ def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
     state = {name: p.detach() for name, p in model.named_parameters()}
     if without := [name for name, tensor in state.items() if tensor.is_meta]:
         raise UsageError(f"{listing(without)}: on the meta device, where no values are")
-    origin = origin_of(model, state)
+    if to not in OWN_FILES:
+        return _exported_output(model, state, to, layout)
+    check_no_layout(to, layout)
+    if to == "hf":
+        model, state = _with_zeros(model, state, to)
     if to == "native":
-        texts = {NATIVE_FILE: native_record(model, origin)}
+        texts = {NATIVE_FILE: native_record(model, state)}
         items = [_item(name, tensor) for name, tensor in state.items()]
         metadata, where = {"format": "pt"}, {}
     else:
+        origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
         plan = export_plan(model, origin)
         items = in_order(_exported(plan, state), plan)
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    carried = companions(model.provenance.directory) if model.provenance else {}
+    carried = {}
+    if model.provenance is not None:
+        carried = companions_of(model.provenance.directory, model.provenance.file)
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
         if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
@@ -112,6 +126,47 @@ def _output(model: Model, to: str, max_shard_size: int | None) -> Output:
     return Output(
         tuple(shards), texts, carried, said=said_of(entry.name, to, load_spec(entry.spec))
     )
+
+
+def _exported_output(
+    model: Model, state: Mapping[str, Tensor], to: str, layout: Mapping[str, Any] | None
+) -> Output:
+    entry = _entry(model)
+    spec = load_spec(entry.spec)
+    model, state = _with_zeros(model, state, to)
+    dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
+    origin = model.provenance.origin if model.provenance is not None else None
+    said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
+    made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
+    items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
+    shards, texts = made.files(items)
+    carried = {}
+    if model.provenance is not None:
+        carried = companions_of(model.provenance.directory, model.provenance.file)
+    texts |= vocabulary_of(made, carried)
+    return Output(tuple(shards), texts, carried, said=said_of(entry.name, to, spec))
+
+
+def _with_zeros(
+    model: Model, state: Mapping[str, Tensor], to: str
+) -> tuple[Model, dict[str, Tensor]]:
+    """The model that a dialect can say, and its tensors: those that it has more hold zeros."""
+    dialect = load_spec(_entry(model).spec).dialects.get(to)
+    if dialect is None:
+        return model, dict(state)
+    model, shapes = with_zeros(model, dialect)
+    like = next(iter(state.values()))
+    return model, {**state, **{name: like.new_zeros(shape) for name, shape in shapes.items()}}
+
+
+def vocabulary_of(made: Export, carried: dict[str, Path]) -> dict[str, bytes]:
+    """llama2.c reads a vocabulary of its own kind."""
+    from zoo.tokenizers import llama2c
+
+    if made.container.format != "llama2c" or llama2c.FILE in carried:
+        return {}
+    text = llama2c.made_of(carried)
+    return {} if text is None else {llama2c.FILE: text}
 
 
 def _item(name: str, tensor: Tensor) -> Item:
@@ -175,8 +230,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def native_record(model: Model, origin: Origin) -> bytes:
-    """zoo.json: what a native directory holds, and what it was."""
+def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
+    """zoo.json: what a native directory holds, and what it was, or would be as an HF directory."""
+    try:
+        origin = origin_of(model, state)
+    except LossyExport:  # nothing that the reference could say; other dialects can
+        named = _class_of(_entry(model), model.config.head)
+        origin = Origin("none", named, "{}", {}, {}, {})
     record = {
         "architecture": _entry(model).name,
         "config": model.config.to_dict(),
@@ -203,8 +263,13 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
 
 
 def check_dialect(to: str) -> None:
-    if to not in DIALECTS:
-        raise UsageError(f"to={to!r}: one of {', '.join(DIALECTS)}")
+    if to not in OWN_FILES and to not in (known := dialects()):
+        raise UsageError(f"to={to!r}: one of {', '.join(known)}.{did_you_mean(str(to), known)}")
+
+
+def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:
+    if layout:
+        raise UsageError(f"layout: {to} leaves nothing to choose, found {listing(layout)}")
 
 
 def _entry(model: Model) -> registry.Architecture:
@@ -228,7 +293,8 @@ def origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
     dtypes = {dtype_code(tensor.dtype) for tensor in state.values()}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
     provenance = model.provenance
-    if provenance is not None and model.config == provenance.config:
+    foreign = provenance is not None and provenance.origin.dialect != "hf"
+    if provenance is not None and model.config == provenance.config and not foreign:
         origin: Origin = provenance.origin
         if origin.reference_class is not None and model.config.head in entry.heads.get(
             origin.reference_class, ()
@@ -280,9 +346,12 @@ def _fresh(
     fields = model.config.to_dict()
     # with no end said, the reference would take its class's own, and zoo takes none
     config: dict[str, Any] = {"eos_token_id": None}
-    if model.provenance is not None:  # fields that do not change inference stay as they were
-        config = json.loads(model.provenance.origin.config)
+    origin = model.provenance.origin if model.provenance is not None else None
+    if origin is not None and origin.dialect == "hf":  # what changes no inference stays as it was
+        config = json.loads(origin.config)
     config.update(spec.dialect("hf").write_config(fields))
+    read, _ = spec.dialect("hf").read_config(config)
+    same_config(spec.dialect("hf"), model.config, {**read, "head": model.config.head})
     config["architectures"] = [named]
     config["model_type"] = entry.model_type
     if dtype:
@@ -331,6 +400,17 @@ def companions(source: Path) -> dict[str, Path]:
         f"{MORE_TEMPLATES}/{p.name}" for p in sorted(source.glob(f"{MORE_TEMPLATES}/*.jinja"))
     ]
     return {name: confined(source, name) for name in names}
+
+
+def companions_of(directory: Path, file: Path | None) -> dict[str, Path]:
+    """Likewise of a checkpoint in any dialect; of a file that was given alone, its tokenizer."""
+    if file is None:
+        held = companions(directory)
+        configs = {c.config for _, _, c in every_dialect()} - {""}
+        return {name: path for name, path in held.items() if name not in configs}
+    from zoo.tokenizers.reading import beside
+
+    return beside(file)
 
 
 def _json(data: Any) -> str:

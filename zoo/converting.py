@@ -12,19 +12,20 @@ from typing import Any
 import torch
 
 from converters import manifest
-from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.checkpoint import Checkpoint
 from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
-from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
 from converters.output import Item, Output, Span, digest, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
 from zoo.conversion import (
+    OWN_FILES,
     check_dialect,
+    check_no_layout,
     checked_destination,
-    companions,
+    companions_of,
     export_plan,
     in_order,
     native_record,
@@ -32,8 +33,10 @@ from zoo.conversion import (
     said_of,
     split,
     versions,
+    vocabulary_of,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
+from zoo.exporting import export, with_zeros
 from zoo.pretrained import (
     Located,
     Origin,
@@ -41,6 +44,7 @@ from zoo.pretrained import (
     check_trust,
     dtype_of,
     locate,
+    native_of,
     prove,
     provenance_of,
 )
@@ -61,6 +65,7 @@ def convert(
     threads: int = 0,
     restart: bool = False,
     part: str | tuple[int, int] | None = None,
+    layout: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
     sha256: bool = True,
     tell: Tell = lambda event: None,
@@ -71,17 +76,19 @@ def convert(
     It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
     where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
     of processes, on machines that share the disk, write the others, and the last publishes.
-    `dtype` casts; a value too large for it is an error, as is NaN or infinity unless
-    `allow_nonfinite`. `tell` is called with what happens. Further options are those of `zoo.load`:
-    head, config, revision, token, ignore_config, trust …
+    `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
+    offers to choose, such as {"shards": 2}. `dtype` casts; a value too large for it is an error, as
+    is NaN or infinity unless `allow_nonfinite`. `tell` is called with what happens. Further options
+    are those of `zoo.load`: head, config, revision, token, ignore_config, trust …
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     dst = checked_destination(dst, found.source.directory, force)
-    chosen = {name: options[name] for name in ("config", "trust") if name in options}
-    output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
+    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
+    chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
+    output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
     job = digest([output.job(), output.identity(), sha256])
     how: dict[str, Any] = {"force": force, "restart": restart}
@@ -115,6 +122,7 @@ def dry_run(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | None = None,
     part: str | tuple[int, int] | None = None,
+    layout: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str:
     """The plan of a conversion for a person, with no byte of weights read."""
@@ -122,14 +130,15 @@ def dry_run(
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
-    checkpoint = open_checkpoint(found.source.directory)
-    chosen = {name: options[name] for name in ("config", "trust") if name in options}
+    checkpoint = found.checkpoint()
+    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
-    if found.native is not None and to != "native":
+    if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
-    output = plan_output(found, to, dtype=dtype, max_shard_size=max_shard_size, **chosen)
+    chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
+    output = plan_output(found, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
     casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
@@ -157,8 +166,8 @@ def _still_there(output: Output, place: Shared, part: int, records: list[dict[st
     """Whether another part's files are as its journal has them; bytes that lie may be lost."""
     again = f"run it again: --part {part}/{place.parts}"
     try:
-        tensors = records[-1]["finished"]["tensors"]
-        damaged = list(damages(output.part(part, place.parts), place.path, tensors))
+        finished = records[-1]["finished"]
+        damaged = list(damages(output.part(part, place.parts), place.path, finished))
         Report.joined([records[-1]["finished"]], output.part(part, place.parts))
     except (KeyError, TypeError, AttributeError):
         damaged = ["its journal is not what it wrote"]
@@ -208,33 +217,53 @@ def plan_output(
     max_shard_size: int | None = None,
     config: Mapping[str, Any] | None = None,
     trust: Collection[str] = (),
+    layout: Mapping[str, Any] | None = None,
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read."""
-    checkpoint = open_checkpoint(found.source.directory)
+    checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
-    model.provenance = provenance_of(found, checkpoint, model, plan)
+    provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
     kind = dtype_of(dtype)
     state = dict(_state(plan, checkpoint, kind))
-    origin = origin_of(model, state)
+    said = {
+        **said_of(found.entry.name, to, found.spec),
+        "dropped": dict(sorted(plan.dropped.items())),
+    }
+    zeros: dict[str, tuple[int, ...]] = {}
+    if to != "native" and to in found.spec.dialects:
+        model, zeros = with_zeros(model, found.spec.dialect(to))
+        like = next(iter(state.values()))
+        state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
+    carried = companions_of(found.source.directory, found.source.file)
+    seen = {path: identity(path.stat()) for path in checkpoint.files}
+    if to not in OWN_FILES:
+        dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
+        origin = provenance.origin
+        before = json.loads(origin.config) if origin.dialect == to else None
+        made = export(found.spec, to, model.config, native_of(model), dtypes, layout, before)
+        held = {info.dtype for info in made.plan.header.values()}
+        if kind is not None and held != {dtype_code(kind)}:
+            raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
+        items = list(_backward(checkpoint, plan, made.plan, trust, zeros))
+        shards, texts = made.files(items, lossy=kind is not None)
+        texts |= vocabulary_of(made, carried)
+        said["layout"] = dict(made.options)
+        return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
+    check_no_layout(to, layout)
     if to == "native":
-        texts = {NATIVE_FILE: native_record(model, origin)}
+        texts = {NATIVE_FILE: native_record(model, state)}
         items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
         metadata, where = {"format": "pt"}, {}
     else:
+        origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
-        items = list(_to_hf(found, checkpoint, model, plan, origin, trust))
+        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros))
         metadata, where = dict(origin.metadata), dict(origin.where)
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    said = {
-        **said_of(found.entry.name, to, found.spec),
-        "dropped": dict(sorted(plan.dropped.items())),
-    }
-    carried = companions(found.source.directory)
-    seen = {path: identity(path.stat()) for path in checkpoint.files}
     return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
 
 
@@ -273,9 +302,9 @@ def _target_shapes(step: Step) -> list[tuple[int, ...]]:
 
 def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) -> Lazy:
     names = agreed(step, checkpoint.tensor, trust)
-    tensors = [checkpoint.tensor(name) for name in names]
     if step.transform is None:
-        return Lazy.of(tensors[n])
+        return checkpoint.lazy(names[n])
+    tensors = [checkpoint.tensor(name) for name in names]
     return step.transform.targets_of(tensors)[n]
 
 
@@ -286,10 +315,11 @@ def _to_hf(
     plan: Plan,
     origin: Origin,
     trust: Collection[str],
+    zeros: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse = export_plan(model, origin)
-    if found.native is None and not trust:
+    if found.native is None and found.foreign is None and not trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}
         if written <= disk.keys():
@@ -298,7 +328,7 @@ def _to_hf(
                     agreed(step, checkpoint.tensor, trust)  # before a byte is written
             yield from _as_they_are(checkpoint, inverse, disk)
             return
-    yield from in_order(_backward(found, checkpoint, plan, inverse, trust), inverse)
+    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros), inverse)
 
 
 def _names(step: Step) -> list[str]:
@@ -327,28 +357,68 @@ def _of(checkpoint: Checkpoint, name: str) -> Lazy:
 
 
 def _backward(
-    found: Located, checkpoint: Checkpoint, plan: Plan, inverse: Plan, trust: Collection[str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    inverse: Plan,
+    trust: Collection[str],
+    zeros: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Item]:
-    """From native arrays, which are the checkpoint's own or made from its tensors."""
+    """From native arrays, which are the checkpoint's own, or made from its tensors, or zeros."""
     ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
+    any_dtype = checkpoint.tensors[plan.steps[0].sources[0]].dtype
 
-    def native(name: str) -> torch.Tensor:
+    def native(name: str) -> Lazy:
+        if name in zeros:
+            return Lazy.of(torch.zeros(zeros[name], dtype=torch_dtype(any_dtype)))
         step, n = ways[plan.native.ties.get(name, name)]
-        return _made(step, checkpoint, trust, n).whole()
+        return _made(step, checkpoint, trust, n)
 
     def made(step: Step, n: int) -> Lazy:
-        tensors = [native(name) for name in step.targets]
-        return (
-            Lazy.of(tensors[n]) if step.transform is None else step.transform.sources_of(tensors)[n]
-        )
+        if step.transform is None:
+            return native(step.targets[n])
+        metas = [
+            torch.empty(
+                zeros.get(name) or plan.native.shapes[plan.native.ties.get(name, name)],
+                dtype=torch_dtype(stored_as(name)),
+                device="meta",
+            )
+            for name in step.targets
+        ]
+        transform, shaped = step.transform, step.transform.sources_of(metas)[n]
+        # of which array each part is a view: one at a time is made, where several are joined
+        of = [
+            [k for k, m in enumerate(metas) if p.view is m or p.view._base is m]
+            for p in shaped.parts
+        ]
+        if not all(len(found) == 1 for found in of):
+            return transform.sources_of([native(name).whole() for name in step.targets])[n]
+
+        def part(p: int) -> torch.Tensor:
+            (k,) = of[p]
+            tensors = [*metas[:k], native(step.targets[k]).whole(), *metas[k + 1 :]]
+            return transform.sources_of(tensors)[n].parts[p].view
+
+        return shaped.later(part)
+
+    def stored_as(name: str) -> str:
+        if name in zeros:
+            return any_dtype
+        step, _ = ways[plan.native.ties.get(name, name)]
+        return checkpoint.tensors[step.sources[0]].dtype
 
     for step in inverse.steps:
         for names in (step.sources, *step.also):
             for n, name in enumerate(names):
                 info = inverse.header[name]
+                span, stored = None, any_dtype
+                if step.targets[0] in zeros:
+                    made_so = Item(
+                        TensorInfo(name, info.shape, stored), "zeros", partial(made, step, n)
+                    )
+                    yield made_so.cast(info.dtype)
+                    continue
                 first = ways[plan.native.ties.get(step.targets[0], step.targets[0])][0]
                 stored = checkpoint.tensors[first.sources[0]].dtype
-                span = None
                 if step.transform is None and first.transform is None and not first.also:
                     span = _span(checkpoint, first.sources[ways[step.targets[n]][1]])
                 item = Item(
@@ -361,7 +431,7 @@ def _backward(
 
 
 def _span(checkpoint: Checkpoint, name: str) -> Span | None:
-    reader = checkpoint.readers[checkpoint.where[name]]
-    if not isinstance(reader, SafetensorsReader):
-        return None
-    return Span(reader.path, reader.span(name)[0])
+    """Where its bytes lie as they are, if they do in a way that can be trusted unread."""
+    reader: Any = checkpoint.readers[checkpoint.where[name]]
+    found = reader.span(name) if hasattr(reader, "span") else None
+    return None if found is None else Span(reader.path, found[0])

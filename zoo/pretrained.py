@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,20 +25,23 @@ from converters.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from converters.dialects import Found, find
 from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
-from converters.spec import Spec, load_spec
+from converters.spec import Dialect, Spec, load_spec
 from converters.strict_json import parse_json
 from zoo import registry, sources
 from zoo.components.model import Model
 from zoo.errors import (
     ChecksumMismatch,
     ConfigError,
+    MissingShard,
     MissingTensors,
     NotACheckpoint,
     OverflowOnCast,
     ResourceLimit,
+    ShapeMismatch,
     UnsupportedArchitecture,
     UsageError,
     did_you_mean,
@@ -106,6 +110,7 @@ class Provenance:
     dtype: torch.dtype | None = None  # a cast asked for at loading
     repo: str | None = None
     revision: str | None = None
+    file: Path | None = None  # where one was given and not its directory
 
     @property
     def rules(self) -> dict[str, str]:
@@ -140,9 +145,42 @@ class Located(NamedTuple):
     reference_class: str | None
     config_text: str
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
+    foreign: Found | None = None  # files of a dialect that has no config.json
+
+    @property
+    def where(self) -> str:
+        return str(self.source.file or self.source.directory)
+
+    @property
+    def dialect(self) -> str:
+        if self.native is not None:
+            return "native"
+        return "hf" if self.foreign is None else self.foreign.dialect.name
+
+    def checkpoint(self) -> Checkpoint:
+        if self.foreign is not None:
+            return self.foreign.checkpoint
+        return open_checkpoint(self.source.directory)
 
     def config(self, head: str, changes: Mapping[str, Any]) -> Any:
-        return self.entry.config_class(**{**self.fields, **changes, "head": head})
+        kind = self.entry.config_class
+        if self.foreign is None:
+            return kind(**{**self.fields, **changes, "head": head})
+        dialect = self.foreign.dialect
+        given = {**self.fields, **dialect.native_names(changes, kind.__dataclass_fields__)}
+        if lacking := [name for name in dialect.needs if given.get(name) is None]:
+            words = [dialect.reference_field(name) for name in lacking]
+            example = ", ".join(f"{word}=…" for word in words)
+            raise ConfigError(
+                f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
+                f"nothing says {listing(words)} (looked in {self.foreign.config_from} and at the "
+                f"shapes of the tensors). Pass config={{{words[0]!r}: …}} (--config {example})"
+            )
+        try:
+            return kind(**{**given, "head": head})
+        except ConfigError as error:
+            problems = [_as_published(dialect, problem) for problem in error.problems]
+            raise ConfigError("\n  ".join([f"{self.where}:", *problems]), problems) from None
 
 
 def load(
@@ -308,11 +346,13 @@ def _read(
     source: sources.Source, head: str | None, ignore: Sequence[str], ref: Ref | None
 ) -> Located:
     directory = source.directory
+    if source.file is not None:
+        return _read_foreign(source, source.file, head, ignore)
     if os.path.lexists(directory / NATIVE_FILE):
         return _read_native(source, confined(directory, NATIVE_FILE), head)
     path = directory / "config.json"
     if not os.path.lexists(path):
-        raise NotACheckpoint(f"{directory}: no config.json and no {NATIVE_FILE} in it")
+        return _read_foreign(source, directory, head, ignore)
     reference = read_json(confined(directory, path.name), ConfigError)
     entry, _ = registry.architecture_for(reference, str(path))
     known = source.checkpoint
@@ -340,11 +380,7 @@ def _understand(
     heads = _heads(entry, named, head, where)
     fields, problems = spec.dialect("hf").read_config(reference, ignore)
     found = Located(source, entry, spec, heads, fields, named, text)
-    published = load_spec(entry.spec).dialect("hf").reference_field
-
-    def as_published(problem: str) -> str:
-        name, _, text = problem.partition(": ")
-        return f"{published(name)}: {text}" if text else problem
+    as_published = partial(_as_published, spec.dialect("hf"))
 
     try:
         found.config(heads[0], {})
@@ -355,6 +391,29 @@ def _understand(
     if problems:
         raise ConfigError("\n  ".join([f"{where}:", *problems]))
     return found
+
+
+def _as_published(dialect: Dialect, problem: str) -> str:
+    """A problem of a native field under the name that the dialect has for it."""
+    name, _, text = problem.partition(": ")
+    return f"{dialect.reference_field(name)}: {text}" if text else problem
+
+
+def _read_foreign(
+    source: sources.Source, place: Path, head: str | None, ignore: Sequence[str]
+) -> Located:
+    """A file, or the one checkpoint in a directory, whose dialect shows by its content."""
+    found = find(place)
+    if found is None:
+        raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
+    entry = next(e for e in registry.architectures().values() if e.spec == found.spec.name)
+    named = next((c for c, heads in entry.heads.items() if "lm" in heads), None)
+    heads = _heads(entry, named, head, str(place))
+    fields, problems = found.fields(ignore)
+    if problems:
+        raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))
+    text = json.dumps(found.reference)
+    return Located(source, entry, found.spec, heads, fields, named, text, None, found)
 
 
 def _heads(
@@ -399,7 +458,7 @@ def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
         return
     if not isinstance(origin.get("class"), str | None):
         yield f"origin.class: expected a name, found {origin['class']!r}"
-    if origin.get("dialect") != "hf":
+    if origin.get("dialect") not in ("hf", "none"):
         yield f"origin.dialect: {origin.get('dialect')!r} is not known"
     metadata, text, tensors = (origin.get(name) for name in ("metadata", "config", "tensors"))
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -436,7 +495,7 @@ def fill(
     trust: Collection[str] = (),
 ) -> Model:
     """The proven plan, then the weights; nothing is returned half-loaded."""
-    checkpoint = open_checkpoint(found.source.directory)
+    checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     modules = dict(model.named_modules())
@@ -475,16 +534,18 @@ def provenance_of(
         files=checkpoint.files,
         plan=plan,
         origin=_origin(found, checkpoint, plan),
-        config=found.config(model.config.head, {}),
+        # a foreign file may not say all of it; what it says is read again when it is written
+        config=model.config if found.foreign else found.config(model.config.head, {}),
         dtype=dtype,
         repo=found.source.repo,
         revision=found.source.revision,
+        file=found.source.file,
     )
 
 
 def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> tuple[Model, Plan]:
     """A model on meta and the plan that fills it, for the first head that the weights fill."""
-    where = str(found.source.directory)
+    where = found.where
     lacking: list[MissingTensors] = []
     for head in found.heads:
         model = _on_meta(found, found.config(head, changes))
@@ -493,6 +554,8 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
             if found.native is not None:
                 return model, identity_plan(native, checkpoint.tensors, where)
             fields = model.config.to_dict()
+            if found.foreign is not None:
+                return model, _foreign_plan(found.foreign, fields, native, where)
             return model, make_plan(
                 found.spec, "hf", fields, native, checkpoint.tensors, f"{where} ({found.spec.name})"
             )
@@ -503,6 +566,40 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
         raise least
     told = f"{listing(checkpoint.unlisted)} lie there too, and the index does not name them"
     raise MissingTensors(f"{least}\n  {told}")
+
+
+def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, where: str) -> Plan:
+    checkpoint, name = foreign.checkpoint, foreign.dialect.name
+    said = f"{where} ({foreign.spec.name}, {foreign.container.about or name})"
+    fields = {**fields, "shards": foreign.shards}
+    try:
+        plan = make_plan(foreign.spec, name, fields, native, checkpoint.tensors, said)
+    except ShapeMismatch as error:
+        if foreign.container.sharded and (times := _times_too_small(foreign, native)) > 1:
+            wanted = times * foreign.shards
+            told = listing(path.name for path in checkpoint.files)
+            raise MissingShard(
+                f"{where}: {foreign.shards} of {wanted} files are there ({told}): tensors have "
+                f"one in {times} of the numbers that {foreign.config_from} makes them have"
+            ) from error
+        raise
+    return replace(plan, dropped={**plan.dropped, **checkpoint.outside})
+
+
+def _times_too_small(foreign: Found, native: Native) -> int:
+    """How many times the files there are would make a whole model; 1 where none would.
+
+    What only shapes tell is taken from too few files, and fits them.
+    """
+    times = {1}
+    for rule in foreign.dialect.weights:
+        if "shard" not in rule.stacked:
+            continue
+        for name, info in foreign.checkpoint.tensors.items():
+            if (binding := rule.source.name.match(name)) is not None and info.numel:
+                whole = prod(native.shapes.get(rule.targets[0].name.format(binding), ()))
+                times.add(whole // (info.numel * foreign.shards))
+    return max(times) if len(times) == 2 and 0 not in times else 1
 
 
 def native_of(model: nn.Module) -> Native:
@@ -579,7 +676,7 @@ def _origin(found: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
         return Origin.from_json(found.native["origin"])
     modern = {name: plan.modern.get(name, name) for name in checkpoint.tensors}
     return Origin(
-        dialect="hf",
+        dialect=found.dialect,
         reference_class=found.reference_class,
         config=found.config_text,
         header={modern[name]: info for name, info in checkpoint.tensors.items()},

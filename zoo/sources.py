@@ -75,6 +75,7 @@ class Source(NamedTuple):
     checkpoint: CheckpointEntry | None = None
     repo: str | None = None
     revision: str | None = None  # the commit
+    file: Path | None = None  # a file in the directory, where one was given
 
 
 def resolve(
@@ -99,7 +100,10 @@ def resolve(
     elif isinstance(ref, str) and ref.startswith("hf:"):
         repo, revision = _parse_hub(ref, revision)
     elif isinstance(ref, str | os.PathLike):
-        return Source(_local(ref, revision, config), os.fsdecode(ref))
+        path = _local(ref, revision, config)
+        if path.is_dir():
+            return Source(path, os.fsdecode(ref))
+        return Source(path.parent, os.fsdecode(ref), file=path)
     else:
         kind = type(ref).__name__
         raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
@@ -137,13 +141,38 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
         is_directory = exists = False
     if not text or not (is_directory or exists):
         _no_such(ref, text)
-    if not is_directory:
-        raise NotACheckpoint(f"{text}: expected a directory with {CONFIG} and weights in it")
     if revision is not None:
         raise UsageError(f"{text}: a directory has no revisions; leave revision={revision!r} out")
-    if config and not (path / CONFIG).exists() and not (path / NATIVE_FILE).exists():
-        raise NotACheckpoint(f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it.{_nearby(path)}")
+    if not is_directory:
+        if _is_weights(path):
+            return path
+        raise NotACheckpoint(
+            f"{text}: expected a directory with {CONFIG} and weights in it, or a file that says "
+            f"what it is ({_formats()})"
+        )
+    named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
+    if config and not named and not any(map(_is_weights, sorted(path.iterdir()))):
+        raise NotACheckpoint(
+            f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "
+            f"({_formats()}).{_nearby(path)}"
+        )
     return path
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file is, by its bytes, of a format that is known without an index or a config."""
+    from converters.containers import kind_of
+
+    try:
+        return not path.name.startswith(".") and kind_of(path) is not None
+    except ZooError:
+        return False
+
+
+def _formats() -> str:
+    from converters.containers import known_formats
+
+    return known_formats()
 
 
 def _no_such(ref: str | os.PathLike[str], text: str) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -58,6 +59,19 @@ class TensorInfo(NamedTuple):
     @property
     def nbytes(self) -> int:
         return (self.numel * BITS[self.dtype] + 7) // 8
+
+
+class Layout(NamedTuple):
+    """A file to be: its first bytes, where each tensor's begin behind them, and what is no tensor.
+
+    `seal` gives (place in the file, bytes) of all that is neither head nor tensor, once each
+    tensor's CRC-32 is known.
+    """
+
+    head: bytes
+    starts: dict[str, int]
+    size: int  # of everything behind the head
+    seal: Callable[[Mapping[str, int]], list[tuple[int, bytes]]] | None = None
 
 
 @cache

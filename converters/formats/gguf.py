@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.formats import TensorInfo, open_regular
+from converters.formats import Layout, TensorInfo, open_regular
 from converters.formats.mapped import MappedFile
 from converters.formats.quants import KINDS, UNREAD, WRITTEN, Kind, dequantise
-from converters.formats.safetensors import Layout
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -126,6 +125,7 @@ class GGUFReader:
         header = _Header(path, self._data)
         self.version: int = header.version
         self.said: dict[str, Any] = header.said
+        self.values = self.said  # as other readers call it
         self.kinds: dict[str, str] = header.kinds  # of `said`: u32, str, [f32] …
         # what is said in text
         self.metadata = {key: text for key, text in self.said.items() if type(text) is str}

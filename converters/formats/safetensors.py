@@ -8,9 +8,9 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from converters.formats import BITS, RANK, TensorInfo, open_regular
+from converters.formats import BITS, RANK, Layout, TensorInfo, open_regular
 from converters.formats.mapped import MappedFile
 from converters.strict_json import DuplicateKeys, unique
 from zoo.errors import (
@@ -206,14 +206,6 @@ def _short(value: Any) -> str:
 def header_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
     """The order of a file's tensors: wide dtypes first, so that each is aligned; then by name."""
     return sorted(infos, key=lambda info: (-RANK[info.dtype], info.name))
-
-
-class Layout(NamedTuple):
-    """A file to be: its first bytes, and where each tensor's begin behind them."""
-
-    head: bytes
-    starts: dict[str, int]
-    size: int  # of all tensors
 
 
 def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, where: Any) -> Layout:

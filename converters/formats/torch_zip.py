@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import pickletools
 import re
 import struct
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.formats import TensorInfo, dtype_code, open_regular
+from converters.formats import Layout, TensorInfo, dtype_code, open_regular
 from zoo.errors import (
     CheckpointError,
     CorruptCheckpoint,
     DtypeMismatch,
+    DuplicateTensor,
     MissingTensors,
     ResourceLimit,
     UnsafePath,
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_PICKLE = 64 << 20  # names, shapes and strides: 100 bytes a tensor
 MAX_RECORDS = 1 << 20
+MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
 _BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
 _CHUNK = 16 << 20
 
@@ -65,13 +70,27 @@ class TorchZipReader:
     So listing a file costs no reading of weights, and no tensor leaves here unchecked.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, nested: bool = False) -> None:
+        """`nested` takes dicts in dicts, and plain values beside tensors, as trainers leave them.
+
+        A tensor's name is then the keys that lead to it, joined by /.
+        """
         self.path = path
         self.metadata: dict[str, str] = {}
         records = _records(path)
-        self._values = _load(path)
+        found = _load(path)
+        self.values: dict[str, Any] = {}
+        if nested:
+            self._values, self.values = _flattened(path, found)
+        else:
+            self._values = _only_tensors(path, found)
         self.tensors = {n: _info(path, n, t) for n, t in self._values.items()}
         self._unchecked = _pair(path, self._values, records)
+
+    def place(self, name: str) -> object:
+        """What two names have in common if they are one array."""
+        value = self._values[name]
+        return value.data_ptr(), tuple(value.shape), value.stride()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file; names that shared a storage when saved still do."""
@@ -245,8 +264,8 @@ def _check_pickle(path: Path, data: bytes) -> None:
         )
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    """The dict of tensors; anything else is refused, with the likely cause."""
+def _load(path: Path) -> dict[Any, Any]:
+    """What the restricted unpickler makes of it, if that is a dict."""
     import torch
 
     try:
@@ -263,6 +282,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
+    return found
+
+
+def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    """The dict of tensors; anything else is refused, with the likely cause."""
+    import torch
+
     strange = {k: v for k, v in found.items() if not isinstance(v, torch.Tensor)}
     for key, value in strange.items():
         if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()):
@@ -278,6 +304,40 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     if names := [repr(key) for key in found if not isinstance(key, str)]:
         raise CheckpointError(f"{path}: names that are no text: {listing(names)}")
     return {name: value.detach() for name, value in found.items()}
+
+
+def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors by the keys that lead to them, everything else as plain data)."""
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    seen = 0
+
+    def plain(value: Any, at: str, depth: int) -> Any:
+        nonlocal seen
+        seen += 1  # what a pickle's memo holds once may stand in many places
+        if depth > MAX_DEPTH or seen > MAX_VALUES:
+            raise ResourceLimit(
+                f"{path}: {at}: deeper than {MAX_DEPTH} levels, or over {MAX_VALUES} values"
+            )
+        if isinstance(value, torch.Tensor):
+            if at in tensors:
+                raise DuplicateTensor(f"{path}: two tensors are called {at}")
+            tensors[at] = value.detach()
+            return None
+        if isinstance(value, dict):
+            if odd := [repr(key)[:60] for key in value if type(key) not in (str, int)]:
+                raise CheckpointError(f"{path}: {at}: names that are no text: {listing(odd)}")
+            items = {str(k): plain(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
+            return {k: v for k, v in items.items() if f"{at}/{k}" not in tensors}
+        if isinstance(value, list | tuple):
+            return [plain(v, f"{at}/{n}", depth + 1) for n, v in enumerate(value)]
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        return f"a {type(value).__name__}"  # torch.Size, a dtype: nothing that a config says
+
+    top = {str(key): plain(value, str(key), 1) for key, value in found.items()}
+    return tensors, {key: value for key, value in top.items() if key not in tensors}
 
 
 def _info(path: Path, name: str, value: torch.Tensor) -> TensorInfo:
@@ -321,3 +381,137 @@ def _crc(value: torch.Tensor) -> int:
     for start in range(0, len(raw), _CHUNK):
         crc = zlib.crc32(raw[start : start + _CHUNK].data, crc)
     return crc
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+_ROOT = "archive"
+_ALIGNMENT = 64  # as torch.save has it, so that what is mapped can be used as it lies
+_WIDE = 0xFFFFFFFF
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_TAIL = struct.Struct("<4s4H2LH")
+_TAIL_64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR = struct.Struct("<4sLQL")
+_STORAGES = {
+    "F64": "DoubleStorage",
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+}
+
+
+class _Entry:
+    """A record to be: its header in front of it, and what the directory says of it."""
+
+    def __init__(self, name: str, size: int, at: int, crc: int | None = None) -> None:
+        self.name, self.size, self.at, self.crc = f"{_ROOT}/{name}".encode(), size, at, crc
+        wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _WIDE else b""
+        pad = -(at + _LOCAL.size + len(self.name) + len(wide) + 4) % _ALIGNMENT
+        self.extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+        self.start = at + _LOCAL.size + len(self.name) + len(self.extra)
+        self.end = self.start + size
+
+    def local(self, crc: int) -> bytes:
+        size = min(self.size, _WIDE)
+        sizes = (crc, size, size, len(self.name), len(self.extra))
+        return _LOCAL.pack(_MAGIC, 45, 0x800, 0, 0, 0x21, *sizes) + self.name + self.extra
+
+    def central(self, crc: int) -> bytes:
+        size, at = min(self.size, _WIDE), min(self.at, _WIDE)
+        wide = [self.size] * 2 if self.size >= _WIDE else []
+        wide += [self.at] if self.at >= _WIDE else []
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        lengths = (len(self.name), len(extra), 0, 0, 0, 0, at)
+        head = (b"PK\x01\x02", 45, 45, 0x800, 0, 0, 0x21, crc, size, size, *lengths)
+        return _CENTRAL.pack(*head) + self.name + extra
+
+
+def lay_out(
+    infos: Sequence[TensorInfo],
+    names: Mapping[str, str],
+    *,
+    within: str = "",
+    values: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Layout:
+    """What torch.save would make of these tensors, below `within` and beside `values` if given.
+
+    `names` are those in the file; `aliases` are further ones, of arrays that have a name already.
+    """
+    keys = {info.name: str(n) for n, info in enumerate(infos)}
+    tensors = {names[info.name]: _Stub(keys[info.name], info) for info in infos}
+    tensors |= {other: tensors[name] for other, name in (aliases or {}).items()}
+    data = _pickled({within: tensors, **(values or {})} if within else tensors)
+    head, at = b"", 0
+    written: list[_Entry] = []
+    for name, content in (("data.pkl", data), ("byteorder", b"little")):
+        written.append(_Entry(name, len(content), at, zlib.crc32(content)))
+        head += written[-1].local(zlib.crc32(content)) + content
+        at = written[-1].end
+    records: dict[str, _Entry] = {}
+    for info in infos:
+        records[info.name] = _Entry(f"data/{keys[info.name]}", info.nbytes, at)
+        at = records[info.name].end
+    version = _Entry("version", 2, at, zlib.crc32(b"3\n"))
+
+    def tail(crcs: Mapping[str, int]) -> bytes:
+        entries = [(e, e.crc or 0) for e in written]
+        entries += [(entry, crcs[name]) for name, entry in records.items()]
+        entries.append((version, version.crc or 0))
+        directory = b"".join(entry.central(crc) for entry, crc in entries)
+        out = version.local(version.crc or 0) + b"3\n" + directory
+        place, count = version.end, len(entries)
+        if place >= _WIDE or len(directory) >= _WIDE or count >= 0xFFFF:
+            counts = (count, count, len(directory), place)
+            out += _TAIL_64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, *counts)
+            out += _LOCATOR.pack(b"PK\x06\x07", 0, place + len(directory), 1)
+        few = min(count, 0xFFFF)
+        sizes = (min(len(directory), _WIDE), min(place, _WIDE))
+        return out + _TAIL.pack(_END, 0, 0, few, few, *sizes, 0)
+
+    def seal(crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
+        chunks = [(entry.at, entry.local(crcs[name])) for name, entry in records.items()]
+        return [*chunks, (version.at, tail(crcs))]
+
+    end = version.at + len(tail(dict.fromkeys(records, 0)))
+    starts = {name: entry.start - len(head) for name, entry in records.items()}
+    return Layout(head, starts, end - len(head), seal)
+
+
+class _Storage:
+    def __init__(self, key: str, info: TensorInfo) -> None:
+        self.key, self.info = key, info
+
+
+class _Stub:
+    """A tensor without its numbers, which pickles as a tensor does."""
+
+    def __init__(self, key: str, info: TensorInfo) -> None:
+        self.storage = _Storage(key, info)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import torch
+
+        shape = tuple(self.storage.info.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        none: dict[str, Any] = OrderedDict()  # hooks
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, stride, False, none)
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        import torch
+
+        if not isinstance(obj, _Storage):
+            return None
+        kind = getattr(torch, _STORAGES[obj.info.dtype])
+        return "storage", kind, obj.key, "cpu", obj.info.numel
+
+
+def _pickled(data: Any) -> bytes:
+    """Without a memo: the bytes depend on the values and on nothing else."""
+    out = io.BytesIO()
+    pickler = _Pickler(out, protocol=2)
+    pickler.fast = True
+    pickler.dump(data)
+    return out.getvalue()

@@ -31,10 +31,12 @@ class Config(config.Config):
     embed_dropout: float = 0.1
     attn_dropout: float = 0.1
     tied: bool = True
+    bias: bool = True  # of norms and projections
+    qkv_bias: bool = config.DERIVED  # bias
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
-        return {"hidden": 4 * self.dim}
+        return {"hidden": 4 * self.dim, "qkv_bias": self.bias}
 
     def problems(self) -> Iterator[str]:
         yield from config.divides("heads", self.heads, "dim", self.dim)
@@ -45,19 +47,20 @@ class Block(nn.Module):
         super().__init__()
         width = c.dim // c.heads
         scale = (width**-0.5 if c.scale_attn else 1.0) / (layer + 1 if c.scale_attn_by_layer else 1)
-        self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        self.norm1 = nn.LayerNorm(c.dim, c.eps, bias=c.bias)
         self.attn = Attention(
             c.dim,
             c.heads,
             c.heads,
             width,
-            bias=True,
+            bias=c.qkv_bias,
+            out_bias=c.bias,
             dropout=c.attn_dropout,
             scale=scale,
             attend=Explicit(upcast=True) if c.upcast_attn else attend,
         )
-        self.norm2 = nn.LayerNorm(c.dim, c.eps)
-        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=True)
+        self.norm2 = nn.LayerNorm(c.dim, c.eps, bias=c.bias)
+        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
@@ -72,7 +75,7 @@ class Model(decoder.Decoder):
         self.positions = Embedding(c.positions, c.dim)
         self.dropout = nn.Dropout(c.embed_dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
-        self.norm = nn.LayerNorm(c.dim, c.eps)
+        self.norm = nn.LayerNorm(c.dim, c.eps, bias=c.bias)
         self.add_head()
 
     @torch.no_grad()

@@ -21,9 +21,14 @@ class SentencePieces:
     """`prefix_each`: all stretches between special tokens open with a space, not only the first."""
 
     def __init__(
-        self, path: Path, wanted: Iterable[Added], *, prefix_each: bool | None = None
+        self,
+        path: Path,
+        wanted: Iterable[Added],
+        *,
+        prefix_each: bool | None = None,
+        data: bytes | None = None,  # the model, where it is not what the file holds
     ) -> None:
-        self._path, self._data = path, read_bytes(path)
+        self._path, self._data = path, read_bytes(path) if data is None else data
         model = self._model = self._load(self._data)
         count = model.get_piece_size()
         if not 0 < count <= MOST:

@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING, Any
 from converters.checkpoint import confined
 from zoo import sources
 from zoo.errors import BadTokenizer, NotACheckpoint, listing
-from zoo.tokenizers import bytelevel, fast, pieces, tekken, unigrams
+from zoo.tokenizers import bytelevel, fast, llama2c, pieces, tekken, unigrams
 from zoo.tokenizers.characters import FILE as CHARACTERS
 from zoo.tokenizers.characters import CharTokenizer
 from zoo.tokenizers.core import Side, Tokenizer
 from zoo.tokenizers.engines import Added, Engine
-from zoo.tokenizers.settings import KINDS, ROLES, SETTINGS, Kind, Settings
+from zoo.tokenizers.settings import (
+    ADDED,
+    KINDS,
+    MAP,
+    ROLES,
+    SETTINGS,
+    TEMPLATE,
+    Kind,
+    Settings,
+)
 
 if TYPE_CHECKING:
     from zoo.pretrained import Ref
@@ -64,10 +73,38 @@ def read(directory: Path) -> Tokenizer:
         return _finish(words, KINDS["bert"], settings)
     if has(CHARACTERS):
         return CharTokenizer.read(confined(directory, CHARACTERS))
+    if (lone := _lone(directory)) is not None:
+        if lone.suffix == ".model":
+            return _modelled(lone, settings)
+        engine = pieces.SentencePieces(lone, settings.added, data=llama2c.as_model(lone))
+        return _finish(engine, engine.kind(), settings)
     known = ["tokenizer.json", *map(" and ".join, PAIRS), *MODELS, FAIRSEQ, TEKKEN, QWEN]
     known += ["vocab.txt", CHARACTERS]
     there = listing(sorted(os.listdir(directory)), 5) or "nothing"
     raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(known)}. It holds {there}.")
+
+
+def _lone(directory: Path) -> Path | None:
+    """The only model of another name, or the only vocabulary of llama2.c's."""
+    models = sorted(directory.glob("*.model"))
+    if len(models) == 1:
+        return confined(directory, models[0].name)
+    bins = [path for path in sorted(directory.glob("*.bin")) if llama2c.is_one(path)]
+    return confined(directory, bins[0].name) if len(bins) == 1 and not models else None
+
+
+def beside(file: Path) -> dict[str, Path]:
+    """What is the tokenizer of weights in a file that was given alone, by its usual names."""
+    directory = file.parent
+    every = ("tokenizer.json", *(name for pair in PAIRS for name in pair), *MODELS, "vocab.txt")
+    every += (FAIRSEQ, TEKKEN, QWEN)
+    every += (SETTINGS, MAP, ADDED, TEMPLATE, "generation_config.json", CHARACTERS)
+    named = {n: confined(directory, n) for n in every if os.path.lexists(directory / n)}
+    if any(name in named for name in every[: every.index(SETTINGS)]):
+        return named
+    if (path := _lone(directory)) is not None:
+        return {"tokenizer.model" if path.suffix == ".model" else llama2c.FILE: path}
+    return named
 
 
 def _spelled_out(path: Path, settings: Settings) -> Tokenizer:

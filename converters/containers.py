@@ -1,0 +1,248 @@
+"""Files of weights that no index names: what each is by its bytes, and which belong together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from converters.checkpoint import Checkpoint, Reader, confined
+from converters.formats import TensorInfo, open_regular
+from zoo.errors import (
+    AmbiguousCheckpoint,
+    CheckpointError,
+    MissingShard,
+    SourceError,
+    listing,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from converters.spec import Container
+
+_SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+class Format(NamedTuple):
+    """A kind of file that is known by its bytes.
+
+    `open` gives the readers of a file and of those that it says belong to it. Beside what every
+    reader has they may offer `values` (what else the file says), `span` (where a tensor's bytes lie
+    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `place` (the
+    same of two names of one array) and `files` (all that they read).
+    """
+
+    module: str
+    open: Callable[[Any, Path], list[tuple[Path, Any]]]
+    about: str
+    is_: Callable[[bytes, bytes, int], bool]  # of its first and last bytes and its size
+
+
+def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
+    from converters.formats.llama2c import recognises
+
+    return recognises(head, size)
+
+
+FORMATS: dict[str, Format] = {
+    "torch": Format(
+        "torch_zip",
+        lambda module, path: [(path, module.TorchZipReader(path, nested=True))],
+        "a zip of torch.save",
+        lambda head, tail, size: head.startswith(b"PK\x03\x04"),
+    ),
+    "gguf": Format(
+        "gguf",
+        lambda module, path: [(path.parent / n, r) for n, r in module.open_gguf(path).items()],
+        "GGUF",
+        lambda head, tail, size: head.startswith(b"GGUF"),
+    ),
+    "tf": Format(
+        "tf_bundle",
+        lambda module, path: [(path, module.TFBundleReader(path))],
+        "TensorFlow's bundle (.index)",
+        lambda head, tail, size: tail.endswith(bytes.fromhex("57fb808b247547db")),
+    ),
+    # without a magic, so after all others
+    "llama2c": Format(
+        "llama2c",
+        lambda module, path: [(path, module.Llama2cReader(path))],
+        "llama2.c's .bin",
+        _is_llama2c,
+    ),
+}
+
+
+def kind_of(path: Path) -> str | None:
+    """The format of a file, by its bytes; None where none is known."""
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        head, tail = os.pread(fd, 512, 0), os.pread(fd, 512, max(0, size - 512))
+    finally:
+        os.close(fd)
+    return next((name for name, known in FORMATS.items() if known.is_(head, tail, size)), None)
+
+
+class Opened(NamedTuple):
+    """Files of one format that are one checkpoint."""
+
+    kind: str
+    readers: tuple[tuple[Path, Any], ...]
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What the first file says beside its tensors."""
+        found: Mapping[str, Any] = getattr(self.readers[0][1], "values", {})
+        return found
+
+    def checkpoint(self, container: Container) -> Checkpoint | None:
+        """Its tensors as a dialect calls them; None where the key that they stand under is gone."""
+        tensors: dict[str, TensorInfo] = {}
+        where: dict[str, str] = {}
+        shared: dict[str, str] = {}
+        outside: dict[str, str] = {}
+        readers: dict[str, Reader] = {}
+        for number, (path, reader) in enumerate(self.readers):
+            key = _key(container.within, reader.tensors)
+            if key is None:
+                return None
+            above = f"{key}/" if key else ""
+            before = f"{number}/" if container.sharded else ""
+            names = {
+                before + name[len(above) :]: name
+                for name in reader.tensors
+                if name.startswith(above)
+            }
+            for name in reader.tensors:
+                if not name.startswith(above):
+                    outside[name.partition("/")[0]] = f"not below '{key}'"
+            readers[path.name] = _Renamed(reader, names)
+            for name, inner in names.items():
+                info = reader.tensors[inner]
+                tensors[name] = TensorInfo(name, info.shape, info.dtype)
+                where[name] = path.name
+            shared |= _shared(reader, names)
+        return Checkpoint(
+            root=self.readers[0][0].parent,
+            format=self.kind,
+            files=tuple(f for path, reader in self.readers for f in _files(path, reader)),
+            tensors=tensors,
+            where=where,
+            metadata={},
+            readers=readers,
+            shared=shared,
+            outside=outside,
+        )
+
+
+def _files(path: Path, reader: Any) -> tuple[Path, ...]:
+    found: tuple[Path, ...] = getattr(reader, "files", (path,))
+    return found
+
+
+def _key(within: tuple[str, ...], names: Mapping[str, Any]) -> str | None:
+    return next(
+        (key for key in within if not key or any(n.startswith(f"{key}/") for n in names)), None
+    )
+
+
+def _shared(reader: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """name -> an earlier name of the same array."""
+    if not hasattr(reader, "place"):
+        return {}
+    first: dict[object, str] = {}
+    owners = {name: first.setdefault(reader.place(inner), name) for name, inner in names.items()}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+class _Renamed:
+    """A reader whose tensors are called as their dialect calls them."""
+
+    def __init__(self, reader: Any, names: Mapping[str, str]) -> None:
+        self.path: Path = reader.path
+        self.metadata: dict[str, str] = {}
+        self._reader, self._names = reader, names
+        self.tensors = {
+            name: TensorInfo(name, *reader.tensors[inner][1:]) for name, inner in names.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._reader.tensor(self._names[name])
+        return found
+
+    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
+        """What makes some of its numbers, where the bytes are not the numbers."""
+        inner = self._names[name]
+        if self.span(name) is not None or not hasattr(self._reader, "numbers"):
+            return None
+        return partial(self._reader.numbers, inner)
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        span = getattr(self._reader, "span", None)
+        if self._names[name] in getattr(self._reader, "quantised", ()):
+            return None
+        found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
+        return found
+
+
+def open_place(place: Path) -> Opened | None:
+    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
+    single = not place.is_dir()
+    root = place.parent if single else place
+    kinds: dict[str, str] = {}
+    for name in [place.name] if single else sorted(os.listdir(root)):
+        if name.startswith(".") and not single:
+            continue
+        try:
+            kind = kind_of(confined(root, name))
+        except (CheckpointError, SourceError):
+            if single:
+                raise
+            continue  # a folder, a link to elsewhere: nothing that this directory holds
+        if kind is not None:
+            kinds[name] = kind
+    if not kinds:
+        return None
+    kind, first = next(iter(kinds.values())), next(iter(kinds))
+    known = FORMATS[kind]
+    module = import_module(f"converters.formats.{known.module}")
+    if set(kinds.values()) == {kind} and _SPLIT.search(first):  # which names the others itself
+        together = known.open(module, confined(root, first))
+        if kinds.keys() <= {path.name for path, _ in together}:
+            return Opened(kind, tuple(together))
+    names = _shards(root, sorted(kinds))
+    every = [pair for name in names for pair in known.open(module, confined(root, name))]
+    return Opened(kind, tuple(every))
+
+
+def _shards(root: Path, names: list[str]) -> list[str]:
+    """The files of one checkpoint in order: one, or all that are numbered alike, from 00 on."""
+    matches = [_SHARD.fullmatch(name) for name in names]
+    stems = {match.group(1, 3) for match in matches if match is not None}
+    if None in matches or len(stems) != 1:
+        if len(names) > 1:
+            raise AmbiguousCheckpoint(
+                f"{root}: several files of weights, {listing(names)}, and nothing says which is "
+                "meant: give that file"
+            )
+        return names
+    before, after = next(iter(stems))
+    alike = [m for name in os.listdir(root) if (m := _SHARD.fullmatch(name))]
+    there = {int(m.group(2)) for m in alike if m.group(1, 3) == (before, after)}
+    every = [f"{before}{n:02}{after}" for n in range(max(there) + 1)]
+    if missing := [name for n, name in enumerate(every) if n not in there]:
+        raise MissingShard(
+            f"{root}: {len(missing)} of {len(every)} files are missing: {listing(missing)}"
+        )
+    return every
+
+
+def known_formats() -> str:
+    return ", ".join(known.about for known in FORMATS.values())

@@ -1,0 +1,241 @@
+"""llama2.c's `.bin`: a header of sizes, then arrays without names in an order that is fixed."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from converters.formats import Layout, TensorInfo, open_regular
+from converters.formats.mapped import MappedFile
+from zoo.errors import (
+    ConfigError,
+    CorruptCheckpoint,
+    LossyExport,
+    MissingTensors,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+MAGIC = 0x616B3432
+_SIZES = struct.Struct("<7i")
+_HEAD = 256  # of the versions that have a magic
+FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+# more than any of them can be, so that arbitrary bytes are no header
+_MOST = (1 << 20, 1 << 22, 1 << 12, 1 << 16, 1 << 16, 1 << 26, 1 << 26)
+
+
+class Header(NamedTuple):
+    """What stands before the arrays."""
+
+    version: int
+    sizes: tuple[int, ...]  # by FIELDS, all positive
+    shared: bool  # the classifier is the embedding
+    group: int = 0  # numbers that share a scale, in version 2
+
+    @property
+    def values(self) -> dict[str, Any]:
+        named = dict(zip(FIELDS, self.sizes, strict=True))
+        return {**named, "shared_classifier": self.shared}
+
+    @property
+    def size(self) -> int:
+        return _SIZES.size if self.version == 0 else _HEAD
+
+    def pack(self) -> bytes:
+        if self.version == 0:
+            *sizes, vocab, length = self.sizes  # a negative vocabulary: a classifier of its own
+            return _SIZES.pack(*sizes, vocab if self.shared else -vocab, length)
+        head = struct.pack("<Ii7iB", MAGIC, self.version, *self.sizes, self.shared)
+        head += struct.pack("<i", self.group) if self.version == 2 else b""
+        return head.ljust(_HEAD, b"\0")
+
+    def arrays(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) in the order of the file; the names are those of llama2.c's own structs."""
+        dim, hidden, layers, heads, kv_heads, vocab, length = self.sizes
+        kv, half = dim // heads * kv_heads, dim // heads // 2
+        norms = {"rms_att_weight": (layers, dim), "rms_ffn_weight": (layers, dim)}
+        last = {"rms_final_weight": (dim,)}
+        attention = {"wq": (dim, dim), "wk": (kv, dim), "wv": (kv, dim), "wo": (dim, dim)}
+        mlp = {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}
+        table = {"token_embedding_table": (vocab, dim)}
+        own = {} if self.shared else {"wcls": (vocab, dim)}
+        stacked = {n: (layers, *s) for n, s in {**attention, **mlp}.items()}
+        if self.version == 0:
+            first = {"rms_att_weight": norms["rms_att_weight"]}
+            second = {"rms_ffn_weight": norms["rms_ffn_weight"]}
+            turns = {f"freq_cis_{part}": (length, half) for part in ("real", "imag")}
+            middle = {n: stacked[n] for n in attention}
+            behind = {n: stacked[n] for n in mlp}
+            every = {**table, **first, **middle, **second, **behind, **last, **turns, **own}
+        elif self.version == 1:
+            every = {**norms, **last, **table, **stacked, **own}
+        else:
+            every = {**norms, **last, **table}
+            for name, shape in {**attention, **mlp}.items():
+                every |= {f"{name}.{n}": shape for n in range(layers)}
+            every |= own
+        yield from every.items()
+
+    def groups(self, name: str) -> bool:
+        """Whether an array is whole numbers, and behind them a scale for each group."""
+        return self.version == 2 and not name.startswith("rms_")
+
+    def problem(self) -> str:
+        dim, _, _, heads, kv_heads, _, _ = self.sizes
+        for name, value, most in zip(FIELDS, self.sizes, _MOST, strict=True):
+            if not 0 < value <= most:
+                return f"{name} is {value}, and it may be 1 to {most}"
+        if dim % heads or dim // heads % 2:
+            return f"n_heads {heads} does not divide dim {dim} into heads of an even width"
+        if heads % kv_heads:
+            return f"n_kv_heads {kv_heads} does not divide n_heads {heads}"
+        if self.version == 2:
+            if self.group < 1:
+                return f"group_size is {self.group}"
+            odd = [n for n, s in self.arrays() if self.groups(n) and prod(s) % self.group]
+            if odd:
+                return f"group_size {self.group} does not divide {odd[0]}"
+        return ""
+
+    def starts(self) -> tuple[dict[str, int], int]:
+        """(where each array begins, where the file ends)."""
+        at, starts = self.size, dict[str, int]()
+        for name, shape in self.arrays():
+            starts[name] = at
+            count = prod(shape)
+            at += count + count // self.group * 4 if self.groups(name) else 4 * count
+        return starts, at
+
+
+def recognises(head: bytes, size: int) -> bool:
+    """Whether a file begins as llama2.c's do; version 0 has no magic, so its sizes must make sense.
+
+    `size` is the file's.
+    """
+    if len(head) >= 8 and struct.unpack_from("<I", head)[0] == MAGIC:
+        return True
+    return len(head) >= _SIZES.size and size > _SIZES.size and not _version_0(head).problem()
+
+
+def _version_0(head: bytes) -> Header:
+    *sizes, vocab, length = _SIZES.unpack_from(head)
+    return Header(0, (*sizes, abs(vocab), length), vocab > 0)
+
+
+def _parse(path: Path, head: bytes) -> Header:
+    if len(head) < _SIZES.size:
+        raise CorruptCheckpoint(f"{path}: {len(head)} bytes are no header of llama2.c's")
+    if struct.unpack_from("<I", head)[0] != MAGIC:
+        header = _version_0(head)
+    else:
+        if len(head) < _HEAD:
+            raise CorruptCheckpoint(f"{path}: {len(head)} bytes, and its header alone has {_HEAD}")
+        _, version, *sizes, shared = struct.unpack_from("<Ii7iB", head)
+        group = struct.unpack_from("<i", head, struct.calcsize("<Ii7iB"))[0]
+        if version not in (1, 2):
+            raise CorruptCheckpoint(f"{path}: version {version} of llama2.c's; 0, 1 and 2 are read")
+        if shared not in (0, 1):
+            raise CorruptCheckpoint(f"{path}: shared_classifier is {shared}; expected 0 or 1")
+        header = Header(version, tuple(sizes), bool(shared), group if version == 2 else 0)
+    if problem := header.problem():
+        raise CorruptCheckpoint(f"{path}: header of llama2.c, version {header.version}: {problem}")
+    return header
+
+
+class Llama2cReader:
+    """Sizes are checked against the file's before anything is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        fd = open_regular(path)
+        try:
+            size = os.fstat(fd).st_size
+            self.header = _parse(path, os.pread(fd, _HEAD, 0))
+            self._starts, end = self.header.starts()
+            if size != end:
+                cause = "Truncated? Download or copy it again" if size < end else "Bytes trail"
+                raise CorruptCheckpoint(
+                    f"{path}: {size} bytes, and its header (version {self.header.version}: "
+                    f"{self.header.values}) makes {end}. {cause}"
+                )
+            self._file = MappedFile(path, fd)
+        finally:
+            os.close(fd)
+        self.values: dict[str, Any] = self.header.values
+        self.tensors = {n: TensorInfo(n, shape, "F32") for n, shape in self.header.arrays()}
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        """Where an array's bytes lie as they are; None where they stand for others."""
+        if self.header.groups(name):
+            return None
+        start = self._starts[name]
+        return start, start + self.tensors[name].nbytes
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the mapped file; made of whole numbers and scales in version 2."""
+        if name not in self.tensors:
+            near = did_you_mean(name, self.tensors)
+            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+        info = self.tensors[name]
+        if self.header.groups(name):
+            return self.numbers(name, 0, info.numel).view(info.shape)
+        return self._file.tensor(self._starts[name], info.dtype, info.shape)
+
+    def numbers(self, name: str, start: int, end: int) -> torch.Tensor:
+        """(end - start,) of an array in groups, in row-major order; no others are made."""
+        group, at = self.header.group, self._starts[name]
+        first, last = start // group, -(-end // group)
+        whole = self._file.tensor(at + first * group, "I8", (last - first, group))
+        # scales lie behind as many bytes as there are numbers, wherever that is
+        scales = self._file.tensor(
+            at + self.tensors[name].numel + 4 * first, "F32", (last - first, 1)
+        )
+        return (whole.float() * scales).view(-1)[start - first * group :][: end - start]
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def header_for(values: Mapping[str, Any], version: int, group: int = 64) -> Header:
+    """The header that says `values`; the group is halved until it divides the rows."""
+    sizes = tuple(values[name] for name in FIELDS)
+    if version == 2:
+        while group > 1 and sizes[0] % group:
+            group //= 2
+    header = Header(version, sizes, bool(values["shared_classifier"]), group if version == 2 else 0)
+    if problem := header.problem():
+        raise ConfigError(f"llama2.c, version {version}: {problem}")
+    return header
+
+
+def lay_out(header: Header, infos: Mapping[str, TensorInfo], where: Any) -> Layout:
+    """The one layout of these arrays; rotary tables are the only ones that no model holds."""
+    wanted = {n: s for n, s in header.arrays() if not n.startswith("freq_cis_")}
+    if odd := sorted(wanted.keys() ^ infos.keys()):
+        raise LossyExport(f"{where}: llama2.c has no place for, or lacks, {odd[0]}")
+    for name, shape in wanted.items():
+        assert infos[name].shape == shape, f"{name}: {infos[name].shape} and not {shape}"
+    starts, end = header.starts()
+    head = header.pack()
+    places = {name: at - len(head) for name, at in starts.items()}
+    return Layout(head, places, end - len(head))
+
+
+def rotary_tables(header: Header, base: float = 10000.0) -> dict[str, torch.Tensor]:
+    """Cosines and sines as version 0 holds them; llama2.c computes its own and skips these."""
+    import torch
+
+    length, width = header.sizes[6], header.sizes[0] // header.sizes[3]
+    steps = torch.arange(0, width, 2).float() / width
+    angles = torch.outer(torch.arange(length), 1.0 / base**steps).float()
+    return {"freq_cis_real": angles.cos(), "freq_cis_imag": angles.sin()}
+
+
+__all__ = ["Header", "Llama2cReader", "header_for", "lay_out", "recognises"]

@@ -1,0 +1,105 @@
+"""llama2.c's tokenizer.bin: the pieces of a SentencePiece model with their scores, and no more."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from converters.formats import open_regular
+from zoo.errors import BadTokenizer, ZooError
+from zoo.tokenizers.engines import refusing
+from zoo.tokenizers.pieces import MOST, SPACE
+from zoo.tokenizers.settings import read_bytes
+
+FILE = "tokenizer.bin"
+_MARKS = {"\n<s>\n": "<s>", "\n</s>\n": "</s>"}  # set off so that they stand out when printed
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # kinds of pieces in SentencePiece's message
+_LONGEST = 1 << 10
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file is such a vocabulary from its first byte to its last."""
+    try:
+        fd = open_regular(path)
+        try:
+            longest, _, first = struct.unpack("<IfI", os.pread(fd, 12, 0))
+        finally:
+            os.close(fd)
+        return 0 < first <= longest <= _LONGEST and bool(pieces(path))
+    except (ZooError, struct.error):
+        return False
+
+
+def pieces(path: Path) -> list[tuple[str, float]]:
+    """(text, score) by id."""
+    data = read_bytes(path)
+    if len(data) < 4:
+        raise BadTokenizer(f"{path}: {len(data)} bytes are no vocabulary of llama2.c's")
+    (longest,) = struct.unpack_from("<I", data)
+    found: list[tuple[str, float]] = []
+    at = 4
+    while at < len(data):
+        if at + 8 > len(data) or len(found) >= MOST:
+            raise BadTokenizer(f"{path}: piece {len(found)}: cut short at byte {at}, or too many")
+        score, length = struct.unpack_from("<fI", data, at)
+        at += 8
+        if length > min(longest, _LONGEST) or at + length > len(data):
+            raise BadTokenizer(f"{path}: piece {len(found)} has {length} bytes; at most {longest}")
+        try:
+            found.append((data[at : at + length].decode(), score))
+        except UnicodeDecodeError:
+            raise BadTokenizer(f"{path}: piece {len(found)} is not UTF-8") from None
+        at += length
+    return found
+
+
+def as_model(path: Path) -> bytes:
+    """The SentencePiece model that has these pieces: BPE, bytes to fall back on."""
+    out = b""
+    for id, (text, score) in enumerate(pieces(path)):
+        text = _MARKS.get(text, text)
+        kind = _NORMAL
+        if id == 0:
+            kind = _UNKNOWN
+        elif text in _MARKS.values():
+            kind = _CONTROL
+        elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            kind = _BYTE
+        piece = _bytes(1, text.replace(" ", SPACE).encode()) + b"\x15" + struct.pack("<f", score)
+        out += _bytes(1, piece + b"\x18" + bytes([kind]))
+    byte_fallback = b"\x98\x02\x01"  # field 35
+    out += _bytes(2, b"\x18\x02" + byte_fallback)  # a model of type BPE
+    plain = b"\x18\x01\x20\x00\x28\x01"  # a space before a text, spaces kept and escaped
+    return out + _bytes(3, _bytes(1, b"identity") + plain)
+
+
+def _bytes(field: int, data: bytes) -> bytes:
+    """A field of protobuf that holds bytes."""
+    length, size = b"", len(data)
+    while size > 127:
+        length += bytes([size & 127 | 128])
+        size >>= 7
+    return bytes([field << 3 | 2]) + length + bytes([size]) + data
+
+
+def made_of(files: Mapping[str, Path]) -> bytes | None:
+    """tokenizer.bin of the SentencePiece model among a checkpoint's files, if there is one."""
+    import sentencepiece
+
+    from zoo.tokenizers import bytelevel
+
+    path = next((p for name, p in files.items() if name.endswith(".model")), None)
+    if path is None or bytelevel.holds_ranks(path):
+        return None
+    with refusing(path):
+        model = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path))
+        texts = [model.id_to_piece(id) for id in range(model.get_piece_size())]
+        scores = [model.get_score(id) for id in range(len(texts))]
+        ends = {model.bos_id(): "\n<s>\n", model.eos_id(): "\n</s>\n"}
+    data = [ends.get(id, text).replace(SPACE, " ").encode() for id, text in enumerate(texts)]
+    out = struct.pack("<I", max(map(len, data)))
+    for score, text in zip(scores, data, strict=True):
+        out += struct.pack("<fI", score, len(text)) + text
+    return out
