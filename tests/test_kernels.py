@@ -1,6 +1,7 @@
 """Kernels for a few rows: as exact as oneDNN's, and torch's in their place where there are none."""
 
 import ctypes
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from zoo import kernels, prepared
 from zoo.components.attention import attend
 from zoo.components.cache import Cache
 from zoo.components.masks import Mask
+from zoo.components.norm import OffsetRMSNorm, RMSNorm
+from zoo.components.rotary import turn
 
 DTYPES = (torch.float32, torch.bfloat16)
 NONE = pytest.mark.skipif(kernels.library() is None, reason="no C compiler is here")
@@ -157,6 +160,36 @@ def test_attention_of_one(
     ours = kernels.attend_one(q, k, v, mask, e**-0.5)
     assert ours.dtype == dtype
     assert rms(ours - exact) <= 1.3 * rms(theirs - exact)
+
+
+@NONE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [RMSNorm, OffsetRMSNorm])
+@pytest.mark.parametrize("d", [1, 15, 64, 100])
+def test_norms(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> None:
+    plain = kind(d, 1e-5).to(dtype).requires_grad_(False)
+    plain.weight.copy_(drawn(d))
+    x = drawn(2, 3, 2 * d, dtype=dtype)[..., ::2]
+    exact = deepcopy(plain).double()(x.double())
+    quick = prepared.QuickNorm(plain)
+    got = quick(x)
+    assert got.dtype == dtype
+    assert rms(got - exact) <= 1.1 * rms(plain(x) - exact) + 1e-12
+    assert rms(got - exact) > 0 or d == 1  # it did not go by way of fp64
+    many = x.repeat(quick.few, 1, 1)
+    assert torch.equal(quick(many), plain(many))
+
+
+@NONE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rest", [0, 6])
+@pytest.mark.parametrize("own", [True, False])
+def test_turning(own: bool, rest: int, dtype: torch.dtype) -> None:
+    x = drawn(3, 1, 5, 16 + rest, dtype=dtype).transpose(1, 2)
+    cos, sin = (drawn(3 if own else 1, 1, 1, 8 + n, dtype=dtype)[..., :8] for n in (1, 2))
+    exact = turn(x.double(), cos.double(), sin.double())
+    got = kernels.turn(x, cos.contiguous(), sin.contiguous())
+    assert rms(got - exact) <= 1.1 * rms(turn(x, cos, sin) - exact)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -1,6 +1,7 @@
 // Products of a few rows with a large matrix: each weight is read once, in the order in which it
 // lies, and all arithmetic is in float. Vectors are GCC's and Clang's own, so any machine will do.
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -306,5 +307,42 @@ int zoo_mix(const float *p, const char *v, void *y, int half, long b, long g, lo
     }
     for (long i = 0; i < b * g * r * e; i++) put(y, i, wide[i], half);
     free(wide);
+    return 1;
+}
+
+// --- small things between products, each one pass where torch makes several ------------------------
+
+// y = x / root of its mean square * (offset + w), rows of d
+int zoo_norm(const void *x, const void *w, void *y, int half, long rows, long d, float eps,
+             float offset) {
+    for (long r = 0; r < rows; r++) {
+        float squares = 0;
+        vec acc = {0};
+        long i = 0;
+        for (; i + 16 <= d; i += 16) {
+            vec v = at16(x, r * d + i, half);
+            acc += v * v;
+        }
+        for (; i < d; i++) squares += at(x, r * d + i, half) * at(x, r * d + i, half);
+        float scale = 1 / sqrtf((squares + sum(acc)) / (float)d + eps);
+        for (i = 0; i < d; i++)
+            put(y, r * d + i, at(x, r * d + i, half) * scale * (offset + at(w, i, half)), half);
+    }
+    return 1;
+}
+
+// (b, h, e) by its steps, its first two halves (width / 2 each) turned, to (b, h, e) without gaps
+int zoo_turn(const void *x, const void *cosines, const void *sines, void *y, int half, long b,
+             long h, long e, long width, const long *step, long row) {
+    for (long n = 0; n < b * h; n++) {
+        long from = n / h * step[0] + n % h * step[1], angle = n / h * row, mid = width / 2;
+        for (long i = 0; i < mid; i++) {
+            float low = at(x, from + i, half), high = at(x, from + mid + i, half);
+            float c = at(cosines, angle + i, half), s = at(sines, angle + i, half);
+            put(y, n * e + i, low * c - high * s, half);
+            put(y, n * e + mid + i, high * c + low * s, half);
+        }
+        for (long i = width; i < e; i++) put(y, n * e + i, at(x, from + i, half), half);
+    }
     return 1;
 }

@@ -30,6 +30,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "zoo_blocks": [c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int, c_long, *_ROWS],
     "zoo_bytes": [c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *_ROWS],
     "zoo_scores": [*[c_void_p] * 3, c_int, *[c_long] * 5, _STEPS, c_float, c_int],
+    "zoo_norm": [*[c_void_p] * 3, c_int, c_long, c_long, c_float, c_float],
+    "zoo_turn": [*[c_void_p] * 4, c_int, *[c_long] * 4, _STEPS, c_long],
     "zoo_mix": [*[c_void_p] * 3, c_int, *[c_long] * 5, _STEPS, c_int],
 }
 
@@ -157,6 +159,25 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Ten
         weights.data_ptr(), v.data_ptr(), y.data_ptr(), *sizes, _steps(v), threads
     )
     return _got(done, y)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """(..., d), each row by the root of its mean square and by `offset + weight`."""
+    x = x.contiguous()
+    y, half, rows = torch.empty_like(x), x.dtype == torch.bfloat16, x.numel() // x.shape[-1]
+    sizes = (half, rows, x.shape[-1])
+    library().zoo_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *sizes, eps, offset)
+    return y
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary.turn` of (b, h, 1, e) by (b, 1, 1, e/2), or by one row for all."""
+    b, h, _, e = x.shape
+    y, half = x.new_empty((b, h, 1, e)), x.dtype == torch.bfloat16
+    row = cos.shape[-1] if len(cos) > 1 else 0
+    sizes = (half, b, h, e, 2 * cos.shape[-1], _steps(x), row)
+    library().zoo_turn(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *sizes)
+    return y
 
 
 def _steps(x: Tensor) -> Any:

@@ -30,6 +30,8 @@ from zoo.components.masks import Mask
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Model
 from zoo.components.moe import Experts
+from zoo.components.norm import OffsetRMSNorm, RMSNorm
+from zoo.components.rotary import Rotary
 from zoo.errors import InputError, MissingDependency, UsageError
 
 M = TypeVar("M", bound=Model)
@@ -281,7 +283,8 @@ class FusedAttention(Attention):
     def __init__(self, plain: Attention, pack: Packer) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.dropout, self.scale = plain.head_dim, 0.0, plain.scale
-        self.rotary = plain.rotary
+        exactly = type(plain.rotary) is Rotary
+        self.rotary = Turning(plain.rotary) if exactly else plain.rotary  # type: ignore[arg-type]
         self.attend = attend_few if plain.attend is attend else plain.attend
         sizes = [part.out_features for part in (plain.q, plain.k, plain.v)]
         self.heads = [size // plain.head_dim for size in sizes]
@@ -298,6 +301,36 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropou
     if q.shape[2] == 1 and kernels.usable(q):
         return kernels.attend_one(q, k, v, mask, scale)
     return attend(q, k, v, mask, scale, dropout)
+
+
+class Turning:
+    """`Rotary`, in one pass where there is one query a row."""
+
+    def __init__(self, rotary: Rotary) -> None:
+        self.rotary = rotary
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        if q.shape[2] > 1 or not kernels.usable(q):
+            return self.rotary(q, k, mask)
+        tables = mask.keep(self.rotary, lambda: self.rotary.tables(mask.positions, q.dtype))
+        cos, sin = (table.contiguous() for table in tables)
+        return kernels.turn(q, cos, sin), kernels.turn(k, cos, sin)
+
+
+class QuickNorm(nn.Module):
+    """An RMS norm, in one pass for few rows."""
+
+    few = 32
+
+    def __init__(self, plain: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = plain.weight, plain.eps
+        self.plain, self.offset = type(plain).forward, OFFSETS[type(plain)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if few(x, self.few) and kernels.usable(x) and not x.requires_grad:
+            return kernels.norm(x, self.weight, self.eps, self.offset)
+        return self.plain(self, x)  # type: ignore[arg-type]
 
 
 class FusedGate(nn.Module):
@@ -327,6 +360,9 @@ class PackedExperts(Experts):
         return y
 
 
+OFFSETS: dict[type, float] = {RMSNorm: 0.0, OffsetRMSNorm: 1.0}
+
+
 def _fused(name: str, module: nn.Module, pack: Packer) -> nn.Module:
     """The same part, with the products that read one stream made one."""
     # self-attention has this name in every model; another sequence's keys come apart
@@ -336,6 +372,8 @@ def _fused(name: str, module: nn.Module, pack: Packer) -> nn.Module:
         return FusedGate(module, pack)
     if type(module) is Experts:
         return PackedExperts(module, pack)
+    if isinstance(module, RMSNorm) and type(module) in OFFSETS:
+        return QuickNorm(module)
     if type(module) is MLP and pack.applies(module.act):
         module.up = pack(module.up, act=module.act)  # type: ignore[assignment]
         module.act = activations.linear
