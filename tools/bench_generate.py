@@ -267,7 +267,7 @@ def context(case: Case) -> Iterator[Table]:
                     setattr(layer, name, noise)
             while True:
                 yield timed(lambda: case.theirs(token, past_key_values=past, use_cache=True))
-                past.crop(length)
+                past.crop(-1)
 
         ways: Ways = {"reference": theirs(), **{name: ours(m) for name, m in who.items()}}
         yield f"after {length}", 1, 8, ways
