@@ -289,8 +289,9 @@ def train(case: Case) -> Iterator[Table]:
 
                 while True:
                     with torch.inference_mode(False), torch.enable_grad():
-                        yield timed(step)
+                        took = timed(step)
                     model.zero_grad(set_to_none=True)
+                    yield took
 
             who = {"reference": case.theirs, "clean": case.clean}
             ways = {name: steps(model) for name, model in who.items()}
