@@ -1,6 +1,5 @@
 """Kernels for a few rows: as exact as oneDNN's, and torch's in their place where there are none."""
 
-import ctypes
 from copy import deepcopy
 
 import pytest
@@ -242,8 +241,3 @@ def test_who_goes_through_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> No
     x = drawn(rows, 64)
     torch.testing.assert_close(layer(x), F.silu(x @ drawn(128, 64).T + drawn(128)))
     assert calls == ([rows] if rows <= layer.few else [])
-
-
-@NONE
-def test_the_library_is_no_other_than_this_file() -> None:
-    assert isinstance(kernels.library(), ctypes.CDLL)
