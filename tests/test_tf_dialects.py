@@ -18,6 +18,7 @@ from torch import Tensor
 
 import zoo
 from converters.manifest import check
+from converters.spec import load_spec
 from zoo.cli import main
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -427,6 +428,9 @@ def test_tensors_that_are_missing_or_strange(place: Path) -> None:
     source = rewritten(place / "bert", "bert", tensors)
     with pytest.raises(NotACheckpoint, match=r"not \['bert/adapter/kernel/adam_m'\]"):
         zoo.load(source)
+    google = load_spec("bert").dialect("google")
+    assert google.dropped("bert/adapter/kernel/adam_m") is None
+    assert google.dropped("bert/pooler/dense/kernel/adam_m") is not None
 
 
 @BOTH
@@ -491,6 +495,12 @@ def test_openais_tokenizer(place: Path, tmp_path: Path, fixtures: Path, alone: b
         assert not {"encoder.json", "vocab.bpe", "hparams.json", "checkpoint"} & there
         assert zoo.tokenizer(tmp_path / name).encode(text) == wanted
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text) == wanted
+    # where both are there, each is what it was
+    for name, other in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(place / "gpt2" / name, place / "gpt2" / other)
+    zoo.convert(source, tmp_path / "both", to="native")
+    held_ = {"encoder.json", "vocab.json", "vocab.bpe", "merges.txt"}
+    assert held_ <= {p.name for p in (tmp_path / "both").iterdir()}
 
 
 def test_googles_tokenizer(place: Path, tmp_path: Path, fixtures: Path) -> None:
