@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from converters.spec import Container
 
 _SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
+_DATA = re.compile(r"\.data-\d{5}-of-\d{5}$")  # of a bundle
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -42,6 +43,7 @@ class Format(NamedTuple):
     open: Callable[[Any, Path], list[tuple[Path, Any]]]
     about: str
     is_: Callable[[bytes, bytes, int], bool]  # of its first and last bytes and its size
+    meant: Callable[[Any, Path], Path] | None = None  # of all in a directory, where a note says it
 
 
 def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
@@ -68,6 +70,7 @@ FORMATS: dict[str, Format] = {
         lambda module, path: [(path, module.TFBundleReader(path))],
         "TensorFlow's bundle (.index)",
         lambda head, tail, size: tail.endswith(bytes.fromhex("57fb808b247547db")),
+        lambda module, place: module.find_bundle(place),
     ),
     # without a magic, so after all others
     "llama2c": Format(
@@ -77,6 +80,15 @@ FORMATS: dict[str, Format] = {
         _is_llama2c,
     ),
 }
+
+
+def index_of(path: Path) -> Path | None:
+    """The file that says what it is, of a bundle given by its prefix or one of its data files."""
+    if path.name:
+        index = path.with_name(_DATA.sub("", path.name) + ".index")
+        if os.path.isfile(index) and kind_of(index) == "tf":
+            return index
+    return None
 
 
 def kind_of(path: Path) -> str | None:
@@ -217,7 +229,10 @@ def open_place(place: Path) -> Opened | None:
         together = known.open(module, confined(root, first))
         if kinds.keys() <= {path.name for path, _ in together}:
             return Opened(kind, tuple(together))
-    names = _shards(root, sorted(kinds))
+    if known.meant is not None and set(kinds.values()) == {kind}:
+        names = [known.meant(module, place).name]
+    else:
+        names = _shards(root, sorted(kinds))
     every = [pair for name in names for pair in known.open(module, confined(root, name))]
     return Opened(kind, tuple(every))
 

@@ -35,6 +35,14 @@ class Found(NamedTuple):
         told = infer(self.spec, self.dialect, fields, header, self.shards, shared)
         return {**fields, **told}, problems
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head that its tensors are of; several where they may be any one of these."""
+        if not self.spec.head:
+            return ("lm",)
+        there = _there(self.dialect, self.checkpoint.tensors, self.shards, self.checkpoint.shared)
+        return next((heads for heads, name in self.spec.head if name in there), ("none",))
+
 
 def every_dialect() -> list[tuple[Spec, Dialect, Container]]:
     """All of them that have files of their own kind."""
@@ -108,7 +116,7 @@ def _reference(
     if container.config.endswith(".json"):
         path = checkpoint.root / container.config
         if not os.path.lexists(path):
-            return {}, str(path)
+            return {}, f"{path}, which is not there,"
         return read_json(confined(checkpoint.root, container.config)), str(path)
     said = values.get(container.config)
     return (said if isinstance(said, dict) else {}), f"{file}: {container.config or 'no config'}"
@@ -142,8 +150,7 @@ def infer(
     """Native fields that the config leaves open and the files tell: of several, the first."""
     if shards > 1:
         header = {name: info for name, info in header.items() if name.startswith("0/")}
-    rules = dialect.weights + dialect.heads + dialect.alternatives
-    arrays = list(_arrays(rules, dialect.prefix, header, shards))
+    arrays = list(_arrays(dialect.rules, dialect.prefix, header, shards))
     told: dict[str, Any] = {}
     for line in spec.shapes:
         for name, shape in arrays:
@@ -155,12 +162,20 @@ def infer(
             for axis, number in numbers.items():
                 if fields.get(axis) is None:
                     told[axis] = max(told.get(axis, 0), number + 1)
-    names = {name for name, _ in _arrays(rules, dialect.prefix, header, shards, shared or {})}
+    names = _there(dialect, header, shards, shared or {})
     for condition, name in spec.present.items():
         field = condition.removeprefix("not ")
         if fields.get(field) is None:
             told[field] = (name in names) == (field == condition)
     return told
+
+
+def _there(
+    dialect: Dialect, header: Mapping[str, TensorInfo], shards: int, without: Mapping[str, str]
+) -> set[str]:
+    """Native names of what is on disk and no second name."""
+    arrays = _arrays(dialect.rules, dialect.prefix, header, shards, without)
+    return {name for name, _ in arrays}
 
 
 def _arrays(

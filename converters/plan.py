@@ -673,9 +673,8 @@ class _Disk:
         """(the reason to drop it, a hint why it cannot be)."""
         dialect = self.dialect
         for canonical in self.planner._canonical(name):
-            for template, reason in dialect.drop:
-                if template.match(canonical) is not None:
-                    return reason, ""
+            if (reason := dialect.dropped(canonical)) is not None:
+                return reason, ""
         modern = [
             m.format(b)
             for c in self.planner._canonical(name)

@@ -24,12 +24,13 @@ _SECTIONS = (
     "tied",
     "aliases",
     "drop",
+    "slots",
 )
 _CONFIG_SECTIONS = (
     *("config", "defaults", "require", "ignore", "exclusive"),
     *("is", "needs", "unsaid", "words", "write", "zeros", "forgets"),
 )
-_SPEC_KEYS = ("axes", "shapes", "present")
+_SPEC_KEYS = ("axes", "shapes", "present", "head")
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Container:
     """
 
     format: str
-    file: str  # as it is written
+    file: str = ""  # as it is written; none: it is read alone
     within: tuple[str, ...] = ("",)  # the key of a nested file that weights stand under
     config: str = ""  # a file beside it, a key of the file's own values, `.` for all of these
     about: str = ""  # for people
     fixed: Mapping[str, int] = field(default_factory=dict)  # of what its format leaves to choose
+    names: Mapping[str, str] = field(default_factory=dict)  # a file beside it: what others call it
 
     @property
     def sharded(self) -> bool:
@@ -79,6 +81,7 @@ class Dialect:
     tied: tuple[tuple[Template, Template], ...] = ()
     aliases: tuple[tuple[Template, Template], ...] = ()
     drop: tuple[tuple[Template, str], ...] = ()
+    slots: Mapping[str, str] = field(default_factory=dict)  # behind a known name: why it is dropped
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # native fields a config leaves out
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -114,10 +117,19 @@ class Dialect:
         known += [name for pair in self.aliases for name in pair[:1]]
         known += [name for name, _ in (*self.tied, *self.drop)]
         names = {disk, disk[len(prefix) :] if disk.startswith(prefix) else disk}
-        return any(template.match(name) is not None for template in known for name in names)
+        if any(template.match(name) is not None for template in known for name in names):
+            return True
+        return any(disk.endswith(s) and self.knows(disk.removesuffix(s)) for s in self.slots)
 
-    def drops(self, disk: str) -> bool:
-        return any(template.match(disk) is not None for template, _ in self.drop)
+    def dropped(self, disk: str) -> str | None:
+        """Why a tensor of this name is not wanted; None if it is, or is not known."""
+        for template, reason in self.drop:
+            if template.match(disk) is not None:
+                return reason
+        for suffix, reason in self.slots.items():
+            if disk.endswith(suffix) and self.knows(disk.removesuffix(suffix)):
+                return reason
+        return None
 
     def native_names(self, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
         """What is given in the dialect's own words, in native ones; what neither has, as it is."""
@@ -251,6 +263,8 @@ class Spec:
     dialects: Mapping[str, Dialect]
     shapes: tuple[Ref, ...] = ()  # native arrays whose axes, and numbers, are native fields
     present: Mapping[str, str] = field(default_factory=dict)  # field, or `not` one: a native name
+    # (heads, a native name that only they have), of files that name no class; the first counts
+    head: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def dialect(self, name: str) -> Dialect:
         if name not in self.dialects:
@@ -320,6 +334,10 @@ def parse_spec(name: str, data: Any, where: str = "") -> Spec:
         dialects,
         tuple(parse_ref(line, f"{where}: shapes") for line in shapes),
         _mapping(data.get("present") or {}, f"{where}: present"),
+        tuple(
+            (_paths(heads, f"{where}: head"), name)
+            for heads, name in _mapping(data.get("head") or {}, f"{where}: head").items()
+        ),
     )
 
 
@@ -369,6 +387,7 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         tied=pairs("tied"),
         aliases=pairs("aliases"),
         drop=tuple((parse_name(n, f"{where}.drop"), r) for n, r in section("drop").items()),
+        slots=section("slots"),
         config={k: _paths(v, f"{where}.config.{k}") for k, v in section("config").items()},
         defaults=section("defaults"),
         require={k: tuple(v) for k, v in require.items()},
@@ -386,6 +405,8 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
     for template, _ in dialect.drop + dialect.tied + dialect.aliases:
         if not str(template).strip():
             raise SpecError(f"{where}: an empty name")
+    if "" in dialect.slots:
+        raise SpecError(f"{where}.slots: an empty name")
     return dialect
 
 

@@ -42,7 +42,9 @@ from zoo.errors import (
 from zoo.parity.fixtures import write
 
 LOSSY = {"llama2c-q8"}  # what is read from it once is exact from then on
-EVERY = {(spec.name, dialect.name): (spec, dialect) for spec, dialect, _ in every_dialect()}
+FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
+EVERY = {key: each for key, each in FOUND.items() if each[1].container.file}  # and written
+READ = {key: each for key, each in FOUND.items() if key not in EVERY}  # and never written
 SPECS = sorted({name for name, _ in EVERY})
 
 
@@ -113,7 +115,7 @@ def forgets(spec: str, *dialects: str) -> frozenset[str]:
 
 def clash(spec: str, *dialects: str) -> bool:
     """Whether two dialects can have no model in common: each takes another value for granted."""
-    found = [EVERY[spec, d][1] for d in dialects if (spec, d) in EVERY]
+    found = [FOUND[spec, d][1] for d in dialects if (spec, d) in FOUND]
     unsaid = [{n: v for n, v in d.defaults.items() if n not in d.config} for d in found]
     return any(a[n] != b[n] for a, b in product(unsaid, unsaid) for n in a.keys() & b.keys())
 
@@ -156,12 +158,33 @@ def test_there_and_back(spec: str, a: str, b: str, written: Any, tmp_path: Path)
             assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
 
 
+TF = Path(__file__).parent / "data" / "tf"  # what TensorFlow wrote
+SOURCES = {("gpt2", "openai"): TF / "gpt2", ("bert", "google"): TF / "bert"}
+ROWS = [(s, a, b) for s, a in READ for b in named(s) if not clash(s, a, b)]
+
+
+@pytest.mark.parametrize(("spec", "a", "b"), ROWS)
+def test_there_from_what_is_read_alone(spec: str, a: str, b: str, tmp_path: Path) -> None:
+    """Files that another program wrote, in every dialect that is written; and on from there."""
+    model = zoo.load(SOURCES[spec, a])
+    zoo.convert(SOURCES[spec, a], tmp_path / "b", to=b)
+    again = zoo.load(tmp_path / "b", config=asked(model, b, spec))
+    assert differences(model, again, forgets(spec, b)) == []
+    assert list(check(tmp_path / "b", sha256=True)) == []
+    zoo.convert(tmp_path / "b", tmp_path / "hf", to="hf", config=asked(model, b, spec))
+    assert differences(model, zoo.load(tmp_path / "hf"), forgets(spec, b)) == []
+
+
 def test_every_dialect_is_in_the_matrix() -> None:
     """No pair is left out but those that have no model in common, and these are few."""
+    assert READ.keys() == SOURCES.keys()
+    left = {(s, a, b) for s, a in READ for b in named(s)} - set(ROWS)
+    assert left == {("gpt2", "openai", "nanogpt")}
     assert {d for _, d in EVERY} == {"meta", "llama2c", "llama2c-q8", "nanogpt", "mingpt", "book"}
     apart = {frozenset(pair[1:]) for pair in ALL if pair not in PAIRS}
     assert apart == {frozenset(("nanogpt", "mingpt")), frozenset(("nanogpt", "book"))}
-    assert [name for name in spec_names() if len(load_spec(name).dialects) > 1] == SPECS
+    several = {name for name in spec_names() if len(load_spec(name).dialects) > 1}
+    assert several == {*SPECS, *(spec for spec, _ in READ)}
 
 
 def test_a_spec_laid_over_another_has_its_hf_alone() -> None:

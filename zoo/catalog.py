@@ -146,13 +146,13 @@ def _of_files(source: sources.Source) -> Info:
     arrays = [
         info
         for name, info in checkpoint.tensors.items()
-        if name not in checkpoint.shared and not found.dialect.drops(name)
+        if name not in checkpoint.shared and found.dialect.dropped(name) is None
     ]
     return Info(
         ref=source.ref,
         architecture=architecture.name,
         reference_class=None,
-        head="lm",
+        head=" or ".join(found.heads),
         heads=_heads(architecture),
         config=found.reference,
         parameters=sum(info.numel for info in arrays) if found.shards == 1 else None,

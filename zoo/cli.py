@@ -222,10 +222,12 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _dialect(text: str) -> str:
-    from zoo.exporting import dialects
+    from zoo.conversion import check_dialect
 
-    if text not in (known := dialects()):
-        raise argparse.ArgumentTypeError(f"{text!r}: one of {', '.join(known)}")
+    try:
+        check_dialect(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("to=")) from None
     return text
 
 

@@ -23,7 +23,7 @@ from converters.lazy import Lazy
 from converters.manifest import finish
 from converters.output import SINGLE, Item, Output, Shard, digest, index_of
 from converters.plan import Plan, Step, make_plan, target_names
-from converters.spec import Spec, load_spec
+from converters.spec import Container, Spec, load_spec
 from converters.store import Stage, staged
 from zoo import registry
 from zoo.components.model import Model
@@ -114,9 +114,7 @@ def _output(
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    carried = {}
-    if model.provenance is not None:
-        carried = companions_of(model.provenance.directory, model.provenance.file)
+    carried = _carried(model)
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
         if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
@@ -140,9 +138,7 @@ def _exported_output(
     made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
     items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
     shards, texts = made.files(items)
-    carried = {}
-    if model.provenance is not None:
-        carried = companions_of(model.provenance.directory, model.provenance.file)
+    carried = _carried(model)
     texts |= vocabulary_of(made, carried)
     return Output(tuple(shards), texts, carried, said=said_of(entry.name, to, spec))
 
@@ -157,6 +153,14 @@ def _with_zeros(
     model, shapes = with_zeros(model, dialect)
     like = next(iter(state.values()))
     return model, {**state, **{name: like.new_zeros(shape) for name, shape in shapes.items()}}
+
+
+def _carried(model: Model) -> dict[str, Path]:
+    if (provenance := model.provenance) is None:
+        return {}
+    dialect = load_spec(_entry(model).spec).dialects.get(provenance.origin.dialect)
+    container = None if dialect is None else dialect.container
+    return companions_of(provenance.directory, provenance.file, container)
 
 
 def vocabulary_of(made: Export, carried: dict[str, Path]) -> dict[str, bytes]:
@@ -264,7 +268,10 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
 
 def check_dialect(to: str) -> None:
     if to not in OWN_FILES and to not in (known := dialects()):
-        raise UsageError(f"to={to!r}: one of {', '.join(known)}.{did_you_mean(str(to), known)}")
+        read = {d.name: f"{c.about} is read, and not written; " for _, d, c in every_dialect()}
+        why = read.get(str(to), "")
+        near = did_you_mean(str(to), known)
+        raise UsageError(f"to={to!r}: {why}one of {', '.join(known)}.{near}")
 
 
 def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:
@@ -402,15 +409,22 @@ def companions(source: Path) -> dict[str, Path]:
     return {name: confined(source, name) for name in names}
 
 
-def companions_of(directory: Path, file: Path | None) -> dict[str, Path]:
+def companions_of(
+    directory: Path, file: Path | None, container: Container | None
+) -> dict[str, Path]:
     """Likewise of a checkpoint in any dialect; of a file that was given alone, its tokenizer."""
+    from zoo.tokenizers.reading import beside
+
     if file is None:
         held = companions(directory)
         configs = {c.config for _, _, c in every_dialect()} - {""}
-        return {name: path for name, path in held.items() if name not in configs}
-    from zoo.tokenizers.reading import beside
-
-    return beside(file)
+        held = {name: path for name, path in held.items() if name not in configs}
+    else:
+        held = beside(file)
+    others = container.names if container is not None else {}
+    if any(other in held for other in others.values()):
+        return held
+    return {others.get(name, name): path for name, path in held.items()}
 
 
 def _json(data: Any) -> str:

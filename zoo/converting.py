@@ -235,7 +235,8 @@ def plan_output(
         model, zeros = with_zeros(model, found.spec.dialect(to))
         like = next(iter(state.values()))
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
-    carried = companions_of(found.source.directory, found.source.file)
+    container = None if found.foreign is None else found.foreign.container
+    carried = companions_of(found.source.directory, found.source.file, container)
     seen = {path: identity(path.stat()) for path in checkpoint.files}
     if to not in OWN_FILES:
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}

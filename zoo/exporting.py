@@ -161,7 +161,8 @@ def export(
     """
     dialect = spec.dialects.get(to)
     if dialect is None or dialect.container is None:
-        known = listing(["hf", "native", *(n for n in spec.dialects if n != "hf")])
+        files = [n for n, d in spec.dialects.items() if d.container and d.container.file]
+        known = listing(["hf", "native", *files])
         raise LossyExport(f"to={to!r}: {spec.name} is not written in that dialect; only in {known}")
     container, chosen = dialect.container, _checked(dialect, options or {})
     if not container.file:

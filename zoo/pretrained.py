@@ -407,8 +407,13 @@ def _read_foreign(
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
     entry = next(e for e in registry.architectures().values() if e.spec == found.spec.name)
-    named = next((c for c, heads in entry.heads.items() if "lm" in heads), None)
-    heads = _heads(entry, named, head, str(place))
+    if head is None and len(found.heads) > 1:
+        raise ConfigError(
+            f"{place} ({entry.name} of {found.container.about}): its tensors are those of a "
+            f"{' or a '.join(found.heads)} head, and nothing tells. Pass head= one of these"
+        )
+    heads = _heads(entry, None, head or found.heads[0], str(place))
+    named = next((c for c, each in entry.heads.items() if heads[0] in each), None)
     fields, problems = found.fields(ignore)
     if problems:
         raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))

@@ -137,15 +137,18 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     try:
         # a loop of links or a name too long counts as not there
         is_directory, exists = os.path.isdir(path), os.path.lexists(path)
+        index = None if is_directory else _index(path)
     except ValueError:
-        is_directory = exists = False
-    if not text or not (is_directory or exists):
+        is_directory, exists, index = False, False, None
+    if not text or not (is_directory or exists or index):
         _no_such(ref, text)
     if revision is not None:
         raise UsageError(f"{text}: a directory has no revisions; leave revision={revision!r} out")
     if not is_directory:
-        if _is_weights(path):
+        if exists and _is_weights(path):
             return path
+        if index is not None:
+            return index
         raise NotACheckpoint(
             f"{text}: expected a directory with {CONFIG} and weights in it, or a file that says "
             f"what it is ({_formats()})"
@@ -167,6 +170,16 @@ def _is_weights(path: Path) -> bool:
         return not path.name.startswith(".") and kind_of(path) is not None
     except ZooError:
         return False
+
+
+def _index(path: Path) -> Path | None:
+    """Of what several files beginning alike hold, the one that says so."""
+    from converters.containers import index_of
+
+    try:
+        return index_of(path)
+    except ZooError:
+        return None
 
 
 def _formats() -> str:
