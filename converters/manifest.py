@@ -38,9 +38,7 @@ class Damage(NamedTuple):
         return f"{self.file}: {f'{self.tensor}: ' if self.tensor else ''}{self.what}"
 
 
-def manifest(
-    output: Output, directory: Path, report: Report, versions: dict[str, str]
-) -> bytes:
+def manifest(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> bytes:
     """No times and no places in it: the same conversion gives the same bytes."""
     files: dict[str, Any] = {}
     for shard in output.shards:

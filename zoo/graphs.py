@@ -6,8 +6,10 @@ What is traced is `forward` itself, with a mask always given, so that padding co
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -173,6 +175,20 @@ def onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, bytes]:
     return shard, ir.to_proto(graph_model).SerializeToString(deterministic=True)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of torch, and of packages that it could use too."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def _owner(name: str | None, ties: Mapping[str, str]) -> str:
     return ties.get(name or "", name or "")
 
@@ -186,8 +202,7 @@ def _translated(model: Model) -> Any:
         for name in input_names(model)
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch's exporter says of torch
+        with _quiet():
             made = torch.onnx.export(
                 program,
                 input_names=list(sizes),
