@@ -75,9 +75,9 @@ def save(
 
     Other dialects are those of its spec, such as "meta" or "llama2c"; `layout` is what they offer
     to choose: {"shards": 2}, {"version": 1}. "onnx" and "pt2" (torch.export's) are graphs that run
-    without zoo, for any batch and length; they are not read again. A model still as it was loaded keeps its source's
-    split over files; `max_shard_size` (bytes) makes a new one. What is not finite is refused,
-    unless `allow_nonfinite`.
+    without zoo, for any batch and length; they are not read again. A model still as it was loaded
+    keeps its source's split over files; `max_shard_size` (bytes) makes a new one. What is not
+    finite is refused, unless `allow_nonfinite`.
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -342,8 +342,8 @@ def check_no_choice(to: str, layout: Mapping[str, Any] | None, **choices: Any) -
     check_no_layout(to, layout)
     if given := [name for name, value in choices.items() if value is not None]:
         raise UsageError(
-            f"{listing(given)}: to={to!r} leaves that not to choose: a graph is written whole, from "
-            "the model in memory"
+            f"{listing(given)}: to={to!r} leaves that not to choose: a graph is written whole, "
+            "from the model in memory"
         )
 
 

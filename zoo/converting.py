@@ -20,6 +20,7 @@ from converters.lazy import Lazy
 from converters.output import Item, Output, Span, digest, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
+from zoo import graphs
 from zoo.conversion import (
     OWN_FILES,
     check_dialect,
@@ -37,7 +38,6 @@ from zoo.conversion import (
     versions,
     vocabulary_of,
 )
-from zoo import graphs
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.exporting import export, with_zeros
 from zoo.graphs import GRAPHS

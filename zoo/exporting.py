@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def dialects() -> list[str]:
-    """Every name that `to` may have; the last ones are no dialects, but files for other programs."""
+    """Every name that `to` may have; the last are no dialects, but graphs for other programs."""
     written = (dialect.name for _, dialect, container in every_dialect() if container.file)
     return list(dict.fromkeys(["hf", "native", *written, *GRAPHS]))
 

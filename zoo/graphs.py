@@ -94,10 +94,7 @@ def traced(model: Model) -> ExportedProgram:
         with torch.no_grad():
             program = export(_alone(model), (ids,), given, dynamic_shapes=axes)
     except Exception as error:  # whatever its tracer stumbles over
-        raise LossyExport(
-            f"{model.architecture or type(model).__module__}, head {model.config.head}: torch.export "
-            f"cannot follow what it computes: {_first_line(error)}"
-        ) from error
+        raise _refused(model, "torch.export cannot follow what it computes", error) from error
     names = dict.fromkeys(output_names(model), 0)
     # a name's place in a tuple of ours would be known only where zoo is
     program.module_call_graph[0].signature.out_spec = tree_structure(names)
@@ -106,12 +103,14 @@ def traced(model: Model) -> ExportedProgram:
     return program
 
 
-def _first_line(error: Exception) -> str:
-    """Of what it began with."""
+def _refused(model: Model, why: str, error: Exception) -> LossyExport:
+    """With the first line of what it began with."""
     first: BaseException = error
     while first.__cause__ is not None:
         first = first.__cause__
-    return next((line for line in str(first).splitlines() if line), type(first).__name__)
+    told = next((line for line in str(first).splitlines() if line), type(first).__name__)
+    name = model.architecture or type(model).__module__
+    return LossyExport(f"{name}, head {model.config.head}: {why}: {told}")
 
 
 def _alone(model: Model) -> Model:
@@ -221,10 +220,7 @@ def _translated(model: Model) -> Any:
                     graph.inputs.append(value)
             made.optimize()
     except Exception as error:  # whatever its translator stumbles over
-        raise LossyExport(
-            f"{model.architecture or type(model).__module__}, head {model.config.head}: ONNX has no "
-            f"words for what it computes: {_first_line(error)}"
-        ) from error
+        raise _refused(model, "ONNX has no words for what it computes", error) from error
     return made.model
 
 
