@@ -93,12 +93,12 @@ def convert(
         apart = {"part": part, "memory": None if memory == MEMORY else memory}
         check_no_choice(to, layout, max_shard_size=max_shard_size, **apart)
         graphs.check(to)
-        graph_of = load(src, dtype=dtype, **options)
-        assert graph_of.provenance is not None
-        place = checked_destination(dst, graph_of.provenance.directory, force)
-        kept: dict[str, Any] = {"force": force, "allow_nonfinite": allow_nonfinite}
-        save_graph(graph_of, place, to, sha256=sha256, tell=tell, **kept)
-        return Path(dst)
+        model = load(src, dtype=dtype, **options)
+        assert model.provenance is not None
+        kept: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "sha256": sha256, "tell": tell}
+        destination = checked_destination(dst, model.provenance.directory, force)
+        save_graph(model, destination, to, force=force, **kept)
+        return destination
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     dst = checked_destination(dst, found.source.directory, force)
