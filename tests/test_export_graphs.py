@@ -252,6 +252,8 @@ def test_names_and_axes(name: str, head: str, inputs: str, outputs: str, tmp_pat
         length = "decoder_sequence" if key.startswith("decoder_") else "sequence"
         assert shape == ["batch", length]
     assert [x.name for x in runtime.get_outputs()] == outputs.split()
+    graph = onnx.load(str(tmp_path / "g" / graphs.ONNX), load_external_data=False).graph
+    assert not any(node.metadata_props or node.doc_string for node in graph.node)
     program = graphs.traced(model).module()
     ids, *rest = asked(model, 2, 5).values()
     said = program(ids, **dict(zip(inputs.split()[1:], rest, strict=True)))
