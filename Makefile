@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -46,6 +46,9 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
+
+graphs: $(READY) ## every variant of every architecture as ONNX and .pt2, run and compared
+	ZOO_GRAPHS=all $(PYTEST) tests/test_export_graphs.py
 
 fuzz: $(READY) ## a million damaged headers, and GGUF files, indices, configs, zips and bundles
 	@$(RUN) tools/fuzz.py

@@ -254,7 +254,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_usage(run: Any) -> None:
-    for arguments in ((), ("lst",), ("list", "--yaml"), ("convert", "x", "--to", "onnx")):
+    for arguments in ((), ("lst",), ("list", "--yaml"), ("convert", "x", "--to", "tflite")):
         code, _, err = run(*arguments)
         assert code == 2
         assert "usage: zoo" in err

@@ -46,6 +46,7 @@ ARROWS = {
         *("zoo", "converters", "torch"),
         *("tiktoken", "sentencepiece", "tokenizers", "jinja2"),
     },
+    "zoo.graphs": {"zoo", "converters", "torch", "onnx_ir"},
     "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
     "zoo": {"zoo", "converters", "torch"},
     "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml", "xxhash"},

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run
+        going_on = options.run is _convert and not options.dry_run and _resumes(options.to)
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIALECT",
         type=_dialect,
         default="native",
-        help="hf, meta, llama2c, nanogpt … [native]",
+        help="hf, meta, llama2c, nanogpt, onnx, pt2 … [native]",
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
@@ -364,6 +364,12 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         print(f"{options.ref} -> {written} ({options.to})")
     return OK
+
+
+def _resumes(to: str) -> bool:
+    from zoo.graphs import GRAPHS
+
+    return to not in GRAPHS
 
 
 def _check(options: argparse.Namespace) -> int:

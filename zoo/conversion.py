@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
 from os import PathLike
@@ -17,18 +18,26 @@ from torch import Tensor, nn
 import zoo
 from converters.checkpoint import confined, shard
 from converters.dialects import every_dialect
-from converters.engine import Options, run
+from converters.engine import Options, Tell, run
 from converters.formats import TensorInfo, dtype_code
 from converters.lazy import Lazy
 from converters.manifest import finish
-from converters.output import SINGLE, Item, Output, Shard, digest, index_of
+from converters.output import SINGLE, Item, Make, Output, Shard, digest, index_of
 from converters.plan import Plan, Step, make_plan, target_names
 from converters.spec import Container, Spec, load_spec
 from converters.store import Stage, staged
-from zoo import registry
+from zoo import graphs, registry
 from zoo.components.model import Model
-from zoo.errors import LossyExport, OutputExists, UsageError, did_you_mean, listing
+from zoo.errors import (
+    LossyExport,
+    NonFinite,
+    OutputExists,
+    UsageError,
+    did_you_mean,
+    listing,
+)
 from zoo.exporting import Export, dialects, export, same_config, with_zeros
+from zoo.graphs import GRAPHS
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Ref, native_of
 from zoo.sentences import SentenceModel
@@ -65,9 +74,10 @@ def save(
     """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
 
     Other dialects are those of its spec, such as "meta" or "llama2c"; `layout` is what they offer
-    to choose: {"shards": 2}, {"version": 1}. A model still as it was loaded keeps its source's
-    split over files; `max_shard_size` (bytes) makes a new one. What is not finite is refused,
-    unless `allow_nonfinite`.
+    to choose: {"shards": 2}, {"version": 1}. "onnx" and "pt2" (torch.export's) are graphs that run
+    without zoo, for any batch and length; they are not read again. A model still as it was loaded
+    keeps its source's split over files; `max_shard_size` (bytes) makes a new one. What is not
+    finite is refused, unless `allow_nonfinite`.
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -80,11 +90,72 @@ def save(
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)
+    if to in GRAPHS:
+        check_no_choice(to, layout, max_shard_size=max_shard_size)
+        save_graph(model, destination, to, force=force, allow_nonfinite=allow_nonfinite)
+        return destination
     output = _output(model, to, max_shard_size, layout)
     with staged(destination, force=force, size=output.size) as stage:
         options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
         finish(output, stage, run(output, Stage(stage), options), versions())
     return destination
+
+
+def save_graph(
+    model: Model,
+    destination: Path,
+    to: str,
+    *,
+    force: bool,
+    allow_nonfinite: bool,
+    sha256: bool = False,
+    tell: Tell = lambda event: None,
+) -> None:
+    """A directory with a graph, the weights it needs, the tokenizer's files and an HF config."""
+    graphs.check(to)
+    graphs.check_file(destination)
+    _check_values(model)
+    output = _graph_output(model, to, allow_nonfinite)
+    weights = sum(p.nbytes for p in model.parameters()) if output.made else 0
+    with staged(destination, force=force, size=output.size + weights) as stage:
+        options = Options(sha256=sha256, allow_nonfinite=allow_nonfinite, tell=tell)
+        report = run(output, Stage(stage), options)
+        finish(output, stage, report, versions())
+    tell({"event": "done", "resumed": 0, "zeros": report.zeros, "duplicates": report.duplicates})
+
+
+def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    shards, texts, made = list[Shard](), dict[str, bytes](), dict[str, Make]()
+    if to == "onnx":
+        weights, graph = graphs.onnx(model, {name: _item(name, x) for name, x in state.items()})
+        shards, texts = [weights], {graphs.ONNX: graph}
+    else:
+        odd = [name for name, x in state.items() if not x.isfinite().all()]
+        if odd and not allow_nonfinite:
+            raise NonFinite(f"not finite: {listing(odd)}; pass allow_nonfinite to keep such values")
+        made = {graphs.PT2: graphs.pt2(model)}
+    inner = model.model if isinstance(model, SentenceModel) else model
+    held = {name: p.detach() for name, p in inner.named_parameters()}
+    with suppress(LossyExport):  # nothing that the reference could say
+        texts[CONFIG] = origin_of(inner, held).config.encode()
+    carried = {}
+    if model.provenance is not None:
+        beside = companions_of(model.provenance.directory, model.provenance.file)
+        # a sentence model's further layers are in the graph
+        carried = {name: path for name, path in beside.items() if not _is_module(name)}
+    entry = _entry(inner)
+    said = said_of(entry.name, to, load_spec(entry.spec))
+    return Output(tuple(shards), texts, carried, said=said, made=made)
+
+
+def _is_module(name: str) -> bool:
+    return name == MODULES or ("/" in name and not name.startswith(f"{MORE_TEMPLATES}/"))
+
+
+def _check_values(model: Model) -> None:
+    if without := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise UsageError(f"{listing(without)}: on the meta device, where no values are")
 
 
 def _output(
@@ -94,9 +165,8 @@ def _output(
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
         steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
+    _check_values(model)
     state = {name: p.detach() for name, p in model.named_parameters()}
-    if without := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise UsageError(f"{listing(without)}: on the meta device, where no values are")
     if to not in OWN_FILES:
         return _exported_output(model, state, to, layout)
     check_no_layout(to, layout)
@@ -272,6 +342,16 @@ def check_dialect(to: str) -> None:
         why = read.get(str(to), "")
         near = did_you_mean(str(to), known)
         raise UsageError(f"to={to!r}: {why}one of {', '.join(known)}.{near}")
+
+
+def check_no_choice(to: str, layout: Mapping[str, Any] | None, **choices: Any) -> None:
+    """A graph is written whole, from the model in memory."""
+    check_no_layout(to, layout)
+    if given := [name for name, value in choices.items() if value is not None]:
+        raise UsageError(
+            f"{listing(given)}: to={to!r} leaves that not to choose: a graph is written whole, "
+            "from the model in memory"
+        )
 
 
 def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:

@@ -20,9 +20,11 @@ from converters.lazy import Lazy
 from converters.output import Item, Output, Span, digest, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
+from zoo import graphs
 from zoo.conversion import (
     OWN_FILES,
     check_dialect,
+    check_no_choice,
     check_no_layout,
     checked_destination,
     companions_of,
@@ -31,18 +33,21 @@ from zoo.conversion import (
     native_record,
     origin_of,
     said_of,
+    save_graph,
     split,
     versions,
     vocabulary_of,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.exporting import export, with_zeros
+from zoo.graphs import GRAPHS
 from zoo.pretrained import (
     Located,
     Origin,
     Ref,
     check_trust,
     dtype_of,
+    load,
     locate,
     native_of,
     prove,
@@ -80,9 +85,20 @@ def convert(
     offers to choose, such as {"shards": 2}. `dtype` casts; a value too large for it is an error, as
     is NaN or infinity unless `allow_nonfinite`. `tell` is called with what happens. Further options
     are those of `zoo.load`: head, config, revision, token, ignore_config, trust …
+    To "onnx" and "pt2" the model is loaded, and its graph written whole: as `zoo.save` does it.
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
+    if to in GRAPHS:
+        apart = {"part": part, "memory": None if memory == MEMORY else memory}
+        check_no_choice(to, layout, max_shard_size=max_shard_size, **apart)
+        graphs.check(to)
+        model = load(src, dtype=dtype, **options)
+        assert model.provenance is not None
+        kept: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "sha256": sha256, "tell": tell}
+        destination = checked_destination(dst, model.provenance.directory, force)
+        save_graph(model, destination, to, force=force, **kept)
+        return destination
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     dst = checked_destination(dst, found.source.directory, force)
@@ -137,6 +153,9 @@ def dry_run(
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
+    if to in GRAPHS:
+        check_no_choice(to, layout, max_shard_size=max_shard_size, part=part)
+        return f"{text}\n\nto be written ({to}): the model's graph, once it is loaded and traced"
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     output = output if share is None else output.part(*share)

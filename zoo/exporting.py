@@ -20,6 +20,7 @@ from converters.plan import Native, Plan, make_plan, target_names
 from converters.spec import Container, Dialect, Spec
 from zoo.components.model import Model
 from zoo.errors import ConfigError, LossyExport, SpecError, UsageError, did_you_mean, listing
+from zoo.graphs import GRAPHS
 from zoo.pretrained import native_of
 
 # what a format leaves to choose: the least and the most
@@ -30,9 +31,9 @@ OPTIONS: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def dialects() -> list[str]:
-    """Every name that `to` may have."""
+    """Every name that `to` may have; the last are no dialects, but graphs for other programs."""
     written = (dialect.name for _, dialect, container in every_dialect() if container.file)
-    return list(dict.fromkeys(["hf", "native", *written]))
+    return list(dict.fromkeys(["hf", "native", *written, *GRAPHS]))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,12 @@ class Alibi:
         self.slopes, self.scale, self.dtype = slopes(heads), scale, dtype
 
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-        wide = self.dtype or torch.promote_types(q.dtype, torch.float32)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        wide = self.dtype or exact
         pace = torch.tensor(self.slopes, dtype=wide, device=q.device)[:, None, None]
-        return (pace * mask.keys[:, None, None, :].to(wide)).to(q.dtype) * self.scale
+        # two bf16 numbers have their product in fp32: rounded once, as bf16 itself rounds it
+        term = pace.to(exact) * mask.keys[:, None, None, :].to(wide).to(exact)
+        return term.to(wide).to(q.dtype) * self.scale
 
 
 def slopes(heads: int) -> list[float]:

@@ -68,8 +68,7 @@ class DualChunked:
         if self.sizes.original_max_position_embeddings:
             q = q * self.heat(mask.positions.to(wide)).to(q.dtype)
         out = []
-        for start in range(0, q.shape[2], ROWS):
-            rows = slice(start, min(start + ROWS, q.shape[2]))
+        for rows in self.rows(q.shape[2]):
             apart = (chunk[:, rows, None] - of_key[:, None, :])[:, None]
             near, next_to, beyond = (
                 turn(q[:, :, rows], *(table[:, :, rows] for table in tables)) @ k.mT
@@ -79,6 +78,12 @@ class DualChunked:
             scores = (scores * scale).masked_fill(~self.allowed(mask, rows, q), -torch.inf)
             out.append(F.dropout(scores.softmax(dim=-1, dtype=wide).to(v.dtype), dropout) @ v)
         return torch.cat(out, dim=2)
+
+    def rows(self, length: int) -> list[slice]:
+        """A compiler is given all at once: how many turns there are would fix the length."""
+        if torch.compiler.is_compiling():
+            return [slice(None)]
+        return [slice(at, min(at + ROWS, length)) for at in range(0, length, ROWS)]
 
     def allowed(self, mask: Mask, rows: slice, q: Tensor) -> Tensor:
         if mask.allowed is not None:
