@@ -139,11 +139,8 @@ def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
     held = {name: p.detach() for name, p in inner.named_parameters()}
     with suppress(LossyExport):  # nothing that the reference could say
         texts[CONFIG] = origin_of(inner, held).config.encode()
-    carried = {}
-    if model.provenance is not None:
-        beside = companions_of(model.provenance.directory, model.provenance.file)
-        # a sentence model's further layers are in the graph
-        carried = {name: path for name, path in beside.items() if not _is_module(name)}
+    # a sentence model's further layers are in the graph
+    carried = {name: path for name, path in _carried(model).items() if not _is_module(name)}
     entry = _entry(inner)
     said = said_of(entry.name, to, load_spec(entry.spec))
     return Output(tuple(shards), texts, carried, said=said, made=made)
