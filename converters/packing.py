@@ -42,7 +42,14 @@ class Matrix(NamedTuple):
         return out
 
     def whole(self) -> Tensor:
-        return self.numbers(0, prod(self.shape)).view(self.shape)
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # pieces are small: to share them takes several times as long
+        try:
+            return self.numbers(0, prod(self.shape)).view(self.shape)
+        finally:
+            torch.set_num_threads(before)
 
 
 def _boxes(start: int, end: int, width: int) -> Iterator[tuple[slice, slice]]:
