@@ -304,11 +304,11 @@ def test_awq_by_hand(tmp_path: Path) -> None:
     """Of a word the even columns first, then the odd ones; zero points as they are."""
     parts = {
         "qweight": words(0x75316420, 0xFDB9ECA8)[:, None],
-        "qzeros": words(0x75316420)[None],
+        "qzeros": words(0x11111111)[None],
         "scales": torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8]]).half(),
     }
     found = one(tmp_path, parts, {**WAYS["awq"], "group_size": 2}).tensor("x.weight")
-    assert found.tolist() == [[0.0, 8 * s] for s in range(1, 9)]
+    assert found.tolist() == [[(o - 1) * (o + 1), (o + 7) * (o + 1)] for o in range(8)]
 
 
 @pytest.mark.parametrize(
