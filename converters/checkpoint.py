@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
 # format: its single file and its index. The first format that is there wins: published
 # repositories hold the same weights in several.
 _LAYOUTS = {
@@ -64,6 +65,10 @@ class Checkpoint:
     shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
     outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
+    quantised: str = ""  # what some tensors are decoded from, if any is
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # and of which
+    split: dict[str, str] | None = field(default=None, repr=False)  # files to be; None: as it is
+    biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
 
     def tensor(self, name: str) -> torch.Tensor:
         """A zero-copy view; writing to it changes no file."""
@@ -71,6 +76,12 @@ class Checkpoint:
             near = did_you_mean(name, self.where)
             raise MissingTensors(f"{self.root}: holds no tensor {name}.{near}")
         return self.readers[self.where[name]].tensor(name)
+
+    def spare(self, name: str) -> str:
+        """Why a tensor that no rule maps may be left out; empty where it may not."""
+        if name in self.biases and not self.tensor(name).any():
+            return "zeros, which some programs write beside every quantised matrix"
+        return ""
 
     def lazy(self, name: str) -> Lazy:
         """Likewise; where its numbers have to be decoded, only those that are looked at are."""

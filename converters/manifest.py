@@ -53,7 +53,7 @@ def manifest(output: Output, directory: Path, report: Report, versions: dict[str
                     **_place(shard, item),
                     "rule": item.rule,
                     **({"cast": f"{item.stored} -> {_kind(item)}"} if item.stored else {}),
-                    **({"lossy": True} if item.lossy else {}),
+                    **({"lossy": True} if item.lossy or item.decoded else {}),
                 }
                 for item in shard.items
             },

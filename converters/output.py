@@ -47,6 +47,7 @@ class Item:
     span: Span | None = None
     stored: str = ""  # the dtype it had, where it is cast
     coding: Coding | None = None  # how the file holds its numbers, if not as they are
+    decoded: bool = False  # from numbers that the source holds in fewer bits
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ No weights are read here, and no torch is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
@@ -112,9 +112,15 @@ def make_plan(
     native: Native,
     header: Mapping[str, TensorInfo],
     where: str = "checkpoint",
+    spare: Callable[[str], str] = lambda name: "",
 ) -> Plan:
-    """The complete plan; or one error that says everything that is wrong."""
-    return _Planner(spec, spec.dialect(dialect), config, native, header, where).plan()
+    """The complete plan; or one error that says everything that is wrong.
+
+    `spare` says why a tensor that no rule maps may be left out, if it may.
+    """
+    planner = _Planner(spec, spec.dialect(dialect), config, native, header, where)
+    planner.spare = spare
+    return planner.plan()
 
 
 def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) -> Plan:
@@ -199,6 +205,7 @@ class _Planner:
                     raise ConfigError(f"{where}: {said}: {size} cannot be cut into {count} {parts}")
                 self.axes[axis] = size // count
         self.alternatives_first = False
+        self.spare: Callable[[str], str] = lambda name: ""
         self._transforms: dict[tuple[int, tuple[tuple[str, int], ...]], Transform] = {}
 
     def problem(self, kind: type[ZooError], text: str) -> None:
@@ -654,6 +661,7 @@ class _Disk:
             if name in self.taken:
                 continue
             reason, hint = self._why(name)
+            reason = reason or self.planner.spare(name)
             if reason:
                 dropped[name] = reason
             else:

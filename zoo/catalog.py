@@ -51,6 +51,7 @@ class Info:
     stored: Stored | None = None
     dialect: str | None = None  # of files; None where none were looked at
     about: str = ""  # what such files are
+    quantised: str = ""  # how matrices are held; they are read as what these stand for
     inferred: Mapping[str, Any] = field(
         default_factory=dict
     )  # native fields, from shapes and names
@@ -96,12 +97,15 @@ def _of_directory(source: sources.Source) -> Info:
     ):
         return _of_files(source)
     dialect = "native" if native.is_file() else "hf"
+    quantised = ""
     if native.is_file():
         data = read_json(native)
         try:
             architecture = registry.architectures()[data["architecture"]]
             config, named = dict(data["config"]), data["origin"]["class"]
             head = config.pop("head")
+            if said := data["origin"].get("quantised"):
+                quantised = f"it was, and is decoded: {said}"
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
@@ -109,6 +113,7 @@ def _of_directory(source: sources.Source) -> Info:
         config = read_json(path)
         architecture, named = registry.architecture_for(config, str(path))
         head = architecture.heads[named][0] if named else None
+        quantised = _quantised(config)
     known = source.checkpoint
     return Info(
         ref=source.ref,
@@ -125,7 +130,18 @@ def _of_directory(source: sources.Source) -> Info:
         directory=str(source.directory),
         stored=None if source.repo else _stored(open_checkpoint(source.directory)),
         dialect=dialect,
+        quantised=quantised,
     )
+
+
+def _quantised(config: Mapping[str, Any]) -> str:
+    """How a config says that matrices are held."""
+    from converters.quantised import FIELD, read_config
+
+    if config.get(FIELD) is None:
+        return ""
+    found, problems = read_config(config[FIELD])
+    return f"not read: {'; '.join(problems)}" if found is None else found.about
 
 
 def _of_files(source: sources.Source) -> Info:

@@ -291,6 +291,8 @@ def _info(options: argparse.Namespace) -> int:
         rows.append(("revision", _revision(found.revision or "", found.pinned)))
     if found.directory:
         rows.append(("directory", found.directory))
+    if found.quantised:
+        rows.append(("quantised", found.quantised))
     if stored := found.stored:
         values = ", ".join(f"{n:,} {dtype}" for dtype, n in stored.dtypes.items())
         rows.append(("stored", f"{stored.tensors} tensors, {values}, {stored.bytes / 1e6:,.1f} MB"))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import zoo
-from converters.checkpoint import confined, shard
+from converters.checkpoint import SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
 from converters.engine import Options, Tell, run
 from converters.formats import TensorInfo, dtype_code
@@ -39,7 +39,7 @@ from zoo.errors import (
 from zoo.exporting import Export, dialects, export, same_config, with_zeros
 from zoo.graphs import GRAPHS
 from zoo.prepared import is_prepared
-from zoo.pretrained import Origin, Ref, native_of
+from zoo.pretrained import Origin, Provenance, Ref, native_of
 from zoo.sentences import SentenceModel
 from zoo.sources import (
     CONFIG,
@@ -51,13 +51,15 @@ from zoo.sources import (
 )
 
 OWN_FILES = ("hf", "native")  # written as safetensors
-SHARD_BYTES = 5 * 10**9
 # what belongs to a checkpoint beside config and weights, and is carried along untouched
 COMPANIONS = (
     *("*.json", "*.txt", "*.bpe", "*.model", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*"),
 )
-NOT_CARRIED = ("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json")
+NOT_CARRIED = (
+    *("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json"),
+    *("quantize_config.json", "quant_config.json"),  # no weights are written as these say
+)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # whatever else they are called
 
 
@@ -188,9 +190,8 @@ def _output(
                 carried.pop(f"{folder}/{name}", None)
             shards.append(Shard.of(f"{folder}/{SINGLE}", held, {"format": "pt"}))
     entry = _entry(model)
-    return Output(
-        tuple(shards), texts, carried, said=said_of(entry.name, to, load_spec(entry.spec))
-    )
+    said = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
+    return Output(tuple(shards), texts, carried, said=said)
 
 
 def _exported_output(
@@ -207,7 +208,8 @@ def _exported_output(
     shards, texts = made.files(items)
     carried = _carried(model)
     texts |= vocabulary_of(made, carried)
-    return Output(tuple(shards), texts, carried, said=said_of(entry.name, to, spec))
+    told = {**said_of(entry.name, to, spec), **lossy_of(model.provenance)}
+    return Output(tuple(shards), texts, carried, said=told)
 
 
 def _with_zeros(
@@ -291,6 +293,13 @@ def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
     }
 
 
+def lossy_of(provenance: Provenance | None) -> dict[str, str]:
+    """What a manifest says of weights that were decoded: no conversion gives their source back."""
+    if provenance is None or not provenance.lossy:
+        return {}
+    return {"lossy": f"dequantised: {provenance.lossy}"}
+
+
 def versions() -> dict[str, str]:
     import torch
 
@@ -307,7 +316,8 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
         origin = origin_of(model, state)
     except LossyExport:  # nothing that the reference could say; other dialects can
         named = _class_of(_entry(model), model.config.head)
-        origin = Origin("none", named, "{}", {}, {}, {})
+        lossy = model.provenance.lossy if model.provenance is not None else ""
+        origin = Origin("none", named, "{}", {}, {}, {}, lossy)
     record = {
         "architecture": _entry(model).name,
         "config": model.config.to_dict(),
@@ -410,9 +420,7 @@ def _recast(origin: Origin, model: Model, state: Mapping[str, Tensor], dtype: st
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = _DTYPE_NAMES.get(dtype or "", config.get(key))
     text = _json({k: v for k, v in config.items() if v is not None or k != key})
-    return Origin(
-        origin.dialect, origin.reference_class, text, header, origin.where, origin.metadata
-    )
+    return origin._replace(config=text, header=header)
 
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -450,7 +458,8 @@ def _fresh(
         for name in step.sources:
             wanted[name] = TensorInfo(name, wanted[name].shape, code)
     text = _json(config)
-    return Origin("hf", named, text, wanted, {}, {"format": "pt"})
+    lossy = model.provenance.lossy if model.provenance is not None else ""
+    return Origin("hf", named, text, wanted, {}, {"format": "pt"}, lossy)
 
 
 def as_before(

@@ -30,6 +30,7 @@ from zoo.conversion import (
     companions_of,
     export_plan,
     in_order,
+    lossy_of,
     native_record,
     origin_of,
     said_of,
@@ -163,6 +164,9 @@ def dry_run(
     casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
     lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
+    decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
+    if decoded:
+        text = "\n".join([text, f"lossy: {checkpoint.quantised}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
 
 
@@ -248,6 +252,7 @@ def plan_output(
     said = {
         **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
+        **lossy_of(provenance),
     }
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in found.spec.dialects:
@@ -305,10 +310,13 @@ def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iter
         if step.transform is None:
             info = TensorInfo(target, first.shape, first.dtype)
             span = None if step.also else _span(checkpoint, step.sources[n])
-            yield Item(info, str(step.rule), made, span)
         else:
-            shape = _target_shapes(step)[n]
-            yield Item(TensorInfo(target, shape, first.dtype), str(step.rule), made)
+            info, span = TensorInfo(target, _target_shapes(step)[n], first.dtype), None
+        yield Item(info, str(step.rule), made, span, decoded=_decoded(checkpoint, step))
+
+
+def _decoded(checkpoint: Checkpoint, step: Step) -> bool:
+    return any(name in checkpoint.made_of for name in step.sources)
 
 
 def _target_shapes(step: Step) -> list[tuple[int, ...]]:
@@ -362,18 +370,15 @@ def _as_they_are(checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str])
         if name not in rules:
             continue
         info = checkpoint.tensors[disk[name]]
-        made = partial(_of, checkpoint, disk[name])
+        made = partial(checkpoint.lazy, disk[name])
         item = Item(
             TensorInfo(name, info.shape, info.dtype),
             rules[name],
             made,
             _span(checkpoint, info.name),
+            decoded=disk[name] in checkpoint.made_of,
         )
         yield item.cast(inverse.header[name].dtype)
-
-
-def _of(checkpoint: Checkpoint, name: str) -> Lazy:
-    return Lazy.of(checkpoint.tensor(name))
 
 
 def _backward(
@@ -446,6 +451,7 @@ def _backward(
                     str(step.rule),
                     partial(made, step, n),
                     span,
+                    decoded=_decoded(checkpoint, first),
                 )
                 yield item.cast(info.dtype)
 

@@ -29,6 +29,10 @@ from converters.dialects import Found, find
 from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
+from converters.quantised import DTYPES as CONFIG_DTYPES
+from converters.quantised import FIELD as QUANTISED
+from converters.quantised import Quantisation, dequantised, stands_turned
+from converters.quantised import read_config as read_quantisation
 from converters.spec import Dialect, Spec, load_spec
 from converters.strict_json import parse_json
 from zoo import registry, sources
@@ -63,6 +67,7 @@ class Origin(NamedTuple):
     header: Mapping[str, TensorInfo]
     where: Mapping[str, str]  # tensor -> file
     metadata: Mapping[str, str]
+    quantised: str = ""  # what its weights were decoded from, if they were
 
     def to_json(self) -> dict[str, Any]:
         tensors = {
@@ -74,6 +79,7 @@ class Origin(NamedTuple):
             "class": self.reference_class,
             "config": self.config,
             "metadata": dict(self.metadata),
+            **({"quantised": self.quantised} if self.quantised else {}),
             "tensors": tensors,
         }
 
@@ -87,6 +93,7 @@ class Origin(NamedTuple):
             header={n: TensorInfo(n, tuple(s), d) for n, (d, s, _) in tensors.items()},
             where={n: _plain(file) for n, (_, _, file) in tensors.items()},
             metadata=data["metadata"],
+            quantised=data.get("quantised", ""),
         )
 
 
@@ -111,6 +118,14 @@ class Provenance:
     repo: str | None = None
     revision: str | None = None
     file: Path | None = None  # where one was given and not its directory
+
+    @property
+    def lossy(self) -> str:
+        """The quantisation that the weights were decoded from; empty where they are as published.
+
+        Its bytes cannot be given back.
+        """
+        return self.origin.quantised
 
     @property
     def rules(self) -> dict[str, str]:
@@ -146,6 +161,7 @@ class Located(NamedTuple):
     config_text: str
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
     foreign: Found | None = None  # files of a dialect that has no config.json
+    quantised: Quantisation | None = None  # how matrices are held, if not as they are
 
     @property
     def where(self) -> str:
@@ -160,7 +176,13 @@ class Located(NamedTuple):
     def checkpoint(self) -> Checkpoint:
         if self.foreign is not None:
             return self.foreign.checkpoint
-        return open_checkpoint(self.source.directory)
+        found = open_checkpoint(self.source.directory)
+        if self.quantised is None:
+            return found
+        config = json.loads(self.config_text)
+        said = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
+        turns = partial(stands_turned, self.spec.dialect("hf"))
+        return dequantised(found, self.quantised, turns, CONFIG_DTYPES.get(said))
 
     def config(self, head: str, changes: Mapping[str, Any]) -> Any:
         kind = self.entry.config_class
@@ -378,8 +400,14 @@ def _understand(
     spec = load_spec(entry.spec)
     _, named = registry.architecture_for({"model_type": entry.model_type, **reference}, where)
     heads = _heads(entry, named, head, where)
+    quantised, more = None, list[str]()
+    if reference.get(QUANTISED) is not None:  # what is read from now on, and written, are weights
+        quantised, more = read_quantisation(reference[QUANTISED], ignore)
+        reference = {name: value for name, value in reference.items() if name != QUANTISED}
+        text = json.dumps(reference, indent=2) + "\n"
     fields, problems = spec.dialect("hf").read_config(reference, ignore)
-    found = Located(source, entry, spec, heads, fields, named, text)
+    problems += more
+    found = Located(source, entry, spec, heads, fields, named, text, quantised=quantised)
     as_published = partial(_as_published, spec.dialect("hf"))
 
     try:
@@ -461,6 +489,8 @@ def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(origin, dict):
         yield "origin: expected an object"
         return
+    if not isinstance(origin.get("quantised", ""), str):
+        yield f"origin.quantised: expected words, found {origin['quantised']!r}"
     if not isinstance(origin.get("class"), str | None):
         yield f"origin.class: expected a name, found {origin['class']!r}"
     if origin.get("dialect") not in ("hf", "none"):
@@ -561,9 +591,11 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
             fields = model.config.to_dict()
             if found.foreign is not None:
                 return model, _foreign_plan(found.foreign, fields, native, where)
-            return model, make_plan(
-                found.spec, "hf", fields, native, checkpoint.tensors, f"{where} ({found.spec.name})"
+            said = f"{where} ({found.spec.name})"
+            plan = make_plan(
+                found.spec, "hf", fields, native, checkpoint.tensors, said, checkpoint.spare
             )
+            return model, replace(plan, dropped={**plan.dropped, **checkpoint.outside})
         except MissingTensors as error:
             lacking.append(error)
     least = min(lacking, key=lambda error: len(str(error)))  # of the head that lacks least
@@ -679,13 +711,18 @@ def _bad_dtype(text: str) -> torch.dtype:
 def _origin(found: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
     if found.native is not None:
         return Origin.from_json(found.native["origin"])
-    modern = {name: plan.modern.get(name, name) for name in checkpoint.tensors}
+    left_out = checkpoint.biases & plan.dropped.keys()
+    held = {n: info for n, info in checkpoint.tensors.items() if n not in left_out}
+    modern = {name: plan.modern.get(name, name) for name in held}
+    # decoded, a file may be several times as large
+    files = checkpoint.where if checkpoint.split is None else checkpoint.split
     return Origin(
         dialect=found.dialect,
         reference_class=found.reference_class,
         config=found.config_text,
-        header={modern[name]: info for name, info in checkpoint.tensors.items()},
-        where={modern[name]: file for name, file in checkpoint.where.items()},
+        header={modern[name]: info for name, info in held.items()},
+        where={modern[name]: files[name] for name in held},
         # what is not safetensors comes back as safetensors, labelled as the reference expects
         metadata=checkpoint.metadata if checkpoint.format == "safetensors" else {"format": "pt"},
+        quantised=checkpoint.quantised,
     )

@@ -110,7 +110,13 @@ def _checkpoint_jobs(source: Source, ref: str | PathLike[str]) -> list[Job]:
             f"{directory}: a native checkpoint, which the reference cannot read. "
             f"Run: zoo convert {directory} --to hf --out DIR, and verify DIR"
         )
-    _, reference_class = registry.architecture_for(read_json(path, ConfigError), str(path))
+    config = read_json(path, ConfigError)
+    if config.get("quantization_config") is not None:
+        raise UsageError(
+            f"{directory}: quantised, and the reference computes in other numbers than those it "
+            f"stands for. Run: zoo convert {directory} --to hf --out DIR, and verify DIR"
+        )
+    _, reference_class = registry.architecture_for(config, str(path))
     if reference_class is None:
         raise ConfigError(f"{path}: 'architectures' names no class for the reference to load")
 

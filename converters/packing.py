@@ -1,0 +1,153 @@
+"""Matrices as GPTQ, AWQ and FP8 hold them: any range of their numbers, and no more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in the cache
+_WORD = 32  # bits
+
+# numbers and words that begin and end together
+UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
+# where in a word AWQ has the number of each place: its kernels take them out two at a time
+AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+
+Box = Callable[[slice, slice], "Tensor"]
+
+
+class Matrix(NamedTuple):
+    """A matrix as its name's readers expect it, made of other tensors a range at a time."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    box: Box  # rows, columns: float32 of whatever strides
+    parts: tuple[str, ...]  # names on disk
+
+    def numbers(self, start: int, end: int) -> Tensor:
+        """(end - start,) of them, counted in row-major order."""
+        import torch
+
+        out, reached = torch.empty(end - start, dtype=self.dtype), 0
+        for rows, columns in _boxes(start, end, self.shape[1]):
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            out[reached : reached + prod(shape)].view(shape).copy_(self.box(rows, columns))
+            reached += prod(shape)
+        return out
+
+    def whole(self) -> Tensor:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # pieces are small: to share them takes several times as long
+        try:
+            return self.numbers(0, prod(self.shape)).view(self.shape)
+        finally:
+            torch.set_num_threads(before)
+
+
+def _boxes(start: int, end: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) one behind the other: parts of rows at both ends, whole rows between."""
+    while start < end:
+        row, column = divmod(start, width)
+        if column or width > min(end - start, _PIECE):
+            stop = min(width, column + min(end - start, _PIECE))
+            yield slice(row, row + 1), slice(column, stop)
+            start += stop - column
+        else:
+            count = min(end - start, _PIECE) // width
+            yield slice(row, row + count), slice(0, width)
+            start += count * width
+
+
+def turned(box: Box) -> Box:
+    """The same matrix with its axes exchanged."""
+    return lambda rows, columns: box(columns, rows).t()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """(inputs, outputs) of small whole numbers; a scale and a zero point each `group` inputs.
+
+    `pack` is how numbers stand in words: those of GPTQ along the inputs, of AWQ along the outputs;
+    zero points along the outputs with either.
+    """
+
+    bits: int
+    group: int
+    less_one: bool  # zero points are stored so
+    shifts: tuple[int, ...]
+    along_inputs: bool
+    read: Callable[[str], Tensor]  # qweight, qzeros, scales, g_idx
+    ordered: bool  # g_idx says which group an input is of
+
+    def __call__(self, inputs: slice, outputs: slice) -> Tensor:
+        """(inputs, outputs) float32: what is rounded to any narrower dtype is rounded once."""
+        words, scales, zeros = (self.read(part) for part in ("qweight", "scales", "qzeros"))
+        if self.along_inputs:
+            whole = unpacked(words[:, outputs], self.bits, self.shifts, inputs)
+        else:
+            whole = unpacked(words[inputs].t(), self.bits, self.shifts, outputs).t()
+        groups, place = self._groups(inputs, len(scales))
+        zero = unpacked(zeros[groups].t(), self.bits, self.shifts, outputs).t()
+        if self.less_one:
+            zero = zero + 1 & (1 << self.bits) - 1  # 0 is stored as the largest number
+        whole = whole - zero[place]
+        return whole.float().mul_(scales[groups][:, outputs].float()[place])
+
+    def _groups(self, inputs: slice, count: int) -> tuple[Tensor | slice, Tensor]:
+        """(groups that some of these inputs are of, the place of each input's among them)."""
+        import torch
+
+        if self.ordered:
+            of = self.read("g_idx")[inputs].long()
+            if len(of) >= count:
+                return slice(None), of
+            return of.unique(return_inverse=True)
+        of = torch.arange(inputs.start, inputs.stop) // self.group
+        first = int(of[0])
+        return slice(first, int(of[-1]) + 1), of - first
+
+
+def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -> Tensor:
+    """(w, n) words of 32 bits: the numbers of `wanted` places in each column, as int32."""
+    import torch
+
+    count, width = UNITS[bits]
+    first, last = wanted.start // count, -(-wanted.stop // count)
+    units = words[first * width : last * width].unflatten(0, (last - first, width))
+    if width == 1:
+        found = units >> torch.tensor(shifts, dtype=torch.int32).view(1, -1, 1)
+    else:  # one stream of bits: a number may begin in one word and end in the next
+        at = torch.arange(0, count * bits, bits)
+        wide = units.long() & 0xFFFFFFFF
+        after = torch.cat([wide[:, 1:], torch.zeros_like(wide[:, :1])], 1)
+        both = wide[:, at // _WORD] | after[:, at // _WORD] << _WORD
+        found = (both >> (at % _WORD).view(1, -1, 1)).int()
+    numbers = (found & (1 << bits) - 1).flatten(0, 1)
+    return numbers[wanted.start - first * count : wanted.stop - first * count]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix of eight-bit floats, a scale each block; blocks at the ends may be cut short."""
+
+    block: tuple[int, int]
+    weight: Callable[[], Tensor]
+    scale: Callable[[], Tensor]  # (blocks of rows, blocks of columns)
+
+    def __call__(self, rows: slice, columns: slice) -> Tensor:
+        import torch
+
+        down, across = (
+            torch.arange(side.start, side.stop) // size
+            for side, size in zip((rows, columns), self.block, strict=True)
+        )
+        scale = self.scale().float()[down[:, None], across]
+        return self.weight()[rows, columns].float().mul_(scale)
