@@ -64,6 +64,7 @@ class Checkpoint:
     shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
     outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
+    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stood in
 
     def tensor(self, name: str) -> torch.Tensor:
         """A zero-copy view; writing to it changes no file."""
