@@ -225,6 +225,26 @@ def test_q8_0(tmp_path: Path) -> None:
         zoo.convert(source, tmp_path / "no", to="meta", dtype="q8_0")
 
 
+def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    """Coded tensors are journaled as they lie in the file."""
+    wide = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source = published("llama", tmp_path / "hf", **wide)
+    whole = converted(source, tmp_path / "whole", dtype="q8_0")
+    seen: list[dict[str, Any]] = []
+
+    def stop(event: dict[str, Any]) -> None:
+        seen.append(event)
+        if sum(e["event"] == "tensor" for e in seen) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted(source, tmp_path / "out", dtype="q8_0", tell=stop, threads=1)
+    assert not (tmp_path / "out").exists()
+    seen.clear()
+    path = converted(source, tmp_path / "out", dtype="q8_0", tell=seen.append)
+    assert seen[-1]["resumed"] > 0 and path.read_bytes() == whole.read_bytes()
+
+
 # --- rotary scaling ------------------------------------------------------------------------------
 
 LLAMA3 = {
