@@ -380,6 +380,7 @@ def tiny_with(name: str, place: Path, vocab: int, fields: dict[str, Any] | None 
     return published(name, place, vocab_size=vocab, **(fields or {}))
 
 
+@pytest.mark.slow
 def test_byte_level_bpe(fixtures: Path, tmp_path: Path) -> None:
     for kind, vocab in (("gpt2", 50257), ("qwen2", 151936)):
         source = tiny_with(kind, tmp_path / kind, vocab)
@@ -398,6 +399,15 @@ def test_byte_level_bpe(fixtures: Path, tmp_path: Path) -> None:
             assert ours.encode(text) == theirs.encode(text)
             assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
         assert ours.eos == theirs.eos and ours.bos == theirs.bos
+        try:
+            import llama_cpp as package
+        except ImportError:
+            package = None
+        if package is not None:
+            llama = package.Llama(str(path), vocab_only=True, verbose=False)
+            for text in TEXTS[:3]:
+                assert llama.tokenize(text.encode(), add_bos=False) == theirs.encode(text)
+            llama.close()
         end = "<|endoftext|>"
         assert ours.encode(end, special=True) == theirs.encode(end, special=True)
         # what hf gets of it is read alike, and gives the same file again
@@ -409,6 +419,28 @@ def test_byte_level_bpe(fixtures: Path, tmp_path: Path) -> None:
         for key in ("tokens", "merges", "token_type"):
             whole = f"tokenizer.ggml.{key}"
             assert list(held_again[whole]) == list(held.said[whole]), key
+
+
+@pytest.mark.slow
+def test_ranks(fixtures: Path, tmp_path: Path) -> None:
+    """Llama 3's own file says no merges; what it implies is read back to the same ids."""
+    source = tiny_with("llama", tmp_path / "llama", 128256)
+    shutil.copy(fixtures / "tokenizers/llama3/tokenizer.model", source)
+    theirs = zoo.tokenizer(source)
+    path = converted(source, tmp_path / "gguf")
+    said = GGUFReader(path).said
+    assert said["tokenizer.ggml.pre"] == "llama-bpe" and said["tokenizer.ggml.add_bos_token"]
+    ours = zoo.tokenizer(path)
+    assert ours.bos == theirs.bos == 128000
+    mark = "<|eot_id|>"
+    assert ours.encode(mark, special=True) == theirs.encode(mark, special=True) == [128000, 128009]
+    for text in [*TEXTS, mark, "    indented = {'a': [1, 22, 333, 4444]}"]:
+        assert ours.encode(text) == theirs.encode(text)
+    package = pytest.importorskip("llama_cpp")
+    llama = package.Llama(str(path), vocab_only=True, verbose=False)
+    for text in TEXTS[:3]:
+        assert llama.tokenize(text.encode(), add_bos=True) == theirs.encode(text)
+    llama.close()
 
 
 def test_word_pieces(fixtures: Path, tmp_path: Path) -> None:
@@ -436,6 +468,7 @@ def test_word_pieces(fixtures: Path, tmp_path: Path) -> None:
     assert GGUFReader(path).said["tokenizer.ggml.model"] == "no_vocab"
 
 
+@pytest.mark.slow
 def test_sentence_pieces(fixtures: Path, tmp_path: Path) -> None:
     """Of the file's own pieces, scores and types; a larger embedding gets fillers."""
     source = tiny_with("llama", tmp_path / "llama", 32003)
@@ -579,6 +612,24 @@ def test_llama_cpp_agrees(hf: Any, tmp_path: Path, name: str) -> None:
     # ggml looks its gelu up in a table of half precision
     most = 1e-3 if name == "gpt2" else 1e-5
     assert (found - wanted).abs().max() < most * wanted.abs().max()
+
+
+def test_llama_cpp_agrees_on_bert(fixtures: Path, tmp_path: Path) -> None:
+    """Hidden states of a text, by its own tokenizer: types, positions, and norms on the sums."""
+    package = pytest.importorskip("llama_cpp")
+    words = fixtures / "tokenizers/bert-uncased/vocab.txt"
+    source = tiny_with("bert", tmp_path / "bert", len(words.read_text().splitlines()))
+    shutil.copy(words, source)
+    path = converted(source, tmp_path / "gguf", head="none")
+    each = {"embedding": True, "pooling_type": package.LLAMA_POOLING_TYPE_NONE}
+    llama = package.Llama(str(path), n_ctx=53, verbose=False, **each)
+    text = "The quick brown Fox, isn't it?"
+    model = zoo.load(path)
+    assert llama.tokenize(text.encode()) == model.tokenizer.encode(text)
+    found = torch.tensor(llama.embed(text, normalize=False))
+    llama.close()
+    wanted = logits_of(model, model.tokenizer.encode(text))
+    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()  # as of GPT-2
 
 
 def test_info(stories: Path, capsys: Any) -> None:

@@ -265,8 +265,10 @@ def values_of(carried: Mapping[str, Path], size: int) -> dict[str, Any]:
         said = _of_pair(carried[pairs[0]], carried[pairs[1]])
     elif "vocab.txt" in carried:
         said = _of_words(carried["vocab.txt"])
-    elif model is not None or any(n.endswith((".tiktoken", "tekken.json")) for n in carried):
-        raise _unsayable(carried, "ranks without merges. A tokenizer.json beside them would do")
+    elif model is not None:
+        said = _of_ranks(model)
+    elif any(n.endswith((".tiktoken", "tekken.json")) for n in carried):
+        raise _unsayable(carried, "ranks of another kind than Llama 3's")
     else:
         return {f"{_KEY}model": "no_vocab"}
     return _filled(said, size, next(iter(carried.values())).parent)
@@ -358,6 +360,14 @@ def _of_pair(vocab: Path, merges: Path) -> dict[str, Any]:
     made |= set(bytelevel.letters().values())
     plain = {t.text for t in settings.added if not t.special}
     return _of_merges(_tokenizer(vocab), kind, pairs, ids.keys() & made, plain)
+
+
+def _of_ranks(path: Path) -> dict[str, Any]:
+    """Llama 3's."""
+    tokens = bytelevel.read_ranks(path)
+    spelled = bytelevel.spelling
+    pairs = [f"{spelled(a)} {spelled(b)}" for a, b in bytelevel.merges_of(tokens)]
+    return _of_merges(_tokenizer(path), "llama3", pairs, set(map(spelled, tokens)), set())
 
 
 def _of_json(path: Path) -> dict[str, Any]:
