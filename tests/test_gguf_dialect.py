@@ -514,6 +514,9 @@ def test_vocabularies_that_cannot_be_said(fixtures: Path, tmp_path: Path) -> Non
         ({"tokenizer.ggml.tokens": [1, 2]}, r"tokens: expected an array of str"),
         ({"tokenizer.ggml.add_bos_token": 1}, r"add_bos_token: expected true or false"),
         ({"tokenizer.ggml.tokens": "abc"}, r"tokens: expected an array of str"),
+        ({"tokenizer.ggml.model": ["llama"]}, r"model: \['llama'\] is not implemented"),
+        ({"tokenizer.ggml.token_type": [999] * 512}, r"token_type: expected numbers from 1 to 6"),
+        ({"tokenizer.ggml.model": "gpt2"}, r"pre: expected gpt-2 or qwen2 or llama-bpe"),
     ],
 )
 def test_bad_vocabularies(

@@ -68,9 +68,11 @@ def read(values: Mapping[str, Any], where: Path) -> Tokenizer:
 
 def ends(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a generation_config.json would say."""
-    told = {f"{role}_token_id": values.get(_KEY + _ROLES[role]) for role in ("bos", "pad")}
-    last = [id for key in _ENDS if (id := values.get(_KEY + key)) is not None]
-    told["eos_token_id"] = last[0] if len(last) == 1 else list(dict.fromkeys(last)) or None
+    found = {key: values.get(_KEY + key) for key in (_ROLES["bos"], _ROLES["pad"], *_ENDS)}
+    ids = {key: id for key, id in found.items() if type(id) is int and id >= 0}
+    told: dict[str, Any] = {f"{r}_token_id": ids.get(_ROLES[r]) for r in ("bos", "pad")}
+    last = list(dict.fromkeys(ids[key] for key in _ENDS if key in ids))
+    told["eos_token_id"] = last[0] if len(last) == 1 else last or None
     return {key: id for key, id in told.items() if id is not None}
 
 
@@ -81,7 +83,7 @@ def files(values: Mapping[str, Any], where: Path) -> dict[str, bytes]:
     makers: dict[str, Callable[[_Said], dict[str, bytes]]]
     makers = {"llama": _as_pieces, "gpt2": _as_merges, "bert": _as_words}
     kind = values[f"{_KEY}model"]
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         known = ", ".join(makers)
         raise BadTokenizer(f"{where}: {_KEY}model: {kind!r} is not implemented (only {known})")
     said = _Said(values, where)
@@ -101,6 +103,8 @@ class _Said:
         self.tokens: list[str] = self.list("tokens", str)
         count = len(self.tokens)
         self.types: list[int] = self.list("token_type", int, count) or [_NORMAL] * count
+        if odd := [type_ for type_ in self.types if not _NORMAL <= type_ <= BYTE]:
+            raise self.wrong("token_type", f"numbers from {_NORMAL} to {BYTE}", odd[0])
         self.roles = {role: self.tokens[id] for role, id in self._ids() if id < count}
         self.settings: dict[str, Any] = {f"{r}_token": text for r, text in self.roles.items()}
         self.settings["clean_up_tokenization_spaces"] = False
@@ -213,7 +217,7 @@ def _around(said: _Said, vocabulary: Mapping[str, int]) -> dict[str, Any] | None
     """What stands before and after a text."""
     wanted = [role for role in ("bos", "eos") if said.flag(f"add_{role}_token", False)]
     if lacking := [role for role in wanted if said.roles.get(role) not in vocabulary]:
-        raise said.wrong(_ROLES[lacking[0]], "a token's id", said._values.get(lacking[0]))
+        raise said.wrong(_ROLES[lacking[0]], "a token's id", said.roles.get(lacking[0]))
     if not wanted:
         return None
     text = {"Sequence": {"id": "A", "type_id": 0}}
