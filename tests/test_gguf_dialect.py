@@ -214,6 +214,8 @@ def test_q8_0(tmp_path: Path) -> None:
     zoo.convert(path, tmp_path / "native", to="native")
     assert read(tmp_path / "native")["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
     assert zoo.info(path).stored.dtypes["Q8_0"] > 0
+    zoo.save(model, tmp_path / "saved")
+    assert read(tmp_path / "saved")["quantised"] == model.provenance.quantised
     native = zoo.load(tmp_path / "native")
     assert torch.equal(logits(native), logits(model))
     # quantised again from what it stands for, in another order of pieces: the same bytes

@@ -123,6 +123,7 @@ def _output(
     said = said_of(entry.name, to, load_spec(entry.spec))
     if (known := model.provenance) is not None:
         carried = companions_of(known.directory, known.file)
+        said |= coarse(known.quantised)
         if (inside := values_within(known.origin.dialect, known.files)) is not None:
             carried, more = unpacked(inside, carried, said)
             texts |= more
@@ -149,7 +150,7 @@ def _exported_output(
     if (known := model.provenance) is not None:
         carried = companions_of(known.directory, known.file)
         inside = values_within(known.origin.dialect, known.files)
-    told = said_of(entry.name, to, spec)
+    told = said_of(entry.name, to, spec) | coarse(known.quantised if known else {})
     shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
     return Output(tuple(shards), texts, carried, said=told)
 
@@ -183,10 +184,15 @@ def unpacked(
     if not gguf.has_one(inside.said):
         return dict(carried), {}
     try:
-        made = gguf.files(inside.said, inside.path)
+        made = gguf.files(inside.said, Path(inside.path.name))
     except BadTokenizer as error:
         said["left"], made = {"tokenizer": str(error)}, {}
     return licences(carried), made
+
+
+def coarse(quantised: Mapping[str, str]) -> dict[str, Any]:
+    """What a manifest says of tensors that are no more exact than what they stood in."""
+    return {"quantised": dict(sorted(quantised.items()))} if quantised else {}
 
 
 def licences(carried: Mapping[str, Path]) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from zoo.conversion import (
     check_dialect,
     check_no_layout,
     checked_destination,
+    coarse,
     companions_of,
     export_plan,
     exported_files,
@@ -233,9 +234,8 @@ def plan_output(
     said = {
         **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
+        **coarse(checkpoint.quantised),
     }
-    if checkpoint.quantised:
-        said["quantised"] = dict(sorted(checkpoint.quantised.items()))
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in found.spec.dialects:
         model, zeros = with_zeros(model, found.spec.dialect(to))
