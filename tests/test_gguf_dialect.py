@@ -171,6 +171,14 @@ def test_narrow_matrices(hf: Any, tmp_path: Path, dtype: str) -> None:
     assert all(
         torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in after
     )
+    # one number of one norm that the narrow type does not have: all is read in float32
+    at, _ = GGUFReader(path).span("output_norm.weight")
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = np.float32(1.0000001).tobytes()
+    (tmp_path / "one.gguf").write_bytes(data)
+    model = zoo.load(tmp_path / "one.gguf")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.state_dict()["norm.weight"][0].item() == np.float32(1.0000001)
     # norms of a model that was in float32 keep their digits
     path = converted(hf["llama"], tmp_path / "b", dtype=dtype)
     model = zoo.load(path)
@@ -565,6 +573,12 @@ def test_stories(fixtures: Path, stories: Path, tmp_path: Path, capsys: Any) -> 
     assert main(["generate", str(stories), text, "--max-new-tokens", "20"]) == 0
     told = capsys.readouterr().out
     assert told.strip() in model.tokenizer.decode(out[0], skip_special=True)
+    # whatever lies beside it, its own vocabulary counts
+    shutil.copy(stories, tmp_path / "x.gguf")
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\n")
+    alone = zoo.load(tmp_path / "x.gguf").tokenizer
+    assert alone.encode(text) == zoo.tokenizer(tmp_path / "x.gguf").encode(text)
+    assert alone.encode(text) == model.tokenizer.encode(text)
     # the same bytes each time, and from the same file again
     again = converted(stories, tmp_path / "again")
     assert again.read_bytes() == stories.read_bytes()
