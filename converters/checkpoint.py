@@ -65,10 +65,11 @@ class Checkpoint:
     shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
     outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
-    quantised: str = ""  # what some tensors are decoded from, if any is
+    packed: str = ""  # what some tensors are decoded from, if any is
     made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # and of which
     split: dict[str, str] | None = field(default=None, repr=False)  # files to be; None: as it is
     biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
+    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stood in
 
     def tensor(self, name: str) -> torch.Tensor:
         """A zero-copy view; writing to it changes no file."""

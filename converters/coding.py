@@ -59,3 +59,10 @@ def int8_groups(unit: int) -> tuple[Coding, Coding]:
     """llama2.c's: whole numbers of an array, and the float32 scales of their groups."""
     whole = Coding(f"int8 in groups of {unit}", unit, unit, _whole)
     return whole, Coding(f"scales of groups of {unit}", unit, 4, _scale_bytes)
+
+
+def q8_0() -> Coding:
+    """GGUF's: of each 32 numbers a scale in half precision, and 32 whole ones of eight bits."""
+    from converters.formats.quants import quantise_q8_0
+
+    return Coding("Q8_0", 32, 34, quantise_q8_0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -121,6 +122,7 @@ class Opened(NamedTuple):
         shared: dict[str, str] = {}
         outside: dict[str, str] = {}
         readers: dict[str, Reader] = {}
+        quantised: dict[str, str] = {}
         for number, (path, reader) in enumerate(self.readers):
             key = _key(container.within, reader.tensors)
             if key is None:
@@ -140,6 +142,8 @@ class Opened(NamedTuple):
                 info = reader.tensors[inner]
                 tensors[name] = TensorInfo(name, info.shape, info.dtype)
                 where[name] = path.name
+            coarse = getattr(reader, "quantised", {})
+            quantised |= {name: coarse[inner] for name, inner in names.items() if inner in coarse}
             shared |= _shared(reader, names)
         return Checkpoint(
             root=self.readers[0][0].parent,
@@ -151,6 +155,7 @@ class Opened(NamedTuple):
             readers=readers,
             shared=shared,
             outside=outside,
+            quantised=quantised,
         )
 
 
@@ -201,6 +206,70 @@ class _Renamed:
         if self._names[name] in getattr(self._reader, "quantised", ()):
             return None
         found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
+        return found
+
+
+# --- one dtype for all --------------------------------------------------------------------------
+
+
+def alike(checkpoint: Checkpoint, wide: tuple[str, ...]) -> Checkpoint:
+    """All tensors in one dtype, where files hold vectors (and those in `wide`) in F32 by custom.
+
+    It is that of the others if the vectors' numbers are all exact in it, else F32.
+    """
+    from converters.formats import torch_dtype
+
+    tensors = checkpoint.tensors
+    kinds = {info.dtype for info in tensors.values()}
+    narrow = kinds - {"F32"}
+    if len(kinds) == 1 or not kinds <= {"F32", "F16", "BF16"}:
+        return checkpoint
+    held = {name: info for name, info in tensors.items() if info.dtype == "F32"}
+    kind = next(iter(narrow))
+    if len(narrow) > 1 or any(len(i.shape) > 1 and n not in wide for n, i in held.items()):
+        kind = "F32"
+    for name in held if kind != "F32" else ():
+        numbers = checkpoint.tensor(name)
+        if not bool((numbers.to(torch_dtype(kind)).float() == numbers).all()):
+            kind = "F32"
+            break
+    casts: dict[str, Reader] = {
+        path: _Cast(reader, kind) for path, reader in checkpoint.readers.items()
+    }
+    infos = {name: TensorInfo(name, info.shape, kind) for name, info in tensors.items()}
+    return replace(checkpoint, tensors=infos, readers=casts)
+
+
+class _Cast:
+    """A reader whose tensors are all of one dtype."""
+
+    def __init__(self, reader: Any, dtype: str) -> None:
+        self.path: Path = reader.path
+        self.metadata: dict[str, str] = reader.metadata
+        self._reader, self._dtype = reader, dtype
+        self.tensors = {n: TensorInfo(n, i.shape, dtype) for n, i in reader.tensors.items()}
+
+    def _held(self, name: str) -> bool:
+        found: str = self._reader.tensors[name].dtype
+        return found == self._dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        from converters.formats import torch_dtype
+
+        found: torch.Tensor = self._reader.tensor(name)
+        return found.to(torch_dtype(self._dtype))
+
+    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
+        from converters.formats import torch_dtype
+
+        if self._held(name):
+            found: Callable[[int, int], torch.Tensor] | None = self._reader.decoder(name)
+            return found
+        flat, dtype = self._reader.tensor(name).view(-1), torch_dtype(self._dtype)
+        return lambda start, end: flat[start:end].to(dtype)
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        found: tuple[int, int] | None = self._reader.span(name) if self._held(name) else None
         return found
 
 

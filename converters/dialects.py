@@ -112,7 +112,15 @@ def _reference(
     """(the config in the dialect's own words, where it lies); empty where there is none."""
     values, file = opened.values, opened.readers[0][0]
     if container.config == ".":
-        return _nested(values), f"{file}: header"
+        return nested(values), f"{file}: header"
+    if container.config.startswith("{"):
+        above = f"{values.get(container.config[1:-1])}."
+        about = {k: v for k, v in values.items() if k.partition(".")[0] not in container.beside}
+        # a config's arrays are short; long ones are of a format's own class, and no plain data
+        long = [k for k, v in about.items() if isinstance(v, Iterable) and not _plain(v)]
+        if long:
+            raise ConfigError(f"{file}: {listing(long)}: longer than anything that a config says")
+        return nested({k.removeprefix(above): v for k, v in about.items()}), f"{file}: header"
     if container.config.endswith(".json"):
         path = checkpoint.root / container.config
         if not os.path.lexists(path):
@@ -122,7 +130,11 @@ def _reference(
     return (said if isinstance(said, dict) else {}), f"{file}: {container.config or 'no config'}"
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | list | dict)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """`{"a.b": 1}` as `{"a": {"b": 1}}`, which is how a spec's paths look."""
     out: dict[str, Any] = {}
     for key, value in values.items():

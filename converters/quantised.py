@@ -460,7 +460,7 @@ class _Groups:
             readers=readers,
             outside=dict(self.needless),
             made_of={name: matrix.parts for name, matrix in self.matrices.items()},
-            quantised=self.how.about,
+            packed=self.how.about,
             split=split,
             biases=frozenset(f"{name.removesuffix('weight')}bias" for name in self.matrices),
         )

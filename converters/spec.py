@@ -28,7 +28,7 @@ _SECTIONS = (
 )
 _CONFIG_SECTIONS = (
     *("config", "defaults", "require", "ignore", "exclusive"),
-    *("is", "needs", "unsaid", "words", "write", "zeros", "forgets"),
+    *("is", "needs", "unsaid", "words", "keys", "tables", "write", "zeros", "forgets"),
 )
 _SPEC_KEYS = ("axes", "shapes", "present", "head")
 
@@ -56,7 +56,11 @@ class Container:
     format: str
     file: str = ""  # as it is written; none: it is read alone
     within: tuple[str, ...] = ("",)  # the key of a nested file that weights stand under
-    config: str = ""  # a file beside it, a key of the file's own values, `.` for all of these
+    # a file beside it, a key of the file's own values, `.` for all of these; `{key}`: of those the
+    # ones below the name that stands there
+    config: str = ""
+    beside: tuple[str, ...] = ()  # names below which no value is about the model
+    wide: tuple[str, ...] = ()  # tensors in F32, as vectors are
     about: str = ""  # for people
     fixed: Mapping[str, int] = field(default_factory=dict)  # of what its format leaves to choose
     names: Mapping[str, str] = field(default_factory=dict)  # a file beside it: what others call it
@@ -92,6 +96,9 @@ class Dialect:
     needs: tuple[str, ...] = ()  # native fields without which nothing can be read
     unsaid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that say nothing
     words: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
+    # of a field that is an object: native key -> its own; it has no others
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)  # array that says a native field: which
     write: Mapping[str, Any] = field(default_factory=dict)  # `{field}` or a constant; null: not
     # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
     zeros: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +148,9 @@ class Dialect:
         return out
 
     def _native(self, name: str, value: Any) -> Any:
+        if name in self.keys and isinstance(value, dict):
+            names = {theirs: mine for mine, theirs in self.keys[name].items()}
+            value = {names.get(key, key): inner for key, inner in value.items()}
         pairs = self.words.get(name, ())
         return next((n for r, n in pairs if r == value and type(r) is type(value)), value)
 
@@ -177,7 +187,8 @@ class Dialect:
         mapped = {path.partition(".")[0] for paths in self.config.values() for path in paths}
         problems = []
         for names in self.exclusive:
-            said = [reference[name] for name in names if reference.get(name) is not None]
+            found = (_look_up(reference, name) for name in names)
+            said = [value for value in found if value is not None]
             if any(value != said[0] for value in said):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
         every = {path for paths in self.config.values() for path in paths}
@@ -220,9 +231,12 @@ class Dialect:
             value = fields[name]
             if name in self.words:
                 said = [r for r, native in self.words[name] if native == value]
-                if not said:
+                if not said and name not in self.keys:
                     continue  # left out; it comes back different if that means something else
-                value = said[0]
+                value = said[0] if said else value
+            if name in self.keys and isinstance(value, dict):
+                keys = self.keys[name]
+                value = {keys[key]: inner for key, inner in value.items() if key in keys}
             if isinstance(value, dict) and isinstance(place.get(last), dict):
                 place[last] = {**value, **place[last]}
             else:
@@ -394,10 +408,12 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         ignore=frozenset(ignored) | frozenset(common["ignore"]),
         exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),
         container=common["container"],
-        is_={k: tuple(v) for k, v in section("is").items()},
+        is_={k: tuple(v) if type(v) is list else (v,) for k, v in section("is").items()},
         needs=tuple(data.get("needs") or ()),
         unsaid={k: tuple(v) for k, v in section("unsaid").items()},
         words={k: tuple((a, b) for a, b in pairs) for k, pairs in section("words").items()},
+        keys=section("keys"),
+        tables=section("tables"),
         write=section("write"),
         zeros=section("zeros"),
         forgets=frozenset([*(data.get("forgets") or ()), *common["forgets"]]),
@@ -453,7 +469,9 @@ def _container(data: Any, where: str) -> Container:
     if odd := [key for key in data if key not in known]:
         raise SpecError(f"{where}: no field {odd[0]!r}.{did_you_mean(odd[0], known)}")
     within = data.get("within", "")
-    return Container(**{**data, "within": tuple(within) if isinstance(within, list) else (within,)})
+    lists = {"within": tuple(within) if isinstance(within, list) else (within,)}
+    lists |= {name: tuple(data[name]) for name in ("beside", "wide") if name in data}
+    return Container(**{**data, **lists})
 
 
 def _mapping(data: Any, where: str) -> dict[str, Any]:

@@ -369,7 +369,7 @@ def llama_cpp(case: Case) -> dict[str, Any]:
     threads = torch.get_num_threads()
 
     def load(kind: str) -> Any:
-        path = case.directory.with_name(f"{case.directory.name}-{kind.lower()}.gguf")
+        path = made_gguf(case.directory, kind)
         return package.Llama(
             str(path),
             n_ctx=1024,
@@ -382,6 +382,18 @@ def llama_cpp(case: Case) -> dict[str, Any]:
 
     kinds = {"llama.cpp": KINDS[case.dtype], "llama.cpp q8_0": "Q8_0"}
     return {who: case._once(who, partial(load, kind)) for who, kind in kinds.items()}
+
+
+def made_gguf(directory: Path, kind: str) -> Path:
+    """The checkpoint's weights in one file beside it, made where it is missing."""
+    path = directory.with_name(f"{directory.name}-{kind.lower()}.gguf")
+    if not path.exists():
+        dtype = {name: word for word, name in KINDS.items()}.get(kind, "q8_0")
+        place = path.with_suffix(".making")
+        zoo.convert(directory, place, to="gguf", dtype=dtype, layout={"vocabulary": 0}, force=True)
+        (place / "model.gguf").rename(path)
+        shutil.rmtree(place)
+    return path
 
 
 def llama_cpp_decode(case: Case, ids: torch.Tensor) -> Ways:

@@ -182,16 +182,21 @@ def _of_files(source: sources.Source) -> Info:
 
 def _stored(checkpoint: Checkpoint) -> Stored:
     from converters.formats import itemsize
+    from converters.formats.quants import KINDS
 
     values: Counter[str] = Counter()
-    for tensor in checkpoint.tensors.values():
-        values[tensor.dtype] += prod(tensor.shape)
+    for name, tensor in checkpoint.tensors.items():
+        values[checkpoint.quantised.get(name, tensor.dtype)] += prod(tensor.shape)
+    blocks = {kind.name: (kind.block, kind.size) for kind in KINDS.values() if kind.decode}
     return Stored(
         format=checkpoint.format,
         files=tuple(path.name for path in checkpoint.files),
         tensors=len(checkpoint.tensors),
         dtypes=dict(values),
-        bytes=sum(count * itemsize(dtype) for dtype, count in values.items()),
+        bytes=sum(
+            n // blocks[kind][0] * blocks[kind][1] if kind in blocks else n * itemsize(kind)
+            for kind, n in values.items()
+        ),
     )
 
 

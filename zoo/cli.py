@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIALECT",
         type=_dialect,
         default="native",
-        help="hf, meta, llama2c, nanogpt, onnx, pt2 … [native]",
+        help="hf, meta, gguf, nanogpt, onnx, pt2 … [native]",
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace DIR")
-    command.add_argument("--dtype", help="cast to float32, bfloat16 …  [as stored]")
+    command.add_argument("--dtype", help="cast to float32, bfloat16, q8_0 …  [as stored]")
     command.add_argument("--memory", type=_bytes, metavar="BYTES", help="for buffers  [64M]")
     command.add_argument("--shard", type=_bytes, metavar="BYTES", help="at most, a file  [5G]")
     command.add_argument("--part", metavar="N/M", help="a share; the last one done publishes")

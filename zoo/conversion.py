@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -20,6 +20,7 @@ from converters.checkpoint import SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
 from converters.engine import Options, Tell, run
 from converters.formats import TensorInfo, dtype_code
+from converters.formats.gguf import GGUFReader, Value, open_gguf
 from converters.lazy import Lazy
 from converters.manifest import finish
 from converters.output import SINGLE, Item, Make, Output, Shard, digest, index_of
@@ -29,6 +30,7 @@ from converters.store import Stage, staged
 from zoo import graphs, registry
 from zoo.components.model import Model
 from zoo.errors import (
+    BadTokenizer,
     LossyExport,
     NonFinite,
     OutputExists,
@@ -56,6 +58,9 @@ COMPANIONS = (
     *("*.json", "*.txt", "*.bpe", "*.model", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*"),
 )
+LICENCES = ("LICENSE*", "NOTICE*")
+# what a GGUF file says of itself, and not of what it holds
+OWN_VALUES = ("architecture", "alignment", "file_type", "quantization_version", "type")
 NOT_CARRIED = (
     *("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json"),
     *("quantize_config.json", "quant_config.json"),  # no weights are written as these say
@@ -184,13 +189,18 @@ def _output(
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
     carried = _carried(model)
+    entry = _entry(model)
+    said = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
+    if (known := model.provenance) is not None:
+        said |= coarse(known.quantised)
+        if (inside := values_within(known.origin.dialect, known.files)) is not None:
+            carried, more = unpacked(inside, carried, said)
+            texts |= more
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
         if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
                 carried.pop(f"{folder}/{name}", None)
             shards.append(Shard.of(f"{folder}/{SINGLE}", held, {"format": "pt"}))
-    entry = _entry(model)
-    said = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
     return Output(tuple(shards), texts, carried, said=said)
 
 
@@ -205,10 +215,12 @@ def _exported_output(
     said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
     made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
     items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
-    shards, texts = made.files(items)
-    carried = _carried(model)
-    texts |= vocabulary_of(made, carried)
+    carried, inside = _carried(model), None
     told = {**said_of(entry.name, to, spec), **lossy_of(model.provenance)}
+    if (known := model.provenance) is not None:
+        inside = values_within(known.origin.dialect, known.files)
+        told |= coarse(known.quantised)
+    shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
     return Output(tuple(shards), texts, carried, said=told)
 
 
@@ -232,14 +244,76 @@ def _carried(model: Model) -> dict[str, Path]:
     return companions_of(provenance.directory, provenance.file, container)
 
 
-def vocabulary_of(made: Export, carried: dict[str, Path]) -> dict[str, bytes]:
-    """llama2.c reads a vocabulary of its own kind."""
-    from zoo.tokenizers import llama2c
+def values_within(dialect: str, files: Sequence[Path]) -> GGUFReader | None:
+    """The GGUF file that a checkpoint of that dialect is, or begins with."""
+    return next(iter(open_gguf(files[0]).values())) if dialect == "gguf" else None
 
-    if made.container.format != "llama2c" or llama2c.FILE in carried:
-        return {}
-    text = llama2c.made_of(carried)
-    return {} if text is None else {llama2c.FILE: text}
+
+def unpacked(
+    inside: GGUFReader, carried: Mapping[str, Path], said: dict[str, Any]
+) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """(files to carry along, files made of the vocabulary in a GGUF file).
+
+    Of a vocabulary that no other file can say, `said` gets the reason.
+    """
+    from zoo.tokenizers import gguf
+
+    if not gguf.has_one(inside.said):
+        return dict(carried), {}
+    try:
+        made = gguf.files(inside.said, Path(inside.path.name))
+    except BadTokenizer as error:
+        said["left"], made = {"tokenizer": str(error)}, {}
+    return licences(carried), made
+
+
+def coarse(quantised: Mapping[str, str]) -> dict[str, Any]:
+    """What a manifest says of tensors that are no more exact than what they stood in."""
+    return {"quantised": dict(sorted(quantised.items()))} if quantised else {}
+
+
+def licences(carried: Mapping[str, Path]) -> dict[str, Path]:
+    return {n: p for n, p in carried.items() if any(fnmatch(n, each) for each in LICENCES)}
+
+
+def exported_files(
+    made: Export,
+    items: Iterable[Item],
+    carried: Mapping[str, Path],
+    inside: GGUFReader | None,
+    said: dict[str, Any],
+    vocab: int,
+    **how: Any,
+) -> tuple[list[Shard], dict[str, bytes], dict[str, Path]]:
+    """(files of tensors, texts, files to carry along), each with the vocabulary it should hold."""
+    from zoo.tokenizers import gguf, llama2c
+
+    if made.container.format == "gguf":
+        values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
+        own = inside is not None and gguf.has_one(inside.said)
+        if inside is not None:
+            skipped = {f"general.{name}" for name in OWN_VALUES}
+            values |= {
+                key: Value(inside.kinds[key], value)
+                for key, value in inside.said.items()
+                if key.partition(".")[0] in ("general", "tokenizer") and key not in skipped
+            }
+        if not made.options.get("vocabulary", 1):
+            values = {k: v for k, v in values.items() if not k.startswith("tokenizer.")}
+            values["tokenizer.ggml.model"] = "no_vocab"
+        elif not own:
+            values |= gguf.values_of(carried, vocab)
+        shards, texts = made.files(items, values=values, **how)
+        return shards, texts, licences(carried)
+    shards, texts = made.files(items, **how)
+    kept = dict(carried)
+    if inside is not None:
+        kept, more = unpacked(inside, carried, said)
+        texts |= more
+    if made.container.format == "llama2c" and llama2c.FILE not in kept:
+        text = llama2c.made_of(kept)
+        texts |= {} if text is None else {llama2c.FILE: text}
+    return shards, texts, kept
 
 
 def _item(name: str, tensor: Tensor) -> Item:

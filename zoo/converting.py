@@ -27,8 +27,10 @@ from zoo.conversion import (
     check_no_choice,
     check_no_layout,
     checked_destination,
+    coarse,
     companions_of,
     export_plan,
+    exported_files,
     in_order,
     lossy_of,
     native_record,
@@ -36,11 +38,12 @@ from zoo.conversion import (
     said_of,
     save_graph,
     split,
+    unpacked,
+    values_within,
     versions,
-    vocabulary_of,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
-from zoo.exporting import export, with_zeros
+from zoo.exporting import QUANTISED, export, with_zeros
 from zoo.graphs import GRAPHS
 from zoo.pretrained import (
     Located,
@@ -83,9 +86,9 @@ def convert(
     where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
     of processes, on machines that share the disk, write the others, and the last publishes.
     `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
-    offers to choose, such as {"shards": 2}. `dtype` casts; a value too large for it is an error, as
-    is NaN or infinity unless `allow_nonfinite`. `tell` is called with what happens. Further options
-    are those of `zoo.load`: head, config, revision, token, ignore_config, trust …
+    offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
+    for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
+    happens. Further options are those of `zoo.load`: head, config, revision, token, trust …
     To "onnx" and "pt2" the model is loaded, and its graph written whole: as `zoo.save` does it.
     """
     check_dialect(to)
@@ -166,7 +169,7 @@ def dry_run(
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
     decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
     if decoded:
-        text = "\n".join([text, f"lossy: {checkpoint.quantised}", *decoded])
+        text = "\n".join([text, f"lossy: {checkpoint.packed}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
 
 
@@ -226,6 +229,7 @@ def _finished(output: Output, directory: Path, report: Report) -> dict[str, Any]
     """The directory made whole; what there is to tell of it."""
     manifest.finish(output, directory, report, versions())
     seen = {"zeros": report.zeros, "duplicates": report.duplicates}
+    seen["left"] = [f"{what}: {why}" for what, why in output.said.get("left", {}).items()]
     return {"event": "done", "resumed": report.resumed, **seen}
 
 
@@ -247,12 +251,14 @@ def plan_output(
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
-    kind = dtype_of(dtype)
+    quantised = isinstance(dtype, str) and dtype.lower() == QUANTISED
+    kind = None if quantised else dtype_of(dtype)
     state = dict(_state(plan, checkpoint, kind))
     said = {
         **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
         **lossy_of(provenance),
+        **coarse(checkpoint.quantised),
     }
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in found.spec.dialects:
@@ -261,21 +267,27 @@ def plan_output(
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
     container = None if found.foreign is None else found.foreign.container
     carried = companions_of(found.source.directory, found.source.file, container)
+    inside = values_within(found.dialect, checkpoint.files)
     seen = {path: identity(path.stat()) for path in checkpoint.files}
     if to not in OWN_FILES:
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
         made = export(found.spec, to, model.config, native_of(model), dtypes, layout, before)
+        if quantised and made.container.format != "gguf":
+            raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
         held = {info.dtype for info in made.plan.header.values()}
-        if kind is not None and held != {dtype_code(kind)}:
+        if kind is not None and dtype_code(kind) not in held:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
         items = list(_backward(checkpoint, plan, made.plan, trust, zeros))
-        shards, texts = made.files(items, lossy=kind is not None)
-        texts |= vocabulary_of(made, carried)
+        how = {"lossy": kind is not None or quantised, "quantised": quantised}
+        vocab = model.config.vocab
+        shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
         said["layout"] = dict(made.options)
         return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
     check_no_layout(to, layout)
+    if quantised:
+        raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, state)}
         items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
@@ -289,6 +301,9 @@ def plan_output(
         items = [item.cast(dtype_code(kind)) for item in items]
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
+    if inside is not None:
+        carried, more = unpacked(inside, carried, said)
+        texts |= more
     return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from converters.checkpoint import confined
+from converters.formats.gguf import open_gguf
 from converters.strict_json import read_json
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
@@ -34,6 +35,7 @@ from zoo.errors import (
 )
 from zoo.inference import at_rest, device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
+from zoo.tokenizers.gguf import ends
 
 MAX_NEW_TOKENS = 100
 OUTPUTS = ("return_logprobs", "stream")  # options that say what is given back
@@ -62,6 +64,8 @@ def ends_of(model: Model) -> Ends:
     said: dict[str, Any] = {}
     if model.provenance is not None:
         said = json.loads(model.provenance.origin.config)
+        if model.provenance.origin.dialect == "gguf":
+            said |= ends(next(iter(open_gguf(model.provenance.files[0]).values())).said)
     own = {"pad_token_id": "pad", "decoder_start_token_id": "start"}
     held = {key: getattr(model.config, name, None) for key, name in own.items()}
     said |= {key: id for key, id in held.items() if id is not None}

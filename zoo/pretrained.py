@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,6 +25,7 @@ from converters.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from converters.containers import alike
 from converters.dialects import Found, find
 from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo
@@ -37,6 +38,7 @@ from converters.spec import Dialect, Spec, load_spec
 from converters.strict_json import parse_json
 from zoo import registry, sources
 from zoo.components.model import Model
+from zoo.components.rotary import Llama3
 from zoo.errors import (
     ChecksumMismatch,
     ConfigError,
@@ -118,6 +120,8 @@ class Provenance:
     repo: str | None = None
     revision: str | None = None
     file: Path | None = None  # where one was given and not its directory
+    # name on disk -> what it stood in, where that is coarser than its dtype: nothing of it is exact
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lossy(self) -> str:
@@ -131,6 +135,11 @@ class Provenance:
     def rules(self) -> dict[str, str]:
         """Native name -> the rule it came by."""
         return self.plan.rule_of()
+
+    @property
+    def tokenizer_at(self) -> Path:
+        """A file that holds one beside the weights, else the directory."""
+        return self.files[0] if self.origin.dialect == "gguf" else self.directory
 
     @property
     def dropped(self) -> Mapping[str, str]:
@@ -434,6 +443,7 @@ def _read_foreign(
     found = find(place)
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
+    found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
     entry = next(e for e in registry.architectures().values() if e.spec == found.spec.name)
     if head is None and len(found.heads) > 1:
         raise ConfigError(
@@ -443,10 +453,40 @@ def _read_foreign(
     heads = _heads(entry, None, head or found.heads[0], str(place))
     named = next((c for c, each in entry.heads.items() if heads[0] in each), None)
     fields, problems = found.fields(ignore)
+    try:
+        fields |= told_by_tables(
+            found.dialect, fields, found.checkpoint.tensor, found.checkpoint.tensors
+        )
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))
     text = json.dumps(found.reference)
     return Located(source, entry, found.spec, heads, fields, named, text, None, found)
+
+
+def told_by_tables(
+    dialect: Dialect,
+    fields: Mapping[str, Any],
+    tensor: Callable[[str], Tensor],
+    there: Collection[str],
+) -> dict[str, Any]:
+    """Native fields that small arrays tell: how rotary frequencies are scaled."""
+    told: dict[str, Any] = {}
+    for name, field_ in dialect.tables.items():
+        if name not in there:
+            continue
+        numbers = tensor(name)
+        base = fields.get("rope_base", 10000.0)
+        if numbers.dim() != 1 or not 0 < len(numbers) <= 4096 or type(base) is not float:
+            raise ConfigError(f"{name}: expected a factor for each pair of a head")
+        if fields.get(field_) not in (None, {"rope_type": "default"}):
+            raise ConfigError(f"{name}: scales frequencies, and so does the config")
+        try:
+            told[field_] = Llama3.from_factors(numbers, base).to_json()
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return told
 
 
 def _heads(
@@ -575,6 +615,7 @@ def provenance_of(
         repo=found.source.repo,
         revision=found.source.revision,
         file=found.source.file,
+        quantised=checkpoint.quantised,
     )
 
 
@@ -724,5 +765,5 @@ def _origin(found: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
         where={modern[name]: files[name] for name in held},
         # what is not safetensors comes back as safetensors, labelled as the reference expects
         metadata=checkpoint.metadata if checkpoint.format == "safetensors" else {"format": "pt"},
-        quantised=checkpoint.quantised,
+        quantised=checkpoint.packed,
     )

@@ -54,5 +54,7 @@ class Shown:
         if zeros := event["zeros"]:
             told = f"warning: {len(zeros)} tensors are all zero: {listing(zeros, 5)}"
             print(told, file=sys.stderr)
+        for told in event["left"]:
+            print(f"warning: left behind: {told}", file=sys.stderr)
         for names in event["duplicates"]:
             print(f"warning: the same numbers under {listing(names, 5)}", file=sys.stderr)

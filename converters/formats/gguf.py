@@ -450,6 +450,13 @@ def _shortest(value: float) -> float:
     return value
 
 
+def as_read(value: Any) -> Any:
+    """What a plain value is once it was written and read: floats lose half of their digits."""
+    if type(value) is not float or not -3.4e38 < value < 3.4e38:
+        return value
+    return _shortest(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
 def _alignment(path: Path, header: _Header) -> int:
     value = header.said.get(_ALIGNMENT, 32)
     kind = header.kinds.get(_ALIGNMENT, "u32")

@@ -58,7 +58,7 @@ class Model(nn.Module):
 
         if self.provenance is None:
             raise UsageError("a model of no checkpoint has no tokenizer: zoo.tokenizer reads one")
-        return read(self.provenance.directory)
+        return read(self.provenance.tokenizer_at)
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -178,6 +178,28 @@ class Llama3(Scaling):
         keep = ((turns - self.low_freq_factor) / span).clamp(0, 1)
         return plain * (keep + (1 - keep) / self.factor)
 
+    @classmethod
+    def from_factors(cls, factors: Tensor, base: float) -> Llama3:
+        """Of what divides each pair's frequency, where it is as Llama 3 was published."""
+        made = cls(float(factors.max()), *LLAMA3)
+        rotary = Rotary(2 * len(factors), base, made, LLAMA3[2])
+        if not torch.allclose(made.factors(rotary), factors.float(), rtol=1e-5, atol=0):
+            bends = " and ".join(map(str, LLAMA3[:2]))
+            raise ConfigError(
+                f"factors of frequencies that are not those of type 'llama3' with a factor of "
+                f"{made.factor}, between {bends}, from {LLAMA3[2]} on"
+            )
+        return made
+
+    def factors(self, rotary: Rotary) -> Tensor:
+        """(e/2,) what divides each pair's frequency."""
+        steps = torch.arange(0, rotary.width, 2, dtype=torch.float64) / rotary.width
+        plain = PLAIN.frequencies(rotary, steps, steps)
+        return (plain / self.frequencies(rotary, steps, steps)).float()
+
+
+LLAMA3 = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor and the length, as published
+
 
 @dataclass(frozen=True)
 class Yarn(Scaling):

@@ -10,6 +10,7 @@ What a directory holds decides which engine reads it. Where several lie together
 5. `tekken.json` of Mistral's, and `qwen.tiktoken`: ranks, by tiktoken.
 6. `vocab.txt`: WordPiece, by `tokenizers`.
 7. `characters.json`, zoo's own.
+8. What a GGUF file says of its tokens; of such a file given alone this comes first.
 
 Decoding never cleans spaces up (`clean_up_tokenization_spaces=False`): what was encoded comes back.
 WordPiece is the exception, since its pieces do not hold their spaces: they are put between words,

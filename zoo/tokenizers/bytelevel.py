@@ -7,7 +7,7 @@ import binascii
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,6 +228,21 @@ def _bytes(text: str) -> bytes:
         raise BadTokenizer(f"{text!r}: {error} stands for no byte") from None
 
 
+def merges_of(tokens: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Of each token the two parts that tokens of lower ranks make of it, in order."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for rank, token in enumerate(tokens):
+        parts = [token[n : n + 1] for n in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            if (least := min(pairs)) == rank:
+                break
+            at = pairs.index(least)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
 # --- ranks ---------------------------------------------------------------------------------------
 
 
@@ -240,6 +255,13 @@ def holds_ranks(path: Path) -> bool:
 def from_ranks(
     path: Path, kind: str, wanted: Iterable[Added], composed: Composed | None = None
 ) -> ByteLevel:
+    tokens = read_ranks(path)
+    added = place(wanted, {}, len(tokens), path)
+    return ranked(tokens, PATTERNS[kind], added, path, composed=composed)
+
+
+def read_ranks(path: Path) -> list[bytes]:
+    """Tokens by rank."""
     tokens: list[bytes] = []
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line:
@@ -253,8 +275,7 @@ def from_ranks(
             tokens.append(base64.b64decode(text, validate=True))
         except binascii.Error as error:
             raise BadTokenizer(f"{path}: line {number}: {error}") from None
-    added = place(wanted, {}, len(tokens), path)
-    return ranked(tokens, PATTERNS[kind], added, path, composed=composed)
+    return tokens
 
 
 def ranked(

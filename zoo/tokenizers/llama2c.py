@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from converters.formats import open_regular
@@ -57,7 +57,7 @@ def pieces(path: Path) -> list[tuple[str, float]]:
 
 def as_model(path: Path) -> bytes:
     """The SentencePiece model that has these pieces: BPE, bytes to fall back on."""
-    out = b""
+    found: list[tuple[str, float, int]] = []
     for id, (text, score) in enumerate(pieces(path)):
         text = _MARKS.get(text, text)
         kind = _NORMAL
@@ -67,12 +67,25 @@ def as_model(path: Path) -> bytes:
             kind = _CONTROL
         elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kind = _BYTE
-        piece = _bytes(1, text.replace(" ", SPACE).encode()) + b"\x15" + struct.pack("<f", score)
-        out += _bytes(1, piece + b"\x18" + bytes([kind]))
-    byte_fallback = b"\x98\x02\x01"  # field 35
-    out += _bytes(2, b"\x18\x02" + byte_fallback)  # a model of type BPE
-    plain = b"\x18\x01\x20\x00\x28\x01"  # a space before a text, spaces kept and escaped
-    return out + _bytes(3, _bytes(1, b"identity") + plain)
+        found.append((text.replace(" ", SPACE), score, kind))
+    return model_of(found)
+
+
+def model_of(
+    pieces: Iterable[tuple[str, float, int]],
+    *,
+    prefix: bool = True,
+    collapse: bool = False,
+    falls_back: bool = True,
+) -> bytes:
+    """A SentencePiece model of type BPE, of (text, score, kind); spaces are always escaped."""
+    parts = []
+    for text, score, kind in pieces:
+        piece = _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score)
+        parts.append(_bytes(1, piece + b"\x18" + bytes([kind])))
+    parts.append(_bytes(2, b"\x18\x02\x98\x02" + bytes([falls_back])))  # fields 3 and 35
+    spaces = b"\x18" + bytes([prefix]) + b"\x20" + bytes([collapse]) + b"\x28\x01"
+    return b"".join(parts) + _bytes(3, _bytes(1, b"identity") + spaces)
 
 
 def _bytes(field: int, data: bytes) -> bytes:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.checkpoint import confined
+from converters.containers import kind_of
+from converters.formats.gguf import open_gguf
 from zoo import sources
 from zoo.errors import BadTokenizer, NotACheckpoint, listing
-from zoo.tokenizers import bytelevel, fast, llama2c, pieces, tekken, unigrams
+from zoo.tokenizers import bytelevel, fast, gguf, llama2c, pieces, tekken, unigrams
 from zoo.tokenizers.characters import FILE as CHARACTERS
 from zoo.tokenizers.characters import CharTokenizer
 from zoo.tokenizers.core import Side, Tokenizer
@@ -43,11 +45,18 @@ def tokenizer(ref: Ref, **where: Any) -> Tokenizer:
 
     `where` is as `zoo.load` has it: revision, token, cache_dir, local_files_only.
     """
-    return read(sources.resolve(ref, weights=False, config=False, **where).directory)
+    found = sources.resolve(ref, weights=False, config=False, **where)
+    return read(found.file or found.directory)
 
 
-def read(directory: Path) -> Tokenizer:
-    """The tokenizer in a local directory; one that holds nothing else will do."""
+def read(place: Path) -> Tokenizer:
+    """The tokenizer in a local directory; one that holds nothing else will do.
+
+    Of a file of weights the one that it holds itself, else what lies beside it.
+    """
+    if not place.is_dir():
+        return _within(place) or read(place.parent)
+    directory = place
 
     def has(*names: str) -> bool:
         return all(os.path.lexists(directory / name) for name in names)
@@ -73,6 +82,9 @@ def read(directory: Path) -> Tokenizer:
         return _finish(words, KINDS["bert"], settings)
     if has(CHARACTERS):
         return CharTokenizer.read(confined(directory, CHARACTERS))
+    inside = [p for p in sorted(directory.glob("*.gguf")) if kind_of(p) == "gguf"][:1]
+    if inside and (held := _within(inside[0])) is not None:
+        return held
     if (lone := _lone(directory)) is not None:
         if lone.suffix == ".model":
             return _modelled(lone, settings)
@@ -82,6 +94,14 @@ def read(directory: Path) -> Tokenizer:
     known += ["vocab.txt", CHARACTERS]
     there = listing(sorted(os.listdir(directory)), 5) or "nothing"
     raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(known)}. It holds {there}.")
+
+
+def _within(path: Path) -> Tokenizer | None:
+    """Of a file that holds weights and vocabulary."""
+    if kind_of(path) != "gguf":
+        return None
+    said = next(iter(open_gguf(path).values())).said
+    return gguf.read(said, path) if gguf.has_one(said) else None
 
 
 def _lone(directory: Path) -> Path | None:

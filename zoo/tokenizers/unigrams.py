@@ -36,6 +36,8 @@ class Model(NamedTuple):
     pieces: list[Piece]
     kind: int
     characters: bytes  # a table of what stands for what, to compose them
+    prefix: bool = True  # a space before a text
+    collapse: bool = True  # several spaces count as one
 
 
 def from_pieces(path: Path, settings: Settings) -> Fast:
@@ -105,10 +107,11 @@ def read_model(path: Path) -> Model:
                 messages[number].append(_bytes(value))
         pieces = [_piece(message) for message in messages[1]]
         kind = dict(_fields(b"".join(messages[2]))).get(3, UNIGRAM)
-        characters = _bytes(dict(_fields(b"".join(messages[3]))).get(2, b""))
+        normal = dict(_fields(b"".join(messages[3])))
+        characters = _bytes(normal.get(2, b""))
     except ValueError as error:
         raise BadTokenizer(f"{path}: no model of sentencepiece: {error}") from None
-    return Model(pieces, kind, characters)
+    return Model(pieces, kind, characters, bool(normal.get(3, 1)), bool(normal.get(4, 1)))
 
 
 def _bytes(value: Any) -> bytes:
