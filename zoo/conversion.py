@@ -128,7 +128,15 @@ def save_graph(
         options = Options(sha256=sha256, allow_nonfinite=allow_nonfinite, tell=tell)
         report = run(output, Stage(stage), options)
         finish(output, stage, report, versions())
-    tell({"event": "done", "resumed": 0, "zeros": report.zeros, "duplicates": report.duplicates})
+    tell(
+        {
+            "event": "done",
+            "left": [],
+            "resumed": 0,
+            "zeros": report.zeros,
+            "duplicates": report.duplicates,
+        }
+    )
 
 
 def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
