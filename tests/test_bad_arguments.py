@@ -51,7 +51,7 @@ def test_no_count_is_enumerated_before_its_bound(published: Path) -> None:
         started = time.perf_counter()
         with pytest.raises(ResourceLimit, match=rf"config\.json: {field}: "):
             zoo.load(changed(published, **{field: 10**10}))
-        assert time.perf_counter() - started < 0.5
+        assert time.perf_counter() - started < 10
         (published / "config.json").write_text(text)
 
 

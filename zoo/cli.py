@@ -67,6 +67,12 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _add_ref(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zoo",
@@ -81,9 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_list)
 
     command = commands.add_parser("info", help="what a checkpoint is, without loading it")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     command.add_argument("--tree", action="store_true", help="its modules and their shapes")
     command.set_defaults(run=_info)
 
@@ -134,18 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_check)
 
     command = commands.add_parser("tokenize", help="the ids of a text, and their tokens")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     command.add_argument("text", metavar="TEXT")
     command.add_argument("--special", action="store_true", help="find special tokens in TEXT")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_tokenize)
 
     command = commands.add_parser("score", help="how well a decoder foresees a text: perplexity")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     command.add_argument("file", metavar="FILE", help="the text; - is standard input")
     command.add_argument("--window", type=int, metavar="TOKENS", help="[all positions]")
     command.add_argument("--stride", type=int, metavar="TOKENS", help="[half the window]")
@@ -153,18 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_score)
 
     command = commands.add_parser("fill", help="what a masked LM puts in a text's gaps")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     command.add_argument("text", metavar="TEXT", help='such as "The capital of [MASK] is"')
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each [5]")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_fill)
 
     command = commands.add_parser("embed", help="a vector for each text")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     command.add_argument("texts", metavar="TEXT", nargs="*")
     command.add_argument("--file", metavar="FILE", help="a text each line; - is standard input")
     command.add_argument("--pooling", choices=("mean", "first", "last", "max"), help="[mean]")
@@ -174,9 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_embed)
 
     command = commands.add_parser("generate", help="go on with a text")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     command.add_argument("text", metavar="TEXT")
     _add_sampling(command)
     command.add_argument("--num-return-sequences", type=int, metavar="N", help="several samples")
@@ -190,9 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("chat", help="a dialogue; /help tells more there")
-    command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command)
     _add_sampling(command)
     command.set_defaults(run=_chat)
     for command in commands.choices.values():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import zoo
 from converters.checkpoint import SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
-from converters.engine import Options, Tell, run
+from converters.engine import Options, Report, Tell, run
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.gguf import GGUFReader, Value, open_gguf
 from converters.lazy import Lazy
@@ -126,17 +126,16 @@ def save_graph(
     weights = sum(p.nbytes for p in model.parameters()) if output.made else 0
     with staged(destination, force=force, size=output.size + weights) as stage:
         options = Options(sha256=sha256, allow_nonfinite=allow_nonfinite, tell=tell)
-        report = run(output, Stage(stage), options)
-        finish(output, stage, report, versions())
-    tell(
-        {
-            "event": "done",
-            "left": [],
-            "resumed": 0,
-            "zeros": report.zeros,
-            "duplicates": report.duplicates,
-        }
-    )
+        told = finished(output, stage, run(output, Stage(stage), options))
+    tell(told)
+
+
+def finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
+    """The directory made whole; what there is to tell of it."""
+    finish(output, directory, report, versions())
+    seen = {"zeros": report.zeros, "duplicates": report.duplicates}
+    seen["left"] = [f"{what}: {why}" for what, why in output.said.get("left", {}).items()]
+    return {"event": "done", "resumed": report.resumed, **seen}
 
 
 def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
@@ -156,8 +155,10 @@ def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
         texts[CONFIG] = origin_of(inner, held).config.encode()
     # a sentence model's further layers are in the graph
     carried = {name: path for name, path in _carried(model).items() if not _is_module(name)}
-    entry = _entry(inner)
-    said = said_of(entry.name, to, load_spec(entry.spec))
+    said = _said(inner, to)
+    if (values := _values_within(model)) is not None:
+        carried, more = unpacked(values, carried, said)
+        texts |= more
     return Output(tuple(shards), texts, carried, said=said, made=made)
 
 
@@ -196,14 +197,10 @@ def _output(
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    carried = _carried(model)
-    entry = _entry(model)
-    said = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
-    if (known := model.provenance) is not None:
-        said |= coarse(known.quantised)
-        if (inside := values_within(known.origin.dialect, known.files)) is not None:
-            carried, more = unpacked(inside, carried, said)
-            texts |= more
+    carried, said = _carried(model), _said(model, to)
+    if (inside := _values_within(model)) is not None:
+        carried, more = unpacked(inside, carried, said)
+        texts |= more
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
         if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
@@ -215,19 +212,14 @@ def _output(
 def _exported_output(
     model: Model, state: Mapping[str, Tensor], to: str, layout: Mapping[str, Any] | None
 ) -> Output:
-    entry = _entry(model)
-    spec = load_spec(entry.spec)
+    spec = load_spec(_entry(model).spec)
     model, state = _with_zeros(model, state, to)
     dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
     origin = model.provenance.origin if model.provenance is not None else None
     said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
     made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
     items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
-    carried, inside = _carried(model), None
-    told = {**said_of(entry.name, to, spec), **lossy_of(model.provenance)}
-    if (known := model.provenance) is not None:
-        inside = values_within(known.origin.dialect, known.files)
-        told |= coarse(known.quantised)
+    carried, inside, told = _carried(model), _values_within(model), _said(model, to)
     shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
     return Output(tuple(shards), texts, carried, said=told)
 
@@ -257,6 +249,16 @@ def values_within(dialect: str, files: Sequence[Path]) -> GGUFReader | None:
     return next(iter(open_gguf(files[0]).values())) if dialect == "gguf" else None
 
 
+def _values_within(model: Model) -> GGUFReader | None:
+    known = model.provenance
+    return None if known is None else values_within(known.origin.dialect, known.files)
+
+
+def _said(model: Model, to: str) -> dict[str, Any]:
+    entry = _entry(model)
+    return {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
+
+
 def unpacked(
     inside: GGUFReader, carried: Mapping[str, Path], said: dict[str, Any]
 ) -> tuple[dict[str, Path], dict[str, bytes]]:
@@ -273,11 +275,6 @@ def unpacked(
     except BadTokenizer as error:
         said["left"], made = {"tokenizer": str(error)}, {}
     return licences(carried), made
-
-
-def coarse(quantised: Mapping[str, str]) -> dict[str, Any]:
-    """What a manifest says of tensors that are no more exact than what they stood in."""
-    return {"quantised": dict(sorted(quantised.items()))} if quantised else {}
 
 
 def licences(carried: Mapping[str, Path]) -> dict[str, Path]:
@@ -375,11 +372,17 @@ def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
     }
 
 
-def lossy_of(provenance: Provenance | None) -> dict[str, str]:
-    """What a manifest says of weights that were decoded: no conversion gives their source back."""
-    if provenance is None or not provenance.lossy:
-        return {}
-    return {"lossy": f"dequantised: {provenance.lossy}"}
+def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
+    """What a manifest says of weights that were decoded: no conversion gives their source back.
+
+    "quantised" names those that are no more exact than what they stood in.
+    """
+    said: dict[str, Any] = {}
+    if provenance is not None and provenance.lossy:
+        said["lossy"] = f"dequantised: {provenance.lossy}"
+    if provenance is not None and provenance.quantised:
+        said["quantised"] = dict(sorted(provenance.quantised.items()))
+    return said
 
 
 def versions() -> dict[str, str]:

@@ -27,10 +27,10 @@ from zoo.conversion import (
     check_no_choice,
     check_no_layout,
     checked_destination,
-    coarse,
     companions_of,
     export_plan,
     exported_files,
+    finished,
     in_order,
     lossy_of,
     native_record,
@@ -40,7 +40,6 @@ from zoo.conversion import (
     split,
     unpacked,
     values_within,
-    versions,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.exporting import QUANTISED, export, with_zeros
@@ -118,7 +117,7 @@ def convert(
                 tell({"event": "anew"})
             if not stage.published:
                 report = run(output, stage, engine)
-                tell(_finished(output, stage.path, report))
+                tell(finished(output, stage.path, report))
         return Path(dst)
     number, parts = share
     mine, same = output.part(number, parts), partial(_is, output, force)
@@ -131,7 +130,7 @@ def convert(
             with place.publishing(job, force, partial(_still_there, output, place)) as records:
                 if records:
                     whole = Report.joined((r[-1]["finished"] for r in records), output)
-                    tell(_finished(output, place.path, whole))
+                    tell(finished(output, place.path, whole))
     return Path(dst)
 
 
@@ -225,14 +224,6 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
     raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
 
 
-def _finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
-    """The directory made whole; what there is to tell of it."""
-    manifest.finish(output, directory, report, versions())
-    seen = {"zeros": report.zeros, "duplicates": report.duplicates}
-    seen["left"] = [f"{what}: {why}" for what, why in output.said.get("left", {}).items()]
-    return {"event": "done", "resumed": report.resumed, **seen}
-
-
 # --- what is to be written -----------------------------------------------------------------------
 
 
@@ -258,7 +249,6 @@ def plan_output(
         **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
         **lossy_of(provenance),
-        **coarse(checkpoint.quantised),
     }
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in found.spec.dialects:

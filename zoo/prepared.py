@@ -143,27 +143,52 @@ FUSED: dict[Activation, tuple[str, str]] = {
 }
 
 
+class Packed(Fixed):
+    """A weight that lies as a kernel wants it, and that no compiler can look at."""
+
+    packed = True
+
+    def __init__(self, features: int) -> None:
+        nn.Module.__init__(self)
+        self.features, self.key = features, id(self)
+        _KNOWN[self.key] = self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        y: Tensor = torch.ops.zoo.product(without_gradient(x), self.key, self.features)
+        return y
+
+
+# To a compiler its product is an operator that knows its layer.
+_KNOWN: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+_OPERATORS = torch.library.Library("zoo", "DEF")
+_OPERATORS.define("product(Tensor x, int layer, int features) -> Tensor")
+for _where in ("CPU", "CUDA"):
+    _OPERATORS.impl("product", lambda x, layer, features: _KNOWN[layer].product(x), _where)
+_OPERATORS.impl("product", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
+
+
+def few(x: Tensor, rows: int) -> bool:
+    return x.numel() <= rows * x.shape[-1]
+
+
 MANY = 1024  # rows that oneDNN's blocks are made for: those for one are slower for all others
 
 
-class OneDNN(Fixed):
+class OneDNN(Packed):
     """Blocks in the order in which oneDNN reads them; an activation may follow at once."""
 
-    packed = True
     few = 8  # rows; so many are read faster by kernels of our own
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Activation | None = None) -> None:
-        nn.Module.__init__(self)
+        super().__init__(len(weight))
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MANY)
         self.bias, self.act = bias, act
         self.said = FUSED[act] if act else ("none", "")
         self.blocks = kernels.Blocks.of(self.weight, weight, bias)
-        self.features, self.key = len(weight), id(self)
-        _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return opaque(self, x)
         if self.blocks is not None and few(x, self.few) and kernels.usable(x):
             if self.act is None:
                 return self.blocks.product(x, x.dtype)
@@ -174,14 +199,13 @@ class OneDNN(Fixed):
         return y
 
 
-class Int8(Fixed):
-    """A byte a weight and a scale a row; multiplied in bf16 whatever the model's dtype."""
+class Int8(Packed):
+    """A byte a weight and a scale a row; where there are no kernels of ours, multiplied in bf16."""
 
-    packed = True
     few = 16  # rows; for more, bytes are made bf16 once and multiplied as a matrix
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        nn.Module.__init__(self)
+        super().__init__(len(weight))
         # some rows at a time, lest their fp32 be larger than all that is kept
         parts = [_bytes(rows.float()) for rows in weight.split(4096)]
         self.weight, self.scale = (
@@ -189,12 +213,8 @@ class Int8(Fixed):
         )
         self.bias = bias
         self.wide = self.scale.float(), None if bias is None else bias.float()
-        self.features, self.key = len(weight), id(self)
-        _KNOWN[self.key] = self
 
     def product(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return opaque(self, x)
         if few(x, self.few) and kernels.usable(x):
             done = kernels.bytes_product(x, self.weight, *self.wide)
             if done is not None:
@@ -208,24 +228,6 @@ class Int8(Fixed):
             y = F.linear(rows, self.weight.bfloat16()) * self.scale
         y = y.to(x.dtype).view(*x.shape[:-1], len(self.scale))
         return y if self.bias is None else y + self.bias
-
-
-# Compilers cannot look at packed weights: to them a product is an operator that knows its layer.
-_KNOWN: WeakValueDictionary[int, OneDNN | Int8] = WeakValueDictionary()
-_OPERATORS = torch.library.Library("zoo", "DEF")
-_OPERATORS.define("product(Tensor x, int layer, int features) -> Tensor")
-for _where in ("CPU", "CUDA"):
-    _OPERATORS.impl("product", lambda x, layer, features: _KNOWN[layer].product(x), _where)
-_OPERATORS.impl("product", lambda x, layer, features: x.new_empty(*x.shape[:-1], features), "Meta")
-
-
-def opaque(layer: OneDNN | Int8, x: Tensor) -> Tensor:
-    y: Tensor = torch.ops.zoo.product(x, layer.key, layer.features)
-    return y
-
-
-def few(x: Tensor, rows: int) -> bool:
-    return x.numel() <= rows * x.shape[-1]
 
 
 def _bytes(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,8 +76,9 @@ class Mapped:
 
     def edited(self, change: Callable[[str, list[str]], tuple[str, list[str]]]) -> Spec:
         """The spec with both sides of every rule through `change`, which must change something."""
-        dialect = self.spec.dialect("hf").under(self.config.to_dict())
-        counts = {axis: getattr(self.config, name) for axis, name in self.spec.axes.items()}
+        fields = self.config.to_dict()
+        dialect = self.spec.dialect("hf").under(fields)
+        counts = {axis: fields[name] for axis, name in self.spec.axes.items() if name in fields}
         hit = False
         rules: dict[str, tuple[Rule, ...]] = {}
         for section in ("weights", "heads"):
