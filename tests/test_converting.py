@@ -258,6 +258,7 @@ import os, signal, sys, threading
 import zoo
 from converters import store
 src, dst, at, how = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 count = 0
 def after(call):
     def wrapped(*args, **kwargs):
