@@ -6,7 +6,7 @@ features that those rows give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from converters.formats import TensorInfo
 from converters.language import Transform
-from converters.plan import Plan, Step, make_plan
-from converters.spec import Spec
+from converters.plan import Native, Plan, Step
 from zoo.components.model import Model
+from zoo.components.norm import RMSNorm
 from zoo.errors import PlanError
-from zoo.pretrained import native_of
 
 Fold = Callable[[str], str]  # a name of the module's -> that of the tensor that it comes from
+PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, RMSNorm, nn.Identity)
+Planned = Callable[[Mapping[str, TensorInfo]], Plan]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Match:
     # (features,) of what goes in and comes out: which of theirs each of ours is; None: in order
     into: Tensor | None = field(default=None, repr=False)
     out: Tensor | None = field(default=None, repr=False)
+    plain: bool = True  # a layer of one kind everywhere: looks up, multiplies or norms
+    whole: bool = True  # one module there holds all: what comes out is what comes out there
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,67 @@ class Held:
     parameters: Mapping[str, tuple[str, ...]]  # name on disk -> names in the module
 
 
-def match(model: Model, other: nn.Module, spec: Spec, dialect: str, fold: Fold) -> list[Match]:
-    """Every module of `model` that holds parameters, with those of `other`."""
-    config, native = model.config.to_dict(), native_of(model)
-    held = _in_memory(other, fold)
-    try:
-        plan = make_plan(spec, dialect, config, native, held.header, type(other).__name__)
-    except PlanError:
-        if not hasattr(other, "save_pretrained"):
-            raise
-        held = _as_saved(other, fold)  # its files call some tensors otherwise
-        plan = make_plan(spec, dialect, config, native, held.header, type(other).__name__)
-    return list(_matches(model, other, plan, held))
+class Matching:
+    """A model's modules and another's, by the tensors on disk that both were made of.
+
+    `plan` makes the model's parameters of the other's; its native side is what the model should
+    hold, so that one which lacks something can be looked at.
+    """
+
+    def __init__(self, model: Model, other: nn.Module, planned: Planned, fold: Fold = str) -> None:
+        self.model, self.other = model, other
+        self.held = _in_memory(other, fold)
+        try:
+            self.plan = planned(self.held.header)
+        except PlanError:
+            if not hasattr(other, "save_pretrained"):
+                raise
+            self.held = _as_saved(other, fold)  # its files call some tensors otherwise
+            self.plan = planned(self.held.header)
+        self.steps = {target: step for step in self.plan.steps for target in step.targets}
+        self.matches = {each.native: each for each in self._matches(self.plan.native)}
+
+    def expected(self, name: str) -> Tensor | None:
+        """What a native parameter is by the other model's; None if several make it."""
+        step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
+        if step is None:
+            return None
+        owners = [self.held.parameters[disk] for disk in step.sources]
+        found = [self.other.get_parameter(names[0]).detach() for names in owners]
+        if any(x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)):
+            return None
+        if step.transform is None:
+            return found[0]
+        place = step.targets.index(name if name in step.targets else self.plan.native.ties[name])
+        return step.transform.forward(found)[place]
+
+    def _matches(self, native: Native) -> Iterator[Match]:
+        theirs, carry = _by_array(self.other), _Carrier(self.plan)
+        modules = dict(self.model.named_modules())
+        held = dict[str, list[str]]()
+        for name in (*native.shapes, *native.ties):
+            held.setdefault(name.rpartition(".")[0], []).append(name)
+        for name, own in held.items():
+            parameters, rules = dict[str, tuple[str, ...]](), list[str]()
+            into = out = None
+            for parameter in own:
+                target = parameter if parameter in self.steps else native.ties.get(parameter, "")
+                if (step := self.steps.get(target)) is None:
+                    continue
+                memory = [m for disk in step.sources for m in self.held.parameters[disk]]
+                arrays = dict.fromkeys(id(self.other.get_parameter(m)) for m in memory)
+                parameters[parameter] = tuple(m for array in arrays for m in theirs[array])
+                rules.append(str(step.rule))
+                axes = len(native.shapes[target])
+                if parameter.endswith(".weight") and axes <= 2:
+                    looks_up = isinstance(modules.get(name), nn.Embedding)
+                    out = carry(step, target, 1 if looks_up else 0)
+                    into = None if looks_up else carry(step, target, axes - 1)
+            if parameters:
+                others, whole = _owners(parameters)
+                plain = whole and isinstance(modules.get(name), PLAIN)
+                said = tuple(dict.fromkeys(rules))
+                yield Match(name, others, parameters, said, into, out, plain, whole)
 
 
 def _in_memory(other: nn.Module, fold: Fold) -> Held:
@@ -94,30 +146,11 @@ def _as_saved(other: Any, fold: Fold) -> Held:
     return Held(header, parameters)
 
 
-def _matches(model: Model, other: nn.Module, plan: Plan, held: Held) -> Iterator[Match]:
-    steps = {target: step for step in plan.steps for target in step.targets}
-    ours, theirs = _by_array(model), _by_array(other)
-    carry = _Carrier(plan)
-    for name, module in model.named_modules():
-        parameters, rules = dict[str, tuple[str, ...]](), list[str]()
-        into = out = None
-        for parameter, p in module.named_parameters(prefix=name, recurse=False):
-            target = next((n for n in ours[id(p)] if n in steps), None)
-            if target is None:
-                continue
-            step = steps[target]
-            memory = [m for disk in step.sources for m in held.parameters[disk]]
-            arrays = dict.fromkeys(id(other.get_parameter(m)) for m in memory)
-            parameters[parameter] = tuple(m for array in arrays for m in theirs[array])
-            rules.append(str(step.rule))
-            if parameter.endswith(".weight") and p.dim() <= 2:
-                looks_up = isinstance(module, nn.Embedding)
-                out = carry(step, target, 1 if looks_up else 0)
-                into = None if looks_up else carry(step, target, p.dim() - 1)
-        if parameters:
-            owners = (m.rpartition(".")[0] for names in parameters.values() for m in names)
-            found = tuple(dict.fromkeys(owners))
-            yield Match(name, found, parameters, tuple(dict.fromkeys(rules)), into, out)
+def _owners(parameters: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], bool]:
+    """The modules that hold all of them, under any name; where none does, the first one's."""
+    each = [dict.fromkeys(name.rpartition(".")[0] for name in names) for names in parameters.values()]
+    common = [name for name in each[0] if all(name in owners for owners in each)]
+    return tuple(common or each[0]), bool(common)
 
 
 def _by_array(module: nn.Module) -> dict[int, list[str]]:
