@@ -6,7 +6,7 @@ features that those rows give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,7 +78,9 @@ class Matching:
             return None
         owners = [self.held.parameters[disk] for disk in step.sources]
         found = [self.other.get_parameter(names[0]).detach() for names in owners]
-        if any(x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)):
+        if any(
+            x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
+        ):
             return None
         if step.transform is None:
             return found[0]
@@ -148,7 +150,9 @@ def _as_saved(other: Any, fold: Fold) -> Held:
 
 def _owners(parameters: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], bool]:
     """The modules that hold all of them, under any name; where none does, the first one's."""
-    each = [dict.fromkeys(name.rpartition(".")[0] for name in names) for names in parameters.values()]
+    each = [
+        dict.fromkeys(name.rpartition(".")[0] for name in names) for names in parameters.values()
+    ]
     common = [name for name in each[0] if all(name in owners for owners in each)]
     return tuple(common or each[0]), bool(common)
 
