@@ -100,7 +100,8 @@ class Matching:
                 target = parameter if parameter in self.steps else native.ties.get(parameter, "")
                 if (step := self.steps.get(target)) is None:
                     continue
-                memory = [m for disk in step.sources for m in self.held.parameters[disk]]
+                same = (step.sources, *step.also)
+                memory = [m for names in same for n in names for m in self.held.parameters[n]]
                 arrays = dict.fromkeys(id(self.other.get_parameter(m)) for m in memory)
                 parameters[parameter] = tuple(m for array in arrays for m in theirs[array])
                 rules.append(str(step.rule))
