@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zoo.filling import fill as fill
     from zoo.generation import generate_text as generate
     from zoo.parity import verify as verify
+    from zoo.parity.diff import diff as diff
     from zoo.prepared import prepare as prepare
     from zoo.pretrained import load as load
     from zoo.scoring import perplexity as perplexity
@@ -35,6 +36,7 @@ _HOMES = {
     "save": ("zoo.conversion", "save"),
     "generate": ("zoo.generation", "generate_text"),
     "Cache": ("zoo.components.cache", "Cache"),
+    "diff": ("zoo.parity.diff", "diff"),
     "verify": ("zoo.parity", "verify"),
     "tokenizer": ("zoo.tokenizers", "tokenizer"),
     "perplexity": ("zoo.scoring", "perplexity"),
@@ -50,6 +52,7 @@ __all__ = [
     "Cache",
     "ZooError",
     "convert",
+    "diff",
     "embed",
     "fill",
     "generate",

@@ -100,6 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("diff", help="where two models part: the first module that does")
+    _add_ref(command)
+    command.add_argument(
+        "other", metavar="OTHER", nargs="?", help="what it is held against  [the reference's NAME]"
+    )
+    command.add_argument("--dtype", default="float64", help="float32, bfloat16 …  [float64]")
+    command.add_argument("--way", default="whole", help="whole, padded or cached  [whole]")
+    command.add_argument("--backward", action="store_true", help="the first gradient to differ")
+    command.add_argument("--text", help="in the place of random tokens")
+    command.add_argument("--seed", type=int, default=0, help="of random tokens  [0]")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_diff)
+
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
     command.add_argument(
         "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
@@ -310,6 +323,13 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         print(report.to_text(colour=has_colour(sys.stdout)))
     return OK if report.ok else FAILED
+
+
+def _diff(options: argparse.Namespace) -> int:
+    names = ("dtype", "way", "backward", "text", "seed")
+    found = zoo.diff(options.ref, options.other, **{name: getattr(options, name) for name in names})
+    print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
+    return OK if found.ok else FAILED
 
 
 def _progress(done: int, count: int, name: str) -> None:

@@ -146,7 +146,7 @@ def padding(subject: Subject) -> Iterator[Row]:
             # one token's only logit may be next to zero: the scale is the whole batch's
             distance(x, y, truth.outputs[name])
             for i, alone in enumerate(truth.alone)
-            for name, x, y in pair([_real(x, inputs, i) for x in out], alone)
+            for name, x, y in pair([real(x, inputs, i) for x in out], alone)
         ]
         errors[side] = max(found)
     if truth.unmasked is not None:
@@ -168,7 +168,7 @@ def cached(subject: Subject) -> Iterator[Row]:
     truth, limit = subject.truth, model.config.limit_cached
     errors = {}
     for side, inputs in {"unpadded": truth.batch, **truth.padded}.items():
-        inputs = _part(inputs, 0, limit)
+        inputs = part(inputs, 0, limit)
         mask = inputs.places.mask
         first = None if mask is None else mask.argmax(dim=-1)
         tokens, least = inputs.places.ids.shape[1], 1
@@ -182,7 +182,7 @@ def cached(subject: Subject) -> Iterator[Row]:
         real = torch.ones_like(whole[..., 0]).bool() if mask is None else mask.bool()
         for cut in [*cuts, list(range(least, tokens))]:
             cache, ends = Cache(tokens), zip([0, *cut], [*cut, tokens], strict=True)
-            parts = [call(model, _part(inputs, *end), cache=cache)[0] for end in ends]
+            parts = [call(model, part(inputs, *end), cache=cache)[0] for end in ends]
             found.append(distance(torch.cat(parts, dim=1)[real], whole[real], whole))
         errors[side] = max(found)
     worst = max(errors.values())
@@ -199,15 +199,15 @@ def _rows(inputs: Inputs, rows: Tensor) -> Inputs:
     )
 
 
-def _part(inputs: Inputs, start: int, end: int | None) -> Inputs:
+def part(inputs: Inputs, start: int, end: int | None) -> Inputs:
     """Some of the tokens that outputs stand at; a question stays whole."""
     if inputs.answer is not None:
-        return replace(inputs, answer=_part(inputs.answer, start, end))
+        return replace(inputs, answer=part(inputs.answer, start, end))
     mask = None if inputs.mask is None else inputs.mask[:, start:end]
     return replace(inputs, ids=inputs.ids[:, start:end], mask=mask)
 
 
-def _real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
+def real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
     """(1, …), a row of an output without its padded positions, where it has positions."""
     mask = inputs.places.mask
     assert mask is not None
@@ -223,7 +223,7 @@ def gradients(subject: Subject) -> Iterator[Row]:
     out = call(model, inputs)
     total = torch.zeros((), dtype=torch.float64)
     for i, weights in enumerate(truth.cotangents):
-        for _, x, weight in pair([_real(x, inputs, i) for x in out], weights):
+        for _, x, weight in pair([real(x, inputs, i) for x in out], weights):
             total = total + (x * weight).sum()
     if truth.unmasked is not None:
         out = call(model, truth.unmasked)

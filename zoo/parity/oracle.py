@@ -79,13 +79,16 @@ class Oracle:
             save_file(tensors, Path(scratch, "model.safetensors"), metadata={"format": "pt"})
             yield Path(scratch)
 
+    def fold(self, source: Path) -> Callable[[str], str]:
+        """The one name of what the library has two of, where layers were written out twice."""
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        twice = bool(self.twice and config.get(self.twice))
+        return lambda name: _moved(name, lambda n: n // 2) if twice else name
+
     def folded(self, source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of layers that were written out twice, added up under their one name."""
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if not self.twice or not config.get(self.twice):
-            return dict(tensors)
-        out: dict[str, Tensor] = {}
+        fold, out = self.fold(source), dict[str, Tensor]()
         for name, x in tensors.items():
-            one = _moved(name, lambda n: n // 2)
+            one = fold(name)
             out[one] = out[one] + x if one in out else x
         return out

@@ -73,7 +73,7 @@ class Truth:
         lifted = Reference(directory, reference_class, torch.float64, lifted=True)
         self.problems = lifted.problems
         self.config = lifted.config
-        draw = _Draw(self.config, seed)
+        draw = Draw(self.config, seed)
         size = sum(p.numel() for p in lifted.model.parameters())
         self.padded = {side: draw.padded(side) for side in SIDES}
         self.unmasked = draw.unmasked()
@@ -111,7 +111,7 @@ class Truth:
         return Floor(truth, narrow.by_rows(self.batch.named))
 
 
-class _Draw:
+class Draw:
     """Random inputs. No real token is the padding token, which the reference takes for padding."""
 
     def __init__(self, config: Any, seed: int) -> None:

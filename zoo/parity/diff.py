@@ -1,0 +1,105 @@
+"""`zoo.diff`: what runs both models, and what is said of where they part."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from zoo.components.model import Model
+from zoo.errors import UsageError, did_you_mean
+from zoo.parity import sides
+from zoo.parity.divergence import WAYS, Comparison, Difference, Way
+from zoo.parity.matching import Matching
+from zoo.parity.truth import Draw, Inputs
+from zoo.pretrained import Ref, dtype_of, load
+
+ROWS = 4
+
+
+def diff(
+    ours: Ref | Model,
+    theirs: Ref | nn.Module | None = None,
+    *,
+    dtype: str | torch.dtype = "float64",
+    way: str = "whole",
+    backward: bool = False,
+    text: str | None = None,
+    seed: int = 0,
+) -> Difference:
+    """Both models on the same tokens; the first module whose output leaves the noise, and why.
+
+    `ours` is native. `theirs` is what it is held against: the reference's reading of a directory
+    in its own form (by default of the one that `ours` was read from), another native model, or any
+    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached".
+    """
+    if way not in WAYS:
+        raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
+    if backward and way == "cached":
+        raise UsageError("backward and way='cached': no gradient goes through a cache")
+    kind = dtype_of(dtype) or torch.float64
+    model = _native(ours, kind)
+    other = _other(model, ours, theirs, kind)
+    matching = Matching(model, other.module, other.planned, other.fold)
+    return Comparison(matching, other, Way(way, _inputs(model, way, text, seed)), kind).run(
+        backward
+    )
+
+
+def _native(ref: Ref | Model, dtype: torch.dtype) -> Model:
+    if not isinstance(ref, nn.Module):
+        return load(ref, dtype=dtype, modules=False)
+    if not isinstance(ref, Model):
+        raise UsageError(
+            f"{type(ref).__name__}: the first model is native; hold it against this one"
+        )
+    if all(p.dtype == dtype for p in ref.parameters()):
+        return ref
+    known = copy.deepcopy(ref, {id(ref.provenance): ref.provenance})
+    return known.to(dtype)
+
+
+def _other(
+    model: Model, ours: Ref | Model, theirs: Ref | nn.Module | None, dtype: torch.dtype
+) -> sides.Other:
+    if isinstance(theirs, Model):
+        return sides.native(model, theirs, dtype, theirs.architecture)
+    if isinstance(theirs, nn.Module):
+        return sides.module(model, theirs, dtype)
+    if theirs is None:
+        known = model.provenance
+        if known is None:
+            raise UsageError("a model of no checkpoint: say what to hold it against")
+        directory, reference_class = known.directory, known.origin.reference_class
+    else:
+        known = load(theirs, modules=False).provenance
+        assert known is not None
+        directory, reference_class = known.directory, known.origin.reference_class
+    if reference_class is not None and (directory / "config.json").is_file():
+        return sides.reference(model, directory, reference_class, dtype)
+    if theirs is None:
+        raise UsageError(
+            f"{directory}: the reference cannot read it. Say what to hold it against: zoo diff A B"
+        )
+    return sides.native(model, load(theirs, modules=False), dtype, str(theirs))
+
+
+def _inputs(model: Model, way: str, text: str | None, seed: int) -> Inputs:
+    config = model.config
+    if text is not None:
+        ids = torch.tensor([model.tokenizer.encode(text)])
+        answer = Inputs(ids.clone(), {}) if hasattr(config, "start") else None
+        return Inputs(ids, {}, torch.ones_like(ids) if way == "padded" else None, answer)
+    draw = Draw(
+        SimpleNamespace(
+            vocab_size=config.vocab,
+            type_vocab_size=getattr(config, "types", 0),
+            pad_token_id=config.pad,
+            max_position_embeddings=config.limit,
+            is_encoder_decoder=hasattr(config, "start"),
+        ),
+        seed,
+    )
+    return draw.padded("mixed") if way == "padded" else draw.full(ROWS)

@@ -1,0 +1,201 @@
+"""Which modules of two models hold the same numbers, and how their features lie: told by the rules.
+
+A rule that maps a weight maps what flows out of it: what it does to a weight's rows it does to the
+features that those rows give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from converters.formats import TensorInfo
+from converters.language import Transform
+from converters.plan import Native, Plan, Step
+from zoo.components.model import Model
+from zoo.components.norm import RMSNorm
+from zoo.errors import PlanError
+
+Fold = Callable[[str], str]  # a name of the module's -> that of the tensor that it comes from
+PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, RMSNorm, nn.Identity)
+Planned = Callable[[Mapping[str, TensorInfo]], Plan]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A native module and those of the other model that hold the same parameters."""
+
+    native: str
+    others: tuple[str, ...]
+    parameters: Mapping[str, tuple[str, ...]] = field(repr=False)  # ours -> theirs
+    rules: tuple[str, ...] = field(repr=False)
+    # (features,) of what goes in and comes out: which of theirs each of ours is; None: in order
+    into: Tensor | None = field(default=None, repr=False)
+    out: Tensor | None = field(default=None, repr=False)
+    plain: bool = True  # a layer of one kind everywhere: looks up, multiplies or norms
+    whole: bool = True  # one module there holds all: what comes out is what comes out there
+
+
+@dataclass(frozen=True)
+class Held:
+    """What files of a dialect call the parameters of a module, and who holds each in memory."""
+
+    header: Mapping[str, TensorInfo]
+    parameters: Mapping[str, tuple[str, ...]]  # name on disk -> names in the module
+
+
+class Matching:
+    """A model's modules and another's, by the tensors on disk that both were made of.
+
+    `plan` makes the model's parameters of the other's; its native side is what the model should
+    hold, so that one which lacks something can be looked at.
+    """
+
+    def __init__(self, model: Model, other: nn.Module, planned: Planned, fold: Fold = str) -> None:
+        self.model, self.other = model, other
+        self.held = _in_memory(other, fold)
+        try:
+            self.plan = planned(self.held.header)
+        except PlanError:
+            if not hasattr(other, "save_pretrained"):
+                raise
+            self.held = _as_saved(other, fold)  # its files call some tensors otherwise
+            self.plan = planned(self.held.header)
+        self.steps = {target: step for step in self.plan.steps for target in step.targets}
+        self.matches = {each.native: each for each in self._matches(self.plan.native)}
+
+    def expected(self, name: str) -> Tensor | None:
+        """What a native parameter is by the other model's; None if several make it."""
+        step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
+        if step is None:
+            return None
+        owners = [self.held.parameters[disk] for disk in step.sources]
+        found = [self.other.get_parameter(names[0]).detach() for names in owners]
+        if any(
+            x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
+        ):
+            return None
+        if step.transform is None:
+            return found[0]
+        place = step.targets.index(name if name in step.targets else self.plan.native.ties[name])
+        return step.transform.forward(found)[place]
+
+    def _matches(self, native: Native) -> Iterator[Match]:
+        theirs, carry = _by_array(self.other), _Carrier(self.plan)
+        modules = dict(self.model.named_modules())
+        held = dict[str, list[str]]()
+        for name in (*native.shapes, *native.ties):
+            held.setdefault(name.rpartition(".")[0], []).append(name)
+        for name, own in held.items():
+            parameters, rules = dict[str, tuple[str, ...]](), list[str]()
+            into = out = None
+            for parameter in own:
+                target = parameter if parameter in self.steps else native.ties.get(parameter, "")
+                if (step := self.steps.get(target)) is None:
+                    continue
+                same = (step.sources, *step.also)
+                memory = [m for names in same for n in names for m in self.held.parameters[n]]
+                arrays = dict.fromkeys(id(self.other.get_parameter(m)) for m in memory)
+                parameters[parameter] = tuple(m for array in arrays for m in theirs[array])
+                rules.append(str(step.rule))
+                axes = len(native.shapes[target])
+                if parameter.endswith(".weight") and axes <= 2:
+                    looks_up = isinstance(modules.get(name), nn.Embedding)
+                    out = carry(step, target, 1 if looks_up else 0)
+                    into = None if looks_up else carry(step, target, axes - 1)
+            if parameters:
+                others, whole = _owners(parameters)
+                plain = whole and isinstance(modules.get(name), PLAIN)
+                said = tuple(dict.fromkeys(rules))
+                yield Match(name, others, parameters, said, into, out, plain, whole)
+
+
+def _in_memory(other: nn.Module, fold: Fold) -> Held:
+    header, parameters = dict[str, TensorInfo](), dict[str, tuple[str, ...]]()
+    for name, p in other.named_parameters(remove_duplicate=False):
+        disk = fold(name)
+        header[disk] = TensorInfo(disk, tuple(p.shape), "F32")
+        parameters[disk] = (*parameters.get(disk, ()), name)
+    return Held(header, parameters)
+
+
+def _as_saved(other: Any, fold: Fold) -> Held:
+    """By its own writer, with each parameter's number in all of its places."""
+    owners = list(other.named_parameters())
+    kept = [p.data for _, p in owners]
+    try:
+        for number, (_, p) in enumerate(owners):
+            p.data = torch.full(p.shape, float(number))
+        with TemporaryDirectory(prefix="zoo-names-") as scratch:
+            other.save_pretrained(scratch, max_shard_size="1TB")
+            with safe_open(Path(scratch, "model.safetensors"), "pt") as file:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    finally:
+        for (_, p), data in zip(owners, kept, strict=True):
+            p.data = data
+    header, parameters = dict[str, TensorInfo](), dict[str, tuple[str, ...]]()
+    for name, tensor in saved.items():
+        disk = fold(name)
+        numbers = tensor.unique().int().tolist()
+        header[disk] = TensorInfo(disk, tuple(tensor.shape), "F32")
+        parameters[disk] = (*parameters.get(disk, ()), *(owners[n][0] for n in numbers))
+    return Held(header, parameters)
+
+
+def _owners(parameters: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], bool]:
+    """The modules that hold all of them, under any name; where none does, the first one's."""
+    each = [
+        dict.fromkeys(name.rpartition(".")[0] for name in names) for names in parameters.values()
+    ]
+    common = [name for name in each[0] if all(name in owners for owners in each)]
+    return tuple(common or each[0]), bool(common)
+
+
+def _by_array(module: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, all of them where several share one."""
+    names = dict[int, list[str]]()
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
+
+
+class _Carrier:
+    """Where on disk the features stand that are a parameter's along one of its axes.
+
+    Found by carrying numbers through the step: along each axis on disk, its coordinates.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.header = plan.header
+        self._known = dict[tuple[int, int, int], Tensor | None]()
+
+    def __call__(self, step: Step, target: str, axis: int) -> Tensor | None:
+        """(features,), or None where they are in order."""
+        if step.transform is None:
+            return None
+        place = step.targets.index(target)
+        key = id(step.transform), place, axis
+        if key not in self._known:
+            self._known[key] = self._carried(step.transform, step.sources, place, axis)
+        return self._known[key]
+
+    def _carried(
+        self, transform: Transform, sources: tuple[str, ...], place: int, axis: int
+    ) -> Tensor | None:
+        shape = self.header[sources[0]].shape
+        for theirs, length in enumerate(shape):
+            order = torch.arange(length, dtype=torch.int32)
+            along = order.view([-1 if d == theirs else 1 for d in range(len(shape))])
+            made = transform.forward([along.expand(shape)] * len(sources))[place]
+            rows = made.movedim(axis, 0).reshape(made.shape[axis], -1)
+            told = rows[:, 0]
+            if bool((rows == told[:, None]).all()) and len(told.unique()) == len(told):
+                return None if torch.equal(told, order) else told.long()
+        return None
