@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast test-all check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -24,11 +24,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the main job, offline: make, plan, convert, load, prove, give back
 	@$(RUN) tools/demo.py
 
-test: $(READY) ## every test
-	$(PYTEST)
+test: $(READY) ## every test, of many alike the first of each architecture
+	$(PYTEST) -m "not long"
 
 test-fast: $(READY) ## the tests that take no more than a few seconds
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+test-all: $(READY) ## every test of every variant
+	$(PYTEST)
 
 check: format lint types test ## what CI runs
 
