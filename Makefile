@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast test-all check format lint types mutants report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -46,6 +46,9 @@ types: $(READY)
 
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
+
+report: $(READY) ## all that parity measures as a page in report/, and evidence.json anew
+	@$(RUN) -m zoo verify --all --html report && cp report/report.json evidence.json
 
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py

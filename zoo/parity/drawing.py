@@ -24,8 +24,8 @@ class Node:
     reads: tuple[int, ...]
 
     @property
-    def is_sum(self) -> bool:
-        return self.label == "+"
+    def is_round(self) -> bool:
+        return self.label in ("+", "in")
 
 
 class Tracer(TorchDispatchMode):
@@ -162,34 +162,31 @@ def svg(nodes: list[Node], title: str) -> str:
     for n, node in enumerate(nodes):
         top = 6 + n * _STEP
         for read in node.reads:
-            start, end = 6 + read * _STEP + _high(nodes[read]), top
+            other = nodes[read]
+            below = 6 + read * _STEP + _high(other)
             if read == n - 1:
-                lines.append(f'<path class="wire" d="M{middle} {start}V{end}"/>')
-            else:
-                x = max(6, _LEFT - 9 * (n - read))
-                y, into = start - _high(nodes[read]) / 2, top + _high(node) / 2
-                side = middle - 12 if node.is_sum else _LEFT
-                begin = middle - 12 if nodes[read].is_sum else _LEFT
-                if nodes[read].label == "in":
-                    begin = middle - 12
-                lines.append(f'<path class="wire" d="M{begin} {y}H{x}V{into}H{side}"/>')
-        if node.is_sum or node.label == "in":
-            lines.append(f'<circle class="node" cx="{middle}" cy="{top + 12}" r="12"/>')
-            sign = "+" if node.is_sum else "x"
-            lines.append(f'<text x="{middle}" y="{top + 16}" text-anchor="middle">{sign}</text>')
-        else:
-            lines.append(
-                f'<rect class="node" x="{_LEFT}" y="{top}" width="{_WIDE}" height="{_BOX}" rx="6"/>'
-                f'<text x="{middle}" y="{top + 15}" text-anchor="middle">{escape(node.label)}</text>'
-                f'<text class="small" x="{middle}" y="{top + 28}" text-anchor="middle">'
-                f"{escape(_short(node.about))}</text>"
-            )
+                lines.append(f'<path class="wire" d="M{middle} {below}V{top}"/>')
+                continue
+            begin, end = (middle - 12 if each.is_round else _LEFT for each in (other, node))
+            start, into = below - _high(other) / 2, top + _high(node) / 2
+            aside = max(6, _LEFT - 9 * (n - read))
+            lines.append(f'<path class="wire" d="M{begin} {start}H{aside}V{into}H{end}"/>')
+        lines += _shape(node, middle, top)
     return "".join([*lines, "</svg>"])
 
 
+def _shape(node: Node, x: int, top: int) -> Iterator[str]:
+    if node.is_round:
+        sign = "+" if node.label == "+" else "x"
+        yield f'<circle class="node" cx="{x}" cy="{top + 12}" r="12"/>'
+        yield f'<text x="{x}" y="{top + 16}" text-anchor="middle">{sign}</text>'
+        return
+    size = f'width="{_WIDE}" height="{_BOX}" rx="6"'
+    yield f'<rect class="node" x="{_LEFT}" y="{top}" {size}/>'
+    yield f'<text x="{x}" y="{top + 15}" text-anchor="middle">{escape(node.label)}</text>'
+    about = node.about if len(node.about) <= 46 else f"{node.about[:45]}…"
+    yield f'<text class="small" x="{x}" y="{top + 28}" text-anchor="middle">{escape(about)}</text>'
+
+
 def _high(node: Node) -> int:
-    return 24 if node.is_sum or node.label == "in" else _BOX
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 46 else f"{text[:45]}…"
+    return 24 if node.is_round else _BOX
