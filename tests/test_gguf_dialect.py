@@ -308,6 +308,19 @@ def test_other_scaling_is_refused(tmp_path: Path, change: dict[str, Any], told: 
     assert not (tmp_path / "gguf").exists()
 
 
+def test_scaling_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}
+    source = published("llama", tmp_path / "hf", rope_parameters=rope)
+    with pytest.raises(LossyExport, match=r"rope\.scaling\.type: 'dynamic' is not implemented"):
+        converted(source, tmp_path / "gguf")
+    made = converted(
+        published("llama", tmp_path / "linear", rope_parameters=LINEAR), tmp_path / "b"
+    )
+    said = {"llama.rope.scaling.type": Value("str", "longrope")}
+    with pytest.raises(ConfigError, match=r"rope\.scaling\.type: 'longrope' is not implemented"):
+        zoo.load(rewritten(made, tmp_path / "long.gguf", said))
+
+
 # --- what a file says ----------------------------------------------------------------------------
 
 

@@ -299,7 +299,7 @@ def _outputs(model: Any) -> list[Tensor]:
 def _in_short(told: str) -> str:
     """The fields and tensors that a refusal names."""
     names = re.findall(r"(?m)(?:^  |read back: )([\w.]+): |no rule for ([\w.]+)", told)
-    return listing(dict.fromkeys(filter(None, chain(*names))), 3) or told.partition("\n")[0]
+    return listing(dict.fromkeys(filter(None, chain(*names))), 4) or told.partition("\n")[0]
 
 
 # --- all of them ---------------------------------------------------------------------------------
