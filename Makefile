@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants formats faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast check format lint types mutants formats faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -72,6 +72,9 @@ bench-convert: $(READY) ## conversions against cp of as many bytes, and the memo
 
 bench-generate: $(READY) ## decoding and prefill against the reference's: clean, prepared, int8
 	@$(RUN) tools/bench.py generate
+
+bench-info: $(READY) ## zoo info of 70 billion parameters in each kind of file, headers alone
+	@$(RUN) tools/bench.py info
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

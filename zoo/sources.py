@@ -62,6 +62,7 @@ WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+_PUBLISHED = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -145,6 +146,8 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     if revision is not None:
         raise UsageError(f"{text}: a directory has no revisions; leave revision={revision!r} out")
     if not is_directory:
+        if exists and _is_published(path):
+            return path.parent
         if exists and _is_weights(path):
             return path
         if index is not None:
@@ -160,6 +163,12 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
             f"({_formats()}).{_nearby(path)}"
         )
     return path
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a file is one of those that a config beside it is of."""
+    named = any((path.parent / name).exists() for name in (CONFIG, NATIVE_FILE))
+    return named and _PUBLISHED.fullmatch(path.name) is not None
 
 
 def _is_weights(path: Path) -> bool:
