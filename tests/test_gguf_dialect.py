@@ -256,6 +256,22 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     assert seen[-1]["resumed"] > 0 and path.read_bytes() == whole.read_bytes()
 
 
+def test_a_conversion_opens_its_source_once(
+    hf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = converted(hf["llama"], tmp_path / "gguf")
+    opened: list[Path] = []
+    real = GGUFReader.__init__
+
+    def counted(self: GGUFReader, path: Path, **more: Any) -> None:
+        opened.append(path)
+        real(self, path, **more)
+
+    monkeypatch.setattr(GGUFReader, "__init__", counted)
+    zoo.convert(path, tmp_path / "native", to="native")
+    assert opened == [path]
+
+
 # --- rotary scaling ------------------------------------------------------------------------------
 
 LLAMA3 = {

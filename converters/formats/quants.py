@@ -227,6 +227,8 @@ def nbytes_of(kind: str, shape: Sequence[int]) -> int:
     if named == "I8" and group:
         return math.prod(shape) + 4 * (math.prod(shape) // int(group))
     return next(known for known in KINDS.values() if known.name == kind).nbytes(shape)
+
+
 # these look numbers up in long tables, or are no type of files
 UNREAD = {
     9: "Q8_1",
