@@ -650,6 +650,23 @@ def test_pickles_by_hand(pickle: bytes, told: str) -> None:
         torch_pickle.read(Path("x"), pickle)
 
 
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        b"h\x01h\x00\x85R",  # a dict made of many pairs: never torch's
+        b"h\x02h\x00R",  # a tensor of as many arguments
+    ],
+)
+def test_what_stands_once_cannot_be_gone_through_many_times(repeated: bytes) -> None:
+    """Each call would cost the length of what the memo holds: 10^11 steps in a megabyte."""
+    many = b"(" + b"K\x01K\x01\x86" * 200_000 + b"tq\x00"
+    names = b"ccollections\nOrderedDict\nq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02"
+    started = time.perf_counter()
+    with pytest.raises(CorruptCheckpoint, match="Nothing was run"):
+        torch_pickle.read(Path("x"), b"\x80\x02" + many + names + repeated * 100_000 + b".")
+    assert time.perf_counter() - started < 10
+
+
 def test_tensors_that_reach_beyond_their_storage(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.arange(12.0).view(3, 4)})
 

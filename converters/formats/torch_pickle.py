@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from zoo.errors import CorruptCheckpoint, listing
 
+MAX_RANK = 64  # torch's
+MAX_GIVEN = 8
+EXPLAINED = 1 << 20  # bytes of a pickle that are read again, to say what is wrong
 # All that a dict of plain tensors needs.
 _NEEDED = re.compile(
     r"collections OrderedDict"
@@ -77,6 +80,8 @@ def read(path: Path, data: bytes) -> Any:
 
 
 def _explained(data: bytes, error: Exception) -> str:
+    if len(data) > EXPLAINED:
+        return f"its pickle is none that torch.save writes ({error}). Nothing was run."
     try:
         codes = [(code.name, arg) for code, arg, _ in pickletools.genops(data)]
     except Exception as why:  # likewise
@@ -115,8 +120,8 @@ _TEXTS = {b"X": struct.Struct("<I"), b"U": struct.Struct("<B"), b"\x8a": struct.
 _NEW: dict[bytes, Callable[[], Any]] = {
     b"}": dict,
     b"]": list,
-    b"\x8f": list,
-    b")": tuple,  # a set is what it lists
+    b"\x8f": list,  # a set is what it lists
+    b")": tuple,
     b"N": lambda: None,
     b"\x88": lambda: True,
     b"\x89": lambda: False,
@@ -221,11 +226,13 @@ def _made(function: Any, given: Any) -> Any:
     """A tensor, a parameter's, a dict; of others that they are there."""
     if type(function) is not Name or type(given) is not tuple:
         raise ValueError("a call of what is no name")
+    if len(given) > MAX_GIVEN:  # one tuple may stand in many calls
+        raise ValueError(f"a call with {len(given)} arguments")
     match function.last:
         case "OrderedDict":
-            made: dict[Any, Any] = {}
-            _put(made, [part for pair in given[:1] for both in pair for part in both])
-            return made
+            if given:  # as Python 2 wrote it
+                raise ValueError("a dict made of another")
+            return {}
         case "_rebuild_parameter" if type(given[0]) is Array:
             return given[0]
         case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3":
@@ -238,7 +245,9 @@ def _made(function: Any, given: Any) -> Any:
 def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Array:
     if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor of no storage")
+    if len(shape) > MAX_RANK or len(shape) != len(stride):
+        raise ValueError(f"a tensor of {len(shape)} axes and {len(stride)} steps")
     numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+    if any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a tensor whose shape or stride is none")
     return Array(storage, dtype, offset, shape, stride)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 MAX_PICKLE = 64 << 20  # names, shapes and strides: 100 bytes a tensor
 MAX_RECORDS = 1 << 20
-MAX_RANK = 64  # torch's
 MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
 _BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
 
@@ -316,7 +315,7 @@ def _info(path: Path, name: str, array: Array) -> TensorInfo:
     last = array.offset + sum(
         (n - 1) * step for n, step in zip(array.shape, array.stride, strict=True)
     )
-    if len(array.shape) > MAX_RANK or (info.numel and (last + 1) * itemsize(code) > stored):
+    if info.numel and (last + 1) * itemsize(code) > stored:
         raise CorruptCheckpoint(
             f"{path}: tensor {name}: shape {array.shape}, steps of {array.stride} from "
             f"{array.offset} on, reach beyond the {stored} bytes of its storage"
