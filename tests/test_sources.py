@@ -20,6 +20,7 @@ import torch
 from test_sentences import checkpoint
 
 import zoo
+from converters.listed import groups
 from zoo import registry, sources
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -36,7 +37,6 @@ from zoo.errors import (
     UnsupportedArchitecture,
     UsageError,
 )
-from zoo.listed import groups
 from zoo.parity import trips
 
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -356,6 +356,9 @@ def test_a_config_without_its_weights_beside_another_file(
         zoo.info("hf:o/m/m.gguf", cache_dir=cache)
     assert "m.gguf" not in hub.asked("GET")
     same("hf:o/m", tmp_path / "gguf", cache)
+    hub.add("o/n", SMALL)  # a file that a config is of stands for its directory
+    source = sources.resolve("hf:o/n/model.safetensors", cache_dir=cache, progress=False)
+    assert holds(source.directory) == sorted(SMALL) and source.file is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from converters.listed import Group, groups
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
@@ -26,7 +27,6 @@ from zoo.errors import (
     ZooError,
     listing,
 )
-from zoo.listed import Group, groups
 from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
@@ -275,6 +275,8 @@ class _Hub:
 
         Config first, so that an unknown model costs no download.
         """
+        if file and _PUBLISHED.fullmatch(file):
+            file = None  # its config says the same
         config = None if file else self._config()
         if config is None:
             return self._fetch_group(self._group(file), weights)

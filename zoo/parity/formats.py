@@ -58,13 +58,10 @@ WAYS = ("hf to native", "native to hf", "variants, hf to hf", "variants, hf to n
 
 
 def _by_way(trips: list[Trip]) -> Iterator[list[Trip]]:
-    for source, to in (("hf", "native"), ("native", "hf"), ("hf: ", "hf"), ("hf: ", "native")):
-        found = (t for t in trips if t.to == to)
-        yield [
-            t
-            for t in found
-            if (t.source.startswith(source) if ": " in source else t.source == source)
-        ]
+    for way in (("hf", "native"), ("native", "hf")):
+        yield [trip for trip in trips if (trip.source, trip.to) == way]
+    for to in OWN:
+        yield [trip for trip in trips if trip.source.startswith("hf: ") and trip.to == to]
 
 
 def _counted(trips: list[Trip]) -> str:
