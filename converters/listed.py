@@ -17,7 +17,7 @@ _SEVERAL = (
 _WEIGHTS = (".gguf", ".index", ".pth", ".pt", ".bin")
 # what ends like weights and is none, or is those that a config.json and an index are of
 _OTHER = (
-    *("pytorch_model*.bin", "training_args.bin", "tokenizer.bin", "*.data-*"),
+    *("pytorch_model*.bin", "training_args.bin", "tokenizer.bin"),
     *("optimizer*", "scheduler*", "rng_state*", "scaler*"),
 )
 MAX_DEPTH = 2  # a folder and the file in it
