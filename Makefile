@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast test-all check format lint types mutants formats faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -47,6 +47,9 @@ types: $(READY)
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
 
+formats: $(READY) ## each dialect to each other and back, of every architecture: docs/formats.md
+	@$(RUN) tools/parity.py --formats --write docs/formats.md
+
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
 
@@ -72,6 +75,9 @@ bench-convert: $(READY) ## conversions against cp of as many bytes, and the memo
 
 bench-generate: $(READY) ## decoding and prefill against the reference's: clean, prepared, int8
 	@$(RUN) tools/bench.py generate
+
+bench-info: $(READY) ## zoo info of 70 billion parameters in each kind of file, headers alone
+	@$(RUN) tools/bench.py info
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

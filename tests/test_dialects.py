@@ -5,7 +5,6 @@ import struct
 import weakref
 from collections import OrderedDict
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from converters.formats import TensorInfo, gguf, llama2c
 from converters.formats.torch_zip import TorchZipReader
 from converters.lazy import Lazy, Part
 from converters.manifest import check
-from converters.spec import Container, load_spec, spec_names
+from converters.spec import Container, load_spec
 from zoo import registry
 from zoo.cli import main
 from zoo.errors import (
@@ -39,157 +38,29 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
+from zoo.parity import trips
 from zoo.parity.fixtures import write
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
-LOSSY = {"llama2c-q8"}  # what is read from it once is exact from then on
 FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
 EVERY = {key: each for key, each in FOUND.items() if each[1].container.file}  # and written
-READ = {key: each for key, each in FOUND.items() if key not in EVERY}  # and never written
-SPECS = sorted({name for name, _ in EVERY})
-
-
-def named(spec: str) -> list[str]:
-    return ["hf", "native", *(d for s, d in EVERY if s == spec)]
 
 
 def entry_of(spec: str) -> registry.Architecture:
     return next(e for e in registry.architectures().values() if e.spec == spec)
 
 
-def hot(model: Any, seed: int = 0) -> Any:
-    """Every parameter redrawn; a norm's scale near one, all else where it counts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            wide = parameter.dim() > 1
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if wide else 1 + 0.3 * noise)
-    return model.eval()
-
-
-@cache
-def sayable(name: str, *dialects: str) -> dict[str, Any]:
-    """Of the first tiny config what all these dialects have words for, or shapes that tell it."""
-    spec = load_spec(name)
-    published = next(iter(entry_of(name).variants.values()))["config"]
-    fields, problems = spec.dialect("hf").read_config(published)
-    assert not problems
-    told = {axis for line in spec.shapes if line.pattern for axis in line.pattern.axes}
-    for each in (spec.dialect(d) for d in dialects if (name, d) in EVERY):
-        kept = {*each.config, *told, *each.needs, "layers"} - each.words.keys()
-        fields = {n: v for n, v in fields.items() if n in kept or n in taken(name, dialects)}
-    return fields | taken(name, dialects)
-
-
-def taken(name: str, dialects: tuple[str, ...]) -> dict[str, Any]:
-    """What is taken for granted, by a dialect that has no word for it before one that has."""
-    found = [EVERY[name, d][1] for d in dialects if (name, d) in EVERY]
-    said = {n: v for each in found for n, v in each.defaults.items() if n in each.config}
-    return said | {n: v for each in found for n, v in each.defaults.items() if n not in each.config}
+def sayable(spec: str, *dialects: str) -> dict[str, Any]:
+    return trips.sayable(entry_of(spec), *dialects)
 
 
 def model_of(spec: str, *dialects: str, **changes: Any) -> Any:
-    entry = entry_of(spec)
-    if "lm" not in entry.model.heads:
-        changes["head"] = "none"  # an encoder's
-    model = entry.model(entry.config_class(**sayable(spec, *dialects) | changes))
-    model.architecture = entry.name
-    return hot(model)
+    return trips.model_of(entry_of(spec), *dialects, **changes)
 
 
 def asked(model: Any, dialect: str, spec: str) -> dict[str, Any]:
     """What a dialect has to be told."""
     found = EVERY.get((spec, dialect))
     return {name: getattr(model.config, name) for name in found[1].needs} if found else {}
-
-
-def differences(one: Any, other: Any, forgotten: frozenset[str]) -> list[str]:
-    mine, theirs = one.state_dict(), other.state_dict()
-    lines = [f"{n}: {'there' if n in mine else 'gone'}" for n in mine.keys() ^ theirs.keys()]
-    lines += [n for n in mine.keys() & theirs.keys() if not torch.equal(mine[n], theirs[n])]
-    a, b = one.config.to_dict(), other.config.to_dict()
-    return lines + [f"{n}: {a[n]} {b[n]}" for n in a if a[n] != b[n] and n not in forgotten]
-
-
-def forgets(spec: str, *dialects: str) -> frozenset[str]:
-    return frozenset().union(*(EVERY[spec, d][1].forgets for d in dialects if (spec, d) in EVERY))
-
-
-def clash(spec: str, *dialects: str) -> bool:
-    """Whether two dialects can have no model in common: each takes another value for granted."""
-    found = [FOUND[spec, d][1] for d in dialects if (spec, d) in FOUND]
-    unsaid = [{n: v for n, v in d.defaults.items() if n not in d.config} for d in found]
-    return any(a[n] != b[n] for a, b in product(unsaid, unsaid) for n in a.keys() & b.keys())
-
-
-ALL = [(s, a, b) for s in SPECS for a, b in product(named(s), named(s)) if b not in LOSSY]
-PAIRS = [(spec, a, b) for spec, a, b in ALL if not clash(spec, a, b)]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(a model as it is read, its directory) in one dialect, of a config that another can say."""
-    place = tmp_path_factory.mktemp("written")
-
-    def make(spec: str, dialect: str, other: str) -> tuple[Any, Path]:
-        model = model_of(spec, dialect, other)
-        directory = place / f"{spec}-{dialect}-{other}"
-        zoo.save(model, directory, to=dialect)
-        return zoo.load(directory, config=asked(model, dialect, spec)), directory
-
-    return make
-
-
-@pytest.mark.parametrize(("spec", "a", "b"), PAIRS)
-def test_there_and_back(spec: str, a: str, b: str, written: Any, tmp_path: Path) -> None:
-    """Files to files: the same model, and from the other dialect the first one's very bytes."""
-    model, source = written(spec, a, b)
-    zoo.convert(source, tmp_path / "b", to=b, config=asked(model, a, spec))
-    told = asked(model, b, spec)
-    assert differences(model, zoo.load(tmp_path / "b", config=told), forgets(spec, b)) == []
-    assert list(check(tmp_path / "b", sha256=True)) == []
-    if a in LOSSY:
-        return
-    zoo.convert(tmp_path / "b", tmp_path / "a", to=a, config=told)
-    again = zoo.load(tmp_path / "a", config=asked(model, a, spec))
-    assert differences(model, again, forgets(spec, a, b)) == []
-    files = [p for p in source.iterdir() if p.suffix in SUFFIXES]
-    lost = forgets(spec, b) - forgets(spec, a)
-    if not lost:  # else a header may say less
-        for path in files:
-            assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
-
-
-TF = Path(__file__).parent / "data" / "tf"  # what TensorFlow wrote
-SOURCES = {("gpt2", "openai"): TF / "gpt2", ("bert", "google"): TF / "bert"}
-ROWS = [(s, a, b) for s, a in READ for b in named(s) if not clash(s, a, b)]
-
-
-@pytest.mark.parametrize(("spec", "a", "b"), ROWS)
-def test_there_from_what_is_read_alone(spec: str, a: str, b: str, tmp_path: Path) -> None:
-    """Files that another program wrote, in every dialect that is written; and on from there."""
-    head = {"head": "none"} if (spec, b) == ("bert", "gguf") else {}  # it holds the encoder alone
-    model = zoo.load(SOURCES[spec, a], **head)
-    zoo.convert(SOURCES[spec, a], tmp_path / "b", to=b, **head)
-    again = zoo.load(tmp_path / "b", config=asked(model, b, spec), **head)
-    assert differences(model, again, forgets(spec, b)) == []
-    assert list(check(tmp_path / "b", sha256=True)) == []
-    zoo.convert(tmp_path / "b", tmp_path / "hf", to="hf", config=asked(model, b, spec))
-    assert differences(model, zoo.load(tmp_path / "hf"), forgets(spec, b)) == []
-
-
-def test_every_dialect_is_in_the_matrix() -> None:
-    """No pair is left out but those that have no model in common, and these are few."""
-    assert READ.keys() == SOURCES.keys()
-    left = {(s, a, b) for s, a in READ for b in named(s)} - set(ROWS)
-    assert left == {("gpt2", "openai", "nanogpt")}
-    others = {"meta", "llama2c", "llama2c-q8", "nanogpt", "mingpt", "book", "gguf"}
-    assert {d for _, d in EVERY} == others
-    apart = {frozenset(pair[1:]) for pair in ALL if pair not in PAIRS}
-    assert apart == {frozenset(("nanogpt", other)) for other in ("mingpt", "book", "gguf")}
-    several = {name for name in spec_names() if len(load_spec(name).dialects) > 1}
-    assert several == {*SPECS, *(spec for spec, _ in READ)}
 
 
 def test_a_spec_laid_over_another_has_its_hf_alone() -> None:

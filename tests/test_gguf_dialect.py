@@ -256,6 +256,22 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     assert seen[-1]["resumed"] > 0 and path.read_bytes() == whole.read_bytes()
 
 
+def test_a_conversion_opens_its_source_once(
+    hf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = converted(hf["llama"], tmp_path / "gguf")
+    opened: list[Path] = []
+    real = GGUFReader.__init__
+
+    def counted(self: GGUFReader, path: Path, **more: Any) -> None:
+        opened.append(path)
+        real(self, path, **more)
+
+    monkeypatch.setattr(GGUFReader, "__init__", counted)
+    zoo.convert(path, tmp_path / "native", to="native")
+    assert opened == [path]
+
+
 # --- rotary scaling ------------------------------------------------------------------------------
 
 LLAMA3 = {
@@ -306,6 +322,19 @@ def test_other_scaling_is_refused(tmp_path: Path, change: dict[str, Any], told: 
     with pytest.raises((LossyExport, ConfigError), match=told):
         converted(source, tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
+
+
+def test_scaling_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}
+    source = published("llama", tmp_path / "hf", rope_parameters=rope)
+    with pytest.raises(LossyExport, match=r"rope\.scaling\.type: 'dynamic' is not implemented"):
+        converted(source, tmp_path / "gguf")
+    made = converted(
+        published("llama", tmp_path / "linear", rope_parameters=LINEAR), tmp_path / "b"
+    )
+    said = {"llama.rope.scaling.type": Value("str", "longrope")}
+    with pytest.raises(ConfigError, match=r"rope\.scaling\.type: 'longrope' is not implemented"):
+        zoo.load(rewritten(made, tmp_path / "long.gguf", said))
 
 
 # --- what a file says ----------------------------------------------------------------------------

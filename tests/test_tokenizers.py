@@ -1364,3 +1364,50 @@ def test_long_conversations_fit(talker: Tokenizer) -> None:
     said = [{"role": "user", "content": "word " * 2000}] * 500
     for template in (LLAMA2_CHAT, LLAMA3_CHAT, CHATML):
         assert len(talker.chat(said, template=template)) > 4_900_000
+
+
+# --- whether case counts -------------------------------------------------------------------------
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CASED = {  # of what a vocabulary may hold; each has other letters
+    "english": (["Paris", "paris", "the", "##s", "."], "Paris"),
+    "multilingual": (["Москва", "москва", "été", "Été", "東", "京", "##ს", "और"], "Été"),
+}
+
+
+@pytest.mark.parametrize("language", CASED)
+@pytest.mark.parametrize("said", [None, True, False])
+def test_case_counts_where_the_words_have_capitals(
+    tmp_path: Path, language: str, said: bool | None
+) -> None:
+    """Google's files do not say; where a tokenizer_config.json does, that is what counts."""
+    words, text = CASED[language]
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", encoding="utf-8")
+    if said is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": said}))
+    found = zoo.tokenizer(tmp_path)
+    small = text.lower() if language == "english" else "ete"  # accents go with capitals
+    whole = text if said is not True else small
+    expected = whole if whole in words else "[UNK]"
+    assert [
+        found.token(id) for id in found.encode(text) if found.token(id) not in SPECIALS[2:4]
+    ] == [expected]
+
+
+@pytest.mark.parametrize("stray", [0, 2])
+def test_case_does_not_count_where_no_word_has_capitals(tmp_path: Path, stray: int) -> None:
+    words = [*SPECIALS, "[Q]", "paris", "ete", "東", *(f"w{n}" for n in range(400))]
+    words += ["A", "B"][:stray]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    found = zoo.tokenizer(tmp_path)
+    tokens = [found.token(id) for id in found.encode("Paris ÉTÉ")]
+    assert [token for token in tokens if token not in SPECIALS] == ["paris", "ete"]
+
+
+def test_case_in_googles_own_directory(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "data" / "tf" / "bert"
+    for path in source.glob("bert*"):
+        shutil.copy(path, tmp_path)
+    words = [*SPECIALS, "Paris", "paris"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    assert 5 in zoo.load(tmp_path).tokenizer.encode("Paris")

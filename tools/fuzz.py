@@ -1,9 +1,9 @@
 """Damaged inputs by the million: `python tools/fuzz.py [--scale X] [--seed N]`.
 
-Headers of safetensors and GGUF, indices, configs, zip directories and TensorFlow's bundles are
-mutated at random. Whatever comes of it is an answer or a ZooError within a second and in little
-memory; and no header is accepted that a second, plainer reading refuses. What is found is printed
-as a line that reproduces it.
+Headers of safetensors and GGUF, indices, configs, zip directories, torch's pickles and TensorFlow's
+bundles are mutated at random. Whatever comes of it is an answer or a ZooError within a second and
+in little memory; and no header is accepted that a second, plainer reading refuses. What is found is
+printed as a line that reproduces it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import struct
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch  # noqa: E402
 from converters.checkpoint import open_checkpoint  # noqa: E402
 from converters.containers import kind_of  # noqa: E402
 from converters.dialects import find  # noqa: E402
-from converters.formats import BITS, TensorInfo, dtype_code  # noqa: E402
+from converters.formats import BITS, TensorInfo, dtype_code, torch_pickle  # noqa: E402
 from converters.formats.gguf import GGUFReader, Value, lay_out  # noqa: E402
 from converters.formats.llama2c import Header, Llama2cReader  # noqa: E402
 from converters.formats.quants import KINDS  # noqa: E402
@@ -47,6 +48,7 @@ COUNTS = {
     "config": 100_000,
     "zip": 100_000,
     "nested": 100_000,
+    "pickle": 100_000,
     "llama2c": 100_000,
     "tf": 100_000,
 }
@@ -264,6 +266,8 @@ class Fuzz:
         values = {"model_args": {"n_layer": 1, "n_head": 1, "n_embd": 2}, "optimizer": {0: [1.5]}}
         torch.save({"model": state, **values}, scratch / "nested.pt")
         self.nested = (scratch / "nested.pt").read_bytes()
+        with zipfile.ZipFile(scratch / "nested.pt") as archive:
+            self.pickle = archive.read("nested/data.pkl")
         heads = [
             Header(v, (8, 6, 2, 2, 1, 5, 4), bool(v % 2), 2 if v == 2 else 0) for v in range(3)
         ]
@@ -339,6 +343,10 @@ class Fuzz:
         found = find(self.file("ckpt.pt", data))
         if found is not None:
             found.fields()
+
+    def one_pickle(self, chance: random.Random) -> None:
+        """Apart from its zip, whose sums would tell."""
+        torch_pickle.read(self.scratch / "data.pkl", mutated(self.pickle, chance))
 
     def one_llama2c(self, chance: random.Random) -> None:
         """Numbers in the place of the header's, among them those that make the file's own size."""

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from zoo import registry, sources
@@ -26,10 +25,16 @@ class Stored:
     """What the headers of a checkpoint's files say."""
 
     format: str
+    about: str  # what kind of file that is
     files: tuple[str, ...]
+    size: int  # of the files
     tensors: int
     dtypes: Mapping[str, int]  # dtype -> number of values
-    bytes: int
+    dtype_bytes: Mapping[str, int]  # and what they take
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.dtype_bytes.values())
 
 
 @dataclass(frozen=True)
@@ -181,22 +186,23 @@ def _of_files(source: sources.Source) -> Info:
 
 
 def _stored(checkpoint: Checkpoint) -> Stored:
-    from converters.formats import itemsize
-    from converters.formats.quants import KINDS
+    from converters.containers import FORMATS
+    from converters.formats.quants import nbytes_of
 
-    values: Counter[str] = Counter()
+    values, sizes = Counter[str](), Counter[str]()
     for name, tensor in checkpoint.tensors.items():
-        values[checkpoint.quantised.get(name, tensor.dtype)] += prod(tensor.shape)
-    blocks = {kind.name: (kind.block, kind.size) for kind in KINDS.values() if kind.decode}
+        kind = checkpoint.quantised.get(name, tensor.dtype)
+        values[kind] += tensor.numel
+        sizes[kind] += nbytes_of(kind, tensor.shape) if kind != tensor.dtype else tensor.nbytes
+    known = FORMATS.get(checkpoint.format)
     return Stored(
         format=checkpoint.format,
+        about=known.about if known else checkpoint.format,
         files=tuple(path.name for path in checkpoint.files),
+        size=sum(path.stat().st_size for path in checkpoint.files),
         tensors=len(checkpoint.tensors),
         dtypes=dict(values),
-        bytes=sum(
-            n // blocks[kind][0] * blocks[kind][1] if kind in blocks else n * itemsize(kind)
-            for kind, n in values.items()
-        ),
+        dtype_bytes=dict(sizes),
     )
 
 

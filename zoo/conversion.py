@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -244,14 +244,11 @@ def _carried(model: Model) -> dict[str, Path]:
     return companions_of(provenance.directory, provenance.file, container)
 
 
-def values_within(dialect: str, files: Sequence[Path]) -> GGUFReader | None:
-    """The GGUF file that a checkpoint of that dialect is, or begins with."""
-    return next(iter(open_gguf(files[0]).values())) if dialect == "gguf" else None
-
-
 def _values_within(model: Model) -> GGUFReader | None:
-    known = model.provenance
-    return None if known is None else values_within(known.origin.dialect, known.files)
+    """The GGUF file that a model is of, or the first of several."""
+    if (known := model.provenance) is None or known.origin.dialect != "gguf":
+        return None
+    return next(iter(open_gguf(known.files[0]).values()))
 
 
 def _said(model: Model, to: str) -> dict[str, Any]:

@@ -39,7 +39,6 @@ from zoo.conversion import (
     save_graph,
     split,
     unpacked,
-    values_within,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.exporting import QUANTISED, export, with_zeros
@@ -257,7 +256,7 @@ def plan_output(
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
     container = None if found.foreign is None else found.foreign.container
     carried = companions_of(found.source.directory, found.source.file, container)
-    inside = values_within(found.dialect, checkpoint.files)
+    inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in checkpoint.files}
     if to not in OWN_FILES:
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}

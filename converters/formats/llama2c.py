@@ -170,6 +170,8 @@ class Llama2cReader:
             os.close(fd)
         self.values: dict[str, Any] = self.header.values
         self.tensors = {n: TensorInfo(n, shape, "F32") for n, shape in self.header.arrays()}
+        coarse = f"I8/{self.header.group}"  # whole numbers, a scale for so many
+        self.quantised = {name: coarse for name in self.tensors if self.header.groups(name)}
 
     def span(self, name: str) -> tuple[int, int] | None:
         """Where an array's bytes lie as they are; None where they stand for others."""
