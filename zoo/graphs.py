@@ -78,7 +78,8 @@ def output_names(model: Model) -> tuple[str, ...]:
 
 def files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
     """(the file with the weights, others); `items` are the model's arrays, and none is read."""
-    return {"onnx": _onnx, "pt2": _pt2}[to](model, items)
+    ordered = {name: items[name] for name, _ in model.named_parameters()}
+    return {"onnx": _onnx, "pt2": _pt2}[to](model, ordered)
 
 
 def _traced(model: Model, items: Mapping[str, Item]) -> ExportedProgram:
