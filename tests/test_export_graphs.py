@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from torch import Tensor
 
 import zoo
 from converters import manifest
+from converters.output import Shard
 from converters.spec import load_spec
 from zoo import cli, graphs, registry
 from zoo.components import dual_chunk
+from zoo.conversion import item_of
 from zoo.errors import (
     LossyExport,
     MissingDependency,
@@ -472,7 +475,10 @@ def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     inner = made("bert", "bare")
     zoo.save(inner, tmp_path / "s")
     steps = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3"}
-    width, kinds = inner.config.dim, [{"type": f"models.{kind}", "path": path} for kind, path in steps.items()]
+    width, kinds = (
+        inner.config.dim,
+        [{"type": f"models.{kind}", "path": path} for kind, path in steps.items()],
+    )
     configs = {
         "modules.json": kinds,
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
@@ -509,6 +515,66 @@ def test_from_blocks_of_eight_bits(to: str, tmp_path: Path) -> None:
     compared(zoo.load(blocks), (in_runtime if to == "onnx" else in_torch)(tmp_path / "g"), RELATIVE)
     said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
     assert said["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+# --- beyond 2 and 4 GB: what no 32 bits can say, in files that are holes but for a few bytes ------
+
+HUGE = 15_000_000  # rows of the embedding, 288 bytes each
+
+
+def huge(model: Any, to: str, directory: Path) -> tuple[Shard, dict[str, bytes]]:
+    """`model` with an embedding that ends as it begins; nobody asks for a row between."""
+    with torch.device("meta"):
+        large = build("llama", head="none", vocab=HUGE)
+    items = {name: item_of(name, p.detach()) for name, p in model.named_parameters()}
+    items["embed.weight"] = item_of("embed.weight", large.embed.weight.detach())
+    shard, texts = graphs.files(large, to, items)
+    raw = {name: p.detach().numpy().tobytes() for name, p in model.named_parameters()}
+    crcs = {name: zlib.crc32(data) for name, data in raw.items()}  # but not of the large one
+    first, *others = shard.items
+    assert first.name == "embed.weight" and all(shard.start(x) > 1 << 32 for x in others)
+    with (directory / shard.name).open("wb") as file:
+        file.truncate(shard.size)
+        for item in shard.items:
+            file.seek(shard.start(item))
+            file.write(raw[item.name])
+        file.seek(shard.start(first) + first.nbytes - len(raw[first.name]))
+        file.write(raw[first.name])
+        file.seek(0)
+        file.write(shard.layout.head)
+        for place, data in shard.layout.seal(crcs) if shard.layout.seal else ():
+            file.seek(place)
+            file.write(data)
+    for name, text in texts.items():
+        (directory / name).write_bytes(text)
+    return shard, texts
+
+
+@pytest.mark.slow
+def test_an_onnx_beyond_4_gb(tmp_path: Path) -> None:
+    model = redrawn(build("llama", head="none"))
+    _, texts = huge(model, "onnx", tmp_path)
+    assert len(texts[graphs.ONNX]) < 100_000
+    onnx.checker.check_model(str(tmp_path / graphs.ONNX))
+    run, given = in_runtime(tmp_path), asked(model, 2, 9)
+    (wanted,) = answered(model, given)
+    assert apart(run(given)[0], wanted) < RELATIVE
+    last = given | {"input_ids": given["input_ids"] + (HUGE - model.config.vocab)}
+    assert apart(run(last)[0], wanted) < RELATIVE
+
+
+@pytest.mark.slow
+def test_a_pt2_beyond_4_gb(tmp_path: Path) -> None:
+    model = redrawn(build("llama", head="none"))
+    shard, _ = huge(model, "pt2", tmp_path)
+    reader = torch._C.PyTorchFileReader(str(tmp_path / graphs.PT2))
+    names = [f"data/weights/weight_{n}" for n in range(len(shard.items))]
+    assert reader.get_record_size(names[0]) == HUGE * 288
+    with zipfile.ZipFile(tmp_path / graphs.PT2) as archive:
+        for name, (key, parameter) in zip(names, model.named_parameters(), strict=True):
+            if key != "embed.weight":
+                raw = parameter.detach().numpy().tobytes()
+                assert reader.get_record(name) == archive.read(f"model/{name}") == raw
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -131,8 +131,8 @@ def _weightless(model: Model, items: Mapping[str, Item]) -> Model:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, parameter in model.named_parameters():
             info = items[name].info
-            shape = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-            memo[id(parameter)] = nn.Parameter(shape, requires_grad=False)
+            blank = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+            memo[id(parameter)] = nn.Parameter(blank, requires_grad=False)
     return copy.deepcopy(model, memo).eval()
 
 
@@ -140,7 +140,7 @@ def _weightless(model: Model, items: Mapping[str, Item]) -> Model:
 
 _FOLDER = "data/weights"
 _PLACES = f"{_FOLDER}/model_weights_config.json"
-_VERSION = "archive_version", b"0"
+_VERSION = b"0"  # of the archives whose records these are
 
 
 def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
@@ -151,19 +151,20 @@ def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byte
     save(_traced(model, items), archive)
     with zipfile.ZipFile(archive) as read:
         records = {name.partition("/")[2]: read.read(name) for name in read.namelist()}
-    del records[".data/serialization_id"]  # a digest of what stands there: no weights
-    version, known = _VERSION
-    if records.get(version) != known:
+    records.pop(".data/serialization_id", None)  # a digest, and the weights are not in it
+    empty = [name for name, data in records.items() if not data]
+    strange = [name for name in empty if not name.startswith(f"{_FOLDER}/")]
+    if records.get("archive_version") != _VERSION or _PLACES not in records or strange:
         raise MissingDependency(
-            f"to='pt2': torch {torch.__version__} writes version {records.get(version)!r} of its "
-            f"archives, and this zoo knows {known!r}: use a torch that it was tested with"
+            f"to='pt2': torch {torch.__version__} writes its archives in a way that this zoo does "
+            "not know; use a version of torch that it was tested with (constraints.txt)"
         )
     config, ties = json.loads(records[_PLACES]), native_of(model).ties
     places: dict[str, str] = {}
     for name, said in config["config"].items():  # without addresses, torch takes all for one
         said["path_name"] = places.setdefault(ties.get(name, name), f"weight_{len(places)}")
     records[_PLACES] = json.dumps(config).encode()
-    small = {name: data for name, data in records.items() if data}
+    small = {name: data for name, data in records.items() if name not in empty}
     tensors = {name: (f"{_FOLDER}/{place}", items[name].nbytes) for name, place in places.items()}
     layout = stored_zip.lay_out("model", small, tensors, {})
     return Shard(PT2, tuple(items[name] for name in places), layout), {}
