@@ -646,6 +646,12 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: Any) -> Non
     zoo.save(build("gpt2").eval(), tmp_path / "h", to="pt2")
 
 
+def test_another_torchs_archive_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(graphs, "_VERSION", b"1")
+    with pytest.raises(MissingDependency, match=r"torch \d.*does not know"):
+        zoo.save(build("gpt2").eval(), tmp_path / "g", to="pt2")
+
+
 def test_what_cannot_be_traced_is_refused_by_name(tmp_path: Path, monkeypatch: Any) -> None:
     model = build("gpt2").eval()
     forward = type(model).forward
