@@ -11,7 +11,7 @@ from converters.formats import Layout
 MAGIC, END = b"PK\x03\x04", b"PK\x05\x06"
 LOCAL = struct.Struct("<4s5H3L2H")
 WIDE = 0xFFFFFFFF  # in the place of a size or an offset: it stands in an extra field
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # as torch has it, so that what is mapped can be used as it lies
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _TAIL = struct.Struct("<4s4H2LH")
 _TAIL_64 = struct.Struct("<4sQ2H2L4Q")
