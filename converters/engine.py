@@ -158,10 +158,6 @@ def write_small_files(output: Output, directory: Path, report: Report) -> None:
         path = _fresh(directory / name)
         shutil.copyfile(source, path)
         report.files[name] = hash_file(path)
-    for name, make in output.made.items():
-        path = _fresh(directory / name)
-        make(path)
-        report.files[name] = hash_file(path)
 
 
 def _fresh(path: Path) -> Path:

@@ -38,7 +38,7 @@ class Damage(NamedTuple):
         return f"{self.file}: {f'{self.tensor}: ' if self.tensor else ''}{self.what}"
 
 
-def manifest(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> bytes:
+def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
     """No times and no places in it: the same conversion gives the same bytes."""
     files: dict[str, Any] = {}
     for shard in output.shards:
@@ -60,7 +60,6 @@ def manifest(output: Output, directory: Path, report: Report, versions: dict[str
         }
     sizes = {name: len(text) for name, text in output.texts.items()}
     sizes |= {name: path.stat().st_size for name, path in output.carried.items()}
-    sizes |= {name: (directory / name).stat().st_size for name in output.made}
     files |= {name: {"size": size, "sha256": report.files[name]} for name, size in sizes.items()}
     data = {
         "format": FORMAT,
@@ -89,11 +88,11 @@ def _place(shard: Shard, item: Item) -> dict[str, Any]:
 
 def finish(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> None:
     """All that is no tensor, and nothing that is not of the output; the manifest last."""
-    names = [shard.name for shard in output.shards] + [*output.texts, *output.carried, *output.made]
+    names = [shard.name for shard in output.shards] + [*output.texts, *output.carried]
     prune(directory, names)
     write_small_files(output, directory, report)
     with (directory / NAME).open("xb") as file:
-        file.write(manifest(output, directory, report, versions))
+        file.write(manifest(output, report, versions))
 
 
 def read(directory: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run and _resumes(options.to)
+        going_on = options.run is _convert and not options.dry_run
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -401,12 +401,6 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         print(f"{options.ref} -> {written} ({options.to})")
     return OK
-
-
-def _resumes(to: str) -> bool:
-    from zoo.graphs import GRAPHS
-
-    return to not in GRAPHS
 
 
 def _check(options: argparse.Namespace) -> int:

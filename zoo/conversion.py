@@ -13,17 +13,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import zoo
 from converters.checkpoint import SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
-from converters.engine import Options, Report, Tell, run
-from converters.formats import TensorInfo, dtype_code
+from converters.engine import Options, Report, run
+from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.formats.gguf import GGUFReader, Value, open_gguf
 from converters.lazy import Lazy
 from converters.manifest import finish
-from converters.output import SINGLE, Item, Make, Output, Shard, digest, index_of
+from converters.output import SINGLE, Item, Output, Shard, digest, index_of
 from converters.plan import Plan, Step, make_plan, target_names
 from converters.spec import Container, Spec, load_spec
 from converters.store import Stage, staged
@@ -32,7 +33,6 @@ from zoo.components.model import Model
 from zoo.errors import (
     BadTokenizer,
     LossyExport,
-    NonFinite,
     OutputExists,
     UsageError,
     did_you_mean,
@@ -98,36 +98,12 @@ def save(
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)
     if to in GRAPHS:
-        check_no_choice(to, layout, max_shard_size=max_shard_size)
-        save_graph(model, destination, to, force=force, allow_nonfinite=allow_nonfinite)
-        return destination
+        check_graph(to, destination, layout, max_shard_size)
     output = _output(model, to, max_shard_size, layout)
     with staged(destination, force=force, size=output.size) as stage:
         options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
         finish(output, stage, run(output, Stage(stage), options), versions())
     return destination
-
-
-def save_graph(
-    model: Model,
-    destination: Path,
-    to: str,
-    *,
-    force: bool,
-    allow_nonfinite: bool,
-    sha256: bool = False,
-    tell: Tell = lambda event: None,
-) -> None:
-    """A directory with a graph, the weights it needs, the tokenizer's files and an HF config."""
-    graphs.check(to)
-    graphs.check_file(destination)
-    _check_values(model)
-    output = _graph_output(model, to, allow_nonfinite)
-    weights = sum(p.nbytes for p in model.parameters()) if output.made else 0
-    with staged(destination, force=force, size=output.size + weights) as stage:
-        options = Options(sha256=sha256, allow_nonfinite=allow_nonfinite, tell=tell)
-        told = finished(output, stage, run(output, Stage(stage), options))
-    tell(told)
 
 
 def finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
@@ -138,31 +114,33 @@ def finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
     return {"event": "done", "resumed": report.resumed, **seen}
 
 
-def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    shards, texts, made = list[Shard](), dict[str, bytes](), dict[str, Make]()
-    if to == "onnx":
-        weights, graph = graphs.onnx(model, {name: _item(name, x) for name, x in state.items()})
-        shards, texts = [weights], {graphs.ONNX: graph}
-    else:
-        odd = [name for name, x in state.items() if not x.isfinite().all()]
-        if odd and not allow_nonfinite:
-            raise NonFinite(f"not finite: {listing(odd)}; pass allow_nonfinite to keep such values")
-        made = {graphs.PT2: graphs.pt2(model)}
-    inner = model.model if isinstance(model, SentenceModel) else model
-    held = {name: p.detach() for name, p in inner.named_parameters()}
-    with suppress(LossyExport):  # nothing that the reference could say
-        texts[CONFIG] = origin_of(inner, held).config.encode()
-    # a sentence model's further layers are in the graph
-    carried = {name: path for name, path in _carried(model).items() if not _is_module(name)}
-    said = _said(inner, to)
+def _graph_output(model: Model, to: str) -> Output:
+    items = {name: item_of(name, p.detach()) for name, p in model.named_parameters()}
+    shard, texts = graph_files(model, to, items)
+    model = model.model if isinstance(model, SentenceModel) else model
+    carried = {name: path for name, path in _carried(model).items() if not is_of_a_step(name)}
+    said = _said(model, to)
     if (values := _values_within(model)) is not None:
         carried, more = unpacked(values, carried, said)
         texts |= more
-    return Output(tuple(shards), texts, carried, said=said, made=made)
+    return Output((shard,), texts, carried, said=said)
 
 
-def _is_module(name: str) -> bool:
+def graph_files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
+    """(weights, the graph and an HF config); `items` are all arrays of the model."""
+    shard, texts = graphs.files(model, to, items)
+    inner, prefix = (model.model, "model.") if isinstance(model, SentenceModel) else (model, "")
+    held = dict[str, Tensor]()
+    for name, _ in inner.named_parameters():
+        info = items[f"{prefix}{name}"].info
+        held[name] = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+    with suppress(LossyExport):  # nothing that the reference could say
+        texts[CONFIG] = origin_of(inner, held).config.encode()
+    return shard, texts
+
+
+def is_of_a_step(name: str) -> bool:
+    """Whether a file is of a sentence model's further layers, which are in its graph."""
     return name == MODULES or ("/" in name and not name.startswith(f"{MORE_TEMPLATES}/"))
 
 
@@ -175,6 +153,9 @@ def _output(
     model: Model, to: str, max_shard_size: int | None, layout: Mapping[str, Any] | None
 ) -> Output:
     """Files, headers and recipes of a model as it is."""
+    if to in GRAPHS:
+        _check_values(model)
+        return _graph_output(model, to)
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
         steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
@@ -187,7 +168,7 @@ def _output(
         model, state = _with_zeros(model, state, to)
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, state)}
-        items = [_item(name, tensor) for name, tensor in state.items()]
+        items = [item_of(name, tensor) for name, tensor in state.items()]
         metadata, where = {"format": "pt"}, {}
     else:
         origin = origin_of(model, state)
@@ -202,7 +183,7 @@ def _output(
         carried, more = unpacked(inside, carried, said)
         texts |= more
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
-        if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
+        if held := [item_of(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
                 carried.pop(f"{folder}/{name}", None)
             shards.append(Shard.of(f"{folder}/{SINGLE}", held, {"format": "pt"}))
@@ -318,7 +299,7 @@ def exported_files(
     return shards, texts, kept
 
 
-def _item(name: str, tensor: Tensor) -> Item:
+def item_of(name: str, tensor: Tensor) -> Item:
     info = TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
     return Item(info, "", partial(Lazy.of, tensor))
 
@@ -383,8 +364,6 @@ def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    import torch
-
     return {
         "zoo": zoo.__version__,
         "torch": str(torch.__version__),
@@ -433,14 +412,17 @@ def check_dialect(to: str) -> None:
         raise UsageError(f"to={to!r}: {why}one of {', '.join(known)}.{near}")
 
 
-def check_no_choice(to: str, layout: Mapping[str, Any] | None, **choices: Any) -> None:
-    """A graph is written whole, from the model in memory."""
+def check_graph(
+    to: str, place: Path, layout: Mapping[str, Any] | None, max_shard_size: int | None
+) -> None:
+    """What writing a graph needs is there, and it leaves to choose what is asked for."""
     check_no_layout(to, layout)
-    if given := [name for name, value in choices.items() if value is not None]:
+    if max_shard_size is not None:
         raise UsageError(
-            f"{listing(given)}: to={to!r} leaves that not to choose: a graph is written whole, "
-            "from the model in memory"
+            f"max_shard_size: to={to!r} leaves that not to choose: its weights are one file"
         )
+    graphs.check(to)
+    graphs.check_file(place)
 
 
 def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,28 @@ from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.lazy import Lazy
-from converters.output import Item, Output, Span, digest, identity, index_of
+from converters.output import Item, Output, Span, digest, hash_file, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
-from zoo import graphs
+from zoo.components.model import Model
 from zoo.conversion import (
     OWN_FILES,
     check_dialect,
-    check_no_choice,
+    check_graph,
     check_no_layout,
     checked_destination,
     companions_of,
     export_plan,
     exported_files,
     finished,
+    graph_files,
     in_order,
+    is_of_a_step,
+    item_of,
     lossy_of,
     native_record,
     origin_of,
     said_of,
-    save_graph,
     split,
     unpacked,
 )
@@ -49,13 +52,13 @@ from zoo.pretrained import (
     Ref,
     check_trust,
     dtype_of,
-    load,
     locate,
     native_of,
     prove,
     provenance_of,
 )
-from zoo.sources import CONFIG, NATIVE_FILE
+from zoo.sentences import SentenceModel, headless, read_steps
+from zoo.sources import CONFIG, MODULES, NATIVE_FILE
 
 MOST_PARTS = 10_000
 
@@ -87,24 +90,15 @@ def convert(
     offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
     happens. Further options are those of `zoo.load`: head, config, revision, token, trust …
-    To "onnx" and "pt2" the model is loaded, and its graph written whole: as `zoo.save` does it.
+    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
-    if to in GRAPHS:
-        apart = {"part": part, "memory": None if memory == MEMORY else memory}
-        check_no_choice(to, layout, max_shard_size=max_shard_size, **apart)
-        graphs.check(to)
-        model = load(src, dtype=dtype, **options)
-        assert model.provenance is not None
-        kept: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "sha256": sha256, "tell": tell}
-        destination = checked_destination(dst, model.provenance.directory, force)
-        save_graph(model, destination, to, force=force, **kept)
-        return destination
     share = None if part is None else _part(part)
-    found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
+    found, chosen = _located(src, to, options)
     dst = checked_destination(dst, found.source.directory, force)
-    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
+    if to in GRAPHS:
+        check_graph(to, dst, layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
@@ -147,17 +141,15 @@ def dry_run(
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
-    found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
+    found, chosen = _located(src, to, options)
     checkpoint = found.checkpoint()
-    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
     if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
     if to in GRAPHS:
-        check_no_choice(to, layout, max_shard_size=max_shard_size, part=part)
-        return f"{text}\n\nto be written ({to}): the model's graph, once it is loaded and traced"
+        check_graph(to, Path(), layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     output = output if share is None else output.part(*share)
@@ -169,6 +161,17 @@ def dry_run(
     if decoded:
         text = "\n".join([text, f"lossy: {checkpoint.packed}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
+
+
+def _located(src: Ref, to: str, options: Mapping[str, Any]) -> tuple[Located, dict[str, Any]]:
+    """(what is to be read, what `plan_output` is told of how)"""
+    chosen = {name: options[name] for name in ("config", "trust") if name in options}
+    found = locate(src, **{k: v for k, v in options.items() if k not in chosen})
+    whole = to in GRAPHS and options.get("head") is None
+    if whole and (found.source.directory / MODULES).is_file():
+        found = found._replace(heads=headless(found.heads, found.entry.model))
+        chosen["steps"] = True
+    return found, chosen
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
@@ -235,8 +238,12 @@ def plan_output(
     config: Mapping[str, Any] | None = None,
     trust: Collection[str] = (),
     layout: Mapping[str, Any] | None = None,
+    steps: bool = False,
 ) -> Output:
-    """Files, headers and recipes, proven complete; no byte of weights is read."""
+    """Files, headers and recipes, proven complete; no byte of weights is read.
+
+    `steps`: a graph goes on to the vector that the checkpoint's modules.json makes of the states.
+    """
     checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
@@ -258,7 +265,7 @@ def plan_output(
     carried = companions_of(found.source.directory, found.source.file, container)
     inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in checkpoint.files}
-    if to not in OWN_FILES:
+    if to not in (*OWN_FILES, *GRAPHS):
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
@@ -277,23 +284,45 @@ def plan_output(
     check_no_layout(to, layout)
     if quantised:
         raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
-    if to == "native":
-        texts = {NATIVE_FILE: native_record(model, state)}
-        items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
-        metadata, where = {"format": "pt"}, {}
-    else:
+    texts, metadata, where = dict[str, bytes](), {"format": "pt"}, dict[str, str]()
+    if to == "hf":
         origin = origin_of(model, state)
-        texts = {CONFIG: origin.config.encode()}
+        texts[CONFIG] = origin.config.encode()
         items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros))
         metadata, where = dict(origin.metadata), dict(origin.where)
+    else:
+        items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
-    shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
-    texts |= index_of(shards)
+    if to in GRAPHS:
+        of_steps = {name: path for name, path in carried.items() if is_of_a_step(name)}
+        carried = {name: path for name, path in carried.items() if name not in of_steps}
+        if steps:
+            said["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
+            model, items = _with_steps(model, items, found.source.directory)
+        weights, texts = graph_files(model, to, {item.name: item for item in items})
+        shards = [weights]
+    else:
+        if to == "native":
+            texts[NATIVE_FILE] = native_record(model, state)
+        shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
+        texts |= index_of(shards)
     if inside is not None:
         carried, more = unpacked(inside, carried, said)
         texts |= more
     return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
+
+
+def _with_steps(
+    model: Model, items: Sequence[Item], directory: Path
+) -> tuple[SentenceModel, list[Item]]:
+    """The model that gives a text's vector, and its arrays; those of the steps as the first is."""
+    layers, folders = read_steps(directory, model.config.dim)
+    whole, kind = SentenceModel(model, layers, folders), items[0].info.dtype
+    held = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
+    for name, parameter in whole.steps.named_parameters():
+        held.append(item_of(f"steps.{name}", parameter.detach()).cast(kind))
+    return whole, held
 
 
 def _state(

@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import re
-import struct
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
@@ -15,8 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from converters.formats import Layout, TensorInfo, itemsize, named_dtype, open_regular, torch_pickle
+from converters.formats import (
+    Layout,
+    TensorInfo,
+    itemsize,
+    named_dtype,
+    open_regular,
+    stored_zip,
+    torch_pickle,
+)
 from converters.formats.mapped import MappedFile
+from converters.formats.stored_zip import END, LOCAL, MAGIC, WIDE
 from converters.formats.torch_pickle import Array, Name
 from zoo.errors import (
     CheckpointError,
@@ -39,10 +47,7 @@ MAX_RECORDS = 1 << 20
 MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
 _BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
 
-_MAGIC = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
-_LOCAL = struct.Struct("<4s5H3L2H")
-_END = b"PK\x05\x06"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ def _records(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], bytes]:
             entries, comment = archive.infolist(), archive.comment
     except Exception as error:  # zipfile lets struct's, its own and others through
         raise CorruptCheckpoint(f"{path}: not a whole zip file: {error}") from None
-    if comment or os.pread(fd, 4, size - 22) != _END:
+    if comment or os.pread(fd, 4, size - 22) != END:
         raise CorruptCheckpoint(f"{path}: bytes trail behind its end record")
     _check_directory(path, size, entries)
     records = _check_records(path, fd, size, entries)
@@ -149,7 +154,7 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
             f"{path}: torch's format from before 1.6, which cannot be mapped. Load it once with "
             "torch.load(..., weights_only=True) and save it again as safetensors."
         )
-    if not head.startswith(_MAGIC) or size < 22:
+    if not head.startswith(MAGIC) or size < 22:
         raise CorruptCheckpoint(
             f"{path}: {size} bytes that are no zip file of torch.save. Truncated, or a Git LFS "
             "pointer? Download or copy it again."
@@ -204,17 +209,16 @@ def _check_entry(path: Path, fd: int, entry: zipfile.ZipInfo) -> _Record:
     """One entry of the central directory, held against its local header."""
     name = entry.filename
     problem = CorruptCheckpoint(f"{path}: record {name}: its two headers disagree")
-    local = os.pread(fd, _LOCAL.size, entry.header_offset)
-    if len(local) < _LOCAL.size or entry.compress_size != entry.file_size:
+    local = os.pread(fd, LOCAL.size, entry.header_offset)
+    if len(local) < LOCAL.size or entry.compress_size != entry.file_size:
         raise problem
-    magic, _, flags, method, _, _, crc, packed, unpacked, name_size, extra = _LOCAL.unpack(local)
-    here = os.pread(fd, name_size, entry.header_offset + _LOCAL.size)
-    if magic != _MAGIC or method != zipfile.ZIP_STORED or here != name.encode():
+    magic, _, flags, method, _, _, crc, packed, unpacked, name_size, extra = LOCAL.unpack(local)
+    here = os.pread(fd, name_size, entry.header_offset + LOCAL.size)
+    if magic != MAGIC or method != zipfile.ZIP_STORED or here != name.encode():
         raise problem
-    wide = 0xFFFFFFFF  # the sizes stand in an extra field
-    if not flags & 8 and (crc != entry.CRC or {packed, unpacked} - {entry.file_size, wide}):
+    if not flags & 8 and (crc != entry.CRC or {packed, unpacked} - {entry.file_size, WIDE}):
         raise problem  # with flag 8 these three follow the data
-    start = entry.header_offset + _LOCAL.size + name_size + extra
+    start = entry.header_offset + LOCAL.size + name_size + extra
     return _Record(name, start, entry.file_size, entry.CRC)
 
 
@@ -341,44 +345,12 @@ def _pair(
 # --- writing -------------------------------------------------------------------------------------
 
 _ROOT = "archive"
-_ALIGNMENT = 64  # as torch.save has it, so that what is mapped can be used as it lies
-_WIDE = 0xFFFFFFFF
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_TAIL = struct.Struct("<4s4H2LH")
-_TAIL_64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR = struct.Struct("<4sLQL")
 _STORAGES = {
     "F64": "DoubleStorage",
     "F32": "FloatStorage",
     "F16": "HalfStorage",
     "BF16": "BFloat16Storage",
 }
-
-
-class _Entry:
-    """A record to be: its header in front of it, and what the directory says of it."""
-
-    def __init__(self, name: str, size: int, at: int, crc: int | None = None) -> None:
-        self.name, self.size, self.at, self.crc = f"{_ROOT}/{name}".encode(), size, at, crc
-        wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _WIDE else b""
-        pad = -(at + _LOCAL.size + len(self.name) + len(wide) + 4) % _ALIGNMENT
-        self.extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-        self.start = at + _LOCAL.size + len(self.name) + len(self.extra)
-        self.end = self.start + size
-
-    def local(self, crc: int) -> bytes:
-        size = min(self.size, _WIDE)
-        sizes = (crc, size, size, len(self.name), len(self.extra))
-        return _LOCAL.pack(_MAGIC, 45, 0x800, 0, 0, 0x21, *sizes) + self.name + self.extra
-
-    def central(self, crc: int) -> bytes:
-        size, at = min(self.size, _WIDE), min(self.at, _WIDE)
-        wide = [self.size] * 2 if self.size >= _WIDE else []
-        wide += [self.at] if self.at >= _WIDE else []
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        lengths = (len(self.name), len(extra), 0, 0, 0, 0, at)
-        head = (b"PK\x01\x02", 45, 45, 0x800, 0, 0, 0x21, crc, size, size, *lengths)
-        return _CENTRAL.pack(*head) + self.name + extra
 
 
 def lay_out(
@@ -397,40 +369,12 @@ def lay_out(
     tensors = {names[info.name]: _Stub(keys[info.name], info) for info in infos}
     tensors |= {other: tensors[name] for other, name in (aliases or {}).items()}
     data = _pickled({within: tensors, **(values or {})} if within else tensors)
-    head, at = b"", 0
-    written: list[_Entry] = []
-    for name, content in (("data.pkl", data), ("byteorder", b"little")):
-        written.append(_Entry(name, len(content), at, zlib.crc32(content)))
-        head += written[-1].local(zlib.crc32(content)) + content
-        at = written[-1].end
-    records: dict[str, _Entry] = {}
-    for info in infos:
-        records[info.name] = _Entry(f"data/{keys[info.name]}", info.nbytes, at)
-        at = records[info.name].end
-    version = _Entry("version", 2, at, zlib.crc32(b"3\n"))
-
-    def tail(crcs: Mapping[str, int]) -> bytes:
-        entries = [(e, e.crc or 0) for e in written]
-        entries += [(entry, crcs[name]) for name, entry in records.items()]
-        entries.append((version, version.crc or 0))
-        directory = b"".join(entry.central(crc) for entry, crc in entries)
-        out = version.local(version.crc or 0) + b"3\n" + directory
-        place, count = version.end, len(entries)
-        if place >= _WIDE or len(directory) >= _WIDE or count >= 0xFFFF:
-            counts = (count, count, len(directory), place)
-            out += _TAIL_64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, *counts)
-            out += _LOCATOR.pack(b"PK\x06\x07", 0, place + len(directory), 1)
-        few = min(count, 0xFFFF)
-        sizes = (min(len(directory), _WIDE), min(place, _WIDE))
-        return out + _TAIL.pack(_END, 0, 0, few, few, *sizes, 0)
-
-    def seal(crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
-        chunks = [(entry.at, entry.local(crcs[name])) for name, entry in records.items()]
-        return [*chunks, (version.at, tail(crcs))]
-
-    end = version.at + len(tail(dict.fromkeys(records, 0)))
-    starts = {name: entry.start - len(head) for name, entry in records.items()}
-    return Layout(head, starts, end - len(head), seal)
+    return stored_zip.lay_out(
+        _ROOT,
+        {"data.pkl": data, "byteorder": b"little"},
+        {info.name: (f"data/{keys[info.name]}", info.nbytes) for info in infos},
+        {"version": b"3\n"},
+    )
 
 
 class _Storage:
