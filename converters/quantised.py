@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.checkpoint import SHARD_BYTES, Checkpoint, Reader, shard
 from converters.formats import TensorInfo, torch_dtype
+from converters.lazy import Read
 from converters.packing import AWQ_SHIFTS, UNITS, Blocks, Groups, Matrix, turned
 from converters.plan import FLOATS
 from converters.spec import Dialect
@@ -486,8 +487,8 @@ class _Reader:
         found: torch.Tensor = self._reader.tensor(name)
         return found
 
-    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
-        return self._matrices[name].numbers if name in self._matrices else None
+    def decoder(self, name: str) -> Read | None:
+        return self._matrices[name].box if name in self._matrices else None
 
     def span(self, name: str) -> tuple[int, int] | None:
         if name in self._matrices or not hasattr(self._reader, "span"):

@@ -16,6 +16,7 @@ from converters.language import (
     parse_rule,
     solve,
 )
+from converters.lazy import Decoded
 from zoo.errors import SpecError
 
 G, R, E, D, F = 2, 3, 5, 7, 11  # key heads, queries per key head, head width, width, hidden
@@ -250,6 +251,22 @@ def test_layout_means_what_it_means_by_hand(name):
         in_pieces(lazy, truth)
     for lazy, truth in zip(transform.sources_of(targets), sources, strict=True):
         in_pieces(lazy, truth)
+    for lazy, truth in zip(transform.targets_of(decoded(sources)), targets, strict=True):
+        in_pieces(lazy, truth)
+    for lazy, truth in zip(transform.sources_of(decoded(targets)), sources, strict=True):
+        in_pieces(lazy, truth)
+    twice = transform.sources_of(transform.targets_of(decoded(sources)))
+    for lazy, truth in zip(twice, sources, strict=True):
+        in_pieces(lazy, truth)
+
+
+def decoded(tensors):
+    """The same numbers, to be had in boxes of rows and columns alone."""
+    matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return [
+        Decoded(t.shape, t.dtype, lambda rows, columns, m=m: m[rows, columns])
+        for t, m in zip(tensors, matrices, strict=True)
+    ]
 
 
 def in_pieces(lazy, truth):
@@ -341,6 +358,11 @@ def test_forward_then_backward_is_the_identity(case):
     assert [torch.equal(a, b) for a, b in zip(back, sources, strict=True)] == [True] * count
     for lazy, target in zip(transform.targets_of(sources), targets, strict=True):
         in_pieces(lazy, target)
+    for lazy, target in zip(transform.targets_of(decoded(sources)), targets, strict=True):
+        in_pieces(lazy, target)
+    twice = transform.sources_of(transform.targets_of(decoded(sources)))
+    for lazy, source_ in zip(twice, sources, strict=True):
+        in_pieces(lazy, source_)
     seen = torch.cat([t.flatten() for t in targets]).sort().values
     assert torch.equal(seen, torch.arange(count * total))  # nothing twice, nothing lost
 

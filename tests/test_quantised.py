@@ -5,7 +5,7 @@ import re
 import tracemalloc
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import zoo
-from converters import packing
+from converters import lazy
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.manifest import NAME, check
 from converters.quantised import Quantisation, dequantised, read_config, stands_turned
@@ -347,14 +347,13 @@ def test_any_range_is_decoded_as_the_whole_is(
     found = one(tmp_path, parts, WAYS[way], turned=turned, dtype="F32")
     whole = found.tensor("x.weight")
     assert torch.equal(whole, meant.float())
-    monkeypatch.setattr(packing, "_PIECE", 50)  # less than a row: pieces begin and end anywhere
-    read = found.readers["model.safetensors"].decoder("x.weight")  # type: ignore[attr-defined]
-    count = prod(dense.shape)
-    for start, end in [(0, count), (0, 1), (count - 1, count), (37, 38), (63, 65), (17, 911)]:
-        assert torch.equal(read(start, end), whole.flatten()[start:end])
+    monkeypatch.setattr(lazy, "_PIECE", 50)  # less than a row: pieces begin and end anywhere
+    for rows, columns in [((0, 96), (0, 64)), ((95, 96), (63, 64)), ((17, 50), (9, 31))]:
+        box = slice(*rows), slice(*columns)
+        assert torch.equal(found.lazy("x.weight").matrix(*box), whole[box])
     pieces = list(found.lazy("x.weight").pieces(334))
-    assert max(map(len, pieces)) * whole.element_size() <= 334
-    assert torch.equal(torch.cat(pieces), whole.flatten())
+    assert max(map(torch.numel, pieces)) * whole.element_size() <= 334
+    assert torch.equal(torch.cat([piece.flatten() for piece in pieces]), whole.flatten())
 
 
 def test_a_zero_point_of_zero_is_stored_as_the_largest(tmp_path: Path) -> None:
@@ -517,11 +516,12 @@ def test_verify_says_what_to_do(made: Callable[..., tuple[Path, Path]]) -> None:
 def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 million numbers, of which no thread asks for more than its share of the memory."""
     asked: list[int] = []
-    real = packing.Matrix.numbers
+    real = lazy.Decoded.matrix
 
-    def numbers(self: packing.Matrix, start: int, end: int) -> Tensor:
-        asked.append((end - start) * self.dtype.itemsize)
-        return real(self, start, end)
+    def matrix(self: lazy.Decoded, rows: slice, columns: slice) -> Tensor:
+        found = real(self, rows, columns)
+        asked.append(found.nbytes)
+        return found
 
     dim, hidden = 1024, 4096
     fields = {**LLAMA, "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": 1}
@@ -535,7 +535,7 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
     held = copied(
         tmp_path / "plain", tmp_path / "held", tensors, {"quantization_config": WAYS["awq"]}
     )
-    monkeypatch.setattr(packing.Matrix, "numbers", numbers)
+    monkeypatch.setattr(lazy.Decoded, "matrix", matrix)
     for to in ("hf", "native"):
         zoo.convert(held, tmp_path / to, to=to, memory=2 << 20, threads=2)
     assert max(asked) <= 512 << 10 and sum(asked) == 2 * 2 * (3 * hidden * dim + dim * dim * 3)

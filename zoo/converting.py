@@ -337,8 +337,7 @@ def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) ->
     names = agreed(step, checkpoint.tensor, trust)
     if step.transform is None:
         return checkpoint.lazy(names[n])
-    tensors = [checkpoint.tensor(name) for name in names]
-    return step.transform.targets_of(tensors)[n]
+    return step.transform.targets_of([checkpoint.lazy(name) for name in names])[n]
 
 
 def _to_hf(
@@ -406,35 +405,7 @@ def _backward(
     def made(step: Step, n: int) -> Lazy:
         if step.transform is None:
             return native(step.targets[n])
-        metas = [
-            torch.empty(
-                zeros.get(name) or plan.native.shapes[plan.native.ties.get(name, name)],
-                dtype=torch_dtype(stored_as(name)),
-                device="meta",
-            )
-            for name in step.targets
-        ]
-        transform, shaped = step.transform, step.transform.sources_of(metas)[n]
-        # of which array each part is a view: one at a time is made, where several are joined
-        of = [
-            [k for k, m in enumerate(metas) if p.view is m or p.view._base is m]
-            for p in shaped.parts
-        ]
-        if not all(len(found) == 1 for found in of):
-            return transform.sources_of([native(name).whole() for name in step.targets])[n]
-
-        def part(p: int) -> torch.Tensor:
-            (k,) = of[p]
-            tensors = [*metas[:k], native(step.targets[k]).whole(), *metas[k + 1 :]]
-            return transform.sources_of(tensors)[n].parts[p].view
-
-        return shaped.later(part)
-
-    def stored_as(name: str) -> str:
-        if name in zeros:
-            return any_dtype
-        step, _ = ways[plan.native.ties.get(name, name)]
-        return checkpoint.tensors[step.sources[0]].dtype
+        return step.transform.sources_of([native(name) for name in step.targets])[n]
 
     for step in inverse.steps:
         for names in (step.sources, *step.also):
