@@ -37,8 +37,9 @@ class Format(NamedTuple):
 
     `open` gives the readers of a file and of those that it says belong to it. Beside what every
     reader has they may offer `values` (what else the file says), `span` (where a tensor's bytes lie
-    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `place` (the
-    same of two names of one array) and `files` (all that they read).
+    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `quantised`
+    (what those stand in), `size` (a tensor's bytes), `place` (the same of two names of one array)
+    and `files` (all that they read).
     """
 
     module: str
@@ -201,6 +202,10 @@ class _Renamed:
         if self.span(name) is not None or not hasattr(self._reader, "numbers"):
             return None
         return partial(self._reader.numbers, inner)
+
+    def size(self, name: str) -> int:
+        size = getattr(self._reader, "size", None)
+        return self.tensors[name].nbytes if size is None else int(size(self._names[name]))
 
     def span(self, name: str) -> tuple[int, int] | None:
         span = getattr(self._reader, "span", None)

@@ -461,7 +461,7 @@ class _Groups:
             readers=readers,
             outside=dict(self.needless),
             made_of={name: matrix.parts for name, matrix in self.matrices.items()},
-            packed=self.how.about,
+            quantised=dict.fromkeys(self.matrices, self.how.about),
             split=split,
             biases=frozenset(f"{name.removesuffix('weight')}bias" for name in self.matrices),
         )

@@ -135,6 +135,7 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
 }
 GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 96}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -436,6 +437,42 @@ def test_what_is_written_says_that_it_was_decoded(
     )
     zoo.convert(plain, tmp_path / "exact", to="hf")
     assert "lossy" not in (tmp_path / "exact" / NAME).read_text()
+
+
+def in_files(kind: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Path:
+    """Quantised in safetensors, or by ourselves in another dialect's file."""
+    if kind in WAYS:
+        return made("llama", kind)[0]
+    dtype = "q8_0" if kind == "gguf" else "float32"
+    return zoo.convert(made()[1], tmp_path / "held", to=kind, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "fp8", "gguf", "llama2c-q8"])
+def test_every_round_says_what_weights_were_decoded_from(
+    made: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: str
+) -> None:
+    held = in_files(kind, made, tmp_path)
+    first = zoo.load(held).provenance
+    assert first is not None and "blocks.1.mlp.down.weight" in first.quantised
+    assert "blocks.0.norm1.weight" not in first.quantised
+    assert first.lossy and first.lossy in zoo.info(held).quantised
+    rounds = [("native", None), ("hf", None), ("native", "float32"), ("meta", None), ("hf", None)]
+    for n, (to, dtype) in enumerate([*rounds, ("gguf", None), ("llama2c", None)]):
+        held = zoo.convert(held, tmp_path / str(n), to=to, dtype=dtype)
+        said = json.loads((held / NAME).read_text())
+        assert said["quantised"] == first.quantised
+        assert said["lossy"] == f"dequantised: {first.lossy}"
+        tensors = {n: t for f in said["files"].values() for n, t in f.get("tensors", {}).items()}
+        lossy = {name for name, tensor in tensors.items() if tensor.get("lossy")}
+        assert lossy and (to != "native" or lossy == first.quantised.keys())
+        m = zoo.load(held)
+        assert m.provenance.quantised == first.quantised
+        assert zoo.info(held).quantised == f"it was, and is decoded: {first.lossy}"
+        zoo.save(m, tmp_path / f"{n}, saved", to=to)
+        again = json.loads((tmp_path / f"{n}, saved" / NAME).read_text())
+        assert again["quantised"] == first.quantised
+    (held / NAME).write_text("{}")  # damaged: nothing that loading would refuse
+    assert not zoo.load(held).provenance.quantised
 
 
 def test_saving_writes_plain_weights(

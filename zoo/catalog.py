@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from zoo import registry, sources
-from zoo.errors import ConfigError, NotACheckpoint
+from zoo.errors import ConfigError, NotACheckpoint, listing
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -88,6 +88,7 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 
 
 def _of_directory(source: sources.Source) -> Info:
+    from converters import manifest
     from converters.checkpoint import open_checkpoint
     from converters.strict_json import read_json
 
@@ -104,8 +105,7 @@ def _of_directory(source: sources.Source) -> Info:
             architecture = registry.architectures()[data["architecture"]]
             config, named = dict(data["config"]), data["origin"]["class"]
             head = config.pop("head")
-            if said := data["origin"].get("quantised"):
-                quantised = f"it was, and is decoded: {said}"
+            quantised = _decoded(data.get("quantised") or {})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
@@ -115,6 +115,9 @@ def _of_directory(source: sources.Source) -> Info:
         head = architecture.heads[named][0] if named else None
         quantised = _quantised(config)
     known = source.checkpoint
+    checkpoint = None if source.repo else open_checkpoint(source.directory)
+    if checkpoint is not None and not quantised:
+        quantised = _decoded(manifest.decoded(source.directory, checkpoint.files))
     return Info(
         ref=source.ref,
         architecture=architecture.name,
@@ -128,10 +131,15 @@ def _of_directory(source: sources.Source) -> Info:
         revision=source.revision,
         pinned=known.pinned if known else None,
         directory=str(source.directory),
-        stored=None if source.repo else _stored(open_checkpoint(source.directory)),
+        stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
         quantised=quantised,
     )
+
+
+def _decoded(quantised: Mapping[str, str]) -> str:
+    kinds = listing(sorted(set(quantised.values())))
+    return f"it was, and is decoded: {kinds}" if kinds else ""
 
 
 def _quantised(config: Mapping[str, Any]) -> str:
@@ -146,6 +154,7 @@ def _quantised(config: Mapping[str, Any]) -> str:
 
 def _of_files(source: sources.Source) -> Info:
     """Of files without a config.json, whose content says what they are."""
+    from converters import manifest
     from converters.dialects import find
 
     place = source.file or source.directory
@@ -176,28 +185,29 @@ def _of_files(source: sources.Source) -> Info:
         stored=_stored(checkpoint),
         dialect=found.dialect.name,
         about=found.container.about,
+        quantised=listing(sorted(set(checkpoint.quantised.values())))
+        or _decoded(manifest.decoded(source.directory, checkpoint.files)),
         inferred={name: value for name, value in fields.items() if name not in said},
     )
 
 
 def _stored(checkpoint: Checkpoint) -> Stored:
-    from converters.formats import itemsize
-    from converters.formats.quants import KINDS
-
     values: Counter[str] = Counter()
     for name, tensor in checkpoint.tensors.items():
         values[checkpoint.quantised.get(name, tensor.dtype)] += prod(tensor.shape)
-    blocks = {kind.name: (kind.block, kind.size) for kind in KINDS.values() if kind.decode}
     return Stored(
         format=checkpoint.format,
         files=tuple(path.name for path in checkpoint.files),
         tensors=len(checkpoint.tensors),
         dtypes=dict(values),
-        bytes=sum(
-            n // blocks[kind][0] * blocks[kind][1] if kind in blocks else n * itemsize(kind)
-            for kind, n in values.items()
-        ),
+        bytes=sum(_size(checkpoint, name) for name in checkpoint.tensors),
     )
+
+
+def _size(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a tensor in its file."""
+    reader: Any = checkpoint.readers[checkpoint.where[name]]
+    return int(reader.size(name)) if hasattr(reader, "size") else checkpoint.tensors[name].nbytes
 
 
 def _heads(architecture: registry.Architecture) -> tuple[str, ...]:

@@ -170,6 +170,14 @@ class Llama2cReader:
             os.close(fd)
         self.values: dict[str, Any] = self.header.values
         self.tensors = {n: TensorInfo(n, shape, "F32") for n, shape in self.header.arrays()}
+        coarse = f"int8 in groups of {self.header.group}"
+        self.quantised = {n: coarse for n in self.tensors if self.header.groups(n)}
+
+    def size(self, name: str) -> int:
+        """Bytes that an array takes in the file."""
+        info = self.tensors[name]
+        groups = self.header.groups(name)
+        return info.numel + info.numel // self.header.group * 4 if groups else info.nbytes
 
     def span(self, name: str) -> tuple[int, int] | None:
         """Where an array's bytes lie as they are; None where they stand for others."""
