@@ -23,7 +23,7 @@ AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 class Matrix(NamedTuple):
     """A matrix as its name's readers expect it, made of other tensors a box at a time."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     box: Read  # rows, columns: float32 of whatever strides
     parts: tuple[str, ...]  # names on disk
@@ -109,18 +109,18 @@ def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix of eight-bit floats, a scale each block; blocks at the ends may be cut short."""
+    """Eight-bit floats, a scale each block; those at the ends of a matrix may be cut short."""
 
     block: tuple[int, int]
+    rows: int  # of a matrix, of which several may lie one behind the other
     weight: Callable[[], Tensor]
     scale: Callable[[], Tensor]  # (blocks of rows, blocks of columns)
 
     def __call__(self, rows: slice, columns: slice) -> Tensor:
         import torch
 
-        down, across = (
-            torch.arange(side.start, side.stop) // size
-            for side, size in zip((rows, columns), self.block, strict=True)
-        )
-        scale = self.scale().float()[down[:, None], across]
+        row, column = (torch.arange(side.start, side.stop) for side in (rows, columns))
+        high, wide = self.block
+        down = row // self.rows * -(-self.rows // high) + row % self.rows // high
+        scale = self.scale().float()[down[:, None], column // wide]
         return self.weight()[rows, columns].float().mul_(scale)

@@ -19,7 +19,8 @@ import zoo
 from converters import lazy
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.manifest import NAME, check
-from converters.quantised import Quantisation, dequantised, read_config, stands_turned
+from converters.quantisation import Quantisation, read_config
+from converters.quantised import dequantised, stands_turned
 from converters.spec import load_spec
 from zoo.cli import main
 from zoo.errors import (
@@ -138,12 +139,25 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
 }
 GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 96}
+NEOX = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": False}),
     "qwen2": ("Qwen2ForCausalLM", LLAMA),
     "gpt2": ("GPT2LMHeadModel", GPT2),
+    "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "neox": ("GPTNeoXForCausalLM", {**NEOX, "intermediate_size": 96, "rotary_pct": 0.25}),
+    "falcon": ("FalconForCausalLM", {**NEOX, "new_decoder_architecture": True, "num_kv_heads": 2}),
 }
-LINEAR = ("_proj.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight")
+LINEAR = (
+    *("_proj.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight", "w1.weight", "w2.weight"),
+    *("w3.weight", "query_key_value.weight", "dense.weight", "4h.weight", "4h_to_h.weight"),
+)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False}
 WAYS: dict[str, dict[str, Any]] = {
     "gptq": GPTQ,
@@ -378,7 +392,53 @@ def test_fp8_is_what_the_reference_makes_of_it(tmp_path: Path) -> None:
     assert torch.equal(found, expected.bfloat16())
 
 
+def stacks(scales: tuple[int, ...]) -> dict[str, Tensor]:
+    """Two experts of 6x10, as transformers has them in memory."""
+    generator = torch.Generator().manual_seed(6)
+    held = torch.randn(2, 6, 10, generator=generator).to(torch.float8_e4m3fn)
+    return {"down_proj": held, "down_proj_scale_inv": torch.rand(2, *scales, generator=generator)}
+
+
+@pytest.mark.parametrize(
+    ("block", "scales"),
+    [([4, 4], (2, 3)), ([16, 4], (2, 3)), (None, (1, 1)), (None, (2, 1)), (None, (6, 1))],
+)
+def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any) -> None:
+    """The scales of a stack have its first axis; two of them may be of gate and up."""
+    parts = stacks(scales)
+    said = {"quant_method": "fp8", "weight_block_size": block}
+    weight, scale = parts["down_proj"], parts["down_proj_scale_inv"]
+    checkpoint = one(tmp_path, parts, said, dtype="F32")
+    down, across = 6 / scales[0] if block is None or block[0] > 6 else 4, 4 if block else 10
+    meant = torch.empty(2, 6, 10)
+    for x, r, c in np.ndindex(2, 6, 10):
+        meant[x, r, c] = weight[x, r, c].float() * scale[x, int(r // down), c // across]
+    assert torch.equal(checkpoint.tensor("x.down_proj"), meant)
+    pieces = [p.reshape(-1) for p in checkpoint.lazy("x.down_proj").pieces(52)]
+    assert torch.equal(torch.cat(pieces), meant.flatten())
+    oracle = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    if block == [4, 4]:
+        assert torch.equal(
+            oracle._dequantize_fp8_weight(weight, scale, block, torch.float32), meant
+        )
+
+
+def test_scales_of_a_stack_that_do_not_fit(tmp_path: Path) -> None:
+    said = {"quant_method": "fp8", "weight_block_size": None}
+    with pytest.raises(ShapeMismatch, match=r"\[2, 4, 1\], expected \[2, 1, 1\] or \[2, 6, 1\]"):
+        one(tmp_path, stacks((4, 1)), said)
+    parts = {**stacks((1, 1)), "down_proj_activation_scale": torch.ones(2)}
+    assert "x.down_proj_activation_scale" in one(tmp_path, parts, said).outside
+    del parts["down_proj_scale_inv"]
+    with pytest.raises(MissingTensors, match=r"x\.down_proj_scale_inv: missing"):
+        one(tmp_path, parts, said)
+
+
 # --- models ---------------------------------------------------------------------------------------
+
+
+def usual(model: str, way: str) -> bool:
+    return model in ("llama", "gpt2") or way in ("gptq-order", "awq", "fp8")
 
 
 def same(a: Any, b: Any) -> bool:
@@ -388,8 +448,7 @@ def same(a: Any, b: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "way"), [(m, w) for m in MODELS for w in WAYS if usual(m, w)])
 def test_a_model_is_that_of_the_decoded_weights(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, model: str, way: str
 ) -> None:
@@ -400,6 +459,8 @@ def test_a_model_is_that_of_the_decoded_weights(
     with torch.no_grad():
         assert torch.equal(m(ids), wanted(ids))
     assert m.provenance.lossy.startswith(WAYS[way]["quant_method"]) and not wanted.provenance.lossy
+    native = zoo.convert(held, tmp_path / "native", to="native", memory=1)
+    assert same(zoo.load(native), wanted)
     out = zoo.convert(held, tmp_path / "out", to="hf", memory=1)
     assert (out / "model.safetensors").read_bytes() == _as_zoo_writes(plain, tmp_path)
     config = json.loads((out / "config.json").read_text())

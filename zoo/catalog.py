@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import registry, sources
@@ -113,7 +114,7 @@ def _of_directory(source: sources.Source) -> Info:
         config = read_json(path)
         architecture, named = registry.architecture_for(config, str(path))
         head = architecture.heads[named][0] if named else None
-        quantised = _quantised(config)
+        quantised = _quantised(config, source.directory)
     known = source.checkpoint
     checkpoint = None if source.repo else open_checkpoint(source.directory)
     if checkpoint is not None and not quantised:
@@ -142,13 +143,16 @@ def _decoded(quantised: Mapping[str, str]) -> str:
     return f"it was, and is decoded: {kinds}" if kinds else ""
 
 
-def _quantised(config: Mapping[str, Any]) -> str:
-    """How a config says that matrices are held."""
-    from converters.quantised import FIELD, read_config
+def _quantised(config: Mapping[str, Any], directory: Path) -> str:
+    """How a config says that matrices are held, or a file beside it."""
+    from converters.quantisation import FIELD, beside, read_config
 
-    if config.get(FIELD) is None:
+    said = config.get(FIELD)
+    if said is None and (found_beside := beside(directory)) is not None:
+        _, said = found_beside
+    if said is None:
         return ""
-    found, problems = read_config(config[FIELD])
+    found, problems = read_config(said)
     return f"not read: {'; '.join(problems)}" if found is None else found.about
 
 

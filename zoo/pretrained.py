@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from converters import quantisation
 from converters.checkpoint import (
     MANIFEST,
     SINGLE,
@@ -31,10 +32,10 @@ from converters.dialects import Found, find
 from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
+from converters.quantisation import FIELD as QUANTISED
+from converters.quantisation import Quantisation
 from converters.quantised import DTYPES as CONFIG_DTYPES
-from converters.quantised import FIELD as QUANTISED
-from converters.quantised import Quantisation, dequantised, stands_turned
-from converters.quantised import read_config as read_quantisation
+from converters.quantised import dequantised, stands_turned
 from converters.spec import Dialect, Spec, load_spec
 from converters.strict_json import parse_json
 from zoo import registry, sources
@@ -390,8 +391,10 @@ def _read(
             f"{path}: a {entry.name} model, and {known.name} is one of {known.architecture}. "
             f"To load what is there nonetheless: hf:{known.repo}"
         )
-    text = path.read_text(encoding="utf-8")
-    return _understand(source, entry, reference, text, head, ignore, str(path))
+    text, where = path.read_text(encoding="utf-8"), str(path)
+    if reference.get(QUANTISED) is None and (found := quantisation.beside(directory)) is not None:
+        where, reference[QUANTISED] = f"{where} and {found[0]}", found[1]
+    return _understand(source, entry, reference, text, head, ignore, where)
 
 
 def _understand(
@@ -409,7 +412,7 @@ def _understand(
     heads = _heads(entry, named, head, where)
     quantised, more = None, list[str]()
     if reference.get(QUANTISED) is not None:  # what is read from now on, and written, are weights
-        quantised, more = read_quantisation(reference[QUANTISED], ignore)
+        quantised, more = quantisation.read_config(reference[QUANTISED], ignore)
         reference = {name: value for name, value in reference.items() if name != QUANTISED}
         text = json.dumps(reference, indent=2) + "\n"
     fields, problems = spec.dialect("hf").read_config(reference, ignore)
