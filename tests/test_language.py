@@ -221,6 +221,15 @@ def layouts():
             )
         ],
     )
+    joined, alone = torch.arange(12).reshape(3, 4), torch.arange(12, 17)
+    yield (
+        "a vector whose parts are a matrix and a vector",
+        "b [(r e | k)]",
+        ["x [r e]", "y [k]"],
+        {"r": 3, "e": 4, "k": 5},
+        [torch.cat([joined.flatten(), alone])],
+        [joined, alone],
+    )
     yield (
         "tensorflow kernels with a leading 1",
         "model/h0/attn/c_attn/w [1 i (n o)]",
@@ -276,6 +285,29 @@ def in_pieces(lazy, truth):
         assert torch.equal(torch.cat([piece.flatten() for piece in pieces]), truth.flatten())
         width = max(limit, truth.element_size())
         assert all(piece.numel() * piece.element_size() <= width for piece in pieces)
+
+
+def test_what_is_decoded_is_what_is_looked_at():
+    """Heads whose queries lie far apart are read one by one, and those that lie close together."""
+    asked = []
+
+    def read(rows, columns):
+        asked.append((rows.stop - rows.start, columns.stop - columns.start))
+        return qkv[rows, columns]
+
+    h, e, i = 4, 8, 6
+    qkv = torch.arange(h * 3 * e * i).reshape(h * 3 * e, i)
+    rule = parse_rule("qkv [(h n e) i]", "{n=q,k,v} [(h e) i]")
+    cut = Transform(rule, (("h", h), ("n", 3), ("e", e), ("i", i)))
+    (q, *_) = cut.targets_of([Decoded(qkv.shape, qkv.dtype, read)])
+    assert torch.equal(q.whole(), qkv.reshape(h, 3, e, i)[:, 0].reshape(h * e, i))
+    assert asked == [(e, i)] * h
+    asked.clear()
+    rule = parse_rule("q [(h e two) i]", "p [(h two e) i]")
+    turn = Transform(rule, (("h", 3 * h), ("two", 2), ("e", e // 2), ("i", i)))
+    (p,) = turn.targets_of([Decoded(qkv.shape, qkv.dtype, read)])
+    pieces = list(p.pieces(e // 2 * i * qkv.element_size()))  # half a head
+    assert len(pieces) == len(asked) == 3 * h * 2 and set(asked) == {(e - 1, i)}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
