@@ -14,8 +14,8 @@ Box = tuple[slice, ...]  # a range on every axis
 Read = Callable[[slice, slice], "Tensor"]  # rows and columns of a matrix
 
 _PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in the cache
-_Axis = tuple[int, int, int]
 _ENOUGH = 1 << 14  # so many take longer to decode than to ask for
+_Axis = tuple[int, int, int]  # how far apart, how many, which one
 
 
 class Part(NamedTuple):
@@ -193,7 +193,7 @@ def _base(view: Tensor) -> int:
 
 
 def _reach(view: Tensor, width: int) -> tuple[list[_Axis], list[_Axis]]:
-    """(rows or columns apart, how many, axis), of axes along rows and of axes along columns."""
+    """A view's axes that go along a matrix's rows, and those that go along its columns."""
     axes = [(s, n, at) for at, (n, s) in enumerate(zip(view.shape, view.stride(), strict=True))]
     high = [(s // width, n, at) for s, n, at in axes if n > 1 and s >= width]
     return high, [(s, n, at) for s, n, at in axes if n > 1 and s < width]
