@@ -624,6 +624,16 @@ def test_every_round_says_what_weights_were_decoded_from(
     assert not zoo.load(held).provenance.quantised
 
 
+def test_a_record_of_it_that_is_none_is_refused(tmp_path: Path) -> None:
+    zoo.save(build("llama"), tmp_path / "native", to="native")
+    path = tmp_path / "native" / "zoo.json"
+    said = json.loads(path.read_text())
+    for odd in ("gptq", {"norm.weight": 4}):
+        path.write_text(json.dumps({**said, "quantised": odd}))
+        with pytest.raises(ConfigError, match="quantised: expected words by name"):
+            zoo.load(tmp_path / "native")
+
+
 def test_saving_writes_plain_weights(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
