@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE = "model.safetensors"
+MANIFEST = "zoo-manifest.json"
 SHARD_BYTES = 5 * 10**9
 # format: its single file and its index. The first format that is there wins: published
 # repositories hold the same weights in several.
@@ -65,11 +66,10 @@ class Checkpoint:
     shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
     outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
-    packed: str = ""  # what some tensors are decoded from, if any is
-    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # and of which
+    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stands in
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # if of several
     split: dict[str, str] | None = field(default=None, repr=False)  # files to be; None: as it is
     biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
-    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stood in
 
     def tensor(self, name: str) -> torch.Tensor:
         """A zero-copy view; writing to it changes no file."""

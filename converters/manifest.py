@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.checkpoint import confined
+from converters.checkpoint import MANIFEST, confined
 from converters.engine import Report, write_small_files
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Item, Output, Shard, digest
@@ -20,7 +21,7 @@ from converters.store import prune
 from converters.strict_json import read_json
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
-NAME = "zoo-manifest.json"
+NAME = MANIFEST
 FORMAT = 1
 _LOADED = ("*.safetensors", "*.bin", "*.index.json", "config.json", "zoo.json")
 _CHUNK = 1 << 20
@@ -106,6 +107,17 @@ def read(directory: Path) -> dict[str, Any]:
     if problem := _problem(data):
         raise ConfigError(f"{path}: not what zoo writes: {problem}")
     return data
+
+
+def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Native name -> what its numbers stood in, by the manifest that was written with them."""
+    with suppress(ConfigError, CheckpointError):  # a manifest that is damaged is `check`'s to name
+        said = read(directory)
+        found = said.get("quantised", {})
+        known = {path.name for path in files} <= said["files"].keys()
+        if known and all(isinstance(kind, str) for kind in found.values()):
+            return dict(found)
+    return {}
 
 
 def _problem(data: dict[str, Any]) -> str:

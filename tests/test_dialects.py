@@ -2,8 +2,8 @@
 
 import json
 import struct
-import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from converters.containers import open_place
 from converters.dialects import every_dialect
 from converters.formats import TensorInfo, gguf, llama2c
 from converters.formats.torch_zip import TorchZipReader
-from converters.lazy import Lazy, Part
+from converters.lazy import Lazy
 from converters.manifest import check
 from converters.spec import Container, load_spec
 from zoo import registry
 from zoo.cli import main
+from zoo.converting import plan_output
 from zoo.errors import (
     AmbiguousCheckpoint,
     CheckpointError,
@@ -40,6 +41,7 @@ from zoo.errors import (
 )
 from zoo.parity import trips
 from zoo.parity.fixtures import write
+from zoo.pretrained import locate
 
 FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
 EVERY = {key: each for key, each in FOUND.items() if each[1].container.file}  # and written
@@ -536,49 +538,38 @@ def test_numbers_of_groups_wherever_they_are_cut(tmp_path: Path) -> None:
     path.write_bytes(header.pack() + data)
     reader = llama2c.Llama2cReader(path)
     for name in ("wq.1", "w2.0", "token_embedding_table"):
-        whole = reader.tensor(name).reshape(-1)
-        for start, end in ((0, 1), (7, 9), (8, 16), (3, 40), (39, 40), (0, 40)):
-            found = reader.numbers(name, start, end)
-            assert torch.equal(found.nan_to_num(), whole[start:end].nan_to_num())
+        whole = reader.tensor(name)
+        for rows, columns in (((0, 1), (0, 1)), ((1, 4), (3, 7)), ((2, 5), (0, 8))):
+            box = slice(*rows), slice(*columns)
+            found = reader.numbers(name, *box)
+            assert torch.equal(found.nan_to_num(), whole[box].nan_to_num())
 
 
-def test_parts_are_made_one_by_one_where_they_stand_in_turn() -> None:
-    made: list[int] = []
-    held = [torch.full((4, 6), float(n)) for n in range(3)]
+@pytest.mark.parametrize("to", ["llama2c", "gguf", "hf"])
+def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """Layers in one array, of matrices whose rows are moved twice on the way: piece by piece."""
+    zoo.save(model_of("llama", "meta", to, **EVEN), tmp_path / "meta", to="meta")
+    seen: list[int] = []
 
-    def make(n: int) -> Tensor:
-        made.append(n)
-        return held[n]
+    def watched(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any) -> Tensor:
+            found = make(*args)
+            if found.untyped_storage().nbytes() < mapped:  # no view of a file
+                seen.append(found.nbytes)
+            return found
 
-    meta = torch.empty(4, 6, device="meta", dtype=torch.float32)
-    rows = [Part((slice(4 * n, 4 * n + 4), slice(0, 6)), meta) for n in range(3)]
-    found = torch.cat(list(Lazy((12, 6), (12, 6), rows).later(make).pieces(24)))
-    assert torch.equal(found, torch.cat(held)) and made == [0, 1, 2]
-    made.clear()
-    columns = [Part((slice(0, 4), slice(6 * n, 6 * n + 6)), meta) for n in range(3)]
-    mixed = Lazy((4, 18), (4, 18), columns).later(make)
-    found = torch.cat([piece.reshape(-1) for piece in mixed.pieces(24)])
-    assert torch.equal(found, torch.cat(held, 1).reshape(-1)) and made == [0, 1, 2]
-    assert mixed._made.keys() == {0, 1, 2}
+        return made
 
-
-def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an array of all layers that comes from matrices which are turned on the way."""
-    zoo.save(model_of("llama", "meta", "llama2c"), tmp_path / "meta", to="meta")
-    made: list[Any] = []
-    most, whole = 0, Lazy.whole
-
-    def watched(self: Lazy) -> Tensor:
-        nonlocal most
-        most = max(most, 1 + sum(ref() is not None for ref in made))
-        tensor = whole(self).clone()  # a view would die with its array
-        made.append(weakref.ref(tensor.untyped_storage()))
-        return tensor
-
-    monkeypatch.setattr(Lazy, "whole", watched)
-    zoo.convert(tmp_path / "meta", tmp_path / "out", to="llama2c", threads=1)
-    assert len(made) == 9 * 3  # nine kinds of three layers, each once
-    assert most == 1
+    output = plan_output(locate(tmp_path / "meta"), to)
+    mapped = sum(path.stat().st_size for path in output.sources) // 2
+    for item in (item for shard in output.shards for item in shard.items):
+        whole = item.make().whole()
+        with monkeypatch.context() as patch:
+            for name in ("region", "matrix", "window", "whole"):
+                patch.setattr(Lazy, name, watched(getattr(Lazy, name)))
+            pieces = [piece.reshape(-1).clone() for piece in item.make().pieces(512)]
+        assert torch.equal(torch.cat(pieces), whole.reshape(-1)), item.name
+    assert seen and max(seen) <= 1024
 
 
 # --- what is found, and what is not --------------------------------------------------------------

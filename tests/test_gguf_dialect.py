@@ -216,12 +216,12 @@ def test_q8_0(tmp_path: Path) -> None:
     assert ours["blk.0.ffn_down.weight"].tensor_type == kinds.F32  # rows of 72
     assert ours["blk.0.attn_norm.weight"].tensor_type == kinds.F32
     model = zoo.load(path)
-    assert model.provenance.quantised["blk.0.ffn_up.weight"] == "Q8_0"
+    assert model.provenance.quantised["blocks.0.mlp.up.weight"] == "Q8_0"
     again = gguf.quants.dequantize(wanted, kinds.Q8_0)
     assert np.array_equal(model.blocks[0].mlp.up.weight.detach().numpy(), again)
     # the manifest of what is made of it says so, and that of the file itself
     zoo.convert(path, tmp_path / "native", to="native")
-    assert read(tmp_path / "native")["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+    assert read(tmp_path / "native")["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
     assert zoo.info(path).stored.dtypes["Q8_0"] > 0
     zoo.save(model, tmp_path / "saved")
     assert read(tmp_path / "saved")["quantised"] == model.provenance.quantised
@@ -515,7 +515,7 @@ def test_a_graph_has_the_vocabulary_and_says_what_it_was(fixtures: Path, tmp_pat
     zoo.convert(path, tmp_path / "graph", to="pt2")
     ours = zoo.tokenizer(tmp_path / "graph")
     assert ours.encode("Once upon a time") == zoo.tokenizer(path).encode("Once upon a time")
-    assert read(tmp_path / "graph")["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+    assert read(tmp_path / "graph")["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import registry, sources
-from zoo.errors import ConfigError, NotACheckpoint
+from zoo.errors import ConfigError, NotACheckpoint, listing
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -93,6 +94,7 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 
 
 def _of_directory(source: sources.Source) -> Info:
+    from converters import manifest
     from converters.checkpoint import open_checkpoint
     from converters.strict_json import read_json
 
@@ -109,8 +111,7 @@ def _of_directory(source: sources.Source) -> Info:
             architecture = registry.architectures()[data["architecture"]]
             config, named = dict(data["config"]), data["origin"]["class"]
             head = config.pop("head")
-            if said := data["origin"].get("quantised"):
-                quantised = f"it was, and is decoded: {said}"
+            quantised = _decoded(data.get("quantised") or {})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
@@ -118,8 +119,11 @@ def _of_directory(source: sources.Source) -> Info:
         config = read_json(path)
         architecture, named = registry.architecture_for(config, str(path))
         head = architecture.heads[named][0] if named else None
-        quantised = _quantised(config)
+        quantised = _quantised(config, source.directory)
     known = source.checkpoint
+    checkpoint = None if source.repo else open_checkpoint(source.directory)
+    if checkpoint is not None and not quantised:
+        quantised = _decoded(manifest.decoded(source.directory, checkpoint.files))
     return Info(
         ref=source.ref,
         architecture=architecture.name,
@@ -133,24 +137,33 @@ def _of_directory(source: sources.Source) -> Info:
         revision=source.revision,
         pinned=known.pinned if known else None,
         directory=str(source.directory),
-        stored=None if source.repo else _stored(open_checkpoint(source.directory)),
+        stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
         quantised=quantised,
     )
 
 
-def _quantised(config: Mapping[str, Any]) -> str:
-    """How a config says that matrices are held."""
-    from converters.quantised import FIELD, read_config
+def _decoded(quantised: Mapping[str, str]) -> str:
+    kinds = listing(sorted(set(quantised.values())))
+    return f"it was, and is decoded: {kinds}" if kinds else ""
 
-    if config.get(FIELD) is None:
+
+def _quantised(config: Mapping[str, Any], directory: Path) -> str:
+    """How a config says that matrices are held, or a file beside it."""
+    from converters.quantisation import FIELD, beside, read_config
+
+    said = config.get(FIELD)
+    if said is None and (found_beside := beside(directory)) is not None:
+        _, said = found_beside
+    if said is None:
         return ""
-    found, problems = read_config(config[FIELD])
+    found, problems = read_config(said)
     return f"not read: {'; '.join(problems)}" if found is None else found.about
 
 
 def _of_files(source: sources.Source) -> Info:
     """Of files without a config.json, whose content says what they are."""
+    from converters import manifest
     from converters.dialects import find
 
     place = source.file or source.directory
@@ -181,19 +194,20 @@ def _of_files(source: sources.Source) -> Info:
         stored=_stored(checkpoint),
         dialect=found.dialect.name,
         about=found.container.about,
+        quantised=listing(sorted(set(checkpoint.quantised.values())))
+        or _decoded(manifest.decoded(source.directory, checkpoint.files)),
         inferred={name: value for name, value in fields.items() if name not in said},
     )
 
 
 def _stored(checkpoint: Checkpoint) -> Stored:
     from converters.containers import FORMATS
-    from converters.formats.quants import nbytes_of
 
     values, sizes = Counter[str](), Counter[str]()
     for name, tensor in checkpoint.tensors.items():
         kind = checkpoint.quantised.get(name, tensor.dtype)
         values[kind] += tensor.numel
-        sizes[kind] += nbytes_of(kind, tensor.shape) if kind != tensor.dtype else tensor.nbytes
+        sizes[kind] += _size(checkpoint, name)
     known = FORMATS.get(checkpoint.format)
     return Stored(
         format=checkpoint.format,
@@ -204,6 +218,12 @@ def _stored(checkpoint: Checkpoint) -> Stored:
         dtypes=dict(values),
         dtype_bytes=dict(sizes),
     )
+
+
+def _size(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a tensor in its file."""
+    reader: Any = checkpoint.readers[checkpoint.where[name]]
+    return int(reader.size(name)) if hasattr(reader, "size") else checkpoint.tensors[name].nbytes
 
 
 def _heads(architecture: registry.Architecture) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from converters.checkpoint import SHARD_BYTES, confined, shard
+from converters.checkpoint import MANIFEST, SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
 from converters.engine import Options, Report, run
 from converters.formats import TensorInfo, dtype_code, torch_dtype
@@ -62,7 +62,7 @@ LICENCES = ("LICENSE*", "NOTICE*")
 # what a GGUF file says of itself, and not of what it holds
 OWN_VALUES = ("architecture", "alignment", "file_type", "quantization_version", "type")
 NOT_CARRIED = (
-    *("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json"),
+    *("config.json", NATIVE_FILE, "*.index.json", MANIFEST),
     *("quantize_config.json", "quant_config.json"),  # no weights are written as these say
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # whatever else they are called
@@ -168,13 +168,14 @@ def _output(
         model, state = _with_zeros(model, state, to)
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, state)}
-        items = [item_of(name, tensor) for name, tensor in state.items()]
+        coarse = _quantised(model)
+        items = [item_of(name, tensor, name in coarse) for name, tensor in state.items()]
         metadata, where = {"format": "pt"}, {}
     else:
         origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
         plan = export_plan(model, origin)
-        items = in_order(_exported(plan, state), plan)
+        items = in_order(_exported(plan, state, _quantised(model)), plan)
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
@@ -199,7 +200,8 @@ def _exported_output(
     origin = model.provenance.origin if model.provenance is not None else None
     said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
     made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
-    items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
+    exported = _exported(made.plan, state, _quantised(model))
+    items = [item.cast(made.plan.header[item.name].dtype) for item in exported]
     carried, inside, told = _carried(model), _values_within(model), _said(model, to)
     shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
     return Output(tuple(shards), texts, carried, said=told)
@@ -299,12 +301,14 @@ def exported_files(
     return shards, texts, kept
 
 
-def item_of(name: str, tensor: Tensor) -> Item:
+def item_of(name: str, tensor: Tensor, decoded: bool = False) -> Item:
     info = TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
-    return Item(info, "", partial(Lazy.of, tensor))
+    return Item(info, "", partial(Lazy.of, tensor), decoded=decoded)
 
 
-def _exported(plan: Plan, state: Mapping[str, Tensor]) -> Iterator[Item]:
+def _exported(
+    plan: Plan, state: Mapping[str, Tensor], quantised: Collection[str]
+) -> Iterator[Item]:
     """Tensors under their names on disk, from those of the model."""
 
     def made(step: Step, n: int) -> Lazy:
@@ -315,10 +319,11 @@ def _exported(plan: Plan, state: Mapping[str, Tensor]) -> Iterator[Item]:
 
     for step in plan.steps:
         dtype = dtype_code(state[step.targets[0]].dtype)
+        coarse = any(name in quantised for name in step.targets)
         for names in (step.sources, *step.also):
             for n, name in enumerate(names):
                 info = TensorInfo(plan.modern.get(name, name), plan.header[name].shape, dtype)
-                yield Item(info, str(step.rule), partial(made, step, n))
+                yield Item(info, str(step.rule), partial(made, step, n), decoded=coarse)
 
 
 def in_order(items: Iterable[Item], plan: Plan) -> list[Item]:
@@ -353,14 +358,16 @@ def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
 def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
     """What a manifest says of weights that were decoded: no conversion gives their source back.
 
-    "quantised" names those that are no more exact than what they stood in.
+    "quantised" names those of the model that are no more exact than what they stood in.
     """
-    said: dict[str, Any] = {}
-    if provenance is not None and provenance.lossy:
-        said["lossy"] = f"dequantised: {provenance.lossy}"
-    if provenance is not None and provenance.quantised:
-        said["quantised"] = dict(sorted(provenance.quantised.items()))
-    return said
+    if provenance is None or not provenance.quantised:
+        return {}
+    named = dict(sorted(provenance.quantised.items()))
+    return {"lossy": f"dequantised: {provenance.lossy}", "quantised": named}
+
+
+def _quantised(model: Model) -> Mapping[str, str]:
+    return {} if model.provenance is None else model.provenance.quantised
 
 
 def versions() -> dict[str, str]:
@@ -377,13 +384,14 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
         origin = origin_of(model, state)
     except LossyExport:  # nothing that the reference could say; other dialects can
         named = _class_of(_entry(model), model.config.head)
-        lossy = model.provenance.lossy if model.provenance is not None else ""
-        origin = Origin("none", named, "{}", {}, {}, {}, lossy)
+        origin = Origin("none", named, "{}", {}, {}, {})
     record = {
         "architecture": _entry(model).name,
         "config": model.config.to_dict(),
         "origin": origin.to_json(),
     }
+    if quantised := _quantised(model):
+        record["quantised"] = dict(sorted(quantised.items()))
     return _json(record).encode()
 
 
@@ -522,8 +530,7 @@ def _fresh(
         for name in step.sources:
             wanted[name] = TensorInfo(name, wanted[name].shape, code)
     text = _json(config)
-    lossy = model.provenance.lossy if model.provenance is not None else ""
-    return Origin("hf", named, text, wanted, {}, {"format": "pt"}, lossy)
+    return Origin("hf", named, text, wanted, {}, {"format": "pt"})
 
 
 def as_before(

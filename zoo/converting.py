@@ -157,9 +157,9 @@ def dry_run(
     casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
     lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
-    decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
-    if decoded:
-        text = "\n".join([text, f"lossy: {checkpoint.packed}", *decoded])
+    if quantised := provenance_of(found, checkpoint, model, plan).lossy:
+        decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
+        text = "\n".join([text, f"lossy: {quantised}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
 
 
@@ -248,6 +248,8 @@ def plan_output(
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
+    ties = plan.native.ties.items()
+    coarse = {*provenance.quantised, *(n for n, own in ties if own in provenance.quantised)}
     quantised = isinstance(dtype, str) and dtype.lower() == QUANTISED
     kind = None if quantised else dtype_of(dtype)
     state = dict(_state(plan, checkpoint, kind))
@@ -275,7 +277,7 @@ def plan_output(
         held = {info.dtype for info in made.plan.header.values()}
         if kind is not None and dtype_code(kind) not in held:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
-        items = list(_backward(checkpoint, plan, made.plan, trust, zeros))
+        items = list(_backward(checkpoint, plan, made.plan, trust, zeros, coarse))
         how = {"lossy": kind is not None or quantised, "quantised": quantised}
         vocab = model.config.vocab
         shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
@@ -288,10 +290,10 @@ def plan_output(
     if to == "hf":
         origin = origin_of(model, state)
         texts[CONFIG] = origin.config.encode()
-        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros))
+        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros, coarse))
         metadata, where = dict(origin.metadata), dict(origin.where)
     else:
-        items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
+        items = [i for step in plan.steps for i in _forward(step, checkpoint, trust, coarse)]
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
     if to in GRAPHS:
@@ -335,7 +337,9 @@ def _state(
             yield name, torch.empty(plan.native.shapes[name], dtype=dtype, device="meta")
 
 
-def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iterator[Item]:
+def _forward(
+    step: Step, checkpoint: Checkpoint, trust: Collection[str], coarse: Collection[str]
+) -> Iterator[Item]:
     """Native tensors of one step."""
     for n, target in enumerate(step.targets):
         first = checkpoint.tensors[step.sources[0]]
@@ -345,11 +349,7 @@ def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iter
             span = None if step.also else _span(checkpoint, step.sources[n])
         else:
             info, span = TensorInfo(target, _target_shapes(step)[n], first.dtype), None
-        yield Item(info, str(step.rule), made, span, decoded=_decoded(checkpoint, step))
-
-
-def _decoded(checkpoint: Checkpoint, step: Step) -> bool:
-    return any(name in checkpoint.made_of for name in step.sources)
+        yield Item(info, str(step.rule), made, span, decoded=target in coarse)
 
 
 def _target_shapes(step: Step) -> list[tuple[int, ...]]:
@@ -365,8 +365,7 @@ def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) ->
     names = agreed(step, checkpoint.tensor, trust)
     if step.transform is None:
         return checkpoint.lazy(names[n])
-    tensors = [checkpoint.tensor(name) for name in names]
-    return step.transform.targets_of(tensors)[n]
+    return step.transform.targets_of([checkpoint.lazy(name) for name in names])[n]
 
 
 def _to_hf(
@@ -377,6 +376,7 @@ def _to_hf(
     origin: Origin,
     trust: Collection[str],
     zeros: Mapping[str, tuple[int, ...]],
+    coarse: Collection[str],
 ) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse = export_plan(model, origin)
@@ -387,18 +387,25 @@ def _to_hf(
             for step in plan.steps:
                 if step.also:
                     agreed(step, checkpoint.tensor, trust)  # before a byte is written
-            yield from _as_they_are(checkpoint, inverse, disk)
+            yield from _as_they_are(checkpoint, inverse, disk, coarse)
             return
-    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros), inverse)
+    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros, coarse), inverse)
+
+
+def _any(names: Collection[str], among: Collection[str]) -> bool:
+    return any(name in among for name in names)
 
 
 def _names(step: Step) -> list[str]:
     return [*step.sources, *(name for names in step.also for name in names)]
 
 
-def _as_they_are(checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
+def _as_they_are(
+    checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str], coarse: Collection[str]
+) -> Iterator[Item]:
     """Names on disk to names on disk: nothing is turned."""
     rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
+    decoded = {n for s in inverse.steps if _any(s.targets, coarse) for n in _names(s)}
     for name in inverse.header:
         if name not in rules:
             continue
@@ -409,7 +416,7 @@ def _as_they_are(checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str])
             rules[name],
             made,
             _span(checkpoint, info.name),
-            decoded=disk[name] in checkpoint.made_of,
+            decoded=name in decoded,
         )
         yield item.cast(inverse.header[name].dtype)
 
@@ -420,6 +427,7 @@ def _backward(
     inverse: Plan,
     trust: Collection[str],
     zeros: Mapping[str, tuple[int, ...]],
+    coarse: Collection[str],
 ) -> Iterator[Item]:
     """From native arrays, which are the checkpoint's own, or made from its tensors, or zeros."""
     ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
@@ -434,35 +442,7 @@ def _backward(
     def made(step: Step, n: int) -> Lazy:
         if step.transform is None:
             return native(step.targets[n])
-        metas = [
-            torch.empty(
-                zeros.get(name) or plan.native.shapes[plan.native.ties.get(name, name)],
-                dtype=torch_dtype(stored_as(name)),
-                device="meta",
-            )
-            for name in step.targets
-        ]
-        transform, shaped = step.transform, step.transform.sources_of(metas)[n]
-        # of which array each part is a view: one at a time is made, where several are joined
-        of = [
-            [k for k, m in enumerate(metas) if p.view is m or p.view._base is m]
-            for p in shaped.parts
-        ]
-        if not all(len(found) == 1 for found in of):
-            return transform.sources_of([native(name).whole() for name in step.targets])[n]
-
-        def part(p: int) -> torch.Tensor:
-            (k,) = of[p]
-            tensors = [*metas[:k], native(step.targets[k]).whole(), *metas[k + 1 :]]
-            return transform.sources_of(tensors)[n].parts[p].view
-
-        return shaped.later(part)
-
-    def stored_as(name: str) -> str:
-        if name in zeros:
-            return any_dtype
-        step, _ = ways[plan.native.ties.get(name, name)]
-        return checkpoint.tensors[step.sources[0]].dtype
+        return step.transform.sources_of([native(name) for name in step.targets])[n]
 
     for step in inverse.steps:
         for names in (step.sources, *step.also):
@@ -484,7 +464,7 @@ def _backward(
                     str(step.rule),
                     partial(made, step, n),
                     span,
-                    decoded=_decoded(checkpoint, first),
+                    decoded=_any(step.targets, coarse),
                 )
                 yield item.cast(info.dtype)
 

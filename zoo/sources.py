@@ -52,6 +52,7 @@ COMPANIONS = (
     "qwen.tiktoken",
     "tekken.json",
     "chat_template.jinja",
+    *("quantize_config.json", "quant_config.json"),  # of packed weights, by the first programs
     f"{MORE_TEMPLATES}/tool_use.jinja",  # the one that is taken unasked
     MODULES,
 )

@@ -170,8 +170,14 @@ class Llama2cReader:
             os.close(fd)
         self.values: dict[str, Any] = self.header.values
         self.tensors = {n: TensorInfo(n, shape, "F32") for n, shape in self.header.arrays()}
-        coarse = f"I8/{self.header.group}"  # whole numbers, a scale for so many
-        self.quantised = {name: coarse for name in self.tensors if self.header.groups(name)}
+        coarse = f"int8 in groups of {self.header.group}"
+        self.quantised = {n: coarse for n in self.tensors if self.header.groups(n)}
+
+    def size(self, name: str) -> int:
+        """Bytes that an array takes in the file."""
+        info = self.tensors[name]
+        groups = self.header.groups(name)
+        return info.numel + info.numel // self.header.group * 4 if groups else info.nbytes
 
     def span(self, name: str) -> tuple[int, int] | None:
         """Where an array's bytes lie as they are; None where they stand for others."""
@@ -187,19 +193,22 @@ class Llama2cReader:
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
         info = self.tensors[name]
         if self.header.groups(name):
-            return self.numbers(name, 0, info.numel).view(info.shape)
+            return self.numbers(name, *(slice(0, size) for size in info.shape))
         return self._file.tensor(self._starts[name], info.dtype, info.shape)
 
-    def numbers(self, name: str, start: int, end: int) -> torch.Tensor:
-        """(end - start,) of an array in groups, in row-major order; no others are made."""
-        group, at = self.header.group, self._starts[name]
-        first, last = start // group, -(-end // group)
-        whole = self._file.tensor(at + first * group, "I8", (last - first, group))
+    def numbers(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
+        """(rows, columns) of an array in groups, which may begin in one row and end in the next."""
+        import torch
+
+        group, at, info = self.header.group, self._starts[name], self.tensors[name]
+        width = info.shape[1]
+        whole = self._file.tensor(at, "I8", info.shape)[rows, columns]
+        down, across = (torch.arange(side.start, side.stop) for side in (rows, columns))
+        of = (down[:, None] * width + across) // group
+        first, last = int(of[0, 0]), int(of[-1, -1]) + 1
         # scales lie behind as many bytes as there are numbers, wherever that is
-        scales = self._file.tensor(
-            at + self.tensors[name].numel + 4 * first, "F32", (last - first, 1)
-        )
-        return (whole.float() * scales).view(-1)[start - first * group :][: end - start]
+        scales = self._file.tensor(at + info.numel + 4 * first, "F32", (last - first,))
+        return whole.float() * scales[of - first]
 
 
 # --- writing -------------------------------------------------------------------------------------
