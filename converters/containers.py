@@ -145,6 +145,7 @@ class Opened(NamedTuple):
             coarse = getattr(reader, "quantised", {})
             quantised |= {name: coarse[inner] for name, inner in names.items() if inner in coarse}
             shared |= _shared(reader, names)
+        kinds = listing(sorted(set(quantised.values())))
         return Checkpoint(
             root=self.readers[0][0].parent,
             format=self.kind,
@@ -155,6 +156,7 @@ class Opened(NamedTuple):
             readers=readers,
             shared=shared,
             outside=outside,
+            packed=f"{FORMATS[self.kind].about} ({kinds})" if kinds else "",
             quantised=quantised,
         )
 
@@ -189,6 +191,13 @@ class _Renamed:
         self.tensors = {
             name: TensorInfo(name, *reader.tensors[inner][1:]) for name, inner in names.items()
         }
+
+    def nbytes(self, name: str) -> int:
+        """Of a tensor in the file."""
+        if not hasattr(self._reader, "nbytes"):
+            return self.tensors[name].nbytes
+        found: int = self._reader.nbytes(self._names[name])
+        return found
 
     def tensor(self, name: str) -> torch.Tensor:
         found: torch.Tensor = self._reader.tensor(self._names[name])
@@ -273,22 +282,29 @@ class _Cast:
         return found
 
 
-def open_place(place: Path) -> Opened | None:
-    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
-    single = not place.is_dir()
-    root = place.parent if single else place
+def known_files(root: Path) -> dict[str, str]:
+    """Name -> format of the files in a directory that say what they are."""
     kinds: dict[str, str] = {}
-    for name in [place.name] if single else sorted(os.listdir(root)):
-        if name.startswith(".") and not single:
+    for name in sorted(os.listdir(root)):
+        if name.startswith("."):
             continue
         try:
             kind = kind_of(confined(root, name))
         except (CheckpointError, SourceError):
-            if single:
-                raise
             continue  # a folder, a link to elsewhere: nothing that this directory holds
         if kind is not None:
             kinds[name] = kind
+    return kinds
+
+
+def open_place(place: Path) -> Opened | None:
+    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
+    single = not place.is_dir()
+    root = place.parent if single else place
+    kinds = known_files(root)
+    if single:
+        kind = kind_of(confined(root, place.name))
+        kinds = {} if kind is None else {place.name: kind}
     if not kinds:
         return None
     kind, first = next(iter(kinds.values())), next(iter(kinds))

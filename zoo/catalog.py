@@ -174,6 +174,7 @@ def _of_files(source: sources.Source) -> Info:
         parameters=sum(info.numel for info in arrays) if found.shards == 1 else None,
         directory=str(source.directory),
         stored=_stored(checkpoint),
+        quantised=checkpoint.packed,
         dialect=found.dialect.name,
         about=found.container.about,
         inferred={name: value for name, value in fields.items() if name not in said},
@@ -181,22 +182,20 @@ def _of_files(source: sources.Source) -> Info:
 
 
 def _stored(checkpoint: Checkpoint) -> Stored:
-    from converters.formats import itemsize
-    from converters.formats.quants import KINDS
-
     values: Counter[str] = Counter()
+    nbytes = 0
     for name, tensor in checkpoint.tensors.items():
+        if name in checkpoint.shared:  # a second name of what is counted
+            continue
         values[checkpoint.quantised.get(name, tensor.dtype)] += prod(tensor.shape)
-    blocks = {kind.name: (kind.block, kind.size) for kind in KINDS.values() if kind.decode}
+        reader: Any = checkpoint.readers[checkpoint.where[name]]
+        nbytes += reader.nbytes(name) if hasattr(reader, "nbytes") else tensor.nbytes
     return Stored(
         format=checkpoint.format,
         files=tuple(path.name for path in checkpoint.files),
         tensors=len(checkpoint.tensors),
         dtypes=dict(values),
-        bytes=sum(
-            n // blocks[kind][0] * blocks[kind][1] if kind in blocks else n * itemsize(kind)
-            for kind, n in values.items()
-        ),
+        bytes=nbytes,
     )
 
 

@@ -22,7 +22,7 @@ from converters.engine import Options, Report, Tell, run
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.gguf import GGUFReader, Value, open_gguf
 from converters.lazy import Lazy
-from converters.manifest import finish
+from converters.manifest import NAME, finish
 from converters.output import SINGLE, Item, Make, Output, Shard, digest, index_of
 from converters.plan import Plan, Step, make_plan, target_names
 from converters.spec import Container, Spec, load_spec
@@ -181,6 +181,7 @@ def _output(
     _check_values(model)
     state = {name: p.detach() for name, p in model.named_parameters()}
     if to not in OWN_FILES:
+        check_whole(to, max_shard_size)
         return _exported_output(model, state, to, layout)
     check_no_layout(to, layout)
     if to == "hf":
@@ -294,6 +295,9 @@ def exported_files(
     from zoo.tokenizers import gguf, llama2c
 
     if made.container.format == "gguf":
+        if MODULES in carried:
+            told = "GGUF holds the model alone, and not what is made of its output"
+            said["left"] = {MODULES: told}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
         own = inside is not None and gguf.has_one(inside.said)
         if inside is not None:
@@ -418,7 +422,9 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     place = Path(os.fsdecode(dst))
     if not force or not place.is_dir() or place.is_symlink():
         return place
+    # what was written beside a file, or within its directory, is nothing that is read
     read = [] if source is None else [source, *source.iterdir()]
+    read = [path for path in read if not (path / NAME).is_file() or path == source]
     if any(path.resolve().is_relative_to(place.resolve()) for path in read):
         raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
     inside = [p.parent for name in (CONFIG, NATIVE_FILE) for p in place.glob(f"*/{name}")]
@@ -443,6 +449,15 @@ def check_no_choice(to: str, layout: Mapping[str, Any] | None, **choices: Any) -
         raise UsageError(
             f"{listing(given)}: to={to!r} leaves that not to choose: a graph is written whole, "
             "from the model in memory"
+        )
+
+
+def check_whole(to: str, max_shard_size: int | None) -> None:
+    """Other programs look for the files that they know."""
+    if max_shard_size is not None:
+        raise UsageError(
+            f"max_shard_size: to={to!r} leaves that not to choose: its files are those that its "
+            "programs look for. layout= has what they let be chosen"
         )
 
 

@@ -149,6 +149,11 @@ class GGUFReader:
         place = self._places[name]
         return place.start, place.end
 
+    def nbytes(self, name: str) -> int:
+        """Of a tensor in the file."""
+        start, end = self.span(name)
+        return end - start
+
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file, or of a quantised tensor its numbers in F32."""
         import torch

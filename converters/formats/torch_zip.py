@@ -51,7 +51,7 @@ _NEEDED = re.compile(
 # opcodes that name a class by what was pushed before, or by a number
 _HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}
 _MAGIC = b"PK\x03\x04"
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 _LOCAL = struct.Struct("<4s5H3L2H")
 _END = b"PK\x05\x06"
 
@@ -117,7 +117,7 @@ def _records(path: Path) -> list[_Record]:
     fd = open_regular(path)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
-        _check_kind(path, file.read(len(_LEGACY)), size)
+        _check_kind(path, file.read(len(LEGACY)), size)
         try:
             with zipfile.ZipFile(file) as archive:
                 entries, comment = archive.infolist(), archive.comment
@@ -136,7 +136,7 @@ def _records(path: Path) -> list[_Record]:
 
 
 def _check_kind(path: Path, head: bytes, size: int) -> None:
-    if head == _LEGACY:
+    if head == LEGACY:
         raise UnsupportedZip(
             f"{path}: torch's format from before 1.6, which cannot be mapped. Load it once with "
             "torch.load(..., weights_only=True) and save it again as safetensors."
