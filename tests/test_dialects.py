@@ -960,6 +960,20 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 # --- what is found out about files, and said -----------------------------------------------------
 
 
+def test_what_was_stored_in_two_dtypes_stays_so(llama: Any, tmp_path: Path) -> None:
+    _, tensors, config = llama
+    mixed = {n: x if "norm" in n else x.bfloat16() for n, x in tensors.items()}
+    mixed["model.norm.weight"] = mixed["model.norm.weight"].bfloat16().float()  # exact in both
+    files = meta_files(mixed, config, 2, False)
+    place = meta(tmp_path / "meta", files, params_of(config))
+    zoo.convert(place, tmp_path / "hf", to="hf")
+    zoo.convert(tmp_path / "hf", tmp_path / "back", to="meta", layout={"shards": 2})
+    for n, held in enumerate(files):
+        again = torch.load(tmp_path / "back" / f"consolidated.{n:02}.pth", weights_only=True)
+        assert all(again[name].dtype == x.dtype for name, x in held.items() if name in again)
+        assert all(torch.equal(again[name], held[name]) for name in again)
+
+
 def test_heads_are_never_guessed(tmp_path: Path) -> None:
     """Twelve of them would divide the width, and give other logits without a word."""
     zoo.save(model_of("gpt2", "nanogpt", dim=48, heads=4), tmp_path / "a", to="nanogpt")

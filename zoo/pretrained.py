@@ -447,7 +447,8 @@ def _read_foreign(
     found = find(place)
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
-    found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
+    if found.container.wide:  # by custom; elsewhere what was stored in F32 was meant so
+        found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
     entry = next(e for e in registry.architectures().values() if e.spec == found.spec.name)
     if head is None and len(found.heads) > 1:
         raise ConfigError(
