@@ -110,6 +110,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             return _open(root, kind, files, weight_map, names)
         if single in names:
             return _open(root, kind, [single], None, names)
+    from converters.containers import known_files
+
     wanted = [name for layout in _LAYOUTS.values() for name in layout]
     if shards := sorted(name for name in names if _SHARD.fullmatch(name)):
         raise BadIndex(
@@ -117,7 +119,10 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             f"looked for {wanted[1]} and {wanted[3]}"
         )
     here = listing(sorted(names), 10) or "nothing"
-    raise NotACheckpoint(f"{root}: no weights. Looked for {', '.join(wanted)}; found {here}")
+    told = f"{root}: no weights. Looked for {', '.join(wanted)}; found {here}"
+    if others := known_files(root):
+        told += f". Without a config.json they could be those of {listing(others)}: give that file"
+    raise NotACheckpoint(told)
 
 
 def _names(root: Path) -> set[str]:

@@ -278,22 +278,29 @@ class _Cast:
         return found
 
 
-def open_place(place: Path) -> Opened | None:
-    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
-    single = not place.is_dir()
-    root = place.parent if single else place
+def known_files(root: Path) -> dict[str, str]:
+    """Name -> format of the files in a directory that say what they are."""
     kinds: dict[str, str] = {}
-    for name in [place.name] if single else sorted(os.listdir(root)):
-        if name.startswith(".") and not single:
+    for name in sorted(os.listdir(root)):
+        if name.startswith("."):
             continue
         try:
             kind = kind_of(confined(root, name))
         except (CheckpointError, SourceError):
-            if single:
-                raise
             continue  # a folder, a link to elsewhere: nothing that this directory holds
         if kind is not None:
             kinds[name] = kind
+    return kinds
+
+
+def open_place(place: Path) -> Opened | None:
+    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
+    single = not place.is_dir()
+    root = place.parent if single else place
+    kinds = known_files(root)
+    if single:
+        kind = kind_of(confined(root, place.name))
+        kinds = {} if kind is None else {place.name: kind}
     if not kinds:
         return None
     kind, first = next(iter(kinds.values())), next(iter(kinds))

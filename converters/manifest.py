@@ -111,7 +111,8 @@ def read(directory: Path) -> dict[str, Any]:
 
 def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
     """Native name -> what its numbers stood in, by the manifest that was written with them."""
-    with suppress(ConfigError, CheckpointError):  # a manifest that is damaged is `check`'s to name
+    # one that is not there says nothing; one that is damaged is `check`'s to name
+    with suppress(ConfigError, CheckpointError, NotACheckpoint):
         said = read(directory)
         found = said.get("quantised", {})
         known = {path.name for path in files} <= said["files"].keys()

@@ -26,6 +26,7 @@ _EXACT = {  # what a dtype's numbers can all be written in
 }
 
 
+ZEROS = "zeros"  # the rule of what is there only because its dialect has no word for without
 Identity = tuple[int, int, int, int, int]
 
 

@@ -33,6 +33,7 @@ from zoo.errors import (
     LossyExport,
     MissingShard,
     NotACheckpoint,
+    OutputExists,
     ShapeMismatch,
     TieConflict,
     UnexpectedTensors,
@@ -41,6 +42,7 @@ from zoo.errors import (
 )
 from zoo.parity import trips
 from zoo.parity.fixtures import write
+from zoo.parity.trips import differences
 from zoo.pretrained import locate
 
 FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
@@ -816,3 +818,133 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert torch.equal(zoo.load(out)(IDS), model(IDS))
     assert main(["convert", source, "--to", "hf", "--dry-run", *asked]) == 0
     assert "trf_blocks.0.att.W_query.weight" in capsys.readouterr().out
+
+
+# --- what is found out about files, and said -----------------------------------------------------
+
+
+def test_what_was_stored_in_two_dtypes_stays_so(llama: Any, tmp_path: Path) -> None:
+    _, tensors, config = llama
+    mixed = {n: x if "norm" in n else x.bfloat16() for n, x in tensors.items()}
+    mixed["model.norm.weight"] = mixed["model.norm.weight"].bfloat16().float()  # exact in both
+    files = meta_files(mixed, config, 2, False)
+    place = meta(tmp_path / "meta", files, params_of(config))
+    zoo.convert(place, tmp_path / "hf", to="hf")
+    zoo.convert(tmp_path / "hf", tmp_path / "back", to="meta", layout={"shards": 2})
+    for n, held in enumerate(files):
+        again = torch.load(tmp_path / "back" / f"consolidated.{n:02}.pth", weights_only=True)
+        assert all(again[name].dtype == x.dtype for name, x in held.items() if name in again)
+        assert all(torch.equal(again[name], held[name]) for name in again)
+
+
+def test_heads_are_never_guessed(tmp_path: Path) -> None:
+    """Twelve of them would divide the width, and give other logits without a word."""
+    zoo.save(model_of("gpt2", "nanogpt", dim=48, heads=4), tmp_path / "a", to="nanogpt")
+    path = tmp_path / "a" / "ckpt.pt"
+    held = torch.load(path, weights_only=True)
+    del held["model_args"]["n_head"]
+    torch.save(held, path)
+    with pytest.raises(ConfigError, match=r"nothing says n_head .*model_args"):
+        zoo.load(path)
+    with pytest.raises(ConfigError, match=r"--config n_head=…\), and not n_heda"):
+        zoo.load(path, config={"n_heda": 4})
+    assert zoo.load(path, config={"n_head": 4}).config.heads == 4
+
+
+def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path) -> None:
+    _, tensors, config = llama
+    files = meta_files(tensors, config, 1, False)
+    files[0]["layers.1.attention.wq.weight"] = torch.zeros(3, 3)
+    place = meta(tmp_path / "meta", files, params_of(config))
+    with pytest.raises(ShapeMismatch, match=r"layers\.1\.attention\.wq\.weight: shape \[3, 3\]"):
+        zoo.load(place)
+    (place / "params.json").write_text(json.dumps(params_of(config, n_heads=5)))
+    with pytest.raises(ConfigError, match=r"(?s)meta/params\.json:.*n_heads: 5 does"):
+        zoo.load(place)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "found an empty file"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "found torch's format from befo"),
+        (struct.pack("<Q", 2) + b"{}", "found what looks like safetensors: give the directory"),
+        (b'{"dim": 8}', "found what looks like JSON"),
+        (b"\xff" * 64, r"found a file that begins with b'\\xff"),
+    ],
+)
+def test_what_a_file_is_instead(tmp_path: Path, data: bytes, told: str) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(data)
+    with pytest.raises(NotACheckpoint, match=rf"model\.bin: expected a directory .*{told}"):
+        zoo.load(path)
+
+
+def test_a_file_that_is_named_is_taken_wherever_it_lies(tmp_path: Path) -> None:
+    """A link to it too, or one that a directory would not show; in a directory it counts not."""
+    zoo.save(model_of("llama", "gguf"), tmp_path / "there", to="gguf")
+    (tmp_path / "here").mkdir()
+    link, hidden = tmp_path / "here" / "x", tmp_path / "here" / ".model.gguf"
+    link.symlink_to(tmp_path / "there" / "model.gguf")
+    hidden.write_bytes(link.read_bytes())
+    wanted = zoo.load(tmp_path / "there")
+    for path in (link, hidden):
+        assert differences(wanted, zoo.load(path)) == []
+        assert zoo.info(path).architecture == "llama"
+    (tmp_path / "here" / "config.json").write_text('{"model_type": "llama"}')
+    hidden.rename(tmp_path / "here" / "model.gguf")
+    told = r"no weights\. Looked for .* those of model\.gguf: give that file"
+    with pytest.raises(NotACheckpoint, match=told):
+        zoo.load(tmp_path / "here", head="lm")
+
+
+def test_what_a_dialect_leaves_not_to_choose(tmp_path: Path) -> None:
+    model = model_of("llama", "llama2c")
+    zoo.save(model, tmp_path / "hf")
+    for to in ("gguf", "meta"):
+        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' leaves that not"):
+            zoo.convert(tmp_path / "hf", tmp_path / "out", to=to, max_shard_size=1 << 20)
+        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' leaves that not"):
+            zoo.save(model, tmp_path / "out", to=to, max_shard_size=1 << 20)
+    with pytest.raises(UsageError, match="llama2c has no 'group'; it has version"):
+        zoo.convert(tmp_path / "hf", tmp_path / "out", to="llama2c", layout={"group": 2})
+
+
+def test_what_is_written_beside_its_source_can_be_replaced(tmp_path: Path) -> None:
+    zoo.save(model_of("llama", "gguf"), tmp_path / "a", to="gguf")
+    for source, to in ((tmp_path / "a" / "model.gguf", "hf"), (tmp_path / "a", "native")):
+        place = tmp_path / "a" / to
+        for _ in range(2):
+            zoo.convert(source, place, to=to, force=True)
+        assert list(check(place)) == []
+        with pytest.raises(OutputExists, match="holds what is to be read"):
+            zoo.convert(source, tmp_path / "a", to=to, force=True)
+
+
+def test_what_was_in_groups_is_said_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of what is made of it; its size is that of the file."""
+    zoo.save(model_of("llama", "llama2c"), tmp_path / "hf")
+    asked = ["convert", str(tmp_path / "hf"), "--to", "llama2c-q8", "--out", str(tmp_path / "q")]
+    assert main([*asked, "--dry-run"]) == 0
+    assert "tensors from F32 to int8 in groups of" in capsys.readouterr().out
+    assert main(asked) == 0
+    lossy = zoo.load(tmp_path / "q").provenance.lossy
+    assert lossy.startswith("int8 in groups of ")
+    stored = zoo.info(tmp_path / "q").stored
+    assert stored is not None and stored.bytes + 256 == (tmp_path / "q/model.bin").stat().st_size
+    zoo.convert(tmp_path / "q", tmp_path / "native", to="native")
+    assert zoo.load(tmp_path / "native").provenance.lossy == lossy
+    assert lossy in zoo.info(tmp_path / "native").quantised
+
+
+def test_zeros_that_a_dialect_asks_for_are_no_surprise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo.save(model_of("gpt2", "nanogpt", bias=False, qkv_bias=False), tmp_path / "a", to="nanogpt")
+    path = tmp_path / "a" / "ckpt.pt"
+    assert main(["convert", str(path), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert "all zero" not in capsys.readouterr().err
+    stored = zoo.info(path).stored  # the head is the embedding under a second name
+    assert stored is not None and stored.bytes < path.stat().st_size

@@ -222,6 +222,8 @@ def test_q8_0(tmp_path: Path) -> None:
     # the manifest of what is made of it says so, and that of the file itself
     zoo.convert(path, tmp_path / "native", to="native")
     assert read(tmp_path / "native")["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
+    assert read(tmp_path / "native")["lossy"] == "dequantised: Q8_0"
+    assert "Q8_0" in zoo.info(path).quantised
     assert zoo.info(path).stored.dtypes["Q8_0"] > 0
     zoo.save(model, tmp_path / "saved")
     assert read(tmp_path / "saved")["quantised"] == model.provenance.quantised
@@ -373,6 +375,33 @@ def test_config_is_audited(hf: Any, tmp_path: Path, change: dict[str, Any], told
     odd = rewritten(path, tmp_path / "odd.gguf", change)
     with pytest.raises(zoo.errors.ZooError, match=told):
         zoo.load(odd)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert"])
+def test_what_decides_and_no_shape_tells_is_never_guessed(
+    hf: Any, tmp_path: Path, name: str
+) -> None:
+    head: Any = {"head": "none"} if name == "bert" else {}
+    path = converted(hf[name], tmp_path / "gguf", **head)
+    for key in ("head_count", "layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        if f"{name}.attention.{key}" not in GGUFReader(path).said:
+            continue
+        odd = rewritten(path, tmp_path / "odd.gguf", {}, (f"{name}.attention.{key}",))
+        with pytest.raises(ConfigError, match=rf"nothing says attention\.{key} "):
+            zoo.load(odd, **head)
+
+
+def test_what_is_made_of_the_output_is_left_behind_with_a_word(hf: Any, tmp_path: Path) -> None:
+    """A GGUF file holds the model alone."""
+    source = tmp_path / "sentences"
+    shutil.copytree(hf["bert"], source)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    step = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    pool = {**step, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    (source / "modules.json").write_text(json.dumps([step, pool]))
+    path = converted(source, tmp_path / "gguf", head="none")
+    assert read(path.parent)["left"].keys() == {"modules.json"}
 
 
 def test_what_concerns_no_model_is_passed_over(hf: Any, tmp_path: Path) -> None:

@@ -205,6 +205,8 @@ def _stored(checkpoint: Checkpoint) -> Stored:
 
     values, sizes = Counter[str](), Counter[str]()
     for name, tensor in checkpoint.tensors.items():
+        if name in checkpoint.shared:  # a second name of what is counted
+            continue
         kind = checkpoint.quantised.get(name, tensor.dtype)
         values[kind] += tensor.numel
         sizes[kind] += _size(checkpoint, name)

@@ -162,6 +162,7 @@ def _output(
     _check_values(model)
     state = {name: p.detach() for name, p in model.named_parameters()}
     if to not in OWN_FILES:
+        check_whole(to, max_shard_size)
         return _exported_output(model, state, to, layout)
     check_no_layout(to, layout)
     if to == "hf":
@@ -274,6 +275,9 @@ def exported_files(
     from zoo.tokenizers import gguf, llama2c
 
     if made.container.format == "gguf":
+        if MODULES in carried:
+            told = "GGUF holds the model alone, and not what is made of its output"
+            said["left"] = {MODULES: told}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
         own = inside is not None and gguf.has_one(inside.said)
         if inside is not None:
@@ -402,7 +406,9 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     place = Path(os.fsdecode(dst))
     if not force or not place.is_dir() or place.is_symlink():
         return place
+    # what was written beside a file, or within its directory, is nothing that is read
     read = [] if source is None else [source, *source.iterdir()]
+    read = [path for path in read if not (path / MANIFEST).is_file() or path == source]
     if any(path.resolve().is_relative_to(place.resolve()) for path in read):
         raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
     inside = [p.parent for name in (CONFIG, NATIVE_FILE) for p in place.glob(f"*/{name}")]
@@ -431,6 +437,15 @@ def check_graph(
         )
     graphs.check(to)
     graphs.check_file(place)
+
+
+def check_whole(to: str, max_shard_size: int | None) -> None:
+    """Other programs look for the files that they know."""
+    if max_shard_size is not None:
+        raise UsageError(
+            f"max_shard_size: to={to!r} leaves that not to choose: its files are those that its "
+            "programs look for. layout= has what they let be chosen"
+        )
 
 
 def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:

@@ -18,7 +18,7 @@ from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.lazy import Lazy
-from converters.output import Item, Output, Span, digest, hash_file, identity, index_of
+from converters.output import ZEROS, Item, Output, Span, digest, hash_file, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
 from zoo.components.model import Model
@@ -27,6 +27,7 @@ from zoo.conversion import (
     check_dialect,
     check_graph,
     check_no_layout,
+    check_whole,
     checked_destination,
     companions_of,
     export_plan,
@@ -154,7 +155,11 @@ def dry_run(
     output = plan_output(found, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
-    casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
+    casts = Counter(
+        (item.stored, item.coding.name if item.coding else item.info.dtype)
+        for item in items
+        if item.stored
+    )
     lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
     if quantised := provenance_of(found, checkpoint, model, plan).lossy:
@@ -268,6 +273,7 @@ def plan_output(
     inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in checkpoint.files}
     if to not in (*OWN_FILES, *GRAPHS):
+        check_whole(to, max_shard_size)
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
@@ -451,7 +457,7 @@ def _backward(
                 span, stored = None, any_dtype
                 if step.targets[0] in zeros:
                     made_so = Item(
-                        TensorInfo(name, info.shape, stored), "zeros", partial(made, step, n)
+                        TensorInfo(name, info.shape, stored), ZEROS, partial(made, step, n)
                     )
                     yield made_so.cast(info.dtype)
                     continue

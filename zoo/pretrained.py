@@ -201,16 +201,20 @@ class Located(NamedTuple):
         if lacking := [name for name in dialect.needs if given.get(name) is None]:
             words = [dialect.reference_field(name) for name in lacking]
             example = ", ".join(f"{word}=…" for word in words)
+            odd = sorted(given.keys() - kind.__dataclass_fields__.keys())
             raise ConfigError(
                 f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
                 f"nothing says {listing(words)} (looked in {self.foreign.config_from} and at the "
                 f"shapes of the tensors). Pass config={{{words[0]!r}: …}} (--config {example})"
+                f"{f', and not {listing(odd)}' if odd else ''}"
             )
         try:
             return kind(**{**given, "head": head})
         except ConfigError as error:
             problems = [_as_published(dialect, problem) for problem in error.problems]
-            raise ConfigError("\n  ".join([f"{self.where}:", *problems]), problems) from None
+            said = self.foreign.config_from
+            where = said if Path(said).is_file() else self.where
+            raise ConfigError("\n  ".join([f"{where}:", *problems]), problems) from None
 
 
 def load(
@@ -444,7 +448,8 @@ def _read_foreign(
     found = find(place)
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
-    found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
+    if found.container.wide:  # by custom; elsewhere what was stored in F32 was meant so
+        found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
     entry = next(e for e in registry.architectures().values() if e.spec == found.spec.name)
     if head is None and len(found.heads) > 1:
         raise ConfigError(
@@ -694,10 +699,14 @@ def _times_too_small(foreign: Found, native: Native) -> int:
     for rule in foreign.dialect.weights:
         if "shard" not in rule.stacked:
             continue
+        here = set[int]()
         for name, info in foreign.checkpoint.tensors.items():
             if (binding := rule.source.name.match(name)) is not None and info.numel:
                 whole = prod(native.shapes.get(rule.targets[0].name.format(binding), ()))
-                times.add(whole // (info.numel * foreign.shards))
+                here.add(whole // (info.numel * foreign.shards))
+        if len(here) > 1:  # one layer's alone is too small, which no missing file makes it
+            return 1
+        times |= here
     return max(times) if len(times) == 2 and 0 not in times else 1
 
 

@@ -157,15 +157,15 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
         if exists and _is_published(path):
             return path.parent
         if exists and _is_weights(path):
-            return path
+            return _real(path)
         if index is not None:
             return index
         raise NotACheckpoint(
             f"{text}: expected a directory with {CONFIG} and weights in it, or a file that says "
-            f"what it is ({_formats()})"
+            f"what it is ({_formats()}); found {_found(path)}"
         )
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
-    if config and not named and not any(map(_is_weights, sorted(path.iterdir()))):
+    if config and not named and not any(map(_is_weights, sorted(path.glob("[!.]*")))):
         raise NotACheckpoint(
             f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "
             f"({_formats()}).{_nearby(path)}"
@@ -184,9 +184,44 @@ def _is_weights(path: Path) -> bool:
     from converters.containers import kind_of
 
     try:
-        return not path.name.startswith(".") and kind_of(path) is not None
+        return kind_of(path) is not None
     except ZooError:
         return False
+
+
+def _real(path: Path) -> Path:
+    """Where a file lies that was given by a link: its checkpoint is there."""
+    from converters.checkpoint import confined
+
+    try:
+        return confined(path.parent, path.name)
+    except UnsafePath:
+        return Path(os.path.realpath(path))
+
+
+def _found(path: Path) -> str:
+    """What a file is instead, and the next move, as far as its first bytes tell."""
+    from converters.formats import open_regular
+    from converters.formats.torch_zip import LEGACY
+
+    try:
+        fd = open_regular(path)
+    except ZooError as error:
+        return f"nothing to read: {str(error).removeprefix(f'{path}: ')}"
+    try:
+        head = os.pread(fd, len(LEGACY), 0)
+    finally:
+        os.close(fd)
+    if head == LEGACY:
+        return (
+            "torch's format from before 1.6. Load it once with torch.load(..., weights_only=True) "
+            "and save it again"
+        )
+    if head[8:9] == b"{":
+        return f"what looks like safetensors: give the directory that it and its {CONFIG} are in"
+    if head[:1] == b"{":
+        return "what looks like JSON: give the directory that it is in"
+    return f"a file that begins with {head[:8]!r}" if head else "an empty file"
 
 
 def _index(path: Path) -> Path | None:

@@ -86,6 +86,10 @@ class Header(NamedTuple):
         """Whether an array is whole numbers, and behind them a scale for each group."""
         return self.version == 2 and not name.startswith("rms_")
 
+    def nbytes(self, name: str, count: int) -> int:
+        """Of so many numbers of an array."""
+        return count + count // self.group * 4 if self.groups(name) else 4 * count
+
     def problem(self) -> str:
         dim, _, _, heads, kv_heads, _, _ = self.sizes
         for name, value, most in zip(FIELDS, self.sizes, _MOST, strict=True):
@@ -108,8 +112,7 @@ class Header(NamedTuple):
         at, starts = self.size, dict[str, int]()
         for name, shape in self.arrays():
             starts[name] = at
-            count = prod(shape)
-            at += count + count // self.group * 4 if self.groups(name) else 4 * count
+            at += self.nbytes(name, prod(shape))
         return starts, at
 
 

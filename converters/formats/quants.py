@@ -221,14 +221,6 @@ KINDS = {
 }
 
 
-def nbytes_of(kind: str, shape: Sequence[int]) -> int:
-    """What numbers of one of these take, or of llama2.c's: whole ones, and a scale for so many."""
-    named, _, group = kind.partition("/")
-    if named == "I8" and group:
-        return math.prod(shape) + 4 * (math.prod(shape) // int(group))
-    return next(known for known in KINDS.values() if known.name == kind).nbytes(shape)
-
-
 # these look numbers up in long tables, or are no type of files
 UNREAD = {
     9: "Q8_1",

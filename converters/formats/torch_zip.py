@@ -47,7 +47,7 @@ MAX_RECORDS = 1 << 20
 MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
 _BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
 
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _records(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], bytes]:
     """(records that hold weights, the pickle), once everything about the zip is checked."""
     fd = file.fileno()
     size = os.fstat(fd).st_size
-    _check_kind(path, file.read(len(_LEGACY)), size)
+    _check_kind(path, file.read(len(LEGACY)), size)
     try:
         with zipfile.ZipFile(file) as archive:
             entries, comment = archive.infolist(), archive.comment
@@ -149,7 +149,7 @@ def _records(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], bytes]:
 
 
 def _check_kind(path: Path, head: bytes, size: int) -> None:
-    if head == _LEGACY:
+    if head == LEGACY:
         raise UnsupportedZip(
             f"{path}: torch's format from before 1.6, which cannot be mapped. Load it once with "
             "torch.load(..., weights_only=True) and save it again as safetensors."
