@@ -8,7 +8,8 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import bundles
 import torch
@@ -62,7 +63,8 @@ class Kind:
             del there[name]
         for name, data in files.items():
             if there.get(name) != data:
-                there.pop(name, None)
+                if there.pop(name, None) is not None:  # what is mapped of it stays as it is
+                    (place / name).unlink()
                 (place / name).write_bytes(data)
                 there[name] = data
         return place
@@ -78,6 +80,7 @@ class Sample(NamedTuple):
     name: str
     files: Files
     damage: Mapping[str, Damage]
+    told: Mapping[str, Any] = MappingProxyType({})  # what files of a dialect do not say
 
 
 _FEW = (1, 1, 1, 2)  # files
@@ -90,12 +93,12 @@ class Samples(Kind):
         super().__init__(place)
         self.samples = list(self.made(place))
         for sample in self.samples:
-            self.read(self.put(sample.files, sample.name))  # as they are, they can be
+            self.read(self.put(sample.files, sample.name), **sample.told)  # as they are, they can be
 
     def made(self, place: Path) -> Iterable[Sample]:
         raise NotImplementedError
 
-    def read(self, place: Path) -> None:
+    def read(self, place: Path, **told: Any) -> None:
         raise NotImplementedError
 
     def __call__(self, chance: Chance) -> None:
@@ -105,7 +108,7 @@ class Samples(Kind):
             list(sample.damage), min(len(sample.damage), chance.choice(_FEW))
         ):
             files[name] = sample.damage[name](files[name], chance)
-        self.read(self.put(files, sample.name))
+        self.read(self.put(files, sample.name), **sample.told)
 
 
 # --- safetensors, and directories of the hub ------------------------------------------------------
@@ -146,7 +149,7 @@ class Index(Samples):
         files[INDEX] = json.dumps(index).encode()
         yield Sample("one", files, {INDEX: reworded, first: relaid})
 
-    def read(self, place: Path) -> None:
+    def read(self, place: Path, **told: Any) -> None:
         found = open_checkpoint(place)
         for name in found.tensors:
             found.tensor(name)
@@ -206,7 +209,7 @@ class Configs(Samples):
                 name, {"config.json": json.dumps(config).encode()}, {"config.json": reworded}
             )
 
-    def read(self, place: Path) -> None:
+    def read(self, place: Path, **told: Any) -> None:
         skeleton(place)
 
 
@@ -237,10 +240,8 @@ def saved(made: Any, place: Path, to: str, **how: Any) -> dict[str, bytes]:
 class Models(Samples):
     """Loaded, whatever the damage: config, plan and all tensors."""
 
-    told: ClassVar[Mapping[str, Any]] = {}  # what files of this dialect do not say
-
-    def read(self, place: Path) -> None:
-        found = zoo.load(place, config=self.told)
+    def read(self, place: Path, **told: Any) -> None:
+        found = zoo.load(place, config=told)
         assert not any(p.is_meta for p in found.parameters()), "half-loaded"
 
 
@@ -277,20 +278,17 @@ def zip_of(state: Any, place: Path) -> bytes:
 class Meta(Models):
     """Two shards and params.json."""
 
-    told: ClassVar = {"max_seq_len": 6}
-
     def made(self, place: Path) -> Iterable[Sample]:
         for shards in (1, 2):
             made = model("llama", kv_heads=2, vocab=12)
             files = saved(made, place / f"{shards}-meta", "meta", layout={"shards": shards})
             damage: dict[str, Damage] = {name: rezipped for name in files if ".pth" in name}
-            yield Sample(str(shards), files, {**damage, "params.json": reworded})
+            damage["params.json"] = reworded
+            yield Sample(str(shards), files, damage, {"max_seq_len": 6})
 
 
 class Trainers(Models):
     """What nanoGPT, minGPT and books leave: weights, and the optimizer's state and the run's."""
-
-    told: ClassVar = {"heads": 2}
 
     def made(self, place: Path) -> Iterable[Sample]:
         for dialect in ("nanogpt", "mingpt", "book"):
@@ -309,7 +307,8 @@ class Trainers(Models):
                 state = state if dialect == "nanogpt" else {"model_state_dict": state}
                 key = "optimizer" if dialect == "nanogpt" else "optimizer_state_dict"
                 state |= {key: held, "iter_num": 7, "config": {"out_dir": "out", "lr": 6e-4}}
-            yield Sample(dialect, {name: zip_of(state, place)}, {name: rezipped})
+            told = {"heads": 2} if dialect != "nanogpt" else {}
+            yield Sample(dialect, {name: zip_of(state, place)}, {name: rezipped}, told)
 
 
 class Quantised(Models):
@@ -401,14 +400,14 @@ class Llama2c(Models):
             files = saved(made, place / f"{version}-files", dialect, **told)
             yield Sample(version, files, {"model.bin": resized})
 
-    def read(self, place: Path) -> None:
+    def read(self, place: Path, **told: Any) -> None:
         path = place / "model.bin"
         if kind_of(path) == "llama2c":
             reader = llama2c.Llama2cReader(path)
             assert reader.header.starts()[1] == path.stat().st_size, "accepted, of another size"
             for name in reader.tensors:
                 reader.tensor(name)
-        super().read(place)
+        super().read(place, **told)
 
 
 def resized(data: bytes, chance: Chance) -> bytes:
@@ -483,7 +482,7 @@ class Bundle(Samples):
         )
         yield Sample("c", files, damage)
 
-    def read(self, place: Path) -> None:
+    def read(self, place: Path, **told: Any) -> None:
         reader = TFBundleReader(place / "x.index")
         shards = [path.read_bytes() for path in sorted(place.glob("*.data-*"))]
         held = sum(info.nbytes for info in reader.tensors.values())
@@ -626,7 +625,7 @@ class GgufModels(Models):
 class Vocabularies(Samples):
     """Read, and put to work on a little text."""
 
-    def read(self, place: Path) -> None:
+    def read(self, place: Path, **told: Any) -> None:
         found = zoo.tokenizer(place)
         ids = found.encode("ab <s> é\n", special=True)
         found.decode(ids)
@@ -695,8 +694,8 @@ class GgufVocabularies(Vocabularies):
             data = gguf.lay_out([], keys, "here").head
             yield Sample(name, {"v.gguf": data}, {"v.gguf": partial(regguf, place=place)})
 
-    def read(self, place: Path) -> None:
-        super().read(place / "v.gguf")
+    def read(self, place: Path, **told: Any) -> None:
+        super().read(place / "v.gguf", **told)
 
 
 VICTIMS: dict[str, tuple[str, Callable[[Path], Kind]]] = {

@@ -212,6 +212,8 @@ class Located(NamedTuple):
         except ConfigError as error:
             problems = [_as_published(dialect, problem) for problem in error.problems]
             raise ConfigError("\n  ".join([f"{self.where}:", *problems]), problems) from None
+        except ResourceLimit as error:
+            raise ResourceLimit(f"{self.where}: {_as_published(dialect, str(error))}") from None
 
 
 def load(
@@ -694,8 +696,12 @@ def native_of(model: nn.Module) -> Native:
 
 
 def _on_meta(found: Located, config: Any) -> Model:
-    with torch.device("meta"):
-        model = found.entry.model(config)
+    try:
+        with torch.device("meta"):
+            model = found.entry.model(config)
+    except RuntimeError as error:  # an array whose bytes 64 bits cannot count
+        told = str(error).partition("\n")[0]
+        raise ResourceLimit(f"{found.where}: sizes that no array can have: {told}") from None
     model.architecture = found.entry.name
     return model
 
