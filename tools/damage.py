@@ -9,6 +9,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -123,11 +124,11 @@ VALUES: list[Any] = [
 
 def altered(value: Any, chance: Chance) -> Any:
     """Plain data with a few of its parts replaced, renamed, left out, doubled or moved."""
-    value = json.loads(json.dumps(value))
+    value = deepcopy(value)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         places = list(_places(value))
         if not places:
-            return chance.choice(VALUES)
+            return deepcopy(chance.choice(VALUES))
         holder, key = chance.choice(places)
         match chance.randrange(8):
             case 0:
@@ -135,7 +136,7 @@ def altered(value: Any, chance: Chance) -> Any:
             case 1:
                 other, its = chance.choice(places)
                 if its in other if isinstance(other, dict) else its < len(other):
-                    holder[key] = json.loads(json.dumps(other[its]))
+                    holder[key] = deepcopy(other[its])
             case 2 if isinstance(holder, dict):
                 holder[chance.choice((f"{key}x", key[:-1], *TEXTS))] = holder.pop(key)
             case 3 if isinstance(holder, list):
@@ -145,7 +146,7 @@ def altered(value: Any, chance: Chance) -> Any:
             case 5 if type(holder[key]) is int:
                 holder[key] += chance.choice((-1, 1, holder[key], 1 << 32))
             case _:
-                holder[key] = chance.choice(VALUES)
+                holder[key] = deepcopy(chance.choice(VALUES))
     return value
 
 

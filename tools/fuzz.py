@@ -53,6 +53,7 @@ class Tally:
     """What became of some mutants of a kind."""
 
     kind: str
+    mutants: int = 0
     refused: int = 0
     accepted: int = 0
     slowest: float = 0.0
@@ -61,6 +62,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
+        self.mutants += other.mutants
         self.refused += other.refused
         self.accepted += other.accepted
         self.slowest, self.most = max(self.slowest, other.slowest), max(self.most, other.most)
@@ -114,7 +116,7 @@ class Memory:
 
 def run(victim: Kind, kind: str, seed: int, start: int, count: int) -> Tally:
     """Mutants `start` to `start + count` of a kind; the same ones each time."""
-    tally, memory = Tally(kind), Memory()
+    tally, memory = Tally(kind, count), Memory()
     signal.signal(signal.SIGPROF, _interrupt)
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
     began = time.process_time()
@@ -195,8 +197,8 @@ def main() -> int:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk takes most of the time
     with tempfile.TemporaryDirectory(prefix="zoo-fuzz-", dir=memory) as scratch:
         for tally in run_all(options, scratch):
-            every = tally.refused + tally.accepted + len(tally.faults)
-            counts = "".join(f"{n:>13,}" for n in (every, tally.refused, tally.accepted))
+            numbers = (tally.mutants, tally.refused, tally.accepted)
+            counts = "".join(f"{n:>13,}" for n in numbers)
             measured = f"{tally.slowest:>11.3f} s{tally.most / 2**20:>10.1f} MB"
             about = f"{tally.kind}: {VICTIMS[tally.kind][0]}"
             print(f"{about:50}{counts}{measured}{tally.seconds:>11.0f} s", flush=True)

@@ -93,7 +93,9 @@ class Samples(Kind):
         super().__init__(place)
         self.samples = list(self.made(place))
         for sample in self.samples:
-            self.read(self.put(sample.files, sample.name), **sample.told)  # as they are, they can be
+            self.read(
+                self.put(sample.files, sample.name), **sample.told
+            )  # as they are, they can be
 
     def made(self, place: Path) -> Iterable[Sample]:
         raise NotImplementedError
