@@ -116,7 +116,7 @@ def flipped(data: bytes, chance: Chance) -> bytes:
 
 # of a config: what is near enough to be believed, and what is not
 VALUES: list[Any] = [
-    *(None, True, False, 0, 1, 2, 3, 4, 8, 64, 1000, 4096, 100_000, -1, -8, 1 << 31, 1 << 53),
+    *(None, True, False, 0, 1, 2, 3, 4, 8, 64, 512, 4096, 100_000, -1, -8, 1 << 31, 1 << 53),
     *((1 << 63) - 1, 1 << 64, 10**30, 0.0, 0.5, 1.5, -1.0, 1e-45, 1e308, "", "x", "silu", "4"),
     *([], [1], [2, 2], ["x"], [[0]], {}, {"a": 1}, {"0": 0}, {"rope_type": "llama3"}, "é\n"),
 ]

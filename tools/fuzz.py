@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -203,7 +204,9 @@ def main() -> int:
             about = f"{tally.kind}: {VICTIMS[tally.kind][0]}"
             print(f"{about:50}{counts}{measured}{tally.seconds:>11.0f} s", flush=True)
             faults += tally.faults
-    print("\n".join(faults[:50]))
+    for problem, times in Counter(fault.partition("\n")[0] for fault in faults).most_common(50):
+        first = next(fault for fault in faults if fault.partition("\n")[0] == problem)
+        print(f"{times} x {first}")
     print(f"{len(faults)} faults")
     return 1 if faults else 0
 
