@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import sys
 import zipfile
@@ -23,6 +24,7 @@ from zoo.errors import (
     ConfigError,
     CorruptCheckpoint,
     DtypeMismatch,
+    DuplicateTensor,
     MissingShard,
     NonFinite,
     ResourceLimit,
@@ -327,6 +329,9 @@ def matrix(tensors: Mapping[str, Tensor]) -> str:
     return next(n for end in ends for n in tensors if n.endswith(end))
 
 
+LAYER = re.compile(r"((?:layers?[._]|/h|h\.|blk\.|blocks\.))0(?=[./])")
+
+
 @pytest.mark.parametrize(("kind", "name"), TENSORS)
 def test_tensors_that_are_not_as_they_should_be(
     victims: Victims, tmp_path: Path, kind: str, name: str
@@ -347,6 +352,7 @@ def test_tensors_that_are_not_as_they_should_be(
         "shorter": {**rest, one: x[:-1].clone()},
         "flat": {**rest, one: x.reshape(-1).clone()},
         "no numbers": {**rest, one: x[:0].clone()},
+        "from one on": {LAYER.sub(r"\g<1>1", n): t for n, t in tensors.items()},
     }
     if not file.endswith(".gguf"):
         for dtype in (torch.int64, torch.uint8, torch.complex64, torch.bool, torch.float8_e5m2):
@@ -360,7 +366,7 @@ def test_tensors_that_are_not_as_they_should_be(
             read(written(holding(files, changed, place / "made"), place / "files"))
         told = str(error.value)
         assert str(place / "files") in told, (case, told)
-        if case not in ("none", "of a wrapper's"):
+        if case not in ("none", "of a wrapper's", "from one on"):
             named = {one, last[0], *changed.keys() - tensors.keys()}
             assert any(word in told for word in named), (case, told)
         if "torch." in case:
@@ -386,6 +392,26 @@ def test_numbers_that_are_none(
     with pytest.raises(NonFinite, match=r"blocks\.0\.\S+"):
         zoo.convert(place, tmp_path / "out", to="native", config=told)
     assert not (tmp_path / "out").exists()
+
+
+PREFIXED = {  # what names may begin with
+    ("hf", "gpt2"): "transformer.",
+    ("hf", "bert"): "bert.",
+    ("bin", "gpt2"): "transformer.",
+    ("trainers", "nanogpt"): "_orig_mod.",
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), PREFIXED)
+def test_one_name_in_two_forms(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+    files, read = sample(victims, kind, name)
+    _, tensors = held(files, tmp_path / "held")
+    (tmp_path / "made").mkdir()
+    first = next(n for n in tensors if n.startswith(PREFIXED[kind, name]))
+    bare = first.removeprefix(PREFIXED[kind, name])
+    tensors[bare] = tensors[first].clone()
+    with pytest.raises(DuplicateTensor, match=bare):
+        read(written(holding(files, tensors, tmp_path / "made"), tmp_path / "files"))
 
 
 TIED = {  # a second name of a table's, where files may have both

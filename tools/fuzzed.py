@@ -141,7 +141,7 @@ INDEX = "model.safetensors.index.json"
 
 class Index(Samples):
     def made(self, place: Path) -> Iterable[Sample]:
-        files, weights = {}, {}
+        files, weights = dict[str, bytes](), dict[str, str]()
         for n in (1, 2, 3):
             name = f"model-0000{n}-of-00003.safetensors"
             files[name] = packed({f"w{n}": torch.ones(n), f"v{n}": torch.ones(2, n)})
@@ -374,13 +374,16 @@ def requantised(data: bytes, chance: Chance) -> bytes:
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": False}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}
 _GROUP = {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
-GPTQ = {
+GPTQ: dict[str, dict[str, Any]] = {
     "gptq": _GPTQ,
     "gptq-v2": {**_GPTQ, "checkpoint_format": "gptq_v2", "group_size": -1},
     "gptq-order": {**_GPTQ, "desc_act": True, "bits": 8, "damp_percent": 0.1},
 }
-AWQ = {"awq": _AWQ, "awq-one-group": {**_AWQ, "group_size": -1, "modules_to_not_convert": None}}
-FP8 = {
+AWQ: dict[str, dict[str, Any]] = {
+    "awq": _AWQ,
+    "awq-one-group": {**_AWQ, "group_size": -1, "modules_to_not_convert": None},
+}
+FP8: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [5, 7]},
     "fp8-tensor": {
         "quant_method": "compressed-tensors",
@@ -438,7 +441,7 @@ def rebundled(table: bytes, chance: Chance) -> bytes:
                 n = chance.randrange(len(pairs))
                 key, value = pairs[n]
                 whole = chance.random() < 0.5
-                inner = {2: {2: {}}, 7: {1: {}}, 3: {}} if key else {3: {}}
+                inner: dict[int, Any] = {2: {2: {}}, 7: {1: {}}} if key else {3: {}}
                 pairs[n] = key, bitten(value, chance) if whole else retold(value, chance, inner)
             return bundles.index(pairs, compressed, 4)
         case 3:  # names, their order
