@@ -39,7 +39,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 try:
     import bundles
     import damage
+    import fuzz
     import fuzzed
+    import fuzzed_models
 finally:
     sys.path.pop(0)
 
@@ -68,7 +70,7 @@ Victims = Callable[[str], Any]
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Victims:
     """By kind what fuzzing damages: samples of files that can be read, and how they are."""
-    return cache(lambda kind: fuzzed.VICTIMS[kind][1](tmp_path_factory.mktemp(kind)))
+    return cache(lambda kind: fuzz.VICTIMS[kind][1](tmp_path_factory.mktemp(kind)))
 
 
 def sample(victims: Victims, kind: str, name: str) -> tuple[Files, Callable[[Path], None]]:
@@ -219,7 +221,7 @@ def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
     """A sample whose config says something else."""
     if "model.gguf" in files:
         (place / "g").mkdir()
-        said, infos = fuzzed._gguf_parts(files["model.gguf"], place / "g")
+        said, infos = fuzzed.gguf_parts(files["model.gguf"], place / "g")
         above = said["general.architecture"].value
         layout = gguf.lay_out(
             infos, {**said, **{f"{above}.{k}": v for k, v in changes.items()}}, ""
@@ -228,7 +230,7 @@ def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
     if "ckpt.pt" in files:
         found = torch.load(io.BytesIO(files["ckpt.pt"]), weights_only=True)
         found["model_args"] |= changes
-        return {"ckpt.pt": fuzzed.zip_of(found, place)}
+        return {"ckpt.pt": fuzzed_models.zip_of(found, place)}
     (file,) = (n for n in files if n.endswith(".json"))
     return {**files, file: json.dumps({**json.loads(files[file]), **changes}).encode()}
 
@@ -274,7 +276,7 @@ def held(files: Files, place: Path) -> tuple[str, dict[str, Tensor]]:
     """(a file of weights, its tensors by the names that they have there)"""
     for file, data in files.items():
         if file.endswith(".safetensors"):
-            infos, bytes_of = fuzzed._unpacked(data)
+            infos, bytes_of = fuzzed.unpacked(data)
             return file, {i.name: _tensor(bytes_of[i], i) for i in infos}
         if file.endswith(".gguf"):
             reader = gguf.GGUFReader(written({file: data}, place) / file)
@@ -302,7 +304,7 @@ def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
     if file.endswith(".safetensors"):
         return {**files, file: fuzzed.packed(tensors)}
     if file.endswith(".gguf"):
-        said, _ = fuzzed._gguf_parts(files[file], place)
+        said, _ = fuzzed.gguf_parts(files[file], place)
         infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
         layout = gguf.lay_out(infos, said, "here")
         out = bytearray(layout.head + bytes(layout.size))
@@ -318,7 +320,7 @@ def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
     state = _weights(found)
     state.clear()
     state.update(tensors)
-    return {**files, file: fuzzed.zip_of(found, place)}
+    return {**files, file: fuzzed_models.zip_of(found, place)}
 
 
 def matrix(tensors: Mapping[str, Tensor]) -> str:

@@ -57,7 +57,7 @@ from functools import partial
 sys.path.insert(0, "tools")
 import fuzz
 
-class Faulty(fuzz.Kind):
+class Faulty(fuzz.fuzzed.Kind):
     def __init__(self, harm, place):
         self.harm = harm
 

@@ -1,9 +1,9 @@
 """Damaged inputs by the hundred thousand: `python tools/fuzz.py [--only KIND] [--count N]`.
 
-Of each kind of input (tools/fuzzed.py) small sound files are damaged at random (tools/damage.py)
-and read as users have them read. Whatever comes of it is an answer or a ZooError, within a second
-of the processor's time, and with no more than 64 MB of memory over what the process held. What is
-found otherwise is printed with the command that repeats it.
+Of each kind of input (fuzzed.py, fuzzed_models.py) small sound files are damaged at random
+(damage.py) and read as users have them read. Whatever comes of it is an answer or a ZooError,
+within a second of the processor's time, and with no more than 64 MB of memory over what the process
+held. What is found otherwise is printed with the command that repeats it.
 
 Memory is the height that the kernel saw this process reach during the one mutant (VmHWM, set back
 before each); and what asks for more addresses than that is refused by the kernel (RLIMIT_AS).
@@ -22,11 +22,12 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fuzzed import VICTIMS, Kind  # noqa: E402
+import fuzzed  # noqa: E402
+import fuzzed_models as models  # noqa: E402
 
 from zoo.errors import ZooError  # noqa: E402
+
+# what is asked for: what it is, and what makes its mutants
+VICTIMS: dict[str, tuple[str, Callable[[Path], fuzzed.Kind]]] = {
+    "header": ("safetensors: headers", fuzzed.Header),
+    "index": ("safetensors: index and shards", fuzzed.Index),
+    "config": ("config.json of each architecture", models.Configs),
+    "hf": ("safetensors + config.json, loaded", models.Hub),
+    "bin": ("pytorch_model.bin, loaded", models.Bin),
+    "meta": ("consolidated.NN.pth + params.json, loaded", models.Meta),
+    "tf": ("TensorFlow: index, data, snappy", fuzzed.Bundle),
+    "tf-models": ("TensorFlow + hparams/bert_config.json, loaded", models.TensorFlow),
+    "trainers": ("nanoGPT, minGPT, books: loaded", models.Trainers),
+    "llama2c": ("llama2.c v0, v1, v2: loaded", models.Llama2c),
+    "tokenizer.bin": ("llama2.c: tokenizer.bin", fuzzed.TokenizerBin),
+    "gguf": ("GGUF: header, tensors of all kinds", fuzzed.Gguf),
+    "gguf-models": ("GGUF, loaded", models.GgufModels),
+    "gguf-words": ("GGUF: vocabularies", fuzzed.GgufVocabularies),
+    "gptq": ("GPTQ, loaded", partial(models.Quantised, said=models.GPTQ)),
+    "awq": ("AWQ, loaded", partial(models.Quantised, said=models.AWQ)),
+    "fp8": ("FP8, loaded", partial(models.Quantised, said=models.FP8)),
+    "sentencepiece": ("tokenizer.model", fuzzed.SentencePiece),
+}
 
 COUNT = 100_000
 TIMES = {"header": 10}  # that a kind is drawn more often, being cheap
@@ -115,7 +139,7 @@ class Memory:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def run(victim: Kind, kind: str, seed: int, start: int, count: int) -> Tally:
+def run(victim: fuzzed.Kind, kind: str, seed: int, start: int, count: int) -> Tally:
     """Mutants `start` to `start + count` of a kind; the same ones each time."""
     tally, memory = Tally(kind, count), Memory()
     signal.signal(signal.SIGPROF, _interrupt)
@@ -149,7 +173,7 @@ def run(victim: Kind, kind: str, seed: int, start: int, count: int) -> Tally:
     return tally
 
 
-_VICTIMS: dict[str, Kind] = {}  # of this process, whose files are its own
+_VICTIMS: dict[str, fuzzed.Kind] = {}  # of this process, whose files are its own
 
 
 def _run(scratch: str, kind: str, seed: int, start: int, count: int) -> Tally:
