@@ -376,27 +376,31 @@ def pieces(kind: int) -> list[tuple[str, float, int]]:
     return [*marks, *falls, *((w, -float(n), 1) for n, w in enumerate(words))]
 
 
-def spm(kind: int) -> bytes:
+def spm(kind: int, table: bytes = b"") -> bytes:
+    """A model's file, with a table by which characters are replaced."""
     data = model_of(pieces(kind), falls_back=kind == 2)
-    return data if kind == 2 else data + b"\x12\x02\x18\x01"  # a model's type, set once more
+    if kind == 1:
+        data += bundles.part(2, bundles.number(3, kind))
+    return data + bundles.part(3, bundles.part(2, table)) if table else data
 
 
 def retold_spm(data: bytes, chance: Chance) -> bytes:
     if chance.random() < 0.1:
         return chance.choice((bitten, cut))(data, chance)
-    return retold(data, chance, {1: {}, 2: {}, 3: {1: {}}})
+    return retold(data, chance, {1: {}, 2: {}, 3: {}})
 
 
 class SentencePiece(Vocabularies):
     """tokenizer.model and what else such models are called."""
 
     def made(self, place: Path) -> Iterable[Sample]:
-        for name, kind in (
-            ("tokenizer.model", 2),
-            ("spiece.model", 1),
-            ("sentencepiece.bpe.model", 1),
+        nothing = struct.pack("<I", 1024) + bytes(1024) + b"a\0"
+        for name, data in (
+            ("tokenizer.model", spm(2)),
+            ("spiece.model", spm(1)),
+            ("sentencepiece.bpe.model", spm(1, nothing)),
         ):
-            yield Sample(name.partition(".")[0], {name: spm(kind)}, {name: retold_spm})
+            yield Sample(name.partition(".")[0], {name: data}, {name: retold_spm})
 
 
 class TokenizerBin(Vocabularies):

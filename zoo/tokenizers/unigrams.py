@@ -16,6 +16,7 @@ from zoo.errors import BadTokenizer, listing
 from zoo.tokenizers.engines import Added, refusing
 from zoo.tokenizers.fast import Fast
 from zoo.tokenizers.pieces import MOST, SPACE
+from zoo.tokenizers.replacing import check_replacements
 from zoo.tokenizers.settings import KINDS, Settings, read_bytes
 
 # kinds of a piece, and of a model
@@ -109,6 +110,7 @@ def read_model(path: Path) -> Model:
         kind = dict(_fields(b"".join(messages[2]))).get(3, UNIGRAM)
         normal = dict(_fields(b"".join(messages[3])))
         characters = _bytes(normal.get(2, b""))
+        check_replacements(characters)
     except ValueError as error:
         raise BadTokenizer(f"{path}: no model of sentencepiece: {error}") from None
     return Model(pieces, kind, characters, bool(normal.get(3, 1)), bool(normal.get(4, 1)))
