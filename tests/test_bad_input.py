@@ -19,6 +19,7 @@ from torch import Tensor
 import zoo
 from converters.formats import TensorInfo, dtype_code, gguf, torch_dtype
 from converters.formats.tf_bundle import TFBundleReader
+from zoo import registry
 from zoo.errors import (
     AmbiguousCheckpoint,
     ConfigError,
@@ -263,6 +264,17 @@ def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, 
         ) as error:
             read(written(saying(files, place, changes), place / "files"))
         assert "files" in str(error.value), case
+
+
+@pytest.mark.parametrize("share", [1.5, 1e308])
+def test_a_share_of_more_than_a_head(tmp_path: Path, share: float) -> None:
+    """In numbers so large that their product is infinite."""
+    variant = next(iter(registry.architectures()["neox"].variants.values()))
+    said = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
+    said.pop("rope_parameters", None)
+    text = json.dumps({**said, "rotary_pct": share})
+    with pytest.raises(ConfigError, match=f"rotary_factor: {re.escape(str(share))} is more"):
+        zoo.load(written({"config.json": text.encode()}, tmp_path / "x"), weights="random")
 
 
 # --- tensors -------------------------------------------------------------------------------------
