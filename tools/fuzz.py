@@ -27,7 +27,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,14 @@ class Memory:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def run(victim: fuzzed.Kind, kind: str, seed: int, start: int, count: int) -> Tally:
+_memory = cache(Memory)  # of the process that asks
+
+
+def run(
+    victim: fuzzed.Kind, kind: str, seed: int, start: int, count: int, slow: float = SLOW
+) -> Tally:
     """Mutants `start` to `start + count` of a kind; the same ones each time."""
-    tally, memory = Tally(kind, count), Memory()
+    tally, memory = Tally(kind, count), _memory()
     signal.signal(signal.SIGPROF, _interrupt)
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
     began = time.process_time()
@@ -163,7 +168,7 @@ def run(victim: fuzzed.Kind, kind: str, seed: int, start: int, count: int) -> Ta
             signal.setitimer(signal.ITIMER_PROF, 0)
             took, grown = time.process_time() - started, memory.height() - held
             tally.slowest, tally.most = max(tally.slowest, took), max(tally.most, grown)
-            problem = problem or (f"took {took:.1f} s" if took > SLOW else "")
+            problem = problem or (f"took {took:.1f} s" if took > slow else "")
             problem = problem or (f"took {grown >> 20} MB" if grown > LARGE else "")
             if problem:
                 again = f"--only {kind} --seed {seed} --start {n} --count 1"
@@ -176,12 +181,12 @@ def run(victim: fuzzed.Kind, kind: str, seed: int, start: int, count: int) -> Ta
 _VICTIMS: dict[str, fuzzed.Kind] = {}  # of this process, whose files are its own
 
 
-def _run(scratch: str, kind: str, seed: int, start: int, count: int) -> Tally:
+def _run(scratch: str, kind: str, seed: int, start: int, count: int, slow: float) -> Tally:
     if kind not in _VICTIMS:
         place = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=scratch))
         _VICTIMS[kind] = VICTIMS[kind][1](place)
         run(_VICTIMS[kind], kind, seed, start, min(count, 20))  # imports are nobody's memory
-    return run(_VICTIMS[kind], kind, seed, start, count)
+    return run(_VICTIMS[kind], kind, seed, start, count, slow)
 
 
 def run_all(options: argparse.Namespace, scratch: str) -> Iterator[Tally]:
@@ -192,14 +197,15 @@ def run_all(options: argparse.Namespace, scratch: str) -> Iterator[Tally]:
             end = options.start + options.count * (1 if options.only else TIMES.get(kind, 1))
             for start in range(options.start, end, SLICE):
                 count = min(SLICE, end - start)
-                slices[pool.submit(_run, scratch, kind, options.seed, start, count)] = start
+                about = (kind, options.seed, start, count, options.slow)
+                slices[pool.submit(_run, scratch, *about)] = start
             tally = Tally(kind)
             for done in as_completed(slices):
                 try:
                     tally.add(done.result())
                 except BrokenProcessPool:
-                    about = f"one of {SLICE} from --start {slices[done]}, and maybe of others"
-                    tally.faults.append(f"{kind}: the process died of {about}")
+                    told = f"one of {SLICE} from --start {slices[done]}, and maybe of others"
+                    tally.faults.append(f"{kind}: the process died of {told}")
                     yield tally
                     return
             yield tally
@@ -211,6 +217,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=COUNT, help=f"mutants of each  [{COUNT:,}]")
     parser.add_argument("--start", type=int, default=0, help="the first mutant's number  [0]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slow", type=float, default=SLOW, help="seconds that are a fault  [1]")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="processes  [all there are]"
     )

@@ -77,19 +77,14 @@ class Sample(NamedTuple):
     told: Mapping[str, Any] = MappingProxyType({})  # what files of a dialect do not say
 
 
-_FEW = (1, 1, 1, 2)  # files
-
-
 class Samples(Kind):
     """Several sets of files that are read in the same way."""
 
     def __init__(self, place: Path) -> None:
         super().__init__(place)
         self.samples = list(self.made(place))
-        for sample in self.samples:
-            self.read(
-                self.put(sample.files, sample.name), **sample.told
-            )  # as they are, they can be
+        for sample in self.samples:  # as they are, they can be read
+            self.read(self.put(sample.files, sample.name), **sample.told)
 
     def made(self, place: Path) -> Iterable[Sample]:
         raise NotImplementedError
@@ -100,9 +95,8 @@ class Samples(Kind):
     def __call__(self, chance: Chance) -> None:
         sample = chance.choice(self.samples)
         files = dict(sample.files)
-        for name in chance.sample(
-            list(sample.damage), min(len(sample.damage), chance.choice(_FEW))
-        ):
+        few = min(len(sample.damage), chance.choice((1, 1, 1, 2)))
+        for name in chance.sample(list(sample.damage), few):
             files[name] = sample.damage[name](files[name], chance)
         self.read(self.put(files, sample.name), **sample.told)
 
