@@ -1121,6 +1121,12 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x0a\x00", "without text"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "bytes are exp"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + d, "its first pieces"),
+        (
+            "xlm-roberta",
+            "sentencepiece.bpe.model",
+            lambda d: d + llama2c._bytes(2, bytes(1 << 20)) * 5,
+            "settings of more than",
+        ),
         ("tekken", "tekken.json", lambda d: d.replace(b'"pattern"', b'"x"'), "config.pattern"),
         ("tekken", "tekken.json", lambda d: d.replace(b'"vocab"', b'"x"'), "vocab: expected"),
         ("tekken", "tekken.json", lambda d: d.replace(b'tern": "', b'tern": "('), "Parsing error"),

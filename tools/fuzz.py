@@ -2,8 +2,8 @@
 
 Of each kind of input (fuzzed.py, fuzzed_models.py) small sound files are damaged at random
 (damage.py) and read as users have them read. Whatever comes of it is an answer or a ZooError,
-within a second of the processor's time, and with no more than 64 MB of memory over what the process
-held. What is found otherwise is printed with the command that repeats it.
+within a second of the processor's time, and with no more memory over what the process held than 64
+MB and the files. What is found otherwise is printed with the command that repeats it.
 
 Memory is the height that the kernel saw this process reach during the one mutant (VmHWM, set back
 before each); and what asks for more addresses than that is refused by the kernel (RLIMIT_AS).
@@ -169,7 +169,7 @@ def run(
             took, grown = time.process_time() - started, memory.height() - held
             tally.slowest, tally.most = max(tally.slowest, took), max(tally.most, grown)
             problem = problem or (f"took {took:.1f} s" if took > slow else "")
-            problem = problem or (f"took {grown >> 20} MB" if grown > LARGE else "")
+            problem = problem or (f"took {grown >> 20} MB" if grown > LARGE + victim.size else "")
             if problem:
                 again = f"--only {kind} --seed {seed} --start {n} --count 1"
                 tally.faults.append(f"{problem}\n    python tools/fuzz.py {again}")

@@ -43,6 +43,8 @@ Files = Mapping[str, bytes]
 class Kind:
     """Sound files in a directory; a call damages some of them, and has all of them read."""
 
+    size = 0  # bytes of what was read last
+
     def __init__(self, place: Path) -> None:
         self.place = place
         self._there: dict[Path, dict[str, bytes]] = {}  # opening files takes longest
@@ -51,6 +53,7 @@ class Kind:
         """Their directory, which holds these and no others."""
         place = self.place / below
         place.mkdir(exist_ok=True)
+        self.size = sum(map(len, files.values()))
         there = self._there.setdefault(place, {})
         for name in there.keys() - files.keys():
             (place / name).unlink()

@@ -22,6 +22,7 @@ from zoo.tokenizers.settings import KINDS, Settings, read_bytes
 # kinds of a piece, and of a model
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 UNIGRAM = 1
+MOST_SETTINGS = 4 << 20  # bytes; the largest published table of characters has 300 thousand
 FIRST = ("bos", "pad", "eos", "unk")
 
 
@@ -102,10 +103,14 @@ def _check(model: Model, path: Path) -> None:
 def read_model(path: Path) -> Model:
     """The three fields that count, of the message that a model's file is."""
     messages: dict[int, list[bytes]] = {1: [], 2: [], 3: []}
+    left = MOST_SETTINGS
     try:
         for number, value in _fields(read_bytes(path)):
             if number in messages:
                 messages[number].append(_bytes(value))
+                left -= len(value) if number > 1 else 0
+                if left < 0:
+                    raise ValueError(f"settings of more than {MOST_SETTINGS} bytes")
         pieces = [_piece(message) for message in messages[1]]
         kind = dict(_fields(b"".join(messages[2]))).get(3, UNIGRAM)
         normal = dict(_fields(b"".join(messages[3])))
