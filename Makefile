@@ -56,7 +56,7 @@ faults: $(READY) ## conversions killed, torn and failed at every system call tha
 graphs: $(READY) ## every variant of every architecture as ONNX and .pt2, run and compared
 	ZOO_GRAPHS=all $(PYTEST) tests/test_export_graphs.py
 
-fuzz: $(READY) ## a million damaged headers, and GGUF files, indices, configs, zips and bundles
+fuzz: $(READY) ## 100,000 damaged inputs of each kind that is read, and a million headers
 	@$(RUN) tools/fuzz.py
 
 tf-fixtures: ## tests/data/tf anew, by TensorFlow in .venv-tf: a large download; no test needs it

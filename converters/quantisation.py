@@ -146,7 +146,8 @@ def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[
         if said.get("version") is None:
             problems.append(f"{FIELD}.version: missing, and the order of numbers depends on it")
         return Quantisation(method, 4, group or -1), problems
-    formats = {said[key] for key in ("checkpoint_format", "format") if said.get(key)}
+    told = (said.get(key) for key in ("checkpoint_format", "format"))
+    formats = {each for each in told if isinstance(each, str)}
     if len(formats) > 1:
         problems.append(f"{FIELD}.checkpoint_format and .format differ: {listing(sorted(formats))}")
     first = formats != {"gptq_v2"}

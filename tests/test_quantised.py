@@ -757,6 +757,8 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
         ({"group_size": -2}, r"\.group_size: -2, expected"),
         ({"checkpoint_format": "marlin"}, r"\.checkpoint_format: 'marlin'"),
         ({"checkpoint_format": "gptq_v2", "format": "gptq"}, "differ: gptq, gptq_v2"),
+        ({"checkpoint_format": ["gptq"]}, r"\.checkpoint_format: \['gptq'\]"),
+        ({"format": {"a": 1}}, r"\.format: \{'a': 1\}"),
         ({"is_marlin_format": True}, r"\.is_marlin_format: True"),
         ({"dynamic": {"-:lm_head": {}}}, r"\.dynamic: "),
         ({"desc_akt": True}, r"desc_akt: unknown field\. Did you mean desc_act"),

@@ -215,6 +215,8 @@ class Located(NamedTuple):
             said = self.foreign.config_from
             where = said if Path(said).is_file() else self.where
             raise ConfigError("\n  ".join([f"{where}:", *problems]), problems) from None
+        except ResourceLimit as error:
+            raise ResourceLimit(f"{self.where}: {_as_published(dialect, str(error))}") from None
 
 
 def load(
@@ -724,8 +726,12 @@ def native_of(model: nn.Module) -> Native:
 
 
 def _on_meta(found: Located, config: Any) -> Model:
-    with torch.device("meta"):
-        model = found.entry.model(config)
+    try:
+        with torch.device("meta"):
+            model = found.entry.model(config)
+    except RuntimeError as error:  # an array whose bytes 64 bits cannot count
+        told = str(error).partition("\n")[0]
+        raise ResourceLimit(f"{found.where}: sizes that no array can have: {told}") from None
     model.architecture = found.entry.name
     return model
 

@@ -11,6 +11,7 @@ from typing import Any
 from converters.strict_json import parse_json
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.engines import Added, Stream, place, refusing
+from zoo.tokenizers.replacing import check_replacements, tables_in
 from zoo.tokenizers.settings import KINDS, Settings, read_bytes, read_text
 
 STRAYS = 0.01
@@ -147,8 +148,11 @@ def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
     from tokenizers import Tokenizer
 
     data = read_bytes(path)
-    parse_json(data, str(path), BadTokenizer)
+    said = parse_json(data, str(path), BadTokenizer)
     with refusing(path):
+        # a vocabulary has no tables, and half a million entries
+        for table in tables_in({key: value for key, value in said.items() if key != "model"}):
+            check_replacements(table)
         backend = Tokenizer.from_str(data.decode())
     return Fast(backend, wanted, path)
 
