@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from zoo.parity.drawing import Node, layers_joined, wiring
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.mutants import MUTANTS, Bench, hunt
 from zoo.parity.report import Report, Row
+from zoo.parity.trips import targets, travel
 from zoo.pretrained import load
 from zoo.registry import Architecture
 
@@ -52,7 +54,8 @@ class Evidence:
     heat: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     drawings: dict[str, list[Node]] = field(default_factory=dict)  # of what, in the order it ran
     rules: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # of each dialect
-    dialects: tuple[str, ...] = ()
+    trips: dict[str, dict[str, str]] = field(default_factory=dict)  # from, to, what came of it
+    wrong: tuple[str, ...] = ()  # of these trips
     mutants: dict[str, str] = field(default_factory=dict)  # bug -> killed, n.a., SURVIVED
     parameters: int = 0
     largest: str = ""
@@ -61,8 +64,9 @@ class Evidence:
 
     @property
     def ok(self) -> bool:
-        killed = "SURVIVED" not in self.mutants.values()
-        return killed and not any(check.failed for check in self.checks.values())
+        survived = "SURVIVED" in self.mutants.values()
+        failed = any(check.failed for check in self.checks.values())
+        return not (survived or failed or self.wrong)
 
 
 @dataclass
@@ -116,7 +120,7 @@ def _evidence(
     for name, dialect in spec.dialects.items():
         rules = [*dialect.weights, *dialect.heads]
         found.rules[name] = [(str(r.source), ", ".join(map(str, r.targets))) for r in rules]
-    found.dialects = tuple(found.rules)
+    _travel(found, entry)
     with TemporaryDirectory(prefix="zoo-evidence-") as scratch:
         directory = Path(scratch, "first")
         hot_checkpoint(entry, variants[0], directory)
@@ -127,6 +131,16 @@ def _evidence(
             bench = Bench(entry, Path(scratch))
             found.mutants = {bug.name: hunt(bench, bug).status for bug in MUTANTS.values()}
     return found
+
+
+def _travel(found: Evidence, entry: Architecture) -> None:
+    """Each dialect that is written to each other, and back."""
+    for there, to in product(targets(entry), repeat=2):
+        with TemporaryDirectory(prefix="zoo-evidence-") as scratch:
+            trip = travel(entry, there, to, Path(scratch), {})
+        found.trips.setdefault(trip.source, {})[trip.to] = trip.shown
+        if not trip.ok:
+            found.wrong += (f"{trip.source} to {trip.to}",)
 
 
 def _worst(rows: Iterable[Row]) -> Measured:

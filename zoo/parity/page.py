@@ -31,6 +31,12 @@ ABOUT = {
     "forms": "with prefix and without, legacy names, shards, .bin: loaded and given back",
 }
 
+TRIPS = (
+    "Converted and converted back. bytes: every file is what it was; weights: those of the weights "
+    "are, and a config has other words; values: equal tensors and logits; a number: how far logits "
+    "were off, and the type they were rounded to; no: refused, by what cannot be said there."
+)
+
 STYLE = """
 :root { color-scheme: light dark; --page: #fdfdfb; --ink: #1d1f21; --soft: #5c6166;
   --line: #d9dad6; --box: #f1f2ee; --good: #1a7f37; --bad: #b3261e; --warm: 200 90 30; }
@@ -101,7 +107,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], **attributes: str)
 def _matrix(found: Iterable[Evidence]) -> Iterable[str]:
     columns = [tag("th", name, title=ABOUT[name]) for name in COLUMNS]
     heads = [tag("th", name) for name in ("architecture", "variants", "loads")]
-    more = [tag("th", name) for name in ("dialects", "mutants killed")]
+    more = [tag("th", name) for name in ("round trips exact", "mutants killed")]
     yield table([*heads, *columns, *more], map(_row, found))
     yield tag("p", "Each number is the worst of all variants. What is beyond its limit is named.")
 
@@ -113,7 +119,10 @@ def _row(each: Evidence) -> Iterable[str]:
     yield tag("td", "all" if loads else "no", class_=_class(loads))
     for names in COLUMNS.values():
         yield _cell([each.checks[name] for name in names if name in each.checks])
-    yield tag("td", str(len(each.dialects)), title=", ".join(each.dialects))
+    trips = [shown for by in each.trips.values() for shown in by.values()]
+    exact = sum(shown in ("bytes", "weights", "values") for shown in trips)
+    told = f"round trips between {', '.join(each.trips)}; wrong: {', '.join(each.wrong) or 'none'}"
+    yield tag("td", f"{exact} of {len(trips)}", class_=_class(not each.wrong), title=told)
     status = list(each.mutants.values())
     killed, planted = status.count("killed"), len(status) - status.count("n.a.")
     good = _class(killed == planted)
@@ -137,9 +146,10 @@ def _class(good: bool) -> str:
 def _chapter(each: Evidence) -> Iterable[str]:
     took = f", {each.seconds:.0f} s" if each.seconds else ""
     yield f'<details id="{each.name}">'
-    yield tag("summary", f"{tag('h2', each.name)} {each.variants} variants{took}")
+    yield tag("summary", f"{tag('h2', each.name)} variants: {each.variants}{took}")
     yield tag("div", "".join(_drawings(each)), class_="drawings")
     yield tag("h3", "Error, by part and dtype") + _heat(each)
+    yield tag("h3", "Round trips: from, to") + _trips(each) + tag("p", TRIPS)
     yield tag("h3", "Facts") + tag("p", " ".join(_facts(each)))
     for dialect, rules in each.rules.items():
         told = table(
@@ -187,6 +197,16 @@ def _heat(each: Evidence) -> str:
         if dtype in each.heat
     ]
     return table([tag("th", ""), *(tag("th", escape(part)) for part in parts)], rows)
+
+
+def _trips(each: Evidence) -> str:
+    """What came back of files in each dialect, by way of each other: bytes, weights, values …"""
+    targets = list(dict.fromkeys(to for by in each.trips.values() for to in by))
+    rows = [
+        [tag("td", source), *(tag("td", escape(by.get(to, ""))) for to in targets)]
+        for source, by in each.trips.items()
+    ]
+    return table([tag("th", ""), *(tag("th", to) for to in targets)], rows)
 
 
 def _warm(error: float, limit: float) -> str:
