@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from converters.spec import load_spec
+from examples import induction
 from tests.tiny import answer, build, hot
 from zoo import registry
 from zoo.components.attention import Attention
@@ -94,6 +97,32 @@ def test_patterns_look_back_and_at_no_padding(name: str) -> None:
         assert not pattern.triu(1).any()
         assert not pattern[0, :, 3:, :3].any()
         assert pattern[1].tril().gt(0).sum() > pattern[1].numel() / 4
+
+
+VARIANTS = [(entry, name) for entry in ARCHITECTURES.values() for name in entry.variants]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("entry", "variant"), VARIANTS, ids=lambda x: getattr(x, "name", x))
+def test_every_variant(entry: registry.Architecture, variant: str) -> None:
+    """Caps, windows, chunks, biases: a pattern is what its kernel does, and the lens ends right."""
+    published = entry.variants[variant]["config"]
+    fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
+    model = hot(entry.model(entry.config_class(**fields))).double()
+    inputs = given(model)
+    if model.config.head == "encoder":
+        inputs = {name: x for name, x in inputs.items() if "decoder" not in name}
+    with torch.no_grad():
+        plain = model(**inputs)
+        out, kept = model.run_with_cache(**inputs, names=["*:pattern", "*:v", "*:heads"])
+    assert same(out, plain)
+    for name in kept:
+        if ":pattern" in name:
+            v, heads = (kept[name.replace("pattern", what)] for what in ("v", "heads"))
+            mixed = kept[name] @ v.repeat_interleave(heads.shape[1] // v.shape[1], dim=1)
+            torch.testing.assert_close(mixed, heads, rtol=1e-12, atol=1e-12)
+    if model.config.head not in (*model.headless, "pooler"):
+        assert same(tuple(x[-1] for x in flat(model.logit_lens(**inputs))), tuple(flat(plain)))
 
 
 def test_patterns_are_those_of_the_formula() -> None:
@@ -408,6 +437,7 @@ def test_compiled_code_is_looked_into_as_it_is_written(name: str, place: str) ->
 
 COMPILED_WITHIN = """
 import sys, torch
+from converters.spec import load_spec
 from tests.tiny import build, hot
 from zoo.errors import UsageError
 model, ids = hot(build("gpt2")), torch.arange(9)[None]
@@ -537,3 +567,38 @@ def test_the_lens_needs_a_head_and_a_whole_text() -> None:
         build("gpt2", head="none").logit_lens(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(UsageError, match="no cache"):
         build("gpt2").logit_lens(torch.zeros(1, 2, dtype=torch.int64), cache=zoo.Cache(4))
+
+
+# --- the example ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_example_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """In half the steps that it takes by itself."""
+    found = induction.main(["--steps", "300"])
+    heads = found.induction.shape[1]
+    assert found.induction[1].max() > 10 * found.chance
+    assert found.before[0].max() > 5 * found.chance
+    assert found.induction[0].max() < 5 * found.chance
+    assert found.groups["induction"] and all(layer == 1 for layer, _ in found.groups["induction"])
+    assert sum(map(len, found.groups.values())) == 2 * heads
+    chance = math.log(induction.VOCAB)
+    assert found.plain < chance / 2 < found.lens[1]
+    assert found.lens[-1] == found.plain
+    for way in ("zero", "mean"):
+        assert found.without["induction", way] > found.plain + 1.5
+        assert found.without["one back", way] > found.plain + 1.5
+    assert found.recovered[1].max() > 0.15 > found.recovered[0].max()
+    assert "loss without heads" in capsys.readouterr().out
+
+
+def test_the_document_quotes_the_example(root: Path) -> None:
+    """What it cites of the code is what stands there."""
+    text = (root / "docs/looking-inside.md").read_text(encoding="utf-8")
+    code = (root / "examples/induction.py").read_text(encoding="utf-8")
+    lines = {line.strip() for line in code.splitlines()}
+    quoted = text.split("<!-- from examples/induction.py -->")[1:]
+    assert quoted
+    for part in quoted:
+        block = part.split("```python\n")[1].split("```")[0]
+        assert [line for line in block.splitlines() if line.strip() not in lines] == []
