@@ -87,11 +87,9 @@ def run_with_cache(
 
         return tap
 
-    places = dict.fromkeys(place for found in asked.values() for place in found)
-    with (
-        torch.set_grad_enabled(grad or torch.is_grad_enabled()),
-        opened(model, [(p, keeping(p)) for p in places]),
-    ):
+    every = dict.fromkeys(place for found in asked.values() for place in found)
+    taps = [(place, keeping(place)) for place in every]
+    with torch.set_grad_enabled(grad or torch.is_grad_enabled()), opened(model, taps):
         out = model(input_ids, attention_mask, **inputs)
     idle = [name for name, found in asked.items() if not any(place in ran for place in found)]
     if idle:
@@ -359,7 +357,10 @@ def logit_lens(
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
     head = model.config.head
     if head in (*model.headless, "pooler"):
-        raise UsageError(f"logit_lens: a model with the head {head!r} says nothing of its states")
+        raise UsageError(
+            f"logit_lens: a model with the head {head!r} says nothing of its states. Load it with "
+            "a head that does"
+        )
     if inputs.get("cache") is not None:
         raise UsageError("logit_lens: reads a text as a whole. Give it all tokens, and no cache")
     entries = _lens(model, input_ids, attention_mask, inputs)
