@@ -99,11 +99,14 @@ def test_patterns_look_back_and_at_no_padding(name: str) -> None:
         assert pattern[1].tril().gt(0).sum() > pattern[1].numel() / 4
 
 
-VARIANTS = [(entry, name) for entry in ARCHITECTURES.values() for name in entry.variants]
+VARIANTS = [
+    pytest.param(entry, name, id=f"{entry.name}-{name}", marks=(pytest.mark.long,) if n else ())
+    for entry in ARCHITECTURES.values()
+    for n, name in enumerate(entry.variants)
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("entry", "variant"), VARIANTS, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(("entry", "variant"), VARIANTS)
 def test_every_variant(entry: registry.Architecture, variant: str) -> None:
     """Caps, windows, chunks, biases: a pattern is what its kernel does, and the lens ends right."""
     published = entry.variants[variant]["config"]

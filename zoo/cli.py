@@ -7,13 +7,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from zoo import catalog
+from zoo import catalog, registry
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run and _resumes(options.to)
+        going_on = options.run is _convert and not options.dry_run
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -83,12 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = commands.add_parser("list", help="the checkpoints that have a name")
+    command.add_argument(
+        "--verified",
+        action="store_true",
+        help="those of proven architectures, and what was measured",
+    )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_list)
 
     command = commands.add_parser("info", help="what a checkpoint is, without loading it")
     _add_ref(command)
-    command.add_argument("--tree", action="store_true", help="its modules and their shapes")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--tree", action="store_true", help="its modules and their shapes")
+    how.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_info)
 
     command = commands.add_parser(
@@ -97,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("ref", metavar="NAME|DIR", nargs="?", help="a name or a directory")
     which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
+    command.add_argument(
+        "--html", metavar="DIR", type=Path, help="a page of it, with planted bugs, and report.json"
+    )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_verify)
 
@@ -258,11 +268,14 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    entries = catalog.list_checkpoints()
+    entries = catalog.list_checkpoints(verified=options.verified)
+    proven = registry.evidence() if options.verified else {}
     if options.json:
-        print(_json([entry.to_json() for entry in entries]))
+        told = [{**e.to_json(), **_proof(proven.get(e.architecture))} for e in entries]
+        print(_json(told))
         return OK
-    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION")
+    proof = PROOF if options.verified else ()
+    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION", *proof)
     rows = [
         (
             entry.name,
@@ -271,6 +284,7 @@ def _list(options: argparse.Namespace) -> int:
             entry.licence,
             entry.repo,
             _revision(entry.revision, entry.pinned),
+            *_proof(proven.get(entry.architecture)).values(),
         )
         for entry in entries
     ]
@@ -278,15 +292,35 @@ def _list(options: argparse.Namespace) -> int:
     return OK
 
 
+PROOF = ("VERIFIED", "FP64", "FP32", "BF16", "MUTANTS")
+
+
+def _proof(measured: Mapping[str, Any] | None) -> dict[str, str]:
+    """When an architecture was proven, and the worst of what was measured."""
+    if measured is None:
+        return {}
+    status = list(measured["mutants"].values())
+    killed = f"{status.count('killed')}/{len(status) - status.count('n.a.')}"
+    shown = [measured["checks"][name]["shown"] for name in ("fp64", "fp32", "bf16")]
+    names = (name.lower() for name in PROOF)
+    return dict(zip(names, (measured["date"], *shown, killed), strict=True))
+
+
 def _info(options: argparse.Namespace) -> int:
     found = catalog.info(options.ref)
-    rows: list[tuple[str, str]] = [("architecture", found.architecture)]
+    if options.json:
+        print(_json(found.to_json()))
+        return OK
+    rows: list[tuple[str, str]] = []
+    if stored := found.stored:
+        files = f"{len(stored.files)} file{'s' if len(stored.files) > 1 else ''}"
+        rows.append(("kind", f"{stored.about}, {files}, {_size(stored.size)}"))
     if found.dialect:
         rows.append(("dialect", " ".join([found.dialect, f"({found.about})" * bool(found.about)])))
+    rows.append(("architecture", found.architecture))
     if found.reference_class:
         rows.append(("class", found.reference_class))
-    rows.append(("head", found.head or "not named"))
-    rows.append(("heads", ", ".join(found.heads)))
+    rows.append(("head", f"{found.head or 'not named'}, of {', '.join(found.heads)}"))
     if found.parameters is not None:
         rows.append(("parameters", f"{found.parameters:,}"))
     if found.licence:
@@ -294,14 +328,16 @@ def _info(options: argparse.Namespace) -> int:
     if found.repo:
         rows.append(("repository", found.repo))
         rows.append(("revision", _revision(found.revision or "", found.pinned)))
-    if found.directory:
-        rows.append(("directory", found.directory))
     if found.quantised:
         rows.append(("quantised", found.quantised))
-    if stored := found.stored:
-        values = ", ".join(f"{n:,} {dtype}" for dtype, n in stored.dtypes.items())
-        rows.append(("stored", f"{stored.tensors} tensors, {values}, {stored.bytes / 1e6:,.1f} MB"))
-        rows.append(("files", ", ".join(stored.files)))
+    if stored:
+        rows.append(("tensors", f"{stored.tensors:,}"))
+        for dtype, count in stored.dtypes.items():
+            rows.append((f"  {dtype}", f"{count:,} values, {_size(stored.dtype_bytes[dtype])}"))
+    if found.directory:
+        rows.append(("directory", found.directory))
+    if stored:
+        rows.append(("files", _ends(stored.files)))
     print(found.ref)
     print(_indent(_table(rows)))
     for title, fields in (("config", found.config), ("told by the tensors", found.inferred)):
@@ -316,8 +352,30 @@ def _info(options: argparse.Namespace) -> int:
     return OK
 
 
+def _size(count: int) -> str:
+    """137.97 GB; below a thousand, bytes."""
+    for unit, each in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= each:
+            return f"{count / each:,.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _ends(names: Sequence[str]) -> str:
+    """All of a few names; of many the first and the last."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]}"
+
+
 def _verify(options: argparse.Namespace) -> int:
     report = zoo.verify(options.ref, all=options.all, progress=_progress)
+    if options.html is not None:
+        from zoo.parity.evidence import gather
+        from zoo.parity.page import page
+
+        run = gather(report, tell=lambda name: passing(f"{name}: planted bugs", sys.stderr))
+        passing("", sys.stderr)
+        options.html.mkdir(parents=True, exist_ok=True)
+        (options.html / "index.html").write_text(page(run), encoding="utf-8")
+        (options.html / "report.json").write_text(_json(run.to_json()) + "\n", encoding="utf-8")
     if options.json:
         print(_json(report.to_json()))
     else:
@@ -378,12 +436,6 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         print(f"{options.ref} -> {written} ({options.to})")
     return OK
-
-
-def _resumes(to: str) -> bool:
-    from zoo.graphs import GRAPHS
-
-    return to not in GRAPHS
 
 
 def _check(options: argparse.Namespace) -> int:
