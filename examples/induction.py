@@ -29,14 +29,14 @@ Head = tuple[int, int]  # its layer, and its number there
 
 class Findings(NamedTuple):
     seconds: float  # of training
-    plain: float  # nats a token of the second half, for each of the next five
-    lens: list[float]  # read off before, between and after the blocks
-    before: Tensor  # (layers, heads), how much each looks at the token before
-    induction: Tensor  # (layers, heads), and at the one that followed the last time
-    chance: float  # what a head gives that place that looks everywhere alike
+    plain: float  # loss, in nats a token, on what comes again
+    lens: list[float]  # the same, read off before, between and after the blocks
+    before: Tensor  # (layers, heads), how much of each looks one token back
+    induction: Tensor  # (layers, heads), and at the token that followed the last time
+    chance: float  # what a head that looks everywhere alike would have there
     groups: dict[str, list[Head]]
-    without: dict[tuple[str, str], float]  # loss, with a group's values put out in some way
-    recovered: Tensor  # (layers, heads), of the loss, by one head's values from another text
+    without: dict[tuple[str, str], float]  # loss, by the group that is put out and the way
+    recovered: Tensor  # (layers, heads), of the loss, by what one head says of the right text
 
 
 def texts(count: int, random: torch.Generator) -> Tensor:
