@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all check format lint types mutants formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
+.PHONY: help setup demo example test test-fast test-all check format lint types mutants formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## the main job, offline: make, plan, convert, load, prove, give back
 	@$(RUN) tools/demo.py
+
+example: $(READY) ## induction heads: a small model is trained, looked into and taken apart
+	@$(RUN) examples/induction.py
 
 test: $(READY) ## every test, of many alike the first of each architecture
 	$(PYTEST) -m "not long"
@@ -84,4 +87,4 @@ bench-info: $(READY) ## zoo info of 70 billion parameters in each kind of file, 
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find zoo converters tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find zoo converters tools examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

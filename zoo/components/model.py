@@ -12,8 +12,11 @@ from zoo.components.config import Config
 from zoo.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from contextlib import AbstractContextManager
     from os import PathLike
 
+    from zoo.inside import Kept
     from zoo.pretrained import Provenance
     from zoo.tokenizers import Tokenizer
 
@@ -50,6 +53,32 @@ class Model(nn.Module):
         from zoo.generation import generate
 
         return generate(self, input_ids, attention_mask, **options)
+
+    def run_with_cache(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        names: str | Iterable[str] = "*",
+        **options: Any,
+    ) -> tuple[Any, Kept]:
+        """Its output, and what flowed by at the places of these names (`zoo.inside`)."""
+        from zoo.inside import run_with_cache
+
+        return run_with_cache(self, input_ids, attention_mask, names, **options)
+
+    def patch(self, changes: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Within it other values flow inside: `{name: a tensor, or a function of what was}`."""
+        from zoo.inside import patch
+
+        return patch(self, changes)
+
+    def logit_lens(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
+        """(layers + 1, b, s, v): what the head says of the stream before and after each block."""
+        from zoo.inside import logit_lens
+
+        return logit_lens(self, input_ids, attention_mask, **options)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
