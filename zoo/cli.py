@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run and _resumes(options.to)
+        going_on = options.run is _convert and not options.dry_run and _resumes(options)
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
+    command.add_argument("--adapter", metavar="DIR", type=_place, help="of peft's LoRA, merged in")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
     pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
@@ -351,6 +352,8 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         from zoo.converting import dry_run
 
+        if options.adapter:
+            raise UsageError("--dry-run: an adapter is merged in memory, and no plan shows it")
         asked |= {"dtype": options.dtype, "max_shard_size": options.shard, "part": options.part}
         print(dry_run(options.ref, to=options.to, **asked))
         return OK
@@ -367,6 +370,7 @@ def _convert(options: argparse.Namespace) -> int:
         restart=options.restart,
         part=options.part,
         allow_nonfinite=options.allow_nonfinite,
+        adapter=options.adapter,
         sha256=not options.no_sha256,
         tell=show,
         **more,
@@ -380,10 +384,10 @@ def _convert(options: argparse.Namespace) -> int:
     return OK
 
 
-def _resumes(to: str) -> bool:
+def _resumes(options: argparse.Namespace) -> bool:
     from zoo.graphs import GRAPHS
 
-    return to not in GRAPHS
+    return options.to not in GRAPHS and options.adapter is None
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ from zoo.conversion import (
     native_record,
     origin_of,
     said_of,
+    save,
     save_graph,
     split,
     unpacked,
@@ -77,6 +78,7 @@ def convert(
     allow_nonfinite: bool = False,
     sha256: bool = True,
     tell: Tell = lambda event: None,
+    adapter: Ref | None = None,
     **options: Any,
 ) -> Path:
     """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
@@ -89,9 +91,11 @@ def convert(
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
     happens. Further options are those of `zoo.load`: head, config, revision, token, trust …
     To "onnx" and "pt2" the model is loaded, and its graph written whole: as `zoo.save` does it.
+    So it is with an `adapter`, which is merged into the weights: a LoRA directory of peft's.
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
+    options |= {} if adapter is None else {"adapter": adapter, "merge": True}
     if to in GRAPHS:
         apart = {"part": part, "memory": None if memory == MEMORY else memory}
         check_no_choice(to, layout, max_shard_size=max_shard_size, **apart)
@@ -102,6 +106,14 @@ def convert(
         destination = checked_destination(dst, model.provenance.directory, force)
         save_graph(model, destination, to, force=force, **kept)
         return destination
+    if adapter is not None:
+        if part is not None:
+            raise UsageError("part: a model with an adapter is written whole, from memory")
+        model = load(src, dtype=dtype, **options)
+        assert model.provenance is not None
+        destination = checked_destination(dst, model.provenance.directory, force)
+        kept = {"allow_nonfinite": allow_nonfinite, "max_shard_size": max_shard_size}
+        return save(model, destination, to=to, force=force, layout=layout, **kept)
     share = None if part is None else _part(part)
     found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
     dst = checked_destination(dst, found.source.directory, force)
