@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast test-all check format lint types mutants formats faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -24,11 +24,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the main job, offline: make, plan, convert, load, prove, give back
 	@$(RUN) tools/demo.py
 
-test: $(READY) ## every test
-	$(PYTEST)
+test: $(READY) ## every test, of many alike the first of each architecture
+	$(PYTEST) -m "not long"
 
 test-fast: $(READY) ## the tests that take no more than a few seconds
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+test-all: $(READY) ## every test of every variant
+	$(PYTEST)
 
 check: format lint types test ## what CI runs
 
@@ -44,13 +47,16 @@ types: $(READY)
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
 
+formats: $(READY) ## each dialect to each other and back, of every architecture: docs/formats.md
+	@$(RUN) tools/parity.py --formats --write docs/formats.md
+
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py
 
 graphs: $(READY) ## every variant of every architecture as ONNX and .pt2, run and compared
 	ZOO_GRAPHS=all $(PYTEST) tests/test_export_graphs.py
 
-fuzz: $(READY) ## a million damaged headers, and GGUF files, indices, configs, zips and bundles
+fuzz: $(READY) ## 100,000 damaged inputs of each kind that is read, and a million headers
 	@$(RUN) tools/fuzz.py
 
 tf-fixtures: ## tests/data/tf anew, by TensorFlow in .venv-tf: a large download; no test needs it
@@ -69,6 +75,9 @@ bench-convert: $(READY) ## conversions against cp of as many bytes, and the memo
 
 bench-generate: $(READY) ## decoding and prefill against the reference's: clean, prepared, int8
 	@$(RUN) tools/bench.py generate
+
+bench-info: $(READY) ## zoo info of 70 billion parameters in each kind of file, headers alone
+	@$(RUN) tools/bench.py info
 
 clean: ## what builds and caches left; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

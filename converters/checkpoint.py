@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE = "model.safetensors"
+MANIFEST = "zoo-manifest.json"
 SHARD_BYTES = 5 * 10**9
 # format: its single file and its index. The first format that is there wins: published
 # repositories hold the same weights in several.
@@ -65,11 +66,10 @@ class Checkpoint:
     shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
     outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
-    packed: str = ""  # what some tensors are decoded from, if any is
-    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # and of which
+    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stands in
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # if of several
     split: dict[str, str] | None = field(default=None, repr=False)  # files to be; None: as it is
     biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
-    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stood in
 
     def tensor(self, name: str) -> torch.Tensor:
         """A zero-copy view; writing to it changes no file."""
@@ -110,6 +110,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             return _open(root, kind, files, weight_map, names)
         if single in names:
             return _open(root, kind, [single], None, names)
+    from converters.containers import known_files
+
     wanted = [name for layout in _LAYOUTS.values() for name in layout]
     if shards := sorted(name for name in names if _SHARD.fullmatch(name)):
         raise BadIndex(
@@ -117,7 +119,10 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             f"looked for {wanted[1]} and {wanted[3]}"
         )
     here = listing(sorted(names), 10) or "nothing"
-    raise NotACheckpoint(f"{root}: no weights. Looked for {', '.join(wanted)}; found {here}")
+    told = f"{root}: no weights. Looked for {', '.join(wanted)}; found {here}"
+    if others := known_files(root):
+        told += f". Without a config.json they could be those of {listing(others)}: give that file"
+    raise NotACheckpoint(told)
 
 
 def _names(root: Path) -> set[str]:

@@ -24,6 +24,7 @@ from zoo.errors import (
 if TYPE_CHECKING:
     import torch
 
+    from converters.lazy import Read
     from converters.spec import Container
 
 _SHARD = re.compile(r"(.*\.)(\d\d)(\.\w+)")
@@ -36,8 +37,9 @@ class Format(NamedTuple):
 
     `open` gives the readers of a file and of those that it says belong to it. Beside what every
     reader has they may offer `values` (what else the file says), `span` (where a tensor's bytes lie
-    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `place` (the
-    same of two names of one array) and `files` (all that they read).
+    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `quantised`
+    (what those stand in), `size` (a tensor's bytes), `place` (the same of two names of one array)
+    and `files` (all that they read).
     """
 
     module: str
@@ -194,12 +196,16 @@ class _Renamed:
         found: torch.Tensor = self._reader.tensor(self._names[name])
         return found
 
-    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
+    def decoder(self, name: str) -> Read | None:
         """What makes some of its numbers, where the bytes are not the numbers."""
         inner = self._names[name]
         if self.span(name) is not None or not hasattr(self._reader, "numbers"):
             return None
         return partial(self._reader.numbers, inner)
+
+    def size(self, name: str) -> int:
+        size = getattr(self._reader, "size", None)
+        return self.tensors[name].nbytes if size is None else int(size(self._names[name]))
 
     def span(self, name: str) -> tuple[int, int] | None:
         span = getattr(self._reader, "span", None)
@@ -259,36 +265,42 @@ class _Cast:
         found: torch.Tensor = self._reader.tensor(name)
         return found.to(torch_dtype(self._dtype))
 
-    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
-        from converters.formats import torch_dtype
-
+    def decoder(self, name: str) -> Read | None:
         if self._held(name):
-            found: Callable[[int, int], torch.Tensor] | None = self._reader.decoder(name)
+            found: Read | None = self._reader.decoder(name)
             return found
-        flat, dtype = self._reader.tensor(name).view(-1), torch_dtype(self._dtype)
-        return lambda start, end: flat[start:end].to(dtype)
+        tensor = self._reader.tensor(name)
+        matrix = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+        return lambda rows, columns: matrix[rows, columns]
 
     def span(self, name: str) -> tuple[int, int] | None:
         found: tuple[int, int] | None = self._reader.span(name) if self._held(name) else None
         return found
 
 
-def open_place(place: Path) -> Opened | None:
-    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
-    single = not place.is_dir()
-    root = place.parent if single else place
+def known_files(root: Path) -> dict[str, str]:
+    """Name -> format of the files in a directory that say what they are."""
     kinds: dict[str, str] = {}
-    for name in [place.name] if single else sorted(os.listdir(root)):
-        if name.startswith(".") and not single:
+    for name in sorted(os.listdir(root)):
+        if name.startswith("."):
             continue
         try:
             kind = kind_of(confined(root, name))
         except (CheckpointError, SourceError):
-            if single:
-                raise
             continue  # a folder, a link to elsewhere: nothing that this directory holds
         if kind is not None:
             kinds[name] = kind
+    return kinds
+
+
+def open_place(place: Path) -> Opened | None:
+    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
+    single = not place.is_dir()
+    root = place.parent if single else place
+    kinds = known_files(root)
+    if single:
+        kind = kind_of(confined(root, place.name))
+        kinds = {} if kind is None else {place.name: kind}
     if not kinds:
         return None
     kind, first = next(iter(kinds.values())), next(iter(kinds))

@@ -27,6 +27,7 @@ class Found(NamedTuple):
     reference: dict[str, Any]
     shards: int
     config_from: str  # for messages
+    reader: Any  # of the first file, which may say more than tensors and a config
 
     def fields(self, ignore: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
         """Native fields that config, shapes and names tell; everything wrong with the config."""
@@ -75,7 +76,8 @@ def find(place: Path) -> Found | None:
         if not odd and not wrong and checkpoint.tensors:
             reference, said = _reference(container, opened, checkpoint)
             shards = len(opened.readers) if container.sharded else 1
-            fits.append(Found(spec, dialect, container, checkpoint, reference, shards, said))
+            first = opened.readers[0][1]
+            fits.append(Found(spec, dialect, container, checkpoint, reference, shards, said, first))
         elif wrong:
             looked.append(f"{name}: {listing(f'{k} is {values.get(k)!r}' for k in wrong)}")
         else:

@@ -24,7 +24,7 @@ import xxhash
 
 from converters.coding import in_units
 from converters.formats import open_regular, torch_dtype
-from converters.output import Item, Output, Shard, hash_file, identity
+from converters.output import ZEROS, Item, Output, Shard, hash_file, identity
 from converters.store import Stage
 from zoo.errors import CorruptCheckpoint, NonFinite, OverflowOnCast, ZooError, listing
 
@@ -157,10 +157,6 @@ def write_small_files(output: Output, directory: Path, report: Report) -> None:
     for name, source in output.carried.items():
         path = _fresh(directory / name)
         shutil.copyfile(source, path)
-        report.files[name] = hash_file(path)
-    for name, make in output.made.items():
-        path = _fresh(directory / name)
-        make(path)
         report.files[name] = hash_file(path)
 
 
@@ -333,7 +329,7 @@ class _Run:
                     self.stage.record({**entry, "zero": zero, "nonfinite": look.nonfinite})
         with self.lock:
             self.report.tensors.setdefault(shard.name, {})[item.name] = digest
-            if zero:
+            if zero and item.rule != ZEROS:
                 self.report.zeros.append(item.name)
             self.sums[shard.name][item.name] = crc
             self.left[shard.name] -= 1

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.lazy import Lazy, Part
+from converters.lazy import Lazy, Part, moved
 from zoo.errors import SpecError
 
 if TYPE_CHECKING:
@@ -562,12 +562,12 @@ class Transform:
         """The inverse of `forward`: target tensors in its order to source tensors in grid order."""
         return [array.whole() for array in self.sources_of(targets)]
 
-    def targets_of(self, sources: Sequence[Tensor]) -> list[Lazy]:
+    def targets_of(self, sources: Sequence[Tensor | Lazy]) -> list[Lazy]:
         """`forward` without a copy: arrays that are made as they are asked for."""
-        return self._move(self._sides[0], self._sides[1], sources)
+        return moved(partial(self._move, self._sides[0], self._sides[1]), sources)
 
-    def sources_of(self, targets: Sequence[Tensor]) -> list[Lazy]:
-        return self._move(self._sides[1], self._sides[0], targets)
+    def sources_of(self, targets: Sequence[Tensor | Lazy]) -> list[Lazy]:
+        return moved(partial(self._move, self._sides[1], self._sides[0]), targets)
 
     @cached_property
     def _sides(self) -> tuple[_Side, _Side]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.checkpoint import confined
+from converters.checkpoint import MANIFEST, confined
 from converters.engine import Report, write_small_files
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Item, Output, Shard, digest
@@ -20,7 +21,7 @@ from converters.store import prune
 from converters.strict_json import read_json
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
-NAME = "zoo-manifest.json"
+NAME = MANIFEST
 FORMAT = 1
 _LOADED = ("*.safetensors", "*.bin", "*.index.json", "config.json", "zoo.json")
 _CHUNK = 1 << 20
@@ -38,7 +39,7 @@ class Damage(NamedTuple):
         return f"{self.file}: {f'{self.tensor}: ' if self.tensor else ''}{self.what}"
 
 
-def manifest(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> bytes:
+def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
     """No times and no places in it: the same conversion gives the same bytes."""
     files: dict[str, Any] = {}
     for shard in output.shards:
@@ -60,7 +61,6 @@ def manifest(output: Output, directory: Path, report: Report, versions: dict[str
         }
     sizes = {name: len(text) for name, text in output.texts.items()}
     sizes |= {name: path.stat().st_size for name, path in output.carried.items()}
-    sizes |= {name: (directory / name).stat().st_size for name in output.made}
     files |= {name: {"size": size, "sha256": report.files[name]} for name, size in sizes.items()}
     data = {
         "format": FORMAT,
@@ -89,11 +89,11 @@ def _place(shard: Shard, item: Item) -> dict[str, Any]:
 
 def finish(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> None:
     """All that is no tensor, and nothing that is not of the output; the manifest last."""
-    names = [shard.name for shard in output.shards] + [*output.texts, *output.carried, *output.made]
+    names = [shard.name for shard in output.shards] + [*output.texts, *output.carried]
     prune(directory, names)
     write_small_files(output, directory, report)
     with (directory / NAME).open("xb") as file:
-        file.write(manifest(output, directory, report, versions))
+        file.write(manifest(output, report, versions))
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -107,6 +107,18 @@ def read(directory: Path) -> dict[str, Any]:
     if problem := _problem(data):
         raise ConfigError(f"{path}: not what zoo writes: {problem}")
     return data
+
+
+def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Native name -> what its numbers stood in, by the manifest that was written with them."""
+    # one that is not there says nothing; one that is damaged is `check`'s to name
+    with suppress(ConfigError, CheckpointError, NotACheckpoint):
+        said = read(directory)
+        found = said.get("quantised", {})
+        known = {path.name for path in files} <= said["files"].keys()
+        if known and all(isinstance(kind, str) for kind in found.values()):
+            return dict(found)
+    return {}
 
 
 def _problem(data: dict[str, Any]) -> str:

@@ -26,8 +26,8 @@ _EXACT = {  # what a dtype's numbers can all be written in
 }
 
 
+ZEROS = "zeros"  # the rule of what is there only because its dialect has no word for without
 Identity = tuple[int, int, int, int, int]
-Make = Callable[[Path], None]
 
 
 class Span(NamedTuple):
@@ -105,7 +105,6 @@ class Output:
     hashed: tuple[Path, ...] | None = None  # those of them that are: all
     said: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
     seen: Mapping[Path, Identity] = field(default_factory=dict)  # sources as they were planned with
-    made: Mapping[str, Make] = field(default_factory=dict)  # written by what is given their path
 
     def part(self, number: int, parts: int) -> Output:
         """A share of the files: the largest first, each to whoever has least."""
@@ -118,7 +117,7 @@ class Output:
         mine = set(shares[number - 1])
         hashed = self.sources[number - 1 :: parts]
         shards = tuple(shard for shard in self.shards if shard in mine)
-        return replace(self, shards=shards, hashed=hashed, texts={}, carried={}, made={})
+        return replace(self, shards=shards, hashed=hashed, texts={}, carried={})
 
     def sizes(self) -> dict[str, int]:
         """file -> bytes"""

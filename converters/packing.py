@@ -1,17 +1,17 @@
-"""Matrices as GPTQ, AWQ and FP8 hold them: any range of their numbers, and no more than that."""
+"""Matrices as GPTQ, AWQ and FP8 hold them: any box of their numbers, and no more than that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, NamedTuple
+
+from converters.lazy import Decoded, Read
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in the cache
 _WORD = 32  # bits
 
 # numbers and words that begin and end together
@@ -19,27 +19,14 @@ UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
 # where in a word AWQ has the number of each place: its kernels take them out two at a time
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
-Box = Callable[[slice, slice], "Tensor"]
-
 
 class Matrix(NamedTuple):
-    """A matrix as its name's readers expect it, made of other tensors a range at a time."""
+    """A matrix as its name's readers expect it, made of other tensors a box at a time."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
-    box: Box  # rows, columns: float32 of whatever strides
+    box: Read  # rows, columns: float32 of whatever strides
     parts: tuple[str, ...]  # names on disk
-
-    def numbers(self, start: int, end: int) -> Tensor:
-        """(end - start,) of them, counted in row-major order."""
-        import torch
-
-        out, reached = torch.empty(end - start, dtype=self.dtype), 0
-        for rows, columns in _boxes(start, end, self.shape[1]):
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            out[reached : reached + prod(shape)].view(shape).copy_(self.box(rows, columns))
-            reached += prod(shape)
-        return out
 
     def whole(self) -> Tensor:
         import torch
@@ -47,26 +34,12 @@ class Matrix(NamedTuple):
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # pieces are small: to share them takes several times as long
         try:
-            return self.numbers(0, prod(self.shape)).view(self.shape)
+            return Decoded(self.shape, self.dtype, self.box).whole()
         finally:
             torch.set_num_threads(before)
 
 
-def _boxes(start: int, end: int, width: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, columns) one behind the other: parts of rows at both ends, whole rows between."""
-    while start < end:
-        row, column = divmod(start, width)
-        if column or width > min(end - start, _PIECE):
-            stop = min(width, column + min(end - start, _PIECE))
-            yield slice(row, row + 1), slice(column, stop)
-            start += stop - column
-        else:
-            count = min(end - start, _PIECE) // width
-            yield slice(row, row + count), slice(0, width)
-            start += count * width
-
-
-def turned(box: Box) -> Box:
+def turned(box: Read) -> Read:
     """The same matrix with its axes exchanged."""
     return lambda rows, columns: box(columns, rows).t()
 
@@ -136,18 +109,18 @@ def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix of eight-bit floats, a scale each block; blocks at the ends may be cut short."""
+    """Eight-bit floats, a scale each block; those at the ends of a matrix may be cut short."""
 
     block: tuple[int, int]
+    rows: int  # of a matrix, of which several may lie one behind the other
     weight: Callable[[], Tensor]
     scale: Callable[[], Tensor]  # (blocks of rows, blocks of columns)
 
     def __call__(self, rows: slice, columns: slice) -> Tensor:
         import torch
 
-        down, across = (
-            torch.arange(side.start, side.stop) // size
-            for side, size in zip((rows, columns), self.block, strict=True)
-        )
-        scale = self.scale().float()[down[:, None], across]
+        row, column = (torch.arange(side.start, side.stop) for side in (rows, columns))
+        high, wide = self.block
+        down = row // self.rows * -(-self.rows // high) + row % self.rows // high
+        scale = self.scale().float()[down[:, None], column // wide]
         return self.weight()[rows, columns].float().mul_(scale)

@@ -6,15 +6,16 @@ looked at. Neither specs nor models know of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from converters.checkpoint import SHARD_BYTES, Checkpoint, Reader, shard
 from converters.formats import TensorInfo, torch_dtype
+from converters.lazy import Read
 from converters.packing import AWQ_SHIFTS, UNITS, Blocks, Groups, Matrix, turned
 from converters.plan import FLOATS
+from converters.quantisation import FIELD, Quantisation
 from converters.spec import Dialect
 from zoo.errors import (
     CorruptCheckpoint,
@@ -23,167 +24,18 @@ from zoo.errors import (
     MissingTensors,
     ShapeMismatch,
     ZooError,
-    did_you_mean,
     listing,
 )
 
 if TYPE_CHECKING:
     import torch
 
-FIELD = "quantization_config"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FP8, _SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
+_ENDS = ("_scale_inv", "_scale")  # of the names of scales, behind that of the weights
+_OF_INPUTS = (".input_scale", "activation_scale")
+_Grids = dict[tuple[int, ...], tuple[int, int]]
 _SHOWN = 20  # problems of a kind that a message holds
-
-# What a method's config may hold: fields of which only these values are read,
-_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gptq": {
-        "bits": tuple(UNITS),
-        "checkpoint_format": ("gptq", "gptq_v2"),
-        "format": ("gptq", "gptq_v2"),
-        "is_marlin_format": (False,),
-        "pack_dtype": ("int32",),
-        "dynamic": ({},),
-        "sym": (True, False),
-        "desc_act": (True, False),
-    },
-    "awq": {"bits": (4,), "version": ("gemm", "GEMM"), "zero_point": (True,)},
-    "fp8": {"fmt": ("e4m3", "float8_e4m3fn"), "scale_fmt": ("ue8m0", "float")},
-    "compressed-tensors": {
-        "format": ("float-quantized",),
-        "quantization_status": ("compressed",),
-        "kv_cache_scheme": (),
-        "sparsity_config": ({},),
-        "transform_config": ({},),
-    },
-}
-# fields that are read beside these,
-_READ = {
-    "gptq": {"group_size"},
-    "awq": {"group_size"},
-    "fp8": {"weight_block_size"},
-    "compressed-tensors": {"config_groups"},
-}
-# and fields that say how the numbers were found, which layers were left alone (the files tell), and
-# what programs for inference should do.
-_IGNORED = {
-    "gptq": {
-        *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "dataset"),
-        *("model_name_or_path", "model_file_base_name", "meta", "model_seqlen", "batch_size"),
-        *("block_name_to_quantize", "module_name_preceding_first_block", "pad_token_id"),
-        *("use_exllama", "disable_exllama", "exllama_config", "max_input_length", "backend"),
-        *("cache_block_outputs", "modules_in_block_to_quantize", "tokenizer", "use_cuda_fp16"),
-        *("lm_head", "modules_to_not_convert", "act_group_aware", "mse"),
-    },
-    "awq": {
-        *("modules_to_not_convert", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "backend"),
-        *("exllama_config", "desc_act", "sym"),
-    },
-    "fp8": {
-        *("activation_scheme", "modules_to_not_convert", "ignored_layers", "dequantize"),
-    },
-    "compressed-tensors": {"ignore", "global_compression_ratio", "version", "run_compressed"},
-}
-
-
-class Quantisation(NamedTuple):
-    """What a config says of how matrices are held."""
-
-    method: str
-    bits: int = 8
-    group: int = -1  # -1: all inputs
-    less_one: bool = False
-    ordered: bool = False  # the inputs of a group need not stand side by side
-    block: tuple[int, int] | None = None
-
-    @property
-    def about(self) -> str:
-        if self.method in ("gptq", "awq"):
-            groups = "a scale a column" if self.group < 0 else f"groups of {self.group}"
-            return f"{self.method}, {self.bits} bits, {groups}"
-        if self.block is None:
-            return f"{self.method}, float8_e4m3fn, a scale a matrix or a row"
-        return f"{self.method}, float8_e4m3fn, blocks of {self.block[0]}x{self.block[1]}"
-
-
-# --- the config ----------------------------------------------------------------------------------
-
-
-def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation | None, list[str]]:
-    """What `quantization_config` means, and everything in it that is not read."""
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    if not isinstance(method, str) or method not in _ALLOWED:
-        found = f"quant_method {method!r}" if isinstance(said, dict) else type(said).__name__
-        only = ", ".join(_ALLOWED)
-        return None, [f"{FIELD}: {found} is not implemented (only {only})"]
-    allowed, read = _ALLOWED[method], _READ[method]
-    problems = []
-    for key, value in said.items():
-        if key in allowed:
-            if value is None or any(value == a and type(value) is type(a) for a in allowed[key]):
-                continue
-            only = " or ".join(map(repr, allowed[key])) or "absent"
-            problems.append(f"{FIELD}.{key}: {value!r} is not implemented (only {only})")
-        elif key not in read | _IGNORED[method] | {"quant_method"}:
-            name, known = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
-            if name not in ignore:
-                problems.append(
-                    f"{name}: unknown field.{did_you_mean(key, known)} If it does not change what "
-                    f"the numbers stand for, pass ignore_config=({name!r},)"
-                )
-    understand = _integers if method in ("gptq", "awq") else _floats
-    how, more = understand(method, said)
-    return (None if problems or more else how), problems + more
-
-
-def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[str]]:
-    group, problems = said.get("group_size"), list[str]()
-    if type(group) is not int or (group < 1 and group != -1):
-        problems.append(f"{FIELD}.group_size: {group!r}, expected a number of inputs, or -1")
-    if type(said.get("bits")) is not int:
-        problems.append(f"{FIELD}.bits: {said.get('bits')!r}, expected a whole number")
-    if method == "awq":
-        if said.get("version") is None:
-            problems.append(f"{FIELD}.version: missing, and the order of numbers depends on it")
-        return Quantisation(method, 4, group or -1), problems
-    formats = {said[key] for key in ("checkpoint_format", "format") if said.get(key)}
-    if len(formats) > 1:
-        problems.append(f"{FIELD}.checkpoint_format and .format differ: {listing(sorted(formats))}")
-    first = formats != {"gptq_v2"}
-    bits, ordered = said.get("bits") or 4, bool(said.get("desc_act"))
-    return Quantisation(method, bits, group or -1, first, ordered), problems
-
-
-def _floats(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[str]]:
-    if method == "fp8":
-        blocks = [said.get("weight_block_size")]
-        where = f"{FIELD}.weight_block_size"
-    else:
-        where = f"{FIELD}.config_groups"
-        groups = said.get("config_groups")
-        if not isinstance(groups, dict) or not groups:
-            return Quantisation(method), [f"{where}: expected groups by name"]
-        blocks = []
-        for name, group in groups.items():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            held = weights if isinstance(weights, dict) else {}
-            kind, strategy = (held.get("num_bits"), held.get("type")), held.get("strategy")
-            if kind != (8, "float") or strategy not in ("tensor", "channel", "block"):
-                return Quantisation(method), [
-                    f"{where}.{name}.weights: num_bits, type and strategy {(*kind, strategy)} are "
-                    "not implemented (only 8, 'float' and 'tensor', 'channel' or 'block')"
-                ]
-            blocks.append(held.get("block_structure") if strategy == "block" else None)
-    if any(block != blocks[0] for block in blocks):
-        return Quantisation(method), [f"{where}: blocks of several sizes, {blocks}"]
-    if blocks[0] is None:
-        return Quantisation(method), []
-    size = blocks[0]
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)):
-        return Quantisation(method), [f"{where}: {size!r}, expected rows and columns"]
-    if min(size) < 1:
-        return Quantisation(method), [f"{where}: {size!r} is not positive"]
-    return Quantisation(method, block=(size[0], size[1])), []
 
 
 def stands_turned(dialect: Dialect, disk: str) -> bool:
@@ -234,8 +86,7 @@ class _Groups:
     def _dtype(self, said: str | None) -> str:
         """What all other weights are in, so that the model computes in one; else the config's."""
         integers = self.how.method in ("gptq", "awq")
-        scales = {".scales"} if integers else {".weight_scale", ".weight_scale_inv", ".input_scale"}
-        ends = tuple(scales)
+        ends = (".scales",) if integers else (*_ENDS, *_OF_INPUTS)
         rest = {i.dtype for n, i in self.tensors.items() if not n.endswith(ends)} & FLOATS
         held = {i.dtype for n, i in self.tensors.items() if n.endswith(ends)} & FLOATS
         one = rest if len(rest) == 1 else {said} if said else held if len(held) == 1 else {"F32"}
@@ -378,27 +229,34 @@ class _Groups:
     # --- eight-bit floats ---
 
     def _floats(self) -> None:
-        scales = ("weight_scale_inv", "weight_scale")
-        narrow = [n.removesuffix(".weight") for n, i in self.tensors.items() if i.dtype == _FP8]
-        for stem in dict.fromkeys([*narrow, *self._stems(*scales)]):
-            there = [f"{stem}.{s}" for s in scales if f"{stem}.{s}" in self.tensors]
-            weight = self.tensors.get(f"{stem}.weight")
+        narrow = [name for name, info in self.tensors.items() if info.dtype == _FP8]
+        scaled = [self._scaled(name) for name in self.tensors]
+        for name in dict.fromkeys([*narrow, *(n for n in scaled if n is not None)]):
+            there = [f"{name}{end}" for end in _ENDS if f"{name}{end}" in self.tensors]
+            weight = self.tensors.get(name)
             if weight is None:
-                if there:
-                    self.problem(MissingTensors, f"{stem}.weight: missing beside {there[0]}")
-                continue  # a narrow tensor of any other name is the plan's to refuse
-            if not there:
-                named = scales[0] if self.how.block or self.how.method == "fp8" else scales[1]
-                self.problem(MissingTensors, f"{stem}.{named}: missing beside {weight.name}")
+                self.problem(MissingTensors, f"{name}: missing beside {there[0]}")
+            elif not there:
+                named = _ENDS[0] if self.how.block or self.how.method == "fp8" else _ENDS[1]
+                self.problem(MissingTensors, f"{name}{named}: missing beside {name}")
             elif len(there) > 1:
                 self.problem(DuplicateTensor, f"{listing(there)}: scales of one matrix twice")
-            elif self._fits(weight, self.tensors[there[0]]):
-                self._add_floats(weight, self.tensors[there[0]])
+            elif (grid := self._grid(weight, self.tensors[there[0]])) is not None:
+                self._add_floats(weight, self.tensors[there[0]], grid)
         for name in self.tensors:
-            if name.endswith((".input_scale", ".activation_scale")):
+            if name.endswith(_OF_INPUTS):
                 self.needless[name] = "of inputs rounded to eight bits, which they are not here"
 
-    def _fits(self, weight: TensorInfo, scale: TensorInfo) -> bool:
+    def _scaled(self, name: str) -> str | None:
+        """What the scales of this name are of: `X.weight`, or a stack of experts that is there."""
+        end = next((end for end in _ENDS if name.endswith(end)), None)
+        if end is None or name.endswith(_OF_INPUTS):
+            return None
+        scaled = name.removesuffix(end)
+        return scaled if scaled.endswith(".weight") or scaled in self.tensors else None
+
+    def _grid(self, weight: TensorInfo, scale: TensorInfo) -> tuple[int, int] | None:
+        """Rows and columns that a scale is of; None if anything does not fit."""
         before = len(self.problems)
         if weight.dtype != _FP8:
             told = f"dtype {weight.dtype} beside {scale.name}, expected {_FP8}"
@@ -406,30 +264,44 @@ class _Groups:
         if scale.dtype not in _SCALES:
             told = f"dtype {scale.dtype}, expected {' or '.join(_SCALES)}"
             self.problem(DtypeMismatch, f"{scale.name}: {told}")
-        if len(weight.shape) != 2 or not all(weight.shape):
-            told = f"shape {list(weight.shape)}, expected 2 axes"
+        *stack, rows, columns = (1, 1, *weight.shape)[-max(2, len(weight.shape)) :]
+        axes = 2 if weight.name.endswith(".weight") else 3
+        if len(weight.shape) != axes or not all(weight.shape):
+            told = f"shape {list(weight.shape)}, expected {axes} axes"
             self.problem(ShapeMismatch, f"{weight.name}: {told}")
-            return False
-        rows, columns = weight.shape
-        if self.how.block is not None:
-            down, across = self.how.block
-            fitting: list[tuple[int, ...]] = [(-(-rows // down), -(-columns // across))]
-        else:
-            fitting = [(), (1,), (1, 1), (rows, 1), (rows,)]
-        if scale.shape not in fitting:
-            expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(fitting))
+            return None
+        known = self._grids(rows, columns, stacked=axes == 3)
+        held = {(*stack, *shape): block for shape, block in known.items()}
+        if scale.shape not in held:
+            expected = " or ".join(str(list(shape)) for shape in held)
             told = f"shape {list(scale.shape)}, expected {expected} of {list(weight.shape)}"
             self.problem(ShapeMismatch, f"{scale.name}: {told}")
-        return len(self.problems) == before
+        return held[scale.shape] if len(self.problems) == before else None
 
-    def _add_floats(self, weight: TensorInfo, scale: TensorInfo) -> None:
-        rows, columns = weight.shape
-        a_row = scale.shape[:1] == (rows,) and scale.shape != (1,)
-        block = self.how.block or ((1, columns) if a_row else (rows, columns))
-        grid = -(-rows // block[0]), -(-columns // block[1])
-        read = self.checkpoint.tensor
-        box = Blocks(block, partial(read, weight.name), lambda: read(scale.name).reshape(grid))
-        matrix = Matrix((rows, columns), torch_dtype(self.dtype), box, (weight.name, scale.name))
+    def _grids(self, rows: int, columns: int, *, stacked: bool) -> _Grids:
+        """Shape of a matrix's scales -> rows and columns that one of them is of."""
+        if self.how.block is not None:
+            down, across = self.how.block
+            grids: _Grids = {(-(-rows // down), -(-columns // across)): (down, across)}
+            if stacked and down >= rows and rows % 2 == 0:  # two that lie one upon the other
+                grids[2, -(-columns // across)] = rows // 2, across
+            return grids
+        whole, row = (rows, columns), (1, columns)
+        if stacked:
+            halves: _Grids = {(2, 1): (rows // 2, columns)} if rows % 2 == 0 else {}
+            return {(1, 1): whole, (rows, 1): row, **halves}
+        return {(): whole, (1,): whole, (1, 1): whole, (rows, 1): row, (rows,): row}
+
+    def _add_floats(self, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> None:
+        *_, rows, columns = weight.shape
+        read, grid = self.checkpoint.tensor, -(-columns // block[1])
+        box = Blocks(
+            block,
+            rows,
+            lambda: read(weight.name).view(-1, columns),
+            lambda: read(scale.name).reshape(-1, grid),
+        )
+        matrix = Matrix(weight.shape, torch_dtype(self.dtype), box, (weight.name, scale.name))
         self.matrices[weight.name] = matrix
 
     # --- as plain weights ---
@@ -460,7 +332,7 @@ class _Groups:
             readers=readers,
             outside=dict(self.needless),
             made_of={name: matrix.parts for name, matrix in self.matrices.items()},
-            packed=self.how.about,
+            quantised=dict.fromkeys(self.matrices, self.how.about),
             split=split,
             biases=frozenset(f"{name.removesuffix('weight')}bias" for name in self.matrices),
         )
@@ -486,8 +358,8 @@ class _Reader:
         found: torch.Tensor = self._reader.tensor(name)
         return found
 
-    def decoder(self, name: str) -> Callable[[int, int], torch.Tensor] | None:
-        return self._matrices[name].numbers if name in self._matrices else None
+    def decoder(self, name: str) -> Read | None:
+        return self._matrices[name].box if name in self._matrices else None
 
     def span(self, name: str) -> tuple[int, int] | None:
         if name in self._matrices or not hasattr(self._reader, "span"):

@@ -188,8 +188,8 @@ class Dialect:
         problems = []
         for names in self.exclusive:
             found = (_look_up(reference, name) for name in names)
-            said = [value for value in found if value is not None]
-            if any(value != said[0] for value in said):
+            given = [value for value in found if value is not None]
+            if any(value != given[0] for value in given):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
         every = {path for paths in self.config.values() for path in paths}
         flat: dict[str, Any] = {}
@@ -198,6 +198,8 @@ class Dialect:
             parts = isinstance(value, dict) and key in mapped and key not in every
             flat |= {f"{key}.{inner}": v for inner, v in value.items()} if parts else {key: value}
         mapped |= every
+        said = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
+        flat |= {key: value for key, value in said.items() if value is not None}
         for key, value in flat.items():
             if key in self.require:
                 allowed = self.require[key]

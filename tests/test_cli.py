@@ -102,12 +102,65 @@ def test_info_of_a_directory_reads_config_and_headers(run: Any, tmp_path: Path) 
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     code, out, err = run("info", str(tmp_path))
     assert (code, err) == (0, "")
-    assert "head          none" in out
-    assert "2 tensors, 6 F32, 5 BF16, 0.0 MB" in out
-    assert "model.safetensors" in out
+    size = (tmp_path / "model.safetensors").stat().st_size
+    for line in (
+        f"  kind          safetensors, 1 file, {size} bytes\n",
+        "  head          none, of lm, none, ",
+        "  tensors       2\n    F32         6 values, 24 bytes\n",
+        "    BF16        5 values, 10 bytes\n",
+        "  files         model.safetensors\n",
+    ):
+        assert line in out
     found = catalog.info(tmp_path)
     assert found.stored is not None
     assert (found.stored.bytes, found.parameters) == (34, None)
+    # the same by a file of it, and for programs
+    assert catalog.info(tmp_path / "model.safetensors").stored == found.stored
+    code, out, _ = run("info", str(tmp_path), "--json")
+    said = json.loads(out)["stored"]
+    assert (code, said["dtype_bytes"], said["size"]) == (0, {"F32": 24, "BF16": 10}, size)
+
+
+def test_info_of_a_file_loads_no_torch(tmp_path: Path) -> None:
+    """Which alone would take longer than all else."""
+    import torch
+
+    shapes = {"wte": (7, 4), "wpe": (5, 4), "ln_f": (4,)}
+    tensors = {f"transformer.{n}.weight": torch.ones(shape) for n, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    counted = f"zoo.info({str(tmp_path)!r}).stored.tensors"
+    code = f"import sys, zoo; print({counted}, 'torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "3 False\n"
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("meta", "a zip of torch.save, 1 file"),
+        ("gguf", "GGUF, 1 file"),
+        ("llama2c", "llama2.c's .bin, 1 file"),
+        ("llama2c-q8", "I8/"),
+        ("native", "safetensors, 1 file"),
+    ],
+)
+def test_info_of_every_kind_of_file(run: Any, tmp_path: Path, to: str, words: str) -> None:
+    """Its bytes are the files', but for headers."""
+    from zoo.parity import trips
+
+    zoo.save(trips.model_of(registry.architectures()["llama"], to), tmp_path / to, to=to)
+    code, out, err = run("info", str(tmp_path / to))
+    assert (code, err) == (0, "") and words in out
+    for word in (
+        "  dialect       " + to,
+        "  architecture  llama\n",
+        "    dim" if to != "gguf" else "",
+    ):
+        assert word in out
+    stored = catalog.info(tmp_path / to).stored
+    assert stored is not None and 0 <= stored.size - stored.bytes < 20_000
 
 
 def test_the_tree_folds_equal_blocks_and_names_ties() -> None:

@@ -2,10 +2,9 @@
 
 import json
 import struct
-import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from converters.containers import open_place
 from converters.dialects import every_dialect
 from converters.formats import TensorInfo, gguf, llama2c
 from converters.formats.torch_zip import TorchZipReader
-from converters.lazy import Lazy, Part
+from converters.lazy import Lazy
 from converters.manifest import check
-from converters.spec import Container, load_spec, spec_names
+from converters.spec import Container, load_spec
 from zoo import registry
 from zoo.cli import main
+from zoo.converting import plan_output
 from zoo.errors import (
     AmbiguousCheckpoint,
     CheckpointError,
@@ -33,163 +33,38 @@ from zoo.errors import (
     LossyExport,
     MissingShard,
     NotACheckpoint,
+    OutputExists,
     ShapeMismatch,
     TieConflict,
     UnexpectedTensors,
     UsageError,
     ZooError,
 )
+from zoo.parity import trips
 from zoo.parity.fixtures import write
+from zoo.parity.trips import differences
+from zoo.pretrained import locate
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
-LOSSY = {"llama2c-q8"}  # what is read from it once is exact from then on
 FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
 EVERY = {key: each for key, each in FOUND.items() if each[1].container.file}  # and written
-READ = {key: each for key, each in FOUND.items() if key not in EVERY}  # and never written
-SPECS = sorted({name for name, _ in EVERY})
-
-
-def named(spec: str) -> list[str]:
-    return ["hf", "native", *(d for s, d in EVERY if s == spec)]
 
 
 def entry_of(spec: str) -> registry.Architecture:
     return next(e for e in registry.architectures().values() if e.spec == spec)
 
 
-def hot(model: Any, seed: int = 0) -> Any:
-    """Every parameter redrawn; a norm's scale near one, all else where it counts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            wide = parameter.dim() > 1
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if wide else 1 + 0.3 * noise)
-    return model.eval()
-
-
-@cache
-def sayable(name: str, *dialects: str) -> dict[str, Any]:
-    """Of the first tiny config what all these dialects have words for, or shapes that tell it."""
-    spec = load_spec(name)
-    published = next(iter(entry_of(name).variants.values()))["config"]
-    fields, problems = spec.dialect("hf").read_config(published)
-    assert not problems
-    told = {axis for line in spec.shapes if line.pattern for axis in line.pattern.axes}
-    for each in (spec.dialect(d) for d in dialects if (name, d) in EVERY):
-        kept = {*each.config, *told, *each.needs, "layers"} - each.words.keys()
-        fields = {n: v for n, v in fields.items() if n in kept or n in taken(name, dialects)}
-    return fields | taken(name, dialects)
-
-
-def taken(name: str, dialects: tuple[str, ...]) -> dict[str, Any]:
-    """What is taken for granted, by a dialect that has no word for it before one that has."""
-    found = [EVERY[name, d][1] for d in dialects if (name, d) in EVERY]
-    said = {n: v for each in found for n, v in each.defaults.items() if n in each.config}
-    return said | {n: v for each in found for n, v in each.defaults.items() if n not in each.config}
+def sayable(spec: str, *dialects: str) -> dict[str, Any]:
+    return trips.sayable(entry_of(spec), *dialects)
 
 
 def model_of(spec: str, *dialects: str, **changes: Any) -> Any:
-    entry = entry_of(spec)
-    if "lm" not in entry.model.heads:
-        changes["head"] = "none"  # an encoder's
-    model = entry.model(entry.config_class(**sayable(spec, *dialects) | changes))
-    model.architecture = entry.name
-    return hot(model)
+    return trips.model_of(entry_of(spec), *dialects, **changes)
 
 
 def asked(model: Any, dialect: str, spec: str) -> dict[str, Any]:
     """What a dialect has to be told."""
     found = EVERY.get((spec, dialect))
     return {name: getattr(model.config, name) for name in found[1].needs} if found else {}
-
-
-def differences(one: Any, other: Any, forgotten: frozenset[str]) -> list[str]:
-    mine, theirs = one.state_dict(), other.state_dict()
-    lines = [f"{n}: {'there' if n in mine else 'gone'}" for n in mine.keys() ^ theirs.keys()]
-    lines += [n for n in mine.keys() & theirs.keys() if not torch.equal(mine[n], theirs[n])]
-    a, b = one.config.to_dict(), other.config.to_dict()
-    return lines + [f"{n}: {a[n]} {b[n]}" for n in a if a[n] != b[n] and n not in forgotten]
-
-
-def forgets(spec: str, *dialects: str) -> frozenset[str]:
-    return frozenset().union(*(EVERY[spec, d][1].forgets for d in dialects if (spec, d) in EVERY))
-
-
-def clash(spec: str, *dialects: str) -> bool:
-    """Whether two dialects can have no model in common: each takes another value for granted."""
-    found = [FOUND[spec, d][1] for d in dialects if (spec, d) in FOUND]
-    unsaid = [{n: v for n, v in d.defaults.items() if n not in d.config} for d in found]
-    return any(a[n] != b[n] for a, b in product(unsaid, unsaid) for n in a.keys() & b.keys())
-
-
-ALL = [(s, a, b) for s in SPECS for a, b in product(named(s), named(s)) if b not in LOSSY]
-PAIRS = [(spec, a, b) for spec, a, b in ALL if not clash(spec, a, b)]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(a model as it is read, its directory) in one dialect, of a config that another can say."""
-    place = tmp_path_factory.mktemp("written")
-
-    def make(spec: str, dialect: str, other: str) -> tuple[Any, Path]:
-        model = model_of(spec, dialect, other)
-        directory = place / f"{spec}-{dialect}-{other}"
-        zoo.save(model, directory, to=dialect)
-        return zoo.load(directory, config=asked(model, dialect, spec)), directory
-
-    return make
-
-
-@pytest.mark.parametrize(("spec", "a", "b"), PAIRS)
-def test_there_and_back(spec: str, a: str, b: str, written: Any, tmp_path: Path) -> None:
-    """Files to files: the same model, and from the other dialect the first one's very bytes."""
-    model, source = written(spec, a, b)
-    zoo.convert(source, tmp_path / "b", to=b, config=asked(model, a, spec))
-    told = asked(model, b, spec)
-    assert differences(model, zoo.load(tmp_path / "b", config=told), forgets(spec, b)) == []
-    assert list(check(tmp_path / "b", sha256=True)) == []
-    if a in LOSSY:
-        return
-    zoo.convert(tmp_path / "b", tmp_path / "a", to=a, config=told)
-    again = zoo.load(tmp_path / "a", config=asked(model, a, spec))
-    assert differences(model, again, forgets(spec, a, b)) == []
-    files = [p for p in source.iterdir() if p.suffix in SUFFIXES]
-    lost = forgets(spec, b) - forgets(spec, a)
-    if not lost:  # else a header may say less
-        for path in files:
-            assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
-
-
-TF = Path(__file__).parent / "data" / "tf"  # what TensorFlow wrote
-SOURCES = {("gpt2", "openai"): TF / "gpt2", ("bert", "google"): TF / "bert"}
-ROWS = [(s, a, b) for s, a in READ for b in named(s) if not clash(s, a, b)]
-
-
-@pytest.mark.parametrize(("spec", "a", "b"), ROWS)
-def test_there_from_what_is_read_alone(spec: str, a: str, b: str, tmp_path: Path) -> None:
-    """Files that another program wrote, in every dialect that is written; and on from there."""
-    head = {"head": "none"} if (spec, b) == ("bert", "gguf") else {}  # it holds the encoder alone
-    model = zoo.load(SOURCES[spec, a], **head)
-    zoo.convert(SOURCES[spec, a], tmp_path / "b", to=b, **head)
-    again = zoo.load(tmp_path / "b", config=asked(model, b, spec), **head)
-    assert differences(model, again, forgets(spec, b)) == []
-    assert list(check(tmp_path / "b", sha256=True)) == []
-    zoo.convert(tmp_path / "b", tmp_path / "hf", to="hf", config=asked(model, b, spec))
-    assert differences(model, zoo.load(tmp_path / "hf"), forgets(spec, b)) == []
-
-
-def test_every_dialect_is_in_the_matrix() -> None:
-    """No pair is left out but those that have no model in common, and these are few."""
-    assert READ.keys() == SOURCES.keys()
-    left = {(s, a, b) for s, a in READ for b in named(s)} - set(ROWS)
-    assert left == {("gpt2", "openai", "nanogpt")}
-    others = {"meta", "llama2c", "llama2c-q8", "nanogpt", "mingpt", "book", "gguf"}
-    assert {d for _, d in EVERY} == others
-    apart = {frozenset(pair[1:]) for pair in ALL if pair not in PAIRS}
-    assert apart == {frozenset(("nanogpt", other)) for other in ("mingpt", "book", "gguf")}
-    several = {name for name in spec_names() if len(load_spec(name).dialects) > 1}
-    assert several == {*SPECS, *(spec for spec, _ in READ)}
 
 
 def test_a_spec_laid_over_another_has_its_hf_alone() -> None:
@@ -665,49 +540,38 @@ def test_numbers_of_groups_wherever_they_are_cut(tmp_path: Path) -> None:
     path.write_bytes(header.pack() + data)
     reader = llama2c.Llama2cReader(path)
     for name in ("wq.1", "w2.0", "token_embedding_table"):
-        whole = reader.tensor(name).reshape(-1)
-        for start, end in ((0, 1), (7, 9), (8, 16), (3, 40), (39, 40), (0, 40)):
-            found = reader.numbers(name, start, end)
-            assert torch.equal(found.nan_to_num(), whole[start:end].nan_to_num())
+        whole = reader.tensor(name)
+        for rows, columns in (((0, 1), (0, 1)), ((1, 4), (3, 7)), ((2, 5), (0, 8))):
+            box = slice(*rows), slice(*columns)
+            found = reader.numbers(name, *box)
+            assert torch.equal(found.nan_to_num(), whole[box].nan_to_num())
 
 
-def test_parts_are_made_one_by_one_where_they_stand_in_turn() -> None:
-    made: list[int] = []
-    held = [torch.full((4, 6), float(n)) for n in range(3)]
+@pytest.mark.parametrize("to", ["llama2c", "gguf", "hf"])
+def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """Layers in one array, of matrices whose rows are moved twice on the way: piece by piece."""
+    zoo.save(model_of("llama", "meta", to, **EVEN), tmp_path / "meta", to="meta")
+    seen: list[int] = []
 
-    def make(n: int) -> Tensor:
-        made.append(n)
-        return held[n]
+    def watched(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any) -> Tensor:
+            found = make(*args)
+            if found.untyped_storage().nbytes() < mapped:  # no view of a file
+                seen.append(found.nbytes)
+            return found
 
-    meta = torch.empty(4, 6, device="meta", dtype=torch.float32)
-    rows = [Part((slice(4 * n, 4 * n + 4), slice(0, 6)), meta) for n in range(3)]
-    found = torch.cat(list(Lazy((12, 6), (12, 6), rows).later(make).pieces(24)))
-    assert torch.equal(found, torch.cat(held)) and made == [0, 1, 2]
-    made.clear()
-    columns = [Part((slice(0, 4), slice(6 * n, 6 * n + 6)), meta) for n in range(3)]
-    mixed = Lazy((4, 18), (4, 18), columns).later(make)
-    found = torch.cat([piece.reshape(-1) for piece in mixed.pieces(24)])
-    assert torch.equal(found, torch.cat(held, 1).reshape(-1)) and made == [0, 1, 2]
-    assert mixed._made.keys() == {0, 1, 2}
+        return made
 
-
-def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an array of all layers that comes from matrices which are turned on the way."""
-    zoo.save(model_of("llama", "meta", "llama2c"), tmp_path / "meta", to="meta")
-    made: list[Any] = []
-    most, whole = 0, Lazy.whole
-
-    def watched(self: Lazy) -> Tensor:
-        nonlocal most
-        most = max(most, 1 + sum(ref() is not None for ref in made))
-        tensor = whole(self).clone()  # a view would die with its array
-        made.append(weakref.ref(tensor.untyped_storage()))
-        return tensor
-
-    monkeypatch.setattr(Lazy, "whole", watched)
-    zoo.convert(tmp_path / "meta", tmp_path / "out", to="llama2c", threads=1)
-    assert len(made) == 9 * 3  # nine kinds of three layers, each once
-    assert most == 1
+    output = plan_output(locate(tmp_path / "meta"), to)
+    mapped = sum(path.stat().st_size for path in output.sources) // 2
+    for item in (item for shard in output.shards for item in shard.items):
+        whole = item.make().whole()
+        with monkeypatch.context() as patch:
+            for name in ("region", "matrix", "window", "whole"):
+                patch.setattr(Lazy, name, watched(getattr(Lazy, name)))
+            pieces = [piece.reshape(-1).clone() for piece in item.make().pieces(512)]
+        assert torch.equal(torch.cat(pieces), whole.reshape(-1)), item.name
+    assert seen and max(seen) <= 1024
 
 
 # --- what is found, and what is not --------------------------------------------------------------
@@ -954,3 +818,133 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert torch.equal(zoo.load(out)(IDS), model(IDS))
     assert main(["convert", source, "--to", "hf", "--dry-run", *asked]) == 0
     assert "trf_blocks.0.att.W_query.weight" in capsys.readouterr().out
+
+
+# --- what is found out about files, and said -----------------------------------------------------
+
+
+def test_what_was_stored_in_two_dtypes_stays_so(llama: Any, tmp_path: Path) -> None:
+    _, tensors, config = llama
+    mixed = {n: x if "norm" in n else x.bfloat16() for n, x in tensors.items()}
+    mixed["model.norm.weight"] = mixed["model.norm.weight"].bfloat16().float()  # exact in both
+    files = meta_files(mixed, config, 2, False)
+    place = meta(tmp_path / "meta", files, params_of(config))
+    zoo.convert(place, tmp_path / "hf", to="hf")
+    zoo.convert(tmp_path / "hf", tmp_path / "back", to="meta", layout={"shards": 2})
+    for n, held in enumerate(files):
+        again = torch.load(tmp_path / "back" / f"consolidated.{n:02}.pth", weights_only=True)
+        assert all(again[name].dtype == x.dtype for name, x in held.items() if name in again)
+        assert all(torch.equal(again[name], held[name]) for name in again)
+
+
+def test_heads_are_never_guessed(tmp_path: Path) -> None:
+    """Twelve of them would divide the width, and give other logits without a word."""
+    zoo.save(model_of("gpt2", "nanogpt", dim=48, heads=4), tmp_path / "a", to="nanogpt")
+    path = tmp_path / "a" / "ckpt.pt"
+    held = torch.load(path, weights_only=True)
+    del held["model_args"]["n_head"]
+    torch.save(held, path)
+    with pytest.raises(ConfigError, match=r"nothing says n_head .*model_args"):
+        zoo.load(path)
+    with pytest.raises(ConfigError, match=r"--config n_head=…\), and not n_heda"):
+        zoo.load(path, config={"n_heda": 4})
+    assert zoo.load(path, config={"n_head": 4}).config.heads == 4
+
+
+def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path) -> None:
+    _, tensors, config = llama
+    files = meta_files(tensors, config, 1, False)
+    files[0]["layers.1.attention.wq.weight"] = torch.zeros(3, 3)
+    place = meta(tmp_path / "meta", files, params_of(config))
+    with pytest.raises(ShapeMismatch, match=r"layers\.1\.attention\.wq\.weight: shape \[3, 3\]"):
+        zoo.load(place)
+    (place / "params.json").write_text(json.dumps(params_of(config, n_heads=5)))
+    with pytest.raises(ConfigError, match=r"(?s)meta/params\.json:.*n_heads: 5 does"):
+        zoo.load(place)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "found an empty file"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "found torch's format from befo"),
+        (struct.pack("<Q", 2) + b"{}", "found what looks like safetensors: give the directory"),
+        (b'{"dim": 8}', "found what looks like JSON"),
+        (b"\xff" * 64, r"found a file that begins with b'\\xff"),
+    ],
+)
+def test_what_a_file_is_instead(tmp_path: Path, data: bytes, told: str) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(data)
+    with pytest.raises(NotACheckpoint, match=rf"model\.bin: expected a directory .*{told}"):
+        zoo.load(path)
+
+
+def test_a_file_that_is_named_is_taken_wherever_it_lies(tmp_path: Path) -> None:
+    """A link to it too, or one that a directory would not show; in a directory it counts not."""
+    zoo.save(model_of("llama", "gguf"), tmp_path / "there", to="gguf")
+    (tmp_path / "here").mkdir()
+    link, hidden = tmp_path / "here" / "x", tmp_path / "here" / ".model.gguf"
+    link.symlink_to(tmp_path / "there" / "model.gguf")
+    hidden.write_bytes(link.read_bytes())
+    wanted = zoo.load(tmp_path / "there")
+    for path in (link, hidden):
+        assert differences(wanted, zoo.load(path)) == []
+        assert zoo.info(path).architecture == "llama"
+    (tmp_path / "here" / "config.json").write_text('{"model_type": "llama"}')
+    hidden.rename(tmp_path / "here" / "model.gguf")
+    told = r"no weights\. Looked for .* those of model\.gguf: give that file"
+    with pytest.raises(NotACheckpoint, match=told):
+        zoo.load(tmp_path / "here", head="lm")
+
+
+def test_what_a_dialect_leaves_not_to_choose(tmp_path: Path) -> None:
+    model = model_of("llama", "llama2c")
+    zoo.save(model, tmp_path / "hf")
+    for to in ("gguf", "meta"):
+        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' leaves that not"):
+            zoo.convert(tmp_path / "hf", tmp_path / "out", to=to, max_shard_size=1 << 20)
+        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' leaves that not"):
+            zoo.save(model, tmp_path / "out", to=to, max_shard_size=1 << 20)
+    with pytest.raises(UsageError, match="llama2c has no 'group'; it has version"):
+        zoo.convert(tmp_path / "hf", tmp_path / "out", to="llama2c", layout={"group": 2})
+
+
+def test_what_is_written_beside_its_source_can_be_replaced(tmp_path: Path) -> None:
+    zoo.save(model_of("llama", "gguf"), tmp_path / "a", to="gguf")
+    for source, to in ((tmp_path / "a" / "model.gguf", "hf"), (tmp_path / "a", "native")):
+        place = tmp_path / "a" / to
+        for _ in range(2):
+            zoo.convert(source, place, to=to, force=True)
+        assert list(check(place)) == []
+        with pytest.raises(OutputExists, match="holds what is to be read"):
+            zoo.convert(source, tmp_path / "a", to=to, force=True)
+
+
+def test_what_was_in_groups_is_said_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of what is made of it; its size is that of the file."""
+    zoo.save(model_of("llama", "llama2c"), tmp_path / "hf")
+    asked = ["convert", str(tmp_path / "hf"), "--to", "llama2c-q8", "--out", str(tmp_path / "q")]
+    assert main([*asked, "--dry-run"]) == 0
+    assert "tensors from F32 to int8 in groups of" in capsys.readouterr().out
+    assert main(asked) == 0
+    lossy = zoo.load(tmp_path / "q").provenance.lossy
+    assert lossy.startswith("int8 in groups of ")
+    stored = zoo.info(tmp_path / "q").stored
+    assert stored is not None and stored.bytes + 256 == (tmp_path / "q/model.bin").stat().st_size
+    zoo.convert(tmp_path / "q", tmp_path / "native", to="native")
+    assert zoo.load(tmp_path / "native").provenance.lossy == lossy
+    assert lossy in zoo.info(tmp_path / "native").quantised
+
+
+def test_zeros_that_a_dialect_asks_for_are_no_surprise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo.save(model_of("gpt2", "nanogpt", bias=False, qkv_bias=False), tmp_path / "a", to="nanogpt")
+    path = tmp_path / "a" / "ckpt.pt"
+    assert main(["convert", str(path), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert "all zero" not in capsys.readouterr().err
+    stored = zoo.info(path).stored  # the head is the embedding under a second name
+    assert stored is not None and stored.bytes < path.stat().st_size

@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from tiny import write
 
-from converters.formats import BITS, TensorInfo, dtype_code, itemsize, open_regular, torch_dtype
+from converters.formats import (
+    BITS,
+    TensorInfo,
+    dtype_code,
+    itemsize,
+    open_regular,
+    torch_dtype,
+    torch_pickle,
+)
 from converters.formats.safetensors import (
     SafetensorsReader,
     header_order,
@@ -590,7 +599,7 @@ def test_payloads_are_named_and_never_run(tmp_path: Path) -> None:
         (b"\x80\x02X\xff\xff\xff\x7fabc.", "no pickle"),
         (b"\x80\x02}", "no pickle"),
         (b"", "no pickle"),
-        (b"\x80\x02.", "unpickler"),
+        (b"\x80\x02.", "none that torch.save writes"),
         (b"\x80\x02K\x01.", "holds a int"),
         (b"\x80\x02" + b"(" * 100_000 + b".", "."),
     ],
@@ -603,6 +612,70 @@ def test_hostile_pickles(tmp_path: Path, pickle: bytes, message: str) -> None:
         TorchZipReader(path)
     assert "weights_only" not in str(error.value)  # no advice to read it all the same
     assert time.perf_counter() - start < 10
+
+
+@settings(parent=short, max_examples=500)
+@given(st.data())
+def test_mutated_pickles_are_refused_or_read(data: st.DataObject) -> None:
+    """Whatever their checksum: nothing of a pickle is carried out, so nothing else can happen."""
+    out = BytesIO()
+    torch.save({"a": torch.ones(2, 3), "b": {"c": torch.ones(4).half(), "n": [1, 2.5, None]}}, out)
+    with zipfile.ZipFile(out) as archive:
+        good = archive.read("archive/data.pkl")
+    at = data.draw(st.integers(0, len(good) - 1))
+    patch = data.draw(st.binary(max_size=6))
+    try:
+        torch_pickle.read(Path("x"), good[:at] + patch + good[at + data.draw(st.integers(0, 6)) :])
+    except ZooError as error:
+        assert str(error).startswith("x: ")
+
+
+@pytest.mark.parametrize(
+    ("pickle", "told"),
+    [
+        (b"\x80\x02r\xff\xff\xff\x7f.", "list index"),  # nothing there to be remembered
+        (b"\x80\x02]q\x00r\xff\xff\xff\x7f.", ""),  # C's unpickler makes room for 2^31 of them
+        (b"\x80\x02}" + b")\x85" + b"\x85" * 50_000 + b"K\x01s.", "a key that is a tuple"),
+        (b"\x80\x02j\x05\x00\x00\x00.", "5"),
+        (b"\x80\x02K\x01K\x02R.", "a call of what is no name"),
+        (b"\x80\x02\x85.", "did not push"),
+        (b"\x80\x02(cbuiltins\neval\n.", "builtins.eval.*Nothing was run"),
+    ],
+)
+def test_pickles_by_hand(pickle: bytes, told: str) -> None:
+    if not told:
+        assert torch_pickle.read(Path("x"), pickle) == []
+        return
+    with pytest.raises(CorruptCheckpoint, match=told):
+        torch_pickle.read(Path("x"), pickle)
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        b"h\x01h\x00\x85R",  # a dict made of many pairs: never torch's
+        b"h\x02h\x00R",  # a tensor of as many arguments
+    ],
+)
+def test_what_stands_once_cannot_be_gone_through_many_times(repeated: bytes) -> None:
+    """Each call would cost the length of what the memo holds: 10^11 steps in a megabyte."""
+    many = b"(" + b"K\x01K\x01\x86" * 200_000 + b"tq\x00"
+    names = b"ccollections\nOrderedDict\nq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02"
+    started = time.perf_counter()
+    with pytest.raises(CorruptCheckpoint, match="Nothing was run"):
+        torch_pickle.read(Path("x"), b"\x80\x02" + many + names + repeated * 100_000 + b".")
+    assert time.perf_counter() - started < 10
+
+
+def test_tensors_that_reach_beyond_their_storage(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.arange(12.0).view(3, 4)})
+
+    def edit(name: str, data: bytes) -> tuple[str, bytes]:
+        # the shape (3, 4) and the steps (4, 1), of which the first becomes 5
+        return name, data.replace(b"K\x04K\x01\x86", b"K\x05K\x01\x86")
+
+    with pytest.raises(CorruptCheckpoint, match=r"steps of \(5, 1\) .* beyond the 48 bytes"):
+        TorchZipReader(repacked(path, edit))
 
 
 def test_values_that_are_no_tensors_are_named(tmp_path: Path) -> None:

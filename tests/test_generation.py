@@ -40,7 +40,7 @@ def cases() -> Iterator[Any]:
     """Every variant that writes; the first of each architecture in the ordinary tests."""
     for name, variants in WRITERS.items():
         for n, variant in enumerate(variants):
-            yield pytest.param(name, variant, marks=(pytest.mark.slow,) if n else ())
+            yield pytest.param(name, variant, marks=(pytest.mark.long,) if n else ())
 
 
 every_variant = pytest.mark.parametrize(("name", "variant"), list(cases()))

@@ -216,12 +216,14 @@ def test_q8_0(tmp_path: Path) -> None:
     assert ours["blk.0.ffn_down.weight"].tensor_type == kinds.F32  # rows of 72
     assert ours["blk.0.attn_norm.weight"].tensor_type == kinds.F32
     model = zoo.load(path)
-    assert model.provenance.quantised["blk.0.ffn_up.weight"] == "Q8_0"
+    assert model.provenance.quantised["blocks.0.mlp.up.weight"] == "Q8_0"
     again = gguf.quants.dequantize(wanted, kinds.Q8_0)
     assert np.array_equal(model.blocks[0].mlp.up.weight.detach().numpy(), again)
     # the manifest of what is made of it says so, and that of the file itself
     zoo.convert(path, tmp_path / "native", to="native")
-    assert read(tmp_path / "native")["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+    assert read(tmp_path / "native")["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
+    assert read(tmp_path / "native")["lossy"] == "dequantised: Q8_0"
+    assert "Q8_0" in zoo.info(path).quantised
     assert zoo.info(path).stored.dtypes["Q8_0"] > 0
     zoo.save(model, tmp_path / "saved")
     assert read(tmp_path / "saved")["quantised"] == model.provenance.quantised
@@ -254,6 +256,22 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     seen.clear()
     path = converted(source, tmp_path / "out", dtype="q8_0", tell=seen.append)
     assert seen[-1]["resumed"] > 0 and path.read_bytes() == whole.read_bytes()
+
+
+def test_a_conversion_opens_its_source_once(
+    hf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = converted(hf["llama"], tmp_path / "gguf")
+    opened: list[Path] = []
+    real = GGUFReader.__init__
+
+    def counted(self: GGUFReader, path: Path, **more: Any) -> None:
+        opened.append(path)
+        real(self, path, **more)
+
+    monkeypatch.setattr(GGUFReader, "__init__", counted)
+    zoo.convert(path, tmp_path / "native", to="native")
+    assert opened == [path]
 
 
 # --- rotary scaling ------------------------------------------------------------------------------
@@ -308,6 +326,19 @@ def test_other_scaling_is_refused(tmp_path: Path, change: dict[str, Any], told: 
     assert not (tmp_path / "gguf").exists()
 
 
+def test_scaling_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0}
+    source = published("llama", tmp_path / "hf", rope_parameters=rope)
+    with pytest.raises(LossyExport, match=r"rope\.scaling\.type: 'dynamic' is not implemented"):
+        converted(source, tmp_path / "gguf")
+    made = converted(
+        published("llama", tmp_path / "linear", rope_parameters=LINEAR), tmp_path / "b"
+    )
+    said = {"llama.rope.scaling.type": Value("str", "longrope")}
+    with pytest.raises(ConfigError, match=r"rope\.scaling\.type: 'longrope' is not implemented"):
+        zoo.load(rewritten(made, tmp_path / "long.gguf", said))
+
+
 # --- what a file says ----------------------------------------------------------------------------
 
 
@@ -344,6 +375,33 @@ def test_config_is_audited(hf: Any, tmp_path: Path, change: dict[str, Any], told
     odd = rewritten(path, tmp_path / "odd.gguf", change)
     with pytest.raises(zoo.errors.ZooError, match=told):
         zoo.load(odd)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert"])
+def test_what_decides_and_no_shape_tells_is_never_guessed(
+    hf: Any, tmp_path: Path, name: str
+) -> None:
+    head: Any = {"head": "none"} if name == "bert" else {}
+    path = converted(hf[name], tmp_path / "gguf", **head)
+    for key in ("head_count", "layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        if f"{name}.attention.{key}" not in GGUFReader(path).said:
+            continue
+        odd = rewritten(path, tmp_path / "odd.gguf", {}, (f"{name}.attention.{key}",))
+        with pytest.raises(ConfigError, match=rf"nothing says attention\.{key} "):
+            zoo.load(odd, **head)
+
+
+def test_what_is_made_of_the_output_is_left_behind_with_a_word(hf: Any, tmp_path: Path) -> None:
+    """A GGUF file holds the model alone."""
+    source = tmp_path / "sentences"
+    shutil.copytree(hf["bert"], source)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    step = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    pool = {**step, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    (source / "modules.json").write_text(json.dumps([step, pool]))
+    path = converted(source, tmp_path / "gguf", head="none")
+    assert read(path.parent)["left"].keys() == {"modules.json"}
 
 
 def test_what_concerns_no_model_is_passed_over(hf: Any, tmp_path: Path) -> None:
@@ -486,7 +544,7 @@ def test_a_graph_has_the_vocabulary_and_says_what_it_was(fixtures: Path, tmp_pat
     zoo.convert(path, tmp_path / "graph", to="pt2")
     ours = zoo.tokenizer(tmp_path / "graph")
     assert ours.encode("Once upon a time") == zoo.tokenizer(path).encode("Once upon a time")
-    assert read(tmp_path / "graph")["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+    assert read(tmp_path / "graph")["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from converters.language import (
     parse_rule,
     solve,
 )
+from converters.lazy import Decoded
 from zoo.errors import SpecError
 
 G, R, E, D, F = 2, 3, 5, 7, 11  # key heads, queries per key head, head width, width, hidden
@@ -220,6 +221,15 @@ def layouts():
             )
         ],
     )
+    joined, alone = torch.arange(12).reshape(3, 4), torch.arange(12, 17)
+    yield (
+        "a vector whose parts are a matrix and a vector",
+        "b [(r e | k)]",
+        ["x [r e]", "y [k]"],
+        {"r": 3, "e": 4, "k": 5},
+        [torch.cat([joined.flatten(), alone])],
+        [joined, alone],
+    )
     yield (
         "tensorflow kernels with a leading 1",
         "model/h0/attn/c_attn/w [1 i (n o)]",
@@ -250,6 +260,22 @@ def test_layout_means_what_it_means_by_hand(name):
         in_pieces(lazy, truth)
     for lazy, truth in zip(transform.sources_of(targets), sources, strict=True):
         in_pieces(lazy, truth)
+    for lazy, truth in zip(transform.targets_of(decoded(sources)), targets, strict=True):
+        in_pieces(lazy, truth)
+    for lazy, truth in zip(transform.sources_of(decoded(targets)), sources, strict=True):
+        in_pieces(lazy, truth)
+    twice = transform.sources_of(transform.targets_of(decoded(sources)))
+    for lazy, truth in zip(twice, sources, strict=True):
+        in_pieces(lazy, truth)
+
+
+def decoded(tensors):
+    """The same numbers, to be had in boxes of rows and columns alone."""
+    matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return [
+        Decoded(t.shape, t.dtype, lambda rows, columns, m=m: m[rows, columns])
+        for t, m in zip(tensors, matrices, strict=True)
+    ]
 
 
 def in_pieces(lazy, truth):
@@ -259,6 +285,29 @@ def in_pieces(lazy, truth):
         assert torch.equal(torch.cat([piece.flatten() for piece in pieces]), truth.flatten())
         width = max(limit, truth.element_size())
         assert all(piece.numel() * piece.element_size() <= width for piece in pieces)
+
+
+def test_what_is_decoded_is_what_is_looked_at():
+    """Heads whose queries lie far apart are read one by one, and those that lie close together."""
+    asked = []
+
+    def read(rows, columns):
+        asked.append((rows.stop - rows.start, columns.stop - columns.start))
+        return qkv[rows, columns]
+
+    h, e, i = 4, 8, 6
+    qkv = torch.arange(h * 3 * e * i).reshape(h * 3 * e, i)
+    rule = parse_rule("qkv [(h n e) i]", "{n=q,k,v} [(h e) i]")
+    cut = Transform(rule, (("h", h), ("n", 3), ("e", e), ("i", i)))
+    (q, *_) = cut.targets_of([Decoded(qkv.shape, qkv.dtype, read)])
+    assert torch.equal(q.whole(), qkv.reshape(h, 3, e, i)[:, 0].reshape(h * e, i))
+    assert asked == [(e, i)] * h
+    asked.clear()
+    rule = parse_rule("q [(h e two) i]", "p [(h two e) i]")
+    turn = Transform(rule, (("h", 3 * h), ("two", 2), ("e", e // 2), ("i", i)))
+    (p,) = turn.targets_of([Decoded(qkv.shape, qkv.dtype, read)])
+    pieces = list(p.pieces(e // 2 * i * qkv.element_size()))  # half a head
+    assert len(pieces) == len(asked) == 3 * h * 2 and set(asked) == {(e - 1, i)}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -341,6 +390,11 @@ def test_forward_then_backward_is_the_identity(case):
     assert [torch.equal(a, b) for a, b in zip(back, sources, strict=True)] == [True] * count
     for lazy, target in zip(transform.targets_of(sources), targets, strict=True):
         in_pieces(lazy, target)
+    for lazy, target in zip(transform.targets_of(decoded(sources)), targets, strict=True):
+        in_pieces(lazy, target)
+    twice = transform.sources_of(transform.targets_of(decoded(sources)))
+    for lazy, source_ in zip(twice, sources, strict=True):
+        in_pieces(lazy, source_)
     seen = torch.cat([t.flatten() for t in targets]).sort().values
     assert torch.equal(seen, torch.arange(count * total))  # nothing twice, nothing lost
 

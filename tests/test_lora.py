@@ -202,6 +202,9 @@ def test_one_step_of_training(key: str, tmp_path: Path) -> None:
 
     model = zoo.load(made.base, adapter=made.adapter)
     trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for m in model.modules() if isinstance(m, Lora) for p in m.parameters()} == {
+        id(p) for p in trained
+    }
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     expected = step([p for each in beside.values() for p in each.parameters()], theirs)
     assert step(trained, lambda: (run(model) * weights).mean()) == pytest.approx(expected, rel=1e-9)
@@ -258,6 +261,26 @@ def test_biases_and_whole_modules(tmp_path: Path) -> None:
     assert (tmp_path / "back" / place.name).read_bytes() == place.read_bytes()
     plain = run(zoo.load(made.base))
     assert distance(run(model.remove_adapter()), plain) < 1e-13
+
+
+@torch.no_grad()
+def test_a_narrow_adapter_is_trained_wider_and_given_back_as_it_was(tmp_path: Path) -> None:
+    made = Made(tmp_path, "llama/base")
+    place = made.adapter / "adapter_model.safetensors"
+    narrow = {name: factor.to(torch.bfloat16) for name, factor in made.factors.items()}
+    save_file(narrow, place, {"format": "pt"})
+    model = zoo.load(made.base, dtype="bfloat16", adapter=made.adapter)
+    low: Any = model.blocks[0].attn.q.lora
+    assert low.a.dtype == torch.float32
+    assert run(model).dtype == torch.bfloat16
+    model.save_adapter(tmp_path / "back")
+    assert (tmp_path / "back" / place.name).read_bytes() == place.read_bytes()
+    low.a.add_(1e-6)
+    model.save_adapter(tmp_path / "trained")
+    kept = load_file(tmp_path / "trained" / place.name)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert kept[key].equal(low.a), "no digit of what was learnt is lost"
+    assert model.merge_adapter().blocks[0].attn.q.weight.dtype == torch.bfloat16
 
 
 def test_a_new_adapter(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ ONCE = {
     entry.model: (name, entry.model.heads[0]) for name, entry in registry.architectures().items()
 }
 COMPILED = [
-    pytest.param(*case, marks=() if case in ONCE.values() else pytest.mark.slow) for case in CASES
+    pytest.param(*case, marks=() if case in ONCE.values() else pytest.mark.long) for case in CASES
 ]
 
 

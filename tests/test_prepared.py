@@ -26,7 +26,7 @@ TOKENS = 33
 # a row's first part has to hold a real token, and one of these stands behind nine of padding
 SPLITS = ([20, 13], [10] + [1] * 23, [10, 1, 1, 5, 16])
 CASES = [
-    pytest.param(name, variant, marks=() if n == 0 else pytest.mark.slow, id=f"{name}-{variant}")
+    pytest.param(name, variant, marks=() if n == 0 else pytest.mark.long, id=f"{name}-{variant}")
     for name, variants in registry.variants().items()
     for n, variant in enumerate(variants)
 ]

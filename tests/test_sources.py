@@ -20,7 +20,8 @@ import torch
 from test_sentences import checkpoint
 
 import zoo
-from zoo import sources
+from converters.listed import groups
+from zoo import registry, sources
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
@@ -36,6 +37,7 @@ from zoo.errors import (
     UnsupportedArchitecture,
     UsageError,
 )
+from zoo.parity import trips
 
 FIRST, SECOND = "1" * 40, "2" * 40
 CONFIG = json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}).encode()
@@ -112,9 +114,10 @@ class Hub:
         if self.status is not None:
             return self.status, {}, b""
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path)
-        if match is None:
+        listed = re.match(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)()", request.path)
+        if (asked := match or listed) is None:
             return 404, {}, b""
-        repo, revision, name = match.groups()
+        repo, revision, name = asked.groups()
         given = request.headers.get("Authorization")
         if given not in (None, f"Bearer {self.token}"):
             return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""
@@ -126,6 +129,9 @@ class Hub:
         if commit not in self.repos[repo]:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         files = self.repos[repo][commit]
+        if listed:
+            entries = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files]
+            return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
         if name not in files:
             code = {} if self.plain_404 else {"X-Error-Code": "EntryNotFound"}
             return 404, {**code, "X-Repo-Commit": commit}, b""
@@ -269,6 +275,106 @@ def test_a_branch_that_is_gone_is_not_served_from_the_cache(hub: Hub, cache: Pat
     del hub.refs["o/m"]["v2"]
     with pytest.raises(RepoNotFound, match="no revision 'v2'"):
         sources.resolve("hf:o/m@v2", cache_dir=cache, progress=False)
+
+
+# --- files that say themselves what they are -----------------------------------------------------
+
+TF = Path(__file__).parent / "data" / "tf"
+
+
+def bytes_of(place: Path, but: str = "") -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in place.iterdir() if p.name != but}
+
+
+def made(place: Path, to: str, **how: Any) -> dict[str, bytes]:
+    zoo.save(trips.model_of(registry.architectures()["llama"], to), place, to=to, **how)
+    return bytes_of(place, "zoo-manifest.json")
+
+
+def same(ref: str, place: Path, cache: Path) -> Any:
+    """What a reference loads, which is what the directory does."""
+    found, wanted = zoo.load(ref, cache_dir=cache), zoo.load(place).state_dict()
+    assert all(torch.equal(x, wanted[n]) for n, x in found.state_dict().items())
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_repository_of_tensorflows_files(hub: Hub, cache: Path, name: str) -> None:
+    """With the config and the vocabulary beside them, and nothing else."""
+    files = bytes_of(TF / name, "same.safetensors")
+    beside = {"vocab.txt": b"[UNK]\n"} if name == "bert" else {"encoder.json": b"{}"}
+    hub.add("o/m", {**files, **beside, "README.md": b"", "events.out.1": b"no"})
+    found = same("hf:o/m", TF / name, cache)
+    assert (found.provenance.repo, found.provenance.revision) == ("o/m", FIRST)
+    assert holds(found.provenance.directory) == sorted({*files, *beside})
+    hub.log.clear()
+    same("hf:o/m", TF / name, cache)
+    assert hub.asked("GET") == [
+        asked for asked in hub.asked("GET") if "tree" in asked or "?" in asked
+    ]
+    hub.down = True
+    assert same("hf:o/m", TF / name, cache).provenance.revision == FIRST  # by what was fetched
+    zoo.load("hf:o/m", cache_dir=cache, local_files_only=True)
+
+
+def test_a_repository_of_metas_files(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    """In a folder too, as Llama 3 has them; all of several."""
+    files = made(tmp_path / "meta", "meta")
+    hub.add("o/m", {f"original/{name}": data for name, data in files.items()} | {"LICENSE": b""})
+    found = same("hf:o/m", tmp_path / "meta", cache)
+    assert holds(found.provenance.directory) == ["consolidated.00.pth", "params.json"]
+    assert found.provenance.revision == FIRST
+
+
+def test_one_gguf_of_several_has_to_be_named(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    (data,) = made(tmp_path / "gguf", "gguf").values()
+    names = [f"m.Q{n}_K.gguf" for n in range(2, 9)]
+    hub.add("o/m", {**dict.fromkeys(names, data), "README.md": b""})
+    with pytest.raises(AmbiguousCheckpoint, match=r"7 checkpoints.*hf:o/m/m\.Q2_K\.gguf, hf:o/m/m"):
+        zoo.load("hf:o/m", cache_dir=cache)
+    assert not [name for name in hub.asked("GET") if name.endswith(".gguf")]
+    found = same("hf:o/m/m.Q4_K.gguf", tmp_path / "gguf", cache)
+    assert holds(found.provenance.directory) == ["m.Q4_K.gguf"]
+    hub.add("o/m", {"m.Q4_K.gguf": data}, SECOND, "v2")
+    for ref, how in (("hf:o/m/m.Q4_K.gguf@v2", {}), ("hf:o/m/m.Q4_K.gguf", {"revision": "v2"})):
+        assert zoo.load(ref, cache_dir=cache, **how).provenance.revision == SECOND
+    assert zoo.info("hf:o/m/m.Q4_K.gguf@v2", cache_dir=cache).dialect == "gguf"
+    with pytest.raises(NotACheckpoint, match=r"m\.Q9\.gguf"):
+        zoo.load("hf:o/m/m.Q9.gguf", cache_dir=cache)
+    with pytest.raises(UsageError, match="hf:org/repo/file"):
+        zoo.load("hf:o/m/../x.gguf", cache_dir=cache)
+
+
+def test_a_config_without_its_weights_beside_another_file(
+    hub: Hub, cache: Path, tmp_path: Path
+) -> None:
+    """As repositories of GGUF files have one; and information downloads no weights."""
+    (data,) = made(tmp_path / "gguf", "gguf").values()
+    config = b'{"model_type": "llama"}'
+    hub.add("o/m", {"config.json": config, "m.gguf": data})
+    with pytest.raises(NotACheckpoint, match=r"m\.gguf says itself what it is, and is not here"):
+        zoo.info("hf:o/m/m.gguf", cache_dir=cache)
+    assert "m.gguf" not in hub.asked("GET")
+    same("hf:o/m", tmp_path / "gguf", cache)
+    hub.add("o/n", SMALL)  # a file that a config is of stands for its directory
+    source = sources.resolve("hf:o/n/model.safetensors", cache_dir=cache, progress=False)
+    assert holds(source.directory) == sorted(SMALL) and source.file is None
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.gguf"], [(0, 1), (2,)]),
+        (["consolidated.00.pth", "consolidated.01.pth", "params.json"], [(0, 1)]),
+        (["m.ckpt.data-00000-of-00002", "m.ckpt.data-00001-of-00002", "m.ckpt.index"], [(2, 0, 1)]),
+        (["x.index", "optimizer.pt", "training_args.bin", "rng_state.pth", "tokenizer.bin"], []),
+        (["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.safetensors"], []),
+        (["ckpt.pt", "a/b/c.gguf"], [(0,)]),
+        (["a[1]-00001-of-00002.gguf", "a[1]-00002-of-00002.gguf"], [(0, 1)]),
+    ],
+)
+def test_which_names_are_one_checkpoint(names: list[str], found: list[tuple[int, ...]]) -> None:
+    assert [g.files for g in groups(names)] == [tuple(names[n] for n in ns) for ns in found]
 
 
 # --- what is refused, before the weights are fetched ---------------------------------------------

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import string
+import struct
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, unigrams
+from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, llama2c, unigrams
 
 KINDS = ("gpt2", "qwen2", "llama3", "llama2", "t5", "bert-uncased")
 MORE = ("xlm-roberta", "qwen", "tekken")
@@ -1120,6 +1121,12 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x0a\x00", "without text"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "bytes are exp"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + d, "its first pieces"),
+        (
+            "xlm-roberta",
+            "sentencepiece.bpe.model",
+            lambda d: d + llama2c._bytes(2, bytes(1 << 20)) * 5,
+            "settings of more than",
+        ),
         ("tekken", "tekken.json", lambda d: d.replace(b'"pattern"', b'"x"'), "config.pattern"),
         ("tekken", "tekken.json", lambda d: d.replace(b'"vocab"', b'"x"'), "vocab: expected"),
         ("tekken", "tekken.json", lambda d: d.replace(b'tern": "', b'tern": "('), "Parsing error"),
@@ -1151,6 +1158,53 @@ def test_damage_by_name(
     with pytest.raises(BadTokenizer, match=told) as caught:
         zoo.tokenizer(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def table(*units: int, size: int = 1024, texts: bytes = b"a\0") -> bytes:
+    """One that replaces characters, of which the first units are given."""
+    return struct.pack("<257I", size, *units, *[0] * (256 - len(units))) + texts
+
+
+LEAF, BEYOND = 1 << 31, 1 << 20  # a unit where a text begins; one that points far away
+TABLES = {
+    "more than there is": table(size=0xFFFFFF00),
+    "half a unit": table(size=1022),
+    "half a block": table(size=1020),
+    "no units": table(size=0),
+    "cut": table()[:3],
+    "an endless text": table(texts=b"a"),
+    "no text": table(texts=b""),
+    "a text beyond": table(0, LEAF + 2),
+    "a unit beyond": table(BEYOND),
+    "a text that is none": table(1 << 8),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.parametrize("name", ["tokenizer.model", "sentencepiece.bpe.model", "tokenizer.json"])
+def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None:
+    """What reads them would read there, or take as much memory as they say."""
+
+    def read(data: bytes) -> None:
+        if name == "tokenizer.json":
+            step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+            model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+            said = {"normalizer": {"type": "Sequence", "normalizers": [step]}, "model": model}
+            text = json.dumps({"version": "1.0", "added_tokens": [], **said}).encode()
+        else:
+            words = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1)]
+            text = llama2c.model_of(words, falls_back=False) + b"\x12\x02\x18\x01"
+            text += llama2c._bytes(3, llama2c._bytes(2, data))
+        (tmp_path / name).write_bytes(text)
+        zoo.tokenizer(tmp_path).encode("a")
+
+    if name == "tokenizer.model":  # sentencepiece looks itself, and more closely
+        told = "INTERNAL"
+    else:
+        read(table())
+        told = "a table .*for characters"
+    with pytest.raises(BadTokenizer, match=f"{name}.*{told}"):
+        read(TABLES[case])
 
 
 def test_files_too_large_are_not_read(made: Path, tmp_path: Path) -> None:
@@ -1364,3 +1418,50 @@ def test_long_conversations_fit(talker: Tokenizer) -> None:
     said = [{"role": "user", "content": "word " * 2000}] * 500
     for template in (LLAMA2_CHAT, LLAMA3_CHAT, CHATML):
         assert len(talker.chat(said, template=template)) > 4_900_000
+
+
+# --- whether case counts -------------------------------------------------------------------------
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CASED = {  # of what a vocabulary may hold; each has other letters
+    "english": (["Paris", "paris", "the", "##s", "."], "Paris"),
+    "multilingual": (["Москва", "москва", "été", "Été", "東", "京", "##ს", "और"], "Été"),
+}
+
+
+@pytest.mark.parametrize("language", CASED)
+@pytest.mark.parametrize("said", [None, True, False])
+def test_case_counts_where_the_words_have_capitals(
+    tmp_path: Path, language: str, said: bool | None
+) -> None:
+    """Google's files do not say; where a tokenizer_config.json does, that is what counts."""
+    words, text = CASED[language]
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", encoding="utf-8")
+    if said is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": said}))
+    found = zoo.tokenizer(tmp_path)
+    small = text.lower() if language == "english" else "ete"  # accents go with capitals
+    whole = text if said is not True else small
+    expected = whole if whole in words else "[UNK]"
+    assert [
+        found.token(id) for id in found.encode(text) if found.token(id) not in SPECIALS[2:4]
+    ] == [expected]
+
+
+@pytest.mark.parametrize("stray", [0, 2])
+def test_case_does_not_count_where_no_word_has_capitals(tmp_path: Path, stray: int) -> None:
+    words = [*SPECIALS, "[Q]", "paris", "ete", "東", *(f"w{n}" for n in range(400))]
+    words += ["A", "B"][:stray]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    found = zoo.tokenizer(tmp_path)
+    tokens = [found.token(id) for id in found.encode("Paris ÉTÉ")]
+    assert [token for token in tokens if token not in SPECIALS] == ["paris", "ete"]
+
+
+def test_case_in_googles_own_directory(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "data" / "tf" / "bert"
+    for path in source.glob("bert*"):
+        shutil.copy(path, tmp_path)
+    words = [*SPECIALS, "Paris", "paris"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    assert 5 in zoo.load(tmp_path).tokenizer.encode("Paris")

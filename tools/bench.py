@@ -1,4 +1,4 @@
-"""Benchmarks as commands: `python tools/bench.py load`, `moe`, `convert` or `generate`.
+"""Benchmarks as commands: `python tools/bench.py load`, `moe`, `convert`, `generate` or `info`.
 
 Fresh processes in turn, ratios pair by pair, medians: these survive a machine whose speed drifts.
 """
@@ -337,7 +337,7 @@ def converted(given: list[object]) -> dict[str, float]:
 # What is run, of which checkpoint, in which dtype; a reference class for the same.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["load", "moe", "convert", "generate"])
+    parser.add_argument("what", choices=["load", "moe", "convert", "generate", "info"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
@@ -353,6 +353,10 @@ def main() -> None:
     elif args.what == "convert":
         args.dir.mkdir(parents=True, exist_ok=True)
         figures["convert"] = bench_convert(args.pairs, args.dir, args.only)
+    elif args.what == "info":
+        import bench_info
+
+        figures["info"] = bench_info.run(args.pairs, args.dir / "info", args.only, ENV)
     elif args.what == "generate":
         args.dir.mkdir(parents=True, exist_ok=True)
         import bench_generate

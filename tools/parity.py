@@ -1,4 +1,4 @@
-"""Parity from a checkout: `parity.py NAME|DIR` or `--all`, and `--mutants` for the gate."""
+"""Parity from a checkout: `NAME|DIR` or `--all`; `--mutants`, the gate; `--formats`, the trips."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,12 @@ if __name__ == "__main__":
         from zoo.parity.mutants import main
 
         sys.exit(main())
+    if "--formats" in sys.argv[1:]:
+        from zoo.parity.formats import main as formats
+
+        files = Path(__file__).parents[1] / "tests" / "data"
+        given = [word for word in sys.argv[1:] if word != "--formats"]
+        sys.exit(formats(["--files", str(files), *given]))
     from zoo.cli import main as zoo
 
     sys.exit(zoo(["verify", *sys.argv[1:]]))

@@ -6,11 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import registry, sources
-from zoo.errors import ConfigError, NotACheckpoint
+from zoo.errors import ConfigError, NotACheckpoint, listing
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -26,10 +26,16 @@ class Stored:
     """What the headers of a checkpoint's files say."""
 
     format: str
+    about: str  # what kind of file that is
     files: tuple[str, ...]
+    size: int  # of the files
     tensors: int
     dtypes: Mapping[str, int]  # dtype -> number of values
-    bytes: int
+    dtype_bytes: Mapping[str, int]  # and what they take
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.dtype_bytes.values())
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 
 
 def _of_directory(source: sources.Source) -> Info:
+    from converters import manifest
     from converters.checkpoint import open_checkpoint
     from converters.strict_json import read_json
 
@@ -104,8 +111,7 @@ def _of_directory(source: sources.Source) -> Info:
             architecture = registry.architectures()[data["architecture"]]
             config, named = dict(data["config"]), data["origin"]["class"]
             head = config.pop("head")
-            if said := data["origin"].get("quantised"):
-                quantised = f"it was, and is decoded: {said}"
+            quantised = _decoded(data.get("quantised") or {})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
@@ -113,8 +119,11 @@ def _of_directory(source: sources.Source) -> Info:
         config = read_json(path)
         architecture, named = registry.architecture_for(config, str(path))
         head = architecture.heads[named][0] if named else None
-        quantised = _quantised(config)
+        quantised = _quantised(config, source.directory)
     known = source.checkpoint
+    checkpoint = None if source.repo else open_checkpoint(source.directory)
+    if checkpoint is not None and not quantised:
+        quantised = _decoded(manifest.decoded(source.directory, checkpoint.files))
     return Info(
         ref=source.ref,
         architecture=architecture.name,
@@ -128,24 +137,33 @@ def _of_directory(source: sources.Source) -> Info:
         revision=source.revision,
         pinned=known.pinned if known else None,
         directory=str(source.directory),
-        stored=None if source.repo else _stored(open_checkpoint(source.directory)),
+        stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
         quantised=quantised,
     )
 
 
-def _quantised(config: Mapping[str, Any]) -> str:
-    """How a config says that matrices are held."""
-    from converters.quantised import FIELD, read_config
+def _decoded(quantised: Mapping[str, str]) -> str:
+    kinds = listing(sorted(set(quantised.values())))
+    return f"it was, and is decoded: {kinds}" if kinds else ""
 
-    if config.get(FIELD) is None:
+
+def _quantised(config: Mapping[str, Any], directory: Path) -> str:
+    """How a config says that matrices are held, or a file beside it."""
+    from converters.quantisation import FIELD, beside, read_config
+
+    said = config.get(FIELD)
+    if said is None and (found_beside := beside(directory)) is not None:
+        _, said = found_beside
+    if said is None:
         return ""
-    found, problems = read_config(config[FIELD])
+    found, problems = read_config(said)
     return f"not read: {'; '.join(problems)}" if found is None else found.about
 
 
 def _of_files(source: sources.Source) -> Info:
     """Of files without a config.json, whose content says what they are."""
+    from converters import manifest
     from converters.dialects import find
 
     place = source.file or source.directory
@@ -176,28 +194,38 @@ def _of_files(source: sources.Source) -> Info:
         stored=_stored(checkpoint),
         dialect=found.dialect.name,
         about=found.container.about,
+        quantised=listing(sorted(set(checkpoint.quantised.values())))
+        or _decoded(manifest.decoded(source.directory, checkpoint.files)),
         inferred={name: value for name, value in fields.items() if name not in said},
     )
 
 
 def _stored(checkpoint: Checkpoint) -> Stored:
-    from converters.formats import itemsize
-    from converters.formats.quants import KINDS
+    from converters.containers import FORMATS
 
-    values: Counter[str] = Counter()
+    values, sizes = Counter[str](), Counter[str]()
     for name, tensor in checkpoint.tensors.items():
-        values[checkpoint.quantised.get(name, tensor.dtype)] += prod(tensor.shape)
-    blocks = {kind.name: (kind.block, kind.size) for kind in KINDS.values() if kind.decode}
+        if name in checkpoint.shared:  # a second name of what is counted
+            continue
+        kind = checkpoint.quantised.get(name, tensor.dtype)
+        values[kind] += tensor.numel
+        sizes[kind] += _size(checkpoint, name)
+    known = FORMATS.get(checkpoint.format)
     return Stored(
         format=checkpoint.format,
+        about=known.about if known else checkpoint.format,
         files=tuple(path.name for path in checkpoint.files),
+        size=sum(path.stat().st_size for path in checkpoint.files),
         tensors=len(checkpoint.tensors),
         dtypes=dict(values),
-        bytes=sum(
-            n // blocks[kind][0] * blocks[kind][1] if kind in blocks else n * itemsize(kind)
-            for kind, n in values.items()
-        ),
+        dtype_bytes=dict(sizes),
     )
+
+
+def _size(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a tensor in its file."""
+    reader: Any = checkpoint.readers[checkpoint.where[name]]
+    return int(reader.size(name)) if hasattr(reader, "size") else checkpoint.tensors[name].nbytes
 
 
 def _heads(architecture: registry.Architecture) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run and _resumes(options)
+        going_on = options.run is _convert and not options.dry_run and not options.adapter
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", help="what a checkpoint is, without loading it")
     _add_ref(command)
-    command.add_argument("--tree", action="store_true", help="its modules and their shapes")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--tree", action="store_true", help="its modules and their shapes")
+    how.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_info)
 
     command = commands.add_parser(
@@ -281,13 +283,19 @@ def _list(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     found = catalog.info(options.ref)
-    rows: list[tuple[str, str]] = [("architecture", found.architecture)]
+    if options.json:
+        print(_json(found.to_json()))
+        return OK
+    rows: list[tuple[str, str]] = []
+    if stored := found.stored:
+        files = f"{len(stored.files)} file{'s' if len(stored.files) > 1 else ''}"
+        rows.append(("kind", f"{stored.about}, {files}, {_size(stored.size)}"))
     if found.dialect:
         rows.append(("dialect", " ".join([found.dialect, f"({found.about})" * bool(found.about)])))
+    rows.append(("architecture", found.architecture))
     if found.reference_class:
         rows.append(("class", found.reference_class))
-    rows.append(("head", found.head or "not named"))
-    rows.append(("heads", ", ".join(found.heads)))
+    rows.append(("head", f"{found.head or 'not named'}, of {', '.join(found.heads)}"))
     if found.parameters is not None:
         rows.append(("parameters", f"{found.parameters:,}"))
     if found.licence:
@@ -295,14 +303,16 @@ def _info(options: argparse.Namespace) -> int:
     if found.repo:
         rows.append(("repository", found.repo))
         rows.append(("revision", _revision(found.revision or "", found.pinned)))
-    if found.directory:
-        rows.append(("directory", found.directory))
     if found.quantised:
         rows.append(("quantised", found.quantised))
-    if stored := found.stored:
-        values = ", ".join(f"{n:,} {dtype}" for dtype, n in stored.dtypes.items())
-        rows.append(("stored", f"{stored.tensors} tensors, {values}, {stored.bytes / 1e6:,.1f} MB"))
-        rows.append(("files", ", ".join(stored.files)))
+    if stored:
+        rows.append(("tensors", f"{stored.tensors:,}"))
+        for dtype, count in stored.dtypes.items():
+            rows.append((f"  {dtype}", f"{count:,} values, {_size(stored.dtype_bytes[dtype])}"))
+    if found.directory:
+        rows.append(("directory", found.directory))
+    if stored:
+        rows.append(("files", _ends(stored.files)))
     print(found.ref)
     print(_indent(_table(rows)))
     for title, fields in (("config", found.config), ("told by the tensors", found.inferred)):
@@ -315,6 +325,19 @@ def _info(options: argparse.Namespace) -> int:
         print("  modules")
         print(_indent("\n".join(catalog.tree(skeleton(options.ref))), 4))
     return OK
+
+
+def _size(count: int) -> str:
+    """137.97 GB; below a thousand, bytes."""
+    for unit, each in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= each:
+            return f"{count / each:,.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _ends(names: Sequence[str]) -> str:
+    """All of a few names; of many the first and the last."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]}"
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -382,12 +405,6 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         print(f"{options.ref} -> {written} ({options.to})")
     return OK
-
-
-def _resumes(options: argparse.Namespace) -> bool:
-    from zoo.graphs import GRAPHS
-
-    return options.to not in GRAPHS and options.adapter is None
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -13,17 +13,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import zoo
-from converters.checkpoint import SHARD_BYTES, confined, shard
+from converters.checkpoint import MANIFEST, SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
-from converters.engine import Options, Report, Tell, run
-from converters.formats import TensorInfo, dtype_code
+from converters.engine import Options, Report, run
+from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.formats.gguf import GGUFReader, Value, open_gguf
 from converters.lazy import Lazy
 from converters.manifest import finish
-from converters.output import SINGLE, Item, Make, Output, Shard, digest, index_of
+from converters.output import SINGLE, Item, Output, Shard, digest, index_of
 from converters.plan import Plan, Step, make_plan, target_names
 from converters.spec import Container, Spec, load_spec
 from converters.store import Stage, staged
@@ -32,7 +33,6 @@ from zoo.components.model import Model
 from zoo.errors import (
     BadTokenizer,
     LossyExport,
-    NonFinite,
     OutputExists,
     UsageError,
     did_you_mean,
@@ -63,7 +63,7 @@ LICENCES = ("LICENSE*", "NOTICE*")
 # what a GGUF file says of itself, and not of what it holds
 OWN_VALUES = ("architecture", "alignment", "file_type", "quantization_version", "type")
 NOT_CARRIED = (
-    *("config.json", NATIVE_FILE, "*.index.json", "zoo-manifest.json"),
+    *("config.json", NATIVE_FILE, "*.index.json", MANIFEST),
     *("quantize_config.json", "quant_config.json"),  # no weights are written as these say
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # whatever else they are called
@@ -104,36 +104,12 @@ def save(
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
     destination = checked_destination(dst, None, force)
     if to in GRAPHS:
-        check_no_choice(to, layout, max_shard_size=max_shard_size)
-        save_graph(model, destination, to, force=force, allow_nonfinite=allow_nonfinite)
-        return destination
+        check_graph(to, destination, layout, max_shard_size)
     output = _output(model, to, max_shard_size, layout)
     with staged(destination, force=force, size=output.size) as stage:
         options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
         finish(output, stage, run(output, Stage(stage), options), versions())
     return destination
-
-
-def save_graph(
-    model: Model,
-    destination: Path,
-    to: str,
-    *,
-    force: bool,
-    allow_nonfinite: bool,
-    sha256: bool = False,
-    tell: Tell = lambda event: None,
-) -> None:
-    """A directory with a graph, the weights it needs, the tokenizer's files and an HF config."""
-    graphs.check(to)
-    graphs.check_file(destination)
-    _check_values(model)
-    output = _graph_output(model, to, allow_nonfinite)
-    weights = sum(p.nbytes for p in model.parameters()) if output.made else 0
-    with staged(destination, force=force, size=output.size + weights) as stage:
-        options = Options(sha256=sha256, allow_nonfinite=allow_nonfinite, tell=tell)
-        told = finished(output, stage, run(output, Stage(stage), options))
-    tell(told)
 
 
 def finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
@@ -144,31 +120,33 @@ def finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
     return {"event": "done", "resumed": report.resumed, **seen}
 
 
-def _graph_output(model: Model, to: str, allow_nonfinite: bool) -> Output:
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    shards, texts, made = list[Shard](), dict[str, bytes](), dict[str, Make]()
-    if to == "onnx":
-        weights, graph = graphs.onnx(model, {name: _item(name, x) for name, x in state.items()})
-        shards, texts = [weights], {graphs.ONNX: graph}
-    else:
-        odd = [name for name, x in state.items() if not x.isfinite().all()]
-        if odd and not allow_nonfinite:
-            raise NonFinite(f"not finite: {listing(odd)}; pass allow_nonfinite to keep such values")
-        made = {graphs.PT2: graphs.pt2(model)}
-    inner = model.model if isinstance(model, SentenceModel) else model
-    held = {name: p.detach() for name, p in inner.named_parameters()}
-    with suppress(LossyExport):  # nothing that the reference could say
-        texts[CONFIG] = origin_of(inner, held).config.encode()
-    # a sentence model's further layers are in the graph
-    carried = {name: path for name, path in _carried(model).items() if not _is_module(name)}
-    said = _said(inner, to)
+def _graph_output(model: Model, to: str) -> Output:
+    items = {name: item_of(name, p.detach()) for name, p in model.named_parameters()}
+    shard, texts = graph_files(model, to, items)
+    model = model.model if isinstance(model, SentenceModel) else model
+    carried = {name: path for name, path in _carried(model).items() if not is_of_a_step(name)}
+    said = _said(model, to)
     if (values := _values_within(model)) is not None:
         carried, more = unpacked(values, carried, said)
         texts |= more
-    return Output(tuple(shards), texts, carried, said=said, made=made)
+    return Output((shard,), texts, carried, said=said)
 
 
-def _is_module(name: str) -> bool:
+def graph_files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
+    """(weights, the graph and an HF config); `items` are all arrays of the model."""
+    shard, texts = graphs.files(model, to, items)
+    inner, prefix = (model.model, "model.") if isinstance(model, SentenceModel) else (model, "")
+    held = dict[str, Tensor]()
+    for name, _ in inner.named_parameters():
+        info = items[f"{prefix}{name}"].info
+        held[name] = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+    with suppress(LossyExport):  # nothing that the reference could say
+        texts[CONFIG] = origin_of(inner, held).config.encode()
+    return shard, texts
+
+
+def is_of_a_step(name: str) -> bool:
+    """Whether a file is of a sentence model's further layers, which are in its graph."""
     return name == MODULES or ("/" in name and not name.startswith(f"{MORE_TEMPLATES}/"))
 
 
@@ -181,25 +159,30 @@ def _output(
     model: Model, to: str, max_shard_size: int | None, layout: Mapping[str, Any] | None
 ) -> Output:
     """Files, headers and recipes of a model as it is."""
+    if to in GRAPHS:
+        _check_values(model)
+        return _graph_output(model, to)
     steps: dict[str, nn.Module] = {}
     if isinstance(model, SentenceModel):
         steps, model = dict(zip(model.folders, model.steps, strict=True)), model.model
     _check_values(model)
     state = {name: p.detach() for name, p in model.named_parameters()}
     if to not in OWN_FILES:
+        check_whole(to, max_shard_size)
         return _exported_output(model, state, to, layout)
     check_no_layout(to, layout)
     if to == "hf":
         model, state = _with_zeros(model, state, to)
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, state)}
-        items = [_item(name, tensor) for name, tensor in state.items()]
+        coarse = _quantised(model)
+        items = [item_of(name, tensor, name in coarse) for name, tensor in state.items()]
         metadata, where = {"format": "pt"}, {}
     else:
         origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
         plan = export_plan(model, origin)
-        items = in_order(_exported(plan, state), plan)
+        items = in_order(_exported(plan, state, _quantised(model)), plan)
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
@@ -208,7 +191,7 @@ def _output(
         carried, more = unpacked(inside, carried, said)
         texts |= more
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
-        if held := [_item(name, p.detach()) for name, p in step.named_parameters()]:
+        if held := [item_of(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
                 carried.pop(f"{folder}/{name}", None)
             shards.append(Shard.of(f"{folder}/{SINGLE}", held, {"format": "pt"}))
@@ -224,7 +207,8 @@ def _exported_output(
     origin = model.provenance.origin if model.provenance is not None else None
     said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
     made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
-    items = [item.cast(made.plan.header[item.name].dtype) for item in _exported(made.plan, state)]
+    exported = _exported(made.plan, state, _quantised(model))
+    items = [item.cast(made.plan.header[item.name].dtype) for item in exported]
     carried, inside, told = _carried(model), _values_within(model), _said(model, to)
     shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
     return Output(tuple(shards), texts, carried, said=told)
@@ -250,14 +234,11 @@ def _carried(model: Model) -> dict[str, Path]:
     return companions_of(provenance.directory, provenance.file, container)
 
 
-def values_within(dialect: str, files: Sequence[Path]) -> GGUFReader | None:
-    """The GGUF file that a checkpoint of that dialect is, or begins with."""
-    return next(iter(open_gguf(files[0]).values())) if dialect == "gguf" else None
-
-
 def _values_within(model: Model) -> GGUFReader | None:
-    known = model.provenance
-    return None if known is None else values_within(known.origin.dialect, known.files)
+    """The GGUF file that a model is of, or the first of several."""
+    if (known := model.provenance) is None or known.origin.dialect != "gguf":
+        return None
+    return next(iter(open_gguf(known.files[0]).values()))
 
 
 def _said(model: Model, to: str) -> dict[str, Any]:
@@ -300,6 +281,9 @@ def exported_files(
     from zoo.tokenizers import gguf, llama2c
 
     if made.container.format == "gguf":
+        if MODULES in carried:
+            told = "GGUF holds the model alone, and not what is made of its output"
+            said["left"] = {MODULES: told}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
         own = inside is not None and gguf.has_one(inside.said)
         if inside is not None:
@@ -327,12 +311,14 @@ def exported_files(
     return shards, texts, kept
 
 
-def _item(name: str, tensor: Tensor) -> Item:
+def item_of(name: str, tensor: Tensor, decoded: bool = False) -> Item:
     info = TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
-    return Item(info, "", partial(Lazy.of, tensor))
+    return Item(info, "", partial(Lazy.of, tensor), decoded=decoded)
 
 
-def _exported(plan: Plan, state: Mapping[str, Tensor]) -> Iterator[Item]:
+def _exported(
+    plan: Plan, state: Mapping[str, Tensor], quantised: Collection[str]
+) -> Iterator[Item]:
     """Tensors under their names on disk, from those of the model."""
 
     def made(step: Step, n: int) -> Lazy:
@@ -343,10 +329,11 @@ def _exported(plan: Plan, state: Mapping[str, Tensor]) -> Iterator[Item]:
 
     for step in plan.steps:
         dtype = dtype_code(state[step.targets[0]].dtype)
+        coarse = any(name in quantised for name in step.targets)
         for names in (step.sources, *step.also):
             for n, name in enumerate(names):
                 info = TensorInfo(plan.modern.get(name, name), plan.header[name].shape, dtype)
-                yield Item(info, str(step.rule), partial(made, step, n))
+                yield Item(info, str(step.rule), partial(made, step, n), decoded=coarse)
 
 
 def in_order(items: Iterable[Item], plan: Plan) -> list[Item]:
@@ -381,19 +368,19 @@ def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
 def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
     """What a manifest says of weights that were decoded: no conversion gives their source back.
 
-    "quantised" names those that are no more exact than what they stood in.
+    "quantised" names those of the model that are no more exact than what they stood in.
     """
-    said: dict[str, Any] = {}
-    if provenance is not None and provenance.lossy:
-        said["lossy"] = f"dequantised: {provenance.lossy}"
-    if provenance is not None and provenance.quantised:
-        said["quantised"] = dict(sorted(provenance.quantised.items()))
-    return said
+    if provenance is None or not provenance.quantised:
+        return {}
+    named = dict(sorted(provenance.quantised.items()))
+    return {"lossy": f"dequantised: {provenance.lossy}", "quantised": named}
+
+
+def _quantised(model: Model) -> Mapping[str, str]:
+    return {} if model.provenance is None else model.provenance.quantised
 
 
 def versions() -> dict[str, str]:
-    import torch
-
     return {
         "zoo": zoo.__version__,
         "torch": str(torch.__version__),
@@ -407,13 +394,14 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
         origin = origin_of(model, state)
     except LossyExport:  # nothing that the reference could say; other dialects can
         named = _class_of(_entry(model), model.config.head)
-        lossy = model.provenance.lossy if model.provenance is not None else ""
-        origin = Origin("none", named, "{}", {}, {}, {}, lossy)
+        origin = Origin("none", named, "{}", {}, {}, {})
     record = {
         "architecture": _entry(model).name,
         "config": model.config.to_dict(),
         "origin": origin.to_json(),
     }
+    if quantised := _quantised(model):
+        record["quantised"] = dict(sorted(quantised.items()))
     return _json(record).encode()
 
 
@@ -424,7 +412,9 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     place = Path(os.fsdecode(dst))
     if not force or not place.is_dir() or place.is_symlink():
         return place
+    # what was written beside a file, or within its directory, is nothing that is read
     read = [] if source is None else [source, *source.iterdir()]
+    read = [path for path in read if not (path / MANIFEST).is_file() or path == source]
     if any(path.resolve().is_relative_to(place.resolve()) for path in read):
         raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
     inside = [p.parent for name in (CONFIG, NATIVE_FILE) for p in place.glob(f"*/{name}")]
@@ -442,13 +432,25 @@ def check_dialect(to: str) -> None:
         raise UsageError(f"to={to!r}: {why}one of {', '.join(known)}.{near}")
 
 
-def check_no_choice(to: str, layout: Mapping[str, Any] | None, **choices: Any) -> None:
-    """A graph is written whole, from the model in memory."""
+def check_graph(
+    to: str, place: Path, layout: Mapping[str, Any] | None, max_shard_size: int | None
+) -> None:
+    """What writing a graph needs is there, and it leaves to choose what is asked for."""
     check_no_layout(to, layout)
-    if given := [name for name, value in choices.items() if value is not None]:
+    if max_shard_size is not None:
         raise UsageError(
-            f"{listing(given)}: to={to!r} leaves that not to choose: a graph is written whole, "
-            "from the model in memory"
+            f"max_shard_size: to={to!r} leaves that not to choose: its weights are one file"
+        )
+    graphs.check(to)
+    graphs.check_file(place)
+
+
+def check_whole(to: str, max_shard_size: int | None) -> None:
+    """Other programs look for the files that they know."""
+    if max_shard_size is not None:
+        raise UsageError(
+            f"max_shard_size: to={to!r} leaves that not to choose: its files are those that its "
+            "programs look for. layout= has what they let be chosen"
         )
 
 
@@ -549,8 +551,7 @@ def _fresh(
         for name in step.sources:
             wanted[name] = TensorInfo(name, wanted[name].shape, code)
     text = _json(config)
-    lossy = model.provenance.lossy if model.provenance is not None else ""
-    return Origin("hf", named, text, wanted, {}, {"format": "pt"}, lossy)
+    return Origin("hf", named, text, wanted, {}, {"format": "pt"})
 
 
 def as_before(

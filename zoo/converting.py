@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,32 @@ from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.lazy import Lazy
-from converters.output import Item, Output, Span, digest, identity, index_of
+from converters.output import ZEROS, Item, Output, Span, digest, hash_file, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
-from zoo import graphs
+from zoo.components.model import Model
 from zoo.conversion import (
     OWN_FILES,
     check_dialect,
-    check_no_choice,
+    check_graph,
     check_no_layout,
+    check_whole,
     checked_destination,
     companions_of,
     export_plan,
     exported_files,
     finished,
+    graph_files,
     in_order,
+    is_of_a_step,
+    item_of,
     lossy_of,
     native_record,
     origin_of,
     said_of,
     save,
-    save_graph,
     split,
     unpacked,
-    values_within,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
 from zoo.exporting import QUANTISED, export, with_zeros
@@ -57,7 +60,8 @@ from zoo.pretrained import (
     prove,
     provenance_of,
 )
-from zoo.sources import CONFIG, NATIVE_FILE
+from zoo.sentences import SentenceModel, headless, read_steps
+from zoo.sources import CONFIG, MODULES, NATIVE_FILE
 
 MOST_PARTS = 10_000
 
@@ -90,34 +94,27 @@ def convert(
     offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
     happens. Further options are those of `zoo.load`: head, config, revision, token, trust …
-    To "onnx" and "pt2" the model is loaded, and its graph written whole: as `zoo.save` does it.
-    So it is with an `adapter`, which is merged into the weights: a LoRA directory of peft's.
+    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are. An
+    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written.
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
-    options |= {} if adapter is None else {"adapter": adapter, "merge": True}
-    if to in GRAPHS:
-        apart = {"part": part, "memory": None if memory == MEMORY else memory}
-        check_no_choice(to, layout, max_shard_size=max_shard_size, **apart)
-        graphs.check(to)
-        model = load(src, dtype=dtype, **options)
-        assert model.provenance is not None
-        kept: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "sha256": sha256, "tell": tell}
-        destination = checked_destination(dst, model.provenance.directory, force)
-        save_graph(model, destination, to, force=force, **kept)
-        return destination
     if adapter is not None:
         if part is not None:
             raise UsageError("part: a model with an adapter is written whole, from memory")
-        model = load(src, dtype=dtype, **options)
+        model = load(src, dtype=dtype, adapter=adapter, merge=True, **options)
         assert model.provenance is not None
-        destination = checked_destination(dst, model.provenance.directory, force)
-        kept = {"allow_nonfinite": allow_nonfinite, "max_shard_size": max_shard_size}
-        return save(model, destination, to=to, force=force, layout=layout, **kept)
+        dst = checked_destination(dst, model.provenance.directory, force)
+        kept: dict[str, Any] = {
+            "allow_nonfinite": allow_nonfinite,
+            "max_shard_size": max_shard_size,
+        }
+        return save(model, dst, to=to, force=force, layout=layout, **kept)
     share = None if part is None else _part(part)
-    found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
+    found, chosen = _located(src, to, options)
     dst = checked_destination(dst, found.source.directory, force)
-    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
+    if to in GRAPHS:
+        check_graph(to, dst, layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
@@ -160,28 +157,41 @@ def dry_run(
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
-    found = locate(src, **{k: v for k, v in options.items() if k not in ("config", "trust")})
+    found, chosen = _located(src, to, options)
     checkpoint = found.checkpoint()
-    chosen: dict[str, Any] = {n: options[n] for n in ("config", "trust") if n in options}
     model, plan = prove(found, checkpoint, options.get("config") or {})
     if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
     if to in GRAPHS:
-        check_no_choice(to, layout, max_shard_size=max_shard_size, part=part)
-        return f"{text}\n\nto be written ({to}): the model's graph, once it is loaded and traced"
+        check_graph(to, Path(), layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
-    casts = Counter((item.stored, item.info.dtype) for item in items if item.stored)
+    casts = Counter(
+        (item.stored, item.coding.name if item.coding else item.info.dtype)
+        for item in items
+        if item.stored
+    )
     lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
-    decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
-    if decoded:
-        text = "\n".join([text, f"lossy: {checkpoint.packed}", *decoded])
+    if quantised := provenance_of(found, checkpoint, model, plan).lossy:
+        decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
+        text = "\n".join([text, f"lossy: {quantised}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
+
+
+def _located(src: Ref, to: str, options: Mapping[str, Any]) -> tuple[Located, dict[str, Any]]:
+    """(what is to be read, what `plan_output` is told of how)"""
+    chosen = {name: options[name] for name in ("config", "trust") if name in options}
+    found = locate(src, **{k: v for k, v in options.items() if k not in chosen})
+    whole = to in GRAPHS and options.get("head") is None
+    if whole and (found.source.directory / MODULES).is_file():
+        found = found._replace(heads=headless(found.heads, found.entry.model))
+        chosen["steps"] = True
+    return found, chosen
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
@@ -248,12 +258,18 @@ def plan_output(
     config: Mapping[str, Any] | None = None,
     trust: Collection[str] = (),
     layout: Mapping[str, Any] | None = None,
+    steps: bool = False,
 ) -> Output:
-    """Files, headers and recipes, proven complete; no byte of weights is read."""
+    """Files, headers and recipes, proven complete; no byte of weights is read.
+
+    `steps`: a graph goes on to the vector that the checkpoint's modules.json makes of the states.
+    """
     checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
+    ties = plan.native.ties.items()
+    coarse = {*provenance.quantised, *(n for n, own in ties if own in provenance.quantised)}
     quantised = isinstance(dtype, str) and dtype.lower() == QUANTISED
     kind = None if quantised else dtype_of(dtype)
     state = dict(_state(plan, checkpoint, kind))
@@ -269,9 +285,10 @@ def plan_output(
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
     container = None if found.foreign is None else found.foreign.container
     carried = companions_of(found.source.directory, found.source.file, container)
-    inside = values_within(found.dialect, checkpoint.files)
+    inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in checkpoint.files}
-    if to not in OWN_FILES:
+    if to not in (*OWN_FILES, *GRAPHS):
+        check_whole(to, max_shard_size)
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
@@ -281,7 +298,7 @@ def plan_output(
         held = {info.dtype for info in made.plan.header.values()}
         if kind is not None and dtype_code(kind) not in held:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
-        items = list(_backward(checkpoint, plan, made.plan, trust, zeros))
+        items = list(_backward(checkpoint, plan, made.plan, trust, zeros, coarse))
         how = {"lossy": kind is not None or quantised, "quantised": quantised}
         vocab = model.config.vocab
         shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
@@ -290,23 +307,45 @@ def plan_output(
     check_no_layout(to, layout)
     if quantised:
         raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
-    if to == "native":
-        texts = {NATIVE_FILE: native_record(model, state)}
-        items = [item for step in plan.steps for item in _forward(step, checkpoint, trust)]
-        metadata, where = {"format": "pt"}, {}
-    else:
+    texts, metadata, where = dict[str, bytes](), {"format": "pt"}, dict[str, str]()
+    if to == "hf":
         origin = origin_of(model, state)
-        texts = {CONFIG: origin.config.encode()}
-        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros))
+        texts[CONFIG] = origin.config.encode()
+        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros, coarse))
         metadata, where = dict(origin.metadata), dict(origin.where)
+    else:
+        items = [i for step in plan.steps for i in _forward(step, checkpoint, trust, coarse)]
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
-    shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
-    texts |= index_of(shards)
+    if to in GRAPHS:
+        of_steps = {name: path for name, path in carried.items() if is_of_a_step(name)}
+        carried = {name: path for name, path in carried.items() if name not in of_steps}
+        if steps:
+            said["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
+            model, items = _with_steps(model, items, found.source.directory)
+        weights, texts = graph_files(model, to, {item.name: item for item in items})
+        shards = [weights]
+    else:
+        if to == "native":
+            texts[NATIVE_FILE] = native_record(model, state)
+        shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
+        texts |= index_of(shards)
     if inside is not None:
         carried, more = unpacked(inside, carried, said)
         texts |= more
     return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
+
+
+def _with_steps(
+    model: Model, items: Sequence[Item], directory: Path
+) -> tuple[SentenceModel, list[Item]]:
+    """The model that gives a text's vector, and its arrays; those of the steps as the first is."""
+    layers, folders = read_steps(directory, model.config.dim)
+    whole, kind = SentenceModel(model, layers, folders), items[0].info.dtype
+    held = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
+    for name, parameter in whole.steps.named_parameters():
+        held.append(item_of(f"steps.{name}", parameter.detach()).cast(kind))
+    return whole, held
 
 
 def _state(
@@ -319,7 +358,9 @@ def _state(
             yield name, torch.empty(plan.native.shapes[name], dtype=dtype, device="meta")
 
 
-def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iterator[Item]:
+def _forward(
+    step: Step, checkpoint: Checkpoint, trust: Collection[str], coarse: Collection[str]
+) -> Iterator[Item]:
     """Native tensors of one step."""
     for n, target in enumerate(step.targets):
         first = checkpoint.tensors[step.sources[0]]
@@ -329,11 +370,7 @@ def _forward(step: Step, checkpoint: Checkpoint, trust: Collection[str]) -> Iter
             span = None if step.also else _span(checkpoint, step.sources[n])
         else:
             info, span = TensorInfo(target, _target_shapes(step)[n], first.dtype), None
-        yield Item(info, str(step.rule), made, span, decoded=_decoded(checkpoint, step))
-
-
-def _decoded(checkpoint: Checkpoint, step: Step) -> bool:
-    return any(name in checkpoint.made_of for name in step.sources)
+        yield Item(info, str(step.rule), made, span, decoded=target in coarse)
 
 
 def _target_shapes(step: Step) -> list[tuple[int, ...]]:
@@ -349,8 +386,7 @@ def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) ->
     names = agreed(step, checkpoint.tensor, trust)
     if step.transform is None:
         return checkpoint.lazy(names[n])
-    tensors = [checkpoint.tensor(name) for name in names]
-    return step.transform.targets_of(tensors)[n]
+    return step.transform.targets_of([checkpoint.lazy(name) for name in names])[n]
 
 
 def _to_hf(
@@ -361,6 +397,7 @@ def _to_hf(
     origin: Origin,
     trust: Collection[str],
     zeros: Mapping[str, tuple[int, ...]],
+    coarse: Collection[str],
 ) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse = export_plan(model, origin)
@@ -371,18 +408,25 @@ def _to_hf(
             for step in plan.steps:
                 if step.also:
                     agreed(step, checkpoint.tensor, trust)  # before a byte is written
-            yield from _as_they_are(checkpoint, inverse, disk)
+            yield from _as_they_are(checkpoint, inverse, disk, coarse)
             return
-    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros), inverse)
+    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros, coarse), inverse)
+
+
+def _any(names: Collection[str], among: Collection[str]) -> bool:
+    return any(name in among for name in names)
 
 
 def _names(step: Step) -> list[str]:
     return [*step.sources, *(name for names in step.also for name in names)]
 
 
-def _as_they_are(checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
+def _as_they_are(
+    checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str], coarse: Collection[str]
+) -> Iterator[Item]:
     """Names on disk to names on disk: nothing is turned."""
     rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
+    decoded = {n for s in inverse.steps if _any(s.targets, coarse) for n in _names(s)}
     for name in inverse.header:
         if name not in rules:
             continue
@@ -393,7 +437,7 @@ def _as_they_are(checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str])
             rules[name],
             made,
             _span(checkpoint, info.name),
-            decoded=disk[name] in checkpoint.made_of,
+            decoded=name in decoded,
         )
         yield item.cast(inverse.header[name].dtype)
 
@@ -404,6 +448,7 @@ def _backward(
     inverse: Plan,
     trust: Collection[str],
     zeros: Mapping[str, tuple[int, ...]],
+    coarse: Collection[str],
 ) -> Iterator[Item]:
     """From native arrays, which are the checkpoint's own, or made from its tensors, or zeros."""
     ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
@@ -418,35 +463,7 @@ def _backward(
     def made(step: Step, n: int) -> Lazy:
         if step.transform is None:
             return native(step.targets[n])
-        metas = [
-            torch.empty(
-                zeros.get(name) or plan.native.shapes[plan.native.ties.get(name, name)],
-                dtype=torch_dtype(stored_as(name)),
-                device="meta",
-            )
-            for name in step.targets
-        ]
-        transform, shaped = step.transform, step.transform.sources_of(metas)[n]
-        # of which array each part is a view: one at a time is made, where several are joined
-        of = [
-            [k for k, m in enumerate(metas) if p.view is m or p.view._base is m]
-            for p in shaped.parts
-        ]
-        if not all(len(found) == 1 for found in of):
-            return transform.sources_of([native(name).whole() for name in step.targets])[n]
-
-        def part(p: int) -> torch.Tensor:
-            (k,) = of[p]
-            tensors = [*metas[:k], native(step.targets[k]).whole(), *metas[k + 1 :]]
-            return transform.sources_of(tensors)[n].parts[p].view
-
-        return shaped.later(part)
-
-    def stored_as(name: str) -> str:
-        if name in zeros:
-            return any_dtype
-        step, _ = ways[plan.native.ties.get(name, name)]
-        return checkpoint.tensors[step.sources[0]].dtype
+        return step.transform.sources_of([native(name) for name in step.targets])[n]
 
     for step in inverse.steps:
         for names in (step.sources, *step.also):
@@ -455,7 +472,7 @@ def _backward(
                 span, stored = None, any_dtype
                 if step.targets[0] in zeros:
                     made_so = Item(
-                        TensorInfo(name, info.shape, stored), "zeros", partial(made, step, n)
+                        TensorInfo(name, info.shape, stored), ZEROS, partial(made, step, n)
                     )
                     yield made_so.cast(info.dtype)
                     continue
@@ -468,7 +485,7 @@ def _backward(
                     str(step.rule),
                     partial(made, step, n),
                     span,
-                    decoded=_decoded(checkpoint, first),
+                    decoded=_any(step.targets, coarse),
                 )
                 yield item.cast(info.dtype)
 

@@ -333,7 +333,10 @@ def _come_back(
     known, problems = dialect.read_config(reference)
     everything = {**header, **{o: TensorInfo(o, *header[n][1:]) for o, n in aliases.items()}}
     told = infer(spec, dialect, known, everything, shards, aliases)
-    told |= told_by_tables(dialect, known, tables.__getitem__, tables)
+    try:
+        told |= told_by_tables(dialect, known, tables.__getitem__, tables)
+    except ConfigError as error:
+        raise LossyExport(f"to={dialect.name!r}: it would not be read back: {error}") from None
     asked = {name: getattr(config, name) for name in dialect.needs if known.get(name) is None}
     head = "lm" if "lm" in type(config).heads_known else config.head
     same_config(dialect, config, {**known, **told, **asked, "head": head}, problems)

@@ -6,9 +6,12 @@ What is traced is `forward` itself, with a mask always given, so that padding co
 from __future__ import annotations
 
 import copy
+import io
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from converters.formats import Layout
+from converters.formats import Layout, stored_zip, torch_dtype
 from converters.output import Item, Shard
 from zoo.components.model import Model
 from zoo.errors import LossyExport, MissingDependency, UsageError, listing
@@ -73,8 +76,14 @@ def output_names(model: Model) -> tuple[str, ...]:
     return _OUTPUTS.get(head, (alone,))
 
 
-def traced(model: Model) -> ExportedProgram:
-    """The model's function with its outputs by name."""
+def files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
+    """(the file with the weights, others); `items` are the model's arrays, and none is read."""
+    ordered = {name: items[name] for name, _ in model.named_parameters()}
+    return {"onnx": _onnx, "pt2": _pt2}[to](model, ordered)
+
+
+def _traced(model: Model, items: Mapping[str, Item]) -> ExportedProgram:
+    """The model's function with its outputs by name, and weights that have no numbers."""
     from torch.export import Dim, export
     from torch.utils._pytree import tree_structure
 
@@ -92,7 +101,7 @@ def traced(model: Model) -> ExportedProgram:
     ids = given.pop("input_ids")
     try:
         with torch.no_grad():
-            program = export(_alone(model), (ids,), given, dynamic_shapes=axes)
+            program = export(_weightless(model, items), (ids,), given, dynamic_shapes=axes)
     except Exception as error:  # whatever its tracer stumbles over
         raise _refused(model, "torch.export cannot follow what it computes", error) from error
     names = dict.fromkeys(output_names(model), 0)
@@ -113,45 +122,62 @@ def _refused(model: Model, why: str, error: Exception) -> LossyExport:
     return LossyExport(f"{name}, head {model.config.head}: {why}: {told}")
 
 
-def _alone(model: Model) -> Model:
-    """The model for inference on the CPU, its parameters in one piece each; itself unchanged."""
-    memo: dict[int, Any] = {id(model.provenance): None}
-    if isinstance(model, SentenceModel):
-        memo[id(model.model.provenance)] = None
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_own(parameter.detach().cpu()), requires_grad=False)
+def _weightless(model: Model, items: Mapping[str, Item]) -> Model:
+    """A copy for inference on the CPU, whose parameters are shapes and dtypes alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    models = [m for m in model.modules() if isinstance(m, Model)]
+    memo: dict[int, Any] = {id(m.provenance): None for m in models}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, parameter in model.named_parameters():
+            info = items[name].info
+            blank = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+            memo[id(parameter)] = nn.Parameter(blank, requires_grad=False)
     return copy.deepcopy(model, memo).eval()
-
-
-def _own(x: Tensor) -> Tensor:
-    """Contiguous, in a storage that holds nothing else; shared where it is so already."""
-    whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
-    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 # --- torch.export's own file ---------------------------------------------------------------------
 
+_FOLDER = "data/weights"
+_PLACES = f"{_FOLDER}/model_weights_config.json"
+_VERSION = b"0"  # of the archives whose records these are
 
-def pt2(model: Model) -> Callable[[Path], None]:
-    """What writes it, once it is known that it can be written."""
-    program = traced(model)
 
-    def write(path: Path) -> None:
-        from torch.export import save
+def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
+    """What torch.export.save writes of weights without numbers, and theirs in their places."""
+    from torch.export import save
 
-        save(program, path)
-
-    return write
+    archive = io.BytesIO()
+    save(_traced(model, items), archive)
+    with zipfile.ZipFile(archive) as read:
+        records = {name.partition("/")[2]: read.read(name) for name in read.namelist()}
+    records.pop(".data/serialization_id", None)  # a digest, and the weights are not in it
+    empty = [name for name, data in records.items() if not data]
+    strange = [name for name in empty if not name.startswith(f"{_FOLDER}/")]
+    if records.get("archive_version") != _VERSION or _PLACES not in records or strange:
+        raise MissingDependency(
+            f"to='pt2': torch {torch.__version__} writes its archives in a way that this zoo does "
+            "not know; use a version of torch that it was tested with (constraints.txt)"
+        )
+    config, ties = json.loads(records[_PLACES]), native_of(model).ties
+    places: dict[str, str] = {}
+    for name, said in config["config"].items():  # without addresses, torch takes all for one
+        said["path_name"] = places.setdefault(ties.get(name, name), f"weight_{len(places)}")
+    records[_PLACES] = json.dumps(config).encode()
+    small = {name: data for name, data in records.items() if name not in empty}
+    tensors = {name: (f"{_FOLDER}/{place}", items[name].nbytes) for name, place in places.items()}
+    layout = stored_zip.lay_out("model", small, tensors, {})
+    return Shard(PT2, tuple(items[name] for name in places), layout), {}
 
 
 # --- ONNX ----------------------------------------------------------------------------------------
 
 
-def onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, bytes]:
-    """(weights under the model's own names, as they are; the graph, which says where each lies)."""
+def _onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
+    """Weights under the model's own names, as they are; the graph, which says where each lies."""
     import onnx_ir as ir
 
-    graph_model = _translated(model)
+    graph_model = _translated(model, items)
     graph = graph_model.graph
     ties = native_of(model).ties
     values = {value.name: value for value in graph.inputs if _owner(value.name, ties) in items}
@@ -171,7 +197,7 @@ def onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, bytes]:
         told.doc_string = None
     graph.name = model.architecture or "model"
     graph_model.producer_name, graph_model.producer_version = "zoo", zoo.__version__
-    return shard, ir.to_proto(graph_model).SerializeToString(deterministic=True)
+    return shard, {ONNX: ir.to_proto(graph_model).SerializeToString(deterministic=True)}
 
 
 @contextmanager
@@ -192,9 +218,9 @@ def _owner(name: str | None, ties: Mapping[str, str]) -> str:
     return ties.get(name or "", name or "")
 
 
-def _translated(model: Model) -> Any:
+def _translated(model: Model, items: Mapping[str, Item]) -> Any:
     """An onnx_ir model whose weights are inputs: no pass can turn, join or round what it lacks."""
-    program = traced(model)
+    program = _traced(model, items)
     outputs = output_names(model)
     sizes = {
         name: {0: "batch", 1: "decoder_sequence" if name.startswith("decoder_") else "sequence"}

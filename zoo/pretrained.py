@@ -17,7 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from converters import quantisation
 from converters.checkpoint import (
+    MANIFEST,
     SINGLE,
     Checkpoint,
     confined,
@@ -30,10 +32,10 @@ from converters.dialects import Found, find
 from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
+from converters.quantisation import FIELD as QUANTISED
+from converters.quantisation import Quantisation
 from converters.quantised import DTYPES as CONFIG_DTYPES
-from converters.quantised import FIELD as QUANTISED
-from converters.quantised import Quantisation, dequantised, stands_turned
-from converters.quantised import read_config as read_quantisation
+from converters.quantised import dequantised, stands_turned
 from converters.spec import Dialect, Spec, load_spec
 from converters.strict_json import parse_json
 from zoo import registry, sources
@@ -69,7 +71,6 @@ class Origin(NamedTuple):
     header: Mapping[str, TensorInfo]
     where: Mapping[str, str]  # tensor -> file
     metadata: Mapping[str, str]
-    quantised: str = ""  # what its weights were decoded from, if they were
 
     def to_json(self) -> dict[str, Any]:
         tensors = {
@@ -81,7 +82,6 @@ class Origin(NamedTuple):
             "class": self.reference_class,
             "config": self.config,
             "metadata": dict(self.metadata),
-            **({"quantised": self.quantised} if self.quantised else {}),
             "tensors": tensors,
         }
 
@@ -95,7 +95,6 @@ class Origin(NamedTuple):
             header={n: TensorInfo(n, tuple(s), d) for n, (d, s, _) in tensors.items()},
             where={n: _plain(file) for n, (_, _, file) in tensors.items()},
             metadata=data["metadata"],
-            quantised=data.get("quantised", ""),
         )
 
 
@@ -120,16 +119,16 @@ class Provenance:
     repo: str | None = None
     revision: str | None = None
     file: Path | None = None  # where one was given and not its directory
-    # name on disk -> what it stood in, where that is coarser than its dtype: nothing of it is exact
+    # native name -> what its numbers stood in before they were decoded, here or in an earlier round
     quantised: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lossy(self) -> str:
-        """The quantisation that the weights were decoded from; empty where they are as published.
+        """The quantisations that weights were decoded from; empty where all are as published.
 
-        Its bytes cannot be given back.
+        Their bytes cannot be given back.
         """
-        return self.origin.quantised
+        return listing(sorted(set(self.quantised.values())))
 
     @property
     def rules(self) -> dict[str, str]:
@@ -202,16 +201,22 @@ class Located(NamedTuple):
         if lacking := [name for name in dialect.needs if given.get(name) is None]:
             words = [dialect.reference_field(name) for name in lacking]
             example = ", ".join(f"{word}=…" for word in words)
+            odd = sorted(given.keys() - kind.__dataclass_fields__.keys())
             raise ConfigError(
                 f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
                 f"nothing says {listing(words)} (looked in {self.foreign.config_from} and at the "
                 f"shapes of the tensors). Pass config={{{words[0]!r}: …}} (--config {example})"
+                f"{f', and not {listing(odd)}' if odd else ''}"
             )
         try:
             return kind(**{**given, "head": head})
         except ConfigError as error:
             problems = [_as_published(dialect, problem) for problem in error.problems]
-            raise ConfigError("\n  ".join([f"{self.where}:", *problems]), problems) from None
+            said = self.foreign.config_from
+            where = said if Path(said).is_file() else self.where
+            raise ConfigError("\n  ".join([f"{where}:", *problems]), problems) from None
+        except ResourceLimit as error:
+            raise ResourceLimit(f"{self.where}: {_as_published(dialect, str(error))}") from None
 
 
 def load(
@@ -407,8 +412,10 @@ def _read(
             f"{path}: a {entry.name} model, and {known.name} is one of {known.architecture}. "
             f"To load what is there nonetheless: hf:{known.repo}"
         )
-    text = path.read_text(encoding="utf-8")
-    return _understand(source, entry, reference, text, head, ignore, str(path))
+    text, where = path.read_text(encoding="utf-8"), str(path)
+    if reference.get(QUANTISED) is None and (found := quantisation.beside(directory)) is not None:
+        where, reference[QUANTISED] = f"{where} and {found[0]}", found[1]
+    return _understand(source, entry, reference, text, head, ignore, where)
 
 
 def _understand(
@@ -426,7 +433,7 @@ def _understand(
     heads = _heads(entry, named, head, where)
     quantised, more = None, list[str]()
     if reference.get(QUANTISED) is not None:  # what is read from now on, and written, are weights
-        quantised, more = read_quantisation(reference[QUANTISED], ignore)
+        quantised, more = quantisation.read_config(reference[QUANTISED], ignore)
         reference = {name: value for name, value in reference.items() if name != QUANTISED}
         text = json.dumps(reference, indent=2) + "\n"
     fields, problems = spec.dialect("hf").read_config(reference, ignore)
@@ -458,7 +465,8 @@ def _read_foreign(
     found = find(place)
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
-    found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
+    if found.container.wide:  # by custom; elsewhere what was stored in F32 was meant so
+        found = found._replace(checkpoint=alike(found.checkpoint, found.container.wide))
     entry = next(e for e in registry.architectures().values() if e.spec == found.spec.name)
     if head is None and len(found.heads) > 1:
         raise ConfigError(
@@ -538,14 +546,16 @@ def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
     known = registry.architectures()
     if data.get("architecture") not in known:
         yield f"architecture: {data.get('architecture')!r} is not known"
-    config, origin = data.get("config"), data.get("origin")
+    config, origin, quantised = (data.get(name) for name in ("config", "origin", "quantised"))
+    if quantised is not None and not (
+        isinstance(quantised, dict) and all(isinstance(kind, str) for kind in quantised.values())
+    ):
+        yield f"quantised: expected words by name, found {quantised!r}"
     if not isinstance(config, dict) or not isinstance(config.get("head"), str):
         yield "config: expected an object with a head"
     if not isinstance(origin, dict):
         yield "origin: expected an object"
         return
-    if not isinstance(origin.get("quantised", ""), str):
-        yield f"origin.quantised: expected words, found {origin['quantised']!r}"
     if not isinstance(origin.get("class"), str | None):
         yield f"origin.class: expected a name, found {origin['class']!r}"
     if origin.get("dialect") not in ("hf", "none"):
@@ -630,8 +640,26 @@ def provenance_of(
         repo=found.source.repo,
         revision=found.source.revision,
         file=found.source.file,
-        quantised=checkpoint.quantised,
+        quantised=_quantised(found, checkpoint, plan),
     )
+
+
+def _quantised(found: Located, checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """What each native array's numbers stood in, by its files or a manifest beside them."""
+    if found.native is not None:
+        return dict(found.native.get("quantised") or {})
+    known = dict[str, str]()
+    if (found.source.directory / MANIFEST).is_file():
+        from converters.manifest import decoded
+
+        known = decoded(found.source.directory, checkpoint.files)
+    for step in plan.steps:
+        held = [checkpoint.quantised.get(name, "") for name in step.sources]
+        for n, target in enumerate(step.targets):
+            mine = held[n : n + 1] if step.transform is None else held
+            if kinds := sorted({*mine} - {""}):
+                known[target] = listing(kinds)
+    return known
 
 
 def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> tuple[Model, Plan]:
@@ -688,10 +716,14 @@ def _times_too_small(foreign: Found, native: Native) -> int:
     for rule in foreign.dialect.weights:
         if "shard" not in rule.stacked:
             continue
+        here = set[int]()
         for name, info in foreign.checkpoint.tensors.items():
             if (binding := rule.source.name.match(name)) is not None and info.numel:
                 whole = prod(native.shapes.get(rule.targets[0].name.format(binding), ()))
-                times.add(whole // (info.numel * foreign.shards))
+                here.add(whole // (info.numel * foreign.shards))
+        if len(here) > 1:  # one layer's alone is too small, which no missing file makes it
+            return 1
+        times |= here
     return max(times) if len(times) == 2 and 0 not in times else 1
 
 
@@ -709,8 +741,12 @@ def native_of(model: nn.Module) -> Native:
 
 
 def _on_meta(found: Located, config: Any) -> Model:
-    with torch.device("meta"):
-        model = found.entry.model(config)
+    try:
+        with torch.device("meta"):
+            model = found.entry.model(config)
+    except RuntimeError as error:  # an array whose bytes 64 bits cannot count
+        told = str(error).partition("\n")[0]
+        raise ResourceLimit(f"{found.where}: sizes that no array can have: {told}") from None
     model.architecture = found.entry.name
     return model
 
@@ -780,5 +816,4 @@ def _origin(found: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
         where={modern[name]: files[name] for name in held},
         # what is not safetensors comes back as safetensors, labelled as the reference expects
         metadata=checkpoint.metadata if checkpoint.format == "safetensors" else {"format": "pt"},
-        quantised=checkpoint.packed,
     )

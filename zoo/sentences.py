@@ -131,12 +131,19 @@ def headless(heads: tuple[str, ...], kind: type[Model]) -> tuple[str, ...]:
 def with_steps(model: Model, directory: Path) -> SentenceModel:
     """The model and every step that `directory` names; what is not known is refused by name."""
     first = next(iter(model.parameters()))
-    steps, folders, width = [], [], model.config.dim
+    steps, folders = read_steps(directory, model.config.dim)
+    moved = [step.to(first.device, first.dtype) for step in steps]
+    return SentenceModel(model, moved, folders).eval()
+
+
+def read_steps(directory: Path, width: int) -> tuple[list[nn.Module], list[str]]:
+    """(steps for states of `width`, where each one's files lie); weights as the files have them."""
+    steps, folders = list[nn.Module](), list[str]()
     for kind, folder in module_folders(directory):
         step, width = _step(kind, directory, folder, width)
-        steps.append(step.to(first.device, first.dtype))
+        steps.append(step)
         folders.append(folder)
-    return SentenceModel(model, steps, folders).eval()
+    return steps, folders
 
 
 class Manner(NamedTuple):

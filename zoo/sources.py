@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from converters.listed import Group, groups
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
@@ -51,6 +52,7 @@ COMPANIONS = (
     "qwen.tiktoken",
     "tekken.json",
     "chat_template.jinja",
+    *("quantize_config.json", "quant_config.json"),  # of packed weights, by the first programs
     f"{MORE_TEMPLATES}/tool_use.jinja",  # the one that is taken unasked
     MODULES,
 )
@@ -62,7 +64,8 @@ WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
+_PUBLISHED = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
+_HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@\s]+))?(@(?P<revision>[^@\s]+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -95,10 +98,11 @@ def resolve(
     `weights=False` leaves the weights where they are; `config=False` takes a directory that holds
     no config; `progress` shows only on a terminal.
     """
+    file = None
     if (entry := named(ref)) is not None:
         repo, revision = entry.repo, revision or entry.revision
     elif isinstance(ref, str) and ref.startswith("hf:"):
-        repo, revision = _parse_hub(ref, revision)
+        repo, file, revision = _parse_hub(ref, revision)
     elif isinstance(ref, str | os.PathLike):
         path = _local(ref, revision, config)
         if path.is_dir():
@@ -109,23 +113,28 @@ def resolve(
         raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
     cache = None if cache_dir is None else Path(os.fsdecode(cache_dir))
     hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress)
-    directory = hub.fetch_checkpoint(weights)
-    return Source(directory, os.fsdecode(ref), entry, repo, directory.name)
+    directory, itself = hub.fetch_checkpoint(weights, file)
+    return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself)
 
 
-def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None]:
-    if (match := _HUB.fullmatch(ref)) is None:
-        raise UsageError(f"{ref!r}: expected hf:org/repo or hf:org/repo@revision")
+def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None, str | None]:
+    """(repository, file in it, revision)"""
+    from converters.checkpoint import is_plain
+
+    match = _HUB.fullmatch(ref)
+    if match is None or (match["file"] and not is_plain(match["file"])):
+        raise UsageError(f"{ref!r}: expected hf:org/repo, hf:org/repo@revision or hf:org/repo/file")
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(match["repo"])
     except HFValidationError:
-        raise UsageError(f"{ref!r}: {match['repo']!r} is no name of a repository") from None
+        told = f"{match['repo']!r} is no name of a repository; expected hf:org/repo"
+        raise UsageError(f"{ref!r}: {told}") from None
     if revision and match["revision"] and revision != match["revision"]:
         raise UsageError(f"{ref!r} asks for one revision and revision={revision!r} for another")
-    return match["repo"], revision or match["revision"]
+    return match["repo"], match["file"], revision or match["revision"]
 
 
 # --- directories ---------------------------------------------------------------------------------
@@ -145,16 +154,18 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     if revision is not None:
         raise UsageError(f"{text}: a directory has no revisions; leave revision={revision!r} out")
     if not is_directory:
+        if exists and _is_published(path):
+            return path.parent
         if exists and _is_weights(path):
-            return path
+            return _real(path)
         if index is not None:
             return index
         raise NotACheckpoint(
             f"{text}: expected a directory with {CONFIG} and weights in it, or a file that says "
-            f"what it is ({_formats()})"
+            f"what it is ({_formats()}); found {_found(path)}"
         )
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
-    if config and not named and not any(map(_is_weights, sorted(path.iterdir()))):
+    if config and not named and not any(map(_is_weights, sorted(path.glob("[!.]*")))):
         raise NotACheckpoint(
             f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "
             f"({_formats()}).{_nearby(path)}"
@@ -162,14 +173,55 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     return path
 
 
+def _is_published(path: Path) -> bool:
+    """Whether a file is one of those that a config beside it is of."""
+    named = any((path.parent / name).exists() for name in (CONFIG, NATIVE_FILE))
+    return named and _PUBLISHED.fullmatch(path.name) is not None
+
+
 def _is_weights(path: Path) -> bool:
     """Whether a file is, by its bytes, of a format that is known without an index or a config."""
     from converters.containers import kind_of
 
     try:
-        return not path.name.startswith(".") and kind_of(path) is not None
+        return kind_of(path) is not None
     except ZooError:
         return False
+
+
+def _real(path: Path) -> Path:
+    """Where a file lies that was given by a link: its checkpoint is there."""
+    from converters.checkpoint import confined
+
+    try:
+        return confined(path.parent, path.name)
+    except UnsafePath:
+        return Path(os.path.realpath(path))
+
+
+def _found(path: Path) -> str:
+    """What a file is instead, and the next move, as far as its first bytes tell."""
+    from converters.formats import open_regular
+    from converters.formats.torch_zip import LEGACY
+
+    try:
+        fd = open_regular(path)
+    except ZooError as error:
+        return f"nothing to read: {str(error).removeprefix(f'{path}: ')}"
+    try:
+        head = os.pread(fd, len(LEGACY), 0)
+    finally:
+        os.close(fd)
+    if head == LEGACY:
+        return (
+            "torch's format from before 1.6. Load it once with torch.load(..., weights_only=True) "
+            "and save it again"
+        )
+    if head[8:9] == b"{":
+        return f"what looks like safetensors: give the directory that it and its {CONFIG} are in"
+    if head[:1] == b"{":
+        return "what looks like JSON: give the directory that it is in"
+    return f"a file that begins with {head[:8]!r}" if head else "an empty file"
 
 
 def _index(path: Path) -> Path | None:
@@ -251,21 +303,112 @@ class _Hub:
     cache_dir: Path | None
     local_files_only: bool
     progress: bool
+    # asked for by its branch, which records in the cache what commit that stands for
+    first: str = CONFIG
 
-    def fetch_checkpoint(self, weights: bool) -> Path:
-        """Its directory in the cache: config first, so that an unknown model costs no download."""
-        config = self._config()
+    def fetch_checkpoint(self, weights: bool, file: str | None) -> tuple[Path, Path | None]:
+        """Its directory in the cache, and a file in it that says itself what it is.
+
+        Config first, so that an unknown model costs no download.
+        """
+        if file and _PUBLISHED.fullmatch(file):
+            file = None  # its config says the same
+        config = None if file else self._config()
+        if config is None:
+            return self._fetch_group(self._group(file), weights)
         directory, self.revision = config.parent, config.parent.name
         from converters.strict_json import read_json
 
         architecture_for(read_json(config), f"hf:{self.repo}: {CONFIG}")
+        if weights and not self._has_weights() and groups(self._names):
+            return self._fetch_group(self._group(None), weights)
         for name in COMPANIONS:
             self._fetch(name)
         if (directory / MODULES).is_file():
             self._modules(directory)
         if weights:
             self._weights()
-        return directory
+        return directory, None
+
+    # --- files that no config.json is of ---
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """Of all files; none where nobody can say."""
+        import huggingface_hub as hf
+
+        from converters.checkpoint import is_plain
+
+        if self.unreachable:
+            names = self._cached_names()
+        else:
+            try:
+                api = hf.HfApi(endpoint=hf.constants.ENDPOINT, token=self.token)
+                names = api.list_repo_files(self.repo, revision=self.revision)
+            except Exception as error:
+                if not self._is_absent(error):
+                    raise self._explain(error) from None
+                names = []  # a server of files, and no hub
+        return [name for name in names if is_plain(name)]
+
+    def _cached_names(self) -> list[str]:
+        from huggingface_hub.file_download import repo_folder_name
+
+        place = self._cache() / repo_folder_name(repo_id=self.repo, repo_type="model")
+        ref = place / "refs" / self.revision
+        commit = ref.read_text().strip() if ref.is_file() else self.revision
+        snapshot = place / "snapshots" / commit
+        return [str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file()]
+
+    def _group(self, file: str | None) -> Group:
+        """The one checkpoint that its names tell, or that `file` is of."""
+        found = groups(self._names)
+        if file is not None:
+            if (known := next((g for g in found if file in g.files), None)) is not None:
+                return known
+            return Group((file,))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            refs = listing((f"hf:{self.repo}/{group.name}" for group in found), 30)
+            raise AmbiguousCheckpoint(
+                f"hf:{self.repo} holds {len(found)} checkpoints, and nothing says which is meant. "
+                f"Name one (@revision comes behind it): {refs}"
+            )
+        names = ", ".join(name for pair in WEIGHTS for name in pair)
+        told = f"hf:{self.repo}: no {CONFIG} in it, and no file that may be weights by its name"
+        missing = f"{CONFIG} and weights, in one of {names}, or a file that says what it is"
+        raise self._miss(NotACheckpoint(told), missing)
+
+    def _fetch_group(self, group: Group, weights: bool) -> tuple[Path, Path | None]:
+        """All of it, and what lies beside it that says its config or its vocabulary."""
+        from converters.dialects import every_dialect
+
+        self.first = group.name
+        before = f"{group.folder}/" if group.folder else ""
+        if not weights and self._cached(group.name) is None:
+            raise NotACheckpoint(
+                f"hf:{self.repo}: {group.name} says itself what it is, and is not here. "
+                "zoo.load fetches it; or download it, and give its path"
+            )
+        path = self._fetch(group.name)
+        if path is None:
+            told = f"hf:{self.repo}: no {group.name} in it"
+            raise self._miss(NotACheckpoint(told), group.name)
+        directory = path.parent
+        self.revision = (directory.parent if group.folder else directory).name
+        boxes = [box for _, _, box in every_dialect()]
+        wanted = {*COMPANIONS, "tokenizer.bin", "checkpoint"}
+        wanted |= {box.config for box in boxes if box.config.endswith(".json")}
+        wanted |= {name for box in boxes for name in box.names}
+        self._need([name for name in group.files if name != group.name])
+        self._need([before + name for name in sorted(wanted) if before + name in self._names])
+        return directory, path
+
+    def _has_weights(self) -> bool:
+        return any(self._has(name) for pair in WEIGHTS for name in pair)
+
+    # --- files that are ---
 
     def _modules(self, directory: Path) -> None:
         for name in SENTENCE_FILES:
@@ -275,12 +418,9 @@ class _Hub:
             if kind == "Dense":
                 any(self._fetch(f"{folder}/{name}") for name in MODULE_WEIGHTS)
 
-    def _config(self) -> Path:
+    def _config(self) -> Path | None:
         pinned = _COMMIT.fullmatch(self.revision) is not None
-        config = (self._cached(CONFIG) if pinned else None) or self._fetch(CONFIG)
-        if config is None:
-            raise self._miss(NotACheckpoint(f"hf:{self.repo}: no {CONFIG} in it"), CONFIG)
-        return config
+        return (self._cached(CONFIG) if pinned else None) or self._fetch(CONFIG)
 
     def _miss(self, otherwise: ZooError, missing: str) -> ZooError:
         """Why something is not there: nobody could be asked, or the repository lacks it."""
@@ -344,8 +484,7 @@ class _Hub:
         """The file in the cache, downloaded if need be; None where the repository lacks it."""
         import huggingface_hub as hf
 
-        # by branch only the config: that records in the cache which commit the branch stands for
-        if name != CONFIG and (known := self._look_up(name)) is not None:
+        if name != self.first and (known := self._look_up(name)) is not None:
             return known or None
         if self.unreachable:
             return self._cached(name)

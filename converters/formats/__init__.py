@@ -42,6 +42,7 @@ _DTYPES: dict[str, tuple[int, str | None]] = {
     "U64": (64, "uint64"),
 }
 BITS = {code: bits for code, (bits, _) in _DTYPES.items()}
+_NAMED = {name: code for code, (_, name) in _DTYPES.items() if name}
 RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 
@@ -99,6 +100,11 @@ def dtype_code(dtype: torch.dtype) -> str:
     if code is None:
         raise DtypeMismatch(f"{dtype}: no checkpoint format has a code for this dtype")
     return code
+
+
+def named_dtype(name: str) -> str | None:
+    """The code of a dtype by torch's name for it, without torch."""
+    return _NAMED.get(name)
 
 
 def itemsize(code: str) -> int:

@@ -149,6 +149,11 @@ class GGUFReader:
         place = self._places[name]
         return place.start, place.end
 
+    def size(self, name: str) -> int:
+        """Bytes that a tensor takes in the file."""
+        start, end = self.span(name)
+        return end - start
+
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file, or of a quantised tensor its numbers in F32."""
         import torch
@@ -160,24 +165,23 @@ class GGUFReader:
         dequantise(place.kind, self._bytes(place.start, place.end), out)
         return out.view(info.shape)
 
-    def numbers(self, name: str, start: int, end: int) -> Tensor:
-        """(end - start,) of a tensor's numbers in row-major order, decoding no others."""
+    def numbers(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """(rows, columns) of a tensor, all axes but the last being rows; no other is decoded."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
-        assert 0 <= start <= end <= info.numel
+        width = info.shape[-1] if info.shape else 1
         if place.kind.decode is None:
-            return self.tensor(name).view(-1)[start:end]
+            return self.tensor(name).view(-1, width)[rows, columns]
         block, size = place.kind.block, place.kind.size
-        first, last = start // block, -(-end // block)
-        out = torch.empty((last - first) * block)
-        if start < end:
-            raw = self._bytes(place.start + first * size, place.start + last * size)
-            dequantise(place.kind, raw, out)
-        return out[start - first * block :][: end - start]
+        first, last = columns.start // block, -(-columns.stop // block)
+        held = self._bytes(place.start, place.end).view(-1, width // block * size)
+        raw = held[rows, first * size : last * size]
+        out = torch.empty(len(raw), (last - first) * block)
+        dequantise(place.kind, raw.reshape(-1), out.view(-1))
+        return out[:, columns.start - first * block : columns.stop - first * block]
 
     def _bytes(self, start: int, end: int) -> Tensor:
-
         return self._file.bytes(start, end)
 
     def _place(self, name: str) -> _Place:

@@ -86,6 +86,10 @@ class Header(NamedTuple):
         """Whether an array is whole numbers, and behind them a scale for each group."""
         return self.version == 2 and not name.startswith("rms_")
 
+    def nbytes(self, name: str, count: int) -> int:
+        """Of so many numbers of an array."""
+        return count + count // self.group * 4 if self.groups(name) else 4 * count
+
     def problem(self) -> str:
         dim, _, _, heads, kv_heads, _, _ = self.sizes
         for name, value, most in zip(FIELDS, self.sizes, _MOST, strict=True):
@@ -108,8 +112,7 @@ class Header(NamedTuple):
         at, starts = self.size, dict[str, int]()
         for name, shape in self.arrays():
             starts[name] = at
-            count = prod(shape)
-            at += count + count // self.group * 4 if self.groups(name) else 4 * count
+            at += self.nbytes(name, prod(shape))
         return starts, at
 
 
@@ -170,6 +173,14 @@ class Llama2cReader:
             os.close(fd)
         self.values: dict[str, Any] = self.header.values
         self.tensors = {n: TensorInfo(n, shape, "F32") for n, shape in self.header.arrays()}
+        coarse = f"int8 in groups of {self.header.group}"
+        self.quantised = {n: coarse for n in self.tensors if self.header.groups(n)}
+
+    def size(self, name: str) -> int:
+        """Bytes that an array takes in the file."""
+        info = self.tensors[name]
+        groups = self.header.groups(name)
+        return info.numel + info.numel // self.header.group * 4 if groups else info.nbytes
 
     def span(self, name: str) -> tuple[int, int] | None:
         """Where an array's bytes lie as they are; None where they stand for others."""
@@ -185,19 +196,22 @@ class Llama2cReader:
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
         info = self.tensors[name]
         if self.header.groups(name):
-            return self.numbers(name, 0, info.numel).view(info.shape)
+            return self.numbers(name, *(slice(0, size) for size in info.shape))
         return self._file.tensor(self._starts[name], info.dtype, info.shape)
 
-    def numbers(self, name: str, start: int, end: int) -> torch.Tensor:
-        """(end - start,) of an array in groups, in row-major order; no others are made."""
-        group, at = self.header.group, self._starts[name]
-        first, last = start // group, -(-end // group)
-        whole = self._file.tensor(at + first * group, "I8", (last - first, group))
+    def numbers(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
+        """(rows, columns) of an array in groups, which may begin in one row and end in the next."""
+        import torch
+
+        group, at, info = self.header.group, self._starts[name], self.tensors[name]
+        width = info.shape[1]
+        whole = self._file.tensor(at, "I8", info.shape)[rows, columns]
+        down, across = (torch.arange(side.start, side.stop) for side in (rows, columns))
+        of = (down[:, None] * width + across) // group
+        first, last = int(of[0, 0]), int(of[-1, -1]) + 1
         # scales lie behind as many bytes as there are numbers, wherever that is
-        scales = self._file.tensor(
-            at + self.tensors[name].numel + 4 * first, "F32", (last - first, 1)
-        )
-        return (whole.float() * scales).view(-1)[start - first * group :][: end - start]
+        scales = self._file.tensor(at + info.numel + 4 * first, "F32", (last - first,))
+        return whole.float() * scales[of - first]
 
 
 # --- writing -------------------------------------------------------------------------------------

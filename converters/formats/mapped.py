@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # A private mapping is charged to the machine's memory as if all of it were to be written, and one
 # larger than that memory is refused. Weights are only read, so they ask for no reservation.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+_CHUNK = 16 << 20
 
 
 class MappedFile:
@@ -49,6 +52,13 @@ class MappedFile:
             return self.bytes(start, start + count * size).clone().view(kind).view(shape)
         flat = torch.frombuffer(self.data, dtype=kind, count=count, offset=start)
         return flat.view(shape)
+
+    def crc32(self, start: int, end: int) -> int:
+        with memoryview(self.data) as held:
+            crc = 0
+            for at in range(start, end, _CHUNK):
+                crc = zlib.crc32(held[at : min(at + _CHUNK, end)], crc)
+        return crc
 
     @property
     def data(self) -> mmap.mmap:

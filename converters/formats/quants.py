@@ -219,6 +219,8 @@ KINDS = {
     39: Kind("MXFP4", 32, 17, _mxfp4),
     40: Kind("NVFP4", 64, 36, _nvfp4),
 }
+
+
 # these look numbers up in long tables, or are no type of files
 UNREAD = {
     9: "Q8_1",

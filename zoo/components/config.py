@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 from zoo.components.activations import unknown
 from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
 
-MAX_LAYERS = 1000
+MAX_LAYERS = 512  # four times the deepest there is; as many are built in well under a second
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
 # whole numbers of which none, or minus one, means something

@@ -39,10 +39,11 @@ class Config(Rotated):
         return {"hidden": 4 * self.dim}
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
         if self.rope_share > 1:
             yield f"rope_share: {self.rope_share} is more than a head"
+        else:
+            yield from super().problems()
 
 
 class Block(nn.Module):

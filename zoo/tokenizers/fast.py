@@ -11,8 +11,10 @@ from typing import Any
 from converters.strict_json import parse_json
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.engines import Added, Stream, place, refusing
+from zoo.tokenizers.replacing import check_replacements, tables_in
 from zoo.tokenizers.settings import KINDS, Settings, read_bytes, read_text
 
+STRAYS = 0.01
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -146,10 +148,32 @@ def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
     from tokenizers import Tokenizer
 
     data = read_bytes(path)
-    parse_json(data, str(path), BadTokenizer)
+    said = parse_json(data, str(path), BadTokenizer)
     with refusing(path):
+        # a vocabulary has no tables, and half a million entries
+        for table in tables_in({key: value for key, value in said.items() if key != "model"}):
+            check_replacements(table)
         backend = Tokenizer.from_str(data.decode())
     return Fast(backend, wanted, path)
+
+
+def words_of(path: Path) -> list[str]:
+    """A word a line; its number is its id."""
+    words = [line.rstrip("\r") for line in read_text(path).split("\n")]
+    return words[:-1] if words[-1] == "" else words
+
+
+def lower_case(words: Sequence[str], settings: Settings) -> bool:
+    """Whether letters are made small: what is said, else what the words are.
+
+    Google's directories say it in their names alone. Where case counts many of the words have
+    capitals, in any language that knows them; elsewhere none has, but for strays.
+    """
+    said = settings.flag("do_lower_case")
+    if said is not None:
+        return said
+    plain = [word for word in words if not (word.startswith("[") and word.endswith("]"))]
+    return sum(word != word.lower() for word in plain) <= len(plain) * STRAYS
 
 
 def from_words(path: Path, settings: Settings) -> Fast:
@@ -157,9 +181,7 @@ def from_words(path: Path, settings: Settings) -> Fast:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import WordPiece
 
-    words = [line.rstrip("\r") for line in read_text(path).split("\n")]
-    if words[-1] == "":
-        words.pop()
+    words = words_of(path)
     ids = {word: id for id, word in enumerate(words)}
     roles = {**KINDS["bert"].roles, **{role: t.text for role, t in settings.named.items()}}
     unknown = roles["unk"]
@@ -170,7 +192,7 @@ def from_words(path: Path, settings: Settings) -> Fast:
     with refusing(path):
         backend = Tokenizer(WordPiece(ids, unk_token=unknown))
         backend.normalizer = normalizers.BertNormalizer(
-            lowercase=settings.flag("do_lower_case") is not False,
+            lowercase=lower_case(words, settings),
             handle_chinese_chars=settings.flag("tokenize_chinese_chars") is not False,
             strip_accents=settings.flag("strip_accents"),
         )

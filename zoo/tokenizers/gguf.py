@@ -18,6 +18,7 @@ from converters.strict_json import read_json
 from zoo.errors import BadTokenizer, LossyExport
 from zoo.tokenizers import bytelevel, llama2c
 from zoo.tokenizers.bytelevel import PATTERNS
+from zoo.tokenizers.fast import lower_case, words_of
 from zoo.tokenizers.settings import SETTINGS, Settings
 from zoo.tokenizers.unigrams import BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_model
 
@@ -433,7 +434,7 @@ def _of_words(path: Path) -> dict[str, Any]:
         lower = lower and normal.get("strip_accents") is not False
     else:
         settings = Settings.of(path.parent)
-        lower = settings.flag("do_lower_case") is not False
+        lower = lower_case(words_of(path), settings)
         lower = lower and settings.flag("strip_accents") is not False
     if not lower:
         raise _unsayable(path, "words whose case or accents count")

@@ -16,11 +16,13 @@ from zoo.errors import BadTokenizer, listing
 from zoo.tokenizers.engines import Added, refusing
 from zoo.tokenizers.fast import Fast
 from zoo.tokenizers.pieces import MOST, SPACE
+from zoo.tokenizers.replacing import check_replacements
 from zoo.tokenizers.settings import KINDS, Settings, read_bytes
 
 # kinds of a piece, and of a model
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 UNIGRAM = 1
+MOST_SETTINGS = 4 << 20  # bytes; the largest published table of characters has 300 thousand
 FIRST = ("bos", "pad", "eos", "unk")
 
 
@@ -101,14 +103,19 @@ def _check(model: Model, path: Path) -> None:
 def read_model(path: Path) -> Model:
     """The three fields that count, of the message that a model's file is."""
     messages: dict[int, list[bytes]] = {1: [], 2: [], 3: []}
+    left = MOST_SETTINGS
     try:
         for number, value in _fields(read_bytes(path)):
             if number in messages:
                 messages[number].append(_bytes(value))
+                left -= len(value) if number > 1 else 0
+                if left < 0:
+                    raise ValueError(f"settings of more than {MOST_SETTINGS} bytes")
         pieces = [_piece(message) for message in messages[1]]
         kind = dict(_fields(b"".join(messages[2]))).get(3, UNIGRAM)
         normal = dict(_fields(b"".join(messages[3])))
         characters = _bytes(normal.get(2, b""))
+        check_replacements(characters)
     except ValueError as error:
         raise BadTokenizer(f"{path}: no model of sentencepiece: {error}") from None
     return Model(pieces, kind, characters, bool(normal.get(3, 1)), bool(normal.get(4, 1)))

@@ -1,0 +1,253 @@
+"""torch.save's pickle, read as data: a dict of tensors is a few opcodes, and no others are known.
+
+Python's unpickler calls what a file names, and torch's needs torch. Here names are only compared.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zoo.errors import CorruptCheckpoint, listing
+
+MAX_RANK = 64  # torch's
+MAX_GIVEN = 8
+EXPLAINED = 1 << 20  # bytes of a pickle that are read again, to say what is wrong
+# All that a dict of plain tensors needs.
+_NEEDED = re.compile(
+    r"collections OrderedDict"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
+    r"|torch (\w+Storage|Size|u?int\d+|float\d+\w*|bfloat16|complex\d+|bool)"
+    r"|torch\.storage (Untyped|Typed)Storage"
+)
+# opcodes that name a class by what was pushed before, or by a number
+_HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}
+_STORED = {  # a storage's class -> torch's dtype
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Untyped": "uint8",
+    "Bool": "bool",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}
+
+
+class Storage(NamedTuple):
+    """So many numbers of torch's `dtype` in a record."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+class Array(NamedTuple):
+    """A tensor: how `dtype`s in a storage are to be looked at."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Name(NamedTuple):
+    """What a pickle calls by a module and a name, and this leaves alone."""
+
+    text: str
+
+    @property
+    def last(self) -> str:
+        return self.text.rpartition(" ")[2]
+
+
+def read(path: Path, data: bytes) -> Any:
+    """Dicts, lists, tuples, text, numbers and Arrays; whatever else is refused by its name."""
+    try:
+        return _run(data)
+    except Exception as error:  # any that malformed operands lead to
+        raise CorruptCheckpoint(f"{path}: {_explained(data, error)}") from None
+
+
+def _explained(data: bytes, error: Exception) -> str:
+    if len(data) > EXPLAINED:
+        return f"its pickle is none that torch.save writes ({error}). Nothing was run."
+    try:
+        codes = [(code.name, arg) for code, arg, _ in pickletools.genops(data)]
+    except Exception as why:  # likewise
+        return f"data.pkl is no pickle: {why}"
+    if odd := sorted({name for name, _ in codes} & _HIDDEN):
+        words = [str(arg) for name, arg in codes if "UNICODE" in name]
+        return (
+            f"its pickle names what it needs by {', '.join(odd)}, as torch.save does not; "
+            f"among its words: {listing(words, 5)}. Nothing was run. Save the bare state_dict() "
+            "again with torch.save's own protocol"
+        )
+    named = {str(arg) for name, arg in codes if name == "GLOBAL"}
+    if blocked := sorted(name for name in named if not _NEEDED.fullmatch(name)):
+        names = listing(name.replace(" ", ".") for name in blocked)
+        return (
+            f"its pickle asks for {names}, which weights do not need. Nothing was run. "
+            "If you trust its author, save the bare state_dict() again from the original code."
+        )
+    return f"its pickle is none that torch.save writes ({error}). Nothing was run."
+
+
+# --- the opcodes ---------------------------------------------------------------------------------
+
+_NUMBERS = {
+    b"J": struct.Struct("<i"),
+    b"K": struct.Struct("<B"),
+    b"M": struct.Struct("<H"),
+    b"G": struct.Struct(">d"),
+    b"q": struct.Struct("<B"),
+    b"r": struct.Struct("<I"),
+    b"h": struct.Struct("<B"),
+    b"j": struct.Struct("<I"),
+    b"\x80": struct.Struct("<B"),
+}
+_TEXTS = {b"X": struct.Struct("<I"), b"U": struct.Struct("<B"), b"\x8a": struct.Struct("<B")}
+_NEW: dict[bytes, Callable[[], Any]] = {
+    b"}": dict,
+    b"]": list,
+    b"\x8f": list,  # a set is what it lists
+    b")": tuple,
+    b"N": lambda: None,
+    b"\x88": lambda: True,
+    b"\x89": lambda: False,
+}
+_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
+
+
+def _run(data: bytes) -> Any:
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    at = 0
+
+    def above(start: int) -> list[Any]:
+        if start < 0:
+            raise ValueError("it takes what it did not push")
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    while True:
+        code = data[at : at + 1]
+        at += 1
+        if (number := _NUMBERS.get(code)) is not None:
+            (value,) = number.unpack_from(data, at)
+            at += number.size
+            if code in b"qr":
+                memo[value] = stack[-1]
+            elif code in b"hj":
+                stack.append(memo[value])
+            elif code != b"\x80":  # the protocol's
+                stack.append(value)
+        elif (make := _NEW.get(code)) is not None:
+            stack.append(make())
+        elif code == b"(":
+            marks.append(len(stack))
+        elif code == b"t":
+            stack.append(tuple(above(marks.pop())))
+        elif (count := _TUPLES.get(code)) is not None:
+            stack.append(tuple(above(len(stack) - count)))
+        elif (length := _TEXTS.get(code)) is not None:
+            (size,) = length.unpack_from(data, at)
+            at += length.size + size
+            held = data[at - size : at]
+            if len(held) != size:
+                raise ValueError("it ends within a text")
+            stack.append(_said(code, held))
+        elif code == b"Q":
+            stack.append(_storage(*stack.pop()))
+        elif code in (b"R", b"\x81"):
+            function, given = above(len(stack) - 2)
+            stack.append(_made(function, given))
+        elif code in (b"s", b"u"):
+            pairs = above(marks.pop() if code == b"u" else len(stack) - 2)
+            _put(stack[-1], pairs)
+        elif code in (b"a", b"e", b"\x90"):
+            stack[-2 if code == b"a" else marks[-1] - 1].extend(
+                above(len(stack) - 1 if code == b"a" else marks.pop())
+            )
+        elif code == b"b":  # attributes of a dict, which are about how it was made
+            stack.pop()
+        elif code == b"c":
+            end = data.index(b"\n", data.index(b"\n", at) + 1)
+            stack.append(_named(data[at:end].decode()))
+            at = end + 1
+        elif code == b".":
+            return stack.pop()
+        else:
+            raise ValueError(f"opcode {code!r}")
+
+
+def _said(code: bytes, held: bytes) -> Any:
+    if code == b"\x8a":
+        return int.from_bytes(held, "little", signed=True)
+    return held.decode("utf-8" if code == b"X" else "latin-1")
+
+
+def _named(text: str) -> Name:
+    name = Name(text.replace("\n", " "))
+    if not _NEEDED.fullmatch(name.text):
+        raise ValueError(f"the name {name.text!r}")
+    return name
+
+
+def _put(into: Any, pairs: list[Any]) -> None:
+    if type(into) is not dict or len(pairs) % 2:
+        raise ValueError("items that are set in no dict")
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if key is not None and type(key) not in (str, int, float, bool):
+            raise ValueError(f"a key that is a {type(key).__name__}")
+        into[key] = value
+
+
+def _storage(kind: str, of: Name, key: str, device: str, numel: int) -> Storage:
+    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+        raise ValueError("a storage that is none")
+    name = of.last.removesuffix("Storage")
+    return Storage(key, _STORED.get(name, name), numel)
+
+
+def _made(function: Any, given: Any) -> Any:
+    """A tensor, a parameter's, a dict; of others that they are there."""
+    if type(function) is not Name or type(given) is not tuple:
+        raise ValueError("a call of what is no name")
+    if len(given) > MAX_GIVEN:  # one tuple may stand in many calls
+        raise ValueError(f"a call with {len(given)} arguments")
+    match function.last:
+        case "OrderedDict":
+            if given:  # as Python 2 wrote it
+                raise ValueError("a dict made of another")
+            return {}
+        case "_rebuild_parameter" if type(given[0]) is Array:
+            return given[0]
+        case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3":
+            storage, offset, shape, stride, *more = given
+            dtype = more[2].last if function.last.endswith("v3") else storage.dtype
+            return _array(storage, dtype, offset, shape, stride)
+    return function
+
+
+def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Array:
+    if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
+        raise ValueError("a tensor of no storage")
+    if len(shape) > MAX_RANK or len(shape) != len(stride):
+        raise ValueError(f"a tensor of {len(shape)} axes and {len(stride)} steps")
+    numbers = (offset, *shape, *stride)
+    if any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("a tensor whose shape or stride is none")
+    return Array(storage, dtype, offset, shape, stride)

@@ -1,0 +1,67 @@
+"""What may be weights in a repository, by the names of its files: nothing of them is here yet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+# several files that are one checkpoint: the first of them, and what the others look like
+_SEVERAL = (
+    (re.compile(r"(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf"), "{stem}-?????-of-{count}.gguf"),
+    (re.compile(r"(?P<stem>.*)\.00\.pth"), "{stem}.[0-9][0-9].pth"),
+    (re.compile(r"(?P<stem>.+)\.index"), "{stem}.data-*"),
+)
+_WEIGHTS = (".gguf", ".index", ".pth", ".pt", ".bin")
+# what ends like weights and is none, or is those that a config.json and an index are of
+_OTHER = (
+    *("pytorch_model*.bin", "training_args.bin", "tokenizer.bin"),
+    *("optimizer*", "scheduler*", "rng_state*", "scaler*"),
+)
+MAX_DEPTH = 2  # a folder and the file in it
+
+
+class Group(NamedTuple):
+    """Files that are one checkpoint, the one that stands for all of them first."""
+
+    files: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.files[0]
+
+    @property
+    def folder(self) -> str:
+        return self.name.rpartition("/")[0]
+
+
+def groups(names: Iterable[str]) -> list[Group]:
+    """Every checkpoint that files of these names may be, without those of a config.json."""
+    names = sorted(n for n in names if len(PurePosixPath(n).parts) <= MAX_DEPTH)
+    found, taken = list[Group](), set[str]()
+    for name in names:
+        last = name.rpartition("/")[2]
+        odd = any(fnmatchcase(last, pattern) for pattern in _OTHER)
+        if name in taken or odd or not last.endswith(_WEIGHTS):
+            continue
+        more = [other for other in names if other != name and _belongs(name, other)]
+        if last.endswith(".index") and not more:
+            continue  # of something else
+        found.append(Group((name, *more)))
+        taken |= {name, *more}
+    return found
+
+
+def _belongs(first: str, other: str) -> bool:
+    for whole, like in _SEVERAL:
+        if (match := whole.fullmatch(first)) is not None:
+            words = {name: _literal(word) for name, word in match.groupdict().items()}
+            return fnmatchcase(other, like.format(**words))
+    return False
+
+
+def _literal(text: str) -> str:
+    """As fnmatch takes no sign of it for a pattern."""
+    return re.sub(r"[*?[]", r"[\g<0>]", text)

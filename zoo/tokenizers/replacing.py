@@ -1,0 +1,43 @@
+"""The tables by which SentencePiece replaces characters, looked at before `tokenizers` reads them.
+
+A table is a double array, as Darts has it, and behind it texts that each end with a zero.
+`tokenizers` takes as much memory as the table says that it has, and ends the process where there is
+not as much. sentencepiece looks at its tables itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+_BLOCK = 256  # units, which a byte of text chooses among
+
+
+def check_replacements(table: bytes) -> None:
+    """ValueError where anything in a table points outside it; an empty one replaces nothing."""
+    if not table:
+        return
+    size = int.from_bytes(table[:4], "little")
+    texts = table[4 + size :]
+    if len(table) < 4 or size % (4 * _BLOCK) or not size or not texts.endswith(b"\0"):
+        raise ValueError(f"a table of {len(table)} bytes for characters, of which {size} are units")
+    units = struct.unpack(f"<{size // 4}I", table[4 : 4 + size])
+    for at, unit in enumerate(units):
+        if unit >> 31:  # where a text begins
+            sound = unit & 0x7FFFFFFF < len(texts)
+        else:
+            below = at ^ (unit >> 10 << (unit >> 6 & 8))
+            sound = below < len(units) and (not unit >> 8 & 1 or bool(units[below] >> 31))
+        if not sound:
+            raise ValueError(f"a table for characters, whose unit {at} points outside it")
+
+
+def tables_in(data: Any) -> Iterator[bytes]:
+    """Those in a tokenizer.json."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if key == "precompiled_charsmap" and isinstance(value, str):
+            yield base64.b64decode(value)
+        elif isinstance(value, dict | list):
+            yield from tables_in(value)
