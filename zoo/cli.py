@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("ref", metavar="NAME|DIR", nargs="?", help="a name or a directory")
     which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
+    does = "published outputs, of a file or a name, beside the reference or in its place"
+    command.add_argument("--golden", metavar="NAME|FILE", help=does)
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_verify)
 
@@ -341,7 +343,7 @@ def _ends(names: Sequence[str]) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    report = zoo.verify(options.ref, all=options.all, progress=_progress)
+    report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
     if options.json:
         print(_json(report.to_json()))
     else:
