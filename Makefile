@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all check format lint types mutants formats faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
+.PHONY: help setup demo test test-fast test-all check format lint types mutants formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -46,6 +46,9 @@ types: $(READY)
 
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
+
+report: $(READY) ## all that parity measures as a page in report/, and evidence.json anew
+	@$(RUN) -m zoo verify --all --html report && cp report/report.json evidence.json
 
 formats: $(READY) ## each dialect to each other and back, of every architecture: docs/formats.md
 	@$(RUN) tools/parity.py --formats --write docs/formats.md

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
 
 
-def list_checkpoints() -> list[registry.CheckpointEntry]:
-    """Every checkpoint that has a name."""
-    return list(registry.checkpoints().values())
+def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry]:
+    """Every checkpoint that has a name; `verified`: of what the last full run has proven."""
+    proven = registry.evidence() if verified else {}
+    entries = registry.checkpoints().values()
+    return [e for e in entries if not verified or proven.get(e.architecture, {}).get("ok")]
 
 
 @dataclass(frozen=True)

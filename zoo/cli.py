@@ -7,13 +7,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from zoo import catalog
+from zoo import catalog, registry
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = commands.add_parser("list", help="the checkpoints that have a name")
+    command.add_argument(
+        "--verified",
+        action="store_true",
+        help="those of proven architectures, and what was measured",
+    )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_list)
 
@@ -101,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
     does = "published outputs, of a file or a name, beside the reference or in its place"
     command.add_argument("--golden", metavar="NAME|FILE", help=does)
+    command.add_argument(
+        "--html", metavar="DIR", type=Path, help="a page of it, with planted bugs, and report.json"
+    )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_verify)
 
@@ -263,11 +271,14 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    entries = catalog.list_checkpoints()
+    entries = catalog.list_checkpoints(verified=options.verified)
+    proven = registry.evidence() if options.verified else {}
     if options.json:
-        print(_json([entry.to_json() for entry in entries]))
+        told = [{**e.to_json(), **_proof(proven.get(e.architecture))} for e in entries]
+        print(_json(told))
         return OK
-    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION")
+    proof = PROOF if options.verified else ()
+    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION", *proof)
     rows = [
         (
             entry.name,
@@ -276,11 +287,26 @@ def _list(options: argparse.Namespace) -> int:
             entry.licence,
             entry.repo,
             _revision(entry.revision, entry.pinned),
+            *_proof(proven.get(entry.architecture)).values(),
         )
         for entry in entries
     ]
     print(_table([head, *rows], right={2}))
     return OK
+
+
+PROOF = ("VERIFIED", "FP64", "FP32", "BF16", "MUTANTS")
+
+
+def _proof(measured: Mapping[str, Any] | None) -> dict[str, str]:
+    """When an architecture was proven, and the worst of what was measured."""
+    if measured is None:
+        return {}
+    status = list(measured["mutants"].values())
+    killed = f"{status.count('killed')}/{len(status) - status.count('n.a.')}"
+    shown = [measured["checks"][name]["shown"] for name in ("fp64", "fp32", "bf16")]
+    names = (name.lower() for name in PROOF)
+    return dict(zip(names, (measured["date"], *shown, killed), strict=True))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -344,6 +370,15 @@ def _ends(names: Sequence[str]) -> str:
 
 def _verify(options: argparse.Namespace) -> int:
     report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
+    if options.html is not None:
+        from zoo.parity.evidence import gather
+        from zoo.parity.page import page
+
+        run = gather(report, tell=lambda name: passing(f"{name}: planted bugs", sys.stderr))
+        passing("", sys.stderr)
+        options.html.mkdir(parents=True, exist_ok=True)
+        (options.html / "index.html").write_text(page(run), encoding="utf-8")
+        (options.html / "report.json").write_text(_json(run.to_json()) + "\n", encoding="utf-8")
     if options.json:
         print(_json(report.to_json()))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -320,10 +321,17 @@ def _raise(problems: Any) -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _path() -> Path:
+def _path(name: str = "registry.yaml") -> Path:
     """Beside this file in an installed package, at the root in a checkout."""
-    beside = Path(__file__).with_name("registry.yaml")
+    beside = Path(__file__).with_name(name)
     return beside if beside.is_file() else beside.parents[1] / beside.name
+
+
+@cache
+def evidence() -> Mapping[str, Mapping[str, Any]]:
+    """Architecture -> what the last full run of the parity protocol measured, and when."""
+    run = json.loads(_path("evidence.json").read_text(encoding="utf-8"))
+    return {each["name"]: {**each, "date": run["date"]} for each in run["architectures"]}
 
 
 def _section(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def verify(
     for done, job in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs), job.name)
+        started = time.perf_counter()
         report.rows.extend(_run(job, seed))
+        report.seconds[job.name] = time.perf_counter() - started
     if progress is not None:
         progress(len(jobs), len(jobs), "")
     return report

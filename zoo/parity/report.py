@@ -40,6 +40,7 @@ class Row:
 @dataclass
 class Report:
     rows: list[Row] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # how long each subject took
 
     @property
     def ok(self) -> bool:
