@@ -368,6 +368,13 @@ def test_what_cannot_be_done_with_an_adapter(tmp_path: Path) -> None:
         model.merge_adapter()
     with pytest.raises(UsageError, match="Did you mean c_attn"):
         model.add_adapter(["c_atn"])
+    for options, told in (
+        ({"r": 0}, "r: "),
+        ({"dropout": 2}, "dropout: "),
+        ({"alpha": "x"}, "alpha"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            model.add_adapter(["wte"], **options)
     model.add_adapter(["wte"], r=2)
     with pytest.raises(UsageError, match="merge it first"):
         model.add_adapter(["c_attn"])

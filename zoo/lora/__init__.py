@@ -99,7 +99,7 @@ def add_adapter(
         raise UsageError(f"targets={targets!r}: expected several names")
     _check(model)
     settings = Settings(r, alpha, dropout, rslora)
-    text = peft.config_text(settings, sorted(targets), None)
+    text = peft.config_text(settings, sorted(targets))
     places, like = Places(model, _native(model)), next(model.parameters())
     factors, known = dict[str, Factors](), set[str]()
     for name, info in places.header().items():

@@ -270,14 +270,10 @@ def output(files: Files) -> Output:
     return Output((shard,), {CONFIG: files.config.encode()}, said={"to": "peft"})
 
 
-def config_text(settings: Settings, modules: list[str], base: str | None) -> str:
-    """An adapter_config.json that peft reads: of its fields, those that are not its defaults."""
-    if not _is_rank(settings.rank) or not _is_number(settings.alpha):
-        raise UsageError(
-            f"r={settings.rank!r}, alpha={settings.alpha!r}: expected positive numbers"
-        )
+def config_text(settings: Settings, modules: list[str]) -> str:
+    """An adapter_config.json that peft reads."""
     config = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "lora_alpha": settings.alpha,
@@ -288,4 +284,6 @@ def config_text(settings: Settings, modules: list[str], base: str | None) -> str
         "task_type": None,
         "use_rslora": settings.rslora,
     }
+    if problems := list(_problems(config)):
+        raise UsageError("; ".join(problems))
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -28,10 +28,6 @@ class Place(NamedTuple):
     columns: tuple[int, Tensor]
 
 
-class Unknown(PlanError):
-    """A name that the model has nothing for."""
-
-
 class Places:
     """Names as files have them, with and without the prefix; as memory has them, where told."""
 
@@ -69,7 +65,7 @@ class Places:
         found = next((self._at[form] for form in forms if form in self._at), None)
         if found is None:
             near = did_you_mean(bare, self._at)
-            raise Unknown(f"{name}: the model has nothing of that name.{near}")
+            raise PlanError(f"{name}: the model has nothing of that name.{near}")
         plan, step, n = found
         return plan.header[step.sources[n]], step, n
 
@@ -90,8 +86,7 @@ class Places:
         key = id(step.transform), n
         if key not in self._maps:
             self._maps[key] = list(_carried(step, n, shape))
-        names = dict(zip(range(len(step.targets)), step.targets, strict=True))
-        return [each._replace(native=names[int(each.native)]) for each in self._maps[key]]
+        return [e._replace(native=step.targets[int(e.native)]) for e in self._maps[key]]
 
 
 def _carried(step: Step, n: int, shape: tuple[int, ...]) -> Iterator[Place]:
