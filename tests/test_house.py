@@ -56,6 +56,7 @@ EXCEPTIONS = {
     ("zoo/components/model.py", "zoo.conversion"): "save_pretrained on the class, when called",
     ("zoo/components/model.py", "zoo.generation"): "generate on the model, when called",
     ("zoo/components/model.py", "zoo.inside"): "looking inside, on the model, when called",
+    ("zoo/components/model.py", "zoo.lora"): "adapters on the model, when asked for",
     ("zoo/components/model.py", "zoo.tokenizers"): "the tokenizer beside the weights, when asked",
 }
 

@@ -176,6 +176,8 @@ def test_a_bad_architecture_is_named(entry: Any, says: str) -> None:
         ({"architecture": "aa"}, r"checkpoints\.c: no architecture is called 'aa'.*a\?"),
         ({"class": "AModels"}, r"a has no class 'AModels'.*AModel\?"),
         ({"sha": "0"}, "unknown field sha"),
+        ({"file": "../x.bin"}, "file: expected a path within"),
+        ({"golden": "/x.json"}, "golden: expected a path within"),
     ],
 )
 def test_a_bad_checkpoint_is_named(change: dict[str, Any], says: str) -> None:

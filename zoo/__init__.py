@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zoo.errors import ZooError as ZooError
     from zoo.filling import fill as fill
     from zoo.generation import generate_text as generate
+    from zoo.optimizers import convert_optimizer as convert_optimizer
     from zoo.parity import verify as verify
     from zoo.parity.diff import diff as diff
     from zoo.prepared import prepare as prepare
@@ -33,6 +34,7 @@ _HOMES = {
     "load": ("zoo.pretrained", "load"),
     "prepare": ("zoo.prepared", "prepare"),
     "convert": ("zoo.converting", "convert"),
+    "convert_optimizer": ("zoo.optimizers", "convert_optimizer"),
     "save": ("zoo.conversion", "save"),
     "generate": ("zoo.generation", "generate_text"),
     "Cache": ("zoo.components.cache", "Cache"),
@@ -52,6 +54,7 @@ __all__ = [
     "Cache",
     "ZooError",
     "convert",
+    "convert_optimizer",
     "diff",
     "embed",
     "fill",

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run
+        going_on = options.run is _convert and not options.dry_run and not options.adapter
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("ref", metavar="NAME|DIR", nargs="?", help="a name or a directory")
     which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
+    does = "published outputs, of a file or a name, beside the reference or in its place"
+    command.add_argument("--golden", metavar="NAME|FILE", help=does)
     command.add_argument(
         "--html", metavar="DIR", type=Path, help="a page of it, with planted bugs, and report.json"
     )
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
+    command.add_argument("--adapter", metavar="DIR", type=_place, help="of peft's LoRA, merged in")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
     pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
@@ -366,7 +369,7 @@ def _ends(names: Sequence[str]) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    report = zoo.verify(options.ref, all=options.all, progress=_progress)
+    report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
     if options.html is not None:
         from zoo.parity.evidence import gather
         from zoo.parity.page import page
@@ -409,6 +412,8 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         from zoo.converting import dry_run
 
+        if options.adapter:
+            raise UsageError("--dry-run: an adapter is merged in memory, and no plan shows it")
         asked |= {"dtype": options.dtype, "max_shard_size": options.shard, "part": options.part}
         print(dry_run(options.ref, to=options.to, **asked))
         return OK
@@ -425,6 +430,7 @@ def _convert(options: argparse.Namespace) -> int:
         restart=options.restart,
         part=options.part,
         allow_nonfinite=options.allow_nonfinite,
+        adapter=options.adapter,
         sha256=not options.no_sha256,
         tell=show,
         **more,

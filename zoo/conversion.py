@@ -40,6 +40,7 @@ from zoo.errors import (
 )
 from zoo.exporting import Export, dialects, export, same_config, with_zeros
 from zoo.graphs import GRAPHS
+from zoo.lora.layers import Lora
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Provenance, Ref, native_of
 from zoo.sentences import SentenceModel
@@ -93,6 +94,11 @@ def save(
         raise UsageError(
             "a prepared model holds its weights as this machine's kernels want them, and no file "
             "does: save the model as it was before zoo.prepare, or load it again"
+        )
+    if any(isinstance(part, Lora) for part in model.modules()):
+        raise UsageError(
+            "an adapter stands beside the weights: merge_adapter() adds it to them, save_adapter() "
+            "writes it alone, remove_adapter() leaves it away"
         )
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")

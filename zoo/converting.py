@@ -41,6 +41,7 @@ from zoo.conversion import (
     native_record,
     origin_of,
     said_of,
+    save,
     split,
     unpacked,
 )
@@ -53,6 +54,7 @@ from zoo.pretrained import (
     Ref,
     check_trust,
     dtype_of,
+    load,
     locate,
     native_of,
     prove,
@@ -80,6 +82,7 @@ def convert(
     allow_nonfinite: bool = False,
     sha256: bool = True,
     tell: Tell = lambda event: None,
+    adapter: Ref | None = None,
     **options: Any,
 ) -> Path:
     """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
@@ -91,10 +94,22 @@ def convert(
     offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
     happens. Further options are those of `zoo.load`: head, config, revision, token, trust …
-    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
+    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are. An
+    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written.
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
+    if adapter is not None:
+        if part is not None:
+            raise UsageError("part: a model with an adapter is written whole, from memory")
+        model = load(src, dtype=dtype, adapter=adapter, merge=True, **options)
+        assert model.provenance is not None
+        dst = checked_destination(dst, model.provenance.directory, force)
+        kept: dict[str, Any] = {
+            "allow_nonfinite": allow_nonfinite,
+            "max_shard_size": max_shard_size,
+        }
+        return save(model, dst, to=to, force=force, layout=layout, **kept)
     share = None if part is None else _part(part)
     found, chosen = _located(src, to, options)
     dst = checked_destination(dst, found.source.directory, force)

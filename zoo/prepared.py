@@ -33,6 +33,7 @@ from zoo.components.moe import Experts
 from zoo.components.norm import OffsetRMSNorm, RMSNorm
 from zoo.components.rotary import Rotary
 from zoo.errors import InputError, MissingDependency, UsageError
+from zoo.lora.layers import Lora
 
 M = TypeVar("M", bound=Model)
 
@@ -524,6 +525,8 @@ def _check(model: Any, sample: Any) -> None:
         raise UsageError("a prepared model cannot be prepared again. Load it anew")
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if any(isinstance(part, Lora) for part in model.modules()):
+        raise UsageError("an adapter stands beside the weights: merge_adapter() first")
     if any(p.is_meta for p in model.parameters()):
         raise UsageError("a model on the meta device has no weights to prepare")
     if len({(p.dtype, p.device) for p in model.parameters()}) != 1:

@@ -237,6 +237,8 @@ def load(
     modules: bool = True,
     verify: bool = False,
     prepare: bool = False,
+    adapter: Ref | None = None,
+    merge: bool = False,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
@@ -245,12 +247,18 @@ def load(
     on disk that win where tied ones differ. `weights="random"` initialises as the original does.
     A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
-    `prepare` makes it fast for inference and for nothing else, as `zoo.prepare` does.
+    `prepare` makes it fast for inference and for nothing else, as `zoo.prepare` does. `adapter` is
+    a LoRA directory of peft's: it stands beside the weights, to be trained on, or is added to them
+    with `merge`.
     """
     _check_arguments(head, device, config, ignore_config, trust)
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
-    kind = dtype_of(dtype)
+    if merge and adapter is None:
+        raise UsageError("merge=True: there is no adapter to merge")
+    if prepare and adapter is not None and not merge:
+        raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
+    kind, adapted = dtype_of(dtype), partial(_adapted, adapter=adapter, merge=merge)
     with _uncollected():
         found = locate(
             ref,
@@ -267,20 +275,27 @@ def load(
         if verify and weights == "checkpoint":
             _verify(directory)
         if weights == "random":
-            model = _random(found, given, kind, device)
+            model = adapted(_random(found, given, kind, device))
         elif modules and head is expect is None and (directory / sources.MODULES).is_file():
             from zoo.sentences import headless, with_steps
 
             alone = found._replace(heads=headless(found.heads, found.entry.model))
-            model = fill(alone, config=given, dtype=kind, device=device, trust=trust)
-            model = with_steps(model, directory)
+            inner = fill(alone, config=given, dtype=kind, device=device, trust=trust)
+            model = with_steps(adapted(inner), directory)
         else:
-            model = fill(found, config=given, dtype=kind, device=device, trust=trust)
+            model = adapted(fill(found, config=given, dtype=kind, device=device, trust=trust))
     if prepare:
         from zoo.prepared import prepare as make_fast
 
         return make_fast(model)
     return model
+
+
+def _adapted(model: Model, adapter: Ref | None, merge: bool) -> Model:
+    if adapter is None:
+        return model
+    model.load_adapter(adapter)
+    return model.merge_adapter() if merge else model
 
 
 def _check_arguments(head: Any, device: Any, config: Any, ignore: Any, trust: Any) -> None:

@@ -70,6 +70,8 @@ class CheckpointEntry(NamedTuple):
     parameters: int
     reference_class: str
     config: Mapping[str, Any]
+    file: str = ""  # in a repository of several: the one that is this checkpoint
+    golden: str = ""  # a file in zoo/parity/golden: published outputs
 
     @property
     def pinned(self) -> bool:
@@ -186,6 +188,10 @@ _TEXT: _Check = (_is_text, "some text")
 _MAPPING: _Check = (_is_mapping, "a mapping")
 _HEADS: _Check = (_is_heads, "reference classes, each with a head or a list of heads")
 _REPO_ID: _Check = (lambda v: _is_text(v) and bool(_REPO.fullmatch(v)), "org/name")
+_PLAIN: _Check = (
+    lambda v: _is_text(v) and not {"", ".", ".."} & {*v.split("/")} and "\\" not in v,
+    "a path within",
+)
 _COUNT: _Check = (lambda v: type(v) is int and v > 0, "a positive whole number")
 _FLAG: _Check = (lambda v: type(v) is bool, "true or false")
 
@@ -204,6 +210,8 @@ _CHECKPOINT = {
     "parameters": _COUNT,
     "class": _TEXT,
     "config": _MAPPING,
+    "file": _PLAIN,
+    "golden": _PLAIN,
 }
 _VARIANT = {"class": _TEXT, "config": _MAPPING, "untied": _FLAG}
 
@@ -224,7 +232,7 @@ def parse_architectures(data: Any) -> dict[str, Architecture]:
 
 
 def parse_checkpoints(data: Any, known: Mapping[str, Architecture]) -> dict[str, CheckpointEntry]:
-    entries = _entries("checkpoints", data, _CHECKPOINT)
+    entries = _entries("checkpoints", data, _CHECKPOINT, optional=("file", "golden"))
     problems = []
     for name, entry in entries.items():
         where = f"checkpoints.{name}"
@@ -242,6 +250,8 @@ def parse_checkpoints(data: Any, known: Mapping[str, Architecture]) -> dict[str,
             entry["parameters"],
             reference_class=entry["class"],
             config=entry["config"],
+            file=entry.get("file", ""),
+            golden=entry.get("golden", ""),
         )
         for name, entry in entries.items()
     }

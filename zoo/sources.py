@@ -100,7 +100,7 @@ def resolve(
     """
     file = None
     if (entry := named(ref)) is not None:
-        repo, revision = entry.repo, revision or entry.revision
+        repo, file, revision = entry.repo, entry.file or None, revision or entry.revision
     elif isinstance(ref, str) and ref.startswith("hf:"):
         repo, file, revision = _parse_hub(ref, revision)
     elif isinstance(ref, str | os.PathLike):

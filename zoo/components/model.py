@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from zoo.inside import Kept
+    from zoo.lora import Adapter
     from zoo.pretrained import Provenance
     from zoo.tokenizers import Tokenizer
 
@@ -32,6 +34,7 @@ class Model(nn.Module):
         self.config: Any = config
         self.provenance: Provenance | None = None
         self.architecture = ""  # the registry's name, once loaded through it
+        self.adapter: Adapter | None = None  # low-rank factors beside the weights
 
     @classmethod
     def from_pretrained(cls, ref: str | PathLike[str], **options: Any) -> Self:
@@ -45,6 +48,36 @@ class Model(nn.Module):
         from zoo.conversion import save
 
         save(self, directory, **options)
+
+    def load_adapter(self, directory: str | PathLike[str]) -> Self:
+        """A LoRA directory of peft's beside the weights; from here on its factors are trained."""
+        from zoo.lora import load_adapter
+
+        return load_adapter(self, directory)  # type: ignore[return-value]
+
+    def add_adapter(self, targets: Collection[str], **options: Any) -> Self:
+        """A new one, on the reference's modules so called; options: r, alpha, dropout, rslora."""
+        from zoo.lora import add_adapter
+
+        return add_adapter(self, targets, **options)  # type: ignore[return-value]
+
+    def merge_adapter(self) -> Self:
+        """The adapter added to the weights."""
+        from zoo.lora import merge_adapter
+
+        return merge_adapter(self)  # type: ignore[return-value]
+
+    def remove_adapter(self) -> Self:
+        """The model as it was before the adapter."""
+        from zoo.lora import remove_adapter
+
+        return remove_adapter(self)  # type: ignore[return-value]
+
+    def save_adapter(self, directory: str | PathLike[str], **options: Any) -> None:
+        """The adapter alone, as a directory that peft loads."""
+        from zoo.lora import save_adapter
+
+        save_adapter(self, directory, **options)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from zoo.parity.report import Report, Row
 
 if TYPE_CHECKING:
+    from zoo.parity.golden import Golden
     from zoo.registry import Architecture
     from zoo.sources import Source
 
@@ -29,19 +30,27 @@ def verify(
     variants: Collection[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    golden: str | PathLike[str] | None = None,
 ) -> Report:
     """The whole protocol: an architecture by its variants, a checkpoint as it is and redrawn hot.
 
     A name may be both, as "gpt2" is: then its checkpoint joins in if it is in the hub's cache.
-    `all` is every architecture; `variants` picks some of them by name.
+    `all` is every architecture; `variants` picks some of them by name. `golden` is a file of
+    outputs that a checkpoint's authors published, or the name of the checkpoint that the registry
+    has one for: it is held against the model too, or alone where no reference reads the checkpoint.
     """
     from zoo.errors import UsageError, did_you_mean
+    from zoo.parity.golden import find
     from zoo.parity.reference import transformers
 
     if (ref is None) != all:
         raise UsageError("verify takes a name, a directory or all=True")
-    transformers()  # the fix for its absence is said before anything else
-    jobs = _jobs(ref)
+    if golden is not None and ref is None:
+        raise UsageError("golden: of one checkpoint, and not of all")
+    published = find(golden, ref)
+    if published is None:
+        transformers()  # the fix for its absence is said before anything else
+    jobs = _jobs(ref, published)
     if variants is not None:
         known = [job.name.rpartition("/")[2] for job in jobs]
         if odd := [name for name in variants if name not in known]:
@@ -61,12 +70,16 @@ def verify(
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to be proven: made by `write`, or there already in `directory`."""
+    """One checkpoint to be proven: made by `write`, or there already in `directory`.
+
+    With `golden` against that alone.
+    """
 
     name: str
     reference_class: str
     write: Callable[[Path, int], object] | None = None
     directory: Path | None = None
+    golden: Golden | None = None
 
 
 def variant_job(entry: Architecture, variant: str) -> Job:
@@ -78,7 +91,7 @@ def variant_job(entry: Architecture, variant: str) -> Job:
     return Job(f"{entry.name}/{variant}", entry.variants[variant]["class"], write)
 
 
-def _jobs(ref: str | PathLike[str] | None) -> list[Job]:
+def _jobs(ref: str | PathLike[str] | None, golden: Golden | None) -> list[Job]:
     from zoo import registry, sources
     from zoo.errors import Offline
 
@@ -89,7 +102,7 @@ def _jobs(ref: str | PathLike[str] | None) -> list[Job]:
         return jobs
     try:
         # a proof never downloads gigabytes unasked
-        return jobs + _checkpoint_jobs(sources.resolve(ref, local_files_only=True), ref)
+        source = sources.resolve(ref, local_files_only=True)
     except Offline as error:
         if entries:
             return jobs
@@ -97,9 +110,15 @@ def _jobs(ref: str | PathLike[str] | None) -> list[Job]:
             f"{ref} is not in the cache, and verify downloads nothing: run "
             f"zoo.load({str(ref)!r}) once, or pass a directory"
         ) from error
+    name = str(ref) if source.repo else (source.file or source.directory.resolve()).name
+    if golden is not None:
+        jobs.append(Job(name, "", directory=source.file or source.directory, golden=golden))
+        if not (source.directory / "config.json").is_file() or source.file is not None:
+            return jobs  # it stands in the place of the reference
+    return jobs + _checkpoint_jobs(source, name)
 
 
-def _checkpoint_jobs(source: Source, ref: str | PathLike[str]) -> list[Job]:
+def _checkpoint_jobs(source: Source, name: str) -> list[Job]:
     from converters.checkpoint import read_json
     from zoo import registry
     from zoo.errors import ConfigError, UsageError
@@ -107,7 +126,6 @@ def _checkpoint_jobs(source: Source, ref: str | PathLike[str]) -> list[Job]:
 
     directory = source.directory
     path = directory / "config.json"
-    name = str(ref) if source.repo else directory.resolve().name
     if not path.is_file():
         raise UsageError(
             f"{directory}: a native checkpoint, which the reference cannot read. "
@@ -140,6 +158,12 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
     from zoo.pretrained import load
 
     with _checkpoint(job, seed) as directory:
+        if job.golden is not None:
+            try:
+                yield job.golden.row(job.name, load(directory, modules=False))
+            except Exception as error:
+                yield _broken(job.name, "golden", error)
+            return
         try:
             truth = Truth(directory, job.reference_class, seed)
             if truth.problems:

@@ -1,0 +1,345 @@
+"""LoRA adapters of peft's: apart from a native model's weights or merged into them, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.moe import Experts
+from zoo.errors import PlanError, ShapeMismatch, UsageError, did_you_mean, listing
+from zoo.lora import files as peft
+from zoo.lora.files import Factors, Files, Settings
+from zoo.lora.layers import Lora, put, take_off
+from zoo.lora.places import Place, Places, native_tensors, on_disk
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from zoo.components.model import Model
+
+__all__ = [
+    "Adapter",
+    "Lora",
+    "add_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "remove_adapter",
+    "save_adapter",
+]
+
+
+class Piece(NamedTuple):
+    """What a native matrix has of a module's factors: rows of b, columns of a."""
+
+    place: Place
+    rows: Tensor  # of b
+    columns: Tensor  # of a
+    low: Lora
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What stands beside a model's weights, and how it goes back to where it came from."""
+
+    files: Files
+    places: Places
+    pieces: dict[str, list[Piece]]  # by the reference's module
+    before: dict[str, nn.Parameter]  # native parameters that others replaced
+    hooks: list[Any] = field(repr=False)
+    frozen: dict[str, bool] = field(repr=False)  # native parameters -> whether they were trained
+
+    def factors(self, module: str) -> Factors:
+        """As they are now, as the reference has them."""
+        was = self.files.factors[module]
+        first = self.pieces[module][0].low
+        a, b = first.a.new_empty(was.a.shape), first.b.new_empty(was.b.shape)
+        for _, rows, columns, low in self.pieces[module]:
+            a[:, columns], b[rows] = low.a.detach(), low.b.detach()
+        return was._replace(a=a, b=b)
+
+    def delta(self, module: str, piece: Piece) -> Tensor:
+        """What merging adds to a native matrix.
+
+        The whole product is taken apart, and not each part's own taken: one and the same order of
+        sums as the reference has, so the same bytes.
+        """
+        a, b, scale, embedding = self.factors(module)
+        product = (b @ a * scale)[piece.rows][:, piece.columns]
+        return product.mT if embedding else product
+
+
+def load_adapter(model: Model, directory: str | PathLike[str]) -> Model:
+    """A LoRA directory of peft's beside the model's weights, which stay as they are.
+
+    The factors are trained from here on, and nothing else is. `merge_adapter` adds them to the
+    weights, `save_adapter` writes them.
+    """
+    return attach(model, peft.read(Path(directory)))
+
+
+def add_adapter(
+    model: Model,
+    targets: Collection[str],
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> Model:
+    """A new one, which changes nothing yet, on the reference's modules so called.
+
+    `targets` are ends of their names, as peft's target_modules are: ("q_proj", "v_proj").
+    """
+    if isinstance(targets, str) or not isinstance(targets, Collection) or not targets:
+        raise UsageError(f"targets={targets!r}: expected several names")
+    _check(model)
+    settings = Settings(r, alpha, dropout, rslora)
+    text = peft.config_text(settings, sorted(targets))
+    places, like = Places(model, _native(model)), next(model.parameters())
+    factors, known = dict[str, Factors](), set[str]()
+    for name, info in places.header().items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(info.shape) != 2:
+            continue
+        known.add(module.rpartition(".")[2])
+        if any(module == end or module.endswith(f".{end}") for end in targets):
+            looked_up = isinstance(_owner(model, places.first(name).native)[0], nn.Embedding)
+            out, into = info.shape
+            if looked_up or places.first(name).rows[0]:  # kernels that lie (in, out)
+                out, into = into, out
+            a, b = like.new_empty(r, into), like.new_zeros(out, r)
+            nn.init.kaiming_uniform_(a, 5**0.5)
+            factors[module] = Factors(a, b, settings.scale_of(module, r), looked_up)
+    if odd := [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in factors)]:
+        near = did_you_mean(odd[0], known)
+        raise UsageError(f"targets: no module is called {listing(odd)}.{near}")
+    return attach(model, Files("a new adapter", text, settings, factors, {}))
+
+
+def attach(model: Model, files: Files) -> Model:
+    _check(model)
+    places = Places(model, _native(model))
+    adapter = Adapter(files, places, {}, {}, [], {n: p.requires_grad for n, p in _own(model)})
+    problems: list[str] = []
+    found: dict[str, list[tuple[Place, Tensor, Tensor]]] = {}
+    for module, factors in files.factors.items():
+        try:
+            found[module] = list(_pieces(model, places, module, factors))
+        except PlanError as error:
+            problems.append(str(error))
+    whole = dict[str, Tensor]()
+    try:
+        whole = _whole(model, places, files)
+    except PlanError as error:
+        problems.append(str(error))
+    if problems:
+        raise ShapeMismatch("\n  ".join([f"{files.where}:", *problems]))
+    for _, parameter in _own(model):
+        parameter.requires_grad_(False)
+    for module, pieces in found.items():
+        adapter.pieces[module] = list(_put(model, adapter, files.factors[module], pieces))
+    for name, tensor in whole.items():
+        owner, leaf = _owner(model, name)
+        adapter.before[name] = owner._parameters[leaf]  # type: ignore[assignment]
+        like = adapter.before[name]
+        owner._parameters[leaf] = nn.Parameter(tensor.to(like.device, like.dtype, copy=True))
+    model.adapter = adapter
+    return model
+
+
+@torch.no_grad()
+def merge_adapter(model: Model) -> Model:
+    """Its factors added to the weights; what is left is a model like any other."""
+    adapter, own = _adapter(model), dict(_own(model))
+    ties = adapter.places.native.ties
+    shared = {*ties, *ties.values()}
+    changed = [piece.place.native for pieces in adapter.pieces.values() for piece in pieces]
+    if tied := sorted(shared & {*changed}):
+        raise UsageError(
+            f"{listing(tied)}: one array has the names {listing(sorted(shared))}, and the adapter "
+            "does not change all that read it alike. Keep it apart"
+        )
+    for module, pieces in adapter.pieces.items():
+        for piece in pieces:
+            weight = own[piece.place.native]
+            part = weight if piece.place.at is None else weight[piece.place.at]
+            part.copy_(part + adapter.delta(module, piece))
+    _leave(model, adapter)
+    return model
+
+
+def remove_adapter(model: Model) -> Model:
+    """The model as it was before."""
+    adapter = _adapter(model)
+    for name, parameter in adapter.before.items():
+        owner, leaf = _owner(model, name)
+        owner._parameters[leaf] = parameter
+    _leave(model, adapter)
+    return model
+
+
+def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = False) -> Path:
+    """A directory that peft loads: while nothing was trained, the bytes of the one it was."""
+    from converters.engine import Options, run
+    from converters.manifest import finish
+    from converters.store import Stage, staged
+    from zoo.conversion import checked_destination, versions
+
+    adapter = _adapter(model)
+    factors, whole = dict[str, Factors](), dict[str, Tensor]()
+    own = {n: p.detach() for n, p in _own(model)}
+    for module, was in adapter.files.factors.items():
+        now = adapter.factors(module)
+        factors[module] = now._replace(a=_as_it_was(now.a, was.a), b=_as_it_was(now.b, was.b))
+    for name, before in adapter.files.whole.items():
+        _, step, n = adapter.places.find(name)
+        whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
+    output = peft.output(replace(adapter.files, factors=factors, whole=whole))
+    destination = checked_destination(directory, None, force)
+    with staged(destination, force=force, size=output.size) as stage:
+        finish(output, stage, run(output, Stage(stage), Options(sha256=False)), versions())
+    return destination
+
+
+def _as_it_was(now: Tensor, before: Tensor) -> Tensor:
+    """In the file's own dtype, where that holds the same numbers."""
+    narrow = now.to(before.dtype)
+    return narrow if narrow.to(now.dtype).equal(now) else now
+
+
+# --- where factors go ----------------------------------------------------------------------------
+
+
+def _pieces(
+    model: Model, places: Places, module: str, factors: Factors
+) -> Iterator[tuple[Place, Tensor, Tensor]]:
+    """(native matrix, rows of b, columns of a) of all that a module's weight is made into."""
+    name = f"{module}.weight"
+    info, step, n = places.find(name)
+    if len(info.shape) != 2:
+        raise PlanError(f"{module}: its weight is {list(info.shape)}, and no matrix")
+    for place in places.places(step, n, info.shape):
+        owner, _ = _owner(model, place.native)
+        if not isinstance(owner, nn.Linear | nn.Embedding | Experts):
+            kind = type(owner).__name__
+            raise PlanError(f"{module}: {place.native} is of {kind}, beside which no factors go")
+        looked_up = isinstance(owner, nn.Embedding)
+        if looked_up != factors.embedding:
+            raise PlanError(
+                f"{module}: factors of {'a linear layer' if looked_up else 'an embedding'}"
+            )
+        out, into = (place.columns, place.rows) if looked_up else (place.rows, place.columns)
+        found = [factors.b.shape[0], factors.a.shape[1]]
+        if found != (wanted := [info.shape[out[0]], info.shape[into[0]]]):
+            raise PlanError(f"{module}: factors for {found}, expected {wanted} (out, in)")
+        yield place, out[1], into[1]
+
+
+def _put(
+    model: Model, adapter: Adapter, factors: Factors, found: list[tuple[Place, Tensor, Tensor]]
+) -> Iterator[Piece]:
+    """Layers that hold the factors; what several have alike is one parameter of all of them."""
+    held: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
+
+    def of(side: int, part: Tensor, like: Tensor) -> nn.Parameter:
+        key = side, tuple(part.tolist())
+        if key not in held:
+            # as peft trains them: in fp32 at least
+            cut = factors.b[part] if side else factors.a[:, part]
+            wide = torch.promote_types(cut.dtype, like.dtype)
+            dtype = torch.promote_types(wide, torch.float32)
+            held[key] = nn.Parameter(cut.to(like.device, dtype, copy=True))
+        return held[key]
+
+    for place, rows, columns in found:
+        owner, leaf = _owner(model, place.native)
+        like = owner.get_parameter(leaf)
+        a, b = of(0, columns, like), of(1, rows, like)
+        low = Lora(a, b, factors.scale, adapter.files.settings.dropout)
+        adapter.hooks.extend(put(owner, leaf, place.at, low))
+        yield Piece(place, rows, columns, low)
+
+
+def _whole(model: Model, places: Places, files: Files) -> dict[str, Tensor]:
+    """Native tensors that stand in the place of the model's own."""
+    own, ties = {n: p.detach() for n, p in _own(model)}, places.native.ties
+    native, problems, shared = dict[str, Tensor](), list[str](), {*ties, *ties.values()}
+    for name, tensor in files.whole.items():
+        try:
+            info, step, n = places.find(name)
+        except PlanError as error:
+            problems.append(str(error))
+            continue
+        if info.shape != tuple(tensor.shape):
+            problems.append(f"{name}: {list(tensor.shape)}, expected {list(info.shape)}")
+            continue
+        now = on_disk(step, {**own, **native})
+        if shared & {*step.targets}:
+            if not now[step.sources[n]].equal(tensor):
+                problems.append(f"{name}: of its own here, and one array with another in the model")
+            continue
+        native |= native_tensors(
+            step, {**now, step.sources[n]: tensor.to(now[step.sources[n]].dtype)}
+        )
+    if problems:
+        raise PlanError("\n  ".join(problems))
+    return native
+
+
+# --- the model's own -----------------------------------------------------------------------------
+
+
+def _check(model: Model) -> None:
+    from zoo.components.model import Model as Kind
+    from zoo.prepared import is_prepared
+
+    if not isinstance(model, Kind):
+        raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if is_prepared(model):
+        raise UsageError("a prepared model takes no adapter: load it again, and prepare it merged")
+    if model.adapter is not None:
+        raise UsageError(
+            f"an adapter is there already ({model.adapter.files.where}): merge it first"
+        )
+
+
+def _adapter(model: Model) -> Adapter:
+    if model.adapter is None:
+        raise UsageError("the model has no adapter: load_adapter puts one beside it")
+    adapter: Adapter = model.adapter
+    return adapter
+
+
+def _own(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters without those of adapters."""
+    lows = {id(p) for m in model.modules() if isinstance(m, Lora) for p in m.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return ((n, p) for n, p in named if id(p) not in lows)
+
+
+def _native(model: Model) -> Any:
+    from zoo.pretrained import native_of
+
+    return native_of(model)
+
+
+def _owner(model: Model, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _leave(model: Model, adapter: Adapter) -> None:
+    for hook in adapter.hooks:
+        hook.remove()
+    for pieces in adapter.pieces.values():
+        for piece in pieces:
+            owner, leaf = _owner(model, piece.place.native)
+            take_off(owner, leaf)
+    model.adapter = None
+    for name, parameter in _own(model):
+        parameter.requires_grad_(adapter.frozen[name])

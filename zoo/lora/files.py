@@ -1,0 +1,289 @@
+"""A directory of peft's: adapter_config.json, audited, and the factors under their names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from converters.checkpoint import confined
+from converters.formats import TensorInfo, dtype_code
+from converters.formats.safetensors import SafetensorsReader
+from converters.formats.torch_zip import TorchZipReader
+from converters.lazy import Lazy
+from converters.output import Item, Output, Shard
+from converters.plan import FLOATS
+from converters.strict_json import parse_json
+from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."  # peft's two wrappers
+# how a factor's name ends, for linear layers and for embeddings
+ENDS = {
+    False: (".lora_A.weight", ".lora_B.weight"),
+    True: (".lora_embedding_A", ".lora_embedding_B"),
+}
+# What the tensors say themselves, or what changes nothing in what is computed from them.
+IGNORED = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("task_type", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"),
+    *("layers_to_transform", "layers_pattern", "eva_config", "loftq_config", "megatron_core"),
+    "qalora_group_size",
+}
+USED = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias"),
+    *("rank_pattern", "alpha_pattern", "init_lora_weights"),
+}
+# Beginnings that leave the base weights as they are; others take from them what they put in.
+BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+_LONG = 200  # characters of a pattern
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says of the numbers beside it."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)  # pattern -> rank
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        return int(_first(self.ranks, module, self.rank))
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """What the product of a module's factors is multiplied by."""
+        alpha = _first(self.alphas, module, self.alpha)
+        return float(alpha / sqrt(rank) if self.rslora else alpha / rank)
+
+
+def _first(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """Of the first pattern that is the module's name or an end of it."""
+    found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
+    return next(found, default)
+
+
+class Factors(NamedTuple):
+    """b @ a, times scale, is added to a module's weight (out, in), or (in, out) as it has it."""
+
+    a: Tensor  # (rank, in)
+    b: Tensor  # (out, rank)
+    scale: float
+    embedding: bool = False  # in: the tokens
+
+
+@dataclass(frozen=True)
+class Files:
+    """An adapter as peft has it, by the names of the reference's modules."""
+
+    where: str
+    config: str  # verbatim
+    settings: Settings
+    factors: Mapping[str, Factors] = field(repr=False)  # by module
+    whole: Mapping[str, Tensor] = field(repr=False)  # by tensor: in the place of the model's
+    # what stands under further names: saved again as it was
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # tensor -> name in the file
+    others: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def read(directory: Path) -> Files:
+    """Everything that is wrong with it is said at once."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise NotACheckpoint(f"{directory}: no {CONFIG} in it, so it is no adapter of peft's")
+    text = confined(directory, CONFIG).read_bytes().decode("utf-8", "replace")
+    settings = read_settings(parse_json(text.encode(), str(path)), str(path))
+    name = next((name for name in WEIGHTS if (directory / name).is_file()), None)
+    if name is None:
+        raise NotACheckpoint(f"{directory}: {CONFIG}, and neither of {listing(WEIGHTS)}")
+    place = confined(directory, name)
+    reader = SafetensorsReader(place) if name.endswith(".safetensors") else TorchZipReader(place)
+    odd = [
+        f"{n}: {i.dtype} is no weight" for n, i in reader.tensors.items() if i.dtype not in FLOATS
+    ]
+    tensors = {name: reader.tensor(name) for name in reader.tensors} if not odd else {}
+    files, problems = _sorted(tensors, settings, str(place), text)
+    if problems := [*odd, *problems]:
+        raise PlanError("\n  ".join([f"{place}:", *problems]))
+    return files
+
+
+def read_settings(config: Mapping[str, Any], where: str) -> Settings:
+    if problems := list(_problems(config)):
+        raise ConfigError("\n  ".join([f"{where}:", *problems]), problems)
+    return Settings(
+        config["r"],
+        config["lora_alpha"],
+        config.get("lora_dropout") or 0.0,
+        config.get("use_rslora") or False,
+        config.get("rank_pattern") or {},
+        config.get("alpha_pattern") or {},
+    )
+
+
+def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("peft_type") != "LORA":
+        yield f"peft_type: {config.get('peft_type')!r}; LORA alone is read"
+        return
+    rank, alpha, dropout = (config.get(n) for n in ("r", "lora_alpha", "lora_dropout"))
+    if not _is_rank(rank):
+        yield f"r: expected a positive whole number, found {rank!r}"
+    if not _is_number(alpha):
+        yield f"lora_alpha: expected a number, found {alpha!r}"
+    if dropout is not None and (not _is_number(dropout) or not 0 <= dropout < 1):
+        yield f"lora_dropout: expected a share below 1, found {dropout!r}"
+    if not isinstance(config.get("use_rslora"), bool | None):
+        yield f"use_rslora: expected true or false, found {config['use_rslora']!r}"
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        yield f"bias: none, all or lora_only, found {config['bias']!r}"
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            yield f"{name}: expected an object, found {patterns!r}"
+            continue
+        for pattern, value in patterns.items():
+            if why := "no number that fits" * (not fits(value)) or _bad_pattern(pattern):
+                yield f"{name}: {pattern!r}: {value!r}: {why}"
+    beginning = config.get("init_lora_weights", True)
+    if beginning not in BEGINNINGS:
+        yield (
+            f"init_lora_weights: {beginning!r} changed the base weights too, which are not here. "
+            "Save it in peft with path_initial_model_for_weight_conversion"
+        )
+    for name, value in config.items():
+        if name not in USED | IGNORED and value not in (None, False, [], {}):
+            yield f"{name}: {value!r} is not implemented"
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value)
+
+
+def _bad_pattern(pattern: str) -> str:
+    """A pattern comes from a file: none is tried that could take for ever."""
+    if (
+        len(pattern) > _LONG
+        or _REPEATED_GROUP.search(pattern)
+        or sum(map(pattern.count, "*+{")) > 4
+    ):
+        return "such a pattern is not tried: it may take for ever"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"no pattern: {error}"
+    return ""
+
+
+def _sorted(
+    tensors: Mapping[str, Tensor], settings: Settings, where: str, config: str
+) -> tuple[Files, list[str]]:
+    problems: list[str] = []
+    halves: dict[tuple[str, bool], dict[int, Tensor]] = {}
+    whole, keys, others = dict[str, Tensor](), dict[str, str](), dict[str, Tensor]()
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            problems.append(f"{key}: does not begin with {PREFIX!r}, as all that peft saves does")
+            continue
+        name = key.removeprefix(PREFIX)
+        half = next(
+            (
+                (e, n, end)
+                for e, ends in ENDS.items()
+                for n, end in enumerate(ends)
+                if name.endswith(end)
+            ),
+            None,
+        )
+        if half is not None:
+            embedding, n, end = half
+            halves.setdefault((name.removesuffix(end), embedding), {})[n] = tensor
+        elif ".lora_" in name:
+            problems.append(f"{key}: is not implemented")
+        elif ".original_module." in name:
+            others[key] = tensor  # what the module was; nothing reads it
+        else:
+            plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if plain in whole:
+                if not whole[plain].equal(tensor):
+                    problems.append(f"{key}: differs from {keys[plain]}, and both are one tensor")
+                others[key] = tensor
+            else:
+                whole[plain], keys[plain] = tensor, key
+    factors: dict[str, Factors] = {}
+    for (module, embedding), found in halves.items():
+        if why := _half_problem(module, found, settings, ENDS[embedding]):
+            problems.append(why)
+        else:
+            scale = settings.scale_of(module, found[0].shape[0])
+            factors[module] = Factors(found[0], found[1], scale, embedding)
+    if not tensors:
+        problems.append("holds no tensors at all")
+    return Files(where, config, settings, factors, whole, keys, others), problems
+
+
+def _half_problem(
+    module: str, found: Mapping[int, Tensor], settings: Settings, ends: tuple[str, str]
+) -> str:
+    if len(found) < 2:
+        there, lacking = (ends[n] for n in (*found, 1 - next(iter(found))))
+        return f"{PREFIX}{module}: {there[1:]} without {lacking[1:]}"
+    a, b = found[0], found[1]
+    rank = settings.rank_of(module)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        return (
+            f"{PREFIX}{module}: {ends[0][1:]} {list(a.shape)} and {ends[1][1:]} {list(b.shape)}, "
+            f"expected [{rank} in] and [out {rank}] by {CONFIG}"
+        )
+    return ""
+
+
+# --- written -------------------------------------------------------------------------------------
+
+
+def output(files: Files) -> Output:
+    """The directory to be: the same bytes where it was read and has not changed."""
+    tensors = dict(files.others)
+    for module, (a, b, _, embedding) in files.factors.items():
+        for end, tensor in zip(ENDS[embedding], (a, b), strict=True):
+            tensors[f"{PREFIX}{module}{end}"] = tensor
+    tensors |= {files.keys.get(n, PREFIX + n): tensor for n, tensor in files.whole.items()}
+    items = [
+        Item(TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)), "", partial(Lazy.of, t))
+        for n, t in tensors.items()
+    ]
+    shard = Shard.of(WEIGHTS[0], items, {"format": "pt"})
+    return Output((shard,), {CONFIG: files.config.encode()}, said={"to": "peft"})
+
+
+def config_text(settings: Settings, modules: list[str]) -> str:
+    """An adapter_config.json that peft reads."""
+    config = {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "target_modules": modules,
+        "task_type": None,
+        "use_rslora": settings.rslora,
+    }
+    if problems := list(_problems(config)):
+        raise UsageError("; ".join(problems))
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
