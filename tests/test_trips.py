@@ -18,7 +18,7 @@ MADE = trips.sources(Path(__file__).parent / "data")
 COARSE = {"llama2c-q8", "gguf q8_0"}  # eight bits a number
 PAIRS = [(name, a, b) for name, entry in KNOWN.items() for a, b in trips.pairs(entry)]
 VARIANTS = [
-    pytest.param(name, variant, marks=[pytest.mark.slow] if n else [])
+    pytest.param(name, variant, marks=[pytest.mark.long] if n else [])
     for name, entry in KNOWN.items()
     for n, variant in enumerate(entry.variants)
 ]

@@ -141,6 +141,7 @@ class Flow:
     ours: Tensor | None = None
     theirs: Tensor | None = None
     floor: Tensor | None = None  # theirs in the narrower dtype
+    shared: bool = False  # it is one for all rows
 
     @property
     def comparable(self) -> bool:
@@ -172,12 +173,12 @@ def flows(
                     [None if one is None else one.what(side, back) for one in calls]
                     for calls in (mine, _kth(others[0], k), _kth(others[1], k))
                 )
-                if back and all(x is None for x in (*here, *there)):
-                    continue
+                if back and any(x is None for x in there):
+                    continue  # a short row may need nothing of a table
                 flow = Flow(first.when(side, back), match, side, k)
                 if all(x is not None for x in (*here, *there, *below)):
                     flow = _flow(flow, way, here, there, below, back)
-                    if flow.ours is None:
+                    if flow.ours is None or (back and flow.shared and not first.looked_up):
                         continue  # rows of a table, of which each takes what it needs
                 if match.plain or flow.comparable:
                     found.append(flow)
@@ -201,9 +202,11 @@ def _flow(
     counts = [len(flat(x)) for x in there]
     ours = way.tokens(here, counts)
     theirs, floor = [flat(x) for x in there], [flat(x) for x in below]
-    if ours is not None and len(ours) == len(counts) < sum(counts):  # it reads the last token alone
+    fewer = ours is not None and len(ours) < sum(counts)
+    shared = fewer and ours is not None and len(ours) != len(counts)
+    if fewer and not shared:  # it reads each row's last token alone
         theirs, floor = [x[-1:] for x in theirs], [x[-1:] for x in floor]
-    elif ours is not None and len(ours) == counts[0] < sum(counts):  # it is the same for all rows
+    elif shared:
         theirs, floor = (
             [torch.stack(xs).sum(0)] if back and xs else xs[:1] for xs in (theirs, floor)
         )
@@ -211,7 +214,7 @@ def _flow(
         torch.cat(xs if order is None else [x[:, order] for x in xs]) if xs else None
         for xs in (theirs, floor)
     ]
-    return replace(flow, ours=ours, theirs=ordered[0], floor=ordered[1])
+    return replace(flow, ours=ours, theirs=ordered[0], floor=ordered[1], shared=shared)
 
 
 def _outputs(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
