@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from zoo.components.model import Model
 from zoo.errors import UsageError, did_you_mean
 from zoo.parity import sides
+from zoo.parity.diagnosis import Cause, diagnosed
 from zoo.parity.divergence import WAYS, Comparison, Difference, Way
 from zoo.parity.matching import Matching
 from zoo.parity.truth import Draw, Inputs
@@ -28,12 +30,14 @@ def diff(
     backward: bool = False,
     text: str | None = None,
     seed: int = 0,
+    diagnose: bool = True,
 ) -> Difference:
     """Both models on the same tokens; the first module whose output leaves the noise, and why.
 
     `ours` is native. `theirs` is what it is held against: the reference's reading of a directory
     in its own form (by default of the one that `ours` was read from), another native model, or any
-    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached".
+    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached". Where
+    they part, `diagnose` looks for the causes: in fp64, where rounding hides none.
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -43,9 +47,28 @@ def diff(
     model = _native(ours, kind)
     other = _other(model, ours, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
-    return Comparison(matching, other, Way(way, _inputs(model, way, text, seed)), kind).run(
-        backward
+    fed = Way(way, _inputs(model, way, text, seed))
+    comparison = Comparison(matching, other, fed, kind)
+    difference = comparison.run(backward)
+    if diagnose and not difference.ok and not difference.back:
+        difference.causes = _causes(comparison, difference)
+    return difference
+
+
+def _causes(comparison: Comparison, difference: Difference) -> list[Cause]:
+    if comparison.dtype is torch.float64:
+        return diagnosed(comparison, difference)
+    wide = _native(comparison.matching.model, torch.float64)
+    comparison = Comparison(
+        comparison.matching.of(wide),
+        replace(comparison.other, narrow=None),
+        comparison.way,
+        torch.float64,
     )
+    in_full = comparison.run()
+    if in_full.ok:
+        return [Cause("in float64 they agree: something is computed in less than it should be")]
+    return diagnosed(comparison, in_full)
 
 
 def _native(ref: Ref | Model, dtype: torch.dtype) -> Model:

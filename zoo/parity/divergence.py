@@ -9,21 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.components.cache import Cache
+from zoo.components.model import Model
 from zoo.parity.compare import call, part, real, rms
 from zoo.parity.matching import Match, Matching
 from zoo.parity.sides import Other
 from zoo.parity.taps import SIDES, Call, Record, Side, recorded
 from zoo.parity.truth import Inputs
 from zoo.terminal import BOLD, GREEN, RED, paint
+
+if TYPE_CHECKING:
+    from zoo.parity.diagnosis import Cause
 
 # What a difference may be at most, in units of the truth's root mean square. fp64: sums in two
 # orders. In a narrower dtype, as a multiple of the other model's own error there.
@@ -141,6 +145,7 @@ class Flow:
     ours: Tensor | None = None
     theirs: Tensor | None = None
     floor: Tensor | None = None  # theirs in the narrower dtype
+    counts: tuple[int, ...] = ()  # tokens of each row there
 
     @property
     def comparable(self) -> bool:
@@ -211,7 +216,7 @@ def _flow(
         torch.cat(xs if order is None else [x[:, order] for x in xs]) if xs else None
         for xs in (theirs, floor)
     ]
-    return replace(flow, ours=ours, theirs=ordered[0], floor=ordered[1])
+    return replace(flow, ours=ours, theirs=ordered[0], floor=ordered[1], counts=tuple(counts))
 
 
 def _outputs(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
@@ -351,6 +356,7 @@ class Difference:
     idle: list[str]  # modules that run in the other model alone
     untied: list[str]
     healed: set[Place]  # what differs there makes no difference: one scales before, one after
+    causes: list[Cause] = field(default_factory=list)  # the most likely first
 
     @property
     def first(self) -> Divergence | None:
@@ -366,6 +372,10 @@ class Difference:
     def ok(self) -> bool:
         return self.first is None and not self.idle and not self.untied
 
+    def error(self, place: Place) -> float:
+        """What it is there; none where nothing is compared."""
+        return next((r.error for r in self.readings if r.place == place), math.inf)
+
     def to_text(self, colour: bool = False) -> str:
         head = f"{self.names[0]} against {self.names[1]}, {str(self.dtype)[6:]}, {self.way}"
         lines = [paint(head + (", gradients" if self.back else ""), BOLD, colour)]
@@ -378,6 +388,8 @@ class Difference:
             lines += first.lines(self.back, count, colour)
         lines += [f"runs in the other model alone: {name}" for name in self.idle]
         lines += [f"no longer one array: {names}" for names in self.untied]
+        lines += [paint(f"cause: {cause}", BOLD, colour) for cause in self.causes[:1]]
+        lines += [f"or: {cause}" for cause in self.causes[1:]]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -392,6 +404,7 @@ class Difference:
             "first": None if first is None else first.to_json(),
             "idle": self.idle,
             "untied": self.untied,
+            "causes": [cause.to_json() for cause in self.causes],
             "readings": [reading.to_json() for reading in self.readings],
         }
 
@@ -404,6 +417,29 @@ class Comparison:
     other: Other
     way: Way
     dtype: torch.dtype  # the model's
+    flows: dict[Place, Flow] = field(default_factory=dict)  # of the last run
+    _there: dict[bool, list[Heard]] = field(default_factory=dict)  # it stays what it is
+
+    def again(self, model: Model, healed: Collection[Place], but: Collection[str]) -> Difference:
+        """Another native model in the place of this one, but for what some of its modules hold."""
+        again = replace(self, matching=self.matching.of(model), flows={})
+        difference = again._run(back=False)
+        difference.readings = [r for r in difference.readings if r.match.native not in but]
+        difference.healed |= set(healed)
+        again._heal(difference)
+        return difference
+
+    def theirs(self, back: bool = False) -> list[Heard]:
+        """The other model, and after it the same in a narrower dtype where there is one."""
+        if back not in self._there:
+            found, pull = self.matching.matches, pulled if back else None
+            names = list(dict.fromkeys(name for match in found.values() for name in match.others))
+            sides = [self.other] + ([] if self.other.narrow is None else [self.other.narrow])
+            self._there[back] = [
+                listen(side.module, names, [partial(side, row) for row in self.way.other()], pull)
+                for side in sides
+            ]
+        return self._there[back]
 
     def run(self, back: bool = False) -> Difference:
         """Gradients are taken where all values agree: else the first that does not is told."""
@@ -417,19 +453,13 @@ class Comparison:
 
     def _run(self, back: bool) -> Difference:
         found, way = self.matching.matches, self.way
-        theirs = list(dict.fromkeys(name for match in found.values() for name in match.others))
-        pull = pulled if back else None
-        there, *below = (
-            listen(side.module, theirs, [partial(side, row) for row in way.other()], pull)
-            for side in (
-                [self.other] if self.other.narrow is None else [self.other, self.other.narrow]
-            )
-        )
+        there, *below = self.theirs(back)
         here = self._ours((lambda parts: pulled(way.by_row(parts))) if back else None)
         narrow = below[0] if below else Heard([], [])
         flowing = flows(self.matching, way, here.records, there.records, narrow.records, back)
         if not back:
             flowing += _outputs(way.by_row(here.outputs), there.outputs, narrow.outputs)
+        self.flows = {(f.match.native, f.side, f.call): f for f in flowing}
         return Difference(
             (self.matching.model.architecture, self.other.name),
             way.name,

@@ -6,6 +6,7 @@ features that those rows give.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,12 @@ class Matching:
             self.plan = planned(self.held.header)
         self.steps = {target: step for step in self.plan.steps for target in step.targets}
         self.matches = {each.native: each for each in self._matches(self.plan.native)}
+
+    def of(self, model: Model) -> Matching:
+        """The same for another model that holds the same."""
+        found = copy.copy(self)
+        found.model = model
+        return found
 
     def expected(self, name: str) -> Tensor | None:
         """What a native parameter is by the other model's; None if several make it."""

@@ -1,0 +1,244 @@
+"""A layer that is given the same and gives something else: its parameters, or what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
+
+NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+
+
+def ideas(scene: Scene) -> Iterator[Idea]:
+    yield from _parameters(scene)
+    flow = scene.flow
+    if flow.theirs is None:
+        yield from _elsewhere(scene)
+        return
+    if flow.ours is None or flow.ours.shape != flow.theirs.shape:
+        return
+    weight = _held(scene).get(f"{scene.name}.weight")
+    if weight is None:
+        weight = scene.matching.expected(f"{scene.name}.weight")
+    given = scene.known(scene.name, "in")
+    if weight is None:
+        return
+    if isinstance(scene.module, nn.Embedding):
+        yield from _rows(scene, weight)
+    elif given is not None and weight.dim() == 1:
+        yield from _norm(scene, given.ours, weight)  # type: ignore[arg-type]
+    elif given is not None and weight.dim() == 2:
+        yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
+
+
+def _held(scene: Scene) -> dict[str, Tensor]:
+    named = scene.model.named_parameters(remove_duplicate=False)
+    return {name: p.data for name, p in named}
+
+
+# --- parameters that are not what the other model's make of them ---------------------------------
+
+
+def _parameters(scene: Scene) -> Iterator[Idea]:
+    held = _held(scene)
+    wrong = dict[str, str]()  # name: how
+    for name in scene.reading.match.parameters:
+        expected = scene.matching.expected(name)
+        if expected is None:
+            continue
+        if name in held and not _same(held[name], expected):
+            wrong[name] = _how(scene, name, held[name], expected)
+    for name, how in wrong.items():
+        fix = dict[str, Tensor]()
+        for owner in scene.alike(name.rpartition(".")[0]):
+            other = f"{owner}.{name.rpartition('.')[2]}"
+            value = scene.matching.expected(other)
+            if other in held and value is not None and not _same(held[other], value):
+                fix[other] = value.to(held[other].dtype)
+        lone = len(fix) == 1
+        called = name if lone else stars(name)
+        yield Idea(
+            f"{called} {how}",
+            f"{called} is what {', '.join(scene.reading.match.parameters[name])} makes of it",
+            parameters=fix,
+        )
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.double(), theirs.double())
+
+
+def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
+    """What a parameter is instead."""
+    if ours.shape != theirs.shape:
+        return f"is {tuple(ours.shape)} and should be {tuple(theirs.shape)}"
+    for dtype in NARROW:
+        if torch.equal(theirs.to(dtype).to(ours.dtype), ours):
+            return f"lost precision: it went through {str(dtype)[6:]}"
+    if not ours.any():
+        return "is zero: it was dropped"
+    for by in (1, -1):
+        if fits(ours, theirs + by):
+            return f"is off by {by:+d}: what norms store is an offset from one, or is not"
+        if fits(ours, theirs.roll(by, 0)):
+            return f"is off by {by:+d} row{'s' if abs(by) > 1 else ''}"
+    if ours.dim() == 2 and ours.shape[0] == ours.shape[1] and fits(ours, theirs.T):
+        return "is transposed"
+    if (other := _other(scene, name, ours)) is not None:
+        return f"holds what {other} should"
+    ratio = (ours.double() * theirs.double()).sum() / theirs.double().square().sum()
+    if fits(ours, theirs * ratio):
+        return f"is {ratio:.6g} times what it should be"
+    different = ours.double() != theirs.double()
+    if different.float().mean() < 0.5:
+        return f"differs in {int(different.sum())} of {ours.numel()} numbers"
+    return f"differs: by {error(ours, theirs):.1e} at most"
+
+
+def _other(scene: Scene, name: str, value: Tensor) -> str | None:
+    for other in scene.matching.plan.native.shapes:
+        if other != name and scene.matching.plan.native.shapes[other] == tuple(value.shape):
+            expected = scene.matching.expected(other)
+            if expected is not None and _same(value, expected):
+                return other
+    return None
+
+
+def _elsewhere(scene: Scene) -> Iterator[Idea]:
+    """The other model uses these parameters in another place altogether."""
+    held, shapes = _held(scene), scene.matching.plan.native.shapes
+    own = [name for name in scene.reading.match.parameters if name in shapes]
+    for other in scene.matching.matches.values():
+        pairs = dict(zip(own, other.parameters, strict=False))
+        if other.native == scene.name or len(other.parameters) != len(own) or not own:
+            continue
+        if any(b not in held or shapes.get(a) != shapes.get(b) for a, b in pairs.items()):
+            continue
+        if any(part.isdecimal() for part in other.native.split(".")):
+            continue
+        exchanged = {a: held[b] for a, b in pairs.items()} | {b: held[a] for a, b in pairs.items()}
+        fix = f"{scene.name} and {other.native} are exchanged"
+        what = f"the other model uses what {scene.name} is read from in another place"
+        yield Idea(what, fix, parameters=exchanged, where=tuple(exchanged))
+
+
+# --- what they do --------------------------------------------------------------------------------
+
+
+def _rows(scene: Scene, table: Tensor) -> Iterator[Idea]:
+    """Which rows of a table were looked up."""
+    ours, theirs = (_looked_up(table, x) for x in (scene.flow.ours, scene.flow.theirs))
+    name = scene.name
+    if ours is None or theirs is None:
+        return
+    by = ours - theirs
+    if len(by.unique()) == 1:
+        yield Idea(f"{name}: every row that is looked up is off by {int(by[0]):+d}")
+    elif len(ours.unique()) == 1:
+        yield Idea(f"{name}: row {int(ours[0])} is taken everywhere: what says which is ignored")
+    elif scene.comparison.way.name == "padded":
+        yield Idea(f"{name}: places count the padding, and there only what is no padding")
+    elif bool((by.abs() <= 1).all()) and bool((by != 0).float().mean() > 0.5):
+        yield Idea(f"{name}: nearly every row that is looked up is off by {int(by.sum().sign()):+d}")
+    else:
+        yield Idea(f"{name}: other rows are looked up, first {int(ours[0])} for {int(theirs[0])}")
+
+
+def _looked_up(table: Tensor, x: Tensor | None) -> Tensor | None:
+    """(tokens,) the rows that these are; None if they are none."""
+    if x is None or x.shape[-1] != table.shape[-1]:
+        return None
+    table, x = table.double(), x.double()
+    near = (x @ table.T * 2 - table.square().sum(-1)).argmax(-1)
+    return near if fits(table[near], x) else None
+
+
+def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
+    bias = _held(scene).get(f"{scene.name}.bias")
+    if bias is None and f"{scene.name}.bias" in scene.reading.match.parameters:
+        bias = scene.matching.expected(f"{scene.name}.bias")
+    ours, theirs = (
+        _normed(x, y, weight, bias)  # type: ignore[arg-type]
+        for y in (scene.flow.ours, scene.flow.theirs)
+    )
+    if ours is None or theirs is None or ours == theirs:
+        return
+    name = stars(scene.name)
+    eps = ours.get("eps"), theirs.get("eps")
+    if "no norm" in (*ours, *theirs):
+        where = "here" if "no norm" in ours else "in the other model"
+        yield Idea(f"{scene.name}: nothing is normed {where}: the norm is missing")
+    elif ours["centred"] != theirs["centred"]:
+        here = "centred" if ours["centred"] else "not centred"
+        yield Idea(f"{name}: what goes into the norm is {here} here, and there it is otherwise")
+    elif ours["offset"] != theirs["offset"]:
+        yield Idea(f"{name}: the scale is the weight {ours['offset']:+d}, there {theirs['offset']:+d}")
+    elif eps[0] is not None and eps[1] is not None:
+        what = f"{name}: eps is {eps[0]:.3g} here and {eps[1]:.3g} there"
+        config, known = scene.model.config, _near(scene, eps[1])
+        fields = [
+            n for n, v in vars(config).items() if type(v) is float and _close(v, eps[0])
+        ]
+        if scene.steady and len(fields) == 1:
+            yield Idea(what, f"{fields[0]} is {known:g}", config={fields[0]: known})
+        else:
+            settings = {n: {"eps": known} for n in scene.alike()}
+            yield Idea(what, f"eps of {name} is {known:g}", settings=settings)
+
+
+def _near(scene: Scene, value: float) -> float:
+    """The number that a config says, where one is so near."""
+    usual = (1e-5, 1e-6, 1e-12, 1e-8)
+    return next((n for n in (*scene.numbers, *usual) if _close(n, value)), float(f"{value:.3g}"))
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-3 * abs(b)
+
+
+def _normed(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
+) -> Mapping[str, Any] | None:
+    """What a norm did, found from what it was given and gave."""
+    x, y = x.double(), y.double()
+    if fits(x, y):
+        return {"no norm": True}
+    best: tuple[float, dict[str, Any]] | None = None
+    for centred in (True, False):
+        z = x - x.mean(-1, keepdim=True) if centred else x
+        for offset in (0, 1, -1):
+            scale = weight.double() + offset
+            shift = 0 if bias is None else bias.double()
+            # y = z r scale + shift, so r of each token by least squares
+            a = z * scale
+            r = ((y - shift) * a).sum(-1) / a.square().sum(-1)
+            eps = (r**-2 - z.square().mean(-1)).median()
+            again = a * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) + shift
+            off = error(again, y)
+            if best is None or off < best[0]:
+                best = off, {"centred": centred, "offset": offset, "eps": float(eps)}
+    return best[1] if best is not None and best[0] <= 100 * FITS else None
+
+
+def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
+    """A matrix that is what it should be by the rules, and the other multiplies by another."""
+    held, name = _held(scene), scene.name
+    bias = held.get(f"{name}.bias")
+    shift = torch.zeros(()) if bias is None else bias
+    y: Tensor = scene.flow.theirs  # type: ignore[assignment]
+    if weight.shape[0] == weight.shape[1] and fits(x @ weight + shift, y):
+        alike = [n for n in scene.alike() if n == name]
+        turned = {f"{n}.weight": held[f"{n}.weight"].T.contiguous() for n in alike}
+        yield Idea(
+            f"{name}.weight is transposed",
+            f"{name}.weight is read as [i o]: [o i], or no longer so",
+            parameters=turned,
+            where=tuple(turned),
+        )
+    rest = y - x @ weight.T
+    if (rest - rest[0]).abs().max() <= FITS * y.abs().max():
+        yield Idea(f"{name}.bias: what is added is another vector there than here")

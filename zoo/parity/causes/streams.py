@@ -1,0 +1,263 @@
+"""What goes into a norm or a branch: which of the outputs before it each model added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
+
+
+@dataclass(frozen=True)
+class Sum:
+    """How much of each output there is in it."""
+
+    parts: dict[str, float]
+
+    def __str__(self) -> str:
+        return " + ".join(n if w == 1 else f"{w:.6g} {n}" for n, w in self.parts.items()) or "0"
+
+
+def ideas(scene: Scene) -> Iterator[Idea]:
+    yield from _order(scene)
+    flow = scene.flow
+    if flow.ours is None or flow.theirs is None or flow.ours.shape != flow.theirs.shape:
+        return
+    yield from _picked(scene)
+    yield from _constant(scene)
+    outs = _outputs(scene)
+    if not outs:
+        return
+    ours, theirs = (_summed(outs, x) for x in (flow.ours, flow.theirs))
+    yield from _told(scene, outs, ours, theirs)
+
+
+def _outputs(scene: Scene) -> dict[str, Tensor]:
+    """What came before and may be summed, by where it came from."""
+    wanted, found = scene.flow.ours, dict[str, Tensor]()
+    assert wanted is not None
+    for (name, side, call), flow in scene.agreed.items():
+        x = flow.ours
+        again = f", time {call + 1}" if call else ""
+        if x is not None and side == "out" and x.shape[-1] == wanted.shape[-1]:
+            if len(x) == len(wanted):
+                found[name + again] = x
+            elif len(x) and not len(wanted) % len(x):  # the same for all rows
+                found[name + again] = x.repeat(len(wanted) // len(x), 1)
+    return found
+
+
+def _summed(outs: dict[str, Tensor], wanted: Tensor) -> Sum | None:
+    """By least squares; None where it is no sum of these."""
+    y = wanted.double().flatten()
+    a = torch.stack([x.double().flatten() for x in outs.values()], dim=1)
+    scale = a.square().sum(0).sqrt().clamp(min=1e-300)
+    weights = torch.linalg.lstsq(a / scale, y[:, None], driver="gelsd").solution[:, 0] / scale
+    if error(a @ weights, y) > 100 * FITS:
+        return None
+    parts = dict(zip(outs, weights.tolist(), strict=True))
+    near = {n: float(round(w)) if abs(w - round(w)) < 1e-5 else w for n, w in parts.items()}
+    return Sum({n: w for n, w in near.items() if w})
+
+
+def _told(
+    scene: Scene, outs: dict[str, Tensor], ours: Sum | None, theirs: Sum | None
+) -> Iterator[Idea]:
+    place = f"what goes into {scene.name}"
+    if ours is not None and theirs is not None:
+        names = [n for n in outs if ours.parts.get(n, 0) != theirs.parts.get(n, 0)]
+        ratios = {ours.parts.get(n, 0) / theirs.parts[n] for n in names if theirs.parts.get(n)}
+        if len(ratios) == 1 and len(names) == len(theirs.parts) and 0 not in ratios:
+            yield Idea(f"{place} is {ratios.pop():.6g} times what it is there")
+            return
+        for name in names:
+            here, there = ours.parts.get(name, 0), theirs.parts.get(name, 0)
+            yield Idea(f"{place}: {name} is in it {_times(here)} here and {_times(there)} there")
+        return
+    for side, given, known in (
+        ("here", scene.flow.ours, theirs),
+        ("there", scene.flow.theirs, ours),
+    ):
+        assert given is not None
+        if (how := _bent(scene, outs, given, known)) is not None:
+            yield Idea(f"{place}: {how} {side}, and not in the other model")
+    if ours is not None:
+        yield Idea(f"{place} is {ours} here, and there it is no sum of what came before")
+    if theirs is not None:
+        yield Idea(f"{place} is {theirs} there, and here it is no sum of what came before")
+
+
+def _times(weight: float) -> str:
+    return {0: "not at all", 1: "once", 2: "twice"}.get(weight, f"{weight:.6g} times")
+
+
+def _bent(
+    scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | None
+) -> str | None:
+    """What was done to a sum on its way."""
+    if known is not None:
+        plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
+        if fits(plain - plain.mean(-1, keepdim=True), given):
+            return "it is centred: its mean is taken away"
+        rows = scene.rows(plain)
+        for by in (1, -1):
+            if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), given):
+                return "it is moved by a place"
+        ratio = given / plain
+        kept = ratio[(ratio != 0) & plain.abs().gt(1e-6)]
+        if len(kept) < 0.99 * ratio.numel() and len(kept) and bool((kept - kept[0]).abs().max() < 1e-6):
+            return "some of it is zero: dropout is active"
+    return None
+
+
+def _constant(scene: Scene) -> Iterator[Idea]:
+    """A vector that is added to every token on one side alone: a bias, or two of them."""
+    flow = scene.flow
+    delta = (flow.ours - flow.theirs).double()  # type: ignore[operator]
+    if (delta - delta[0]).abs().max() > FITS * flow.theirs.abs().max():  # type: ignore[union-attr]
+        return
+    held = {n: p.data.double() for n, p in scene.model.named_parameters()}
+    biases = {n: b for n, b in held.items() if n.endswith("bias") and b.shape == delta[0].shape}
+    for name, bias in biases.items():
+        for sign, side in ((1, "here"), (-1, "there")):
+            if fits(sign * bias, delta[0]):
+                yield Idea(f"{name} is added {side} alone")
+    for a, x in biases.items():
+        for b, y in biases.items():
+            if a != b and fits(x - y, delta[0]):
+                yield _exchanged(scene, a, b)
+
+
+def _exchanged(scene: Scene, a: str, b: str) -> Idea:
+    """Two parameters, in every layer if they are in one."""
+    held = dict(scene.model.named_parameters())
+    found = dict[str, Tensor]()
+    layers = {layer for layer in _layers(a) & _layers(b)}
+    for name in held:
+        if stars(name) == stars(a) and layers:
+            twin = _same_layer(name, b)
+            found |= {name: held[twin].data, twin: held[name].data}
+    found = found or {a: held[b].data, b: held[a].data}
+    names = (stars(a), stars(b)) if layers else (a, b)
+    return Idea(
+        f"{names[0]} and {names[1]} are in each other's place",
+        f"{names[0]} and {names[1]} are exchanged",
+        parameters=found,
+        where=(a, b),
+    )
+
+
+def _layers(name: str) -> set[str]:
+    return {part for part in name.split(".") if part.isdecimal()}
+
+
+def _same_layer(name: str, other: str) -> str:
+    layer = next(part for part in name.split(".") if part.isdecimal())
+    return ".".join(layer if part.isdecimal() else part for part in other.split("."))
+
+
+def _picked(scene: Scene) -> Iterator[Idea]:
+    """One place of each row, and which."""
+    ours, theirs = scene.flow.ours, scene.flow.theirs
+    assert ours is not None and theirs is not None
+    for (name, side, _), flow in reversed(scene.agreed.items()):
+        x = flow.ours
+        if side != "out" or x is None or x.shape[-1] != ours.shape[-1] or len(x) <= len(ours):
+            continue
+        rows = scene.rows(x)
+        if rows is None or len(rows) != len(ours):
+            continue
+        places = {"first": 0, "last": -1, "second": 1, "last but one": -2}
+        told = [
+            next(
+                (w for w, n in places.items() if fits(torch.stack([r[n] for r in rows]), y)), None
+            )
+            for y in (ours, theirs)
+            if all(len(r) > 1 for r in rows)
+        ]
+        if len(told) == 2 and told[0] != told[1]:
+            here, there = (w or "another" for w in told)
+            yield Idea(f"what goes into {scene.name}: the {here} token of {name} here, the {there} there")
+            return
+
+
+# --- modules in each other's place ---------------------------------------------------------------
+
+
+def _order(scene: Scene) -> Iterator[Idea]:
+    """The other model runs what should be the same modules in another order."""
+    if not scene.comparison.matching.model.provenance:
+        pass
+    ours, theirs = _sequence(scene)
+    missing = [n for n in theirs if n not in ours]
+    if missing:
+        first = missing[0]
+        yield Idea(f"{_block(first)} does not run here, and does in the other model")
+    for kind in (_norms, _blocks):
+        a, b = kind(scene, ours), kind(scene, theirs)
+        if a == b or sorted(a) != sorted(b):
+            continue
+        moved = {x: y for x, y in zip(a, b, strict=True) if x != y}
+        held = dict(scene.model.named_parameters())
+        found = {
+            name: held[to + name[len(at) :]].data
+            for at, to in moved.items()
+            for name in held
+            if name.startswith(f"{at}.") and to + name[len(at) :] in held
+        }
+        if any(found[n].shape != held[n].shape for n in found):
+            continue
+        names = dict.fromkeys(tuple(sorted((stars(x), stars(y)))) for x, y in moved.items())
+        if kind is _blocks:
+            said = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
+            what = "layers are in each other's place: the other model runs them in another order"
+            yield Idea(what, said, parameters=found, where=_first(found))
+        else:
+            said = " and ".join(f"{x} and {y}" for x, y in names)
+            what = f"{said} are in each other's place"
+            yield Idea(what, f"{said} are exchanged", parameters=found, where=_first(found))
+
+
+def _first(parameters: dict[str, Tensor]) -> tuple[str, ...]:
+    """One of each kind."""
+    kinds = {stars(name): name for name in reversed(parameters)}
+    return tuple(kinds.values())
+
+
+def _sequence(scene: Scene) -> tuple[list[str], list[str]]:
+    """The native names of matched modules, as each model ran them the first time."""
+    ours = sorted((f.at, name) for (name, side, call), f in scene.comparison.flows.items() if not call and name)
+    record = scene.comparison.theirs()[0].records[0]
+    begun = [
+        (min(one.begun for n in match.others for one in record[n]), match.native)
+        for match in scene.matching.matches.values()
+        if any(record[n] for n in match.others)
+    ]
+    return list(dict.fromkeys(n for _, n in ours)), [n for _, n in sorted(begun)]
+
+
+def _norms(scene: Scene, names: list[str]) -> list[str]:
+    modules = dict(scene.model.named_modules())
+    shape = getattr(getattr(scene.module, "weight", None), "shape", None)
+    return [
+        n
+        for n in names
+        if n in modules
+        and not isinstance(modules[n], nn.Linear | nn.Embedding)
+        and getattr(getattr(modules[n], "weight", None), "shape", None) == shape
+    ]
+
+
+def _blocks(scene: Scene, names: list[str]) -> list[str]:
+    return list(dict.fromkeys(b for n in names if (b := _block(n)) != n))
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    for k, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: k + 1])
+    return name
