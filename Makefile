@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types mutants faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
+.PHONY: help setup demo test test-fast check format lint types mutants diagnosis faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -43,6 +43,9 @@ types: $(READY)
 
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
+
+diagnosis: $(READY) ## planted bugs × architectures: located and diagnosed, into docs/diagnosis.md
+	@$(RUN) tools/parity.py --diagnose
 
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py

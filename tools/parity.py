@@ -1,4 +1,7 @@
-"""Parity from a checkout: `parity.py NAME|DIR` or `--all`, and `--mutants` for the gate."""
+"""Parity from a checkout: `parity.py NAME|DIR` or `--all`, and `--mutants` for the gate.
+
+`--diagnose [NAME …]` traces the planted bugs; of all architectures, it is written down.
+"""
 
 import sys
 from pathlib import Path
@@ -10,6 +13,12 @@ if __name__ == "__main__":
         from zoo.parity.mutants import main
 
         sys.exit(main())
+    if "--diagnose" in sys.argv[1:]:
+        from zoo.parity.tracing import main as trace
+
+        names = [word for word in sys.argv[1:] if word != "--diagnose"]
+        page = Path(__file__).parents[1] / "docs" / "diagnosis.md"
+        sys.exit(trace(None if names else page, names))
     from zoo.cli import main as zoo
 
     sys.exit(zoo(["verify", *sys.argv[1:]]))

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from converters.language import parse_rule
 from converters.spec import SPECS, Spec
 from converters.strict_yaml import read_yaml
@@ -16,6 +18,7 @@ from zoo.parity.divergence import Comparison, Difference
 from zoo.parity.sides import spec_of
 
 MOST = 5  # causes that are told
+RULES = 3  # lines that are named
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _confirmed(scene: Scene, idea: Idea) -> Cause:
     change = _lines(scene, idea)
     try:
         with applied(scene.model, idea, scene) as model:
-            but = {name.rpartition(".")[0] for name in idea.parameters if idea.where}
+            but = {name.rpartition(".")[0] for name in idea.parameters if idea.moved}
             if not (idea.parameters or idea.config or idea.settings):
                 but = {scene.name}
             again = scene.comparison.again(model, scene.difference.healed, but)
@@ -119,37 +122,23 @@ def _lines(scene: Scene, idea: Idea) -> str:
     """Where a rule or a field that is to be changed stands."""
     spec = spec_of(scene.model)
     if idea.config:
-        names = {field for name in idea.config for field in _paths(spec, name)}
-        found = [(file, n, text) for file, n, text in _text(spec) if _key(text) in idea.config]
-        if found:
-            file, n, text = found[0]
-            said = f"It is read by line {n} of {file}: {text}."
-        else:
-            said = ""
-        return said if names else ""
+        lines = [line for name in idea.config if (line := field_line(spec, name))]
+        return " ".join(f"It is read by {line}." for line in lines)
     rules = dict.fromkeys(line for name in idea.where if (line := rule_line(spec, name)))
-    return " ".join(f"Change {line}." for line in rules)
+    return " ".join(f"Change {line}." for line in list(rules)[:RULES])
 
 
-def _paths(spec: Spec, name: str) -> tuple[str, ...]:
-    return spec.dialects["hf"].config.get(name, ()) if "hf" in spec.dialects else ()
-
-
-def _key(text: str) -> str:
-    return text.partition(":")[0].strip()
+def field_line(spec: Spec, name: str, dialect: str = "hf") -> str:
+    """Likewise, where a field of the config is read."""
+    found = [(f, n, t) for f, n, t in _section(spec, dialect) if t.startswith(f"    {name}:")]
+    return "" if not found else f"line {found[0][1]} of {found[0][0]}: {found[0][2].strip()}"
 
 
 def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
     """`line 14 of converters/specs/x.yaml: …`, the rule of a native parameter; empty if unknown."""
-    section = ""
-    for file, n, text in _text(spec):
-        if text and not text.startswith((" ", "#")):
-            section = _key(text)
-        if section != dialect or not text.startswith(" ") or ":" not in text:
-            continue
+    for file, n, text in _section(spec, dialect):
         try:
-            read = read_text(text)
-            rule = parse_rule(*read)
+            rule = parse_rule(*_pair(text))
         except (SpecError, ValueError, TypeError):
             continue
         if any(target.name.match(native) is not None for target in rule.targets):
@@ -157,10 +146,8 @@ def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
     return ""
 
 
-def read_text(line: str) -> tuple[str, Any]:
-    """A line of YAML, by itself."""
-    import yaml
-
+def _pair(line: str) -> tuple[str, Any]:
+    """`key: value`, a line of YAML by itself."""
     try:
         data = yaml.safe_load(line.strip())
     except yaml.YAMLError as error:
@@ -168,6 +155,16 @@ def read_text(line: str) -> tuple[str, Any]:
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError(line)
     return next(iter(data.items()))
+
+
+def _section(spec: Spec, dialect: str) -> Iterator[tuple[str, int, str]]:
+    """The lines of one dialect."""
+    section = ""
+    for file, n, text in _text(spec):
+        if text and not text.startswith((" ", "#")):
+            section = text.partition(":")[0]
+        elif section == dialect:
+            yield file, n, text
 
 
 def _text(spec: Spec) -> Iterator[tuple[str, int, str]]:

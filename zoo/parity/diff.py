@@ -36,8 +36,8 @@ def diff(
 
     `ours` is native. `theirs` is what it is held against: the reference's reading of a directory
     in its own form (by default of the one that `ours` was read from), another native model, or any
-    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached". Where
-    they part, `diagnose` looks for the causes: in fp64, where rounding hides none.
+    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached".
+    Where they part, `diagnose` looks for the causes: in fp64, where rounding hides none.
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -47,7 +47,7 @@ def diff(
     model = _native(ours, kind)
     other = _other(model, ours, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
-    fed = Way(way, _inputs(model, way, text, seed))
+    fed = Way(way, inputs_of(model, way, text, seed))
     comparison = Comparison(matching, other, fed, kind)
     difference = comparison.run(backward)
     if diagnose and not difference.ok and not difference.back:
@@ -109,7 +109,7 @@ def _other(
     return sides.native(model, load(theirs, modules=False), dtype, str(theirs))
 
 
-def _inputs(model: Model, way: str, text: str | None, seed: int) -> Inputs:
+def inputs_of(model: Model, way: str, text: str | None = None, seed: int = 0) -> Inputs:
     config = model.config
     if text is not None:
         ids = torch.tensor([model.tokenizer.encode(text)])

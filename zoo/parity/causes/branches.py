@@ -42,7 +42,7 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         where = tuple(n for n in exchanged if n.startswith(f"{name}."))
         if gate is not None and ours[0] == theirs[0]:
             fix = f"{stars(name)}.gate and {stars(name)}.up are exchanged"
-            yield Idea(what, fix, parameters=exchanged, where=where)
+            yield Idea(what, fix, parameters=exchanged, where=where, moved=True)
         return
     what = f"{stars(name)}: the activation is {ours[0]} here and {theirs[0]} there"
     config = scene.model.config

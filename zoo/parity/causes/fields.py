@@ -69,7 +69,7 @@ def _unlike(scene: Scene) -> Iterator[Changes]:
     except ConfigError:
         return
     unlike = {
-        f.name: getattr(there, f.name)
+        f.name: _plain(getattr(there, f.name))
         for f in fields(config)
         if f.name != "labels" and getattr(there, f.name) != getattr(config, f.name)
     }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
 
+SLICES = 256  # of an axis, as far as they are looked through
 NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
 
@@ -52,6 +53,10 @@ def _parameters(scene: Scene) -> Iterator[Idea]:
             continue
         if name in held and not _same(held[name], expected):
             wrong[name] = _how(scene, name, held[name], expected)
+    for name in wrong:
+        if (layer := _layer(scene, name, held)) is not None:
+            yield layer
+            return
     for name, how in wrong.items():
         fix = dict[str, Tensor]()
         for owner in scene.alike(name.rpartition(".")[0]):
@@ -65,7 +70,32 @@ def _parameters(scene: Scene) -> Iterator[Idea]:
             f"{called} {how}",
             f"{called} is what {', '.join(scene.reading.match.parameters[name])} makes of it",
             parameters=fix,
+            where=() if lone or "another order" not in how else (name,),
         )
+
+
+def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
+    """A layer that holds what is another's, in all of its parameters."""
+    other = _other(scene, name, held[name])
+    if other is None or stars(other) != stars(name):
+        return None
+    ours, theirs = block_of(name), block_of(other)
+    inside = [n for n in held if n.startswith(f"{ours}.")]
+    for each in inside:
+        expected = scene.matching.expected(theirs + each[len(ours) :])
+        if expected is None or not _same(held[each], expected):
+            return None
+    fix = {n: scene.matching.expected(n) for n in held if stars(block_of(n)) == stars(ours)}
+    wrong = {n: x for n, x in fix.items() if x is not None and x.shape == held[n].shape}
+    what = f"{ours} holds what {theirs} should: layers are in each other's place"
+    return Idea(what, "each layer holds its own", parameters=wrong)
+
+
+def block_of(name: str) -> str:
+    """`blocks.3` of `blocks.3.attn.k`; what is in no block is one itself."""
+    parts = name.split(".")
+    number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
@@ -90,6 +120,8 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
         return "is transposed"
     if (other := _other(scene, name, ours)) is not None:
         return f"holds what {other} should"
+    if ours.shape[0] <= SLICES and (moved := _moved(ours, theirs)):
+        return f"has its first axis in another order: {moved}"
     ratio = (ours.double() * theirs.double()).sum() / theirs.double().square().sum()
     if fits(ours, theirs * ratio):
         return f"is {ratio:.6g} times what it should be"
@@ -97,6 +129,18 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
     if different.float().mean() < 0.5:
         return f"differs in {int(different.sum())} of {ours.numel()} numbers"
     return f"differs: by {error(ours, theirs):.1e} at most"
+
+
+def _moved(ours: Tensor, theirs: Tensor) -> str:
+    """Which slices of the first axis stand where others should; empty where they are no others."""
+    found = list[str]()
+    for n, x in enumerate(ours):
+        at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
+        if at is None:
+            return ""
+        if at != n:
+            found.append(f"{at} in the place of {n}")
+    return ", ".join(found)
 
 
 def _other(scene: Scene, name: str, value: Tensor) -> str | None:
@@ -123,7 +167,7 @@ def _elsewhere(scene: Scene) -> Iterator[Idea]:
         exchanged = {a: held[b] for a, b in pairs.items()} | {b: held[a] for a, b in pairs.items()}
         fix = f"{scene.name} and {other.native} are exchanged"
         what = f"the other model uses what {scene.name} is read from in another place"
-        yield Idea(what, fix, parameters=exchanged, where=tuple(exchanged))
+        yield Idea(what, fix, parameters=exchanged, where=tuple(exchanged), moved=True)
 
 
 # --- what they do --------------------------------------------------------------------------------
@@ -143,7 +187,9 @@ def _rows(scene: Scene, table: Tensor) -> Iterator[Idea]:
     elif scene.comparison.way.name == "padded":
         yield Idea(f"{name}: places count the padding, and there only what is no padding")
     elif bool((by.abs() <= 1).all()) and bool((by != 0).float().mean() > 0.5):
-        yield Idea(f"{name}: nearly every row that is looked up is off by {int(by.sum().sign()):+d}")
+        yield Idea(
+            f"{name}: nearly every row that is looked up is off by {int(by.sum().sign()):+d}"
+        )
     else:
         yield Idea(f"{name}: other rows are looked up, first {int(ours[0])} for {int(theirs[0])}")
 
@@ -171,23 +217,42 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     eps = ours.get("eps"), theirs.get("eps")
     if "no norm" in (*ours, *theirs):
         where = "here" if "no norm" in ours else "in the other model"
-        yield Idea(f"{scene.name}: nothing is normed {where}: the norm is missing")
+        moved = _norm_moved(scene, x) if "no norm" in ours else None
+        yield Idea(
+            f"{scene.name}: nothing is normed {where}: the norm is "
+            + (f"moved behind {moved}" if moved else "missing")
+        )
     elif ours["centred"] != theirs["centred"]:
         here = "centred" if ours["centred"] else "not centred"
         yield Idea(f"{name}: what goes into the norm is {here} here, and there it is otherwise")
     elif ours["offset"] != theirs["offset"]:
-        yield Idea(f"{name}: the scale is the weight {ours['offset']:+d}, there {theirs['offset']:+d}")
+        yield Idea(
+            f"{name}: the scale is the weight {ours['offset']:+d}, there {theirs['offset']:+d}"
+        )
     elif eps[0] is not None and eps[1] is not None:
         what = f"{name}: eps is {eps[0]:.3g} here and {eps[1]:.3g} there"
         config, known = scene.model.config, _near(scene, eps[1])
-        fields = [
-            n for n, v in vars(config).items() if type(v) is float and _close(v, eps[0])
-        ]
+        fields = [n for n, v in vars(config).items() if type(v) is float and _close(v, eps[0])]
         if scene.steady and len(fields) == 1:
             yield Idea(what, f"{fields[0]} is {known:g}", config={fields[0]: known})
         else:
             settings = {n: {"eps": known} for n in scene.alike()}
             yield Idea(what, f"eps of {name} is {known:g}", settings=settings)
+
+
+def _norm_moved(scene: Scene, x: Tensor) -> str | None:
+    """The layer whose output goes through this norm instead, on its way to the next sum."""
+    norm = scene.fresh.get_submodule(scene.name)
+    later = [
+        f for f in scene.comparison.flows.values() if f.at > scene.flow.at and f.ours is not None
+    ]
+    with torch.no_grad():
+        for out in later:
+            if out.side == "out" and out.ours is not None and out.ours.shape == x.shape:
+                normed = x + norm(out.ours)
+                if any(f.side == "in" and fits(normed, f.ours) for f in later if f.at > out.at):  # type: ignore[arg-type]
+                    return out.match.native
+    return None
 
 
 def _near(scene: Scene, value: float) -> float:
@@ -200,9 +265,7 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-3 * abs(b)
 
 
-def _normed(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
-) -> Mapping[str, Any] | None:
+def _normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Mapping[str, Any] | None:
     """What a norm did, found from what it was given and gave."""
     x, y = x.double(), y.double()
     if fits(x, y):
@@ -238,6 +301,7 @@ def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
             f"{name}.weight is read as [i o]: [o i], or no longer so",
             parameters=turned,
             where=tuple(turned),
+            moved=True,
         )
     rest = y - x @ weight.T
     if (rest - rest[0]).abs().max() <= FITS * y.abs().max():

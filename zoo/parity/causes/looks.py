@@ -22,6 +22,7 @@ from zoo.errors import ConfigError
 from zoo.parity.causes.scene import FITS, Idea, Reached, Scene, error, stars
 
 PARTS = ("q", "k", "v")
+FUSED = "qkv"
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,26 @@ class Look:
     attend: Any
     scale: float
     roles: tuple[str, ...] = PARTS
-    orders: Mapping[str, Tensor] = field(default_factory=dict)  # part -> which of its rows
+    # part -> which of its rows; FUSED: of all three, one below the other
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, rows: Mapping[str, Tensor], mask: Mask, width: int) -> Tensor:
         """(s, h e) of one row's (s, h e) of queries and (t, g e) of keys and values."""
-        given = {
-            name: rows[name] if order is None else rows[name][:, order]
-            for name in PARTS
-            for order in [self.orders.get(name)]
-        }
-        q, k, v = (
-            rearrange(given[name], "s (h e) -> 1 h s e", e=width) for name in self.roles
-        )
+        given = dict(zip(PARTS, self.ordered([rows[name] for name in PARTS], 1), strict=True))
+        q, k, v = (rearrange(given[name], "s (h e) -> 1 h s e", e=width) for name in self.roles)
         mask = Mask(mask.allowed, mask.positions, mask.causal, mask.keys)
         q, k = self.rotary(q, k, mask)
         y = rearrange(self.attend(q, k, v, mask, self.scale, 0.0), "1 h s e -> s (h e)")
         return y[:, self.orders["out"]] if "out" in self.orders else y
+
+    def ordered(self, parts: Sequence[Tensor], axis: int) -> list[Tensor]:
+        """Queries, keys and values, or what makes them."""
+        if (order := self.orders.get(FUSED)) is not None:
+            parts = torch.cat(list(parts), axis).index_select(axis, order).chunk(len(PARTS), axis)
+        return [
+            x if (order := self.orders.get(name)) is None else x.index_select(axis, order)
+            for name, x in zip(PARTS, parts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Turn:
     change: Callable[[Look], Look]
     fix: str = ""  # where it is rows that are read in another order
     config: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = False  # they stand so on disk
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
@@ -82,7 +88,7 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         masks,
         width,
     )
-    turns = list(_turns(scene, own, bench))
+    turns = list(_turns(scene, name, own, bench))
     ours, theirs = (bench.fitted(own, turns, torch.cat(end[: len(masks)])) for end in ends)  # type: ignore[index]
     yield from _told(scene, own, name, ours, theirs)
 
@@ -98,11 +104,11 @@ def _told(
     if theirs:
         yield from _otherwise(scene, own, name, here, theirs)
     if ours:
-        what = f"{stars(name)}: {' and '.join(turn.what for turn in ours)}"
-        there = "" if not theirs else f"; there {' and '.join(turn.what for turn in theirs)}"
+        what = f"{stars(name)}: here {' and '.join(turn.what for turn in ours)}"
+        there = " and ".join(turn.what for turn in theirs or ())
         yield Idea(
-            what + (there or ", and there it is as the class has it" if theirs == () else there),
-            f"{stars(name)} does otherwise",
+            what + ("; the other model does what the class does" if theirs == () else f"; {there}"),
+            f"{stars(name)} does what its class does",
             settings=_settings(scene, here, lambda look: look),
         )
 
@@ -114,19 +120,17 @@ def _otherwise(
     look = own
     for turn in theirs:
         look = turn.change(look)
-    said = " and ".join(turn.what for turn in theirs)
+    what = f"{stars(name)}: in the other model {' and '.join(turn.what for turn in theirs)}"
     fixes = [turn.fix.format(name=stars(name)) for turn in theirs if turn.fix]
     if look.roles != PARTS or look.orders:
         parameters = dict[str, Tensor]()
         for one in here:
             parameters |= _reordered(scene, one, look)
         where = tuple(n for n in parameters if n.startswith(f"{name}."))
-        if all(turn.kind in ("roles", *PARTS, "out") for turn in theirs):
-            what = f"{stars(name)}: there {said}"
-            yield Idea(what, " and ".join(fixes), parameters=parameters, where=where)
+        if all(turn.kind in ("roles", FUSED, *PARTS, "out") for turn in theirs):
+            yield Idea(what, " and ".join(fixes), parameters=parameters, where=where, moved=True)
         return
     config = {key: value for turn in theirs for key, value in turn.config.items()}
-    what = f"{stars(name)}: there {said}"
     if config and scene.steady:
         fix = ", ".join(f"{key} is {value}" for key, value in config.items())
         yield Idea(what, fix, config=config)
@@ -156,14 +160,14 @@ def _reordered(scene: Scene, name: str, look: Look) -> dict[str, Tensor]:
     """Parameters of the projections, so that they give what the other's do."""
     held = dict(scene.model.named_parameters(remove_duplicate=False))
     found = dict[str, Tensor]()
-    for role, part in zip(PARTS, look.roles, strict=True):
-        order = look.orders.get(part)
-        if role == part and order is None:
+    for leaf in ("weight", "bias"):
+        parts = [held.get(f"{name}.{part}.{leaf}") for part in PARTS]
+        if any(part is None for part in parts):
             continue
-        for leaf in ("weight", "bias"):
-            value = held.get(f"{name}.{part}.{leaf}")
-            if value is not None:
-                found[f"{name}.{role}.{leaf}"] = value.data if order is None else value.data[order]
+        ordered = dict(zip(PARTS, look.ordered([p.data for p in parts], 0), strict=True))  # type: ignore[union-attr]
+        for role, part in zip(PARTS, look.roles, strict=True):
+            if role != part or {part, FUSED} & look.orders.keys():
+                found[f"{name}.{role}.{leaf}"] = ordered[part]
     if (order := look.orders.get("out")) is not None:
         weight = held[f"{name}.out.weight"].data
         turned = torch.empty_like(weight)
@@ -221,9 +225,7 @@ class _Bench:
     def error(self, look: Look, wanted: Tensor) -> float:
         try:
             with torch.no_grad():
-                made = [
-                    look(r, m, self.width) for r, m in zip(self.rows, self.masks, strict=True)
-                ]
+                made = [look(r, m, self.width) for r, m in zip(self.rows, self.masks, strict=True)]
         except (RuntimeError, ValueError):
             return math.inf
         out = torch.cat(made)
@@ -244,9 +246,10 @@ class _Bench:
 # --- what may be otherwise -----------------------------------------------------------------------
 
 
-def _turns(scene: Scene, own: Look, bench: _Bench) -> Iterator[Turn]:
+def _turns(scene: Scene, name: str, own: Look, bench: _Bench) -> Iterator[Turn]:
     yield from _roles(bench)
-    yield from _orders(bench)
+    # where reading q otherwise does the same as reading k so, the one that a rule turns is to blame
+    yield from sorted(_orders(scene, name, bench), key=lambda turn: not turn.plain)
     yield from _rotaries(scene, own)
     yield from _scales(scene, own, bench)
     yield from _masks(scene)
@@ -269,7 +272,7 @@ def _roles(bench: _Bench) -> Iterator[Turn]:
         yield Turn("roles", what, lambda look, roles=roles: replace(look, roles=roles), fix)
 
 
-def _orders(bench: _Bench) -> Iterator[Turn]:
+def _orders(scene: Scene, name: str, bench: _Bench) -> Iterator[Turn]:
     letters = {"q": "h", "k": "g", "v": "g", "out": "h"}
     counts = {**bench.heads, "out": bench.heads["q"]}
     for part, heads in counts.items():
@@ -293,13 +296,32 @@ def _orders(bench: _Bench) -> Iterator[Turn]:
                 def change(look: Look, part: str = part, order: Tensor = order) -> Look:
                     return replace(look, orders={**look.orders, part: order})
 
+                match = scene.matching.matches[f"{name}.{part}"]
+                plain = _in_order(match.into if part == "out" else match.out, order)
                 if part == "out":
                     what = f"heads of what out reads lie as [({b})], here as [({a})]"
-                    yield Turn(part, what, change, f"{{name}}.out is read as [o ({b})]: [o ({a})]")
+                    fix = "[o i]" if plain else f"[o ({b})], and now it is as [o ({a})]"
                 else:
                     what = f"rows of {part} lie as [({b})], here as [({a})]"
-                    fix = f"{{name}}.{part} is read as [({a}) i]: [({b}) i]"
-                    yield Turn(part, what, change, fix)
+                    fix = "[o i]" if plain else f"[({b}) i], and now it is as [({a}) i]"
+                yield Turn(part, what, change, f"{{name}}.{part} is read as {fix}", plain=plain)
+
+    if counts["q"] == counts["k"]:
+        size = counts["q"] * bench.width
+        for a, b in (("n o", "o n"), ("o n", "n o"), ("n h e", "h n e"), ("h n e", "n h e")):
+            given = {"n": len(PARTS)} | ({"h": counts["q"]} if "h" in a else {})
+            order = rearrange(torch.arange(3 * size), f"({a}) -> ({b})", **given)
+            yield Turn(
+                FUSED,
+                f"rows of the fused q, k, v lie as [({b})], here as [({a})]",
+                lambda look, order=order: replace(look, orders={FUSED: order}),
+                f"{{name}}.{{{{q,k,v}}}} are read as [({b}) i], not [({a}) i]",
+            )
+
+
+def _in_order(now: Tensor | None, order: Tensor) -> bool:
+    """Whether rows that are read so would be read as they stand on disk."""
+    return now is not None and bool((now[order].diff() == 1).all())
 
 
 def _rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
@@ -373,7 +395,7 @@ def _bases(scene: Scene, now: float) -> list[float]:
 
 def _scalings(scene: Scene, now: Scaling) -> Iterator[Scaling]:
     found = list[Scaling]()
-    for said in scene.objects:
+    for said in scene.scalings:
         try:
             found.append(Scaling.from_json({k: v for k, v in said.items() if k != "rope_theta"}))
         except ConfigError:
@@ -449,7 +471,12 @@ def _masks(scene: Scene) -> Iterator[Turn]:
 
 
 def _masked(
-    attend: Any, change: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Mask,
+    attend: Any,
+    change: Callable[[Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
     *rest: Any,
 ) -> Tensor:
     allowed = mask.dense(q.shape[2])

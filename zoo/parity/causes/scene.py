@@ -29,7 +29,8 @@ Changes = Mapping[str, Any]
 class Idea:
     """A cause to be tried. Of what undoes it, at most one is given; none: the numbers themselves.
 
-    `where` are native parameters whose rules are to be changed.
+    `where` are native parameters whose rules are to be changed. `moved`: they hold other numbers
+    then, and what flows through their modules is no longer compared with what it was.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Idea:
     config: Changes = field(default_factory=dict)
     settings: Mapping[str, Changes] = field(default_factory=dict)  # module -> attributes
     where: tuple[str, ...] = ()
+    moved: bool = False
 
 
 class Reached(Exception):
@@ -87,8 +89,9 @@ class Scene:
 
     def rebuilt(self, changes: Changes) -> Model:
         """With other config fields; ConfigError or RuntimeError where they do not fit."""
+        config = self.model.config
         with torch.device("meta"):
-            model: Model = type(self.model)(self.model.config.replace(**changes))
+            model: Model = type(self.model)(type(config)(**{**config.to_dict(), **changes}))
         held = dict(self.model.named_parameters(remove_duplicate=False))
         for name, p in list(model.named_parameters(remove_duplicate=False)):
             value = held[name] if name in held else self.matching.expected(name)
@@ -106,7 +109,8 @@ class Scene:
             error = self.error_of(self.fresh)
         except (RuntimeError, ZooError):
             return False
-        return abs(error - self.reading.error) <= 1e-6 * self.reading.error
+        told = self.reading.error
+        return error == told or abs(error - told) <= 1e-6 * told
 
     @cached_property
     def said(self) -> dict[str, Any]:
@@ -120,8 +124,10 @@ class Scene:
         return list(dict.fromkeys(float(x) for x in _leaves(self.said) if type(x) in (int, float)))
 
     @cached_property
-    def objects(self) -> list[dict[str, Any]]:
-        return [value for value in self.said.values() if isinstance(value, dict) and value]
+    def scalings(self) -> list[dict[str, Any]]:
+        """Every scaling of a rope in it."""
+        found = [value for value in self.said.values() if isinstance(value, dict)]
+        return [value for value in found if {"type", "rope_type"} & value.keys()]
 
     def known(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
         """What flowed there, where it agrees."""
@@ -141,8 +147,13 @@ class Scene:
     def error_of(self, model: Model) -> float:
         """What the place's error is in another native model; it runs no further than that."""
         comparison, module = self.comparison, dict(model.named_modules()).get(self.name)
-        if module is None or not self.name or comparison.way.name == "cached":
-            return self.comparison.again(model, self.difference.healed, ()).error(self.reading.place)
+        if self.flow.theirs is None:
+            again = comparison.again(model, self.difference.healed, ())
+            return again.error(self.reading.place) if again.first == self.first else 0.0
+        if module is None or not self.flow.counts or comparison.way.name == "cached":
+            return self.comparison.again(model, self.difference.healed, ()).error(
+                self.reading.place
+            )
         found = list[Tensor]()
         left = self.reading.call
 
@@ -168,7 +179,7 @@ class Scene:
         finally:
             handle.remove()
         ours = comparison.way.tokens(found, self.flow.counts) if found else None
-        if ours is None or self.flow.theirs is None or ours.shape != self.flow.theirs.shape:
+        if ours is None or ours.shape != self.flow.theirs.shape:
             return float("inf")
         return error(ours, self.flow.theirs)
 
@@ -283,4 +294,3 @@ def _put(model: Model, scene: Scene) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-

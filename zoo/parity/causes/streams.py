@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zoo.parity.causes.layers import block_of
 from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
 
 
@@ -94,22 +95,43 @@ def _times(weight: float) -> str:
     return {0: "not at all", 1: "once", 2: "twice"}.get(weight, f"{weight:.6g} times")
 
 
-def _bent(
-    scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | None
-) -> str | None:
+def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | None) -> str | None:
     """What was done to a sum on its way."""
     if known is not None:
         plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
         if fits(plain - plain.mean(-1, keepdim=True), given):
             return "it is centred: its mean is taken away"
+        if (how := _normed(scene, outs, given, known)) is not None:
+            return how
         rows = scene.rows(plain)
         for by in (1, -1):
             if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), given):
                 return "it is moved by a place"
         ratio = given / plain
         kept = ratio[(ratio != 0) & plain.abs().gt(1e-6)]
-        if len(kept) < 0.99 * ratio.numel() and len(kept) and bool((kept - kept[0]).abs().max() < 1e-6):
+        if (
+            len(kept) < 0.99 * ratio.numel()
+            and len(kept)
+            and bool((kept - kept[0]).abs().max() < 1e-6)
+        ):
             return "some of it is zero: dropout is active"
+    return None
+
+
+def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) -> str | None:
+    """A norm of the same block that one of the parts, or all of it, went through."""
+    plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
+    norms = {
+        name: module
+        for name, module in scene.fresh.named_modules()
+        if block_of(name) == block_of(scene.name)
+        and len(getattr(module, "weight", plain).shape) == 1
+    }
+    with torch.no_grad():
+        for norm, module in norms.items():
+            for name in known.parts:
+                if fits(plain - outs[name] + module(outs[name]), given):
+                    return f"{name} goes through {norm} on its way: the norm is moved"
     return None
 
 
@@ -147,6 +169,7 @@ def _exchanged(scene: Scene, a: str, b: str) -> Idea:
         f"{names[0]} and {names[1]} are exchanged",
         parameters=found,
         where=(a, b),
+        moved=True,
     )
 
 
@@ -172,15 +195,15 @@ def _picked(scene: Scene) -> Iterator[Idea]:
             continue
         places = {"first": 0, "last": -1, "second": 1, "last but one": -2}
         told = [
-            next(
-                (w for w, n in places.items() if fits(torch.stack([r[n] for r in rows]), y)), None
-            )
+            next((w for w, n in places.items() if fits(torch.stack([r[n] for r in rows]), y)), None)
             for y in (ours, theirs)
             if all(len(r) > 1 for r in rows)
         ]
         if len(told) == 2 and told[0] != told[1]:
             here, there = (w or "another" for w in told)
-            yield Idea(f"what goes into {scene.name}: the {here} token of {name} here, the {there} there")
+            yield Idea(
+                f"what goes into {scene.name}: the {here} token of {name} here, the {there} there"
+            )
             return
 
 
@@ -189,13 +212,12 @@ def _picked(scene: Scene) -> Iterator[Idea]:
 
 def _order(scene: Scene) -> Iterator[Idea]:
     """The other model runs what should be the same modules in another order."""
-    if not scene.comparison.matching.model.provenance:
-        pass
     ours, theirs = _sequence(scene)
     missing = [n for n in theirs if n not in ours]
     if missing:
         first = missing[0]
-        yield Idea(f"{_block(first)} does not run here, and does in the other model")
+        yield Idea(f"{block_of(first)} does not run here, and does in the other model")
+    yield from _times_run(scene)
     for kind in (_norms, _blocks):
         a, b = kind(scene, ours), kind(scene, theirs)
         if a == b or sorted(a) != sorted(b):
@@ -210,26 +232,50 @@ def _order(scene: Scene) -> Iterator[Idea]:
         }
         if any(found[n].shape != held[n].shape for n in found):
             continue
-        names = dict.fromkeys(tuple(sorted((stars(x), stars(y)))) for x, y in moved.items())
+        if all(stars(x) == stars(y) for x, y in moved.items()) != (kind is _blocks):
+            continue
         if kind is _blocks:
             said = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
             what = "layers are in each other's place: the other model runs them in another order"
-            yield Idea(what, said, parameters=found, where=_first(found))
+            yield Idea(what, said, parameters=found, where=_first(found), moved=True)
         else:
-            said = " and ".join(f"{x} and {y}" for x, y in names)
+            lone = len(moved) == 2
+            pairs = (tuple(sorted(pair if lone else map(stars, pair))) for pair in moved.items())
+            said = " and ".join(f"{x} and {y}" for x, y in dict.fromkeys(pairs))
             what = f"{said} are in each other's place"
-            yield Idea(what, f"{said} are exchanged", parameters=found, where=_first(found))
+            yield Idea(
+                what, f"{said} are exchanged", parameters=found, where=_first(found), moved=True
+            )
+
+
+def _times_run(scene: Scene) -> Iterator[Idea]:
+    record = scene.comparison.theirs()[0].records[0]
+    here = sum(name == scene.name and side == "in" for name, side, _ in scene.comparison.flows)
+    there = sum(len(record[name]) for name in scene.reading.match.others[:1])
+    if here != there and here and there:
+        name = block_of(scene.name)
+        yield Idea(f"{name} runs {_often(here)} here and {_often(there)} in the other model")
+
+
+def _often(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _first(parameters: dict[str, Tensor]) -> tuple[str, ...]:
     """One of each kind."""
-    kinds = {stars(name): name for name in reversed(parameters)}
+    kinds = dict[str, str]()
+    for name in parameters:
+        kinds.setdefault(stars(name), name)
     return tuple(kinds.values())
 
 
 def _sequence(scene: Scene) -> tuple[list[str], list[str]]:
     """The native names of matched modules, as each model ran them the first time."""
-    ours = sorted((f.at, name) for (name, side, call), f in scene.comparison.flows.items() if not call and name)
+    ours = sorted(
+        (f.at, name)
+        for (name, side, call), f in scene.comparison.flows.items()
+        if not call and name
+    )
     record = scene.comparison.theirs()[0].records[0]
     begun = [
         (min(one.begun for n in match.others for one in record[n]), match.native)
@@ -240,24 +286,9 @@ def _sequence(scene: Scene) -> tuple[list[str], list[str]]:
 
 
 def _norms(scene: Scene, names: list[str]) -> list[str]:
-    modules = dict(scene.model.named_modules())
-    shape = getattr(getattr(scene.module, "weight", None), "shape", None)
-    return [
-        n
-        for n in names
-        if n in modules
-        and not isinstance(modules[n], nn.Linear | nn.Embedding)
-        and getattr(getattr(modules[n], "weight", None), "shape", None) == shape
-    ]
+    shapes = scene.matching.plan.native.shapes
+    return [n for n in names if len(shapes.get(f"{n}.weight", ())) == 1]
 
 
 def _blocks(scene: Scene, names: list[str]) -> list[str]:
-    return list(dict.fromkeys(b for n in names if (b := _block(n)) != n))
-
-
-def _block(name: str) -> str:
-    parts = name.split(".")
-    for k, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: k + 1])
-    return name
+    return list(dict.fromkeys(b for n in names if (b := block_of(n)) != n))

@@ -58,7 +58,9 @@ def outputs(scene: Scene) -> Iterator[Idea]:
         for other, its in flows.items():
             if k != other and flow.ours is not None and its.theirs is not None:
                 if flow.ours.shape == its.theirs.shape and fits(flow.ours, its.theirs):
-                    yield Idea(f"outputs are exchanged: the {k + 1}. here is the {other + 1}. there")
+                    yield Idea(
+                        f"outputs are exchanged: the {k + 1}. here is the {other + 1}. there"
+                    )
                     return
     flow = scene.flow
     if flow.ours is not None and flow.theirs is not None and flow.ours.shape == flow.theirs.shape:
