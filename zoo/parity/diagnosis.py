@@ -88,7 +88,7 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
     yield from trials.padding(scene)
     if scene.side == "out":
         yield from layers.ideas(scene) if scene.name else trials.outputs(scene)
-    elif scene.name.endswith(".out"):
+    elif scene.name.rpartition(".")[2] in ("q", "k", "v", "out"):
         yield from looks.ideas(scene)
     elif scene.name.endswith(".down"):
         yield from branches.ideas(scene)
@@ -101,18 +101,15 @@ def _confirmed(scene: Scene, idea: Idea) -> Cause:
     change = _lines(scene, idea)
     try:
         with applied(scene.model, idea, scene) as model:
-            but = {name.rpartition(".")[0] for name in idea.parameters if idea.moved}
-            if not (idea.parameters or idea.config or idea.settings):
-                but = {scene.name}
+            but = idea.touched if idea.undoes else {scene.name}
             again = scene.comparison.again(model, scene.difference.healed, but)
     except (RuntimeError, ZooError):
         return Cause(idea.what, idea.fix, change)
     if again.first is None:
         return Cause(idea.what, idea.fix, change, True, True)
-    moved = again.first.reading
-    if moved.place == scene.reading.place:
-        return Cause(idea.what, idea.fix, change)
-    return Cause(idea.what, idea.fix, change, True, False, str(moved))
+    if scene.later(again):
+        return Cause(idea.what, idea.fix, change, True, False, str(again.first.reading))
+    return Cause(idea.what, idea.fix, change)
 
 
 # --- which line says it --------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from zoo.components.model import Model
 from zoo.parity.compare import call, part, real, rms
 from zoo.parity.matching import Match, Matching
 from zoo.parity.sides import Other
+from zoo.parity.sums import summed
 from zoo.parity.taps import SIDES, Call, Record, Side, recorded
 from zoo.parity.truth import Inputs
 from zoo.terminal import BOLD, GREEN, RED, paint
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # orders. In a narrower dtype, as a multiple of the other model's own error there.
 EXACT = 1e-10
 NOISE = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+AFTER = 12  # places are looked at for what becomes of a factor
 OUTPUT = Match("", ("",), {}, ())
 
 Place = tuple[str, Side, int]  # a native module, a side of it, and which of its calls
@@ -206,6 +208,8 @@ def _flow(
     counts = [len(flat(x)) for x in there]
     ours = way.tokens(here, counts)
     theirs, floor = [flat(x) for x in there], [flat(x) for x in below]
+    if len({x.shape[-1] for x in theirs}) > 1:  # tokens are no rows of it
+        return flow
     if ours is not None and len(ours) == len(counts) < sum(counts):  # it reads the last token alone
         theirs, floor = [x[-1:] for x in theirs], [x[-1:] for x in floor]
     elif ours is not None and len(ours) == counts[0] < sum(counts):  # it is the same for all rows
@@ -483,9 +487,31 @@ class Comparison:
             place = first.reading.place
             after = self._reached_by(*place) & {r.place for r in difference.readings}
             told = [r for r in difference.readings if r.place in after]
-            if not told or not told[0].ok:
+            if not told or not (told[0].ok or self._made_up_for(place, told)):
                 return
             difference.healed.add(place)
+
+    def _made_up_for(self, place: Place, after: Sequence[Reading]) -> bool:
+        """A factor that is applied there at once, and here on the way to what it is summed into."""
+        flow = self.flows[place]
+        if flow.side == "in" or not flow.comparable:
+            return False
+        ours, theirs = flow.ours.double(), flow.theirs.double()  # type: ignore[union-attr]
+        factor = (ours * theirs).sum() / ours.square().sum()
+        if (ours * factor - theirs).abs().max() > EXACT * rms(theirs):
+            return False
+        inward = [self.flows[r.place] for r in after if r.side == "in"]
+        for later in (f for f in inward[:AFTER] if f.ours is not None):
+            outs = {
+                str(at): f.ours
+                for at, f in self.flows.items()
+                if f.side == "out" and f.at < later.at and f.ours is not None
+                if f.ours.shape == later.ours.shape  # type: ignore[union-attr]
+            }
+            found = summed(outs, later.ours)  # type: ignore[arg-type]
+            if found and math.isclose(found.parts.get(str(place), 0), factor, rel_tol=1e-5):
+                return True
+        return False
 
     def _reached_by(self, name: str, side: Side, number: int) -> set[Place]:
         """Every place whose values follow from those at this one: found by changing these."""

@@ -44,7 +44,7 @@ def need(condition: object) -> None:
 
 Kind = Literal["mapping", "config", "model"]
 # where the numbers of a bug first meet, by what it is in
-LOOK = r"in .*blocks\.0\.attn\.out$"
+LOOK = r"in .*blocks\.0\.attn\.(out|[qk], time 2)$"
 MLP = r"in .*blocks\.0\.mlp\.down$|out .*blocks\.0\.mlp$"
 FIRST = r"in .*blocks\.0\.(norm1|norm_attn|norm_mlp|attn\.[qkv])$"
 
@@ -757,7 +757,7 @@ def _(model: Any) -> None:
     "the decoder reads itself, not the encoder",
     "model",
     at=r"in decoder\.blocks\.0\.cross\.[kv]$",
-    cause=r"norm_cross.* here.*encoder\.norm",
+    cause=r"norm_cross is in it once here",
 )
 def _(model: Any) -> None:
     crossing(model, lambda read, x, mask, source: read(x, Mask(None, mask.positions)))
@@ -904,7 +904,7 @@ def _(model: Any) -> None:
 @mutant(
     "attention left out of the residual stream once",
     "model",
-    at=r"in .*blocks\.\d\.(norm\w+|mlp\.\w+)$",
+    at=r"in (.*blocks\.\d\.(norm\w+|mlp\.\w+)|norm)$",
     cause=r"attn\.out is in it not at all here",
 )
 def _(model: Any) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
+from zoo.parity.sums import summed
 
+AFTER = 12  # places are looked at for where a norm has gone
 SLICES = 256  # of an axis, as far as they are looked through
 NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
@@ -57,6 +59,11 @@ def _parameters(scene: Scene) -> Iterator[Idea]:
         if (layer := _layer(scene, name, held)) is not None:
             yield layer
             return
+    for name in wrong:
+        twin = _other(scene, name, held[name])
+        if twin in held and _other(scene, twin, held[twin]) == name:
+            yield _exchange(scene, name, twin, held)
+            return
     for name, how in wrong.items():
         fix = dict[str, Tensor]()
         for owner in scene.alike(name.rpartition(".")[0]):
@@ -72,6 +79,19 @@ def _parameters(scene: Scene) -> Iterator[Idea]:
             parameters=fix,
             where=() if lone or "another order" not in how else (name,),
         )
+
+
+def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
+    """Two parameters, in every layer where it is so."""
+    fix = dict[str, Tensor]()
+    for each in held:
+        if stars(each) in (stars(name), stars(twin)):
+            expected = scene.matching.expected(each)
+            if expected is not None and not _same(held[each], expected):
+                fix[each] = expected.to(held[each].dtype)
+    said = f"{stars(name)} and {stars(twin)}"
+    what = f"{said} are in each other's place"
+    return Idea(what, f"{said} are exchanged", parameters=fix, where=(name, twin))
 
 
 def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
@@ -217,10 +237,10 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     eps = ours.get("eps"), theirs.get("eps")
     if "no norm" in (*ours, *theirs):
         where = "here" if "no norm" in ours else "in the other model"
-        moved = _norm_moved(scene, x) if "no norm" in ours else None
+        moved = _norm_moved(scene) if "no norm" in ours else None
         yield Idea(
             f"{scene.name}: nothing is normed {where}: the norm is "
-            + (f"moved behind {moved}" if moved else "missing")
+            + (f"moved: {moved} goes through it" if moved else "missing")
         )
     elif ours["centred"] != theirs["centred"]:
         here = "centred" if ours["centred"] else "not centred"
@@ -240,18 +260,27 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
             yield Idea(what, f"eps of {name} is {known:g}", settings=settings)
 
 
-def _norm_moved(scene: Scene, x: Tensor) -> str | None:
-    """The layer whose output goes through this norm instead, on its way to the next sum."""
-    norm = scene.fresh.get_submodule(scene.name)
-    later = [
-        f for f in scene.comparison.flows.values() if f.at > scene.flow.at and f.ours is not None
-    ]
-    with torch.no_grad():
-        for out in later:
-            if out.side == "out" and out.ours is not None and out.ours.shape == x.shape:
-                normed = x + norm(out.ours)
-                if any(f.side == "in" and fits(normed, f.ours) for f in later if f.at > out.at):  # type: ignore[arg-type]
-                    return out.match.native
+def _norm_moved(scene: Scene) -> str | None:
+    """The layer whose output goes through this norm instead, on its way to a sum."""
+    norm, flows = scene.fresh.get_submodule(scene.name), scene.comparison.flows
+    width = scene.flow.ours.shape[-1]  # type: ignore[union-attr]
+    outs = {n: f.ours for (n, side, _), f in flows.items() if side == "out" and f.ours is not None}
+    later = sorted((f for f in flows.values() if f.at > scene.flow.at), key=lambda f: f.at)
+    for flow in [f for f in later if f.side == "in" and f.ours is not None][:AFTER]:
+        wanted: Tensor = flow.ours  # type: ignore[assignment]
+        parts = {
+            n: x
+            for n, x in outs.items()
+            if x.shape == wanted.shape and flows[n, "out", 0].at < flow.at
+        }
+        for name, x in parts.items():
+            if x.shape[-1] != width or block_of(name) != block_of(scene.name) or name == scene.name:
+                continue
+            with torch.no_grad():
+                normed = norm(x)
+            found = summed({**parts, name: normed}, wanted)
+            if found is not None and found.parts.get(name) == 1:
+                return name
     return None
 
 
@@ -282,7 +311,7 @@ def _normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Mappin
             eps = (r**-2 - z.square().mean(-1)).median()
             again = a * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) + shift
             off = error(again, y)
-            if best is None or off < best[0]:
+            if best is None or not best[0] <= off:  # it may be no number
                 best = off, {"centred": centred, "offset": offset, "eps": float(eps)}
     return best[1] if best is not None and best[0] <= 100 * FITS else None
 

@@ -41,6 +41,15 @@ class Idea:
     where: tuple[str, ...] = ()
     moved: bool = False
 
+    @property
+    def undoes(self) -> bool:
+        return bool(self.parameters or self.config or self.settings)
+
+    @property
+    def touched(self) -> set[str]:
+        """The modules that hold other numbers when it is undone."""
+        return {name.rpartition(".")[0] for name in self.parameters if self.moved}
+
 
 class Reached(Exception):
     """Nothing after this place is needed."""
@@ -115,7 +124,7 @@ class Scene:
     @cached_property
     def said(self) -> dict[str, Any]:
         """The other model's own config, where it has one."""
-        config = getattr(self.comparison.other.module, "config", None)
+        config: Any = getattr(self.comparison.other.module, "config", None)
         return config.to_dict() if hasattr(config, "to_dict") else {}
 
     @cached_property
@@ -140,7 +149,9 @@ class Scene:
         for reading in self.difference.readings:
             if reading.place == self.reading.place:
                 break
-            if reading.ok and self.comparison.flows[reading.place].comparable:
+            # of what is healed, one is a multiple of the other
+            fine = reading.ok or reading.place in self.difference.healed
+            if fine and self.comparison.flows[reading.place].comparable:
                 found[reading.place] = self.comparison.flows[reading.place]
         return found
 
@@ -149,7 +160,7 @@ class Scene:
         comparison, module = self.comparison, dict(model.named_modules()).get(self.name)
         if self.flow.theirs is None:
             again = comparison.again(model, self.difference.healed, ())
-            return again.error(self.reading.place) if again.first == self.first else 0.0
+            return 0.0 if again.first is None or self.later(again) else float("inf")
         if module is None or not self.flow.counts or comparison.way.name == "cached":
             return self.comparison.again(model, self.difference.healed, ()).error(
                 self.reading.place
@@ -183,6 +194,17 @@ class Scene:
             return float("inf")
         return error(ours, self.flow.theirs)
 
+    def later(self, again: Difference) -> bool:
+        """Whether another run parts later than this one did."""
+        assert again.first is not None
+        flow = self.comparison.flows.get(again.first.reading.place)
+        return flow is not None and flow.at > self.flow.at
+
+    def restores(self, idea: Idea) -> bool:
+        """Whether nothing differs once it is undone."""
+        with applied(self.model, idea, self) as model:
+            return self.comparison.again(model, self.difference.healed, idea.touched).first is None
+
     def alike(self, name: str | None = None) -> list[str]:
         """Every module whose name is this one's but for the layer's number."""
         kind = re.sub(r"\.\d+\.", r".\\d+.", re.escape(name or self.name).replace(r"\.", "."))
@@ -211,7 +233,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 def error(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, in units of the root mean square of theirs."""
     scale = rms(theirs).clamp(min=torch.finfo(torch.float64).tiny)
-    return float((ours.double() - theirs.double()).abs().max() / scale)
+    return float((ours.detach().double() - theirs.detach().double()).abs().max() / scale)
 
 
 def fits(ours: Tensor, theirs: Tensor) -> bool:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from zoo.parity.causes.layers import block_of
-from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
-
-
-@dataclass(frozen=True)
-class Sum:
-    """How much of each output there is in it."""
-
-    parts: dict[str, float]
-
-    def __str__(self) -> str:
-        return " + ".join(n if w == 1 else f"{w:.6g} {n}" for n, w in self.parts.items()) or "0"
+from zoo.parity.causes.scene import FITS, Idea, Scene, fits, stars
+from zoo.parity.sums import Sum, summed
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
@@ -32,7 +22,7 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     outs = _outputs(scene)
     if not outs:
         return
-    ours, theirs = (_summed(outs, x) for x in (flow.ours, flow.theirs))
+    ours, theirs = (summed(outs, x) for x in (flow.ours, flow.theirs))
     yield from _told(scene, outs, ours, theirs)
 
 
@@ -51,19 +41,6 @@ def _outputs(scene: Scene) -> dict[str, Tensor]:
     return found
 
 
-def _summed(outs: dict[str, Tensor], wanted: Tensor) -> Sum | None:
-    """By least squares; None where it is no sum of these."""
-    y = wanted.double().flatten()
-    a = torch.stack([x.double().flatten() for x in outs.values()], dim=1)
-    scale = a.square().sum(0).sqrt().clamp(min=1e-300)
-    weights = torch.linalg.lstsq(a / scale, y[:, None], driver="gelsd").solution[:, 0] / scale
-    if error(a @ weights, y) > 100 * FITS:
-        return None
-    parts = dict(zip(outs, weights.tolist(), strict=True))
-    near = {n: float(round(w)) if abs(w - round(w)) < 1e-5 else w for n, w in parts.items()}
-    return Sum({n: w for n, w in near.items() if w})
-
-
 def _told(
     scene: Scene, outs: dict[str, Tensor], ours: Sum | None, theirs: Sum | None
 ) -> Iterator[Idea]:
@@ -74,9 +51,12 @@ def _told(
         if len(ratios) == 1 and len(names) == len(theirs.parts) and 0 not in ratios:
             yield Idea(f"{place} is {ratios.pop():.6g} times what it is there")
             return
-        for name in names:
-            here, there = ours.parts.get(name, 0), theirs.parts.get(name, 0)
-            yield Idea(f"{place}: {name} is in it {_times(here)} here and {_times(there)} there")
+        said = (
+            f"{n} is in it {_times(ours.parts.get(n, 0))} here "
+            f"and {_times(theirs.parts.get(n, 0))} there"
+            for n in names
+        )
+        yield Idea(f"{place}: {', '.join(said)}")
         return
     for side, given, known in (
         ("here", scene.flow.ours, theirs),
@@ -92,7 +72,8 @@ def _told(
 
 
 def _times(weight: float) -> str:
-    return {0: "not at all", 1: "once", 2: "twice"}.get(weight, f"{weight:.6g} times")
+    whole = int(weight) if weight == int(weight) else -1
+    return {0: "not at all", 1: "once", 2: "twice"}.get(whole, f"{weight:.6g} times")
 
 
 def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | None) -> str | None:
@@ -157,7 +138,7 @@ def _exchanged(scene: Scene, a: str, b: str) -> Idea:
     """Two parameters, in every layer if they are in one."""
     held = dict(scene.model.named_parameters())
     found = dict[str, Tensor]()
-    layers = {layer for layer in _layers(a) & _layers(b)}
+    layers = _layers(a) & _layers(b)
     for name in held:
         if stars(name) == stars(a) and layers:
             twin = _same_layer(name, b)
@@ -213,11 +194,12 @@ def _picked(scene: Scene) -> Iterator[Idea]:
 def _order(scene: Scene) -> Iterator[Idea]:
     """The other model runs what should be the same modules in another order."""
     ours, theirs = _sequence(scene)
-    missing = [n for n in theirs if n not in ours]
-    if missing:
-        first = missing[0]
-        yield Idea(f"{block_of(first)} does not run here, and does in the other model")
-    yield from _times_run(scene)
+    there = {name for name, _ in scene.model.named_modules()}
+    missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
+    for name in dict.fromkeys(map(block_of, missing)):
+        yield Idea(f"{name} does not run here, and does in the other model")
+    if scene.flow.theirs is None:
+        yield from _times_run(scene)
     for kind in (_norms, _blocks):
         a, b = kind(scene, ours), kind(scene, theirs)
         if a == b or sorted(a) != sorted(b):

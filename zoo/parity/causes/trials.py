@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import permutations
 
 import torch
 
@@ -54,14 +55,11 @@ def outputs(scene: Scene) -> Iterator[Idea]:
     if scene.name:
         return
     flows = {place[2]: f for place, f in scene.comparison.flows.items() if not place[0]}
-    for k, flow in flows.items():
-        for other, its in flows.items():
-            if k != other and flow.ours is not None and its.theirs is not None:
-                if flow.ours.shape == its.theirs.shape and fits(flow.ours, its.theirs):
-                    yield Idea(
-                        f"outputs are exchanged: the {k + 1}. here is the {other + 1}. there"
-                    )
-                    return
+    for k, other in permutations(flows, 2):
+        ours, theirs = flows[k].ours, flows[other].theirs
+        if ours is not None and theirs is not None and fits(ours, theirs):
+            yield Idea(f"outputs are exchanged: number {k + 1} here is number {other + 1} there")
+            return
     flow = scene.flow
     if flow.ours is not None and flow.theirs is not None and flow.ours.shape == flow.theirs.shape:
         ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
