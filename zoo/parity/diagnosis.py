@@ -63,6 +63,8 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
     if difference.first is None:
         return list(_unmet(difference))
     scene = Scene(comparison, difference)
+    if difference.back:
+        return [_confirmed(scene, idea) for idea in trials.learning(scene)]
     found = list[Cause]()
     for idea in _ideas(scene):
         if idea.what not in {cause.what for cause in found}:
@@ -94,6 +96,7 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
         yield from branches.ideas(scene)
     if scene.side == "in":
         yield from streams.ideas(scene)
+    yield from trials.alone(scene)
     yield from fields.tried(scene)
 
 
@@ -102,7 +105,9 @@ def _confirmed(scene: Scene, idea: Idea) -> Cause:
     try:
         with applied(scene.model, idea, scene) as model:
             but = idea.touched if idea.undoes else {scene.name}
-            again = scene.comparison.again(model, scene.difference.healed, but)
+            again = scene.comparison.again(
+                model, scene.difference.healed, but, scene.difference.back
+            )
     except (RuntimeError, ZooError):
         return Cause(idea.what, idea.fix, change)
     if again.first is None:

@@ -18,7 +18,8 @@ from zoo.parity.matching import Matching
 from zoo.parity.truth import Draw, Inputs
 from zoo.pretrained import Ref, dtype_of, load
 
-ROWS = 4
+ROWS, FEW = 4, 2
+LARGE = 10**7  # parameters, from which on a row takes seconds
 
 
 def diff(
@@ -36,8 +37,9 @@ def diff(
 
     `ours` is native. `theirs` is what it is held against: the reference's reading of a directory
     in its own form (by default of the one that `ours` was read from), another native model, or any
-    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached".
-    Where they part, `diagnose` looks for the causes: in fp64, where rounding hides none.
+    module whose parameters have the names of some dialect. `way` is "whole", "padded", "cached"
+    or "unmasked": with padding tokens that no mask hides. Where they part, `diagnose` looks for
+    the causes: in fp64, where rounding hides none.
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -47,10 +49,10 @@ def diff(
     model = _native(ours, kind)
     other = _other(model, ours, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
-    fed = Way(way, inputs_of(model, way, text, seed))
+    fed = Way(way, inputs_of(model, way, text, seed, pad_of(other)))
     comparison = Comparison(matching, other, fed, kind)
     difference = comparison.run(backward)
-    if diagnose and not difference.ok and not difference.back:
+    if diagnose and not difference.ok:
         difference.causes = _causes(comparison, difference)
     return difference
 
@@ -109,7 +111,16 @@ def _other(
     return sides.native(model, load(theirs, modules=False), dtype, str(theirs))
 
 
-def inputs_of(model: Model, way: str, text: str | None = None, seed: int = 0) -> Inputs:
+def pad_of(other: sides.Other) -> int | None:
+    """The padding token, by the other model."""
+    config = getattr(other.module, "config", None)
+    found = getattr(config, "pad_token_id", getattr(config, "pad", None))
+    return found if isinstance(found, int) and found >= 0 else None
+
+
+def inputs_of(
+    model: Model, way: str, text: str | None = None, seed: int = 0, pad: int | None = None
+) -> Inputs:
     config = model.config
     if text is not None:
         ids = torch.tensor([model.tokenizer.encode(text)])
@@ -119,10 +130,13 @@ def inputs_of(model: Model, way: str, text: str | None = None, seed: int = 0) ->
         SimpleNamespace(
             vocab_size=config.vocab,
             type_vocab_size=getattr(config, "types", 0),
-            pad_token_id=config.pad,
+            pad_token_id=config.pad if pad is None else pad,
             max_position_embeddings=config.limit,
-            is_encoder_decoder=hasattr(config, "start"),
+            is_encoder_decoder=hasattr(config, "start") and config.head != "encoder",
         ),
         seed,
     )
-    return draw.padded("mixed") if way == "padded" else draw.full(ROWS)
+    rows = ROWS if sum(p.numel() for p in model.parameters()) < LARGE else FEW
+    if way == "unmasked" and (unmasked := draw.unmasked()) is not None:
+        return unmasked
+    return draw.padded("mixed") if way == "padded" else draw.full(rows)

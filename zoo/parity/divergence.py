@@ -7,7 +7,7 @@ compared with what flows through the one of the other model that holds the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.components.cache import Cache
 from zoo.components.model import Model
-from zoo.parity.compare import call, part, real, rms
+from zoo.parity.compare import SYMMETRIC, call, part, real, rms
 from zoo.parity.matching import Match, Matching
 from zoo.parity.sides import Other
 from zoo.parity.sums import summed
@@ -39,7 +39,8 @@ OUTPUT = Match("", ("",), {}, ())
 
 Place = tuple[str, Side, int]  # a native module, a side of it, and which of its calls
 Rows = list[list[Tensor]]  # of each row without its padding, every output
-WAYS = ("whole", "padded", "cached")
+# at once, behind a mask, in parts, and with padding tokens that no mask hides
+WAYS = ("whole", "padded", "cached", "unmasked")
 
 
 # --- two models on the same tokens ---------------------------------------------------------------
@@ -104,6 +105,7 @@ class Heard:
 
     records: list[Record]
     outputs: Rows
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of parameters
 
 
 def listen(
@@ -121,7 +123,10 @@ def listen(
             records.append(record)
     if pull is not None:
         pull(outputs).backward()
+        named = module.named_parameters(remove_duplicate=False)
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
         module.zero_grad(set_to_none=True)
+        return Heard(records, outputs, gradients)
     return Heard(records, outputs)
 
 
@@ -210,6 +215,8 @@ def _flow(
     theirs, floor = [flat(x) for x in there], [flat(x) for x in below]
     if len({x.shape[-1] for x in theirs}) > 1:  # tokens are no rows of it
         return flow
+    if ours is not None and len(ours) < sum(counts) and way.name == "unmasked":
+        return flow  # some token of each row, and which is to be seen by what comes of it
     if ours is not None and len(ours) == len(counts) < sum(counts):  # it reads the last token alone
         theirs, floor = [x[-1:] for x in theirs], [x[-1:] for x in floor]
     elif ours is not None and len(ours) == counts[0] < sum(counts):  # it is the same for all rows
@@ -236,6 +243,31 @@ def _outputs(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
             flow = replace(flow, ours=here, theirs=there, floor=below)
         found.append(flow)
     return found
+
+
+def _learnt(
+    matching: Matching,
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    floor: Mapping[str, Tensor],
+) -> list[Flow]:
+    """The gradients of parameters, each once."""
+    found, held = [], {n: match.parameters for n, match in matching.matches.items()}
+    for name, _ in matching.model.named_parameters():
+        expected = matching.expected(name, theirs.__getitem__)
+        below = matching.expected(name, floor.__getitem__) if floor else None
+        if expected is None or expected.shape != ours[name].shape:
+            continue
+        others = tuple(held.get(name.rpartition(".")[0], {}).get(name, ()))
+        match = Match(name, others, {name: others}, ())
+        mine, there, narrow = (
+            None if x is None else x.reshape(-1, x.shape[-1]) for x in (ours[name], expected, below)
+        )
+        found.append(Flow(math.inf, match, "out", 0, mine, there, narrow))
+    # what is zero by symmetry holds rounding alone
+    sizes = [0.0 if f.theirs is None else float(f.theirs.abs().max()) for f in found]
+    least = SYMMETRIC * max(sizes, default=0)
+    return [f for f, size in zip(found, sizes, strict=True) if size > least]
 
 
 # --- where they part -----------------------------------------------------------------------------
@@ -318,6 +350,8 @@ class Divergence:
         reading, match = self.reading, self.reading.match
         what = "gradient of what" if back else "what"
         where = f"{what} {'comes out of' if reading.side == 'out' else 'goes into'}"
+        if back and match.native in match.parameters:
+            where = "gradient of"
         told = reading.why or f"error {reading.error:.1e}, limit {reading.limit:.1e}"
         lines = [
             paint(
@@ -422,15 +456,19 @@ class Comparison:
     way: Way
     dtype: torch.dtype  # the model's
     flows: dict[Place, Flow] = field(default_factory=dict)  # of the last run
+    _here: Heard | None = None  # likewise
     _there: dict[bool, list[Heard]] = field(default_factory=dict)  # it stays what it is
 
-    def again(self, model: Model, healed: Collection[Place], but: Collection[str]) -> Difference:
+    def again(
+        self, model: Model, healed: Collection[Place], but: Collection[str], back: bool = False
+    ) -> Difference:
         """Another native model in the place of this one, but for what some of its modules hold."""
         again = replace(self, matching=self.matching.of(model), flows={})
-        difference = again._run(back=False)
+        difference = again._run(back)
         difference.readings = [r for r in difference.readings if r.match.native not in but]
         difference.healed |= set(healed)
-        again._heal(difference)
+        if not back:
+            again._heal(difference)
         return difference
 
     def theirs(self, back: bool = False) -> list[Heard]:
@@ -459,10 +497,13 @@ class Comparison:
         found, way = self.matching.matches, self.way
         there, *below = self.theirs(back)
         here = self._ours((lambda parts: pulled(way.by_row(parts))) if back else None)
+        self._here = here
         narrow = below[0] if below else Heard([], [])
         flowing = flows(self.matching, way, here.records, there.records, narrow.records, back)
         if not back:
             flowing += _outputs(way.by_row(here.outputs), there.outputs, narrow.outputs)
+        else:
+            flowing += _learnt(self.matching, here.gradients, there.gradients, narrow.gradients)
         self.flows = {(f.match.native, f.side, f.call): f for f in flowing}
         return Difference(
             (self.matching.model.architecture, self.other.name),
@@ -485,20 +526,28 @@ class Comparison:
         """Leave out what differs where all that is made of it agrees."""
         while (first := difference.first) is not None:
             place = first.reading.place
+            later = difference.readings[difference.readings.index(first.reading) + 1 :]
+            if not any(r.ok for r in later) and not self._multiple(place):
+                return
             after = self._reached_by(*place) & {r.place for r in difference.readings}
             told = [r for r in difference.readings if r.place in after]
             if not told or not (told[0].ok or self._made_up_for(place, told)):
                 return
             difference.healed.add(place)
 
-    def _made_up_for(self, place: Place, after: Sequence[Reading]) -> bool:
-        """A factor that is applied there at once, and here on the way to what it is summed into."""
+    def _multiple(self, place: Place) -> float | None:
+        """How many times ours what the other has at a place is; None where it is no multiple."""
         flow = self.flows[place]
         if flow.side == "in" or not flow.comparable:
-            return False
+            return None
         ours, theirs = flow.ours.double(), flow.theirs.double()  # type: ignore[union-attr]
-        factor = (ours * theirs).sum() / ours.square().sum()
-        if (ours * factor - theirs).abs().max() > EXACT * rms(theirs):
+        factor = float((ours * theirs).sum() / ours.square().sum())
+        return factor if (ours * factor - theirs).abs().max() <= EXACT * rms(theirs) else None
+
+    def _made_up_for(self, place: Place, after: Sequence[Reading]) -> bool:
+        """A factor that is applied there at once, and here on the way to what it is summed into."""
+        factor = self._multiple(place)
+        if factor is None:
             return False
         inward = [self.flows[r.place] for r in after if r.side == "in"]
         for later in (f for f in inward[:AFTER] if f.ours is not None):
@@ -526,7 +575,7 @@ class Comparison:
             other = first * 1.5 + 0.5 if first.is_floating_point() else first
             return (other, *x[1:]) if isinstance(x, tuple) else other
 
-        before, module = self._ours(), self.matching.model.get_submodule(name)
+        before, module = self._here or self._ours(), self.matching.model.get_submodule(name)
         if side == "in":
             handle = module.register_forward_pre_hook(lambda _, args: change(args))
         else:

@@ -78,13 +78,17 @@ class Matching:
         found.model = model
         return found
 
-    def expected(self, name: str) -> Tensor | None:
-        """What a native parameter is by the other model's; None if several make it."""
+    def expected(self, name: str, value: Callable[[str], Tensor] | None = None) -> Tensor | None:
+        """What a native parameter is by the other model's; None if several make it.
+
+        `value` gives what is taken of each of the other's parameters, by default itself.
+        """
+        value = value or (lambda theirs: self.other.get_parameter(theirs).detach())
         step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
         if step is None:
             return None
         owners = [self.held.parameters[disk] for disk in step.sources]
-        found = [self.other.get_parameter(names[0]).detach() for names in owners]
+        found = [value(names[0]) for names in owners]
         if any(
             x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
         ):
@@ -119,7 +123,9 @@ class Matching:
                     into = None if looks_up else carry(step, target, axes - 1)
             if parameters:
                 others, whole = _owners(parameters)
-                plain = whole and isinstance(modules.get(name), PLAIN)
+                plain = isinstance(modules.get(name), PLAIN)
+                if plain and not whole:
+                    continue  # a layer there whose parts are held apart: nothing runs as it does
                 said = tuple(dict.fromkeys(rules))
                 yield Match(name, others, parameters, said, into, out, plain, whole)
 

@@ -502,7 +502,7 @@ def _(config: Any) -> dict[str, Any]:
     return {"distance": 2 * _field(config, "distance")}
 
 
-@mutant("padding token unknown", "config", at=r"", cause=r"\bpad is")
+@mutant("padding token unknown", "config", at=r"out (embed\.weight|the model)$", cause=r"\bpad is")
 def _(config: Any) -> dict[str, Any]:
     _field(config, "pad")
     need(not hasattr(config, "start"))  # only what is generated depends on either
@@ -716,7 +716,12 @@ def _(model: Any) -> None:
         block.attn.looks = tuple({"c2p", "p2c"} - looks)
 
 
-@mutant("vectors of distances not normed", "model", at=LOOK, cause=r"distances are not normed")
+@mutant(
+    "vectors of distances not normed",
+    "model",
+    at=LOOK,
+    cause=r"distances(\.norm does not run here| are not normed)",
+)
 def _(model: Any) -> None:
     part(part(model, "distances"), "norm")
     model.distances.norm = None

@@ -19,7 +19,7 @@ from zoo.components.model import Model
 from zoo.errors import ZooError
 from zoo.parity import sides
 from zoo.parity.diagnosis import diagnosed
-from zoo.parity.diff import inputs_of
+from zoo.parity.diff import inputs_of, pad_of
 from zoo.parity.divergence import Comparison, Difference, Way
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.matching import Matching
@@ -29,7 +29,8 @@ from zoo.pretrained import load_directory
 from zoo.registry import Architecture
 from zoo.terminal import passing
 
-WAYS = ("whole", "padded")
+# whether gradients are taken, and how tokens are fed
+WAYS = ((False, "whole"), (False, "padded"), (False, "unmasked"), (True, "unmasked"))
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class Tracer:
             except ZooError:
                 continue  # refused: it never runs
             there = True
-            for way in WAYS:
+            for back, way in WAYS:
                 comparison = compared(model, reference, way)
-                difference = comparison.run()
+                difference = comparison.run(back)
                 if not difference.ok:
                     said = tuple(str(cause) for cause in diagnosed(comparison, difference))
                     return self.traced(bug, f"{variant}, {way}", difference, said)
@@ -100,7 +101,8 @@ class Tracer:
 def compared(model: Model, reference: Reference, way: str) -> Comparison:
     other = sides.read_by(model, reference)
     matching = Matching(model, other.module, other.planned, other.fold)
-    return Comparison(matching, other, Way(way, inputs_of(model, way)), torch.float64)
+    inputs = inputs_of(model, way, pad=pad_of(other))
+    return Comparison(matching, other, Way(way, inputs), torch.float64)
 
 
 def placed(difference: Difference) -> str:

@@ -12,14 +12,43 @@ from torch import Tensor
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError
 from zoo.parity.causes.scene import Idea, Reached, Scene, stars
-from zoo.parity.causes.turns import FUSED, PARTS, READ, Bench, Look, Turn, all_of, said_of, turns_of
+from zoo.parity.causes.turns import (
+    FUSED,
+    LOOKS,
+    PARTS,
+    READ,
+    Bench,
+    Look,
+    Turn,
+    all_of,
+    places_said,
+    said_of,
+    turns_of,
+)
 from zoo.parity.compare import call
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
     """What goes into `out` differs, and queries, keys and values do not."""
     fitted = list(_fitted(scene)) if scene.name.endswith(".out") else []
-    yield from fitted or _exchanged(scene, scene.name.rpartition(".")[0])
+    name = scene.name.rpartition(".")[0]
+    yield from fitted or [*_exchanged(scene, name), *_otherwise_placed(scene, name)]
+
+
+def _otherwise_placed(scene: Scene, name: str) -> Iterator[Idea]:
+    """DeBERTa's queries and keys run once more for each way in which places are looked at."""
+    attn: Any = scene.above
+    here = [n.rpartition(".")[0] for n in scene.alike()]
+    for looks in LOOKS if hasattr(attn, "looks") else ():
+        if set(looks) != set(attn.looks):
+            now, then = places_said(attn.looks), places_said(looks)
+            idea = Idea(
+                f"{stars(name)}: here {now}, in the other model {then}",
+                f"looks is {looks}",
+                settings={one: {"looks": looks} for one in here},
+            )
+            if scene.restores(idea):
+                yield idea
 
 
 def _exchanged(scene: Scene, name: str) -> Iterator[Idea]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +67,7 @@ class Scene:
         assert first is not None
         self.first, self.reading = first, first.reading
         self.model: Model = self.comparison.matching.model
-        self.flow = self.comparison.flows[self.reading.place]
+        self.flow = by_tokens(self.comparison.flows[self.reading.place], self.model, self.module)
 
     @property
     def name(self) -> str:
@@ -102,12 +102,17 @@ class Scene:
         with torch.device("meta"):
             model: Model = type(self.model)(type(config)(**{**config.to_dict(), **changes}))
         held = dict(self.model.named_parameters(remove_duplicate=False))
+        made = dict[int, nn.Parameter]()
         for name, p in list(model.named_parameters(remove_duplicate=False)):
             value = held[name] if name in held else self.matching.expected(name)
             if value is None or value.shape != p.shape:
                 raise RuntimeError(f"{name}: nothing to make it of")
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            setattr(
+                model.get_submodule(owner),
+                leaf,
+                nn.Parameter(value, requires_grad=self.difference.back),
+            )
         model.architecture, model.provenance = self.model.architecture, self.model.provenance
         return model.eval()
 
@@ -190,9 +195,10 @@ class Scene:
         finally:
             handle.remove()
         ours = comparison.way.tokens(found, self.flow.counts) if found else None
-        if ours is None or ours.shape != self.flow.theirs.shape:
+        theirs = comparison.flows[self.reading.place].theirs
+        if ours is None or theirs is None or ours.shape != theirs.shape:
             return float("inf")
-        return error(ours, self.flow.theirs)
+        return error(ours, theirs)
 
     def later(self, again: Difference) -> bool:
         """Whether another run parts later than this one did."""
@@ -228,6 +234,15 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     else:
         yield value
+
+
+def by_tokens(flow: Flow, model: Model, module: nn.Module | None) -> Flow:
+    """What a convolution is given as (b, d, s) lies there as (b d, s): here it is (b s, d)."""
+    dim = model.config.dim
+    if not isinstance(module, nn.Conv1d) or not flow.comparable:
+        return flow
+    values = (x.unflatten(0, (-1, dim)).mT.flatten(0, 1) for x in (flow.ours, flow.theirs))  # type: ignore[union-attr]
+    return replace(flow, **dict(zip(("ours", "theirs"), values, strict=True)))
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:

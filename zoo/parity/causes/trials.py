@@ -8,7 +8,7 @@ from itertools import permutations
 
 import torch
 
-from zoo.parity.causes.scene import Idea, Scene, fits
+from zoo.parity.causes.scene import FITS, Idea, Scene, fits
 from zoo.parity.compare import call, real
 
 
@@ -50,6 +50,21 @@ def padding(scene: Scene) -> Iterator[Idea]:
             return
 
 
+def alone(scene: Scene) -> Iterator[Idea]:
+    """Rows that are right by themselves, and not beside padding."""
+    way, there = scene.comparison.way, scene.comparison.theirs()[0].outputs
+    if way.name != "padded":
+        return
+    with torch.no_grad():
+        rows = [call(scene.model, row) for row in way.other()]
+    if all(
+        fits(x, y)
+        for ours, theirs in zip(rows, there, strict=True)
+        for x, y in zip(ours, theirs, strict=True)
+    ):
+        yield Idea(f"padding is read on the way to {scene.name}: a row alone gives what it should")
+
+
 def outputs(scene: Scene) -> Iterator[Idea]:
     """The models' own outputs, or what comes out of the last layer on its way to them."""
     if scene.name:
@@ -65,3 +80,16 @@ def outputs(scene: Scene) -> Iterator[Idea]:
         ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
         if fits(flow.ours, flow.theirs * ratio):
             yield Idea(f"outputs are {ratio:.6g} times what they are there")
+
+
+def learning(scene: Scene) -> Iterator[Idea]:
+    """Which rows of a table learn."""
+    name, flow = scene.name, scene.flow
+    if flow.ours is None or flow.theirs is None or name not in scene.reading.match.parameters:
+        return
+    apart = (flow.ours - flow.theirs).abs().amax(-1) > FITS * flow.theirs.abs().max()
+    rows = apart.nonzero().flatten().tolist()
+    if len(rows) == 1:
+        what = f"row {rows[0]} of {name} learns otherwise here: it is not known to be the padding's"
+        config = {"pad": rows[0]} if hasattr(scene.model.config, "pad") else {}
+        yield Idea(what, f"pad is {rows[0]}", config=config)

@@ -431,6 +431,14 @@ def _biases(kept: Biased) -> Iterator[Turn]:
         yield Turn("sum", what, lambda look: replace(look, attend=Biased(other)))
 
 
+LOOKS: tuple[tuple[str, ...], ...] = ((), ("c2p",), ("p2c",), ("c2p", "p2c"))
+
+
+def places_said(looks: Sequence[str]) -> str:
+    names = {"c2p": "contents look at places", "p2c": "places look at contents"}
+    return " and ".join(names[look] for look in looks) or "places are not looked at"
+
+
 def _disentangled(attn: nn.Module) -> Iterator[Turn]:
     """DeBERTa's, whose contents and places look at each other."""
 
@@ -443,11 +451,9 @@ def _disentangled(attn: nn.Module) -> Iterator[Turn]:
     given: Any = attn
     if not given.looks or given.distances is None:
         return
-    for looks in ((), ("c2p",), ("p2c",), ("c2p", "p2c")):
+    for looks in LOOKS:
         if set(looks) != set(given.looks):
-            names = {"c2p": "contents look at places", "p2c": "places look at contents"}
-            said = " and ".join(names[look] for look in looks) or "places are not looked at"
-            yield turn(f"{said}, not as the config says", looks=looks)
+            yield turn(f"{places_said(looks)}, not as the config says", looks=looks)
     distances: Any = given.distances.__self__
     other = copy.copy(distances)
     other._modules = dict(distances._modules)
