@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "other", metavar="OTHER", nargs="?", help="what it is held against  [the reference's NAME]"
     )
     command.add_argument("--dtype", default="float64", help="float32, bfloat16 …  [float64]")
-    command.add_argument("--way", default="whole", help="whole, padded or cached  [whole]")
+    command.add_argument(
+        "--way", default="whole", help="whole, padded, cached or unmasked  [whole]"
+    )
     command.add_argument("--backward", action="store_true", help="the first gradient to differ")
     command.add_argument("--text", help="in the place of random tokens")
     command.add_argument("--seed", type=int, default=0, help="of random tokens  [0]")

@@ -102,17 +102,18 @@ class Scene:
         with torch.device("meta"):
             model: Model = type(self.model)(type(config)(**{**config.to_dict(), **changes}))
         held = dict(self.model.named_parameters(remove_duplicate=False))
-        made = dict[int, nn.Parameter]()
+        made = dict[int, nn.Parameter]()  # tied ones are one here too
         for name, p in list(model.named_parameters(remove_duplicate=False)):
             value = held[name] if name in held else self.matching.expected(name)
             if value is None or value.shape != p.shape:
                 raise RuntimeError(f"{name}: nothing to make it of")
+            own = made.get(id(value)) if name in held else None
+            if own is None:
+                own = nn.Parameter(value.detach(), requires_grad=self.difference.back)
+            if name in held:
+                made[id(value)] = own
             owner, _, leaf = name.rpartition(".")
-            setattr(
-                model.get_submodule(owner),
-                leaf,
-                nn.Parameter(value, requires_grad=self.difference.back),
-            )
+            setattr(model.get_submodule(owner), leaf, own)
         model.architecture, model.provenance = self.model.architecture, self.model.provenance
         return model.eval()
 

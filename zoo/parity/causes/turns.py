@@ -167,10 +167,11 @@ def _orders(scene: Scene, name: str, bench: Bench) -> Iterator[Turn]:
                 plain = _in_order(match.into if part == "out" else match.out, order)
                 if part == "out":
                     what = f"heads of what out reads lie as [({b})], here as [({a})]"
-                    fix = "[o i]" if plain else f"[o ({b})], and now it is as [o ({a})]"
+                    fix = f"[o ({a})] (in its rule, [o ({b})]: [o ({a})])"
                 else:
                     what = f"rows of {part} lie as [({b})], here as [({a})]"
-                    fix = "[o i]" if plain else f"[({b}) i], and now it is as [({a}) i]"
+                    fix = f"[({b}) i] (in its rule, [({a}) i]: [({b}) i])"
+                fix = "[o i], as it stands" if plain else fix
                 yield Turn(part, what, change, f"{{name}}.{part} is read as {fix}", plain=plain)
 
     if counts["q"] == counts["k"]:
@@ -182,7 +183,7 @@ def _orders(scene: Scene, name: str, bench: Bench) -> Iterator[Turn]:
                 FUSED,
                 f"rows of the fused q, k, v lie as [({b})], here as [({a})]",
                 partial(replace, orders={FUSED: order}),
-                f"{{name}}.{{{{q,k,v}}}} are read as [({b}) i], not [({a}) i]",
+                f"{{name}}.{{{{q,k,v}}}} are read as [({a}) i], not [({b}) i]",
             )
 
 
