@@ -34,11 +34,10 @@ class Cause:
 
     def __str__(self) -> str:
         lines = [self.what + "."]
+        done = self.fix or "the other model's numbers are put there"
         if self.restored:
-            done = self.fix or "the other model's numbers are put there"
             lines.append(f"Parity is restored if {done}.")
         elif self.tried:
-            done = self.fix or "the other model's numbers are put there"
             lines.append(f"If {done}, the first difference moves on to {self.after}.")
         elif self.fix:
             lines.append(f"Not confirmed: {self.fix}.")

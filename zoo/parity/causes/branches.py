@@ -23,7 +23,7 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     parts = {"up": up.ours} | ({} if gate is None else {"gate": gate.ours})
     own = _own(scene)
     ours, theirs = (
-        _fitted(parts, x, own)  # type: ignore[arg-type]
+        _fitted(parts, x, own, getattr(scene.model.config, "act", ""))  # type: ignore[arg-type]
         for x in (scene.flow.ours, scene.flow.theirs)
     )
     if theirs is None or ours is None or ours == theirs:
@@ -57,9 +57,9 @@ def _own(scene: Scene) -> Any:
     return getattr(scene.fresh.get_submodule(scene.name.rpartition(".")[0]), "act", None)
 
 
-def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any) -> Made | None:
+def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, said: str) -> Made | None:
     acts = {"as the class has it": own} if own else {}
-    names = {a: f for a, f in ACTIVATIONS.items() if f is own} | ACTIVATIONS | acts
+    names = {a: f for a, f in ACTIVATIONS.items() if a == said} | ACTIVATIONS | acts
     with torch.no_grad():
         for name, act in names.items():
             for on, x in parts.items():

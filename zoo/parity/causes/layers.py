@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
 from zoo.parity.sums import summed
 
 AFTER = 12  # places are looked at for where a norm has gone
+MOVED = 4  # slices that are named
 SLICES = 256  # of an axis, as far as they are looked through
 NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
@@ -83,15 +85,18 @@ def _parameters(scene: Scene) -> Iterator[Idea]:
 
 def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
     """Two parameters, in every layer where it is so."""
+    kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
     fix = dict[str, Tensor]()
     for each in held:
-        if stars(each) in (stars(name), stars(twin)):
+        if stars(each.rpartition(".")[0]) in kinds:
             expected = scene.matching.expected(each)
             if expected is not None and not _same(held[each], expected):
                 fix[each] = expected.to(held[each].dtype)
-    said = f"{stars(name)} and {stars(twin)}"
+    lone = len({block_of(each) for each in fix}) == 1
+    said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
     what = f"{said} are in each other's place"
-    return Idea(what, f"{said} are exchanged", parameters=fix, where=(name, twin))
+    where = () if lone else (name, twin)
+    return Idea(what, f"{said} are exchanged", parameters=fix, where=where)
 
 
 def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
@@ -140,7 +145,7 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
         return "is transposed"
     if (other := _other(scene, name, ours)) is not None:
         return f"holds what {other} should"
-    if ours.shape[0] <= SLICES and (moved := _moved(ours, theirs)):
+    if ours.shape[0] <= SLICES and (moved := _moved(scene, ours, theirs)):
         return f"has its first axis in another order: {moved}"
     ratio = (ours.double() * theirs.double()).sum() / theirs.double().square().sum()
     if fits(ours, theirs * ratio):
@@ -151,16 +156,30 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
     return f"differs: by {error(ours, theirs):.1e} at most"
 
 
-def _moved(ours: Tensor, theirs: Tensor) -> str:
+def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
     """Which slices of the first axis stand where others should; empty where they are no others."""
-    found = list[str]()
-    for n, x in enumerate(ours):
+    order = list[int]()
+    for x in ours:
         at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
         if at is None:
             return ""
-        if at != n:
-            found.append(f"{at} in the place of {n}")
-    return ", ".join(found)
+        order.append(at)
+    config, size = scene.model.config, len(order)
+    for heads in dict.fromkeys((getattr(config, "kv_heads", 0), getattr(config, "heads", 0))):
+        for a, b in (
+            ("h e two", "h two e"),
+            ("h two e", "h e two"),
+            ("h e", "e h"),
+            ("e h", "h e"),
+        ):
+            lengths = {"h": heads, **({"two": 2} if "two" in a else {})}
+            if heads and size % (heads * lengths.get("two", 1)) == 0:
+                rows = rearrange(torch.arange(size), f"({a}) -> ({b})", **lengths)
+                if rows.tolist() == order:
+                    return f"as [({b})] where it should be [({a})], with {heads} heads"
+    moved = [f"{at} in the place of {n}" for n, at in enumerate(order) if at != n]
+    more = f", and {len(moved) - MOVED} more" if len(moved) > MOVED else ""
+    return ", ".join(moved[:MOVED]) + more
 
 
 def _other(scene: Scene, name: str, value: Tensor) -> str | None:
@@ -333,5 +352,9 @@ def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
             moved=True,
         )
     rest = y - x @ weight.T
-    if (rest - rest[0]).abs().max() <= FITS * y.abs().max():
+    if (rest - rest[0]).abs().max() > FITS * y.abs().max():
+        return
+    if fits(shift.expand_as(rest[0]), rest[0]):
+        yield Idea(f"{name}: what comes out here is not what its parameters make of what goes in")
+    else:
         yield Idea(f"{name}.bias: what is added is another vector there than here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,8 +49,9 @@ def _told(
     if ours is not None and theirs is not None:
         names = [n for n in outs if ours.parts.get(n, 0) != theirs.parts.get(n, 0)]
         ratios = {ours.parts.get(n, 0) / theirs.parts[n] for n in names if theirs.parts.get(n)}
-        if len(ratios) == 1 and len(names) == len(theirs.parts) and 0 not in ratios:
-            yield Idea(f"{place} is {ratios.pop():.6g} times what it is there")
+        least, most = min(ratios, default=0), max(ratios, default=0)
+        if least and len(names) == len(theirs.parts) and math.isclose(least, most, rel_tol=1e-6):
+            yield Idea(f"{place} is {least:.6g} times what it is there")
             return
         said = (
             f"{n} is in it {_times(ours.parts.get(n, 0))} here "

@@ -83,12 +83,15 @@ class Bench:
 
     def error(self, look: Look, wanted: Tensor) -> float:
         try:
-            with torch.no_grad():
-                made = [look(r, m, self.width) for r, m in zip(self.rows, self.masks, strict=True)]
+            out = self.made(look)
         except (RuntimeError, ValueError):
             return math.inf
-        out = torch.cat(made)
         return error(out, wanted) if out.shape == wanted.shape else math.inf
+
+    def made(self, look: Look) -> Tensor:
+        with torch.no_grad():
+            pairs = zip(self.rows, self.masks, strict=True)
+            return torch.cat([look(row, mask, self.width) for row, mask in pairs])
 
     def fitted(self, own: Look, turns: Sequence[Turn], wanted: Tensor) -> tuple[Turn, ...] | None:
         """The fewest turns that make what is wanted; None where none do."""
@@ -99,6 +102,47 @@ class Bench:
         for some in (*few, *pairs):
             if self.error(all_of(some, own), wanted) <= FITS:
                 return some
+        return self.solved(own, wanted)
+
+    def solved(self, own: Look, wanted: Tensor) -> tuple[Turn, ...] | None:
+        """A scale or a theta that nobody would think of, by Newton's method."""
+
+        def scaled(by: float) -> Look:
+            return replace(own, scale=own.scale * by)
+
+        def based(by: float) -> Look:
+            rotary = own.rotary
+            base = rotary.base * by
+            return replace(own, rotary=Rotary(rotary.width, base, rotary.scaling, rotary.limit))
+
+        for kind, look in (("scale", scaled), ("rotary", based)):
+            if kind == "rotary" and not isinstance(own.rotary, Rotary):
+                continue
+            if (by := self.newton(look, wanted)) is not None:
+                found = look(by)
+                what = f"scores are scaled by {found.scale:.6g}, {by:.6g} times what is usual"
+                config = {}
+                if kind == "rotary":
+                    what, config = (
+                        f"theta is {found.rotary.base:.6g}",
+                        {"rope_base": found.rotary.base},
+                    )
+                return (Turn(kind, what, lambda _, found=found: found, "", config),)
+        return None
+
+    def newton(self, look: Callable[[float], Look], wanted: Tensor) -> float | None:
+        """The factor with which a look makes what is wanted."""
+        at, step = 0.0, 1e-6  # of its logarithm
+        for _ in range(20):
+            made = self.made(look(math.exp(at)))
+            slope = (self.made(look(math.exp(at + step))) - made) / step
+            off = wanted - made
+            if error(made, wanted) <= FITS:
+                return math.exp(at)
+            change = float((slope * off).sum() / slope.square().sum().clamp(min=1e-300))
+            at += max(-0.5, min(0.5, change))
+            if abs(at) > 10:
+                return None
         return None
 
 
