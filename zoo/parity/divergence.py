@@ -459,6 +459,11 @@ class Comparison:
     _here: Heard | None = None  # likewise
     _there: dict[bool, list[Heard]] = field(default_factory=dict)  # it stays what it is
 
+    @property
+    def heard(self) -> Record:
+        """What flowed through the native model in the last run, in its last part."""
+        return {} if self._here is None else self._here.records[-1]
+
     def again(
         self, model: Model, healed: Collection[Place], but: Collection[str], back: bool = False
     ) -> Difference:

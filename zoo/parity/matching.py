@@ -123,9 +123,7 @@ class Matching:
                     into = None if looks_up else carry(step, target, axes - 1)
             if parameters:
                 others, whole = _owners(parameters)
-                plain = isinstance(modules.get(name), PLAIN)
-                if plain and not whole:
-                    continue  # a layer there whose parts are held apart: nothing runs as it does
+                plain = whole and isinstance(modules.get(name), PLAIN)
                 said = tuple(dict.fromkeys(rules))
                 yield Match(name, others, parameters, said, into, out, plain, whole)
 
@@ -163,10 +161,9 @@ def _as_saved(other: Any, fold: Fold) -> Held:
 
 
 def _owners(parameters: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], bool]:
-    """The modules that hold all of them, under any name; where none does, the first one's."""
-    each = [
-        dict.fromkeys(name.rpartition(".")[0] for name in names) for names in parameters.values()
-    ]
+    """The modules that hold all of them, under any name; where none does, those of a weight."""
+    ordered = sorted(parameters, key=lambda name: not name.endswith(".weight"))
+    each = [dict.fromkeys(name.rpartition(".")[0] for name in parameters[mine]) for mine in ordered]
     common = [name for name in each[0] if all(name in owners for owners in each)]
     return tuple(common or each[0]), bool(common)
 

@@ -670,7 +670,13 @@ def _(model: Any) -> None:
     model.positions.register_forward_pre_hook(lambda _, args: ((args[0] + 1).clamp(max=last),))
 
 
-@mutant("positions count the padding", "model", at=r"out positions$", cause=r"count the padding")
+# RoBERTa's are counted from 2 on, which is ignored with the padding
+@mutant(
+    "positions count the padding",
+    "model",
+    at=r"out positions$",
+    cause=r"count the padding|off by -2",
+)
 def _(model: Any) -> None:
     part(model, "positions")
     model.positions.register_forward_pre_hook(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -329,8 +330,8 @@ def _normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Mappin
             r = ((y - shift) * a).sum(-1) / a.square().sum(-1)
             eps = (r**-2 - z.square().mean(-1)).median()
             again = a * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) + shift
-            off = error(again, y)
-            if best is None or not best[0] <= off:  # it may be no number
+            off = error(again, y) if again.isfinite().all() else math.inf
+            if best is None or off < best[0]:
                 best = off, {"centred": centred, "offset": offset, "eps": float(eps)}
     return best[1] if best is not None and best[0] <= 100 * FITS else None
 

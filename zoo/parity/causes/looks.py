@@ -91,8 +91,7 @@ def _fitted(scene: Scene) -> Iterator[Idea]:
     if heard is None:
         return
     masks, own = heard
-    flows = [scene.known(f"{name}.{part}") for part in PARTS]
-    values = [None if flow is None else flow.ours for flow in flows]
+    values = [scene.made(f"{name}.{part}") for part in PARTS]
     values += [scene.flow.ours, scene.flow.theirs]
     split = [None if x is None else scene.rows(x) for x in values]
     rows = [some[: len(masks)] for some in split if some is not None]

@@ -149,6 +149,18 @@ class Scene:
         place = (name, side, self.reading.call if call is None else call)
         return self.agreed.get(place)
 
+    def made(self, name: str) -> Tensor | None:
+        """What this model gave there: it agrees, or there is nothing to compare it with."""
+        place = (name, "out", self.reading.call)
+        if place in self.comparison.flows:
+            return None if (flow := self.known(name)) is None else flow.ours
+        calls = self.comparison.heard.get(name, [])
+        if len(calls) <= self.reading.call:
+            return None
+        return self.comparison.way.tokens(
+            [calls[self.reading.call].values["out"]], self.flow.counts
+        )
+
     @cached_property
     def agreed(self) -> dict[Place, Flow]:
         found = dict[Place, Flow]()

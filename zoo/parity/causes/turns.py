@@ -121,13 +121,12 @@ class Bench:
             if (by := self.newton(look, wanted)) is not None:
                 found = look(by)
                 what = f"scores are scaled by {found.scale:.6g}, {by:.6g} times what is usual"
-                config = {}
+                config = dict[str, Any]()
                 if kind == "rotary":
-                    what, config = (
-                        f"theta is {found.rotary.base:.6g}",
-                        {"rope_base": found.rotary.base},
-                    )
-                return (Turn(kind, what, lambda _, found=found: found, "", config),)
+                    what = f"theta is {found.rotary.base:.6g}"
+                    config = {"rope_base": found.rotary.base}
+                changed = partial(replace, rotary=found.rotary, scale=found.scale)
+                return (Turn(kind, what, changed, "", config),)
         return None
 
     def newton(self, look: Callable[[float], Look], wanted: Tensor) -> float | None:
