@@ -180,9 +180,10 @@ def flows(
             for side in SIDES:
                 if (first.looked_up and side == "in") or not (match.whole or side == "in"):
                     continue
+                calls = (mine, _kth(others[0], k), _kth(others[1], k))
                 here, there, below = (
-                    [None if one is None else one.what(side, back) for one in calls]
-                    for calls in (mine, _kth(others[0], k), _kth(others[1], k))
+                    [None if one is None else one.what(side, back) for one in ones]
+                    for ones in calls
                 )
                 if back and all(x is None for x in (*here, *there)):
                     continue
@@ -191,9 +192,19 @@ def flows(
                     flow = _flow(flow, way, here, there, below, back)
                     if flow.ours is None:
                         continue  # rows of a table, of which each takes what it needs
+                elif back and not _alike(flow, way, *calls):
+                    continue
                 if match.plain or flow.comparable:
                     found.append(flow)
     return sorted(found, key=lambda flow: flow.at)
+
+
+def _alike(flow: Flow, way: Way, *calls: Sequence[Call | None]) -> bool:
+    """Whether values can be compared there, where gradients of one side did not come."""
+    here, there, below = (
+        [one.values[flow.side] for one in ones if one is not None] for ones in calls
+    )
+    return not (here and there) or _flow(flow, way, here, there, below, False).ours is not None
 
 
 def _of(match: Match, record: Record, looks: Collection[bool]) -> list[Call]:
