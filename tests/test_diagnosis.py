@@ -169,6 +169,10 @@ def test_nothing_is_claimed_that_was_not_seen(made: Callable[[str], Path]) -> No
     assert not any(cause.restored and cause.fix for cause in found.causes)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert zoo.diff(model, made("gpt2"), diagnose=False).causes == []
+    with torch.no_grad():
+        model.blocks[0].attn.out.bias.zero_()
+    cause = zoo.diff(model, made("gpt2")).causes[0]
+    assert cause.tried and not cause.restored and cause.after == "blocks.1.mlp.up"
 
 
 def test_what_a_cause_says() -> None:
