@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example test test-fast test-all check format lint types mutants formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
+.PHONY: help setup demo example test test-fast test-all check format lint types mutants diagnosis formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -55,6 +55,9 @@ report: $(READY) ## all that parity measures as a page in report/, and evidence.
 
 formats: $(READY) ## each dialect to each other and back, of every architecture: docs/formats.md
 	@$(RUN) tools/parity.py --formats --write docs/formats.md
+
+diagnosis: $(READY) ## planted bugs × architectures: located and diagnosed, into docs/diagnosis.md
+	@$(RUN) tools/parity.py --diagnose
 
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py

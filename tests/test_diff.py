@@ -18,7 +18,7 @@ from zoo import cli, registry
 from zoo.errors import UsageError
 from zoo.parity.divergence import Difference
 from zoo.parity.fixtures import hot_checkpoint
-from zoo.parity.mutants import MUTANTS, _planted
+from zoo.parity.mutants import MUTANTS, planted
 from zoo.pretrained import load_directory
 
 ARCHITECTURES = registry.architectures()
@@ -78,7 +78,7 @@ def test_no_difference_with_a_cache(name: str, made: Callable[..., Path]) -> Non
 
 def of_mutant(directory: Path, name: str, bug: str, **options: Any) -> Difference:
     load = functools.partial(load_directory, directory, ARCHITECTURES[name])
-    model = _planted(load, MUTANTS[bug], ARCHITECTURES[name], torch.float64)
+    model = planted(load, MUTANTS[bug], ARCHITECTURES[name], torch.float64)
     return zoo.diff(model, directory, **options)
 
 

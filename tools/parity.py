@@ -1,4 +1,7 @@
-"""Parity from a checkout: `NAME|DIR` or `--all`; `--mutants`, the gate; `--formats`, the trips."""
+"""Parity from a checkout: `NAME|DIR` or `--all`; `--mutants`, the gate; `--formats`, the trips.
+
+`--diagnose [NAME …]` traces the planted bugs; of all architectures, it is written down.
+"""
 
 import sys
 from pathlib import Path
@@ -16,6 +19,12 @@ if __name__ == "__main__":
         files = Path(__file__).parents[1] / "tests" / "data"
         given = [word for word in sys.argv[1:] if word != "--formats"]
         sys.exit(formats(["--files", str(files), *given]))
+    if "--diagnose" in sys.argv[1:]:
+        from zoo.parity.tracing import main as trace
+
+        names = [word for word in sys.argv[1:] if word != "--diagnose"]
+        page = Path(__file__).parents[1] / "docs" / "diagnosis.md"
+        sys.exit(trace(None if names else page, names))
     from zoo.cli import main as zoo
 
     sys.exit(zoo(["verify", *sys.argv[1:]]))

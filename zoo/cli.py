@@ -118,10 +118,15 @@ def _parser() -> argparse.ArgumentParser:
         "other", metavar="OTHER", nargs="?", help="what it is held against  [the reference's NAME]"
     )
     command.add_argument("--dtype", default="float64", help="float32, bfloat16 …  [float64]")
-    command.add_argument("--way", default="whole", help="whole, padded or cached  [whole]")
+    command.add_argument(
+        "--way", default="whole", help="whole, padded, cached or unmasked  [whole]"
+    )
     command.add_argument("--backward", action="store_true", help="the first gradient to differ")
     command.add_argument("--text", help="in the place of random tokens")
     command.add_argument("--seed", type=int, default=0, help="of random tokens  [0]")
+    command.add_argument(
+        "--no-diagnose", dest="diagnose", action="store_false", help="the place, and not the cause"
+    )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_diff)
 
@@ -387,7 +392,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    names = ("dtype", "way", "backward", "text", "seed")
+    names = ("dtype", "way", "backward", "text", "seed", "diagnose")
     found = zoo.diff(options.ref, options.other, **{name: getattr(options, name) for name in names})
     print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
     return OK if found.ok else FAILED

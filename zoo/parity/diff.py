@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 from zoo.components.model import Model
 from zoo.errors import UsageError, did_you_mean
 from zoo.parity import sides
+from zoo.parity.diagnosis import Cause, diagnosed
 from zoo.parity.divergence import WAYS, Comparison, Difference, Way
 from zoo.parity.matching import Matching
 from zoo.parity.truth import Draw, Inputs
 from zoo.pretrained import Ref, dtype_of, load
 
-ROWS = 4
+ROWS, FEW = 4, 2
+LARGE = 10**7  # parameters, from which on a row takes seconds
 
 
 def diff(
@@ -28,12 +31,15 @@ def diff(
     backward: bool = False,
     text: str | None = None,
     seed: int = 0,
+    diagnose: bool = True,
 ) -> Difference:
     """Both models on the same tokens; the first module whose output leaves the noise, and why.
 
     `ours` is native. `theirs` is what it is held against: the reference's reading of a directory
     in its own form (by default of the one that `ours` was read from), another native model, or any
-    module whose parameters have the names of some dialect. `way` is "whole", "padded" or "cached".
+    module whose parameters have the names of some dialect. `way` is "whole", "padded", "cached"
+    or "unmasked": with padding tokens that no mask hides. Where they part, `diagnose` looks for
+    the causes: in fp64, where rounding hides none.
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -43,9 +49,28 @@ def diff(
     model = _native(ours, kind)
     other = _other(model, ours, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
-    return Comparison(matching, other, Way(way, _inputs(model, way, text, seed)), kind).run(
-        backward
+    fed = Way(way, inputs_of(model, way, text, seed, pad_of(other)))
+    comparison = Comparison(matching, other, fed, kind)
+    difference = comparison.run(backward)
+    if diagnose and not difference.ok:
+        difference.causes = _causes(comparison, difference)
+    return difference
+
+
+def _causes(comparison: Comparison, difference: Difference) -> list[Cause]:
+    if comparison.dtype is torch.float64:
+        return diagnosed(comparison, difference)
+    wide = _native(comparison.matching.model, torch.float64)
+    comparison = Comparison(
+        comparison.matching.of(wide),
+        replace(comparison.other, narrow=None),
+        comparison.way,
+        torch.float64,
     )
+    in_full = comparison.run()
+    if in_full.ok:
+        return [Cause("in float64 they agree: something is computed in less than it should be")]
+    return diagnosed(comparison, in_full)
 
 
 def _native(ref: Ref | Model, dtype: torch.dtype) -> Model:
@@ -86,7 +111,16 @@ def _other(
     return sides.native(model, load(theirs, modules=False), dtype, str(theirs))
 
 
-def _inputs(model: Model, way: str, text: str | None, seed: int) -> Inputs:
+def pad_of(other: sides.Other) -> int | None:
+    """The padding token, by the other model."""
+    config = getattr(other.module, "config", None)
+    found = getattr(config, "pad_token_id", getattr(config, "pad", None))
+    return found if isinstance(found, int) and found >= 0 else None
+
+
+def inputs_of(
+    model: Model, way: str, text: str | None = None, seed: int = 0, pad: int | None = None
+) -> Inputs:
     config = model.config
     if text is not None:
         ids = torch.tensor([model.tokenizer.encode(text)])
@@ -96,10 +130,13 @@ def _inputs(model: Model, way: str, text: str | None, seed: int) -> Inputs:
         SimpleNamespace(
             vocab_size=config.vocab,
             type_vocab_size=getattr(config, "types", 0),
-            pad_token_id=config.pad,
+            pad_token_id=config.pad if pad is None else pad,
             max_position_embeddings=config.limit,
-            is_encoder_decoder=hasattr(config, "start"),
+            is_encoder_decoder=hasattr(config, "start") and config.head != "encoder",
         ),
         seed,
     )
-    return draw.padded("mixed") if way == "padded" else draw.full(ROWS)
+    rows = ROWS if sum(p.numel() for p in model.parameters()) < LARGE else FEW
+    if way == "unmasked" and (unmasked := draw.unmasked()) is not None:
+        return unmasked
+    return draw.padded("mixed") if way == "padded" else draw.full(rows)

@@ -7,33 +7,40 @@ compared with what flows through the one of the other model that holds the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.components.cache import Cache
-from zoo.parity.compare import call, part, real, rms
+from zoo.components.model import Model
+from zoo.parity.compare import SYMMETRIC, call, part, real, rms
 from zoo.parity.matching import Match, Matching
 from zoo.parity.sides import Other
+from zoo.parity.sums import summed
 from zoo.parity.taps import SIDES, Call, Record, Side, recorded
 from zoo.parity.truth import Inputs
 from zoo.terminal import BOLD, GREEN, RED, paint
+
+if TYPE_CHECKING:
+    from zoo.parity.diagnosis import Cause
 
 # What a difference may be at most, in units of the truth's root mean square. fp64: sums in two
 # orders. In a narrower dtype, as a multiple of the other model's own error there.
 EXACT = 1e-10
 NOISE = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+AFTER = 12  # places are looked at for what becomes of a factor
 OUTPUT = Match("", ("",), {}, ())
 
 Place = tuple[str, Side, int]  # a native module, a side of it, and which of its calls
 Rows = list[list[Tensor]]  # of each row without its padding, every output
-WAYS = ("whole", "padded", "cached")
+# at once, behind a mask, in parts, and with padding tokens that no mask hides
+WAYS = ("whole", "padded", "cached", "unmasked")
 
 
 # --- two models on the same tokens ---------------------------------------------------------------
@@ -98,6 +105,7 @@ class Heard:
 
     records: list[Record]
     outputs: Rows
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of parameters
 
 
 def listen(
@@ -115,7 +123,10 @@ def listen(
             records.append(record)
     if pull is not None:
         pull(outputs).backward()
+        named = module.named_parameters(remove_duplicate=False)
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
         module.zero_grad(set_to_none=True)
+        return Heard(records, outputs, gradients)
     return Heard(records, outputs)
 
 
@@ -141,7 +152,7 @@ class Flow:
     ours: Tensor | None = None
     theirs: Tensor | None = None
     floor: Tensor | None = None  # theirs in the narrower dtype
-    shared: bool = False  # it is one for all rows
+    counts: tuple[int, ...] = ()  # tokens of each row there
 
     @property
     def comparable(self) -> bool:
@@ -169,20 +180,31 @@ def flows(
             for side in SIDES:
                 if (first.looked_up and side == "in") or not (match.whole or side == "in"):
                     continue
+                calls = (mine, _kth(others[0], k), _kth(others[1], k))
                 here, there, below = (
-                    [None if one is None else one.what(side, back) for one in calls]
-                    for calls in (mine, _kth(others[0], k), _kth(others[1], k))
+                    [None if one is None else one.what(side, back) for one in ones]
+                    for ones in calls
                 )
-                if back and any(x is None for x in there):
-                    continue  # a short row may need nothing of a table
+                if back and all(x is None for x in (*here, *there)):
+                    continue
                 flow = Flow(first.when(side, back), match, side, k)
                 if all(x is not None for x in (*here, *there, *below)):
                     flow = _flow(flow, way, here, there, below, back)
-                    if flow.ours is None or (back and flow.shared and not first.looked_up):
+                    if flow.ours is None:
                         continue  # rows of a table, of which each takes what it needs
+                elif back and not _alike(flow, way, *calls):
+                    continue
                 if match.plain or flow.comparable:
                     found.append(flow)
     return sorted(found, key=lambda flow: flow.at)
+
+
+def _alike(flow: Flow, way: Way, *calls: Sequence[Call | None]) -> bool:
+    """Whether values can be compared there, where gradients of one side did not come."""
+    here, there, below = (
+        [one.values[flow.side] for one in ones if one is not None] for ones in calls
+    )
+    return not (here and there) or _flow(flow, way, here, there, below, False).ours is not None
 
 
 def _of(match: Match, record: Record, looks: Collection[bool]) -> list[Call]:
@@ -202,11 +224,13 @@ def _flow(
     counts = [len(flat(x)) for x in there]
     ours = way.tokens(here, counts)
     theirs, floor = [flat(x) for x in there], [flat(x) for x in below]
-    fewer = ours is not None and len(ours) < sum(counts)
-    shared = fewer and ours is not None and len(ours) != len(counts)
-    if fewer and not shared:  # it reads each row's last token alone
+    if len({x.shape[-1] for x in theirs}) > 1:  # tokens are no rows of it
+        return flow
+    if ours is not None and len(ours) < sum(counts) and way.name == "unmasked":
+        return flow  # some token of each row, and which is to be seen by what comes of it
+    if ours is not None and len(ours) == len(counts) < sum(counts):  # it reads the last token alone
         theirs, floor = [x[-1:] for x in theirs], [x[-1:] for x in floor]
-    elif shared:
+    elif ours is not None and len(ours) == counts[0] < sum(counts):  # it is the same for all rows
         theirs, floor = (
             [torch.stack(xs).sum(0)] if back and xs else xs[:1] for xs in (theirs, floor)
         )
@@ -214,7 +238,7 @@ def _flow(
         torch.cat(xs if order is None else [x[:, order] for x in xs]) if xs else None
         for xs in (theirs, floor)
     ]
-    return replace(flow, ours=ours, theirs=ordered[0], floor=ordered[1], shared=shared)
+    return replace(flow, ours=ours, theirs=ordered[0], floor=ordered[1], counts=tuple(counts))
 
 
 def _outputs(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
@@ -230,6 +254,31 @@ def _outputs(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
             flow = replace(flow, ours=here, theirs=there, floor=below)
         found.append(flow)
     return found
+
+
+def _learnt(
+    matching: Matching,
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    floor: Mapping[str, Tensor],
+) -> list[Flow]:
+    """The gradients of parameters, each once."""
+    found, held = [], {n: match.parameters for n, match in matching.matches.items()}
+    for name, _ in matching.model.named_parameters():
+        expected = matching.expected(name, theirs.__getitem__)
+        below = matching.expected(name, floor.__getitem__) if floor else None
+        if expected is None or expected.shape != ours[name].shape:
+            continue
+        others = tuple(held.get(name.rpartition(".")[0], {}).get(name, ()))
+        match = Match(name, others, {name: others}, ())
+        mine, there, narrow = (
+            None if x is None else x.reshape(-1, x.shape[-1]) for x in (ours[name], expected, below)
+        )
+        found.append(Flow(math.inf, match, "out", 0, mine, there, narrow))
+    # what is zero by symmetry holds rounding alone
+    sizes = [0.0 if f.theirs is None else float(f.theirs.abs().max()) for f in found]
+    least = SYMMETRIC * max(sizes, default=0)
+    return [f for f, size in zip(found, sizes, strict=True) if size > least]
 
 
 # --- where they part -----------------------------------------------------------------------------
@@ -312,6 +361,8 @@ class Divergence:
         reading, match = self.reading, self.reading.match
         what = "gradient of what" if back else "what"
         where = f"{what} {'comes out of' if reading.side == 'out' else 'goes into'}"
+        if back and match.native in match.parameters:
+            where = "gradient of"
         told = reading.why or f"error {reading.error:.1e}, limit {reading.limit:.1e}"
         lines = [
             paint(
@@ -354,6 +405,7 @@ class Difference:
     idle: list[str]  # modules that run in the other model alone
     untied: list[str]
     healed: set[Place]  # what differs there makes no difference: one scales before, one after
+    causes: list[Cause] = field(default_factory=list)  # the most likely first
 
     @property
     def first(self) -> Divergence | None:
@@ -369,6 +421,10 @@ class Difference:
     def ok(self) -> bool:
         return self.first is None and not self.idle and not self.untied
 
+    def error(self, place: Place) -> float:
+        """What it is there; none where nothing is compared."""
+        return next((r.error for r in self.readings if r.place == place), math.inf)
+
     def to_text(self, colour: bool = False) -> str:
         head = f"{self.names[0]} against {self.names[1]}, {str(self.dtype)[6:]}, {self.way}"
         lines = [paint(head + (", gradients" if self.back else ""), BOLD, colour)]
@@ -381,6 +437,8 @@ class Difference:
             lines += first.lines(self.back, count, colour)
         lines += [f"runs in the other model alone: {name}" for name in self.idle]
         lines += [f"no longer one array: {names}" for names in self.untied]
+        lines += [paint(f"cause: {cause}", BOLD, colour) for cause in self.causes[:1]]
+        lines += [f"or: {cause}" for cause in self.causes[1:]]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -395,6 +453,7 @@ class Difference:
             "first": None if first is None else first.to_json(),
             "idle": self.idle,
             "untied": self.untied,
+            "causes": [cause.to_json() for cause in self.causes],
             "readings": [reading.to_json() for reading in self.readings],
         }
 
@@ -407,6 +466,38 @@ class Comparison:
     other: Other
     way: Way
     dtype: torch.dtype  # the model's
+    flows: dict[Place, Flow] = field(default_factory=dict)  # of the last run
+    _here: Heard | None = None  # likewise
+    _there: dict[bool, list[Heard]] = field(default_factory=dict)  # it stays what it is
+
+    @property
+    def heard(self) -> Record:
+        """What flowed through the native model in the last run, in its last part."""
+        return {} if self._here is None else self._here.records[-1]
+
+    def again(
+        self, model: Model, healed: Collection[Place], but: Collection[str], back: bool = False
+    ) -> Difference:
+        """Another native model in the place of this one, but for what some of its modules hold."""
+        again = replace(self, matching=self.matching.of(model), flows={})
+        difference = again._run(back)
+        difference.readings = [r for r in difference.readings if r.match.native not in but]
+        difference.healed |= set(healed)
+        if not back:
+            again._heal(difference)
+        return difference
+
+    def theirs(self, back: bool = False) -> list[Heard]:
+        """The other model, and after it the same in a narrower dtype where there is one."""
+        if back not in self._there:
+            found, pull = self.matching.matches, pulled if back else None
+            names = list(dict.fromkeys(name for match in found.values() for name in match.others))
+            sides = [self.other] + ([] if self.other.narrow is None else [self.other.narrow])
+            self._there[back] = [
+                listen(side.module, names, [partial(side, row) for row in self.way.other()], pull)
+                for side in sides
+            ]
+        return self._there[back]
 
     def run(self, back: bool = False) -> Difference:
         """Gradients are taken where all values agree: else the first that does not is told."""
@@ -420,19 +511,16 @@ class Comparison:
 
     def _run(self, back: bool) -> Difference:
         found, way = self.matching.matches, self.way
-        theirs = list(dict.fromkeys(name for match in found.values() for name in match.others))
-        pull = pulled if back else None
-        there, *below = (
-            listen(side.module, theirs, [partial(side, row) for row in way.other()], pull)
-            for side in (
-                [self.other] if self.other.narrow is None else [self.other, self.other.narrow]
-            )
-        )
+        there, *below = self.theirs(back)
         here = self._ours((lambda parts: pulled(way.by_row(parts))) if back else None)
+        self._here = here
         narrow = below[0] if below else Heard([], [])
         flowing = flows(self.matching, way, here.records, there.records, narrow.records, back)
         if not back:
             flowing += _outputs(way.by_row(here.outputs), there.outputs, narrow.outputs)
+        else:
+            flowing += _learnt(self.matching, here.gradients, there.gradients, narrow.gradients)
+        self.flows = {(f.match.native, f.side, f.call): f for f in flowing}
         return Difference(
             (self.matching.model.architecture, self.other.name),
             way.name,
@@ -454,11 +542,41 @@ class Comparison:
         """Leave out what differs where all that is made of it agrees."""
         while (first := difference.first) is not None:
             place = first.reading.place
+            later = difference.readings[difference.readings.index(first.reading) + 1 :]
+            if not any(r.ok for r in later) and not self._multiple(place):
+                return
             after = self._reached_by(*place) & {r.place for r in difference.readings}
             told = [r for r in difference.readings if r.place in after]
-            if not told or not told[0].ok:
+            if not told or not (told[0].ok or self._made_up_for(place, told)):
                 return
             difference.healed.add(place)
+
+    def _multiple(self, place: Place) -> float | None:
+        """How many times ours what the other has at a place is; None where it is no multiple."""
+        flow = self.flows[place]
+        if flow.side == "in" or not flow.comparable:
+            return None
+        ours, theirs = flow.ours.double(), flow.theirs.double()  # type: ignore[union-attr]
+        factor = float((ours * theirs).sum() / ours.square().sum())
+        return factor if (ours * factor - theirs).abs().max() <= EXACT * rms(theirs) else None
+
+    def _made_up_for(self, place: Place, after: Sequence[Reading]) -> bool:
+        """A factor that is applied there at once, and here on the way to what it is summed into."""
+        factor = self._multiple(place)
+        if factor is None:
+            return False
+        inward = [self.flows[r.place] for r in after if r.side == "in"]
+        for later in (f for f in inward[:AFTER] if f.ours is not None):
+            outs = {
+                str(at): f.ours
+                for at, f in self.flows.items()
+                if f.side == "out" and f.at < later.at and f.ours is not None
+                if f.ours.shape == later.ours.shape  # type: ignore[union-attr]
+            }
+            found = summed(outs, later.ours)  # type: ignore[arg-type]
+            if found and math.isclose(found.parts.get(str(place), 0), factor, rel_tol=1e-5):
+                return True
+        return False
 
     def _reached_by(self, name: str, side: Side, number: int) -> set[Place]:
         """Every place whose values follow from those at this one: found by changing these."""
@@ -473,7 +591,7 @@ class Comparison:
             other = first * 1.5 + 0.5 if first.is_floating_point() else first
             return (other, *x[1:]) if isinstance(x, tuple) else other
 
-        before, module = self._ours(), self.matching.model.get_submodule(name)
+        before, module = self._here or self._ours(), self.matching.model.get_submodule(name)
         if side == "in":
             handle = module.register_forward_pre_hook(lambda _, args: change(args))
         else:

@@ -6,6 +6,7 @@ features that those rows give.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,13 +72,23 @@ class Matching:
         self.steps = {target: step for step in self.plan.steps for target in step.targets}
         self.matches = {each.native: each for each in self._matches(self.plan.native)}
 
-    def expected(self, name: str) -> Tensor | None:
-        """What a native parameter is by the other model's; None if several make it."""
+    def of(self, model: Model) -> Matching:
+        """The same for another model that holds the same."""
+        found = copy.copy(self)
+        found.model = model
+        return found
+
+    def expected(self, name: str, value: Callable[[str], Tensor] | None = None) -> Tensor | None:
+        """What a native parameter is by the other model's; None if several make it.
+
+        `value` gives what is taken of each of the other's parameters, by default itself.
+        """
+        value = value or (lambda theirs: self.other.get_parameter(theirs).detach())
         step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
         if step is None:
             return None
         owners = [self.held.parameters[disk] for disk in step.sources]
-        found = [self.other.get_parameter(names[0]).detach() for names in owners]
+        found = [value(names[0]) for names in owners]
         if any(
             x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
         ):
@@ -150,10 +161,9 @@ def _as_saved(other: Any, fold: Fold) -> Held:
 
 
 def _owners(parameters: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], bool]:
-    """The modules that hold all of them, under any name; where none does, the first one's."""
-    each = [
-        dict.fromkeys(name.rpartition(".")[0] for name in names) for names in parameters.values()
-    ]
+    """The modules that hold all of them, under any name; where none does, those of a weight."""
+    ordered = sorted(parameters, key=lambda name: not name.endswith(".weight"))
+    each = [dict.fromkeys(name.rpartition(".")[0] for name in parameters[mine]) for mine in ordered]
     common = [name for name in each[0] if all(name in owners for owners in each)]
     return tuple(common or each[0]), bool(common)
 

@@ -42,22 +42,35 @@ def need(condition: object) -> None:
         raise NotApplicable
 
 
+Kind = Literal["mapping", "config", "model"]
+# where the numbers of a bug first meet, by what it is in
+LOOK = r"in .*blocks\.0\.attn\.(out|[qk], time 2)$"
+MLP = r"in .*blocks\.0\.mlp\.down$|out .*blocks\.0\.mlp$"
+FIRST = r"in .*blocks\.0\.(norm1|norm_attn|norm_mlp|attn\.[qkv])$"
+
+
 @dataclass(frozen=True)
 class Mutant:
-    """A bug: an edited spec, other config fields, or a model tampered with after loading."""
+    """A bug: an edited spec, other config fields, or a model tampered with after loading.
+
+    `at` is where numbers first go wrong ("in" or "out" of a module), `cause` what is to be said of
+    it: patterns of what a diagnosis has to find.
+    """
 
     name: str
-    kind: Literal["mapping", "config", "model"]
+    kind: Kind
     plant: Callable[[Any], Any]
+    at: str = ""
+    cause: str = ""
 
 
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(name: str, kind: Literal["mapping", "config", "model"]) -> Callable[[Any], Any]:
+def mutant(name: str, kind: Kind, *, at: str, cause: str) -> Callable[[Any], Any]:
     def register(plant: Callable[[Any], Any]) -> Callable[[Any], Any]:
         assert name not in MUTANTS, name
-        MUTANTS[name] = Mutant(name, kind, plant)
+        MUTANTS[name] = Mutant(name, kind, plant, at, cause)
         return plant
 
     return register
@@ -179,67 +192,102 @@ def _patterns(source: str, target: str, bias: bool) -> tuple[list[str], list[str
     return sides[0], sides[1]
 
 
-@mutant("norm1 and norm2 swapped", "mapping")
+@mutant("norm1 and norm2 swapped", "mapping", at=FIRST, cause=r"norm1 and .*norm2 are exchanged")
 def _(m: Mapped) -> Spec:
     return swapped(m, "norm1", "norm2")
 
 
-@mutant("gate and up swapped", "mapping")
+@mutant("gate and up swapped", "mapping", at=MLP, cause=r"gate and .*up are exchanged")
 def _(m: Mapped) -> Spec:
     return swapped(m, "gate", "up")
 
 
-@mutant("q and k swapped", "mapping")
+@mutant("q and k swapped", "mapping", at=LOOK, cause=r"\bq and k are exchanged")
 def _(m: Mapped) -> Spec:
     need(m.config.heads == getattr(m.config, "kv_heads", m.config.heads))
     return swapped(m, "q", "k")
 
 
-@mutant("norms before and after a branch swapped", "mapping")
+@mutant(
+    "norms before and after a branch swapped",
+    "mapping",
+    at=FIRST,
+    cause=r"norm1 and .*norm1_out are exchanged",
+)
 def _(m: Mapped) -> Spec:
     return swapped(m, "norm1", "norm1_out")
 
 
-@mutant("norm after attention taken for that before the MLP", "mapping")
+@mutant(
+    "norm after attention taken for that before the MLP",
+    "mapping",
+    at=r"in .*blocks\.0\.norm1_out$",
+    cause=r"norm1_out and .*norm2 are exchanged",
+)
 def _(m: Mapped) -> Spec:
     return swapped(m, "norm1_out", "norm2")
 
 
-@mutant("k and v swapped", "mapping")
+@mutant("k and v swapped", "mapping", at=LOOK, cause=r"\bk and v are exchanged")
 def _(m: Mapped) -> Spec:
     return swapped(m, "k", "v")
 
 
-@mutant("q, k, v read as v, q, k", "mapping")
+@mutant(
+    "q, k, v read as v, q, k",
+    "mapping",
+    at=LOOK,
+    cause=r"q is read from what v .*k is read from what q .*v is read from what k",
+)
 def _(m: Mapped) -> Spec:
     need(m.config.heads == getattr(m.config, "kv_heads", m.config.heads))
     return renamed(m, {"q": "v", "k": "q", "v": "k"})
 
 
-@mutant("layers shifted by one", "mapping")
+@mutant("layers shifted by one", "mapping", at=FIRST, cause=r"blocks\.0 is read as .*blocks\.1")
 def _(m: Mapped) -> Spec:
     count = m.config.layers
     need(count > 1)
     return renamed(m, {f"blocks.{i}": f"blocks.{(i + 1) % count}" for i in range(count)})
 
 
-@mutant("first norm taken for the final one", "mapping")
+@mutant(
+    "first norm taken for the final one",
+    "mapping",
+    at=rf"in norm$|{FIRST}",
+    cause=r"blocks\.0\.norm1 and norm are exchanged",
+)
 def _(m: Mapped) -> Spec:
     return renamed(m, {"blocks.0.norm1": "norm", ".norm": "blocks.0.norm1"})
 
 
-@mutant("embeddings and head swapped", "mapping")
+@mutant(
+    "embeddings and head swapped",
+    "mapping",
+    at=r"out embed$",
+    cause=r"embed and head are exchanged",
+)
 def _(m: Mapped) -> Spec:
     need(not m.config.tied and m.config.head == "lm")
     return swapped(m, "embed", "head")
 
 
-@mutant("biases of attention and MLP swapped", "mapping")
+@mutant(
+    "biases of attention and MLP swapped",
+    "mapping",
+    at=r"in .*blocks\.0\.(norm\w+|mlp\.\w+)$",
+    cause=r"attn\.out\.bias and .*mlp\.down\.bias are exchanged",
+)
 def _(m: Mapped) -> Spec:
     return renamed(m, {"attn.out.bias": "mlp.down.bias", "mlp.down.bias": "attn.out.bias"})
 
 
-@mutant("a square read transposed", "mapping")
+@mutant(
+    "a square read transposed",
+    "mapping",
+    at=r"out blocks\.0\.attn\.out$",
+    cause=r"attn\.out\.weight is transposed",
+)
 def _(m: Mapped) -> Spec:
     need(_width(m.config) * m.config.heads == m.config.dim)
 
@@ -255,13 +303,23 @@ def _(m: Mapped) -> Spec:
     return m.edited(change)
 
 
-@mutant("q un-permuted for rotary", "mapping")
+@mutant(
+    "q un-permuted for rotary",
+    "mapping",
+    at=LOOK,
+    cause=r"rows of q .*\(h e two\).*attn\.q is read",
+)
 def _(m: Mapped) -> Spec:
     need(_width(m.config) % 2 == 0)
     return regrouped(m, "attn.q", 0, ("h e two", "h two e"), h="heads")
 
 
-@mutant("k un-permuted for rotary", "mapping")
+@mutant(
+    "k un-permuted for rotary",
+    "mapping",
+    at=LOOK,
+    cause=r"rows of k .*\(g e two\).*attn\.k is read",
+)
 def _(m: Mapped) -> Spec:
     need(_width(m.config) % 2 == 0)
     return regrouped(m, "attn.k", 0, ("g e two", "g two e"), g=_kv_heads(m.config))
@@ -271,7 +329,12 @@ def _width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.dim // config.heads
 
 
-@mutant("k permuted by the query heads", "mapping")
+@mutant(
+    "k permuted by the query heads",
+    "mapping",
+    at=LOOK,
+    cause=r"rows of k .*\(h e two\).*attn\.k is read",
+)
 def _(m: Mapped) -> Spec:
     kv_heads = getattr(m.config, "kv_heads", m.config.heads)
     rows = kv_heads * _width(m.config)
@@ -279,7 +342,7 @@ def _(m: Mapped) -> Spec:
     return regrouped(m, "attn.k", 0, ("h e two", "h two e"), h="heads")
 
 
-@mutant("v heads interleaved", "mapping")
+@mutant("v heads interleaved", "mapping", at=LOOK, cause=r"rows of v .*attn\.v is read")
 def _(m: Mapped) -> Spec:
     need(getattr(m.config, "kv_heads", m.config.heads) > 1)
     return regrouped(m, "attn.v", 0, ("e g", "g e"), g=_kv_heads(m.config))
@@ -290,13 +353,18 @@ def _kv_heads(config: Any) -> str:
     return "kv_heads" if hasattr(config, "kv_heads") else "heads"
 
 
-@mutant("out reads its heads interleaved", "mapping")
+@mutant(
+    "out reads its heads interleaved",
+    "mapping",
+    at=LOOK,
+    cause=r"heads of what out reads .*attn\.out is read",
+)
 def _(m: Mapped) -> Spec:
     need(m.config.heads > 1)
     return regrouped(m, "attn.out", 1, ("e h", "h e"), h="heads")
 
 
-@mutant("two experts exchanged", "mapping")
+@mutant("two experts exchanged", "mapping", at=MLP, cause=r"mlp\.gate .*0 in the place of 1")
 def _(m: Mapped) -> Spec:
     count = getattr(m.config, "experts", 0)
     need(count > 1)
@@ -315,7 +383,7 @@ def _(m: Mapped) -> Spec:
     return spec.with_dialect(replace(dialect, weights=weights))
 
 
-@mutant("fused q, k, v read as interleaved", "mapping")
+@mutant("fused q, k, v read as interleaved", "mapping", at=LOOK, cause=r"rows of the fused q, k, v")
 def _(m: Mapped) -> Spec:
     def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
         turned = re.sub(r"\((\w+) (\w+)\)", r"(\2 \1)", source) if "{" in targets[0] else source
@@ -333,98 +401,108 @@ def _field(config: Any, name: str) -> Any:
     return getattr(config, name)
 
 
-@mutant("eps ten times too large", "config")
+@mutant("eps ten times too large", "config", at=r"out .*norm\w*$", cause=r"\beps is")
 def _(config: Any) -> dict[str, Any]:
     return {"eps": 10 * _field(config, "eps")}
 
 
-@mutant("eps of another library", "config")
+@mutant("eps of another library", "config", at=r"out .*norm\w*$", cause=r"\beps is")
 def _(config: Any) -> dict[str, Any]:
     return {"eps": 1e-6 if _field(config, "eps") != 1e-6 else 1e-5}
 
 
-@mutant("theta left at its default", "config")
+@mutant("theta left at its default", "config", at=LOOK, cause=r"rope_base is 10000")
 def _(config: Any) -> dict[str, Any]:
     need(_field(config, "rope_base") != 10000.0)
     return {"rope_base": 10000.0}
 
 
-@mutant("rope scaling ignored", "config")
+@mutant("rope scaling ignored", "config", at=LOOK, cause=r"rope is .*default.*, not")
 def _(config: Any) -> dict[str, Any]:
     rope = _field(config, "rope").to_json()
     need((rope or {}).get("rope_type", "default") != "default")
     return {"rope": {"rope_type": "default"}}
 
 
-@mutant("rope factor too large by a tenth", "config")
+@mutant("rope factor too large by a tenth", "config", at=LOOK, cause=r"rope is .*factor")
 def _(config: Any) -> dict[str, Any]:
     rope = _field(config, "rope").to_json() or {}
     need("factor" in rope)
     return {"rope": {**rope, "factor": 1.1 * rope["factor"]}}
 
 
-@mutant("ends of the rope's ramp rounded, or not", "config")
+@mutant("ends of the rope's ramp rounded, or not", "config", at=LOOK, cause=r"rope is .*truncate")
 def _(config: Any) -> dict[str, Any]:
     rope = _field(config, "rope").to_json() or {}
     need(rope.get("rope_type") == "yarn")
     return {"rope": {**rope, "truncate": not rope.get("truncate", True)}}
 
 
-@mutant("the other gelu", "config")
+@mutant("the other gelu", "config", at=MLP, cause=r"(act|mlp) is .*gelu")
 def _(config: Any) -> dict[str, Any]:
     other = {"gelu": "gelu_new", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
     need(_field(config, "act") in other)
     return {"act": other[config.act]}
 
 
-@mutant("silu for gelu, or gelu for silu", "config")
+@mutant("silu for gelu, or gelu for silu", "config", at=MLP, cause=r"(act|mlp) is .*(silu|gelu)")
 def _(config: Any) -> dict[str, Any]:
     now = _field(config, "act")
     return {"act": "gelu" if now in ("silu", "swish") else "silu"}
 
 
-@mutant("window off by one", "config")
+@mutant("window off by one", "config", at=r"in blocks\.[01]\.attn\.out$", cause=r"window is")
 def _(config: Any) -> dict[str, Any]:
     need(hasattr(config, "windows") and any(config.windows()))
     return {"window": config.window + 1}
 
 
-@mutant("window ignored", "config")
+@mutant("window ignored", "config", at=r"in blocks\.[01]\.attn\.out$", cause=r"window is")
 def _(config: Any) -> dict[str, Any]:
     need(hasattr(config, "windows") and any(config.windows()))
     return {"window": 10**6}
 
 
-@mutant("one expert fewer for each token", "config")
+@mutant("one expert fewer for each token", "config", at=MLP, cause=r"chosen is")
 def _(config: Any) -> dict[str, Any]:
     need(_field(config, "experts") and config.chosen > 1)
     return {"chosen": config.chosen - 1}
 
 
-@mutant("parallel branches run in turn, or the other way about", "config")
+@mutant(
+    "parallel branches run in turn, or the other way about",
+    "config",
+    at=r"in blocks\.0\.(norm2|mlp\.up)$|out blocks\.0\.norm2$",
+    cause=r"parallel is",
+)
 def _(config: Any) -> dict[str, Any]:
     return {"parallel": not _field(config, "parallel")}
 
 
-@mutant("shared layers run once, or others twice", "config")
+@mutant(
+    "shared layers run once, or others twice",
+    "config",
+    at=r"in blocks\.[01]\.norm1(, time 2)?$",
+    cause=r"twice is",
+)
 def _(config: Any) -> dict[str, Any]:
     return {"twice": not _field(config, "twice")}
 
 
-@mutant("soft cap left out", "config")
+@mutant("soft cap left out", "config", at=LOOK, cause=r"score_cap is")
 def _(config: Any) -> dict[str, Any]:
     _field(config, "score_cap")
     return {"score_cap": None}
 
 
-@mutant("reach of distances doubled", "config")
+@mutant("reach of distances doubled", "config", at=LOOK, cause=r"(distance|reach) is")
 def _(config: Any) -> dict[str, Any]:
     if getattr(config, "log_buckets", 0) > 0:
         return {"reach": 2 * config.longest}
     return {"distance": 2 * _field(config, "distance")}
 
 
-@mutant("padding token unknown", "config")
+@mutant("padding token unknown", "config", at=r"out (embed\.weight|the model)$", cause=r"\bpad is")
 def _(config: Any) -> dict[str, Any]:
     _field(config, "pad")
     need(not hasattr(config, "start"))  # only what is generated depends on either
@@ -476,7 +554,7 @@ def _changed(
     return out
 
 
-@mutant("mask off by one", "model")
+@mutant("mask off by one", "model", at=LOOK, cause=r"one place ahead")
 def _(model: Any) -> None:
     need(causal(model))
     attention(model, lambda look: look.allowing(lambda mask: mask | _ahead(mask)))
@@ -487,7 +565,7 @@ def _ahead(mask: Tensor) -> Tensor:
     return F.pad(mask, (1, 0))[..., :-1] if mask.shape[-1] > 1 else mask
 
 
-@mutant("a token may not look at itself", "model")
+@mutant("a token may not look at itself", "model", at=LOOK, cause=r"does not look at itself")
 def _(model: Any) -> None:
     def change(mask: Tensor) -> Tensor:
         own = torch.eye(*mask.shape[-2:], dtype=torch.bool)
@@ -497,7 +575,7 @@ def _(model: Any) -> None:
     attention(model, lambda look: look.allowing(change))
 
 
-@mutant("the future is visible", "model")
+@mutant("the future is visible", "model", at=LOOK, cause=r"the future is visible")
 def _(model: Any) -> None:
     need(causal(model))
     attention(model, lambda look: look.allowing(_both_ways))
@@ -507,12 +585,12 @@ def _both_ways(mask: Tensor) -> Tensor:
     return mask | mask.mT if mask.shape[-1] == mask.shape[-2] else mask
 
 
-@mutant("attention not scaled", "model")
+@mutant("attention not scaled", "model", at=LOOK, cause=r"scores are not scaled")
 def _(model: Any) -> None:
     _rescale(model, 1.0)
 
 
-@mutant("attention scaled by the whole width", "model")
+@mutant("attention scaled by the whole width", "model", at=LOOK, cause=r"root of the whole width")
 def _(model: Any) -> None:
     _rescale(model, model.config.dim**-0.5)
 
@@ -522,7 +600,7 @@ def _rescale(model: Any, scale: float) -> None:
     attention(model, lambda look: replace(look, scale=scale))
 
 
-@mutant("kv heads tiled, not repeated", "model")
+@mutant("kv heads tiled, not repeated", "model", at=LOOK, cause=r"tiled")
 def _(model: Any) -> None:
     heads, kv_heads = model.config.heads, getattr(model.config, "kv_heads", model.config.heads)
     need(1 < kv_heads < heads)
@@ -530,7 +608,12 @@ def _(model: Any) -> None:
     attention(model, lambda look: replace(look, k=look.k.repeat(times), v=look.v.repeat(times)))
 
 
-@mutant("padding is looked at", "model")
+@mutant(
+    "padding is looked at",
+    "model",
+    at=r"out positions$|in norm$|in .*blocks\.0\.(norm1|attn\.out)$",
+    cause=r"padding is looked at",
+)
 def _(model: Any) -> None:
     forward = model.forward
 
@@ -541,7 +624,7 @@ def _(model: Any) -> None:
     model.forward = run
 
 
-@mutant("token types ignored", "model")
+@mutant("token types ignored", "model", at=r"out types$", cause=r"types.* ignored")
 def _(model: Any) -> None:
     forward = model.forward
     need(getattr(model.config, "types", 1) > 1)
@@ -553,7 +636,7 @@ def _(model: Any) -> None:
     model.forward = run
 
 
-@mutant("two outputs exchanged", "model")
+@mutant("two outputs exchanged", "model", at=r"out the model$", cause=r"outputs are exchanged")
 def _(model: Any) -> None:
     forward = model.forward
     need("decoder_input_ids" not in inspect.signature(forward).parameters)
@@ -567,27 +650,33 @@ def _(model: Any) -> None:
     model.forward = run
 
 
-@mutant("pooler reads the last token", "model")
+@mutant("pooler reads the last token", "model", at=r"in pooler\.dense$", cause=r"the last token")
 def _(model: Any) -> None:
     need(hasattr(model, "pooler"))
     model.pooler.register_forward_pre_hook(lambda _, args: (args[0].flip(1), *args[1:]))
 
 
-@mutant("norm outside the blocks missing", "model")
+@mutant("norm outside the blocks missing", "model", at=r"out .*norm$", cause=r"norm is missing")
 def _(model: Any) -> None:
     stack = stacks(model)[-1]
     part(stack, "norm")
     stack.norm = nn.Identity()
 
 
-@mutant("positions off by one", "model")
+@mutant("positions off by one", "model", at=r"out positions$", cause=r"off by \+1")
 def _(model: Any) -> None:
     part(model, "positions")
     last = len(model.positions.weight) - 1
     model.positions.register_forward_pre_hook(lambda _, args: ((args[0] + 1).clamp(max=last),))
 
 
-@mutant("positions count the padding", "model")
+# RoBERTa's are counted from 2 on, which is ignored with the padding
+@mutant(
+    "positions count the padding",
+    "model",
+    at=r"out positions$",
+    cause=r"count the padding|off by -2",
+)
 def _(model: Any) -> None:
     part(model, "positions")
     model.positions.register_forward_pre_hook(
@@ -595,7 +684,12 @@ def _(model: Any) -> None:
     )
 
 
-@mutant("distances ahead taken for those behind, or told apart", "model")
+@mutant(
+    "distances ahead taken for those behind, or told apart",
+    "model",
+    at=LOOK,
+    cause=r"distances ahead",
+)
 def _(model: Any) -> None:
     found = [module for module in model.modules() if hasattr(module, "both_ways")]
     need(found)
@@ -603,14 +697,24 @@ def _(model: Any) -> None:
         module.both_ways = not module.both_ways
 
 
-@mutant("distances counted the other way", "model")
+@mutant(
+    "distances counted the other way",
+    "model",
+    at=LOOK,
+    cause=r"distances are counted the other way",
+)
 def _(model: Any) -> None:
     distances = part(model, "distances")
     rows = distances.rows
     distances.rows = lambda positions: rows(-positions)
 
 
-@mutant("contents look at places as places at contents", "model")
+@mutant(
+    "contents look at places as places at contents",
+    "model",
+    at=LOOK,
+    cause=r"(contents look at places|places look at contents)",
+)
 def _(model: Any) -> None:
     for block in blocks(model):
         looks = set(getattr(block.attn, "looks", ()))
@@ -618,13 +722,18 @@ def _(model: Any) -> None:
         block.attn.looks = tuple({"c2p", "p2c"} - looks)
 
 
-@mutant("vectors of distances not normed", "model")
+@mutant(
+    "vectors of distances not normed",
+    "model",
+    at=LOOK,
+    cause=r"distances(\.norm does not run here| are not normed)",
+)
 def _(model: Any) -> None:
     part(part(model, "distances"), "norm")
     model.distances.norm = None
 
 
-@mutant("a convolution reads the padding", "model")
+@mutant("a convolution reads the padding", "model", at=r"in conv|out conv", cause=r"padding")
 def _(model: Any) -> None:
     noise = torch.randn(model.config.dim, dtype=model.embed.weight.dtype)
 
@@ -635,12 +744,19 @@ def _(model: Any) -> None:
     part(model, "conv").register_forward_pre_hook(heard)
 
 
-@mutant("a convolution after its layer, not beside it", "model")
+@mutant(
+    "a convolution after its layer, not beside it", "model", at=r"in conv|out conv", cause=r"conv"
+)
 def _(model: Any) -> None:
     part(model, "conv").register_forward_pre_hook(lambda _, args: (args[1], args[1]))
 
 
-@mutant("a bias by distance in the first layer alone", "model")
+@mutant(
+    "a bias by distance in the first layer alone",
+    "model",
+    at=r"in .*blocks\.1\.attn\.out$",
+    cause=r"no bias by distance",
+)
 def _(model: Any) -> None:
     need(isinstance(blocks(model)[-1].attn.attend, Biased) and len(blocks(model)) > 1)
     for stack in stacks(model):
@@ -648,12 +764,22 @@ def _(model: Any) -> None:
             block.attn.attend = attend
 
 
-@mutant("the decoder reads itself, not the encoder", "model")
+@mutant(
+    "the decoder reads itself, not the encoder",
+    "model",
+    at=r"in decoder\.blocks\.0\.cross\.[kv]$",
+    cause=r"norm_cross is in it once here",
+)
 def _(model: Any) -> None:
     crossing(model, lambda read, x, mask, source: read(x, Mask(None, mask.positions)))
 
 
-@mutant("the decoder reads the encoder's padding", "model")
+@mutant(
+    "the decoder reads the encoder's padding",
+    "model",
+    at=r"in decoder\.blocks\.0\.cross\.out$",
+    cause=r"question's padding is looked at",
+)
 def _(model: Any) -> None:
     crossing(model, lambda read, x, mask, source: read(x, Mask(None, mask.positions), source))
 
@@ -665,7 +791,12 @@ def crossing(model: Any, change: Callable[..., Any]) -> None:
         cross.forward = functools.partial(change, cross.forward)
 
 
-@mutant("the head reads states scaled by the root of their width", "model")
+@mutant(
+    "the head reads states scaled by the root of their width",
+    "model",
+    at=r"in head$",
+    cause=r"head is [\d.]+ times",
+)
 def _(model: Any) -> None:
     need(model.config.head in ("lm", "shared_lm"))
     root = model.config.dim**0.5
@@ -695,7 +826,12 @@ def turning(model: Any, change: Callable[..., Any]) -> None:
         block.attn.rotary = functools.partial(change, rotary)
 
 
-@mutant("queries one position ahead", "model")
+@mutant(
+    "queries one position ahead",
+    "model",
+    at=LOOK,
+    cause=r"queries are turned as if one place ahead",
+)
 def _(model: Any) -> None:
     def ahead(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         later = Mask(mask.allowed, mask.positions + 1, mask.causal)
@@ -704,17 +840,17 @@ def _(model: Any) -> None:
     turning(model, ahead)
 
 
-@mutant("rotary left out", "model")
+@mutant("rotary left out", "model", at=LOOK, cause=r"queries and keys are not turned")
 def _(model: Any) -> None:
     turning(model, lambda rotary, q, k, mask: (q, k))
 
 
-@mutant("keys not turned", "model")
+@mutant("keys not turned", "model", at=LOOK, cause=r"here keys are not turned")
 def _(model: Any) -> None:
     turning(model, lambda rotary, q, k, mask: (rotary(q, k, mask)[0], k))
 
 
-@mutant("turned backwards", "model")
+@mutant("turned backwards", "model", at=LOOK, cause=r"turned backwards")
 def _(model: Any) -> None:
     def back(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         return rotary(q, k, Mask(mask.allowed, -mask.positions, mask.causal))
@@ -722,7 +858,7 @@ def _(model: Any) -> None:
     turning(model, back)
 
 
-@mutant("neighbours turned, not halves", "model")
+@mutant("neighbours turned, not halves", "model", at=LOOK, cause=r"neighbours are turned")
 def _(model: Any) -> None:
     def apart(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 2)).mT.flatten(-2)
@@ -737,7 +873,12 @@ def _(model: Any) -> None:
     turning(model, neighbours)
 
 
-@mutant("a norm centres its input", "model")
+@mutant(
+    "a norm centres its input",
+    "model",
+    at=r"(in|out) .*blocks\.0\.norm1$",
+    cause=r"norm1.* centred",
+)
 def _(model: Any) -> None:
     norm = part(blocks(model)[0], "norm1")
     x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype)
@@ -745,7 +886,12 @@ def _(model: Any) -> None:
     norm.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(-1, keepdim=True),))
 
 
-@mutant("a norm does not centre its input", "model")
+@mutant(
+    "a norm does not centre its input",
+    "model",
+    at=r"out blocks\.0\.norm2$",
+    cause=r"norm2.* not centred here",
+)
 def _(model: Any) -> None:
     norm = part(blocks(model)[0], "norm2")
     x = torch.randn(3, model.config.dim, dtype=model.embed.weight.dtype) + 1
@@ -754,26 +900,46 @@ def _(model: Any) -> None:
     norm.forward = lambda x: F.rms_norm(x, x.shape[-1:], scale, model.config.eps) + shift
 
 
-@mutant("norm moved from input to output of its branch, or back", "model")
+@mutant(
+    "norm moved from input to output of its branch, or back",
+    "model",
+    at=r"(in|out) .*blocks\.0\.norm1$|in .*blocks\.0\.attn\.[qkv]$",
+    cause=r"norm is moved",
+)
 def _(model: Any) -> None:
     for block in blocks(model):
         norm, block.norm1 = part(block, "norm1"), nn.Identity()
         block.attn.register_forward_hook(lambda _, args, out, norm=norm: norm(out))
 
 
-@mutant("attention left out of the residual stream once", "model")
+@mutant(
+    "attention left out of the residual stream once",
+    "model",
+    at=r"in (.*blocks\.\d\.(norm\w+|mlp\.\w+)|norm)$",
+    cause=r"attn\.out is in it not at all here",
+)
 def _(model: Any) -> None:
     blocks(model)[-1].attn.register_forward_hook(lambda _, args, out: out * 0)
 
 
-@mutant("last layer skipped", "model")
+@mutant(
+    "last layer skipped",
+    "model",
+    at=r"in (.*norm\w*|head\.?\w*|score|\w+\.dense|.*)$",
+    cause=r"blocks\.\d+ does not run here",
+)
 def _(model: Any) -> None:
     stack = stacks(model)[-1]
     need(len(stack.blocks) > 1)
     stack.blocks = stack.blocks[:-1]
 
 
-@mutant("first two layers exchanged", "model")
+@mutant(
+    "first two layers exchanged",
+    "model",
+    at=r"(in|out) .*blocks\.0\.",
+    cause=r"blocks\.0 holds what .*blocks\.1 should",
+)
 def _(model: Any) -> None:
     stack = stacks(model)[0]
     need(len(stack.blocks) > 1)
@@ -781,28 +947,42 @@ def _(model: Any) -> None:
     stack.blocks = nn.ModuleList([second, first, *rest])
 
 
-@mutant("one tensor through fp16", "model")
+@mutant(
+    "one tensor through fp16",
+    "model",
+    at=r"out .*blocks\.0\.mlp(\.down)?$",
+    cause=r"mlp\.down.* float16",
+)
 def _(model: Any) -> None:
     mlp = dict(blocks(model)[0].mlp.named_parameters())
     weight = next(p for name, p in mlp.items() if name.startswith("down"))
     _overwrite(weight, weight.half().to(weight.dtype))
 
 
-@mutant("a bias dropped", "model")
+@mutant(
+    "a bias dropped", "model", at=r"out blocks\.0\.attn\.out$", cause=r"attn\.out\.bias is zero"
+)
 def _(model: Any) -> None:
     bias = blocks(model)[0].attn.out.bias
     need(bias is not None)
     _overwrite(bias, torch.zeros_like(bias))
 
 
-@mutant("norms read as an offset from one", "model")
+@mutant(
+    "norms read as an offset from one",
+    "model",
+    at=r"out .*blocks\.0\.norm1$",
+    cause=r"norm1\.weight is off by \+1",
+)
 def _(model: Any) -> None:
     for block in blocks(model):
         norm = part(block, "norm1")
         _overwrite(norm.weight, norm.weight + 1)
 
 
-@mutant("vocabulary off by one", "model")
+@mutant(
+    "vocabulary off by one", "model", at=r"out embed$", cause=r"embed\.weight is off by \+1 row"
+)
 def _(model: Any) -> None:
     _overwrite(model.embed.weight, model.embed.weight.roll(1, 0))
 
@@ -812,7 +992,7 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = value.detach().clone()
 
 
-@mutant("tie broken", "model")
+@mutant("tie broken", "model", at=r"tie .*embed\.weight", cause=r"tie is broken")
 def _(model: Any) -> None:
     tied = [
         module
@@ -824,7 +1004,7 @@ def _(model: Any) -> None:
         module.weight = nn.Parameter(model.embed.weight.detach().clone())
 
 
-@mutant("dropout active in evaluation", "model")
+@mutant("dropout active in evaluation", "model", at=r"in ", cause=r"dropout is active")
 def _(model: Any) -> None:
     need(any(isinstance(m, nn.Dropout) and m.p for m in model.modules()))
     for module in model.modules():
@@ -875,10 +1055,10 @@ class Bench:
         """A variant's native model with a bug in it, or healthy."""
         truth = self.truth(variant)
         load = functools.partial(load_directory, truth.directory, self.entry)
-        return Subject(variant, truth, functools.partial(_planted, load, bug, self.entry))
+        return Subject(variant, truth, functools.partial(planted, load, bug, self.entry))
 
 
-def _planted(load: Callable[..., Any], bug: Mutant | None, entry: Architecture, dtype: Any) -> Any:
+def planted(load: Callable[..., Any], bug: Mutant | None, entry: Architecture, dtype: Any) -> Any:
     if bug is None:
         return load(dtype=dtype)
     if bug.kind == "model":

@@ -57,24 +57,27 @@ def native_side(model: Model) -> Native:
 
 def reference(model: Model, directory: Path, reference_class: str, dtype: torch.dtype) -> Other:
     """The reference's own reading of a directory: in fp64 throughout, and in `dtype` too."""
-    spec, native = spec_of(model), native_side(model)
-
-    def planned(header: Header) -> Plan:
-        return make_plan(spec, "hf", model.config.to_dict(), native, header, reference_class)
-
-    def side(it: Reference) -> Other:
-        def run(inputs: Inputs) -> list[Tensor]:
-            return list(it(inputs.named).values())
-
-        name = f"{reference_class} of transformers"
-        return Other(name, it.model, run, planned, it.oracle.fold(directory))
-
     lifted = Reference(directory, reference_class, torch.float64, lifted=True)
-    found = side(lifted)
+    found = read_by(model, lifted)
     if dtype is not torch.float64:
         _round(lifted.model, dtype)
-        found.narrow = side(Reference(directory, reference_class, dtype))
+        found.narrow = read_by(model, Reference(directory, reference_class, dtype))
     return found
+
+
+def read_by(model: Model, it: Reference) -> Other:
+    """A reference that is there already, for a native model of the same directory."""
+    spec, native = spec_of(model), native_side(model)
+    named = it.oracle.reference_class
+
+    def planned(header: Header) -> Plan:
+        return make_plan(spec, "hf", model.config.to_dict(), native, header, named)
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        return list(it(inputs.named).values())
+
+    name = f"{named} of transformers"
+    return Other(name, it.model, run, planned, it.oracle.fold(it.directory))
 
 
 def native(model: Model, other: Model, dtype: torch.dtype, name: str) -> Other:

@@ -1,0 +1,102 @@
+"""Fields of a config: the model built anew with another value, and looked at in the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from converters.strict_json import parse_json
+from zoo.components.activations import ACTIVATIONS
+from zoo.components.rotary import Scaling
+from zoo.errors import ConfigError, ZooError
+from zoo.parity.causes.scene import Changes, Idea, Scene
+from zoo.parity.sides import spec_of
+
+# what changes shapes, or nothing that is computed
+NOT_TRIED = {"vocab", "dim", "layers", "decoder_layers", "heads", "kv_heads", "head_dim"}
+NOT_TRIED |= {"hidden", "experts", "labels", "init_std", "head", "positions", "types"}
+
+
+def read_again(scene: Scene) -> Iterator[Idea]:
+    """What the spec reads in the config that lies with the weights, and the model has not."""
+    for changes in _unlike(scene):
+        if scene.steady and _heals(scene, changes):
+            yield _idea(scene, changes)
+
+
+def tried(scene: Scene) -> Iterator[Idea]:
+    """Every field, one after the other, with each value that it may have meant."""
+    if not scene.steady:
+        return
+    for field in fields(scene.model.config):
+        if field.name in NOT_TRIED or "dropout" in field.name:
+            continue
+        for value in _values(scene, field.name):
+            if _heals(scene, {field.name: value}):
+                yield _idea(scene, {field.name: value})
+                break
+
+
+def _idea(scene: Scene, changes: Changes) -> Idea:
+    config = scene.model.config
+    now = {name: _plain(getattr(config, name)) for name in changes}
+    said = {name: _plain(value) for name, value in changes.items()}
+    what = " and ".join(f"config field {n} is {now[n]!r}, not {v!r}" for n, v in said.items())
+    return Idea(what, " and ".join(f"{n} is {v!r}" for n, v in said.items()), config=changes)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_json() if hasattr(value, "to_json") else value
+
+
+def _heals(scene: Scene, changes: Changes) -> bool:
+    try:
+        return scene.error_of(scene.rebuilt(changes)) <= scene.reading.limit
+    except (RuntimeError, ZooError, ValueError, IndexError, TypeError, ZeroDivisionError):
+        return False
+
+
+def _unlike(scene: Scene) -> Iterator[Changes]:
+    known = scene.model.provenance
+    if known is None or known.origin.dialect != "hf" or not known.origin.config:
+        return
+    dialect = spec_of(scene.model).dialect("hf")
+    said, _ = dialect.read_config(parse_json(known.origin.config.encode(), "config.json"))
+    config = scene.model.config
+    try:
+        there = type(config)(**{**said, "head": config.head})
+    except ConfigError:
+        return
+    unlike = {
+        f.name: _plain(getattr(there, f.name))
+        for f in fields(config)
+        if f.name != "labels" and getattr(there, f.name) != getattr(config, f.name)
+    }
+    yield from ({name: value} for name, value in unlike.items())
+    if len(unlike) > 1:
+        yield unlike
+
+
+def _values(scene: Scene, name: str) -> Iterator[Any]:
+    now = getattr(scene.model.config, name)
+    found: list[Any] = []
+    if isinstance(now, bool):
+        found = [not now]
+    elif isinstance(now, int):
+        near = [now - 1, now + 1, now // 2, 2 * now]
+        found = [*near, *(int(n) for n in scene.numbers if n == int(n) and n > 0), None]
+    elif isinstance(now, float):
+        usual = [1e-5, 1e-6, 1e-12, 1e-8] if now < 1e-2 else [10000.0, 500000.0, 1000000.0]
+        found = [*scene.numbers, *usual, now / 10, now * 10, now / 2, now * 2, None]
+    elif name.endswith("act"):
+        found = list(ACTIVATIONS)
+    elif isinstance(now, Scaling):
+        return  # attention's own ideas
+    elif now is None:
+        found = [n for n in scene.numbers if n > 1]
+    seen = [now]
+    for value in found:
+        if value not in seen:
+            seen.append(value)
+            yield value

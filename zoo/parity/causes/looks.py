@@ -1,0 +1,217 @@
+"""Attention: what lies between queries, keys and values that agree, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.components.masks import Mask
+from zoo.errors import ConfigError
+from zoo.parity.causes.scene import Idea, Reached, Scene, stars
+from zoo.parity.causes.turns import (
+    FUSED,
+    LOOKS,
+    PARTS,
+    READ,
+    Bench,
+    Look,
+    Turn,
+    all_of,
+    places_said,
+    said_of,
+    turns_of,
+)
+from zoo.parity.compare import call
+
+
+def ideas(scene: Scene) -> Iterator[Idea]:
+    """What goes into `out` differs, and queries, keys and values do not."""
+    fitted = list(_fitted(scene)) if scene.name.endswith(".out") else []
+    name = scene.name.rpartition(".")[0]
+    yield from fitted or [*_exchanged(scene, name), *_otherwise_placed(scene, name)]
+
+
+def _otherwise_placed(scene: Scene, name: str) -> Iterator[Idea]:
+    """DeBERTa's queries and keys run once more for each way in which places are looked at."""
+    attn: Any = scene.above
+    here = [n.rpartition(".")[0] for n in scene.alike()]
+    for looks in LOOKS if hasattr(attn, "looks") else ():
+        if set(looks) != set(attn.looks):
+            now, then = places_said(attn.looks), places_said(looks)
+            idea = Idea(
+                f"{stars(name)}: here {now}, in the other model {then}",
+                f"looks is {looks}",
+                settings={one: {"looks": looks} for one in here},
+            )
+            if scene.restores(idea):
+                yield idea
+
+
+def _exchanged(scene: Scene, name: str) -> Iterator[Idea]:
+    """Queries, keys and values in each other's place, where only running all of it can tell."""
+    held = dict(scene.model.named_parameters())
+    here = [n.rpartition(".")[0] for n in scene.alike()]
+    weights = [held.get(f"{name}.{part}.weight") for part in PARTS]
+    if not scene.name.endswith(".out") and not scene.reading.call:
+        return
+    if any(w is None for w in weights) or len({w.shape for w in weights}) > 1:  # type: ignore[union-attr]
+        return
+    for roles in permutations(PARTS):
+        parameters = {
+            f"{one}.{a}.{leaf}": held[f"{one}.{b}.{leaf}"].data
+            for one in here
+            for a, b in zip(PARTS, roles, strict=True)
+            for leaf in ("weight", "bias")
+            if a != b and {f"{one}.{a}.{leaf}", f"{one}.{b}.{leaf}"} <= held.keys()
+        }
+        if not parameters:
+            continue
+        what, fix = said_of(roles)
+        where = tuple(n for n in parameters if n.startswith(f"{name}."))
+        idea = Idea(
+            f"{stars(name)}: in the other model {what}",
+            fix.format(name=stars(name)),
+            parameters=parameters,
+            where=where,
+            moved=True,
+        )
+        if scene.restores(idea):
+            yield idea
+            return
+
+
+def _fitted(scene: Scene) -> Iterator[Idea]:
+    name = scene.name.rpartition(".")[0]
+    attn = scene.above
+    heard = _heard(scene, name) if hasattr(attn, "attend") else None
+    if heard is None:
+        return
+    masks, own = heard
+    values = [scene.made(f"{name}.{part}") for part in PARTS]
+    values += [scene.flow.ours, scene.flow.theirs]
+    split = [None if x is None else scene.rows(x) for x in values]
+    rows = [some[: len(masks)] for some in split if some is not None]
+    if len(rows) != len(split):
+        return
+    width: Any = attn.head_dim
+    given = [dict(zip(PARTS, each, strict=True)) for each in zip(*rows[:3], strict=True)]
+    bench = Bench(given, masks, width)
+    turns = list(turns_of(scene, name, own, bench))
+    # of what this model makes with its own parameters, none is read in another order
+    own_turns = [turn for turn in turns if turn.kind not in READ]
+    ours = bench.fitted(own, own_turns, torch.cat(rows[3]))
+    theirs = bench.fitted(own, turns, torch.cat(rows[4]))
+    yield from _told(scene, own, name, ours, theirs)
+
+
+def _told(
+    scene: Scene,
+    own: Look,
+    name: str,
+    ours: Sequence[Turn] | None,
+    theirs: Sequence[Turn] | None,
+) -> Iterator[Idea]:
+    here = [n.rpartition(".")[0] for n in scene.alike()]
+    if theirs:
+        yield from _otherwise(scene, own, name, here, theirs)
+    if ours:
+        what = f"{stars(name)}: here {' and '.join(turn.what for turn in ours)}"
+        there = " and ".join(turn.what for turn in theirs or ())
+        yield Idea(
+            what + ("; the other model does what the class does" if theirs == () else f"; {there}"),
+            f"{stars(name)} does what its class does",
+            settings=_settings(scene, here, lambda look: look),
+        )
+
+
+def _otherwise(
+    scene: Scene, own: Look, name: str, here: list[str], theirs: Sequence[Turn]
+) -> Iterator[Idea]:
+    """The other model looks in another way than the class here."""
+    look = own
+    for turn in theirs:
+        look = turn.change(look)
+    what = f"{stars(name)}: in the other model {' and '.join(turn.what for turn in theirs)}"
+    fixes = [turn.fix.format(name=stars(name)) for turn in theirs if turn.fix]
+    if look.roles != PARTS or look.orders:
+        parameters = dict[str, Tensor]()
+        for one in here:
+            parameters |= _reordered(scene, one, look)
+        where = tuple(n for n in parameters if n.startswith(f"{name}."))
+        if all(turn.kind in ("roles", *READ) for turn in theirs):
+            yield Idea(what, " and ".join(fixes), parameters=parameters, where=where, moved=True)
+        return
+    config = {key: value for turn in theirs for key, value in turn.config.items()}
+    if config and scene.steady:
+        fix = ", ".join(f"{key} is {value}" for key, value in config.items())
+        yield Idea(what, fix, config=config)
+    else:
+        settings = _settings(scene, here, lambda own: all_of(theirs, own))
+        yield Idea(what, f"{stars(name)} does likewise", settings=settings)
+
+
+def _settings(
+    scene: Scene, names: Sequence[str], change: Callable[[Look], Look]
+) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in names:
+        attn: Any = scene.fresh.get_submodule(name)
+        look = change(Look(attn.rotary, attn.attend, attn.scale))
+        found[name] = {"rotary": look.rotary, "attend": look.attend, "scale": look.scale}
+    return found
+
+
+def _reordered(scene: Scene, name: str, look: Look) -> dict[str, Tensor]:
+    """Parameters of the projections, so that they give what the other's do."""
+    held = dict(scene.model.named_parameters(remove_duplicate=False))
+    found = dict[str, Tensor]()
+    for leaf in ("weight", "bias"):
+        parts = [held.get(f"{name}.{part}.{leaf}") for part in PARTS]
+        if any(part is None for part in parts):
+            continue
+        ordered = dict(zip(PARTS, look.ordered([p.data for p in parts], 0), strict=True))  # type: ignore[union-attr]
+        for role, part in zip(PARTS, look.roles, strict=True):
+            if role != part or {part, FUSED} & look.orders.keys():
+                found[f"{name}.{role}.{leaf}"] = ordered[part]
+    if (order := look.orders.get("out")) is not None:
+        weight = held[f"{name}.out.weight"].data
+        turned = torch.empty_like(weight)
+        turned[:, order] = weight
+        found[f"{name}.out.weight"] = turned
+    return found
+
+
+def _heard(scene: Scene, name: str) -> tuple[list[Mask], Look] | None:
+    """What the class gives this attention beside queries, keys and values, row by row."""
+    try:
+        attn: Any = scene.fresh.get_submodule(name)
+    except (RuntimeError, ConfigError, AttributeError):
+        return None
+    own, found, left = Look(attn.rotary, attn.attend, attn.scale), list[Mask](), 0
+
+    def hear(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *rest: Any) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            out: Tensor = own.attend(q, k, v, mask, *rest)
+            return out
+        found.append(mask)
+        raise Reached
+
+    attn.attend = hear
+    try:
+        for inputs in scene.comparison.way.other()[:3]:
+            left = scene.reading.call
+            try:
+                with torch.no_grad():
+                    call(scene.fresh, inputs)
+            except Reached:
+                continue
+            return None
+    finally:
+        attn.attend = own.attend
+    return found, own

@@ -1,0 +1,346 @@
+"""What is known where two models part: all that flowed before agrees, so it is told once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.model import Model
+from zoo.errors import ZooError
+from zoo.parity.compare import call, rms
+from zoo.parity.divergence import Comparison, Difference, Flow, Place
+from zoo.parity.matching import Matching
+from zoo.parity.taps import Side
+
+# What a fit may be off by, in units of the root mean square: its inputs agree to 1e-10 only.
+FITS = 1e-8
+
+Changes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Idea:
+    """A cause to be tried. Of what undoes it, at most one is given; none: the numbers themselves.
+
+    `where` are native parameters whose rules are to be changed. `moved`: they hold other numbers
+    then, and what flows through their modules is no longer compared with what it was.
+    """
+
+    what: str
+    fix: str = ""  # parity is restored if …
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # as they should be
+    config: Changes = field(default_factory=dict)
+    settings: Mapping[str, Changes] = field(default_factory=dict)  # module -> attributes
+    where: tuple[str, ...] = ()
+    moved: bool = False
+
+    @property
+    def undoes(self) -> bool:
+        return bool(self.parameters or self.config or self.settings)
+
+    @property
+    def touched(self) -> set[str]:
+        """The modules that hold other numbers when it is undone."""
+        return {name.rpartition(".")[0] for name in self.parameters if self.moved}
+
+
+class Reached(Exception):
+    """Nothing after this place is needed."""
+
+
+@dataclass
+class Scene:
+    """The first place that differs, what both made there, and what they had to make it of."""
+
+    comparison: Comparison
+    difference: Difference
+
+    def __post_init__(self) -> None:
+        first = self.difference.first
+        assert first is not None
+        self.first, self.reading = first, first.reading
+        self.model: Model = self.comparison.matching.model
+        self.flow = by_tokens(self.comparison.flows[self.reading.place], self.model, self.module)
+
+    @property
+    def name(self) -> str:
+        return self.reading.match.native
+
+    @property
+    def side(self) -> Side:
+        return self.reading.side
+
+    @property
+    def matching(self) -> Matching:
+        return self.comparison.matching
+
+    @cached_property
+    def module(self) -> nn.Module | None:
+        """The one at the place; None where the model has none of that name."""
+        return dict(self.model.named_modules()).get(self.name)
+
+    @cached_property
+    def above(self) -> nn.Module:
+        """The one that holds it."""
+        return self.model.get_submodule(self.name.rpartition(".")[0])
+
+    @cached_property
+    def fresh(self) -> Model:
+        """What its class makes of its config, with the same parameters."""
+        return self.rebuilt({})
+
+    def rebuilt(self, changes: Changes) -> Model:
+        """With other config fields; ConfigError or RuntimeError where they do not fit."""
+        config = self.model.config
+        with torch.device("meta"):
+            model: Model = type(self.model)(type(config)(**{**config.to_dict(), **changes}))
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        made = dict[int, nn.Parameter]()  # tied ones are one here too
+        for name, p in list(model.named_parameters(remove_duplicate=False)):
+            value = held[name] if name in held else self.matching.expected(name)
+            if value is None or value.shape != p.shape:
+                raise RuntimeError(f"{name}: nothing to make it of")
+            own = made.get(id(value)) if name in held else None
+            if own is None:
+                own = nn.Parameter(value.detach(), requires_grad=self.difference.back)
+            if name in held:
+                made[id(value)] = own
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, own)
+        model.architecture, model.provenance = self.model.architecture, self.model.provenance
+        return model.eval()
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether a new model of the class parts from the other just here, as this one does."""
+        try:
+            error = self.error_of(self.fresh)
+        except (RuntimeError, ZooError):
+            return False
+        told = self.reading.error
+        return error == told or abs(error - told) <= 1e-6 * told
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """The other model's own config, where it has one."""
+        config: Any = getattr(self.comparison.other.module, "config", None)
+        return config.to_dict() if hasattr(config, "to_dict") else {}
+
+    @cached_property
+    def numbers(self) -> list[float]:
+        """Every number in it."""
+        return list(dict.fromkeys(float(x) for x in _leaves(self.said) if type(x) in (int, float)))
+
+    @cached_property
+    def scalings(self) -> list[dict[str, Any]]:
+        """Every scaling of a rope in it."""
+        found = [value for value in self.said.values() if isinstance(value, dict)]
+        return [value for value in found if {"type", "rope_type"} & value.keys()]
+
+    def known(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
+        """What flowed there, where it agrees."""
+        place = (name, side, self.reading.call if call is None else call)
+        return self.agreed.get(place)
+
+    def made(self, name: str) -> Tensor | None:
+        """What this model gave there: it agrees, or there is nothing to compare it with."""
+        place = (name, "out", self.reading.call)
+        if place in self.comparison.flows:
+            return None if (flow := self.known(name)) is None else flow.ours
+        calls = self.comparison.heard.get(name, [])
+        if len(calls) <= self.reading.call:
+            return None
+        return self.comparison.way.tokens(
+            [calls[self.reading.call].values["out"]], self.flow.counts
+        )
+
+    @cached_property
+    def agreed(self) -> dict[Place, Flow]:
+        found = dict[Place, Flow]()
+        for reading in self.difference.readings:
+            if reading.place == self.reading.place:
+                break
+            # of what is healed, one is a multiple of the other
+            fine = reading.ok or reading.place in self.difference.healed
+            if fine and self.comparison.flows[reading.place].comparable:
+                found[reading.place] = self.comparison.flows[reading.place]
+        return found
+
+    def error_of(self, model: Model) -> float:
+        """What the place's error is in another native model; it runs no further than that."""
+        comparison, module = self.comparison, dict(model.named_modules()).get(self.name)
+        if self.flow.theirs is None:
+            again = comparison.again(model, self.difference.healed, ())
+            return 0.0 if again.first is None or self.later(again) else float("inf")
+        if module is None or not self.flow.counts or comparison.way.name == "cached":
+            return self.comparison.again(model, self.difference.healed, ()).error(
+                self.reading.place
+            )
+        found = list[Tensor]()
+        left = self.reading.call
+
+        def hear(_: nn.Module, args: Any, out: Any = None) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                x = out if self.side == "out" else args[0]
+                found.append(x if isinstance(x, Tensor) else next(iter(x)))
+                raise Reached
+
+        handle = (
+            module.register_forward_hook(hear)
+            if self.side == "out"
+            else module.register_forward_pre_hook(hear)
+        )
+        try:
+            with torch.no_grad():
+                for given, more in comparison.way.native():
+                    call(model, given, **more)
+        except Reached:
+            pass
+        finally:
+            handle.remove()
+        ours = comparison.way.tokens(found, self.flow.counts) if found else None
+        theirs = comparison.flows[self.reading.place].theirs
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            return float("inf")
+        return error(ours, theirs)
+
+    def later(self, again: Difference) -> bool:
+        """Whether another run parts later than this one did."""
+        assert again.first is not None
+        flow = self.comparison.flows.get(again.first.reading.place)
+        return flow is not None and flow.at > self.flow.at
+
+    def restores(self, idea: Idea) -> bool:
+        """Whether nothing differs once it is undone."""
+        with applied(self.model, idea, self) as model:
+            return self.comparison.again(model, self.difference.healed, idea.touched).first is None
+
+    def alike(self, name: str | None = None) -> list[str]:
+        """Every module whose name is this one's but for the layer's number."""
+        kind = re.sub(r"\.\d+\.", r".\\d+.", re.escape(name or self.name).replace(r"\.", "."))
+        return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
+
+    def rows(self, x: Tensor) -> list[Tensor] | None:
+        """(s, features) of each row, of (tokens, features); None if they are no tokens."""
+        for inputs in (self.comparison.way.inputs, self.comparison.way.inputs.answer):
+            if inputs is None:
+                continue
+            mask = torch.ones_like(inputs.ids) if inputs.mask is None else inputs.mask
+            counts = mask.sum(1).tolist()
+            if sum(counts) == len(x):
+                return list(x.split(counts))
+        return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def by_tokens(flow: Flow, model: Model, module: nn.Module | None) -> Flow:
+    """What a convolution is given as (b, d, s) lies there as (b d, s): here it is (b s, d)."""
+    dim = model.config.dim
+    if not isinstance(module, nn.Conv1d) or not flow.comparable:
+        return flow
+    values = (x.unflatten(0, (-1, dim)).mT.flatten(0, 1) for x in (flow.ours, flow.theirs))  # type: ignore[union-attr]
+    return replace(flow, **dict(zip(("ours", "theirs"), values, strict=True)))
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, in units of the root mean square of theirs."""
+    scale = rms(theirs).clamp(min=torch.finfo(torch.float64).tiny)
+    return float((ours.detach().double() - theirs.detach().double()).abs().max() / scale)
+
+
+def fits(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and error(ours, theirs) <= FITS
+
+
+def stars(name: str) -> str:
+    """`blocks.*.attn.k` of `blocks.3.attn.k`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+@contextmanager
+def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
+    """The model with what undoes a cause: changed for as long as it is looked at."""
+    if idea.config:
+        yield scene.rebuilt(idea.config)
+        return
+    if idea.settings:
+        undo = list[Callable[[], None]]()
+        for name, attributes in idea.settings.items():
+            module = model.get_submodule(name)
+            for attribute, value in attributes.items():
+                undo.append(_set(module, attribute, value))
+        try:
+            yield model
+        finally:
+            for each in reversed(undo):
+                each()
+        return
+    if idea.parameters:
+        held = dict(model.named_parameters(remove_duplicate=False))
+        kept = {name: held[name].data for name in idea.parameters}
+        try:
+            for name, value in idea.parameters.items():
+                held[name].data = value
+            yield model
+        finally:
+            for name, value in kept.items():
+                held[name].data = value
+        return
+    with _put(model, scene):
+        yield model
+
+
+def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:
+    kept = getattr(module, attribute)
+    setattr(module, attribute, value)
+    return lambda: setattr(module, attribute, kept)
+
+
+@contextmanager
+def _put(model: Model, scene: Scene) -> Iterator[None]:
+    """What the other model has at the place, instead of what this one made."""
+    theirs, module, left = scene.flow.theirs, scene.module, scene.reading.call
+    if module is None or not scene.name or theirs is None:
+        raise RuntimeError("no place to put it")
+    mask = scene.comparison.way.inputs.mask
+
+    def changed(x: Tensor) -> Tensor:
+        if x.numel() == theirs.numel():
+            return theirs.reshape(x.shape).to(x.dtype)
+        if mask is None or mask.numel() != x.shape[:-1].numel() or int(mask.sum()) != len(theirs):
+            raise RuntimeError("another shape")
+        return x.masked_scatter(mask.bool()[..., None], theirs.to(x.dtype))
+
+    def hook(_: nn.Module, args: Any, out: Any = None) -> Any:
+        nonlocal left
+        left -= 1
+        if left != -1:
+            return None
+        if scene.side == "in":
+            return (changed(args[0]), *args[1:])
+        return changed(out) if isinstance(out, Tensor) else (changed(out[0]), *out[1:])
+
+    register = (
+        module.register_forward_hook if scene.side == "out" else module.register_forward_pre_hook
+    )
+    handle = register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

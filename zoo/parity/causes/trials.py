@@ -1,0 +1,95 @@
+"""What only running the model again can tell: dropout, padding, outputs in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import permutations
+
+import torch
+
+from zoo.parity.causes.scene import FITS, Idea, Scene, fits
+from zoo.parity.compare import call, real
+
+
+def restless(scene: Scene) -> Iterator[Idea]:
+    """Two runs of the native model that are not the same."""
+    again = scene.error_of(scene.model)
+    if abs(again - scene.reading.error) > 1e-6 * scene.reading.error:
+        training = [n for n, m in scene.model.named_modules() if m.training and n]
+        which = f", such as {training[0]}" if training else ""
+        yield Idea(
+            f"two runs of this model differ: dropout is active{which}",
+            "the model is put to eval()",
+            settings={name: {"training": False} for name in training},
+        )
+
+
+def padding(scene: Scene) -> Iterator[Idea]:
+    """Other tokens where padding stands must change nothing."""
+    inputs = scene.comparison.way.inputs
+    if scene.comparison.way.name != "padded" or inputs.mask is None:
+        return
+    vocab = scene.model.config.vocab
+    for what, given in (("padding", inputs), ("the padding of what it answers to", inputs.answer)):
+        if given is None or given.mask is None:
+            continue
+        hidden = torch.where(given.mask.bool(), given.ids, (given.ids + 1) % vocab)
+        other = replace(given, ids=hidden)
+        changed = other if given is inputs else replace(inputs, answer=other)
+        with torch.no_grad():
+            a, b = (call(scene.model, each) for each in (inputs, changed))
+        rows = range(len(inputs.ids))
+        if any(
+            not torch.equal(real(x, inputs, n), real(y, inputs, n))
+            for x, y in zip(a, b, strict=True)
+            for n in rows
+        ):
+            of = "the question's padding" if inputs.answer is not None and given is inputs else what
+            yield Idea(f"{of} is looked at: other tokens there change what real tokens get")
+            return
+
+
+def alone(scene: Scene) -> Iterator[Idea]:
+    """Rows that are right by themselves, and not beside padding."""
+    way, there = scene.comparison.way, scene.comparison.theirs()[0].outputs
+    if way.name != "padded":
+        return
+    with torch.no_grad():
+        rows = [call(scene.model, row) for row in way.other()]
+    if all(
+        fits(x, y)
+        for ours, theirs in zip(rows, there, strict=True)
+        for x, y in zip(ours, theirs, strict=True)
+    ):
+        yield Idea(f"padding is read on the way to {scene.name}: a row alone gives what it should")
+
+
+def outputs(scene: Scene) -> Iterator[Idea]:
+    """The models' own outputs, or what comes out of the last layer on its way to them."""
+    if scene.name:
+        return
+    flows = {place[2]: f for place, f in scene.comparison.flows.items() if not place[0]}
+    for k, other in permutations(flows, 2):
+        ours, theirs = flows[k].ours, flows[other].theirs
+        if ours is not None and theirs is not None and fits(ours, theirs):
+            yield Idea(f"outputs are exchanged: number {k + 1} here is number {other + 1} there")
+            return
+    flow = scene.flow
+    if flow.ours is not None and flow.theirs is not None and flow.ours.shape == flow.theirs.shape:
+        ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
+        if fits(flow.ours, flow.theirs * ratio):
+            yield Idea(f"outputs are {ratio:.6g} times what they are there")
+
+
+def learning(scene: Scene) -> Iterator[Idea]:
+    """Which rows of a table learn."""
+    name, flow = scene.name, scene.flow
+    if flow.ours is None or flow.theirs is None or name not in scene.reading.match.parameters:
+        return
+    apart = (flow.ours - flow.theirs).abs().amax(-1) > FITS * flow.theirs.abs().max()
+    rows = apart.nonzero().flatten().tolist()
+    if len(rows) == 1:
+        what = f"row {rows[0]} of {name} learns otherwise here: it is not known to be the padding's"
+        config = {"pad": rows[0]} if hasattr(scene.model.config, "pad") else {}
+        yield Idea(what, f"pad is {rows[0]}", config=config)

@@ -1,0 +1,179 @@
+"""Planted bugs, traced: where each is first seen, and what is said to be its cause."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from zoo import registry
+from zoo.components.model import Model
+from zoo.errors import ZooError
+from zoo.parity import sides
+from zoo.parity.diagnosis import diagnosed
+from zoo.parity.diff import inputs_of, pad_of
+from zoo.parity.divergence import Comparison, Difference, Way
+from zoo.parity.fixtures import hot_checkpoint
+from zoo.parity.matching import Matching
+from zoo.parity.mutants import MUTANTS, Bench, Mutant, NotApplicable, hunt, planted
+from zoo.parity.reference import Reference
+from zoo.pretrained import load_directory
+from zoo.registry import Architecture
+from zoo.terminal import passing
+
+# whether gradients are taken, and how tokens are fed
+WAYS = ((False, "whole"), (False, "padded"), (False, "unmasked"), (True, "unmasked"))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What became of a bug in an architecture that it can be planted in."""
+
+    architecture: str
+    mutant: str
+    killed: bool
+    located: bool
+    diagnosed: bool
+    where: str = ""  # variant and way in which it was seen
+    place: str = ""
+    said: tuple[str, ...] = ()  # the causes, the first one first
+
+    @property
+    def ok(self) -> bool:
+        return self.killed and self.located and self.diagnosed
+
+
+class Tracer:
+    """The variants of one architecture, each with the reference's reading of it."""
+
+    def __init__(self, entry: Architecture, scratch: Path) -> None:
+        self.entry, self.scratch = entry, scratch
+        self._references: dict[str, Reference] = {}
+
+    def reference(self, variant: str) -> Reference:
+        if variant not in self._references:
+            directory = self.scratch / "traced" / self.entry.name / variant
+            named = hot_checkpoint(self.entry, variant, directory)
+            self._references[variant] = Reference(directory, named, torch.float64, lifted=True)
+        return self._references[variant]
+
+    def trace(self, bug: Mutant) -> Trace | None:
+        """In the first variant and way that shows it; None where it cannot be planted."""
+        there = False
+        for variant in self.entry.variants:
+            reference = self.reference(variant)
+            load = functools.partial(load_directory, reference.directory, self.entry)
+            try:
+                model = planted(load, bug, self.entry, torch.float64)
+            except NotApplicable:
+                continue
+            except ZooError:
+                continue  # refused: it never runs
+            there = True
+            for back, way in WAYS:
+                comparison = compared(model, reference, way)
+                difference = comparison.run(back)
+                if not difference.ok:
+                    said = tuple(str(cause) for cause in diagnosed(comparison, difference))
+                    return self.traced(bug, f"{variant}, {way}", difference, said)
+        if not there:
+            return None
+        killed = hunt(Bench(self.entry, self.scratch), bug).status == "killed"
+        return Trace(self.entry.name, bug.name, killed, False, False)
+
+    def traced(
+        self, bug: Mutant, where: str, difference: Difference, said: tuple[str, ...]
+    ) -> Trace:
+        place = placed(difference)
+        located = re.search(bug.at, place) is not None
+        right = bool(said) and re.search(bug.cause, said[0]) is not None
+        return Trace(self.entry.name, bug.name, True, located, right, where, place, said)
+
+
+def compared(model: Model, reference: Reference, way: str) -> Comparison:
+    other = sides.read_by(model, reference)
+    matching = Matching(model, other.module, other.planned, other.fold)
+    inputs = inputs_of(model, way, pad=pad_of(other))
+    return Comparison(matching, other, Way(way, inputs), torch.float64)
+
+
+def placed(difference: Difference) -> str:
+    """`in` or `out`, and a module; or what else shows it."""
+    if (first := difference.first) is not None:
+        return f"{first.reading.side} {first.reading}"
+    return "; ".join([*(f"tie {names}" for names in difference.untied), *difference.idle])
+
+
+def run(
+    architectures: Iterable[Architecture] | None = None,
+    bugs: Iterable[Mutant] | None = None,
+    seen: Callable[[str, str], None] = lambda architecture, bug: None,
+) -> Iterator[Trace]:
+    torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+    chosen = list(MUTANTS.values() if bugs is None else bugs)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="zoo-traces-")))
+        for entry in architectures or registry.architectures().values():
+            tracer = Tracer(entry, scratch)
+            for bug in chosen:
+                seen(entry.name, bug.name)
+                if (found := tracer.trace(bug)) is not None:
+                    yield found
+
+
+def table(traces: Iterable[Trace]) -> str:
+    """A line for each architecture, as Markdown; below it what fell short."""
+    traces = list(traces)
+    names = list(dict.fromkeys(trace.architecture for trace in traces))
+    lines = ["| architecture | planted | killed | located | diagnosed |", "|---|--:|--:|--:|--:|"]
+    for name in [*names, ""]:
+        mine = [t for t in traces if not name or t.architecture == name]
+        counts = [
+            len(mine),
+            sum(t.killed for t in mine),
+            sum(t.located for t in mine),
+            sum(t.diagnosed for t in mine),
+        ]
+        lines.append(f"| {name or 'all'} | {' | '.join(map(str, counts))} |")
+    short = [t for t in traces if not t.ok]
+    if short:
+        lines += ["", "| fell short | in | seen at | said first |", "|---|---|---|---|"]
+    for t in short:
+        said = t.said[0].replace("|", "\\|") if t.said else "nothing"
+        lines.append(f"| {t.mutant} | {t.architecture} | {t.place or 'nowhere'} | {said} |")
+    return "\n".join(lines)
+
+
+def page(traces: Iterable[Trace]) -> str:
+    """The table as it stands in docs/diagnosis.md."""
+    return (
+        "# Planted bugs, located and diagnosed\n\n"
+        f"Measured {date.today()} by `make diagnosis`: each of the {len(MUTANTS)} bugs of the "
+        "mutation gate, planted alone\nin every architecture that it applies to. *Located*: the "
+        "place that is named is the one written beside the bug.\n*Diagnosed*: the first cause "
+        "that is named is the one written there.\n\n" + table(traces) + "\n"
+    )
+
+
+def main(destination: Path | None = None, names: Iterable[str] = ()) -> int:
+    known = registry.architectures()
+    traces = list(
+        run(
+            [known[name] for name in names] or None,
+            seen=lambda architecture, bug: passing(f"{architecture}: {bug}", sys.stderr),
+        )
+    )
+    passing("", sys.stderr)
+    print(table(traces))
+    if destination is not None:
+        destination.write_text(page(traces), encoding="utf-8")
+    located = all(trace.killed and trace.located for trace in traces)
+    return 0 if located and sum(t.diagnosed for t in traces) >= 0.9 * len(traces) else 1
