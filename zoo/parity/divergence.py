@@ -155,6 +155,12 @@ class Flow:
     counts: tuple[int, ...] = ()  # tokens of each row there
 
     @property
+    def shared(self) -> bool:
+        """Whether it is one for all rows."""
+        count = None if self.ours is None else len(self.ours)
+        return count is not None and count not in (sum(self.counts), len(self.counts))
+
+    @property
     def comparable(self) -> bool:
         there = self.ours is not None and self.theirs is not None
         return there and self.ours.shape == self.theirs.shape  # type: ignore[union-attr]
@@ -190,7 +196,7 @@ def flows(
                 flow = Flow(first.when(side, back), match, side, k)
                 if all(x is not None for x in (*here, *there, *below)):
                     flow = _flow(flow, way, here, there, below, back)
-                    if flow.ours is None:
+                    if flow.ours is None or (back and flow.shared and not first.looked_up):
                         continue  # rows of a table, of which each takes what it needs
                 elif back and not _alike(flow, way, *calls):
                     continue
