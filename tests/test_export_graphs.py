@@ -45,7 +45,7 @@ KNOWN = registry.architectures()
 ONCE = {entry.model: name for name, entry in KNOWN.items()}.values()  # of each model's class
 # tracing takes seconds: `make graphs` does it for every variant
 VARIANTS = [
-    pytest.param(name, variant, marks=() if n == 0 and name in ONCE else pytest.mark.slow)
+    pytest.param(name, variant, marks=() if n == 0 and name in ONCE else pytest.mark.long)
     for name, entry in sorted(KNOWN.items())
     for n, variant in enumerate(entry.variants)
     if n == 0 or os.environ.get("ZOO_GRAPHS") == "all"
@@ -516,7 +516,7 @@ def test_from_blocks_of_eight_bits(to: str, tmp_path: Path) -> None:
     zoo.convert(blocks, tmp_path / "g", to=to)
     compared(zoo.load(blocks), (in_runtime if to == "onnx" else in_torch)(tmp_path / "g"), RELATIVE)
     said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert said["quantised"]["blk.0.ffn_up.weight"] == "Q8_0"
+    assert said["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
 
 
 # --- beyond 2 and 4 GB: what no 32 bits can say, in files that are holes but for a few bytes ------

@@ -30,7 +30,7 @@ Files in the dialect of a row, converted to that of a column, read, and converte
 - *without* …: fields that the dialect has no word for and that inference does not need, or a head
   that it has no place for.
 - **a number**: how far logits were off, as a share of their root mean square, and the type that
-  numbers were rounded to on the way: eight bits with a scale for each 32 (Q8_0) or so many (I8/64).
+  numbers were rounded to on the way: eight bits with a scale for each 32 (Q8_0) or so many (int8).
 - **no**: refused before anything was written; the fields or tensors that cannot be said there.
 
 Models are small and random, every parameter drawn to matter; what goes from row to column is of a
