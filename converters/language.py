@@ -562,6 +562,23 @@ class Transform:
         """The inverse of `forward`: target tensors in its order to source tensors in grid order."""
         return [array.whole() for array in self.sources_of(targets)]
 
+    def coordinates(self, axis: int) -> list[Tensor]:
+        """Targets that hold, of each number, where it stands along an axis of its source."""
+        import torch
+
+        shape = self.source_shape()
+        along = torch.arange(shape[axis], dtype=torch.int32)
+        along = along.view([-1 if d == axis else 1 for d in range(len(shape))]).expand(shape)
+        return self.forward([along] * self._sides[0].count)
+
+    def owners(self) -> list[Tensor]:
+        """Targets that hold, of each number, which of the sources it is from."""
+        import torch
+
+        shape = self.source_shape()
+        count = self._sides[0].count
+        return self.forward([torch.full(shape, n, dtype=torch.int32) for n in range(count)])
+
     def targets_of(self, sources: Sequence[Tensor | Lazy]) -> list[Lazy]:
         """`forward` without a copy: arrays that are made as they are asked for."""
         return moved(partial(self._move, self._sides[0], self._sides[1]), sources)

@@ -12,6 +12,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import bundles
+import damage
+import fuzz
+import fuzzed
+import fuzzed_models
 import pytest
 import torch
 from torch import Tensor
@@ -36,15 +41,6 @@ from zoo.errors import (
 )
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    import bundles
-    import damage
-    import fuzz
-    import fuzzed
-    import fuzzed_models
-finally:
-    sys.path.pop(0)
 
 MODELS = {
     "hf": ("llama", "gpt2", "bert"),

@@ -392,11 +392,8 @@ def test_an_entry_replaces_the_one_before() -> None:
 
 def test_settings_are_json() -> None:
     """The tool's `--set` reads numbers as numbers and words as words."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from new_arch import _setting
-    finally:
-        sys.path.pop(0)
+    from new_arch import _setting
+
     assert _setting("a.b=3") == ("a.b", 3)
     assert _setting("a=gelu") == ("a", "gelu")
     assert _setting("a=[1, null]") == ("a", json.loads("[1, null]"))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import bundles
 import pytest
 import torch
 from torch import Tensor
@@ -36,11 +37,6 @@ from zoo.errors import (
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "tf"
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    import bundles
-finally:
-    sys.path.pop(0)
 
 F32 = 1
 HEADER = (b"", bundles.header())

@@ -6,11 +6,11 @@ What each native and each published array has to hold is said here a second time
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bundles
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,11 +34,6 @@ from zoo.errors import (
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "tf"
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    import bundles
-finally:
-    sys.path.pop(0)
 
 PREFIX = {"gpt2": "model.ckpt", "bert": "bert_model.ckpt"}
 CONFIG = {"gpt2": "hparams.json", "bert": "bert_config.json"}

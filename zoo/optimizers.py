@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from converters.execute import backward, forward
 from converters.formats import TensorInfo
-from converters.plan import Plan, Step, make_plan
-from converters.spec import load_spec
-from zoo import registry
+from converters.plan import Plan, Step
 from zoo.components.model import Model
 from zoo.errors import PlanError, UsageError, listing
+from zoo.fitting import fitted
 from zoo.pretrained import native_of
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -79,7 +78,8 @@ def convert_optimizer(
         raise UsageError("one of source and target is a model of zoo's, and the other is not")
     model: Any = source if isinstance(source, Model) else target
     mine, other = _Side.of(model), _Side.of(target if model is source else source)
-    plan = _plan(model, other)
+    header = {n: TensorInfo(n, other.shapes[of], "F32") for n, of in other.owners.items()}
+    plan = fitted(model, native_of(model), header, other.what)
     uses = _uses(plan, mine, other)
     here, there = (mine, other) if model is source else (other, mine)
     inward = model is target
@@ -113,23 +113,6 @@ class _Use:
     step: Step
     native: tuple[str, ...]  # first names of parameters, in the step's order
     disk: tuple[str, ...]
-
-
-def _plan(model: Any, other: _Side) -> Plan:
-    known = model.provenance.plan.spec if model.provenance is not None else None
-    if known is None or not known.dialects.keys() - {"native"}:
-        known = load_spec(registry.architectures()[model.architecture].spec)
-    header = {n: TensorInfo(n, other.shapes[of], "F32") for n, of in other.owners.items()}
-    why = list[str]()
-    for dialect in known.dialects:
-        try:
-            fields = model.config.to_dict()
-            return make_plan(known, dialect, fields, native_of(model), header, other.what)
-        except PlanError as error:
-            why.append(f"{dialect}: {str(error).splitlines()[-1].strip()}")
-    raise UsageError(
-        "\n  ".join([f"{other.what}: its names fit no dialect of {model.architecture}:", *why])
-    )
 
 
 def _uses(plan: Plan, mine: _Side, other: _Side) -> list[_Use]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from converters.execute import backward, forward
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, Step, make_plan, target_names
-from converters.spec import Dialect, load_spec
-from zoo import registry
+from converters.spec import Dialect
 from zoo.errors import PlanError, SpecError, did_you_mean
+from zoo.fitting import spec_of
 
 
 class Place(NamedTuple):
@@ -32,8 +32,7 @@ class Places:
     """Names as files have them, with and without the prefix; as memory has them, where told."""
 
     def __init__(self, model: Any, native: Native) -> None:
-        entry = registry.architectures()[model.architecture]
-        self.spec = load_spec(entry.spec)
+        self.spec = spec_of(model)
         self.dialect: Dialect = self.spec.dialect("hf")
         self.fields, self.head, self.native = model.config.to_dict(), model.config.head, native
         self._at: dict[str, tuple[Plan, Step, int]] = {}
@@ -85,26 +84,22 @@ class Places:
             return [Place(step.targets[n], None, (0, first), (1, second))]
         key = id(step.transform), n
         if key not in self._maps:
-            self._maps[key] = list(_carried(step, n, shape))
+            self._maps[key] = list(_carried(step, n))
         return [e._replace(native=step.targets[int(e.native)]) for e in self._maps[key]]
 
 
-def _carried(step: Step, n: int, shape: tuple[int, ...]) -> Iterator[Place]:
+def _carried(step: Step, n: int) -> Iterator[Place]:
     """By numbers that are carried through the step: which tensor, and the coordinates in it.
 
     Targets are named by their number: all uses of one rule have the same places.
     """
     assert step.transform is not None
-    count = len(step.sources)
 
-    def carry(sources: list[Tensor]) -> list[Tensor]:
-        assert step.transform is not None
-        return [x.reshape(-1, *x.shape[-2:]) for x in step.transform.forward(sources)]
+    def matrices(arrays: list[Tensor]) -> list[Tensor]:
+        return [x.reshape(-1, *x.shape[-2:]) for x in arrays]
 
-    order = [torch.arange(length, dtype=torch.int32) for length in shape]
-    tensors = carry([torch.full(shape, k, dtype=torch.int32) for k in range(count)])
-    along = [carry([x.expand(shape)] * count) for x in (order[0][:, None], order[1][None])]
-    for target, which in enumerate(tensors):
+    along = [matrices(step.transform.coordinates(axis)) for axis in (0, 1)]
+    for target, which in enumerate(matrices(step.transform.owners())):
         stacked = step.transform.target_shape(_ref(step, target))
         for at, here in enumerate(which):
             if not bool((here == n).any()):

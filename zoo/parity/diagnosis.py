@@ -12,10 +12,10 @@ from converters.language import parse_rule
 from converters.spec import SPECS, Spec
 from converters.strict_yaml import read_yaml
 from zoo.errors import SpecError, ZooError
+from zoo.fitting import spec_of
 from zoo.parity.causes import branches, fields, layers, looks, streams, trials
 from zoo.parity.causes.scene import Idea, Scene, applied
 from zoo.parity.divergence import Comparison, Difference
-from zoo.parity.sides import spec_of
 
 MOST = 5  # causes that are told
 RULES = 3  # lines that are named

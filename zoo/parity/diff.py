@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -47,7 +46,7 @@ def diff(
         raise UsageError("backward and way='cached': no gradient goes through a cache")
     kind = dtype_of(dtype) or torch.float64
     model = _native(ours, kind)
-    other = _other(model, ours, theirs, kind)
+    other = _other(model, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
     fed = Way(way, inputs_of(model, way, text, seed, pad_of(other)))
     comparison = Comparison(matching, other, fed, kind)
@@ -86,29 +85,22 @@ def _native(ref: Ref | Model, dtype: torch.dtype) -> Model:
     return known.to(dtype)
 
 
-def _other(
-    model: Model, ours: Ref | Model, theirs: Ref | nn.Module | None, dtype: torch.dtype
-) -> sides.Other:
+def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> sides.Other:
     if isinstance(theirs, Model):
         return sides.native(model, theirs, dtype, theirs.architecture)
     if isinstance(theirs, nn.Module):
         return sides.module(model, theirs, dtype)
-    if theirs is None:
-        known = model.provenance
-        if known is None:
-            raise UsageError("a model of no checkpoint: say what to hold it against")
-        directory, reference_class = known.directory, known.origin.reference_class
-    else:
-        known = load(theirs, modules=False).provenance
-        assert known is not None
-        directory, reference_class = known.directory, known.origin.reference_class
+    held = model if theirs is None else load(theirs, modules=False)
+    if (known := held.provenance) is None:
+        raise UsageError("a model of no checkpoint: say what to hold it against")
+    directory, reference_class = known.directory, known.origin.reference_class
     if reference_class is not None and (directory / "config.json").is_file():
         return sides.reference(model, directory, reference_class, dtype)
     if theirs is None:
         raise UsageError(
             f"{directory}: the reference cannot read it. Say what to hold it against: zoo diff A B"
         )
-    return sides.native(model, load(theirs, modules=False), dtype, str(theirs))
+    return sides.native(model, held, dtype, str(theirs))
 
 
 def pad_of(other: sides.Other) -> int | None:
@@ -127,14 +119,12 @@ def inputs_of(
         answer = Inputs(ids.clone(), {}) if hasattr(config, "start") else None
         return Inputs(ids, {}, torch.ones_like(ids) if way == "padded" else None, answer)
     draw = Draw(
-        SimpleNamespace(
-            vocab_size=config.vocab,
-            type_vocab_size=getattr(config, "types", 0),
-            pad_token_id=config.pad if pad is None else pad,
-            max_position_embeddings=config.limit,
-            is_encoder_decoder=hasattr(config, "start") and config.head != "encoder",
-        ),
+        config.vocab,
         seed,
+        pad=config.pad if pad is None else pad,
+        types=getattr(config, "types", 0),
+        limit=config.limit,
+        answers=hasattr(config, "start") and config.head != "encoder",
     )
     rows = ROWS if sum(p.numel() for p in model.parameters()) < LARGE else FEW
     if way == "unmasked" and (unmasked := draw.unmasked()) is not None:

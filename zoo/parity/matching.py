@@ -99,7 +99,7 @@ class Matching:
         return step.transform.forward(found)[place]
 
     def _matches(self, native: Native) -> Iterator[Match]:
-        theirs, carry = _by_array(self.other), _Carrier(self.plan)
+        theirs, carry = _by_array(self.other), _Carrier()
         modules = dict(self.model.named_modules())
         held = dict[str, list[str]]()
         for name in (*native.shapes, *native.ties):
@@ -182,8 +182,7 @@ class _Carrier:
     Found by carrying numbers through the step: along each axis on disk, its coordinates.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.header = plan.header
+    def __init__(self) -> None:
         self._known = dict[tuple[int, int, int], Tensor | None]()
 
     def __call__(self, step: Step, target: str, axis: int) -> Tensor | None:
@@ -193,19 +192,15 @@ class _Carrier:
         place = step.targets.index(target)
         key = id(step.transform), place, axis
         if key not in self._known:
-            self._known[key] = self._carried(step.transform, step.sources, place, axis)
+            self._known[key] = self._carried(step.transform, place, axis)
         return self._known[key]
 
-    def _carried(
-        self, transform: Transform, sources: tuple[str, ...], place: int, axis: int
-    ) -> Tensor | None:
-        shape = self.header[sources[0]].shape
-        for theirs, length in enumerate(shape):
-            order = torch.arange(length, dtype=torch.int32)
-            along = order.view([-1 if d == theirs else 1 for d in range(len(shape))])
-            made = transform.forward([along.expand(shape)] * len(sources))[place]
+    def _carried(self, transform: Transform, place: int, axis: int) -> Tensor | None:
+        for theirs, length in enumerate(transform.source_shape()):
+            made = transform.coordinates(theirs)[place]
             rows = made.movedim(axis, 0).reshape(made.shape[axis], -1)
             told = rows[:, 0]
             if bool((rows == told[:, None]).all()) and len(told.unique()) == len(told):
-                return None if torch.equal(told, order) else told.long()
+                in_order = torch.equal(told, torch.arange(length, dtype=told.dtype))
+                return None if in_order else told.long()
         return None

@@ -733,7 +733,7 @@ def _(model: Any) -> None:
     model.distances.norm = None
 
 
-@mutant("a convolution reads the padding", "model", at=r"in conv|out conv", cause=r"padding")
+@mutant("a convolution reads the padding", "model", at=r"in conv\.norm$", cause=r"padding is read")
 def _(model: Any) -> None:
     noise = torch.randn(model.config.dim, dtype=model.embed.weight.dtype)
 
@@ -745,7 +745,10 @@ def _(model: Any) -> None:
 
 
 @mutant(
-    "a convolution after its layer, not beside it", "model", at=r"in conv|out conv", cause=r"conv"
+    "a convolution after its layer, not beside it",
+    "model",
+    at=r"in conv\.conv$",
+    cause=r"norm2 is in it",
 )
 def _(model: Any) -> None:
     part(model, "conv").register_forward_pre_hook(lambda _, args: (args[1], args[1]))
@@ -925,7 +928,7 @@ def _(model: Any) -> None:
 @mutant(
     "last layer skipped",
     "model",
-    at=r"in (.*norm\w*|head\.?\w*|score|\w+\.dense|.*)$",
+    at=r"in (decoder\.)?norm$|in head(\.dense)?$",
     cause=r"blocks\.\d+ does not run here",
 )
 def _(model: Any) -> None:
@@ -1004,7 +1007,12 @@ def _(model: Any) -> None:
         module.weight = nn.Parameter(model.embed.weight.detach().clone())
 
 
-@mutant("dropout active in evaluation", "model", at=r"in ", cause=r"dropout is active")
+@mutant(
+    "dropout active in evaluation",
+    "model",
+    at=r"in (encoder\.)?blocks\.0\.(norm1|attn\.q)$",
+    cause=r"dropout is active",
+)
 def _(model: Any) -> None:
     need(any(isinstance(m, nn.Dropout) and m.p for m in model.modules()))
     for module in model.modules():

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
-from converters.spec import Spec, load_spec
-from zoo import registry
 from zoo.components.model import Model
-from zoo.errors import PlanError, UsageError
+from zoo.fitting import fitted, spec_of
 from zoo.parity.compare import call
 from zoo.parity.matching import Fold, Planned
 from zoo.parity.reference import Reference
@@ -40,14 +38,6 @@ class Other:
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         return self.run(inputs)
-
-
-def spec_of(model: Model) -> Spec:
-    """By which the model was loaded; what is wrong in it is wrong here too, and shows."""
-    known = model.provenance
-    if known is not None and "hf" in known.plan.spec.dialects:
-        return known.plan.spec
-    return load_spec(registry.architectures()[model.architecture].spec)
 
 
 def native_side(model: Model) -> Native:
@@ -95,28 +85,15 @@ def native(model: Model, other: Model, dtype: torch.dtype, name: str) -> Other:
 
 def module(model: Model, other: nn.Module, dtype: torch.dtype) -> Other:
     """Anybody's code of the same architecture, in any dialect whose names its parameters have."""
-    spec, names, kind = spec_of(model), native_side(model), type(other).__name__
-    names_there = {n: tuple(p.shape) for n, p in other.named_parameters(remove_duplicate=False)}
-    header = {name: TensorInfo(name, shape, "F32") for name, shape in names_there.items()}
-    why = list[str]()
-    for dialect in spec.dialects:
+    names, kind = native_side(model), type(other).__name__
 
-        def planned(header: Header, dialect: str = dialect) -> Plan:
-            return make_plan(spec, dialect, model.config.to_dict(), names, header, kind)
+    def planned(header: Header) -> Plan:
+        return fitted(model, names, header, kind)
 
-        try:
-            planned(header)
-        except PlanError as error:
-            why.append(f"{dialect}: {str(error).splitlines()[-1].strip()}")
-            continue
+    def side(it: nn.Module) -> Other:
+        return Other(kind, it, lambda inputs: _called(it, inputs), planned)
 
-        def side(it: nn.Module, planned: Callable[[Header], Plan] = planned) -> Other:
-            return Other(kind, it, lambda inputs: _called(it, inputs), planned)
-
-        return _with_floor(side, other, dtype)
-    raise UsageError(
-        "\n  ".join([f"{kind}: its parameters fit no dialect of {model.architecture}:", *why])
-    )
+    return _with_floor(side, other, dtype)
 
 
 def _called(module: nn.Module, inputs: Inputs) -> list[Tensor]:

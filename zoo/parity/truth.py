@@ -73,7 +73,7 @@ class Truth:
         lifted = Reference(directory, reference_class, torch.float64, lifted=True)
         self.problems = lifted.problems
         self.config = lifted.config
-        draw = Draw(self.config, seed)
+        draw = Draw.like(self.config, seed)
         size = sum(p.numel() for p in lifted.model.parameters())
         self.padded = {side: draw.padded(side) for side in SIDES}
         self.unmasked = draw.unmasked()
@@ -114,20 +114,36 @@ class Truth:
 class Draw:
     """Random inputs. No real token is the padding token, which the reference takes for padding."""
 
-    def __init__(self, config: Any, seed: int) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        seed: int,
+        *,
+        pad: int | None = None,
+        types: int = 0,
+        limit: int | None = None,
+        answers: bool = False,
+    ) -> None:
         self.random = torch.Generator().manual_seed(seed + 17)
-        self.vocab: int = config.vocab_size
-        self.types: int = getattr(config, "type_vocab_size", 0)
-        # some old configs say -1 and mean none
-        self.pad: int | None = config.pad_token_id if (config.pad_token_id or 0) >= 0 else None
-        rope = getattr(config, "rope_parameters", None) or {}
-        limit = getattr(config, "max_position_embeddings", None)
-        if rope.get("rope_type") == "dynamic":
-            limit = None
+        self.vocab, self.types, self.answers = vocab, types, answers
+        self.pad = pad if (pad or 0) >= 0 else None  # some old configs say -1 and mean none
         self.tokens = min(TOKENS, limit or TOKENS)
         self.lengths = [min(length, self.tokens) for length in LENGTHS]
-        self.answers = bool(getattr(config, "is_encoder_decoder", False))
         self.rows = self.full(len(LENGTHS))
+
+    @classmethod
+    def like(cls, config: Any, seed: int) -> Draw:
+        """As the reference's config has it."""
+        rope = getattr(config, "rope_parameters", None) or {}
+        limit = getattr(config, "max_position_embeddings", None)
+        return cls(
+            config.vocab_size,
+            seed,
+            pad=config.pad_token_id,
+            types=getattr(config, "type_vocab_size", 0),
+            limit=None if rope.get("rope_type") == "dynamic" else limit,
+            answers=bool(getattr(config, "is_encoder_decoder", False)),
+        )
 
     def full(self, rows: int) -> Inputs:
         inputs = self._ids(rows)

@@ -10,8 +10,8 @@ from converters.strict_json import parse_json
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.rotary import Scaling
 from zoo.errors import ConfigError, ZooError
+from zoo.fitting import spec_of
 from zoo.parity.causes.scene import Changes, Idea, Scene
-from zoo.parity.sides import spec_of
 
 # what changes shapes, or nothing that is computed
 NOT_TRIED = {"vocab", "dim", "layers", "decoder_layers", "heads", "kv_heads", "head_dim"}
