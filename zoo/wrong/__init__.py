@@ -1,0 +1,1 @@
+"""What is wrong in a checkpoint that nothing can be held against."""
