@@ -252,3 +252,11 @@ def test_a_name_that_holds_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a bert model, and gpt2 is one of gpt2"):
         zoo.load("gpt2", cache_dir=tmp_path, local_files_only=True)
     assert zoo.load("hf:openai-community/gpt2", cache_dir=tmp_path, local_files_only=True)
+
+
+@pytest.mark.parametrize("option", ["weights", "device", "expect", "verify", "heads"])
+def test_what_convert_does_not_take_is_no_option_of_it(option: str, tmp_path: Path) -> None:
+    source = zoo.save(build("gpt2").eval(), tmp_path / "published")
+    with pytest.raises(UsageError, match=rf"^{option}: not an option of convert"):
+        zoo.convert(source, tmp_path / "out", to="native", **{option: "random"})
+    assert not (tmp_path / "out").exists()

@@ -45,7 +45,7 @@ from zoo.conversion import (
     split,
     unpacked,
 )
-from zoo.errors import CorruptCheckpoint, UsageError, ZooError, listing
+from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing
 from zoo.exporting import QUANTISED, export, with_zeros
 from zoo.graphs import GRAPHS
 from zoo.pretrained import (
@@ -64,6 +64,16 @@ from zoo.sentences import SentenceModel, headless, read_steps
 from zoo.sources import CONFIG, MODULES, NATIVE_FILE
 
 MOST_PARTS = 10_000
+READING = (  # those of zoo.load that say what is read, and how
+    "head",
+    "config",
+    "ignore_config",
+    "trust",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+)
 
 
 def convert(
@@ -93,7 +103,7 @@ def convert(
     `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
     offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
-    happens. Further options are those of `zoo.load`: head, config, revision, token, trust …
+    happens. Further options are those of `zoo.load` that say what is read: head, config, revision, trust …
     "onnx" and "pt2" are graphs, traced without weights; those are written as all others are. An
     `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written.
     """
@@ -185,6 +195,9 @@ def dry_run(
 
 def _located(src: Ref, to: str, options: Mapping[str, Any]) -> tuple[Located, dict[str, Any]]:
     """(what is to be read, what `plan_output` is told of how)"""
+    for name in options:
+        if name not in READING:
+            raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     found = locate(src, **{k: v for k, v in options.items() if k not in chosen})
     whole = to in GRAPHS and options.get("head") is None
