@@ -188,9 +188,9 @@ def scalings(
 ) -> Iterator[Scaling]:
     """Of a rope: those that were `said` somewhere, and what they and `now` are near to."""
     found = list[Scaling]()
-    for each in said:
+    for words in said:
         try:
-            found.append(Scaling.from_json({k: v for k, v in each.items() if k != "rope_theta"}))
+            found.append(Scaling.from_json({k: v for k, v in words.items() if k != "rope_theta"}))
         except ConfigError:
             continue
     found.append(PLAIN)
