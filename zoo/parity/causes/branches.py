@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.parity.causes.scene import Idea, Scene, fits, stars
+from zoo.otherwise import stars
+from zoo.parity.causes.scene import Idea, Scene, fits
 
 Made = tuple[str, str]  # the activation, and what it is applied to
 

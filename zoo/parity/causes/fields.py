@@ -7,15 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from converters.strict_json import parse_json
-from zoo.components.activations import ACTIVATIONS
-from zoo.components.rotary import Scaling
 from zoo.errors import ConfigError, ZooError
 from zoo.fitting import spec_of
-from zoo.parity.causes.scene import Changes, Idea, Scene
-
-# what changes shapes, or nothing that is computed
-NOT_TRIED = {"vocab", "dim", "layers", "decoder_layers", "heads", "kv_heads", "head_dim"}
-NOT_TRIED |= {"hidden", "experts", "labels", "init_std", "head", "positions", "types"}
+from zoo.otherwise import NOT_TRIED, Changes, values
+from zoo.parity.causes.scene import Idea, Scene
 
 
 def read_again(scene: Scene) -> Iterator[Idea]:
@@ -29,10 +24,11 @@ def tried(scene: Scene) -> Iterator[Idea]:
     """Every field, one after the other, with each value that it may have meant."""
     if not scene.steady:
         return
-    for field in fields(scene.model.config):
+    config = scene.model.config
+    for field in fields(config):
         if field.name in NOT_TRIED or "dropout" in field.name:
             continue
-        for value in _values(scene, field.name):
+        for value in values(config, field.name, scene.numbers):
             if _heals(scene, {field.name: value}):
                 yield _idea(scene, {field.name: value})
                 break
@@ -76,27 +72,3 @@ def _unlike(scene: Scene) -> Iterator[Changes]:
     yield from ({name: value} for name, value in unlike.items())
     if len(unlike) > 1:
         yield unlike
-
-
-def _values(scene: Scene, name: str) -> Iterator[Any]:
-    now = getattr(scene.model.config, name)
-    found: list[Any] = []
-    if isinstance(now, bool):
-        found = [not now]
-    elif isinstance(now, int):
-        near = [now - 1, now + 1, now // 2, 2 * now]
-        found = [*near, *(int(n) for n in scene.numbers if n == int(n) and n > 0), None]
-    elif isinstance(now, float):
-        usual = [1e-5, 1e-6, 1e-12, 1e-8] if now < 1e-2 else [10000.0, 500000.0, 1000000.0]
-        found = [*scene.numbers, *usual, now / 10, now * 10, now / 2, now * 2, None]
-    elif name.endswith("act"):
-        found = list(ACTIVATIONS)
-    elif isinstance(now, Scaling):
-        return  # attention's own ideas
-    elif now is None:
-        found = [n for n in scene.numbers if n > 1]
-    seen = [now]
-    for value in found:
-        if value not in seen:
-            seen.append(value)
-            yield value

@@ -10,7 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
+from zoo.otherwise import block_of, stars
+from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits
 from zoo.parity.sums import summed
 
 AFTER = 12  # places are looked at for where a norm has gone
@@ -115,13 +116,6 @@ def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
     wrong = {n: x for n, x in fix.items() if x is not None and x.shape == held[n].shape}
     what = f"{ours} holds what {theirs} should: layers are in each other's place"
     return Idea(what, "each layer holds its own", parameters=wrong)
-
-
-def block_of(name: str) -> str:
-    """`blocks.3` of `blocks.3.attn.k`; what is in no block is one itself."""
-    parts = name.split(".")
-    number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    return ".".join(parts[: number + 1])
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError
-from zoo.parity.causes.scene import Idea, Reached, Scene, stars
+from zoo.otherwise import PARTS, said_of, stars
+from zoo.parity.causes.scene import Idea, Reached, Scene
 from zoo.parity.causes.turns import (
     FUSED,
     LOOKS,
-    PARTS,
     READ,
     Bench,
     Look,
     Turn,
     all_of,
     places_said,
-    said_of,
     turns_of,
 )
 from zoo.parity.compare import call

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo import otherwise
 from zoo.components.model import Model
 from zoo.errors import ZooError
+from zoo.otherwise import Changes, Edit, rebuilt
 from zoo.parity.compare import call, rms
 from zoo.parity.divergence import Comparison, Difference, Flow, Place
 from zoo.parity.matching import Matching
@@ -22,11 +24,9 @@ from zoo.parity.taps import Side
 # What a fit may be off by, in units of the root mean square: its inputs agree to 1e-10 only.
 FITS = 1e-8
 
-Changes = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
-class Idea:
+class Idea(Edit):
     """A cause to be tried. Of what undoes it, at most one is given; none: the numbers themselves.
 
     `where` are native parameters whose rules are to be changed. `moved`: they hold other numbers
@@ -35,9 +35,6 @@ class Idea:
 
     what: str
     fix: str = ""  # parity is restored if …
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # as they should be
-    config: Changes = field(default_factory=dict)
-    settings: Mapping[str, Changes] = field(default_factory=dict)  # module -> attributes
     where: tuple[str, ...] = ()
     moved: bool = False
 
@@ -98,24 +95,8 @@ class Scene:
 
     def rebuilt(self, changes: Changes) -> Model:
         """With other config fields; ConfigError or RuntimeError where they do not fit."""
-        config = self.model.config
-        with torch.device("meta"):
-            model: Model = type(self.model)(type(config)(**{**config.to_dict(), **changes}))
-        held = dict(self.model.named_parameters(remove_duplicate=False))
-        made = dict[int, nn.Parameter]()  # tied ones are one here too
-        for name, p in list(model.named_parameters(remove_duplicate=False)):
-            value = held[name] if name in held else self.matching.expected(name)
-            if value is None or value.shape != p.shape:
-                raise RuntimeError(f"{name}: nothing to make it of")
-            own = made.get(id(value)) if name in held else None
-            if own is None:
-                own = nn.Parameter(value.detach(), requires_grad=self.difference.back)
-            if name in held:
-                made[id(value)] = own
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, own)
-        model.architecture, model.provenance = self.model.architecture, self.model.provenance
-        return model.eval()
+        model = rebuilt(self.model, changes, self.matching.expected)
+        return model.requires_grad_(self.difference.back)
 
     @cached_property
     def steady(self) -> bool:
@@ -268,48 +249,18 @@ def fits(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and error(ours, theirs) <= FITS
 
 
-def stars(name: str) -> str:
-    """`blocks.*.attn.k` of `blocks.3.attn.k`."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
 @contextmanager
 def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
     """The model with what undoes a cause: changed for as long as it is looked at."""
     if idea.config:
         yield scene.rebuilt(idea.config)
         return
-    if idea.settings:
-        undo = list[Callable[[], None]]()
-        for name, attributes in idea.settings.items():
-            module = model.get_submodule(name)
-            for attribute, value in attributes.items():
-                undo.append(_set(module, attribute, value))
-        try:
+    if idea.undoes:
+        with otherwise.applied(model, idea):
             yield model
-        finally:
-            for each in reversed(undo):
-                each()
-        return
-    if idea.parameters:
-        held = dict(model.named_parameters(remove_duplicate=False))
-        kept = {name: held[name].data for name in idea.parameters}
-        try:
-            for name, value in idea.parameters.items():
-                held[name].data = value
-            yield model
-        finally:
-            for name, value in kept.items():
-                held[name].data = value
         return
     with _put(model, scene):
         yield model
-
-
-def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:
-    kept = getattr(module, attribute)
-    setattr(module, attribute, value)
-    return lambda: setattr(module, attribute, kept)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from zoo.parity.causes.layers import block_of
-from zoo.parity.causes.scene import FITS, Idea, Scene, fits, stars
+from zoo.otherwise import block_of, stars
+from zoo.parity.causes.scene import FITS, Idea, Scene, fits
 from zoo.parity.sums import Sum, summed
 
 

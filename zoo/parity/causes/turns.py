@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from zoo.components.attention import Biased, Explicit, attend
 from zoo.components.masks import Mask
-from zoo.components.rotary import PLAIN, SCALINGS, UNTURNED, Rotary, Scaling
-from zoo.errors import ConfigError
+from zoo.components.rotary import UNTURNED, Rotary
+from zoo.otherwise import PARTS, backwards, bases, order, said_of, scales, scalings
 from zoo.parity.causes.scene import FITS, Scene, error
 
-PARTS = ("q", "k", "v")
 FUSED = "qkv"
 READ = (FUSED, *PARTS, "out")  # kinds of turns that are an order in which rows are read
 
@@ -151,16 +150,6 @@ def all_of(turns: Sequence[Turn], look: Look) -> Look:
     return look
 
 
-def said_of(roles: Sequence[str]) -> tuple[str, str]:
-    """What it is to be so, and what undoes it."""
-    moved = [(a, b) for a, b in zip(PARTS, roles, strict=True) if a != b]
-    if len(moved) == 2:
-        what = f"{moved[0][0]} and {moved[1][0]} are exchanged"
-    else:
-        what = f"q, k, v are {', '.join(roles)}"
-    return what, " and ".join(f"{{name}}.{a} is read from what {b} is read from" for a, b in moved)
-
-
 def turns_of(scene: Scene, name: str, own: Look, bench: Bench) -> Iterator[Turn]:
     yield from _roles(bench)
     # where reading q otherwise does the same as reading k so, the one that a rule turns is to blame
@@ -200,14 +189,13 @@ def _orders(scene: Scene, name: str, bench: Bench) -> Iterator[Turn]:
             if part in ("v", "out") and inner:
                 continue
             for a, b in ((one, other), (other, one)):
-                lengths = {letter: count, **({"two": 2} if inner else {})}
-                order = rearrange(torch.arange(size), f"({a}) -> ({b})", **lengths)
+                rows = order(a, b, size, **{letter: count, "two": 2})
 
-                def change(look: Look, part: str = part, order: Tensor = order) -> Look:
-                    return replace(look, orders={**look.orders, part: order})
+                def change(look: Look, part: str = part, rows: Tensor = rows) -> Look:
+                    return replace(look, orders={**look.orders, part: rows})
 
                 match = scene.matching.matches[f"{name}.{part}"]
-                plain = _in_order(match.into if part == "out" else match.out, order)
+                plain = _in_order(match.into if part == "out" else match.out, rows)
                 if part == "out":
                     what = f"heads of what out reads lie as [({b})], here as [({a})]"
                     fix = f"[o ({a})] (in its rule, [o ({b})]: [o ({a})])"
@@ -221,11 +209,11 @@ def _orders(scene: Scene, name: str, bench: Bench) -> Iterator[Turn]:
         size = counts["q"] * bench.width
         for a, b in (("n o", "o n"), ("o n", "n o"), ("n h e", "h n e"), ("h n e", "n h e")):
             given = {"n": len(PARTS)} | ({"h": counts["q"]} if "h" in a else {})
-            order = rearrange(torch.arange(3 * size), f"({a}) -> ({b})", **given)
+            rows = order(a, b, 3 * size, **given)
             yield Turn(
                 FUSED,
                 f"rows of the fused q, k, v lie as [({b})], here as [({a})]",
-                partial(replace, orders={FUSED: order}),
+                partial(replace, orders={FUSED: rows}),
                 f"{{name}}.{{{{q,k,v}}}} are read as [({a}) i], not [({b}) i]",
             )
 
@@ -255,7 +243,7 @@ def _rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
                 f"queries are turned as if one place {way}",
                 lambda q, k, m, n=ahead: (standard(q, k, _moved(m, n))[0], standard(q, k, m)[1]),
             )
-        yield turn("queries and keys are turned backwards", partial(_backwards, standard))
+        yield turn("queries and keys are turned backwards", partial(backwards, standard))
         yield turn(
             "neighbours are turned against each other, not halves", partial(_neighbours, standard)
         )
@@ -265,10 +253,10 @@ def _rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
         )
     if standard is None:
         return
-    for base in _bases(scene, standard.base):
+    for base in bases(standard.base, scene.numbers):
         rotary = Rotary(standard.width, base, standard.scaling, standard.limit)
         yield turn(f"theta is {base:g}", rotary, rope_base=base)
-    for scaling in _scalings(scene, standard.scaling):
+    for scaling in scalings(standard.scaling, scene.scalings, scene.numbers):
         rotary = Rotary(standard.width, standard.base, scaling, standard.limit)
         said = ", ".join(f"{k} {v}" for k, v in scaling.to_json().items())
         yield turn(f"the rope's scaling is {said}", rotary, rope=scaling.to_json())
@@ -283,11 +271,6 @@ def _rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
 
 def _moved(mask: Mask, by: int) -> Mask:
     return Mask(mask.allowed, mask.positions + by, mask.causal)
-
-
-def _backwards(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    turned: tuple[Tensor, Tensor] = rotary(q, k, Mask(mask.allowed, -mask.positions, mask.causal))
-    return turned
 
 
 def _neighbours(
@@ -308,54 +291,10 @@ def _neighbours(
     return together(q), together(k)
 
 
-def _bases(scene: Scene, now: float) -> list[float]:
-    usual = (10000.0, 1e5, 5e5, 1e6, 1e7, 100.0, 1000.0)
-    found = dict.fromkeys(float(x) for x in (*scene.numbers, *usual) if x >= 50)
-    return [base for base in found if base != now]
-
-
-def _scalings(scene: Scene, now: Scaling) -> Iterator[Scaling]:
-    found = list[Scaling]()
-    for said in scene.scalings:
-        try:
-            found.append(Scaling.from_json({k: v for k, v in said.items() if k != "rope_theta"}))
-        except ConfigError:
-            continue
-    found.append(PLAIN)
-    for scaling in (now, *found):
-        given = {k: v for k, v in scaling.to_json().items() if k != "rope_type"}
-        for kind in SCALINGS.values():
-            if kind is not Scaling and set(given) <= set(kind.__dataclass_fields__):
-                try:
-                    found.append(kind(**given))
-                except TypeError:
-                    continue
-        if "truncate" in given:
-            found.append(replace(scaling, truncate=not given["truncate"]))  # type: ignore[call-arg]
-        if "factor" in given:
-            for factor in (*scene.numbers, 2.0, 4.0, 8.0):
-                if factor > 1:
-                    found.append(replace(scaling, factor=float(factor)))  # type: ignore[call-arg]
-            found.append(replace(scaling, factor=given["factor"] / 1.1))  # type: ignore[call-arg]
-            found.append(replace(scaling, factor=given["factor"] * 1.1))  # type: ignore[call-arg]
-    seen = [now]
-    for each in found:
-        if each not in seen:
-            seen.append(each)
-            yield each
-
-
 def _scales(scene: Scene, own: Look, bench: Bench) -> Iterator[Turn]:
     dim, width = scene.model.config.dim, bench.width
     layer = next((int(part) + 1 for part in scene.name.split(".") if part.isdecimal()), 1)
-    said = {
-        1.0: "scores are not scaled",
-        width**-0.5: "scores are divided by the root of the head's width",
-        dim**-0.5: "scores are divided by the root of the whole width",
-        1.0 / width: "scores are divided by the head's width",
-        own.scale / layer: "scores are divided by the layer's number, too",
-        own.scale * layer: "scores are not divided by the layer's number",
-    }
+    said = scales(own.scale, width, dim, layer)
     for n in scene.numbers:
         if n > 1:
             said.setdefault(n**-0.5, f"scores are divided by the root of {n:g}")

@@ -1,0 +1,70 @@
+"""Small models that were trained for seconds, so that a text is likelier than chance to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo import registry
+from zoo.components.decoder import Decoder
+
+SIZES = {"dim": 64, "layers": 3, "heads": 4, "hidden": 160}
+GROUPED = {**SIZES, "kv_heads": 2}
+# of each architecture's config, what differs from its own defaults
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {**SIZES, "positions": 130},
+    "llama": {**GROUPED},
+    "qwen2": {**GROUPED, "attn_bias": True, "attn_out_bias": False, "rope_base": 1e6},
+    "gemma2": {**GROUPED, "head_dim": 16, "query_scale": 16, "window": 48},
+    "neox": {**SIZES, "hidden": 256},
+    "falcon": {**SIZES, "grouped": True, "groups": 2},
+    "bloom": {"dim": 64, "layers": 3, "heads": 4},
+    "bert": {**SIZES, "positions": 130},
+    "roberta": {**SIZES, "positions": 134, "pad": 1, "offset": True, "types": 1},
+    "mixtral": {**GROUPED, "hidden": 64, "experts": 4, "chosen": 2},
+}
+FIRST = 5  # characters' ids begin here
+MASK = 4
+
+
+def characters(path: Path) -> tuple[Tensor, int]:
+    """A text's ids, and how many there are."""
+    text = path.read_text(encoding="utf-8")
+    known = sorted(set(text))
+    ids = {c: n + FIRST for n, c in enumerate(known)}
+    return torch.tensor([ids[c] for c in text]), len(known) + FIRST
+
+
+def trained(name: str, text: Tensor, vocab: int, *, steps: int = 250, seed: int = 0) -> Any:
+    """A model of an architecture that has read a text for so many steps."""
+    torch.manual_seed(seed)
+    entry = registry.architectures()[name]
+    quiet = dict.fromkeys(("dropout", "attn_dropout", "embed_dropout"), 0.0)
+    known = entry.config_class.__dataclass_fields__
+    given = {**{f: v for f, v in quiet.items() if f in known}, **MODELS[name]}
+    model = entry.model(entry.config_class(vocab=vocab, **given))
+    model.architecture = name
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
+    random = torch.Generator().manual_seed(seed)
+    length, rows = 128, 8
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    for _ in range(steps):
+        starts = torch.randint(len(text) - length - 1, (rows, 1), generator=random)
+        ids = text[starts + torch.arange(length + 1)]
+        loss = loss_of(model, ids, random)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def loss_of(model: Any, ids: Tensor, random: torch.Generator) -> Tensor:
+    if isinstance(model, Decoder):
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    hidden = torch.rand(ids.shape, generator=random) < 0.15
+    return F.cross_entropy(model(torch.where(hidden, MASK, ids))[hidden], ids[hidden])

@@ -1,0 +1,62 @@
+"""What a file may hold otherwise than it is read: everything that is tried, the usual first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from zoo.components.attention import Attention
+from zoo.components.mlp import MLP, GatedMLP
+from zoo.components.model import Model
+from zoo.components.moe import Experts
+from zoo.otherwise import block_of
+from zoo.wrong import fields, matrices, places, rows
+from zoo.wrong.parts import Hypothesis, kinds
+
+
+def hypotheses(model: Model) -> Iterator[Hypothesis]:
+    """Those of the whole model, the usual ones first."""
+    for attn in kinds(model, Attention):
+        yield from rows.turned(attn, model)
+        yield from rows.roles(attn)
+        yield from rows.fused(attn)
+        yield from rows.by_head(attn)
+    yield from matrices.exchanged(model)
+    yield from matrices.transposed(model)
+    yield from matrices.offset(model)
+    yield from fields.of_config(model)
+    yield from fields.of_attention(model)
+    yield from places.tables(model)
+    yield from places.layers(model)
+
+
+def without(model: Model) -> Iterator[tuple[str, Hypothesis]]:
+    """Each branch of each block left out: (the branch, what that is)."""
+    for kind in kinds(model, Attention, MLP, GatedMLP, Experts):
+        for name in kind.modules:
+            yield (
+                name,
+                Hypothesis(
+                    f"{name} does harm",
+                    f"{name} is left out",
+                    settings={name: {"forward": _silent}},
+                ),
+            )
+
+
+def _silent(x: Tensor, *rest: Any) -> Tensor:
+    return x * 0
+
+
+def inside(model: Model, branch: str) -> Iterator[Hypothesis]:
+    """Those that touch one branch of a block, or a norm beside it, in this block alone."""
+    block = block_of(branch)
+    for each in hypotheses(model):
+        narrow = each.within(block)
+        if narrow is None:
+            continue
+        parts = {name.rpartition(".")[0] for name in narrow.parameters}
+        if any(part.startswith(branch) or "norm" in part for part in parts):
+            yield narrow

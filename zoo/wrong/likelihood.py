@@ -1,0 +1,90 @@
+"""How likely a model finds a text, token by token: what a wrong reading of its file makes worse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.components.decoder import Decoder
+from zoo.components.encoder import Encoder
+from zoo.components.model import Model
+from zoo.errors import InputError, UsageError
+from zoo.inference import called, every_place
+
+MOST = 320  # tokens that are looked at
+EVERY = 7  # of an encoder's tokens one is hidden at a time
+TEXT = """\
+One day a little girl named Anna went to the park with her father. The sun was warm and the sky
+was blue. She saw a small brown dog under a big tree. The dog looked sad, because it had lost its
+ball. "Do not cry," said Anna. "I will help you to find it." They looked behind the tree, and they
+looked in the long grass, but the ball was not there. Then Anna saw something red in the water.
+"Look, there it is!" she said. Her father took a long stick and pulled the ball out of the water.
+The dog was so happy that it jumped up and down. After that day they were good friends, and every
+time that Anna came to the park, the dog was there and wanted to play with her.
+
+In the evening they walked home along the river. Her mother had made soup for them, and there was
+fresh bread on the table. Anna told her mother about the dog and about the ball. "You were very
+kind," her mother said. When it was dark outside, Anna went to bed and closed her eyes. She thought
+of the park, of the tall trees, and of her new friend. Soon she was asleep.
+"""
+
+
+def ids_of(model: Model, text: str = TEXT) -> Tensor:
+    """(s,), the beginning of a text as the model's own tokenizer has it."""
+    tokenizer = model.tokenizer
+    ids, inner = tokenizer.encode(text), tokenizer.encode(text, eos=False)
+    most = min(MOST, model.config.limit or MOST)
+    after = ids[len(inner) :]
+    ids = [*inner[: most - len(after)], *after]
+    vocab = model.config.vocab
+    if odd := [id for id in ids if id >= vocab]:
+        raise InputError(
+            f"{tokenizer!r}: id {odd[0]} of {tokenizer.token(odd[0])!r}, and the model has {vocab} "
+            "rows for tokens: this is another model's tokenizer"
+        )
+    return torch.tensor(ids)
+
+
+def nats(model: Model, ids: Tensor, mask: int | None = None) -> Tensor:
+    """(n,) of a text's (s,) ids: what each token that is foreseen costs, in nats.
+
+    A decoder foresees each but the first. A masked LM is shown the text with every seventh token
+    hidden, which is `mask`, in so many rows that each is hidden once.
+    """
+    if isinstance(model, Decoder) and model.config.head == "lm":
+        return _cost(model(ids[None, :-1])[0], ids[1:])
+    assert mask is not None
+    places = torch.arange(len(ids))
+    hidden = torch.stack([places % EVERY == n for n in range(min(EVERY, len(ids)))])
+    shown = torch.where(hidden, mask, ids)
+    rows = [_cost(model(row[None])[0][at], ids[at]) for row, at in zip(shown, hidden, strict=True)]
+    costs = torch.empty(len(ids), dtype=torch.float64)
+    for at, row in zip(hidden, rows, strict=True):
+        costs[at] = row
+    return costs
+
+
+def _cost(logits: Tensor, wanted: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, wanted.to(wide.device), reduction="none").double().cpu()
+
+
+def hidden_as(model: Model) -> int | None:
+    """The id that hides a token; None where a decoder needs none."""
+    every_place(model)
+    if isinstance(model, Decoder) and model.config.head == "lm":
+        return None
+    if isinstance(model, Encoder) and model.config.head in ("masked_lm", "lm_predictions"):
+        id = None if model.provenance is None else model.tokenizer.mask
+        if id is None:
+            raise UsageError(f"{called(model)}: no tokenizer names the token that hides others")
+        return id
+    raise UsageError(f"{called(model)}: gives no likelihood of a text. Load it with head='lm'")
+
+
+def chance(model: Model) -> float:
+    """What a token costs where each is as likely as the others."""
+    return math.log(model.config.vocab)

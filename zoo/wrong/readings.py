@@ -1,0 +1,202 @@
+"""A text under every reading of a file that is likely: what makes it likelier than as it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from converters.lines import field_line, rule_line
+from zoo.components.model import Model
+from zoo.errors import ZooError
+from zoo.fitting import spec_of
+from zoo.inference import at_rest
+from zoo.otherwise import applied, stars
+from zoo.wrong.finding import Finding
+from zoo.wrong.hypotheses import hypotheses, inside, without
+from zoo.wrong.likelihood import chance, hidden_as, nats
+from zoo.wrong.parts import Hypothesis
+
+FEW = 96  # tokens that every hypothesis is tried on
+GOOD = 8  # hypotheses that are tried on the whole text
+TOLD = 5  # that are told
+BRANCHES = 3  # branches of single blocks that are looked into
+GAIN, ERRORS = 0.05, 3.0  # nats a token and standard errors that a text has to become likelier by
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A hypothesis, or two, and what they make of a text."""
+
+    said: tuple[Hypothesis, ...]
+    costs: Tensor  # (n,), nats of each token
+
+    @property
+    def nll(self) -> float:
+        return float(self.costs.mean())
+
+    def gain(self, before: Tensor) -> tuple[float, float]:
+        """By how many nats a token a text is likelier than it was, and that one's standard error."""
+        off = before - self.costs
+        return float(off.mean()), float(off.std()) / math.sqrt(len(off))
+
+
+@dataclass
+class Search:
+    model: Model
+    ids: Tensor
+    mask: int | None
+    progress: Callable[[int, int], None] | None = None
+    done: int = 0
+    expected: int = 0
+    base: Reading = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base = Reading((), nats(self.model, self.ids, self.mask))
+
+    def tried(self, model: Model, hypothesis: Hypothesis, ids: Tensor) -> Tensor | None:
+        """What the text costs then; None where the hypothesis does not fit the model."""
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, max(self.done, self.expected))
+        try:
+            with applied(model, hypothesis.edit()) as edited:
+                costs = nats(edited, ids, self.mask)
+        except (RuntimeError, ZooError, ValueError, IndexError, TypeError, ZeroDivisionError):
+            return None
+        return costs if bool(costs.isfinite().all()) else None
+
+    def best(self, known: Reading) -> list[Reading]:
+        """One more hypothesis beside what is known, the likeliest first: those that are surely so."""
+        with ExitStack() as stack:
+            model = self.model
+            for each in known.said:
+                model = stack.enter_context(applied(model, each.edit()))
+            few = self.ids[:FEW]
+            before = nats(model, few, self.mask)
+            coarse = self._coarse(model, hypotheses(model), few, before)
+            coarse += self._coarse(model, self._inside(model, few), few, before)
+            coarse.sort(key=lambda pair: pair[0])
+            found = list[Reading]()
+            for _, hypothesis in coarse[:GOOD]:
+                costs = self.tried(model, hypothesis, self.ids)
+                if costs is not None:
+                    found.append(Reading((*known.said, hypothesis), costs))
+        return sorted((r for r in found if sure(r, known)), key=lambda r: r.nll)
+
+    def _coarse(
+        self, model: Model, some: Iterable[Hypothesis], few: Tensor, before: Tensor
+    ) -> list[tuple[float, Hypothesis]]:
+        listed, least = list(some), float(before.mean())
+        self.expected = max(self.expected, self.done + len(listed))
+        found = []
+        for hypothesis in listed:
+            costs = self.tried(model, hypothesis, few)
+            if costs is not None and float(costs.mean()) < least - GAIN / 4:
+                found.append((float(costs.mean()), hypothesis))
+        return found
+
+    def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
+        """Of single blocks, where leaving a branch out costs least."""
+        found = list[tuple[float, str, Hypothesis]]()
+        for branch, hypothesis in without(model):
+            costs = self.tried(model, hypothesis, few)
+            found.append((math.inf if costs is None else float(costs.mean()), branch, hypothesis))
+        found.sort(key=lambda each: each[0])
+        for _, branch, hypothesis in found[:BRANCHES]:
+            yield hypothesis
+            yield from inside(model, branch)
+
+
+def sure(reading: Reading, than: Reading) -> bool:
+    gain, error = reading.gain(than.costs)
+    return gain > max(GAIN, ERRORS * error)
+
+
+def searched(search: Search) -> list[Reading]:
+    """The likeliest first; of two faults both, and then the graver."""
+    first = search.best(search.base)
+    if not first:
+        return []
+    second = search.best(first[0])
+    return [*second[:1], *first][:TOLD]
+
+
+def readings(
+    model: Model,
+    ids: Tensor,
+    *,
+    mask: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Finding]:
+    """(s,) ids of a text in, and what makes it likelier than the file as it is read, best first.
+
+    Nothing, where nothing does so by more than noise. `mask` is the id that hides a token from a
+    masked LM, that of the model's tokenizer unless it is given.
+    """
+    mask = hidden_as(model) if mask is None else mask
+    with at_rest(model):
+        search = Search(model, ids, mask, progress)
+        found = searched(search)
+    return [_finding(search, each) for each in found] or list(_hopeless(search))
+
+
+def _finding(search: Search, reading: Reading) -> Finding:
+    before, after = search.base.nll, reading.nll
+    gain = min(before, chance(search.model)) - after
+    changed = [name for each in reading.said for name in each.parameters]
+    return Finding(
+        what="; and ".join(each.what for each in reading.said),
+        where=_where(search.model, changed),
+        seen=f"perplexity {_shown(before)} -> {_shown(after)} if "
+        + ", and ".join(each.fix for each in reading.said),
+        likely=round(max(0.0, gain) / (max(0.0, gain) + GAIN), 3),
+        fix=" ".join(filter(None, (_line(search.model, each) for each in reading.said))),
+    )
+
+
+def _hopeless(search: Search) -> Iterator[Finding]:
+    nll, most = search.base.nll, chance(search.model)
+    if nll > 0.95 * most:
+        yield Finding(
+            "a text is no likelier than chance, and no other reading makes it so",
+            (),
+            f"perplexity {_shown(nll)}; of {search.model.config.vocab:,} tokens that are alike it is "
+            f"{search.model.config.vocab:,}",
+            0.5,
+            "Is the model untrained, or the tokenizer another's?",
+        )
+
+
+def _shown(nll: float) -> str:
+    value = math.exp(min(nll, 700.0))
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _where(model: Model, names: Iterable[str]) -> tuple[str, ...]:
+    """The file's own names of parameters, alike ones once."""
+    known = model.provenance
+    held = dict[str, tuple[str, ...]]()
+    for step in known.plan.steps if known else ():
+        for target in step.targets:
+            held[target] = step.sources
+    found = [source for name in names for source in held.get(name, (name,))]
+    return (
+        tuple(dict.fromkeys(stars(name) for name in found))
+        if len(found) > 3
+        else tuple(dict.fromkeys(found))
+    )
+
+
+def _line(model: Model, hypothesis: Hypothesis) -> str:
+    if model.provenance is None:
+        return ""
+    spec, dialect = spec_of(model), model.provenance.origin.dialect
+    lines = [field_line(spec, name, dialect) for name in hypothesis.config]
+    lines += [rule_line(spec, name, dialect) for name in hypothesis.parameters]
+    found = [line for line in dict.fromkeys(lines) if line][:3]
+    return " ".join(f"L{line[1:]}." for line in found)
