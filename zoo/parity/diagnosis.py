@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -11,14 +12,16 @@ import yaml
 from converters.language import parse_rule
 from converters.spec import SPECS, Spec
 from converters.strict_yaml import read_yaml
+from zoo.components.model import Model
 from zoo.errors import SpecError, ZooError
 from zoo.fitting import spec_of
-from zoo.parity.causes import branches, fields, layers, looks, streams, trials
-from zoo.parity.causes.scene import Idea, Scene, applied
-from zoo.parity.divergence import Comparison, Difference
+from zoo.parity.causes import branches, fields, gradients, layers, looks, streams, trials
+from zoo.parity.causes.scene import Idea, Scene, applied, put
+from zoo.parity.divergence import Comparison, Difference, Place
 
 MOST = 5  # causes that are told
 RULES = 3  # lines that are named
+THERE = "the other model's numbers are put there in every layer"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
         return list(_unmet(difference))
     scene = Scene(comparison, difference)
     if difference.back:
-        return [_confirmed(scene, idea) for idea in trials.learning(scene)]
+        return [_confirmed(scene, idea) for idea in gradients.ideas(scene)]
     found = list[Cause]()
     for idea in _ideas(scene):
         if idea.what not in {cause.what for cause in found}:
@@ -100,20 +103,41 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
 
 
 def _confirmed(scene: Scene, idea: Idea) -> Cause:
-    change = _lines(scene, idea)
+    """What became of it, and of the other model's numbers in its place where it undoes nothing."""
+    lone = Cause(idea.what, idea.fix, _lines(scene, idea))
+    if scene.difference.back and not idea.undoes:
+        return lone
+    but = idea.touched if idea.undoes else {scene.name}
+    tried = _tried(scene, lone, applied(scene.model, idea, scene), but)
+    if tried.restored or idea.parameters or scene.difference.back:
+        return tried
+    places = scene.everywhere()
+    names = {name for name, _, _ in places}
+    put_there = replace(lone, fix=THERE if len(names) > 1 else "", change="")
+    again = _tried(scene, put_there, _put(scene, places), names)
+    return again if again.restored else tried
+
+
+def _tried(
+    scene: Scene, cause: Cause, changed: AbstractContextManager[Model], but: Collection[str]
+) -> Cause:
     try:
-        with applied(scene.model, idea, scene) as model:
-            but = idea.touched if idea.undoes else {scene.name}
-            again = scene.comparison.again(
-                model, scene.difference.healed, but, scene.difference.back
-            )
+        with changed as model:
+            healed, back = scene.difference.healed, scene.difference.back
+            again = scene.comparison.again(model, healed, but, back)
     except (RuntimeError, ZooError):
-        return Cause(idea.what, idea.fix, change)
+        return cause
     if again.first is None:
-        return Cause(idea.what, idea.fix, change, True, True)
+        return replace(cause, tried=True, restored=True)
     if scene.later(again):
-        return Cause(idea.what, idea.fix, change, True, False, str(again.first.reading))
-    return Cause(idea.what, idea.fix, change)
+        return replace(cause, tried=True, after=str(again.first.reading))
+    return cause
+
+
+@contextmanager
+def _put(scene: Scene, places: Iterable[Place]) -> Iterator[Model]:
+    with put(scene.model, scene, places):
+        yield scene.model
 
 
 # --- which line says it --------------------------------------------------------------------------

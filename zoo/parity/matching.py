@@ -81,14 +81,17 @@ class Matching:
     def expected(self, name: str, value: Callable[[str], Tensor] | None = None) -> Tensor | None:
         """What a native parameter is by the other model's; None if several make it.
 
-        `value` gives what is taken of each of the other's parameters, by default itself.
+        `value` gives what is taken of each of the other's parameters, by default itself; of its
+        several that are one here, which run in turn, the sum.
         """
-        value = value or (lambda theirs: self.other.get_parameter(theirs).detach())
         step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
         if step is None:
             return None
         owners = [self.held.parameters[disk] for disk in step.sources]
-        found = [value(names[0]) for names in owners]
+        if value is None:
+            found = [self.other.get_parameter(names[0]).detach() for names in owners]
+        else:
+            found = [self._summed(names, value) for names in owners]
         if any(
             x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
         ):
@@ -97,6 +100,13 @@ class Matching:
             return found[0]
         place = step.targets.index(name if name in step.targets else self.plan.native.ties[name])
         return step.transform.forward(found)[place]
+
+    def _summed(self, names: tuple[str, ...], value: Callable[[str], Tensor]) -> Tensor:
+        """Over the arrays that go by these names, each once."""
+        arrays = {id(self.other.get_parameter(name)): name for name in names}
+        values = [value(name) for name in arrays.values()]
+        alike = all(x.shape == values[0].shape for x in values)
+        return torch.stack(values).sum(0) if alike else values[0]
 
     def _matches(self, native: Native) -> Iterator[Match]:
         theirs, carry = _by_array(self.other), _Carrier()

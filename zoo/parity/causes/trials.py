@@ -8,7 +8,7 @@ from itertools import permutations
 
 import torch
 
-from zoo.parity.causes.scene import FITS, Idea, Scene, fits
+from zoo.parity.causes.scene import Idea, Scene, fits
 from zoo.parity.compare import call, real
 
 
@@ -80,16 +80,3 @@ def outputs(scene: Scene) -> Iterator[Idea]:
         ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
         if fits(flow.ours, flow.theirs * ratio):
             yield Idea(f"outputs are {ratio:.6g} times what they are there")
-
-
-def learning(scene: Scene) -> Iterator[Idea]:
-    """Which rows of a table learn."""
-    name, flow = scene.name, scene.flow
-    if flow.ours is None or flow.theirs is None or name not in scene.reading.match.parameters:
-        return
-    apart = (flow.ours - flow.theirs).abs().amax(-1) > FITS * flow.theirs.abs().max()
-    rows = apart.nonzero().flatten().tolist()
-    if len(rows) == 1:
-        what = f"row {rows[0]} of {name} learns otherwise here: it is not known to be the padding's"
-        config = {"pad": rows[0]} if hasattr(scene.model.config, "pad") else {}
-        yield Idea(what, f"pad is {rows[0]}", config=config)
