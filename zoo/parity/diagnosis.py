@@ -15,7 +15,16 @@ from converters.strict_yaml import read_yaml
 from zoo.components.model import Model
 from zoo.errors import SpecError, ZooError
 from zoo.fitting import spec_of
-from zoo.parity.causes import branches, fields, gradients, layers, looks, streams, trials
+from zoo.parity.causes import (
+    branches,
+    fields,
+    gradients,
+    held,
+    layers,
+    looks,
+    streams,
+    trials,
+)
 from zoo.parity.causes.scene import Idea, Scene, applied, put
 from zoo.parity.divergence import Comparison, Difference, Place
 
@@ -90,6 +99,8 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
         return
     yield from fields.read_again(scene)
     yield from trials.padding(scene)
+    if scene.side == "in":
+        yield from held.unseen(scene)
     if scene.side == "out":
         yield from layers.ideas(scene) if scene.name else trials.outputs(scene)
     elif scene.name.rpartition(".")[2] in ("q", "k", "v", "out"):

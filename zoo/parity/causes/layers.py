@@ -10,24 +10,22 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits, stars
+from zoo.parity.causes import held
+from zoo.parity.causes.scene import FITS, Idea, Scene, block_of, error, fits, stars
 from zoo.parity.sums import summed
 
 AFTER = 12  # places are looked at for where a norm has gone
-MOVED = 4  # slices that are named
-SLICES = 256  # of an axis, as far as they are looked through
-NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
-    yield from _parameters(scene)
+    yield from held.ideas(scene)
     flow = scene.flow
     if flow.theirs is None:
         yield from _elsewhere(scene)
         return
     if flow.ours is None or flow.ours.shape != flow.theirs.shape:
         return
-    weight = _held(scene).get(f"{scene.name}.weight")
+    weight = scene.held.get(f"{scene.name}.weight")
     if weight is None:
         weight = scene.matching.expected(f"{scene.name}.weight")
     given = scene.known(scene.name, "in")
@@ -41,160 +39,9 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
 
 
-def _held(scene: Scene) -> dict[str, Tensor]:
-    named = scene.model.named_parameters(remove_duplicate=False)
-    return {name: p.data for name, p in named}
-
-
-# --- parameters that are not what the other model's make of them ---------------------------------
-
-
-def _parameters(scene: Scene) -> Iterator[Idea]:
-    held = _held(scene)
-    wrong = dict[str, str]()  # name: how
-    for name in scene.reading.match.parameters:
-        expected = scene.matching.expected(name)
-        if expected is None:
-            continue
-        if name in held and not _same(held[name], expected):
-            wrong[name] = _how(scene, name, held[name], expected)
-    for name in wrong:
-        if (layer := _layer(scene, name, held)) is not None:
-            yield layer
-            return
-    for name in wrong:
-        twin = _other(scene, name, held[name])
-        if twin in held and _other(scene, twin, held[twin]) == name:
-            yield _exchange(scene, name, twin, held)
-            return
-    for name, how in wrong.items():
-        fix = dict[str, Tensor]()
-        for owner in scene.alike(name.rpartition(".")[0]):
-            other = f"{owner}.{name.rpartition('.')[2]}"
-            value = scene.matching.expected(other)
-            if other in held and value is not None and not _same(held[other], value):
-                fix[other] = value.to(held[other].dtype)
-        lone = len(fix) == 1
-        called = name if lone else stars(name)
-        yield Idea(
-            f"{called} {how}",
-            f"{called} is what {', '.join(scene.reading.match.parameters[name])} makes of it",
-            parameters=fix,
-            where=() if lone or "another order" not in how else (name,),
-        )
-
-
-def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
-    """Two parameters, in every layer where it is so."""
-    kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
-    fix = dict[str, Tensor]()
-    for each in held:
-        if stars(each.rpartition(".")[0]) in kinds:
-            expected = scene.matching.expected(each)
-            if expected is not None and not _same(held[each], expected):
-                fix[each] = expected.to(held[each].dtype)
-    lone = len({block_of(each) for each in fix}) == 1
-    said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
-    what = f"{said} are in each other's place"
-    where = () if lone else (name, twin)
-    return Idea(what, f"{said} are exchanged", parameters=fix, where=where)
-
-
-def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
-    """A layer that holds what is another's, in all of its parameters."""
-    other = _other(scene, name, held[name])
-    if other is None or stars(other) != stars(name):
-        return None
-    ours, theirs = block_of(name), block_of(other)
-    inside = [n for n in held if n.startswith(f"{ours}.")]
-    for each in inside:
-        expected = scene.matching.expected(theirs + each[len(ours) :])
-        if expected is None or not _same(held[each], expected):
-            return None
-    fix = {n: scene.matching.expected(n) for n in held if stars(block_of(n)) == stars(ours)}
-    wrong = {n: x for n, x in fix.items() if x is not None and x.shape == held[n].shape}
-    what = f"{ours} holds what {theirs} should: layers are in each other's place"
-    return Idea(what, "each layer holds its own", parameters=wrong)
-
-
-def block_of(name: str) -> str:
-    """`blocks.3` of `blocks.3.attn.k`; what is in no block is one itself."""
-    parts = name.split(".")
-    number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    return ".".join(parts[: number + 1])
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.equal(ours.double(), theirs.double())
-
-
-def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
-    """What a parameter is instead."""
-    if ours.shape != theirs.shape:
-        return f"is {tuple(ours.shape)} and should be {tuple(theirs.shape)}"
-    for dtype in NARROW:
-        if torch.equal(theirs.to(dtype).to(ours.dtype), ours):
-            return f"lost precision: it went through {str(dtype)[6:]}"
-    if not ours.any():
-        return "is zero: it was dropped"
-    for by in (1, -1):
-        if fits(ours, theirs + by):
-            return f"is off by {by:+d}: what norms store is an offset from one, or is not"
-        if fits(ours, theirs.roll(by, 0)):
-            return f"is off by {by:+d} row{'s' if abs(by) > 1 else ''}"
-    if ours.dim() == 2 and ours.shape[0] == ours.shape[1] and fits(ours, theirs.T):
-        return "is transposed"
-    if (other := _other(scene, name, ours)) is not None:
-        return f"holds what {other} should"
-    if ours.shape[0] <= SLICES and (moved := _moved(scene, ours, theirs)):
-        return f"has its first axis in another order: {moved}"
-    ratio = (ours.double() * theirs.double()).sum() / theirs.double().square().sum()
-    if fits(ours, theirs * ratio):
-        return f"is {ratio:.6g} times what it should be"
-    different = ours.double() != theirs.double()
-    if different.float().mean() < 0.5:
-        return f"differs in {int(different.sum())} of {ours.numel()} numbers"
-    return f"differs: by {error(ours, theirs):.1e} at most"
-
-
-def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
-    """Which slices of the first axis stand where others should; empty where they are no others."""
-    order = list[int]()
-    for x in ours:
-        at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
-        if at is None:
-            return ""
-        order.append(at)
-    config, size = scene.model.config, len(order)
-    for heads in dict.fromkeys((getattr(config, "kv_heads", 0), getattr(config, "heads", 0))):
-        for a, b in (
-            ("h e two", "h two e"),
-            ("h two e", "h e two"),
-            ("h e", "e h"),
-            ("e h", "h e"),
-        ):
-            lengths = {"h": heads, **({"two": 2} if "two" in a else {})}
-            if heads and size % (heads * lengths.get("two", 1)) == 0:
-                rows = rearrange(torch.arange(size), f"({a}) -> ({b})", **lengths)
-                if rows.tolist() == order:
-                    return f"as [({b})] where it should be [({a})], with {heads} heads"
-    moved = [f"{at} in the place of {n}" for n, at in enumerate(order) if at != n]
-    more = f", and {len(moved) - MOVED} more" if len(moved) > MOVED else ""
-    return ", ".join(moved[:MOVED]) + more
-
-
-def _other(scene: Scene, name: str, value: Tensor) -> str | None:
-    for other in scene.matching.plan.native.shapes:
-        if other != name and scene.matching.plan.native.shapes[other] == tuple(value.shape):
-            expected = scene.matching.expected(other)
-            if expected is not None and _same(value, expected):
-                return other
-    return None
-
-
 def _elsewhere(scene: Scene) -> Iterator[Idea]:
     """The other model uses these parameters in another place altogether."""
-    held, shapes = _held(scene), scene.matching.plan.native.shapes
+    held, shapes = scene.held, scene.matching.plan.native.shapes
     own = [name for name in scene.reading.match.parameters if name in shapes]
     for other in scene.matching.matches.values():
         pairs = dict(zip(own, other.parameters, strict=False))
@@ -244,7 +91,7 @@ def _looked_up(table: Tensor, x: Tensor | None) -> Tensor | None:
 
 
 def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
-    bias = _held(scene).get(f"{scene.name}.bias")
+    bias = scene.held.get(f"{scene.name}.bias")
     if bias is None and f"{scene.name}.bias" in scene.reading.match.parameters:
         bias = scene.matching.expected(f"{scene.name}.bias")
     ours, theirs = (
@@ -338,7 +185,7 @@ def _normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Mappin
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     """A matrix that is what it should be by the rules, and the other multiplies by another."""
-    held, name = _held(scene), scene.name
+    held, name = scene.held, scene.name
     bias = held.get(f"{name}.bias")
     shift = torch.zeros(()) if bias is None else bias
     y: Tensor = scene.flow.theirs  # type: ignore[assignment]

@@ -92,6 +92,12 @@ class Scene:
         """The one that holds it."""
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """The native model's parameters, tied ones by each of their names."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: p.data for name, p in named}
+
     @cached_property
     def fresh(self) -> Model:
         """What its class makes of its config, with the same parameters."""
@@ -282,6 +288,13 @@ def fits(ours: Tensor, theirs: Tensor) -> bool:
 def stars(name: str) -> str:
     """`blocks.*.attn.k` of `blocks.3.attn.k`."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def block_of(name: str) -> str:
+    """`blocks.3` of `blocks.3.attn.k`; what is in no block is one itself."""
+    parts = name.split(".")
+    number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
 
 
 @contextmanager

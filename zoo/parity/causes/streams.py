@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from zoo.parity.causes.layers import block_of
-from zoo.parity.causes.scene import FITS, Idea, Scene, fits, stars
+from zoo.parity.causes.scene import FITS, Idea, Scene, block_of, fits, stars
 from zoo.parity.sums import Sum, summed
 
 
