@@ -17,7 +17,8 @@ import zoo
 from converters.language import parse_rule
 from converters.spec import load_spec
 from zoo import cli, registry
-from zoo.parity.diagnosis import Cause, rule_line
+from zoo.parity.causes.lines import rule_line
+from zoo.parity.diagnosis import Cause
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.mutants import MUTANTS, Mapped
 from zoo.parity.tracing import Trace, Tracer, run, table

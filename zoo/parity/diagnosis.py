@@ -7,20 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
-from converters.language import parse_rule
-from converters.spec import SPECS, Spec
-from converters.strict_yaml import read_yaml
 from zoo.components.model import Model
-from zoo.errors import SpecError, ZooError
-from zoo.fitting import spec_of
+from zoo.errors import ZooError
 from zoo.parity.causes import (
     branches,
     fields,
     gradients,
     held,
     layers,
+    lines,
     looks,
     streams,
     trials,
@@ -29,7 +24,6 @@ from zoo.parity.causes.scene import Idea, Scene, applied, put
 from zoo.parity.divergence import Comparison, Difference, Place
 
 MOST = 5  # causes that are told
-RULES = 3  # lines that are named
 THERE = "the other model's numbers are put there in every layer"
 
 
@@ -109,13 +103,14 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
         yield from branches.ideas(scene)
     if scene.side == "in":
         yield from streams.ideas(scene)
+    yield from trials.rounding(scene)
     yield from trials.alone(scene)
     yield from fields.tried(scene)
 
 
 def _confirmed(scene: Scene, idea: Idea) -> Cause:
     """What became of it, and of the other model's numbers in its place where it undoes nothing."""
-    lone = Cause(idea.what, idea.fix, _lines(scene, idea))
+    lone = Cause(idea.what, idea.fix, lines.told(scene, idea))
     if scene.difference.back and not idea.undoes:
         return lone
     but = idea.touched if idea.undoes else {scene.name}
@@ -149,68 +144,3 @@ def _tried(
 def _put(scene: Scene, places: Iterable[Place]) -> Iterator[Model]:
     with put(scene.model, scene, places):
         yield scene.model
-
-
-# --- which line says it --------------------------------------------------------------------------
-
-
-def _lines(scene: Scene, idea: Idea) -> str:
-    """Where a rule or a field that is to be changed stands."""
-    spec = spec_of(scene.model)
-    if idea.config:
-        lines = [line for name in idea.config if (line := field_line(spec, name))]
-        return " ".join(f"It is read by {line}." for line in lines)
-    rules = dict.fromkeys(line for name in idea.where if (line := rule_line(spec, name)))
-    return " ".join(f"Change {line}." for line in list(rules)[:RULES])
-
-
-def field_line(spec: Spec, name: str, dialect: str = "hf") -> str:
-    """Likewise, where a field of the config is read."""
-    found = [(f, n, t) for f, n, t in _section(spec, dialect) if t.startswith(f"    {name}:")]
-    return "" if not found else f"line {found[0][1]} of {found[0][0]}: {found[0][2].strip()}"
-
-
-def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
-    """`line 14 of converters/specs/x.yaml: …`, the rule of a native parameter; empty if unknown."""
-    for file, n, text in _section(spec, dialect):
-        try:
-            rule = parse_rule(*_pair(text))
-        except (SpecError, ValueError, TypeError):
-            continue
-        if any(target.name.match(native) is not None for target in rule.targets):
-            return f"line {n} of {file}: {text.strip()}"
-    return ""
-
-
-def _pair(line: str) -> tuple[str, Any]:
-    """`key: value`, a line of YAML by itself."""
-    try:
-        data = yaml.safe_load(line.strip())
-    except yaml.YAMLError as error:
-        raise ValueError(line) from error
-    if not isinstance(data, dict) or len(data) != 1:
-        raise ValueError(line)
-    return next(iter(data.items()))
-
-
-def _section(spec: Spec, dialect: str) -> Iterator[tuple[str, int, str]]:
-    """The lines of one dialect."""
-    section = ""
-    for file, n, text in _text(spec):
-        if text and not text.startswith((" ", "#")):
-            section = text.partition(":")[0]
-        elif section == dialect:
-            yield file, n, text
-
-
-def _text(spec: Spec) -> Iterator[tuple[str, int, str]]:
-    """Each line of a spec's file, and of those that it is laid over."""
-    name = spec.name
-    while name:
-        path = SPECS / f"{name}.yaml"
-        if not path.is_file():
-            return
-        data = read_yaml(path, SpecError)
-        for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            yield f"converters/specs/{path.name}", n, text
-        name = data.get("like", "") if isinstance(data, dict) else ""

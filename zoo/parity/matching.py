@@ -236,9 +236,7 @@ class _Carrier:
             self._known[key] = self._carried(step.transform, place, axis)
         return self._known[key]
 
-    def _carried(
-        self, transform: Transform, place: int, axis: int
-    ) -> tuple[Tensor, int] | None:
+    def _carried(self, transform: Transform, place: int, axis: int) -> tuple[Tensor, int] | None:
         for theirs, length in enumerate(transform.source_shape()):
             made = transform.coordinates(theirs)[place]
             rows = made.movedim(axis, 0).reshape(made.shape[axis], -1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from zoo.parity.causes import held
@@ -37,6 +36,7 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         yield from _norm(scene, given.ours, weight)  # type: ignore[arg-type]
     elif given is not None and weight.dim() == 2:
         yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
+    yield from _factor(scene)
 
 
 def _elsewhere(scene: Scene) -> Iterator[Idea]:
@@ -95,31 +95,30 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     if bias is None and f"{scene.name}.bias" in scene.reading.match.parameters:
         bias = scene.matching.expected(f"{scene.name}.bias")
     ours, theirs = (
-        _normed(x, y, weight, bias)  # type: ignore[arg-type]
+        normed(x, y, weight, bias)  # type: ignore[arg-type]
         for y in (scene.flow.ours, scene.flow.theirs)
     )
     if ours is None or theirs is None or ours == theirs:
         return
     name = stars(scene.name)
-    eps = ours.get("eps"), theirs.get("eps")
-    if "no norm" in (*ours, *theirs):
-        where = "here" if "no norm" in ours else "in the other model"
-        moved = _norm_moved(scene) if "no norm" in ours else None
+    if None in (ours.by, theirs.by):
+        where = "here" if ours.by is None else "in the other model"
+        moved = _norm_moved(scene) if ours.by is None else None
         yield Idea(
             f"{scene.name}: nothing is normed {where}: the norm is "
             + (f"moved: {moved} goes through it" if moved else "missing")
         )
-    elif ours["centred"] != theirs["centred"]:
-        here = "centred" if ours["centred"] else "not centred"
+    elif ours.centred != theirs.centred:
+        here = "centred" if ours.centred else "not centred"
         yield Idea(f"{name}: what goes into the norm is {here} here, and there it is otherwise")
-    elif ours["offset"] != theirs["offset"]:
-        yield Idea(
-            f"{name}: the scale is the weight {ours['offset']:+d}, there {theirs['offset']:+d}"
-        )
-    elif eps[0] is not None and eps[1] is not None:
-        what = f"{name}: eps is {eps[0]:.3g} here and {eps[1]:.3g} there"
-        config, known = scene.model.config, _near(scene, eps[1])
-        fields = [n for n, v in vars(config).items() if type(v) is float and _close(v, eps[0])]
+    elif ours.offset != theirs.offset:
+        yield Idea(f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}")
+    elif ours.by != theirs.by:
+        yield Idea(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
+    elif not _close(ours.eps, theirs.eps):
+        what = f"{name}: eps is {ours.eps:.3g} here and {theirs.eps:.3g} there"
+        config, known = scene.model.config, _near(scene, theirs.eps)
+        fields = [n for n, v in vars(config).items() if "eps" in n and _close(v, ours.eps)]
         if scene.steady and len(fields) == 1:
             yield Idea(what, f"{fields[0]} is {known:g}", config={fields[0]: known})
         else:
@@ -161,26 +160,47 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-3 * abs(b)
 
 
-def _normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Mapping[str, Any] | None:
-    """What a norm did, found from what it was given and gave."""
+@dataclass(frozen=True)
+class Normed:
+    """What a norm did; `by` None: nothing."""
+
+    by: str | None
+    centred: bool = False
+    offset: int = 0
+    eps: float = 0.0
+
+
+def normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Normed | None:
+    """Found from what it was given and gave."""
     x, y = x.double(), y.double()
     if fits(x, y):
-        return {"no norm": True}
-    best: tuple[float, dict[str, Any]] | None = None
+        return Normed(None)
+    best: tuple[float, Normed] | None = None
+    shift = 0 if bias is None else bias.double()
     for centred in (True, False):
         z = x - x.mean(-1, keepdim=True) if centred else x
         for offset in (0, 1, -1):
-            scale = weight.double() + offset
-            shift = 0 if bias is None else bias.double()
-            # y = z r scale + shift, so r of each token by least squares
-            a = z * scale
+            a = z * (weight.double() + offset)
+            # y = a r + shift, so r of each token by least squares
             r = ((y - shift) * a).sum(-1) / a.square().sum(-1)
-            eps = (r**-2 - z.square().mean(-1)).median()
-            again = a * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) + shift
-            off = error(again, y) if again.isfinite().all() else math.inf
-            if best is None or off < best[0]:
-                best = off, {"centred": centred, "offset": offset, "eps": float(eps)}
+            for by, eps, made in _divisors(z, r):
+                off = error(a * made[:, None] + shift, y) if made.isfinite().all() else math.inf
+                if best is None or off < best[0] / 2:  # what is likelier stands first
+                    best = off, Normed(by, centred, offset, eps)
     return best[1] if best is not None and best[0] <= 100 * FITS else None
+
+
+def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+    """What tokens may have been divided by, with the eps that fits; (tokens,) factors of each."""
+    square, n = z.square().mean(-1), z.shape[-1]
+    kinds = {"the root of the mean square": square, "the root of the summed squares": square * n}
+    kinds["the root of the unbiased variance"] = square * n / max(n - 1, 1)
+    for by, inside in kinds.items():
+        eps = float((r**-2 - inside).median())
+        yield f"{by} and eps", eps, torch.rsqrt(inside + eps)
+    for by, inside in kinds.items():
+        eps = float((1 / r - inside.sqrt()).median())
+        yield f"{by}, and eps beside it", eps, 1 / (inside.sqrt() + eps)
 
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
@@ -190,15 +210,15 @@ def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     shift = torch.zeros(()) if bias is None else bias
     y: Tensor = scene.flow.theirs  # type: ignore[assignment]
     if weight.shape[0] == weight.shape[1] and fits(x @ weight + shift, y):
-        alike = [n for n in scene.alike() if n == name]
-        turned = {f"{n}.weight": held[f"{n}.weight"].T.contiguous() for n in alike}
-        yield Idea(
-            f"{name}.weight is transposed",
-            f"{name}.weight is read as [i o]: [o i], or no longer so",
-            parameters=turned,
-            where=tuple(turned),
-            moved=True,
-        )
+        for names in (scene.alike(), [name]):
+            called = name if len(names) == 1 else stars(name)
+            yield Idea(
+                f"{called}.weight is transposed",
+                f"{called}.weight is read as [i o]: [o i], or no longer so",
+                parameters={f"{n}.weight": held[f"{n}.weight"].T.contiguous() for n in names},
+                where=(f"{name}.weight",),
+                moved=True,
+            )
     rest = y - x @ weight.T
     if (rest - rest[0]).abs().max() > FITS * y.abs().max():
         return
@@ -206,3 +226,10 @@ def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
         yield Idea(f"{name}: what comes out here is not what its parameters make of what goes in")
     else:
         yield Idea(f"{name}.bias: what is added is another vector there than here")
+
+
+def _factor(scene: Scene) -> Iterator[Idea]:
+    ours, theirs = scene.flow.ours, scene.flow.theirs
+    ratio = float((ours * theirs).sum() / theirs.square().sum())  # type: ignore[operator, union-attr]
+    if fits(ours, theirs * ratio):  # type: ignore[arg-type, operator]
+        yield Idea(f"what comes out of {scene.name} is {ratio:.6g} times what it is there")

@@ -1,0 +1,118 @@
+"""Which line of a spec says what is to be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from converters.language import parse_rule
+from converters.spec import SPECS, Spec
+from converters.strict_json import parse_json
+from converters.strict_yaml import read_yaml
+from zoo.errors import SpecError
+from zoo.fitting import spec_of
+from zoo.parity.causes.scene import Idea, Scene
+
+RULES = 3  # lines that are named
+RULE_SECTIONS = ("weights", "heads", "when", "alternatives")
+
+
+def told(scene: Scene, idea: Idea) -> str:
+    """Where a rule or a field that is to be changed stands."""
+    spec = spec_of(scene.model)
+    if idea.config:
+        return " ".join(_field(scene, spec, name, value) for name, value in idea.config.items())
+    rules = dict.fromkeys(line for name in idea.where if (line := rule_line(spec, name)))
+    return " ".join(f"Change {line}." for line in list(rules)[:RULES])
+
+
+def _field(scene: Scene, spec: Spec, name: str, value: Any) -> str:
+    """The line that reads a field, and what the config calls the number that it should be."""
+    line, keys = field_line(spec, name), _keys(scene, value)
+    read = f"It is read by {line}." if line else f"No line of {spec.where} reads it."
+    if not line and (line := field_line(spec, name, section="defaults")):
+        read = f"It is a default, of {line}."
+    if len(keys) != 1 or keys[0] in line:
+        return read if line or keys else ""
+    return f"{read} The config says that number as {keys[0]}."
+
+
+def _keys(scene: Scene, value: Any) -> list[str]:
+    """What the config that lies with the weights calls a number; flags and words are not told."""
+    known = scene.model.provenance
+    if type(value) not in (int, float) or known is None or not known.origin.config:
+        return []
+    said = parse_json(known.origin.config.encode(), "config.json")
+    return [key for key, x in _leaves(said) if type(x) in (int, float) and x == value]
+
+
+def _leaves(said: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in said.items() if isinstance(said, Mapping) else ():
+        yield f"{above}{key}", value
+        yield from _leaves(value, f"{above}{key}.")
+
+
+def field_line(spec: Spec, name: str, dialect: str = "hf", section: str = "config") -> str:
+    """`line 30 of converters/specs/x.yaml: eps: …`, where a field of the config is read."""
+    for file, part in _sections(spec, dialect):
+        for key, value in _pairs(_child(part, section)):
+            if key.value == name and value.value != "null":
+                return f"line {key.start_mark.line + 1} of {file}: {name}: {value.value}"
+    return ""
+
+
+def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
+    """`line 14 of converters/specs/x.yaml: …`, the rule of a native parameter; empty if unknown."""
+    for file, section in _sections(spec, dialect):
+        for place in RULE_SECTIONS:
+            for key, value in _rules(_child(section, place)):
+                targets = _targets(value)
+                if _makes(key.value, targets, native):
+                    shown = targets[0] if len(targets) == 1 else f"[{', '.join(targets)}]"
+                    return f"line {key.start_mark.line + 1} of {file}: {key.value}: {shown}"
+    return ""
+
+
+def _makes(source: str, targets: list[str], native: str) -> bool:
+    try:
+        rule = parse_rule(source, targets[0] if len(targets) == 1 else targets)
+    except (SpecError, IndexError):
+        return False
+    return any(target.name.match(native) is not None for target in rule.targets)
+
+
+def _targets(value: yaml.Node) -> list[str]:
+    nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return [node.value for node in nodes if isinstance(node, yaml.ScalarNode)]
+
+
+def _rules(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Every pair below, of conditions too."""
+    for key, value in _pairs(node):
+        if isinstance(value, yaml.MappingNode):
+            yield from _rules(value)
+        else:
+            yield key, value
+
+
+def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    return next((value for key, value in _pairs(node) if key.value == name), None)
+
+
+def _sections(spec: Spec, dialect: str) -> Iterator[tuple[str, yaml.Node | None]]:
+    """One dialect's part of a spec's file, and of those that it is laid over."""
+    name = spec.name
+    while name:
+        path = SPECS / f"{name}.yaml"
+        if not path.is_file():
+            return
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        yield f"converters/specs/{path.name}", _child(root, dialect)
+        data = read_yaml(path, SpecError)
+        name = data.get("like", "") if isinstance(data, dict) else ""
