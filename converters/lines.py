@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import yaml
 
@@ -12,54 +11,68 @@ from converters.spec import SPECS, Spec
 from converters.strict_yaml import read_yaml
 from zoo.errors import SpecError
 
+RULE_SECTIONS = ("weights", "heads", "when", "alternatives")
 
-def field_line(spec: Spec, name: str, dialect: str = "hf") -> str:
-    """Likewise, where a field of the config is read."""
-    found = [(f, n, t) for f, n, t in _section(spec, dialect) if t.startswith(f"    {name}:")]
-    return "" if not found else f"line {found[0][1]} of {found[0][0]}: {found[0][2].strip()}"
+
+def field_line(spec: Spec, name: str, dialect: str = "hf", section: str = "config") -> str:
+    """`line 30 of converters/specs/x.yaml: eps: …`, where a field of the config is read."""
+    for file, part in _sections(spec, dialect):
+        for key, value in _pairs(_child(part, section)):
+            if key.value == name and value.value != "null":
+                return f"line {key.start_mark.line + 1} of {file}: {name}: {value.value}"
+    return ""
 
 
 def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
     """`line 14 of converters/specs/x.yaml: …`, the rule of a native parameter; empty if unknown."""
-    for file, n, text in _section(spec, dialect):
-        try:
-            rule = parse_rule(*_pair(text))
-        except (SpecError, ValueError, TypeError):
-            continue
-        if any(target.name.match(native) is not None for target in rule.targets):
-            return f"line {n} of {file}: {text.strip()}"
+    for file, section in _sections(spec, dialect):
+        for place in RULE_SECTIONS:
+            for key, value in _rules(_child(section, place)):
+                targets = _targets(value)
+                if _makes(key.value, targets, native):
+                    shown = targets[0] if len(targets) == 1 else f"[{', '.join(targets)}]"
+                    return f"line {key.start_mark.line + 1} of {file}: {key.value}: {shown}"
     return ""
 
 
-def _pair(line: str) -> tuple[str, Any]:
-    """`key: value`, a line of YAML by itself."""
+def _makes(source: str, targets: list[str], native: str) -> bool:
     try:
-        data = yaml.safe_load(line.strip())
-    except yaml.YAMLError as error:
-        raise ValueError(line) from error
-    if not isinstance(data, dict) or len(data) != 1:
-        raise ValueError(line)
-    return next(iter(data.items()))
+        rule = parse_rule(source, targets[0] if len(targets) == 1 else targets)
+    except (SpecError, IndexError):
+        return False
+    return any(target.name.match(native) is not None for target in rule.targets)
 
 
-def _section(spec: Spec, dialect: str) -> Iterator[tuple[str, int, str]]:
-    """The lines of one dialect."""
-    section = ""
-    for file, n, text in _text(spec):
-        if text and not text.startswith((" ", "#")):
-            section = text.partition(":")[0]
-        elif section == dialect:
-            yield file, n, text
+def _targets(value: yaml.Node) -> list[str]:
+    nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return [node.value for node in nodes if isinstance(node, yaml.ScalarNode)]
 
 
-def _text(spec: Spec) -> Iterator[tuple[str, int, str]]:
-    """Each line of a spec's file, and of those that it is laid over."""
+def _rules(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Every pair below, of conditions too."""
+    for key, value in _pairs(node):
+        if isinstance(value, yaml.MappingNode):
+            yield from _rules(value)
+        else:
+            yield key, value
+
+
+def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    return next((value for key, value in _pairs(node) if key.value == name), None)
+
+
+def _sections(spec: Spec, dialect: str) -> Iterator[tuple[str, yaml.Node | None]]:
+    """One dialect's part of a spec's file, and of those that it is laid over."""
     name = spec.name
     while name:
         path = SPECS / f"{name}.yaml"
         if not path.is_file():
             return
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        yield f"converters/specs/{path.name}", _child(root, dialect)
         data = read_yaml(path, SpecError)
-        for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            yield f"converters/specs/{path.name}", n, text
         name = data.get("like", "") if isinstance(data, dict) else ""

@@ -124,7 +124,8 @@ def test_the_first_gradient_to_differ(made: Callable[..., Path]) -> None:
     assert zoo.diff(model, made("gpt2")).ok
     found = zoo.diff(model, made("gpt2"), backward=True)
     assert found.first is not None and found.back
-    assert found.first.reading.match.native == "blocks.1.norm2"
+    assert found.first.place == "blocks.1.mlp.up"
+    assert "is cut from its gradient" in found.causes[0].what
 
 
 def test_two_native_models(made: Callable[..., Path]) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from converters.lines import field_line, rule_line
+from zoo.components.model import Model
 from zoo.errors import ZooError
-from zoo.fitting import spec_of
-from zoo.parity.causes import branches, fields, layers, looks, streams, trials
-from zoo.parity.causes.scene import Idea, Scene, applied
-from zoo.parity.divergence import Comparison, Difference
+from zoo.parity.causes import (
+    branches,
+    fields,
+    gradients,
+    held,
+    layers,
+    lines,
+    looks,
+    streams,
+    trials,
+)
+from zoo.parity.causes.scene import Idea, Scene, applied, put
+from zoo.parity.divergence import Comparison, Difference, Place
 
 MOST = 5  # causes that are told
-RULES = 3  # lines that are named
+THERE = "the other model's numbers are put there in every layer"
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
         return list(_unmet(difference))
     scene = Scene(comparison, difference)
     if difference.back:
-        return [_confirmed(scene, idea) for idea in trials.learning(scene)]
+        return [_confirmed(scene, idea) for idea in gradients.ideas(scene)]
     found = list[Cause]()
     for idea in _ideas(scene):
         if idea.what not in {cause.what for cause in found}:
@@ -83,6 +93,8 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
         return
     yield from fields.read_again(scene)
     yield from trials.padding(scene)
+    if scene.side == "in":
+        yield from held.unseen(scene)
     if scene.side == "out":
         yield from layers.ideas(scene) if scene.name else trials.outputs(scene)
     elif scene.name.rpartition(".")[2] in ("q", "k", "v", "out"):
@@ -91,35 +103,44 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
         yield from branches.ideas(scene)
     if scene.side == "in":
         yield from streams.ideas(scene)
+    yield from trials.rounding(scene)
     yield from trials.alone(scene)
     yield from fields.tried(scene)
 
 
 def _confirmed(scene: Scene, idea: Idea) -> Cause:
-    change = _lines(scene, idea)
+    """What became of it, and of the other model's numbers in its place where it undoes nothing."""
+    lone = Cause(idea.what, idea.fix, lines.told(scene, idea))
+    if scene.difference.back and not idea.undoes:
+        return lone
+    but = idea.touched if idea.undoes else {scene.name}
+    tried = _tried(scene, lone, applied(scene.model, idea, scene), but)
+    if tried.restored or idea.parameters or scene.difference.back:
+        return tried
+    places = scene.everywhere()
+    names = {name for name, _, _ in places}
+    put_there = replace(lone, fix=THERE if len(names) > 1 else "", change="")
+    again = _tried(scene, put_there, _put(scene, places), names)
+    return again if again.restored else tried
+
+
+def _tried(
+    scene: Scene, cause: Cause, changed: AbstractContextManager[Model], but: Collection[str]
+) -> Cause:
     try:
-        with applied(scene.model, idea, scene) as model:
-            but = idea.touched if idea.undoes else {scene.name}
-            again = scene.comparison.again(
-                model, scene.difference.healed, but, scene.difference.back
-            )
+        with changed as model:
+            healed, back = scene.difference.healed, scene.difference.back
+            again = scene.comparison.again(model, healed, but, back)
     except (RuntimeError, ZooError):
-        return Cause(idea.what, idea.fix, change)
+        return cause
     if again.first is None:
-        return Cause(idea.what, idea.fix, change, True, True)
+        return replace(cause, tried=True, restored=True)
     if scene.later(again):
-        return Cause(idea.what, idea.fix, change, True, False, str(again.first.reading))
-    return Cause(idea.what, idea.fix, change)
+        return replace(cause, tried=True, after=str(again.first.reading))
+    return cause
 
 
-# --- which line says it --------------------------------------------------------------------------
-
-
-def _lines(scene: Scene, idea: Idea) -> str:
-    """Where a rule or a field that is to be changed stands."""
-    spec = spec_of(scene.model)
-    if idea.config:
-        lines = [line for name in idea.config if (line := field_line(spec, name))]
-        return " ".join(f"It is read by {line}." for line in lines)
-    rules = dict.fromkeys(line for name in idea.where if (line := rule_line(spec, name)))
-    return " ".join(f"Change {line}." for line in list(rules)[:RULES])
+@contextmanager
+def _put(scene: Scene, places: Iterable[Place]) -> Iterator[Model]:
+    with put(scene.model, scene, places):
+        yield scene.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 
 import torch
@@ -46,6 +47,9 @@ def diff(
         raise UsageError("backward and way='cached': no gradient goes through a cache")
     kind = dtype_of(dtype) or torch.float64
     model = _native(ours, kind)
+    if way == "cached" and not _remembers(model):
+        told = f"a {model.architecture} with head {model.config.head!r} keeps no cache"
+        raise UsageError(f"way='cached': {told}. Leave the way out, or ask for 'padded'")
     other = _other(model, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
     fed = Way(way, inputs_of(model, way, text, seed, pad_of(other)))
@@ -83,6 +87,12 @@ def _native(ref: Ref | Model, dtype: torch.dtype) -> Model:
         return ref
     known = copy.deepcopy(ref, {id(ref.provenance): ref.provenance})
     return known.to(dtype)
+
+
+def _remembers(model: Model) -> bool:
+    """Whether tokens may come in parts: what reads a row as a whole keeps nothing of it."""
+    takes = "cache" in inspect.signature(model.forward).parameters
+    return takes and model.config.head not in ("sequence_classification", "encoder")
 
 
 def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> sides.Other:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # other model's own error there: 1.0 to 1.1 was measured.
 EXACT = 1e-10
 NOISE = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+# A parameter's gradient is a sum over tokens, rounded after each row there and once here: 2.5 times
+# the other's error was measured in healthy models.
+SUMMED = 8.0
 AFTER = 12  # places are looked at for what becomes of a factor
 OUTPUT = Match("", ("",), {}, ())
 
@@ -153,6 +156,10 @@ class Flow:
     counts: tuple[int, ...] = ()  # tokens of each row there
 
     @property
+    def place(self) -> Place:
+        return self.match.native, self.side, self.call
+
+    @property
     def shared(self) -> bool:
         """Whether it is one for all rows."""
         count = None if self.ours is None else len(self.ours)
@@ -174,6 +181,7 @@ def flows(
 ) -> list[Flow]:
     """All that can be compared, in the order in which the native model ran; or its gradients."""
     found: list[Flow] = []
+    ran = dict[Place, int]()  # when, forward
     for match in matching.matches.values():
         parts = [record.get(match.native, []) for record in ours]
         looks, count = {one.looked_up for one in parts[0]}, len(parts[0])
@@ -200,7 +208,16 @@ def flows(
                     continue
                 if match.plain or flow.comparable:
                     found.append(flow)
-    return sorted(found, key=lambda flow: flow.at)
+                    ran[flow.place] = first.when(side, back=False)
+    return sorted(_dated(found, ran) if back else found, key=lambda flow: flow.at)
+
+
+def _dated(found: list[Flow], ran: Mapping[Place, int]) -> list[Flow]:
+    """A gradient that never came stands where it was due: before those of all that ran sooner."""
+    came = [(ran[flow.place], flow.at) for flow in found if flow.at]
+    found.sort(key=lambda flow: -ran[flow.place])
+    due = (min((at for n, at in came if n < ran[f.place]), default=math.inf) - 0.5 for f in found)
+    return [f if f.at else replace(f, at=at) for f, at in zip(found, due, strict=True)]
 
 
 def _alike(flow: Flow, way: Way, *calls: Sequence[Call | None]) -> bool:
@@ -235,6 +252,8 @@ def _flow(
     if ours is not None and len(ours) == len(counts) < sum(counts):  # it reads the last token alone
         theirs, floor = [x[-1:] for x in theirs], [x[-1:] for x in floor]
     elif ours is not None and len(ours) == counts[0] < sum(counts):  # it is the same for all rows
+        if back and len(set(counts)) > 1:
+            return flow  # of a table each row takes what it needs
         theirs, floor = (
             [torch.stack(xs).sum(0)] if back and xs else xs[:1] for xs in (theirs, floor)
         )
@@ -327,6 +346,8 @@ class Reading:
 def measured(flow: Flow, dtype: torch.dtype) -> Reading:
     ours, theirs = flow.ours, flow.theirs
     reading = partial(Reading, flow.match, flow.side, flow.call)
+    if ours is None and theirs is not None:
+        return reading(math.inf, 0.0, why="it does not come here, and does in the other model")
     if ours is None or theirs is None:
         return reading(math.inf, 0.0, why="the other model has nothing to compare it with")
     shapes = tuple(ours.shape), tuple(theirs.shape)
@@ -337,8 +358,9 @@ def measured(flow: Flow, dtype: torch.dtype) -> Reading:
         error = ((ours.double() - theirs).abs().max() / scale).item()
         return reading(error, EXACT, shapes)
     mine, least = (float(rms(x.double() - theirs) / scale) for x in (ours, flow.floor))
+    noise = SUMMED if flow.match.native in flow.match.parameters else NOISE[dtype]
     # what is exact in the other may be off by a rounding here
-    return reading(mine, NOISE[dtype] * max(least, torch.finfo(dtype).eps / 4), shapes)
+    return reading(mine, noise * max(least, torch.finfo(dtype).eps / 4), shapes)
 
 
 @dataclass(frozen=True)
@@ -347,12 +369,13 @@ class Divergence:
 
     reading: Reading
     before: tuple[str, ...]  # the modules whose outputs were equal just before, the last one last
+    back: bool = False
 
     @property
     def place(self) -> str:
         """The module at fault: the one that gave it, or the one in which all that led to it is."""
-        mine = self.reading.match.native.split(".")
-        if self.reading.side == "out":
+        mine, match = self.reading.match.native.split("."), self.reading.match
+        if match.native in match.parameters or (self.reading.side == "in") == self.back:
             return ".".join(mine)
         last = self.before[-1].split(".") if self.before else []
         shared = 0  # names that both begin with
@@ -416,8 +439,8 @@ class Difference:
         before: list[str] = []
         for reading in self.readings:
             if not reading.ok and reading.place not in self.healed:
-                return Divergence(reading, tuple(dict.fromkeys(before[-4:])))
-            if reading.side == "out":
+                return Divergence(reading, tuple(dict.fromkeys(before[-4:])), self.back)
+            if reading.side == ("in" if self.back else "out"):
                 before.append(reading.match.native)
         return None
 
@@ -524,7 +547,7 @@ class Comparison:
             flowing += _outputs(way.by_row(here.outputs), there.outputs, narrow.outputs)
         else:
             flowing += _learnt(self.matching, here.gradients, there.gradients, narrow.gradients)
-        self.flows = {(f.match.native, f.side, f.call): f for f in flowing}
+        self.flows = {f.place: f for f in flowing}
         return Difference(
             (self.matching.model.architecture, self.other.name),
             way.name,

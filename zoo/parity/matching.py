@@ -30,6 +30,15 @@ Planned = Callable[[Mapping[str, TensorInfo]], Plan]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """(features,) where on disk a parameter's first axis stands, along an axis so long."""
+
+    sources: tuple[str, ...]
+    at: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
 class Match:
     """A native module and those of the other model that hold the same parameters."""
 
@@ -42,6 +51,15 @@ class Match:
     out: Tensor | None = field(default=None, repr=False)
     plain: bool = True  # a layer of one kind everywhere: looks up, multiplies or norms
     whole: bool = True  # one module there holds all: what comes out is what comes out there
+    rows: Mapping[str, Rows] = field(default_factory=dict, repr=False)  # of weight and bias
+
+    @property
+    def apart(self) -> bool:
+        """Whether the rules of its weight and its bias take different features: one is wrong."""
+        a, b = self.rows.get("weight"), self.rows.get("bias")
+        if a is None or b is None or a.length != b.length:
+            return False
+        return a.at.shape == b.at.shape and not torch.equal(a.at, b.at)
 
 
 @dataclass(frozen=True)
@@ -81,14 +99,17 @@ class Matching:
     def expected(self, name: str, value: Callable[[str], Tensor] | None = None) -> Tensor | None:
         """What a native parameter is by the other model's; None if several make it.
 
-        `value` gives what is taken of each of the other's parameters, by default itself.
+        `value` gives what is taken of each of the other's parameters, by default itself; of its
+        several that are one here, which run in turn, the sum.
         """
-        value = value or (lambda theirs: self.other.get_parameter(theirs).detach())
         step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
         if step is None:
             return None
         owners = [self.held.parameters[disk] for disk in step.sources]
-        found = [value(names[0]) for names in owners]
+        if value is None:
+            found = [self.other.get_parameter(names[0]).detach() for names in owners]
+        else:
+            found = [self._summed(names, value) for names in owners]
         if any(
             x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
         ):
@@ -98,8 +119,15 @@ class Matching:
         place = step.targets.index(name if name in step.targets else self.plan.native.ties[name])
         return step.transform.forward(found)[place]
 
+    def _summed(self, names: tuple[str, ...], value: Callable[[str], Tensor]) -> Tensor:
+        """Over the arrays that go by these names, each once."""
+        arrays = {id(self.other.get_parameter(name)): name for name in names}
+        values = [value(name) for name in arrays.values()]
+        alike = all(x.shape == values[0].shape for x in values)
+        return torch.stack(values).sum(0) if alike else values[0]
+
     def _matches(self, native: Native) -> Iterator[Match]:
-        theirs, carry = _by_array(self.other), _Carrier()
+        theirs, carry = _by_array(self.other), _Carrier(native)
         modules = dict(self.model.named_modules())
         held = dict[str, list[str]]()
         for name in (*native.shapes, *native.ties):
@@ -107,6 +135,7 @@ class Matching:
         for name, own in held.items():
             parameters, rules = dict[str, tuple[str, ...]](), list[str]()
             into = out = None
+            read = dict[str, Rows]()
             for parameter in own:
                 target = parameter if parameter in self.steps else native.ties.get(parameter, "")
                 if (step := self.steps.get(target)) is None:
@@ -121,11 +150,14 @@ class Matching:
                     looks_up = isinstance(modules.get(name), nn.Embedding)
                     out = carry(step, target, 1 if looks_up else 0)
                     into = None if looks_up else carry(step, target, axes - 1)
+                leaf = parameter.rpartition(".")[2]
+                if len(step.sources) == 1 and (found := carry.found(step, target, 0)) is not None:
+                    read[leaf] = Rows(tuple(step.sources), *found)
             if parameters:
                 others, whole = _owners(parameters)
                 plain = whole and isinstance(modules.get(name), PLAIN)
                 said = tuple(dict.fromkeys(rules))
-                yield Match(name, others, parameters, said, into, out, plain, whole)
+                yield Match(name, others, parameters, said, into, out, plain, whole, read)
 
 
 def _in_memory(other: nn.Module, fold: Fold) -> Held:
@@ -182,25 +214,33 @@ class _Carrier:
     Found by carrying numbers through the step: along each axis on disk, its coordinates.
     """
 
-    def __init__(self) -> None:
-        self._known = dict[tuple[int, int, int], Tensor | None]()
+    def __init__(self, native: Native) -> None:
+        self.native = native
+        self._known = dict[tuple[int, int, int], tuple[Tensor, int] | None]()
 
     def __call__(self, step: Step, target: str, axis: int) -> Tensor | None:
         """(features,), or None where they are in order."""
-        if step.transform is None:
+        found = None if step.transform is None else self.found(step, target, axis)
+        if found is None or torch.equal(found[0], torch.arange(found[1])):
             return None
+        return found[0]
+
+    def found(self, step: Step, target: str, axis: int) -> tuple[Tensor, int] | None:
+        """(features,), and how long the axis on disk is; None where they lie along several."""
         place = step.targets.index(target)
+        if step.transform is None:
+            length = self.native.shapes[target][axis]
+            return torch.arange(length), length
         key = id(step.transform), place, axis
         if key not in self._known:
             self._known[key] = self._carried(step.transform, place, axis)
         return self._known[key]
 
-    def _carried(self, transform: Transform, place: int, axis: int) -> Tensor | None:
+    def _carried(self, transform: Transform, place: int, axis: int) -> tuple[Tensor, int] | None:
         for theirs, length in enumerate(transform.source_shape()):
             made = transform.coordinates(theirs)[place]
             rows = made.movedim(axis, 0).reshape(made.shape[axis], -1)
             told = rows[:, 0]
             if bool((rows == told[:, None]).all()) and len(told.unique()) == len(told):
-                in_order = torch.equal(told, torch.arange(length, dtype=told.dtype))
-                return None if in_order else told.long()
+                return told.long(), length
         return None

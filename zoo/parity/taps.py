@@ -42,6 +42,7 @@ def recorded(module: nn.Module, names: Sequence[str], backward: bool = False) ->
     """What flows through the modules called so, and their gradients if there is a backward."""
     record: Record = {name: [] for name in names}
     clock, running, handles = count(1).__next__, dict[str, list[Call]](), list[Any]()
+    places = dict[int, tuple[Tensor, list[tuple[Call, Side]]]]()  # at which each tensor lies
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -65,10 +66,17 @@ def recorded(module: nn.Module, names: Sequence[str], backward: bool = False) ->
     def keep(one: Call, side: Side, x: Tensor) -> None:
         one.values[side] = x.detach().clone()
         if backward and x.requires_grad:
-            x.register_hook(lambda gradient: came(one, side, gradient))
+            if id(x) not in places:
+                places[id(x)] = x, []
+                x.register_hook(lambda gradient: came(places[id(x)][1], gradient))
+            places[id(x)][1].append((one, side))
 
-    def came(one: Call, side: Side, gradient: Tensor) -> None:
-        one.gradients[side], one.reached[side] = gradient.detach().clone(), clock()
+    def came(known: list[tuple[Call, Side]], gradient: Tensor) -> None:
+        # of what one module alone is given, that module's gradient is the first
+        if sum(side == "in" for _, side in known) == 1:
+            known = sorted(known, key=lambda place: place[1])
+        for one, side in known:
+            one.gradients[side], one.reached[side] = gradient.detach().clone(), clock()
 
     modules = dict(module.named_modules())
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +11,15 @@ from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
 from zoo.otherwise import stars
-from zoo.parity.causes.scene import Idea, Scene, fits
+from zoo.parity.causes.scene import FITS, Idea, Scene, error
 
-Made = tuple[str, str]  # the activation, and what it is applied to
+PLAIN = "linear"  # the activation that is none
+
+
+@dataclass(frozen=True)
+class Made:
+    act: str
+    of: str  # what it is applied to
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
@@ -30,28 +37,41 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     if theirs is None or ours is None or ours == theirs:
         return
     here = [n.rpartition(".")[0] for n in scene.alike()]
-    if ours[1] != theirs[1]:
-        what = f"{stars(name)}: the other model's activation is on {theirs[1]}, here on {ours[1]}"
-        held = dict(scene.model.named_parameters())
-        exchanged = {
-            f"{one}.{a}.{leaf}": held[f"{one}.{b}.{leaf}"].data
-            for one in here
-            for a, b in (("gate", "up"), ("up", "gate"))
-            for leaf in ("weight", "bias")
-            if f"{one}.{a}.{leaf}" in held
-        }
-        where = tuple(n for n in exchanged if n.startswith(f"{name}."))
-        if gate is not None and ours[0] == theirs[0]:
-            fix = f"{stars(name)}.gate and {stars(name)}.up are exchanged"
-            yield Idea(what, fix, parameters=exchanged, where=where, moved=True)
-        return
-    what = f"{stars(name)}: the activation is {ours[0]} here and {theirs[0]} there"
-    config = scene.model.config
-    if scene.steady and ACTIVATIONS.get(getattr(config, "act", "")) is ACTIVATIONS.get(ours[0]):
-        yield Idea(what, f"act is {theirs[0]}", config={"act": theirs[0]})
-    elif theirs[0] in ACTIVATIONS:
-        settings = {one: {"act": ACTIVATIONS[theirs[0]]} for one in here}
-        yield Idea(what, f"{stars(name)} takes {theirs[0]}", settings=settings)
+    if PLAIN in (ours.act, theirs.act) and {ours.of, theirs.of} == {"gate", "up"}:
+        # a product without any is the same whichever it is on
+        ours, theirs = (replace(x, of="gate") for x in (ours, theirs))
+    if {ours.of, theirs.of} == {"gate", "up"}:
+        what = f"{stars(name)}: the other model's activation is on {theirs.of}, here on {ours.of}"
+        yield _exchanged(scene, name, here, what, ours.act == theirs.act)
+    elif ours.of != theirs.of:
+        yield Idea(
+            f"{stars(name)}: the activation is taken of {ours.of} here, and of {theirs.of} there"
+        )
+    else:
+        what = f"{stars(name)}: the activation is {ours.act} here and {theirs.act} there"
+        said = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
+        if scene.steady and said is ACTIVATIONS.get(ours.act, ""):
+            yield Idea(what, f"act is {theirs.act}", config={"act": theirs.act})
+        elif theirs.act in ACTIVATIONS:
+            settings = {one: {"act": ACTIVATIONS[theirs.act]} for one in here}
+            yield Idea(what, f"{stars(name)} takes {theirs.act}", settings=settings)
+        else:
+            yield Idea(what)
+
+
+def _exchanged(scene: Scene, name: str, here: list[str], what: str, alone: bool) -> Idea:
+    """What is read as gate and as up; `alone`: nothing else is otherwise."""
+    held = scene.held
+    exchanged = {
+        f"{one}.{a}.{leaf}": held[f"{one}.{b}.{leaf}"]
+        for one in here
+        for a, b in (("gate", "up"), ("up", "gate"))
+        for leaf in ("weight", "bias")
+        if f"{one}.{a}.{leaf}" in held
+    }
+    where = tuple(n for n in exchanged if n.startswith(f"{name}."))
+    fix = f"{stars(name)}.gate and {stars(name)}.up are exchanged"
+    return Idea(what, fix, parameters=exchanged, where=where, moved=True) if alone else Idea(what)
 
 
 def _own(scene: Scene) -> Any:
@@ -59,13 +79,28 @@ def _own(scene: Scene) -> Any:
 
 
 def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, said: str) -> Made | None:
-    acts = {"as the class has it": own} if own else {}
-    names = {a: f for a, f in ACTIVATIONS.items() if a == said} | ACTIVATIONS | acts
+    """The one that fits best: some differ by little."""
+    named = {a: f for a, f in ACTIVATIONS.items() if a == said} | ACTIVATIONS
+    if own is not None and own not in ACTIVATIONS.values():
+        named["the class's own"] = own
+    best, found = FITS, None
     with torch.no_grad():
-        for name, act in names.items():
-            for on, x in parts.items():
-                rest = [y for other, y in parts.items() if other != on]
-                made = act(x) if not rest else act(x) * rest[0]
-                if fits(made, wanted):
-                    return name, on
-    return None
+        for act, function in named.items():
+            for of, made in _forms(parts, function):
+                if (off := error(made, wanted)) <= best and (found is None or off < best / 2):
+                    best, found = off, Made(act, of)
+    return found
+
+
+def _forms(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[str, Tensor]]:
+    up, gate = parts["up"], parts.get("gate")
+    if gate is None:
+        yield "up", act(up)
+        return
+    yield "gate", act(gate) * up
+    yield "up", act(up) * gate
+    yield "the product of gate and up", act(gate * up)
+    yield "gate, and up is added", act(gate) + up
+    yield "up, and gate is added", act(up) + gate
+    yield "gate, and up is not used", act(gate)
+    yield "up, and gate is not used", act(up)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from zoo.otherwise import block_of, stars
+from zoo.parity.causes import held
 from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits
 from zoo.parity.sums import summed
 
 AFTER = 12  # places are looked at for where a norm has gone
-MOVED = 4  # slices that are named
-SLICES = 256  # of an axis, as far as they are looked through
-NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
-    yield from _parameters(scene)
+    yield from held.ideas(scene)
     flow = scene.flow
     if flow.theirs is None:
         yield from _elsewhere(scene)
         return
     if flow.ours is None or flow.ours.shape != flow.theirs.shape:
         return
-    weight = _held(scene).get(f"{scene.name}.weight")
+    weight = scene.held.get(f"{scene.name}.weight")
     if weight is None:
         weight = scene.matching.expected(f"{scene.name}.weight")
     given = scene.known(scene.name, "in")
@@ -40,155 +37,12 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         yield from _norm(scene, given.ours, weight)  # type: ignore[arg-type]
     elif given is not None and weight.dim() == 2:
         yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
-
-
-def _held(scene: Scene) -> dict[str, Tensor]:
-    named = scene.model.named_parameters(remove_duplicate=False)
-    return {name: p.data for name, p in named}
-
-
-# --- parameters that are not what the other model's make of them ---------------------------------
-
-
-def _parameters(scene: Scene) -> Iterator[Idea]:
-    held = _held(scene)
-    wrong = dict[str, str]()  # name: how
-    for name in scene.reading.match.parameters:
-        expected = scene.matching.expected(name)
-        if expected is None:
-            continue
-        if name in held and not _same(held[name], expected):
-            wrong[name] = _how(scene, name, held[name], expected)
-    for name in wrong:
-        if (layer := _layer(scene, name, held)) is not None:
-            yield layer
-            return
-    for name in wrong:
-        twin = _other(scene, name, held[name])
-        if twin in held and _other(scene, twin, held[twin]) == name:
-            yield _exchange(scene, name, twin, held)
-            return
-    for name, how in wrong.items():
-        fix = dict[str, Tensor]()
-        for owner in scene.alike(name.rpartition(".")[0]):
-            other = f"{owner}.{name.rpartition('.')[2]}"
-            value = scene.matching.expected(other)
-            if other in held and value is not None and not _same(held[other], value):
-                fix[other] = value.to(held[other].dtype)
-        lone = len(fix) == 1
-        called = name if lone else stars(name)
-        yield Idea(
-            f"{called} {how}",
-            f"{called} is what {', '.join(scene.reading.match.parameters[name])} makes of it",
-            parameters=fix,
-            where=() if lone or "another order" not in how else (name,),
-        )
-
-
-def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
-    """Two parameters, in every layer where it is so."""
-    kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
-    fix = dict[str, Tensor]()
-    for each in held:
-        if stars(each.rpartition(".")[0]) in kinds:
-            expected = scene.matching.expected(each)
-            if expected is not None and not _same(held[each], expected):
-                fix[each] = expected.to(held[each].dtype)
-    lone = len({block_of(each) for each in fix}) == 1
-    said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
-    what = f"{said} are in each other's place"
-    where = () if lone else (name, twin)
-    return Idea(what, f"{said} are exchanged", parameters=fix, where=where)
-
-
-def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
-    """A layer that holds what is another's, in all of its parameters."""
-    other = _other(scene, name, held[name])
-    if other is None or stars(other) != stars(name):
-        return None
-    ours, theirs = block_of(name), block_of(other)
-    inside = [n for n in held if n.startswith(f"{ours}.")]
-    for each in inside:
-        expected = scene.matching.expected(theirs + each[len(ours) :])
-        if expected is None or not _same(held[each], expected):
-            return None
-    fix = {n: scene.matching.expected(n) for n in held if stars(block_of(n)) == stars(ours)}
-    wrong = {n: x for n, x in fix.items() if x is not None and x.shape == held[n].shape}
-    what = f"{ours} holds what {theirs} should: layers are in each other's place"
-    return Idea(what, "each layer holds its own", parameters=wrong)
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.equal(ours.double(), theirs.double())
-
-
-def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
-    """What a parameter is instead."""
-    if ours.shape != theirs.shape:
-        return f"is {tuple(ours.shape)} and should be {tuple(theirs.shape)}"
-    for dtype in NARROW:
-        if torch.equal(theirs.to(dtype).to(ours.dtype), ours):
-            return f"lost precision: it went through {str(dtype)[6:]}"
-    if not ours.any():
-        return "is zero: it was dropped"
-    for by in (1, -1):
-        if fits(ours, theirs + by):
-            return f"is off by {by:+d}: what norms store is an offset from one, or is not"
-        if fits(ours, theirs.roll(by, 0)):
-            return f"is off by {by:+d} row{'s' if abs(by) > 1 else ''}"
-    if ours.dim() == 2 and ours.shape[0] == ours.shape[1] and fits(ours, theirs.T):
-        return "is transposed"
-    if (other := _other(scene, name, ours)) is not None:
-        return f"holds what {other} should"
-    if ours.shape[0] <= SLICES and (moved := _moved(scene, ours, theirs)):
-        return f"has its first axis in another order: {moved}"
-    ratio = (ours.double() * theirs.double()).sum() / theirs.double().square().sum()
-    if fits(ours, theirs * ratio):
-        return f"is {ratio:.6g} times what it should be"
-    different = ours.double() != theirs.double()
-    if different.float().mean() < 0.5:
-        return f"differs in {int(different.sum())} of {ours.numel()} numbers"
-    return f"differs: by {error(ours, theirs):.1e} at most"
-
-
-def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
-    """Which slices of the first axis stand where others should; empty where they are no others."""
-    order = list[int]()
-    for x in ours:
-        at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
-        if at is None:
-            return ""
-        order.append(at)
-    config, size = scene.model.config, len(order)
-    for heads in dict.fromkeys((getattr(config, "kv_heads", 0), getattr(config, "heads", 0))):
-        for a, b in (
-            ("h e two", "h two e"),
-            ("h two e", "h e two"),
-            ("h e", "e h"),
-            ("e h", "h e"),
-        ):
-            lengths = {"h": heads, **({"two": 2} if "two" in a else {})}
-            if heads and size % (heads * lengths.get("two", 1)) == 0:
-                rows = rearrange(torch.arange(size), f"({a}) -> ({b})", **lengths)
-                if rows.tolist() == order:
-                    return f"as [({b})] where it should be [({a})], with {heads} heads"
-    moved = [f"{at} in the place of {n}" for n, at in enumerate(order) if at != n]
-    more = f", and {len(moved) - MOVED} more" if len(moved) > MOVED else ""
-    return ", ".join(moved[:MOVED]) + more
-
-
-def _other(scene: Scene, name: str, value: Tensor) -> str | None:
-    for other in scene.matching.plan.native.shapes:
-        if other != name and scene.matching.plan.native.shapes[other] == tuple(value.shape):
-            expected = scene.matching.expected(other)
-            if expected is not None and _same(value, expected):
-                return other
-    return None
+    yield from _factor(scene)
 
 
 def _elsewhere(scene: Scene) -> Iterator[Idea]:
     """The other model uses these parameters in another place altogether."""
-    held, shapes = _held(scene), scene.matching.plan.native.shapes
+    held, shapes = scene.held, scene.matching.plan.native.shapes
     own = [name for name in scene.reading.match.parameters if name in shapes]
     for other in scene.matching.matches.values():
         pairs = dict(zip(own, other.parameters, strict=False))
@@ -238,35 +92,34 @@ def _looked_up(table: Tensor, x: Tensor | None) -> Tensor | None:
 
 
 def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
-    bias = _held(scene).get(f"{scene.name}.bias")
+    bias = scene.held.get(f"{scene.name}.bias")
     if bias is None and f"{scene.name}.bias" in scene.reading.match.parameters:
         bias = scene.matching.expected(f"{scene.name}.bias")
     ours, theirs = (
-        _normed(x, y, weight, bias)  # type: ignore[arg-type]
+        normed(x, y, weight, bias)  # type: ignore[arg-type]
         for y in (scene.flow.ours, scene.flow.theirs)
     )
     if ours is None or theirs is None or ours == theirs:
         return
     name = stars(scene.name)
-    eps = ours.get("eps"), theirs.get("eps")
-    if "no norm" in (*ours, *theirs):
-        where = "here" if "no norm" in ours else "in the other model"
-        moved = _norm_moved(scene) if "no norm" in ours else None
+    if None in (ours.by, theirs.by):
+        where = "here" if ours.by is None else "in the other model"
+        moved = _norm_moved(scene) if ours.by is None else None
         yield Idea(
             f"{scene.name}: nothing is normed {where}: the norm is "
             + (f"moved: {moved} goes through it" if moved else "missing")
         )
-    elif ours["centred"] != theirs["centred"]:
-        here = "centred" if ours["centred"] else "not centred"
+    elif ours.centred != theirs.centred:
+        here = "centred" if ours.centred else "not centred"
         yield Idea(f"{name}: what goes into the norm is {here} here, and there it is otherwise")
-    elif ours["offset"] != theirs["offset"]:
-        yield Idea(
-            f"{name}: the scale is the weight {ours['offset']:+d}, there {theirs['offset']:+d}"
-        )
-    elif eps[0] is not None and eps[1] is not None:
-        what = f"{name}: eps is {eps[0]:.3g} here and {eps[1]:.3g} there"
-        config, known = scene.model.config, _near(scene, eps[1])
-        fields = [n for n, v in vars(config).items() if type(v) is float and _close(v, eps[0])]
+    elif ours.offset != theirs.offset:
+        yield Idea(f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}")
+    elif ours.by != theirs.by:
+        yield Idea(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
+    elif not _close(ours.eps, theirs.eps):
+        what = f"{name}: eps is {ours.eps:.3g} here and {theirs.eps:.3g} there"
+        config, known = scene.model.config, _near(scene, theirs.eps)
+        fields = [n for n, v in vars(config).items() if "eps" in n and _close(v, ours.eps)]
         if scene.steady and len(fields) == 1:
             yield Idea(what, f"{fields[0]} is {known:g}", config={fields[0]: known})
         else:
@@ -308,44 +161,65 @@ def _close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-3 * abs(b)
 
 
-def _normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Mapping[str, Any] | None:
-    """What a norm did, found from what it was given and gave."""
+@dataclass(frozen=True)
+class Normed:
+    """What a norm did; `by` None: nothing."""
+
+    by: str | None
+    centred: bool = False
+    offset: int = 0
+    eps: float = 0.0
+
+
+def normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Normed | None:
+    """Found from what it was given and gave."""
     x, y = x.double(), y.double()
     if fits(x, y):
-        return {"no norm": True}
-    best: tuple[float, dict[str, Any]] | None = None
+        return Normed(None)
+    best: tuple[float, Normed] | None = None
+    shift = 0 if bias is None else bias.double()
     for centred in (True, False):
         z = x - x.mean(-1, keepdim=True) if centred else x
         for offset in (0, 1, -1):
-            scale = weight.double() + offset
-            shift = 0 if bias is None else bias.double()
-            # y = z r scale + shift, so r of each token by least squares
-            a = z * scale
+            a = z * (weight.double() + offset)
+            # y = a r + shift, so r of each token by least squares
             r = ((y - shift) * a).sum(-1) / a.square().sum(-1)
-            eps = (r**-2 - z.square().mean(-1)).median()
-            again = a * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) + shift
-            off = error(again, y) if again.isfinite().all() else math.inf
-            if best is None or off < best[0]:
-                best = off, {"centred": centred, "offset": offset, "eps": float(eps)}
+            for by, eps, made in _divisors(z, r):
+                off = error(a * made[:, None] + shift, y) if made.isfinite().all() else math.inf
+                if best is None or off < best[0] / 2:  # what is likelier stands first
+                    best = off, Normed(by, centred, offset, eps)
     return best[1] if best is not None and best[0] <= 100 * FITS else None
+
+
+def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+    """What tokens may have been divided by, with the eps that fits; (tokens,) factors of each."""
+    square, n = z.square().mean(-1), z.shape[-1]
+    kinds = {"the root of the mean square": square, "the root of the summed squares": square * n}
+    kinds["the root of the unbiased variance"] = square * n / max(n - 1, 1)
+    for by, inside in kinds.items():
+        eps = float((r**-2 - inside).median())
+        yield f"{by} and eps", eps, torch.rsqrt(inside + eps)
+    for by, inside in kinds.items():
+        eps = float((1 / r - inside.sqrt()).median())
+        yield f"{by}, and eps beside it", eps, 1 / (inside.sqrt() + eps)
 
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     """A matrix that is what it should be by the rules, and the other multiplies by another."""
-    held, name = _held(scene), scene.name
+    held, name = scene.held, scene.name
     bias = held.get(f"{name}.bias")
     shift = torch.zeros(()) if bias is None else bias
     y: Tensor = scene.flow.theirs  # type: ignore[assignment]
     if weight.shape[0] == weight.shape[1] and fits(x @ weight + shift, y):
-        alike = [n for n in scene.alike() if n == name]
-        turned = {f"{n}.weight": held[f"{n}.weight"].T.contiguous() for n in alike}
-        yield Idea(
-            f"{name}.weight is transposed",
-            f"{name}.weight is read as [i o]: [o i], or no longer so",
-            parameters=turned,
-            where=tuple(turned),
-            moved=True,
-        )
+        for names in (scene.alike(), [name]):
+            called = name if len(names) == 1 else stars(name)
+            yield Idea(
+                f"{called}.weight is transposed",
+                f"{called}.weight is read as [i o]: [o i], or no longer so",
+                parameters={f"{n}.weight": held[f"{n}.weight"].T.contiguous() for n in names},
+                where=(f"{name}.weight",),
+                moved=True,
+            )
     rest = y - x @ weight.T
     if (rest - rest[0]).abs().max() > FITS * y.abs().max():
         return
@@ -353,3 +227,10 @@ def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
         yield Idea(f"{name}: what comes out here is not what its parameters make of what goes in")
     else:
         yield Idea(f"{name}.bias: what is added is another vector there than here")
+
+
+def _factor(scene: Scene) -> Iterator[Idea]:
+    ours, theirs = scene.flow.ours, scene.flow.theirs
+    ratio = float((ours * theirs).sum() / theirs.square().sum())  # type: ignore[operator, union-attr]
+    if fits(ours, theirs * ratio):  # type: ignore[arg-type, operator]
+        yield Idea(f"what comes out of {scene.name} is {ratio:.6g} times what it is there")

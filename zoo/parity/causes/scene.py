@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zoo import otherwise
 from zoo.components.model import Model
 from zoo.errors import ZooError
-from zoo.otherwise import Changes, Edit, rebuilt
+from zoo.otherwise import Changes, Edit, rebuilt, stars
 from zoo.parity.compare import call, rms
-from zoo.parity.divergence import Comparison, Difference, Flow, Place
+from zoo.parity.divergence import Comparison, Difference, Flow, Place, Way
 from zoo.parity.matching import Matching
 from zoo.parity.taps import Side
 
@@ -87,6 +88,12 @@ class Scene:
     def above(self) -> nn.Module:
         """The one that holds it."""
         return self.model.get_submodule(self.name.rpartition(".")[0])
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """The native model's parameters, tied ones by each of their names."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: p.data for name, p in named}
 
     @cached_property
     def fresh(self) -> Model:
@@ -210,6 +217,16 @@ class Scene:
         kind = re.sub(r"\.\d+\.", r".\\d+.", re.escape(name or self.name).replace(r"\.", "."))
         return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
 
+    def everywhere(self) -> list[Place]:
+        """This place in every layer of every stack."""
+        kind = stars(self.name).rpartition("coder.")[2]
+        return [
+            (name, side, call)
+            for (name, side, call), flow in self.comparison.flows.items()
+            if side == self.side and stars(name).rpartition("coder.")[2] == kind
+            if flow.comparable
+        ]
+
     def rows(self, x: Tensor) -> list[Tensor] | None:
         """(s, features) of each row, of (tokens, features); None if they are no tokens."""
         for inputs in (self.comparison.way.inputs, self.comparison.way.inputs.answer):
@@ -259,39 +276,67 @@ def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
         with otherwise.applied(model, idea):
             yield model
         return
-    with _put(model, scene):
+    with put(model, scene, [scene.reading.place]):
         yield model
 
 
 @contextmanager
-def _put(model: Model, scene: Scene) -> Iterator[None]:
-    """What the other model has at the place, instead of what this one made."""
-    theirs, module, left = scene.flow.theirs, scene.module, scene.reading.call
-    if module is None or not scene.name or theirs is None:
-        raise RuntimeError("no place to put it")
-    mask = scene.comparison.way.inputs.mask
+def put(model: Model, scene: Scene, places: Iterable[Place]) -> Iterator[None]:
+    """What the other model has at these places, instead of what this one made."""
+    handles = list[RemovableHandle]()
+    try:
+        for name, side, number in places:
+            module, theirs = model.get_submodule(name), scene.comparison.flows[name, side, number]
+            if theirs.theirs is None or not name:
+                raise RuntimeError("nothing to put there")
+            hook = _Put(scene.comparison.way, theirs.theirs, number)
+            handles.append(
+                module.register_forward_hook(lambda _, args, out, hook=hook: hook(out))
+                if side == "out"
+                else module.register_forward_pre_hook(
+                    lambda _, args, hook=hook: None if (x := hook(args[0])) is None else x
+                )
+            )
+        if not handles:
+            raise RuntimeError("no place to put it")
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    def changed(x: Tensor) -> Tensor:
+
+@dataclass
+class _Put:
+    """(tokens, features) in the place of what a module is given, or gives, the k-th time."""
+
+    way: Way
+    theirs: Tensor
+    left: int
+    before: int = 0  # tokens of each row that came in an earlier part
+
+    def __call__(self, given: Any) -> Any:
+        self.left -= 1
+        if self.way.name == "cached":
+            self.left = -1  # each part is given once
+        if self.left != -1:
+            return None
+        return (
+            self.changed(given)
+            if isinstance(given, Tensor)
+            else (
+                self.changed(given[0]),
+                *given[1:],
+            )
+        )
+
+    def changed(self, x: Tensor) -> Tensor:
+        theirs, mask = self.theirs, self.way.inputs.mask
         if x.numel() == theirs.numel():
             return theirs.reshape(x.shape).to(x.dtype)
+        if self.way.name == "cached" and x.dim() == 3 and not len(theirs) % len(x):
+            rows = theirs.reshape(len(x), -1, x.shape[-1])[:, self.before :][:, : x.shape[1]]
+            self.before += x.shape[1]
+            return rows.reshape(x.shape).to(x.dtype)
         if mask is None or mask.numel() != x.shape[:-1].numel() or int(mask.sum()) != len(theirs):
             raise RuntimeError("another shape")
         return x.masked_scatter(mask.bool()[..., None], theirs.to(x.dtype))
-
-    def hook(_: nn.Module, args: Any, out: Any = None) -> Any:
-        nonlocal left
-        left -= 1
-        if left != -1:
-            return None
-        if scene.side == "in":
-            return (changed(args[0]), *args[1:])
-        return changed(out) if isinstance(out, Tensor) else (changed(out[0]), *out[1:])
-
-    register = (
-        module.register_forward_hook if scene.side == "out" else module.register_forward_pre_hook
-    )
-    handle = register(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
+from zoo.components.activations import ACTIVATIONS
 from zoo.otherwise import block_of, stars
 from zoo.parity.causes.scene import FITS, Idea, Scene, fits
 from zoo.parity.sums import Sum, summed
@@ -86,6 +87,9 @@ def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | Non
             return "it is centred: its mean is taken away"
         if (how := _normed(scene, outs, given, known)) is not None:
             return how
+        for act, function in ACTIVATIONS.items():
+            if act != "linear" and fits(function(plain), given):
+                return f"it goes through {act}"
         rows = scene.rows(plain)
         for by in (1, -1):
             if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), given):
@@ -198,7 +202,7 @@ def _order(scene: Scene) -> Iterator[Idea]:
     ours, theirs = _sequence(scene)
     there = {name for name, _ in scene.model.named_modules()}
     missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
-    for name in dict.fromkeys(map(block_of, missing)):
+    for name in dict.fromkeys(_whole(scene, missing, name) for name in missing):
         yield Idea(f"{name} does not run here, and does in the other model")
     if scene.flow.theirs is None:
         yield from _times_run(scene)
@@ -232,12 +236,21 @@ def _order(scene: Scene) -> Iterator[Idea]:
             )
 
 
+def _whole(scene: Scene, missing: Collection[str], name: str) -> str:
+    """A layer, if none of it runs; else the module in every layer that has it."""
+    block = block_of(name)
+    inside = [n for n in scene.matching.matches if n.startswith(f"{block}.")]
+    return block if inside and all(n in missing for n in inside) else stars(name)
+
+
 def _times_run(scene: Scene) -> Iterator[Idea]:
     record = scene.comparison.theirs()[0].records[0]
     here = sum(name == scene.name and side == "in" for name, side, _ in scene.comparison.flows)
     there = sum(len(record[name]) for name in scene.reading.match.others[:1])
     if here != there and here and there:
-        name = block_of(scene.name)
+        block = block_of(scene.name)
+        most = [k for n, _, k in scene.comparison.flows if n.startswith(f"{block}.attn.")]
+        name = block if here == 1 + max(most, default=0) else stars(scene.name)
         yield Idea(f"{name} runs {_often(here)} here and {_often(there)} in the other model")
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 
 import torch
+from torch import Tensor, nn
 
-from zoo.parity.causes.scene import FITS, Idea, Scene, fits
+from zoo.components.activations import ACTIVATIONS
+from zoo.otherwise import stars
+from zoo.parity.causes.scene import Idea, Scene, error, fits
 from zoo.parity.compare import call, real
+
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def restless(scene: Scene) -> Iterator[Idea]:
@@ -76,20 +82,49 @@ def outputs(scene: Scene) -> Iterator[Idea]:
             yield Idea(f"outputs are exchanged: number {k + 1} here is number {other + 1} there")
             return
     flow = scene.flow
-    if flow.ours is not None and flow.theirs is not None and flow.ours.shape == flow.theirs.shape:
-        ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
-        if fits(flow.ours, flow.theirs * ratio):
-            yield Idea(f"outputs are {ratio:.6g} times what they are there")
-
-
-def learning(scene: Scene) -> Iterator[Idea]:
-    """Which rows of a table learn."""
-    name, flow = scene.name, scene.flow
-    if flow.ours is None or flow.theirs is None or name not in scene.reading.match.parameters:
+    if flow.ours is None or flow.theirs is None or flow.ours.shape != flow.theirs.shape:
         return
-    apart = (flow.ours - flow.theirs).abs().amax(-1) > FITS * flow.theirs.abs().max()
-    rows = apart.nonzero().flatten().tolist()
-    if len(rows) == 1:
-        what = f"row {rows[0]} of {name} learns otherwise here: it is not known to be the padding's"
-        config = {"pad": rows[0]} if hasattr(scene.model.config, "pad") else {}
-        yield Idea(what, f"pad is {rows[0]}", config=config)
+    ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
+    if fits(flow.ours, flow.theirs * ratio):
+        yield Idea(f"outputs are {ratio:.6g} times what they are there")
+    for (name, side, _), before in reversed(scene.agreed.items()):
+        if side != "out" or before.ours is None or before.ours.numel() != flow.ours.numel():
+            continue
+        plain = before.ours.reshape(flow.ours.shape)
+        here, there = (_bent(scene, plain, x) for x in (flow.ours, flow.theirs))
+        if here and there and here != there:
+            yield Idea(f"what comes out of {name} {here} here, and {there} there")
+            return
+
+
+def _bent(scene: Scene, plain: Tensor, given: Tensor) -> str | None:
+    """What was done to the last layer's output."""
+    if fits(plain, given):
+        return "is given as it is"
+    for cap in (n for n in scene.numbers if n > 1):
+        if fits((plain / cap).tanh() * cap, given):
+            return f"is softly capped at {cap:g}"
+    found = (a for a, f in ACTIVATIONS.items() if a != "linear" and fits(f(plain), given))
+    return next((f"goes through {act}" for act in found), None)
+
+
+def rounding(scene: Scene) -> Iterator[Idea]:
+    """What is computed in less than it should be: the class's own way does so, too."""
+    off, flow = scene.reading.error, scene.flow
+    given = scene.known(scene.name, "in")
+    if scene.side == "out" and given is not None and isinstance(scene.module, nn.Module):
+        for dtype in NARROW:
+            narrow = copy.deepcopy(scene.fresh.get_submodule(scene.name)).to(dtype)
+            try:
+                with torch.no_grad():
+                    made = narrow(given.ours.to(dtype))  # type: ignore[union-attr]
+            except (RuntimeError, TypeError):
+                continue
+            if isinstance(made, Tensor) and error(flow.ours, made) < off / 3:  # type: ignore[arg-type]
+                yield Idea(f"{stars(scene.name)} is computed in {str(dtype)[6:]} here")
+                return
+    if off < 8 * torch.finfo(torch.float32).eps:
+        yield Idea(
+            f"{stars(scene.name)} differs by no more than float32 rounds: something on the way to "
+            "it is computed in float32"
+        )

@@ -1,0 +1,264 @@
+"""Parameters that are not what the other model's make of them, and what they are instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from zoo.otherwise import block_of, stars
+from zoo.parity.causes.scene import FITS, Idea, Scene, error
+
+MOVED = 4  # slices that are named
+SLICES = 256  # of an axis, as far as they are looked through
+NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+WHOLE = {"int8": 127, "int4": 7}  # the largest number of each
+GROUPS = (32, 64, 128)  # numbers that share a scale
+CLOSE = 0.2  # what whole numbers may be off by, in units of the root mean square
+
+
+def ideas(scene: Scene) -> Iterator[Idea]:
+    yield from _told(scene, scene.reading.match.parameters)
+    yield from _apart(scene)
+
+
+def unseen(scene: Scene) -> Iterator[Idea]:
+    """Of modules whose outputs were not compared: of the same block, or of none."""
+    seen = {name for name, side, _ in scene.comparison.flows if side == "out"}
+    here = block_of(scene.name)
+    names = [
+        name
+        for name in scene.matching.plan.native.shapes
+        if name.rpartition(".")[0] not in seen
+        and (block_of(name) == here or not any(part.isdecimal() for part in name.split(".")))
+    ]
+    yield from _told(scene, names)
+
+
+def _told(scene: Scene, names: Iterable[str]) -> Iterator[Idea]:
+    held = scene.held
+    wrong = dict[str, str]()  # name: how
+    for name in names:
+        expected = scene.matching.expected(name)
+        if expected is not None and name in held and not _same(held[name], expected):
+            wrong[name] = _how(scene, name, held[name], expected)
+    for name in wrong:
+        if (layer := _layer(scene, name, held)) is not None:
+            yield layer
+            return
+    for name in wrong:
+        twin = _other(scene, name, held[name])
+        if twin in held and _other(scene, twin, held[twin]) == name:
+            yield _exchange(scene, name, twin, held)
+            return
+    for name, how in wrong.items():
+        alike = [f"{n}.{name.rpartition('.')[2]}" for n in scene.alike(name.rpartition(".")[0])]
+        fix = _put_right(scene, alike)
+        lone = len(fix) == 1
+        called = name if lone else stars(name)
+        match = scene.matching.matches.get(name.rpartition(".")[0])
+        sources = ", ".join(match.parameters.get(name, ())) if match else ""
+        where = () if lone or "another order" not in how else (name,)
+        should = f"{called} is what {sources} makes of it"
+        yield Idea(f"{called} {how}", should, parameters=fix, where=where)
+        every = {n: x for n, x in _put_right(scene, held).items() if _kind(scene, n) == _bare(how)}
+        if len(every) > len(fix):
+            kinds = ", ".join(dict.fromkeys(map(stars, every)))
+            what = f"{called} {how}, and so it is with {len(every)} parameters in all: {kinds}"
+            yield Idea(what, "each is what the other model's makes of it", parameters=every)
+
+
+def _put_right(scene: Scene, names: Iterable[str]) -> dict[str, Tensor]:
+    """Of these parameters, those that are wrong, as they should be."""
+    held, fix = scene.held, dict[str, Tensor]()
+    for name in names:
+        value = scene.matching.expected(name)
+        if name in held and value is not None and not _same(held[name], value):
+            fix[name] = value.to(held[name].dtype)
+    return fix
+
+
+def _kind(scene: Scene, name: str) -> str:
+    expected = scene.matching.expected(name)
+    return "" if expected is None else _bare(_how(scene, name, scene.held[name], expected))
+
+
+def _bare(how: str) -> str:
+    """What is wrong, without numbers."""
+    return re.sub(r"[\d.+-]+", "", how.partition(":")[0])
+
+
+def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
+    """Two parameters, in every layer where it is so."""
+    kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
+    fix = _put_right(scene, [n for n in held if stars(n.rpartition(".")[0]) in kinds])
+    lone = len({block_of(each) for each in fix}) == 1
+    said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
+    what = f"{said} are in each other's place"
+    where = () if lone else (name, twin)
+    return Idea(what, f"{said} are exchanged", parameters=fix, where=where)
+
+
+def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
+    """A layer that holds what is another's, in all of its parameters."""
+    other = _other(scene, name, held[name])
+    if other is None or stars(other) != stars(name):
+        return None
+    ours, theirs = block_of(name), block_of(other)
+    inside = [n for n in held if n.startswith(f"{ours}.")]
+    for each in inside:
+        expected = scene.matching.expected(theirs + each[len(ours) :])
+        if expected is None or not _same(held[each], expected):
+            return None
+    fix = _put_right(scene, [n for n in held if stars(block_of(n)) == stars(ours)])
+    what = f"{ours} holds what {theirs} should: layers are in each other's place"
+    return Idea(what, "each layer holds its own", parameters=fix)
+
+
+def _apart(scene: Scene) -> Iterator[Idea]:
+    """A weight and its bias whose rules take other features of what lies on disk."""
+    match = scene.reading.match
+    if not match.apart:
+        return
+    name = scene.name
+    block = [n for n, m in scene.matching.matches.items() if m.apart]
+    for leaf, other in (("weight", "bias"), ("bias", "weight")):
+        fix = dict[str, Tensor]()
+        for each in block:
+            value = _read_as(scene, each, leaf, other)
+            if value is None:
+                return
+            fix[f"{each}.{leaf}"] = value
+        yield Idea(
+            f"the rule of {stars(name)}.{leaf} takes other rows than that of its {other}",
+            f"{', '.join(dict.fromkeys(f'{stars(n)}.{leaf}' for n in block))} are read as the "
+            f"{other} is",
+            parameters=fix,
+            where=(f"{name}.{leaf}",),
+            moved=True,
+        )
+
+
+def _read_as(scene: Scene, name: str, leaf: str, other: str) -> Tensor | None:
+    """A weight with the features that its bias is read with, or a bias likewise."""
+    matches, held = scene.matching.matches, scene.held
+    sources, features = matches[name].rows[leaf].sources, dict[int, Tensor]()
+    for each, match in matches.items():
+        if leaf in match.rows and match.rows[leaf].sources == sources:
+            features |= zip(match.rows[leaf].at.tolist(), held[f"{each}.{leaf}"], strict=True)
+    wanted = matches[name].rows[other].at.tolist()
+    return torch.stack([features[at] for at in wanted]) if set(wanted) <= set(features) else None
+
+
+# --- what one is instead -------------------------------------------------------------------------
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.double(), theirs.double())
+
+
+def _grain(x: Tensor) -> float:
+    """How finely it is written down."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(x.to(dtype).to(x.dtype), x):
+            return torch.finfo(dtype).eps
+    return 0.0
+
+
+def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
+    """What a parameter is instead."""
+    if ours.shape != theirs.shape:
+        return f"is {tuple(ours.shape)} and should be {tuple(theirs.shape)}"
+    near = max(FITS, 4 * max(_grain(ours), _grain(theirs)))
+
+    def alike(other: Tensor) -> bool:
+        return ours.shape == other.shape and error(ours, other) <= near
+
+    for dtype in NARROW:
+        if torch.equal(theirs.to(dtype).to(ours.dtype), ours):
+            return f"lost precision: it went through {str(dtype)[6:]}"
+    if not ours.any():
+        return "is zero: it was dropped"
+    for by in (1, -1):
+        if alike(theirs + by):
+            return f"is off by {by:+d}: what norms store is an offset from one, or is not"
+        if alike(theirs.roll(by, 0)):
+            return f"is off by {by:+d} row{'s' if abs(by) > 1 else ''}"
+    if ours.dim() == 2 and ours.shape[0] == ours.shape[1] and alike(theirs.T):
+        return "is transposed"
+    if (other := _other(scene, name, ours)) is not None:
+        return f"holds what {other} should"
+    if alike(theirs.flip(0)):
+        return "has its first axis in another order: the last row first"
+    if (kind := _whole(ours, theirs)) is not None:
+        return f"lost precision: it went through {kind}"
+    if ours.shape[0] <= SLICES and (moved := _moved(scene, ours, theirs)):
+        return f"has its first axis in another order: {moved}"
+    ratio = float((ours.double() * theirs.double()).sum() / theirs.double().square().sum())
+    if abs(ratio - 1) > 2 * near and alike(theirs * ratio):
+        return f"is {ratio:.6g} times what it should be"
+    different = ours.double() != theirs.double()
+    rows = different.flatten(1).any(1).nonzero().flatten().tolist() if ours.dim() > 1 else []
+    if 0 < len(rows) <= MOVED:
+        zero = ", zero there" if not ours[rows].any() else ""
+        return f"differs in row{'s'[: len(rows) - 1]} {', '.join(map(str, rows))} alone{zero}"
+    if different.float().mean() < 0.5:
+        return f"differs in {int(different.sum())} of {ours.numel()} numbers"
+    return f"differs: by {error(ours, theirs):.1e} at most"
+
+
+def _whole(ours: Tensor, theirs: Tensor) -> str | None:
+    """Whether it holds whole numbers and a scale, for each row or each few of its numbers."""
+    if ours.dim() < 2 or error(ours, theirs) > CLOSE:
+        return None
+    for size in (ours.shape[-1], *GROUPS, ours.numel()):
+        if ours.numel() % size:
+            continue
+        rows = ours.double().reshape(-1, size)
+        for kind, most in WHOLE.items():
+            steps = rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-300) * most
+            if (steps - steps.round()).abs().max() < 1e-3:
+                return kind
+    return None
+
+
+def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
+    """Which slices of the first axis stand where others should; empty where they are no others."""
+    order = list[int]()
+    for x in ours:
+        at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
+        if at is None:
+            return ""
+        order.append(at)
+    config, size = scene.model.config, len(order)
+    for heads in dict.fromkeys((getattr(config, "kv_heads", 0), getattr(config, "heads", 0))):
+        for a, b in (
+            ("h e two", "h two e"),
+            ("h two e", "h e two"),
+            ("h e", "e h"),
+            ("e h", "h e"),
+        ):
+            lengths = {"h": heads, **({"two": 2} if "two" in a else {})}
+            if heads and size % (heads * lengths.get("two", 1)) == 0:
+                rows = rearrange(torch.arange(size), f"({a}) -> ({b})", **lengths)
+                if rows.tolist() == order:
+                    return f"as [({b})] where it should be [({a})], with {heads} heads"
+    moved = [(n, at) for n, at in enumerate(order) if at != n]
+    for by in (1, -1):
+        run = [n for n, at in moved if n - at == by]
+        if len(run) >= max(2, len(moved) - 1):
+            return f"rows {run[0]} to {run[-1]} are off by {by:+d}"
+    more = f", and {len(moved) - MOVED} more" if len(moved) > MOVED else ""
+    return ", ".join(f"{at} in the place of {n}" for n, at in moved[:MOVED]) + more
+
+
+def _other(scene: Scene, name: str, value: Tensor) -> str | None:
+    for other in scene.matching.plan.native.shapes:
+        if other != name and scene.matching.plan.native.shapes[other] == tuple(value.shape):
+            expected = scene.matching.expected(other)
+            if expected is not None and _same(value, expected):
+                return other
+    return None
