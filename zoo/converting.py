@@ -103,7 +103,7 @@ def convert(
     `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
     offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
-    happens. Further options are those of `zoo.load` that say what is read: head, config, revision, trust …
+    happens. Further options are those of `zoo.load` that say what is read: head, config, trust …
     "onnx" and "pt2" are graphs, traced without weights; those are written as all others are. An
     `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written.
     """
