@@ -50,14 +50,14 @@ types: $(READY)
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
 
-report: $(READY) ## all that parity measures as a page in report/, and evidence.json anew
+report: $(READY) ## all that parity measures, as a page in report/ and into evidence.json
 	@$(RUN) -m zoo verify --all --html report && cp report/report.json evidence.json
 
-formats: $(READY) ## each dialect to each other and back, of every architecture: docs/formats.md
-	@$(RUN) tools/parity.py --formats --write docs/formats.md
+formats: $(READY) ## each dialect to each other and back: docs/formats.md, evidence.json
+	@$(RUN) tools/parity.py --formats --write docs/formats.md --record
 
-diagnosis: $(READY) ## planted bugs × architectures: located and diagnosed, into docs/diagnosis.md
-	@$(RUN) tools/parity.py --diagnose
+diagnosis: $(READY) ## planted bugs, located and diagnosed: docs/diagnosis.md, evidence.json
+	@$(RUN) tools/parity.py --diagnose --write docs/diagnosis.md --record
 
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py

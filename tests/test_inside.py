@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from examples import induction
 from tests.tiny import answer, build, hot
 from zoo import registry
 from zoo.components.attention import Attention
-from zoo.errors import UsageError
+from zoo.errors import InputError, UsageError
 from zoo.inside import places
 from zoo.sentences import SentenceModel
 
@@ -69,8 +70,28 @@ def test_looking_changes_nothing(model: Any) -> None:
     plain = model(**given(model))
     out, kept = model.run_with_cache(**given(model), names=["*", "*:*"])
     assert same(out, plain) and untouched(model)
-    assert not any(x.requires_grad for x in kept.values())
+    assert not any(x.requires_grad for each in kept.values() for x in flat(each))
     assert {f"{layers(model)}.0", f"{layers(model)}.0.attn:pattern", "embed"} <= kept.keys()
+
+
+def test_patterns_hide_nothing(model: Any) -> None:
+    """What is made once for all layers, such as T5's distances, is made in the model's own run."""
+    _, alone = model.run_with_cache(**given(model))
+    _, beside = model.run_with_cache(**given(model), names=["*", "*:pattern"])
+    assert [*alone] == [name for name in beside if ":" not in name]
+    assert all(same(alone[name], beside[name]) for name in alone)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "deberta", "t5"])
+def test_looking_draws_no_random_numbers(name: str) -> None:
+    """Where a model drops out, it drops the same whether anybody looks or not."""
+    model = hot(build(name)).train()
+    outs = []
+    for names in ("*", "*:pattern"):
+        torch.manual_seed(0)
+        out, _ = model.run_with_cache(**given(model), names=names)
+        outs.append((out, torch.rand(3)))
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
 
 
 def test_patterns_are_what_attention_did(model: Any) -> None:
@@ -138,6 +159,34 @@ def test_patterns_are_those_of_the_formula() -> None:
     back = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     expected = scores.masked_fill(~back, -torch.inf).softmax(-1)
     torch.testing.assert_close(kept["blocks.1.attn:pattern"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta-v2", "t5"])
+def test_distances_are_seen_and_patched(name: str) -> None:
+    """Once a run, however many layers; of DeBERTa the vectors, and which of them stand where."""
+    model = hot(build(name)).double()
+    inputs, place = given(model), "encoder.distances" if name == "t5" else "distances"
+    if name != "t5":  # distances alone look at distances
+        model.config = replace(model.config, placed=False)
+
+    def none(terms: Any) -> Any:
+        if isinstance(terms, Tensor):
+            return torch.zeros_like(terms)
+        return torch.zeros_like(terms[0]), terms[1]
+
+    with torch.no_grad():
+        plain = model(**inputs)
+        _, kept = model.run_with_cache(**inputs, names=[f"{place}*", "*:pattern"])
+        with model.patch({place: kept[place]}):
+            again = model(**inputs)
+        with model.patch({place: none}):
+            without = model(**inputs)
+            turned = {n: x.flip(1) for n, x in inputs.items()}
+            elsewhere = model(**turned)
+    assert same(again, plain) and not torch.allclose(without, plain)
+    assert [n for n in kept if n.startswith(place) and ":" not in n][-1] == place
+    if name != "t5":  # without them a text is a bag of tokens
+        torch.testing.assert_close(elsewhere.flip(1), without)
 
 
 def test_a_window_is_in_the_pattern() -> None:
@@ -226,6 +275,8 @@ def test_nothing_is_copied_or_attached() -> None:
         ("blocks.0.mlp:pattern", r"matches nothing"),
         (["zzz", "embed", "qqq"], r"'zzz' matches nothing\. There is embed.*; 'qqq' matches"),
         ([3], r"expected names, found 3"),
+        (3, r"expected names, found 3"),
+        (None, r"expected names, found None"),
         ("blocks", r"matches nothing"),
     ],
 )
@@ -237,6 +288,13 @@ def test_a_name_that_is_none(names: Any, told: str) -> None:
         with pytest.raises(UsageError, match=told), model.patch({names: torch.zeros_like}):
             pass
     assert untouched(model)
+
+
+def test_texts_are_told_how_to_become_ids() -> None:
+    model = build("gpt2")
+    for told in (model.run_with_cache, model.logit_lens, model):
+        with pytest.raises(InputError, match=r"found str\. Of texts, m\.tokenizer\.batch"):
+            told("a text")
 
 
 def test_what_was_not_kept_is_said_by_name() -> None:
@@ -252,11 +310,12 @@ def test_what_was_not_kept_is_said_by_name() -> None:
 def test_what_never_runs_is_said_by_name() -> None:
     model = build("deberta-v2")
     inputs = given(model)
-    with pytest.raises(UsageError, match="distances: known, and nothing flowed by"):
-        model.run_with_cache(**inputs, names=["embed", "distances"])
+    table = "distances.embed"  # which is not looked up in, but read as a whole
+    with pytest.raises(UsageError, match=f"{table}: known, and nothing flowed by"):
+        model.run_with_cache(**inputs, names=["embed", table])
     with (
-        pytest.raises(UsageError, match="distances: nothing flowed by there, so nothing was"),
-        model.patch({"distances": torch.zeros_like}),
+        pytest.raises(UsageError, match=f"{table}: nothing flowed by there, so nothing was"),
+        model.patch({table: torch.zeros_like}),
     ):
         model(**inputs)
 
@@ -322,6 +381,38 @@ def test_a_pattern_knocked_out() -> None:
         plain = model(**inputs)
     torch.testing.assert_close(one[:, 1:], other[:, 1:], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(plain[:, 1:], one[:, 1:])
+
+
+@pytest.mark.parametrize("what", [":in", ":q", ":v", ":pattern", ":heads", ""])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_function_may_write_to_what_it_is_given(what: str, mode: Any) -> None:
+    """It counts as if it had made another, and what others read stays as it is."""
+    model = hot(build("llama"))
+    inputs, name = given(model), f"blocks.1.attn{what}"
+
+    def written(x: Tensor) -> Tensor:
+        x[..., 0] = 0
+        return x
+
+    with mode():
+        plain = model(**inputs)
+        with model.patch({name: written}):
+            one = model(**inputs)
+        with model.patch({name: lambda x: written(x.clone())}):
+            other, kept = model.run_with_cache(**inputs, names=["blocks.1.norm1", name])
+    assert torch.equal(one, other) and not torch.allclose(one, plain)
+    assert kept["blocks.1.norm1"][..., 0].any() and not kept[name][..., 0].any()
+
+
+def test_a_function_that_writes_leaves_the_cache() -> None:
+    """Values lie in the key-value cache: a patch says what flows on, not what was."""
+    model, past = hot(build("llama")), zoo.Cache(TOKENS)
+    ids = given(model, padded=False)["input_ids"]
+    with torch.no_grad():
+        with model.patch({"*:v": lambda x: x.zero_()}):
+            model(ids[:, :-1], cache=past)
+        _, kept = model.run_with_cache(ids[:, -1:], names="blocks.0.attn:v", cache=past)
+        assert kept["blocks.0.attn:v"][:, :, :-1].abs().amin(dim=-1).gt(0).any()
 
 
 def test_patches_nest_and_leave_also_by_an_exception() -> None:
@@ -452,7 +543,7 @@ COMPILED_WITHIN = """
 import sys, torch
 from converters.spec import load_spec
 from tests.tiny import build, hot
-from zoo.errors import UsageError
+from zoo.errors import InputError, UsageError
 model, ids = hot(build("gpt2")), torch.arange(9)[None]
 with torch.no_grad():
     plain = model(ids)

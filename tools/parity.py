@@ -1,6 +1,6 @@
 """Parity from a checkout: `NAME|DIR` or `--all`; `--mutants`, the gate; `--formats`, the trips.
 
-`--diagnose [NAME …]` traces the planted bugs; of all architectures, it is written down.
+`--diagnose` traces the planted bugs. With `--record` the last two go into evidence.json.
 """
 
 import sys
@@ -22,9 +22,7 @@ if __name__ == "__main__":
     if "--diagnose" in sys.argv[1:]:
         from zoo.parity.tracing import main as trace
 
-        names = [word for word in sys.argv[1:] if word != "--diagnose"]
-        page = Path(__file__).parents[1] / "docs" / "diagnosis.md"
-        sys.exit(trace(None if names else page, names))
+        sys.exit(trace([word for word in sys.argv[1:] if word != "--diagnose"]))
     from zoo.cli import main as zoo
 
     sys.exit(zoo(["verify", *sys.argv[1:]]))

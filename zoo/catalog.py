@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import registry, sources
+from zoo import record, registry, sources
 from zoo.errors import ConfigError, NotACheckpoint, listing
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry]:
     """Every checkpoint that has a name; `verified`: of what the last full run has proven."""
-    proven = registry.evidence() if verified else {}
     entries = registry.checkpoints().values()
-    return [e for e in entries if not verified or proven.get(e.architecture, {}).get("ok")]
+    proven = record.proven() if verified else {}
+    return [e for e in entries if not verified or e.architecture in proven]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from zoo import catalog, registry
+from zoo import catalog, record
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
@@ -107,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     does = "published outputs, of a file or a name, beside the reference or in its place"
     command.add_argument("--golden", metavar="NAME|FILE", help=does)
     command.add_argument(
-        "--html", metavar="DIR", type=Path, help="a page of it, with planted bugs, and report.json"
+        "--html",
+        metavar="DIR",
+        type=Path,
+        help="a page of it, with what is recorded of bugs and round trips, and report.json",
     )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_verify)
@@ -277,13 +280,13 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 def _list(options: argparse.Namespace) -> int:
     entries = catalog.list_checkpoints(verified=options.verified)
-    proven = registry.evidence() if options.verified else {}
+    known = record.read() if options.verified else {}
+    proof = {e.architecture: _proof(e.architecture, known) for e in entries if options.verified}
     if options.json:
-        told = [{**e.to_json(), **_proof(proven.get(e.architecture))} for e in entries]
-        print(_json(told))
+        print(_json([{**e.to_json(), **proof.get(e.architecture, {})} for e in entries]))
         return OK
-    proof = PROOF if options.verified else ()
-    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION", *proof)
+    columns = PROOF if options.verified else ()
+    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION", *columns)
     rows = [
         (
             entry.name,
@@ -292,7 +295,7 @@ def _list(options: argparse.Namespace) -> int:
             entry.licence,
             entry.repo,
             _revision(entry.revision, entry.pinned),
-            *_proof(proven.get(entry.architecture)).values(),
+            *proof.get(entry.architecture, {}).values(),
         )
         for entry in entries
     ]
@@ -303,15 +306,16 @@ def _list(options: argparse.Namespace) -> int:
 PROOF = ("VERIFIED", "FP64", "FP32", "BF16", "MUTANTS")
 
 
-def _proof(measured: Mapping[str, Any] | None) -> dict[str, str]:
-    """When an architecture was proven, and the worst of what was measured."""
-    if measured is None:
-        return {}
-    status = list(measured["mutants"].values())
-    killed = f"{status.count('killed')}/{len(status) - status.count('n.a.')}"
-    shown = [measured["checks"][name]["shown"] for name in ("fp64", "fp32", "bf16")]
-    names = (name.lower() for name in PROOF)
-    return dict(zip(names, (measured["date"], *shown, killed), strict=True))
+def _proof(name: str, known: Mapping[str, record.Section]) -> dict[str, str]:
+    """When an architecture was proven, the worst that was measured, and bugs that were killed."""
+    measured, bugs = known["parity"][name], known["bugs"].get(name)
+    shown = [
+        measured["checks"].get(check, {}).get("shown", "-") for check in ("fp64", "fp32", "bf16")
+    ]
+    planted = [bug for bug in (bugs["bugs"].values() if bugs else ()) if "refused" not in bug]
+    killed = f"{sum(bool(bug.get('killed')) for bug in planted)}/{len(planted)}"
+    told = (record.when(measured, name), *shown, killed if bugs else "not run")
+    return dict(zip((column.lower() for column in PROOF), told, strict=True))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -374,16 +378,19 @@ def _ends(names: Sequence[str]) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    known: Mapping[str, record.Section] = {}
+    if options.html is not None:  # what is wrong with either is said before the work
+        known = record.read()
+        options.html.mkdir(parents=True, exist_ok=True)
     report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
     if options.html is not None:
         from zoo.parity.evidence import gather
         from zoo.parity.page import page
 
-        run = gather(report, tell=lambda name: passing(f"{name}: planted bugs", sys.stderr))
+        run = gather(report, known, lambda name: passing(f"{name}: drawn", sys.stderr))
         passing("", sys.stderr)
-        options.html.mkdir(parents=True, exist_ok=True)
         (options.html / "index.html").write_text(page(run), encoding="utf-8")
-        (options.html / "report.json").write_text(_json(run.to_json()) + "\n", encoding="utf-8")
+        record.write(run.to_record(), options.html / "report.json")
     if options.json:
         print(_json(report.to_json()))
     else:

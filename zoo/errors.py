@@ -160,6 +160,10 @@ class LossyExport(ZooError):
     """The target cannot hold what the source holds, and nobody said that is fine."""
 
 
+class RecordError(ZooError):
+    """evidence.json is missing, damaged, or written by another version."""
+
+
 class ParityError(ZooError):
     """Native and reference compute different functions."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from zoo.components.attention import Attend, Attention
 from zoo.components.masks import Mask
@@ -101,8 +102,8 @@ def run_with_cache(
 def patch(model: Model, changes: Mapping[str, Any]) -> Iterator[None]:
     """Within it, other values flow on from these places: a tensor, or what a function makes of it.
 
-    In this thread alone. Names are those of `run_with_cache`, and of several patches at one place
-    the later one is given what the earlier one gave.
+    A function is given a copy, and may write to it. In this thread alone. Names are those of
+    `run_with_cache`; of several patches at one place the later is given what the earlier gave.
     """
     if not isinstance(changes, Mapping):
         raise UsageError(
@@ -116,10 +117,11 @@ def patch(model: Model, changes: Mapping[str, Any]) -> Iterator[None]:
 
         def tap(x: Any) -> Any:
             reached.add(name)
-            new = value(x) if callable(value) else value
-            if new is not x and _kind(new) != _kind(x):
+            # what is there may be a cache's, a parameter, or the stream that others read too
+            new = value(_copy(x)) if callable(value) else value
+            if _kind(new) != _kind(x):
                 raise UsageError(f"patch: {place} is {_kind(x)}, and {_kind(new)} cannot stand in")
-            return new if new is x or isinstance(x, Tensor) else _like(x, new)
+            return _like(x, new) if isinstance(x, tuple) else new
 
         return tap
 
@@ -156,6 +158,8 @@ def find(model: nn.Module, names: Iterable[str], what: str) -> dict[str, list[Pl
     """
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if not isinstance(names, Iterable):
+        raise UsageError(f"{what}: expected names, found {names!r}")
     names, known = list(names), places(model)
     if odd := [name for name in names if not isinstance(name, str)]:
         raise UsageError(f"{what}: expected names, found {listing(map(repr, odd))}")
@@ -251,14 +255,17 @@ class Watched:
             return x
 
         q, k, v = through("q", q), through("k", k), through("v", v)
-        if not any(what == "pattern" for what, _ in mine):
-            return through("heads", self.plain(q, k, v, mask, scale, dropout))
-        seen = self.pattern(q, k, v, mask, scale)
-        pattern = through("pattern", seen)
-        if pattern is seen:  # and so the same: its kernel mixes the values faster
-            return through("heads", self.plain(q, k, v, mask, scale, dropout))
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return through("heads", F.dropout(pattern, dropout) @ v)
+        draws = _Draws(q)
+        # first: what it makes once for all layers is part of the run, and is seen there
+        heads = self.plain(q, k, v, mask, scale, dropout)
+        if any(what == "pattern" for what, _ in mine):
+            with draws.again():
+                seen = self.pattern(q, k, v, mask, scale)
+            pattern = through("pattern", seen)
+            if pattern is not seen:
+                v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+                heads = F.dropout(pattern, dropout) @ v
+        return through("heads", heads)
 
     def pattern(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         """(b, h, s, t): what each key counts, read off by giving keys unit vectors for values.
@@ -276,6 +283,22 @@ class Watched:
         finally:
             _ASIDE.busy = False
         return torch.cat(parts, dim=-1)[..., :t]
+
+
+class _Draws:
+    """The random numbers that come next where `x` lies."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.main = torch.get_rng_state()
+        self.devices, self.states = get_device_states(x)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within it they come a second time; afterwards it goes on as without it."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.main)
+            set_device_states(self.devices, self.states)
+            yield
 
 
 @contextmanager
@@ -331,6 +354,12 @@ def _kind(x: Any) -> str:
     if isinstance(x, tuple):
         return f"({', '.join(map(_kind, x))})"
     return type(x).__name__
+
+
+def _copy(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return _like(x, map(_copy, x))
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _like(x: Any, values: Iterable[Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -321,17 +320,10 @@ def _raise(problems: Any) -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _path(name: str = "registry.yaml") -> Path:
+def beside(name: str) -> Path:
     """Beside this file in an installed package, at the root in a checkout."""
-    beside = Path(__file__).with_name(name)
-    return beside if beside.is_file() else beside.parents[1] / beside.name
-
-
-@cache
-def evidence() -> Mapping[str, Mapping[str, Any]]:
-    """Architecture -> what the last full run of the parity protocol measured, and when."""
-    run = json.loads(_path("evidence.json").read_text(encoding="utf-8"))
-    return {each["name"]: {**each, "date": run["date"]} for each in run["architectures"]}
+    here = Path(__file__).with_name(name)
+    return here if here.is_file() else here.parents[1] / here.name
 
 
 def _section(name: str) -> Any:
@@ -340,7 +332,7 @@ def _section(name: str) -> Any:
 
 @cache
 def _text() -> str:
-    return _path().read_text(encoding="utf-8")
+    return beside("registry.yaml").read_text(encoding="utf-8")
 
 
 def parse_section(text: str, name: str) -> Any:

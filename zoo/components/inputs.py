@@ -13,7 +13,11 @@ def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None =
     if torch.compiler.is_compiling():
         return
     if not isinstance(ids, Tensor):
-        raise InputError(f"{what} ids: expected a tensor, found {type(ids).__name__}")
+        text = isinstance(ids, str) or (
+            isinstance(ids, list) and any(isinstance(x, str) for x in ids)
+        )
+        told = ". Of texts, m.tokenizer.batch([…]) makes ids and a mask" if text else ""
+        raise InputError(f"{what} ids: expected a tensor, found {type(ids).__name__}{told}")
     if ids.is_meta:
         return
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):

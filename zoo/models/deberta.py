@@ -101,12 +101,14 @@ class Distances(nn.Module):
         self.embed = Embedding(2 * self.span, c.dim)
         self.norm = nn.LayerNorm(c.dim, c.eps) if c.table_norm == "layer_norm" else None
 
-    def forward(self, mask: Mask) -> tuple[Tensor, Tensor]:
-        """(p, d), the vectors, and (b, 1, s, t), which of them stands between query and key."""
-        return mask.keep(self, lambda: (self.vectors(), self.rows(mask.positions)))
+    def once(self, mask: Mask) -> tuple[Tensor, Tensor]:
+        """The same for all layers."""
+        return mask.keep(self, lambda: self(mask.positions))
 
-    def vectors(self) -> Tensor:
-        return self.embed.weight if self.norm is None else self.norm(self.embed.weight)
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(p, d), the vectors, and (b, 1, s, t), which of them stands between query and key."""
+        vectors = self.embed.weight
+        return vectors if self.norm is None else self.norm(vectors), self.rows(positions)
 
     def rows(self, positions: Tensor) -> Tensor:
         behind = positions[:, None, :, None] - positions[:, None, None, :]
@@ -196,7 +198,7 @@ class Model(encoder.Encoder):
         self.types = Embedding(c.types, c.dim) if c.types else None
         self.norm, self.dropout = nn.LayerNorm(c.dim, c.eps), nn.Dropout(c.dropout)
         self.distances = Distances(c) if c.relative else None
-        look = self.distances.forward if self.distances else None
+        look = self.distances.once if self.distances else None
         self.blocks = nn.ModuleList(Block(c, look) for _ in range(c.layers))
         self.conv = Conv(c) if c.conv else None
         if c.head in PREDICTIONS:

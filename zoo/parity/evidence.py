@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from converters.spec import load_spec
-from zoo import registry
+from zoo import record, registry
 from zoo.parity.diff import diff
 from zoo.parity.drawing import Node, layers_joined, wiring
 from zoo.parity.fixtures import hot_checkpoint
-from zoo.parity.mutants import MUTANTS, Bench, hunt
 from zoo.parity.report import Report, Row
-from zoo.parity.trips import targets, travel
 from zoo.pretrained import load
 from zoo.registry import Architecture
 
 DTYPES = ("float64", "float32", "bfloat16")
+HOT = ", hot"  # of a checkpoint: its config, every parameter redrawn
 _LAYER = re.compile(r"^(.*blocks\.\d+)\.")
 
 
@@ -36,120 +30,137 @@ class Measured:
     """The worst of one check over all variants."""
 
     shown: str
-    value: float | None
+    value: float | None  # None: no number came of it
     limit: float
     variant: str
     count: int
-    failed: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)  # variant -> what was wrong
 
 
 @dataclass
 class Evidence:
-    """One architecture."""
+    """One architecture, or one checkpoint."""
 
     name: str
+    stamp: Mapping[str, Any]
     variants: int
     checks: dict[str, Measured]
-    # dtype -> part of the model -> (error, limit), each the worst in that part
-    heat: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    # dtype -> part of the model -> (error, limit), each the worst in that part; None: not finite
+    heat: dict[str, dict[str, tuple[float | None, float]]] = field(default_factory=dict)
     drawings: dict[str, list[Node]] = field(default_factory=dict)  # of what, in the order it ran
-    rules: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # of each dialect
-    trips: dict[str, dict[str, str]] = field(default_factory=dict)  # from, to, what came of it
-    wrong: tuple[str, ...] = ()  # of these trips
-    mutants: dict[str, str] = field(default_factory=dict)  # bug -> killed, n.a., SURVIVED
     parameters: int = 0
     largest: str = ""
-    seconds: float = 0.0
-    slowest: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by variant
+    unseen: str = ""  # why there is no drawing or heat
+    bugs: Mapping[str, Any] | None = None  # as the record has them; None: not run
+    trips: Mapping[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
-        survived = "SURVIVED" in self.mutants.values()
-        failed = any(check.failed for check in self.checks.values())
-        return not (survived or failed or self.wrong)
+        """What was measured now; the record of other runs has verdicts of its own."""
+        return not self.unseen and not any(check.failed for check in self.checks.values())
+
+    @property
+    def loaded(self) -> int:
+        """Variants that load, here and in the reference."""
+        broken = (self.checks[name].failed for name in ("reference", "load") if name in self.checks)
+        return self.variants - sum(map(len, broken))
+
+    def to_record(self) -> dict[str, Any]:
+        told = asdict(self)
+        for name in ("name", "stamp", "bugs", "trips", "unseen"):
+            del told[name]
+        del told["drawings"]  # these follow from the code, and are no measurements
+        return _short({**self.stamp, "ok": self.ok, **told})
 
 
 @dataclass
 class Run:
-    date: str
-    versions: dict[str, str]
     architectures: list[Evidence]
 
     @property
     def ok(self) -> bool:
-        return all(each.ok for each in self.architectures)
+        return bool(self.architectures) and all(each.ok for each in self.architectures)
 
-    def to_json(self) -> dict[str, Any]:
-        drawn = ("drawings", "rules")  # these follow from the code, and are no measurements
-        told = [
-            {"ok": each.ok, **{n: v for n, v in asdict(each).items() if n not in drawn}}
-            for each in self.architectures
-        ]
-        return {"date": self.date, "versions": self.versions, "architectures": told}
+    def to_record(self) -> dict[str, Any]:
+        """As evidence.json has it."""
+        return {
+            "parity": {each.name: each.to_record() for each in self.architectures},
+            "bugs": {each.name: each.bugs for each in self.architectures if each.bugs},
+            "trips": {each.name: each.trips for each in self.architectures if each.trips},
+        }
 
 
-def gather(report: Report, *, mutants: bool = True, tell: Callable[[str], object] = str) -> Run:
-    """All that a page shows; `report` is verify's of these architectures."""
-    entries = registry.architectures()
-    names = list(dict.fromkeys(row.subject.partition("/")[0] for row in report.rows))
+def _short(x: Any) -> Any:
+    """Numbers with no more digits than anybody reads."""
+    if isinstance(x, dict):
+        return {name: _short(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [*map(_short, x)]
+    return float(f"{x:.3g}") if isinstance(x, float) else x
+
+
+def gather(
+    report: Report,
+    known: Mapping[str, record.Section],
+    tell: Callable[[str], object] = str,
+) -> Run:
+    """All that a page shows; `report` is verify's of these architectures, `known` the record."""
+    entries, by_name = registry.architectures(), dict[str, list[Row]]()
+    for row in report.rows:
+        by_name.setdefault(_named(row.subject)[0], []).append(row)
     found = []
-    for name in names:
+    for name, rows in by_name.items():
         tell(name)
-        rows = [row for row in report.rows if row.subject.partition("/")[0] == name]
-        found.append(_evidence(entries[name], rows, report.seconds, mutants))
-    used = {n: version(n) for n in ("torch", "transformers", "safetensors", "numpy")}
-    used |= {"python": platform.python_version()}
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return Run(date, used, found)
+        seconds = {_named(s)[1]: t for s, t in report.seconds.items() if _named(s)[0] == name}
+        found.append(_evidence(name, entries.get(name), rows, seconds))
+        found[-1].bugs = known.get("bugs", {}).get(name)
+        found[-1].trips = known.get("trips", {}).get(name)
+    return Run(found)
+
+
+def _named(subject: str) -> tuple[str, str]:
+    """Whose it is, and which variant of it; a checkpoint that is called gpt2 is one of gpt2's."""
+    name, slash, variant = subject.partition("/")
+    if slash:
+        return name, variant
+    return subject.removesuffix(HOT), "redrawn" if subject.endswith(HOT) else "as it is"
 
 
 def _evidence(
-    entry: Architecture, rows: list[Row], seconds: Mapping[str, float], mutants: bool
+    name: str, entry: Architecture | None, rows: list[Row], seconds: Mapping[str, float]
 ) -> Evidence:
-    variants = list(dict.fromkeys(row.subject.partition("/")[2] for row in rows))
+    variants = list(dict.fromkeys(_named(row.subject)[1] for row in rows))
     checks = dict.fromkeys(row.check for row in rows)
-    took = {v: seconds[f"{entry.name}/{v}"] for v in variants if f"{entry.name}/{v}" in seconds}
     found = Evidence(
-        entry.name,
+        name,
+        record.stamp(entry),
         len(variants),
         {check: _worst(row for row in rows if row.check == check) for check in checks},
-        seconds=sum(took.values()),
-        slowest=max(took, key=lambda v: took[v], default=""),
+        seconds=seconds,
     )
-    spec = load_spec(entry.spec)
-    for name, dialect in spec.dialects.items():
-        rules = [*dialect.weights, *dialect.heads]
-        found.rules[name] = [(str(r.source), ", ".join(map(str, r.targets))) for r in rules]
-    _travel(found, entry)
+    tiny = [variant for variant in variants if entry is not None and variant in entry.variants]
+    if entry is None or not tiny:
+        return found
     with TemporaryDirectory(prefix="zoo-evidence-") as scratch:
         directory = Path(scratch, "first")
-        hot_checkpoint(entry, variants[0], directory)
-        for dtype in DTYPES:
-            found.heat[dtype] = _by_layer(diff(directory, dtype=dtype).readings)
-        _look_at(found, directory)
-        if mutants:
-            bench = Bench(entry, Path(scratch))
-            found.mutants = {bug.name: hunt(bench, bug).status for bug in MUTANTS.values()}
+        try:
+            hot_checkpoint(entry, tiny[0], directory)
+            _look_at(found, directory)
+            for dtype in DTYPES:
+                found.heat[dtype] = _by_layer(diff(directory, dtype=dtype).readings)
+        except Exception as error:  # what does not run is what the page is read for
+            found.unseen = f"{tiny[0]}: {type(error).__name__}: {error}"
     return found
-
-
-def _travel(found: Evidence, entry: Architecture) -> None:
-    """Each dialect that is written to each other, and back."""
-    for there, to in product(targets(entry), repeat=2):
-        with TemporaryDirectory(prefix="zoo-evidence-") as scratch:
-            trip = travel(entry, there, to, Path(scratch), {})
-        found.trips.setdefault(trip.source, {})[trip.to] = trip.shown
-        if not trip.ok:
-            found.wrong += (f"{trip.source} to {trip.to}",)
 
 
 def _worst(rows: Iterable[Row]) -> Measured:
     """Next to its limit; where the limit is none at all, the last."""
     rows = list(rows)
     row = max(rows, key=_share)
-    failed = tuple(r.subject.partition("/")[2] for r in rows if not r.ok)
+    failed = {_named(r.subject)[1]: r.detail or r.shown for r in rows if not r.ok}
     value = row.value if math.isfinite(row.value) else None
-    return Measured(row.shown, value, row.limit, row.subject.partition("/")[2], len(rows), failed)
+    return Measured(row.shown, value, row.limit, _named(row.subject)[1], len(rows), failed)
 
 
 def _share(row: Row) -> float:
@@ -158,14 +169,16 @@ def _share(row: Row) -> float:
     return row.value / row.limit if row.limit else 0.0
 
 
-def _by_layer(readings: Iterable[Any]) -> dict[str, tuple[float, float]]:
-    worst: dict[str, tuple[float, float]] = {}
+def _by_layer(readings: Iterable[Any]) -> dict[str, tuple[float | None, float]]:
+    worst: dict[str, tuple[float | None, float]] = {}
     for reading in readings:
         name = reading.match.native
         layer = _LAYER.match(name)
         part = layer[1] if layer else name.partition(".")[0] or "output"
         error, limit = worst.get(part, (0.0, 1.0))
-        if reading.limit and reading.error / reading.limit >= error / limit:
+        if not math.isfinite(reading.error):
+            worst[part] = (None, reading.limit)
+        elif error is not None and reading.limit and reading.error / reading.limit >= error / limit:
             worst[part] = (reading.error, reading.limit)
     return worst
 

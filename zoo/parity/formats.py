@@ -12,11 +12,12 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import zoo
-from zoo import registry
+from zoo import record, registry
 from zoo.errors import did_you_mean
 from zoo.parity.trips import OWN, Trip, run, sources
 from zoo.terminal import GREEN, RED, has_colour, paint, passing
@@ -96,6 +97,24 @@ def summary(trips: Iterable[Trip]) -> str:
     )
 
 
+def evidence(trips: Iterable[Trip]) -> dict[str, dict[str, Any]]:
+    """Architecture -> what came of each trip, for the record."""
+    trips, known = list(trips), registry.architectures()
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(trip.architecture for trip in trips):
+        mine = [trip for trip in trips if trip.architecture == name]
+        cells: dict[str, dict[str, str]] = {}
+        for trip in mine:
+            cells.setdefault(trip.source, {})[trip.to] = trip.shown
+        found[name] = {
+            **record.stamp(known[name]),
+            "counts": Counter("wrong" if not trip.ok else trip.result for trip in mine),
+            "trips": cells,
+            "wrong": {f"{trip.source} to {trip.to}": trip.told for trip in mine if not trip.ok},
+        }
+    return found
+
+
 def made_with() -> str:
     names = ("torch", "transformers")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
@@ -108,11 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", metavar="ARCHITECTURE", nargs="*", help="[all]")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
+    parser.add_argument("--record", action="store_true", help="into evidence.json")
     parser.add_argument("--files", metavar="DIR", type=Path, help="files of what is only read")
     options = parser.parse_args(arguments)
     known = registry.architectures()
     if odd := [name for name in options.names if name not in known]:
         parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    if options.record:
+        record.read()  # what is wrong with it is said before the work
     entries = [known[name] for name in options.names or known]
     torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
     found = sources(options.files) if options.files else {}
@@ -131,4 +153,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         text = f"# Formats: round trips\n\nMeasured by `make formats`: {told}.\n\n{markdown(trips)}"
         options.write.write_text(text, encoding="utf-8")
+    if options.record:
+        record.update("trips", evidence(trips))
     return 0 if ok else 1

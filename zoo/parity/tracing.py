@@ -5,25 +5,27 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from zoo import registry
+from zoo import record, registry
 from zoo.components.model import Model
-from zoo.errors import ZooError
+from zoo.errors import ZooError, did_you_mean
 from zoo.parity import sides
 from zoo.parity.diagnosis import diagnosed
 from zoo.parity.diff import inputs_of, pad_of
 from zoo.parity.divergence import Comparison, Difference, Way
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.matching import Matching
-from zoo.parity.mutants import MUTANTS, Mutant, NotApplicable, planted
+from zoo.parity.mutants import MUTANTS, Mutant, NotApplicable, Verdict, planted
 from zoo.parity.mutants import run as gate
 from zoo.parity.reference import Reference
 from zoo.pretrained import load_directory
@@ -170,15 +172,49 @@ def page(traces: Iterable[Trace], killed: Killed) -> str:
     )
 
 
-def main(destination: Path | None = None, names: Iterable[str] = ()) -> int:
+def evidence(traces: Iterable[Trace], verdicts: Iterable[Verdict]) -> dict[str, dict[str, Any]]:
+    """Architecture -> what became of each bug that can be planted there, for the record."""
+    traced = {(t.architecture, t.mutant): t for t in traces}
+    found: dict[str, dict[str, Any]] = {}
+    for verdict in verdicts:
+        trace = traced.get((verdict.architecture, verdict.mutant))
+        entry = found.setdefault(verdict.architecture, {})
+        if trace is not None:
+            killed = verdict.by if verdict.status == "killed" else ""
+            short = {} if trace.ok else {"place": trace.place, "said": (*trace.said, "nothing")[0]}
+            entry[verdict.mutant] = {
+                "killed": killed,
+                "located": trace.located,
+                "diagnosed": trace.diagnosed,
+                **short,
+            }
+        elif verdict.status == "killed":
+            entry[verdict.mutant] = {"refused": verdict.by}  # when it is loaded: it never runs
     known = registry.architectures()
-    chosen = [known[name] for name in names] or None
+    return {name: {**record.stamp(known[name]), "bugs": bugs} for name, bugs in found.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`parity.py --diagnose`: measure, print, and keep."""
+    parser = ArgumentParser(prog="parity.py --diagnose", description=__doc__)
+    parser.add_argument("names", metavar="ARCHITECTURE", nargs="*", help="[all]")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
+    parser.add_argument("--record", action="store_true", help="into evidence.json")
+    options = parser.parse_args(arguments)
+    known = registry.architectures()
+    if odd := [name for name in options.names if name not in known]:
+        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    if options.record:
+        record.read()  # what is wrong with it is said before hours of work
+    chosen = [known[name] for name in options.names] or None
     verdicts = gate(chosen, lambda v: passing(f"{v.architecture}: {v.mutant}", sys.stderr))
     killed = {(v.architecture, v.mutant) for v in verdicts if v.status == "killed"}
     traces = list(run(chosen, seen=lambda *names: passing(": ".join(names), sys.stderr)))
     passing("", sys.stderr)
     print(table(traces, killed))
-    if destination is not None:
-        destination.write_text(page(traces, killed), encoding="utf-8")
+    if options.write:
+        options.write.write_text(page(traces, killed), encoding="utf-8")
+    if options.record:
+        record.update("bugs", evidence(traces, verdicts))
     located = all(trace.located for trace in traces)
     return 0 if located and sum(t.diagnosed for t in traces) >= 0.9 * len(traces) else 1

@@ -442,8 +442,8 @@ def _disentangled(attn: nn.Module) -> Iterator[Turn]:
     other._modules = dict(distances._modules)
     other.norm = None
     if distances.norm is not None:
-        yield turn("vectors of distances are not normed", distances=other.forward)
+        yield turn("vectors of distances are not normed", distances=other.once)
     back = copy.copy(distances)
     back._modules = dict(distances._modules)
     back.rows = lambda positions: distances.rows(-positions)
-    yield turn("distances are counted the other way", distances=back.forward)
+    yield turn("distances are counted the other way", distances=back.once)
