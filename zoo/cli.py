@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run and not options.adapter
+        going_on = options.run is _convert and not options.dry_run
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -417,9 +417,8 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         from zoo.converting import dry_run
 
-        if options.adapter:
-            raise UsageError("--dry-run: an adapter is merged in memory, and no plan shows it")
         asked |= {"dtype": options.dtype, "max_shard_size": options.shard, "part": options.part}
+        asked["adapter"] = options.adapter
         print(dry_run(options.ref, to=options.to, **asked))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite, sqrt
 from pathlib import Path
@@ -58,6 +58,7 @@ class Settings:
     rslora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)  # pattern -> rank
     alphas: Mapping[str, float] = field(default_factory=dict)
+    task: str = ""  # what it was trained to do
 
     def rank_of(self, module: str) -> int:
         return int(_first(self.ranks, module, self.rank))
@@ -95,6 +96,7 @@ class Files:
     # what stands under further names: saved again as it was
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # tensor -> name in the file
     others: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    paths: tuple[Path, ...] = ()
 
 
 def read(directory: Path) -> Files:
@@ -116,7 +118,7 @@ def read(directory: Path) -> Files:
     files, problems = _sorted(tensors, settings, str(place), text)
     if problems := [*odd, *problems]:
         raise PlanError("\n  ".join([f"{place}:", *problems]))
-    return files
+    return replace(files, paths=(path, place))
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> Settings:
@@ -129,6 +131,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
         config.get("use_rslora") or False,
         config.get("rank_pattern") or {},
         config.get("alpha_pattern") or {},
+        config.get("task_type") or "",
     )
 
 
