@@ -67,8 +67,8 @@ def based(
             brought[name] = tensor
     if brought and found.foreign is not None:
         raise UsageError(
-            f"{files.where}: brings {listing(brought)}, and {found.dialect} has no names for a head "
-            "of its own. Convert the base with --to hf first"
+            f"{files.where}: brings {listing(brought)}, and {found.dialect} has no names for a "
+            "head. Convert the base with --to hf first"
         )
     return found._replace(brought=brought), changes
 
