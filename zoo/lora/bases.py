@@ -46,11 +46,9 @@ def based(
         return found, changes
     model = on_meta(found, found.config(heads[0], config))
     places, dialect = Places(model, native_of(model)), found.spec.dialect("hf")
-    there, brought, count = (
-        found.checkpoint().tensors,
-        dict[str, Tensor](),
-        len(model.config.labels),
-    )
+    shared = {*places.native.ties, *places.native.ties.values()}
+    there, brought = found.checkpoint().tensors, dict[str, Tensor]()
+    count = len(model.config.labels)
     for name, tensor in files.whole.items():
         try:
             info, step, n = places.find(name)
@@ -63,6 +61,8 @@ def based(
         known = {name, own, dialect.prefix + own, own.removeprefix(dialect.prefix)}
         if found.native is not None and step.transform is None:
             known, name = {step.targets[n]}, step.targets[n]
+        if shared & {*step.targets}:
+            continue  # it may be there under another name
         if not known & there.keys() or ("labels" in changes and relabelled):
             brought[name] = tensor
     if brought and found.foreign is not None:

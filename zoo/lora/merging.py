@@ -145,9 +145,10 @@ def changes(model: Any, native: Any, files: Files, own: Own) -> Changes:
 
 def _parts(model: Any, places: Places, module: str, factors: Factors) -> Iterator[Part]:
     name = f"{module}.weight"
-    if (main := places.main(name)) is not None:
+    if places.is_shared(name):
         raise PlanError(
-            f"{module}: one array with {main} here, and factors beside a part of its uses"
+            f"{module}: an array that several modules read there, and the factors of one of them "
+            "change nothing for the others. It stays in peft"
         )
     info, step, n = places.find(name)
     if len(info.shape) != 2:

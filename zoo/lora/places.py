@@ -76,6 +76,11 @@ class Places:
                     return main.format(binding)
         return None
 
+    def is_shared(self, name: str) -> bool:
+        """Whether it is one of several modules of the reference's that are one here."""
+        mains = (main for _, main in self.dialect.tied)
+        return self.main(name) is not None or any(main.match(name) is not None for main in mains)
+
     def header(self) -> dict[str, TensorInfo]:
         """What files of this model hold."""
         bare = self.head in ("none", "pooler")
