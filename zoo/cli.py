@@ -454,7 +454,10 @@ def _check(options: argparse.Namespace) -> int:
     damages = list(check(options.directory, sha256=options.sha256))
     for damage in damages:
         print(damage)
-    files = read(options.directory)["files"]
+    said = read(options.directory)
+    files = said["files"]
+    for name, digest in said.get("adapter", {}).items():
+        print(f"changed by an adapter: {name}, sha256 {digest}")
     if options.sha256 and (without := [name for name in files if not files[name]["sha256"]]):
         print(f"no sha256 was taken of {listing(without)}: each tensor's own digest was compared")
     print(f"{options.directory}: {f'{len(damages)} damaged' if damages else 'as it was written'}")

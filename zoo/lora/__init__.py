@@ -153,8 +153,7 @@ def merge_adapter(model: Model) -> Model:
         for part, _ in pieces:
             weight = own[part.place.native]
             matrix = weight if part.place.at is None else weight[part.place.at]
-            rows, columns = (slice(0, length) for length in matrix.shape)
-            matrix.copy_(matrix + Low(part, factors).block(rows, columns, factors.a.dtype))
+            matrix.copy_(matrix + Low(part, factors).whole())
     _leave(model, adapter)
     return model
 

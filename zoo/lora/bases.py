@@ -65,10 +65,10 @@ def based(
             continue  # it may be there under another name
         if not known & there.keys() or ("labels" in changes and relabelled):
             brought[name] = tensor
-    if brought and found.foreign is not None:
+    if found.dialect != "hf" and (lacking := [name for name in brought if name not in there]):
         raise UsageError(
-            f"{files.where}: brings {listing(brought)}, and {found.dialect} has no names for a "
-            "head. Convert the base with --to hf first"
+            f"{files.where}: brings {listing(lacking)}, and a base of {found.dialect} takes no "
+            "further head. Convert it with --to hf first"
         )
     return found._replace(brought=brought), changes
 

@@ -44,6 +44,7 @@ USED = {
 }
 # Beginnings that leave the base weights as they are; others take from them what they put in.
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+MERGED = "Merge it in peft (merge_and_unload) and load what that saves"
 _LONG = 200  # characters of a pattern
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 
@@ -137,7 +138,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
 
 def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
-        yield f"peft_type: {config.get('peft_type')!r}; LORA alone is read"
+        yield f"peft_type: {config.get('peft_type')!r}; LORA alone is read. {MERGED}"
         return
     rank, alpha, dropout = (config.get(n) for n in ("r", "lora_alpha", "lora_dropout"))
     if not _is_rank(rank):
@@ -166,7 +167,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, value in config.items():
         if name not in USED | IGNORED and value not in (None, False, [], {}):
-            yield f"{name}: {value!r} is not implemented"
+            yield f"{name}: {value!r} is not implemented. {MERGED}"
 
 
 def _is_rank(value: Any) -> bool:
@@ -216,7 +217,7 @@ def _sorted(
             embedding, n, end = half
             halves.setdefault((name.removesuffix(end), embedding), {})[n] = tensor
         elif ".lora_" in name:
-            problems.append(f"{key}: is not implemented")
+            problems.append(f"{key}: not implemented, or not as peft saves it. {MERGED}")
         elif ".original_module." in name:
             others[key] = tensor  # what the module was; nothing reads it
         else:
@@ -252,6 +253,11 @@ def _half_problem(
             f"{PREFIX}{module}: {ends[0][1:]} {list(a.shape)} and {ends[1][1:]} {list(b.shape)}, "
             f"expected [{rank} in] and [out {rank}] by {CONFIG}"
         )
+    for end, tensor in zip(ends, (a, b), strict=True):
+        if not tensor.isfinite().all():
+            at = (~tensor.isfinite()).nonzero()[0].tolist()
+            told = f"{at} is {tensor[tuple(at)].item():g}. An earlier checkpoint may be sound"
+            return f"{PREFIX}{module}{end}: {told}"
     return ""
 
 

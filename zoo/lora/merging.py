@@ -39,8 +39,14 @@ class Low(NamedTuple):
     part: Part
     factors: Factors
 
+    def whole(self) -> Tensor:
+        """All that is added, at once."""
+        a, b, scale, embedding = self.factors
+        delta = (b @ a)[self.part.rows][:, self.part.columns] * scale
+        return delta.mT if embedding else delta
+
     def block(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """(rows, columns) of what is added."""
+        """(rows, columns) of it."""
         a, b, scale, embedding = self.factors
         a, b = a.to(dtype), b.to(dtype)
         if embedding:  # tokens are the rows
@@ -51,20 +57,35 @@ class Low(NamedTuple):
 def product(b: Tensor, a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(rows, columns) of b @ a, with the bits that they have in the whole of it."""
     out = a.new_empty(len(rows), len(columns))
-    for top, bottom in _cuts(b.shape[0], _HIGH):
-        high = ((rows >= top) & (rows < bottom)).nonzero()[:, 0]
-        for left, right in _cuts(a.shape[1], _WIDE) if len(high) else ():
-            wide = ((columns >= left) & (columns < right)).nonzero()[:, 0]
-            if len(wide):
-                tile = b[top:bottom] @ a[:, left:right]
-                out[high[:, None], wide] = tile[rows[high, None] - top, columns[wide] - left]
+    beside = list(_tiles(columns, a.shape[1], _WIDE))
+    for high, inside, there in _tiles(rows, b.shape[0], _HIGH):
+        for wide, within, here in beside:
+            tile = (b[high] @ a[:, wide])[inside][:, within]
+            if isinstance(there, slice):
+                out[there][:, here] = tile
+            elif isinstance(here, slice):
+                out[:, here][there] = tile
+            else:
+                out[there[:, None], here] = tile
     return out
 
 
-def _cuts(length: int, size: int) -> Iterator[tuple[int, int]]:
-    """What is left at the end is no piece of its own."""
-    ends = [*range(size, length - size + 1, size), length]
-    return zip([0, *ends[:-1]], ends, strict=True)
+_Places = slice | Tensor
+
+
+def _tiles(numbers: Tensor, length: int, size: int) -> Iterator[tuple[slice, _Places, _Places]]:
+    """(a tile, which of its own are asked for, at which places they are asked for)."""
+    ends = [*range(size, length - size + 1, size), length]  # what is left is no tile of its own
+    first, count = int(numbers[0]) if len(numbers) else 0, len(numbers)
+    in_order = bool((numbers == torch.arange(first, first + count)).all())
+    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+        if in_order:
+            low, high = max(start, first), min(stop, first + count)
+            if low < high:
+                inside, there = slice(low - start, high - start), slice(low - first, high - first)
+                yield slice(start, stop), inside, there
+        elif len(places := ((numbers >= start) & (numbers < stop)).nonzero()[:, 0]):
+            yield slice(start, stop), numbers[places] - start, places
 
 
 class Merged(Decoded):

@@ -64,6 +64,8 @@ class Places:
         found = next((self._at[form] for form in forms if form in self._at), None)
         if found is None:
             near = did_you_mean(bare, self._at)
+            if any(rule.source.name.match(bare) is not None for rule in self.dialect.heads):
+                near = f" It is of another head than {self.head}: pass head="
             raise PlanError(f"{name}: the model has nothing of that name.{near}")
         plan, step, n = found
         return plan.header[step.sources[n]], step, n
