@@ -128,6 +128,9 @@ def _problem(data: dict[str, Any]) -> str:
     files = data.get("files")
     if not isinstance(files, dict) or not files:
         return "no files"
+    adapter = data.get("adapter", {})
+    if not isinstance(adapter, dict) or not all(isinstance(d, str) for d in adapter.values()):
+        return "adapter: no digests by names"
     for name, said in files.items():
         if not isinstance(said, dict) or type(said.get("size")) is not int:
             return f"files.{name}: no size"

@@ -8,99 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import ADAPTED, FP64, IDS, Made, distance, run, truth
 from safetensors.torch import load_file, save_file
 from tiny import build, hot
 from torch import Tensor, nn
 
 import zoo
 from zoo import registry
-from zoo.cli import main
 from zoo.components.moe import Experts
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError
 from zoo.lora.layers import Lora
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Lift, Reference
-
-FP64 = 1e-10  # of the outputs' scale, as parity has it
-IDS = torch.randint(3, 30, (2, 11), generator=torch.Generator().manual_seed(5))
-
-# architecture/variant -> ends of the adapted modules' names on disk
-ADAPTED = {
-    "gpt2/base": ("c_attn", "c_proj", "wpe"),
-    "llama/base": ("q_proj", "k_proj", "o_proj", "down_proj"),
-    "neox/base": ("query_key_value", "dense_h_to_4h", "embed_out"),
-    "bert/masked-lm": ("query", "output.dense", "token_type_embeddings"),
-    "falcon/grouped": ("query_key_value",),
-    "mixtral/base": ("q_proj", "gate", "1.w1", "2.w1", "2.w2", "3.w3"),
-    "t5/gated-own-head": ("q", "k", "wi_0", "wo", "lm_head"),
-    "deberta/base": ("in_proj", "pos_proj"),
-    "gemma2/base": ("q_proj", "up_proj"),
-}
-TURNED = ("gpt2",)  # kernels that lie (in, out)
-
-
-class Made:
-    """A checkpoint, an adapter for it as peft would save it, and the two merged by hand."""
-
-    def __init__(self, place: Path, key: str, **config: Any) -> None:
-        name, variant = key.split("/")
-        self.base, self.adapter, self.merged = (place / n for n in ("base", "adapter", "merged"))
-        entry = registry.architectures()[name]
-        self.reference_class = hot_checkpoint(entry, variant, self.base, dtype=torch.float64)
-        tensors = load_file(self.base / "model.safetensors")
-        torch.manual_seed(3)
-        settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "bias": "none", **config}
-        self.factors: dict[str, Tensor] = {}
-        for end in ADAPTED[key]:
-            found = [n for n in tensors if n.endswith(f".{end}.weight") or n == f"{end}.weight"]
-            assert found, end
-            for weight in found:
-                self._adapt(tensors, weight.removesuffix(".weight"), settings, name in TURNED)
-        self.adapter.mkdir()
-        save_file(self.factors, self.adapter / "adapter_model.safetensors", {"format": "pt"})
-        text = json.dumps({**settings, "target_modules": list(ADAPTED[key])})
-        (self.adapter / "adapter_config.json").write_text(text)
-        self.merged.mkdir()
-        save_file(tensors, self.merged / "model.safetensors", {"format": "pt"})
-        (self.merged / "config.json").write_bytes((self.base / "config.json").read_bytes())
-
-    def _adapt(
-        self, tensors: dict[str, Tensor], module: str, settings: dict[str, Any], turned: bool
-    ) -> None:
-        weight, rank, scale = tensors[f"{module}.weight"], settings["r"], 0.0
-        for end, value in settings.get("rank_pattern", {}).items():
-            rank = value if module.endswith(end) else rank
-        alpha = settings["lora_alpha"]
-        for end, value in settings.get("alpha_pattern", {}).items():
-            alpha = value if module.endswith(end) else alpha
-        scale = alpha / rank ** (0.5 if settings.get("use_rslora") else 1)
-        embedding = "embeddings" in module or module.endswith("wpe")
-        out, into = weight.shape if not (embedding or turned) else weight.mT.shape
-        a, b = torch.randn(rank, into).double() * 0.1, torch.randn(out, rank).double() * 0.1
-        product = scale * b @ a
-        tensors[f"{module}.weight"] = weight + (product.mT if embedding or turned else product)
-        ends = ("lora_embedding_A", "lora_embedding_B")
-        ends = ends if embedding else ("lora_A.weight", "lora_B.weight")
-        for end, factor in zip(ends, (a, b), strict=True):
-            self.factors[f"base_model.model.{module}.{end}"] = factor.contiguous()
-
-
-def run(model: Any, ids: Tensor = IDS) -> Tensor:
-    more = {"decoder_input_ids": ids} if "t5" in type(model).__module__ else {}
-    out = model(ids, **more)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def distance(x: Tensor, y: Tensor) -> float:
-    return ((x - y).abs().max() / y.pow(2).mean().sqrt()).item()
-
-
-def truth(made: Made) -> Tensor:
-    """What the reference computes with the merged weights."""
-    reference = Reference(made.merged, made.reference_class, torch.float64, lifted=True)
-    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
-    assert not reference.problems
-    return next(iter(reference(inputs).values())).detach()
 
 
 @pytest.mark.parametrize("key", ADAPTED)
@@ -303,6 +222,119 @@ def test_a_new_adapter(tmp_path: Path) -> None:
     assert distance(run(model.load_adapter(tmp_path / "a")), after) < 1e-6
 
 
+# --- one array, two names ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "ends", "names"),
+    [
+        ("llama/tied", ("embed_tokens",), ("embed.weight", "head.weight")),
+        ("gpt2/base", ("wte", "c_attn"), ("embed.weight", "head.weight")),
+        ("bert/masked-lm", ("word_embeddings",), ("embed.weight", "head.decoder.weight")),
+    ],
+)
+@torch.no_grad()
+def test_merging_unties_what_the_adapter_tells_apart(
+    key: str, ends: tuple[str, ...], names: tuple[str, str], tmp_path: Path
+) -> None:
+    """The head reads the embedding as it was; in peft a merge changes both."""
+    made = Made(tmp_path, key, ends=ends)
+    plain = zoo.load(made.base)
+    model = zoo.load(made.base, adapter=made.adapter)
+    apart = run(model)
+    assert distance(run(plain), apart) > 1e-4
+    assert model.get_parameter(names[0]) is model.get_parameter(names[1])
+    copied = copy.deepcopy(model).remove_adapter()
+    assert distance(run(copied), run(plain)) < 1e-13
+    assert copied.get_parameter(names[0]) is copied.get_parameter(names[1])
+    model.merge_adapter()
+    assert distance(run(model), apart) < FP64
+    assert model.get_parameter(names[1]).equal(plain.get_parameter(names[1]))
+    assert not model.config.tied
+    model.save_pretrained(tmp_path / "saved")
+    zoo.convert(made.base, tmp_path / "out", adapter=made.adapter)
+    mine, other = (load_file(tmp_path / n / "model.safetensors") for n in ("saved", "out"))
+    assert mine.keys() == other.keys()
+    assert all(x.equal(other[n]) for n, x in mine.items())
+    reference = Reference(tmp_path / "out", made.reference_class, torch.float64, lifted=True)
+    assert not reference.problems
+    assert distance(next(iter(reference({"input_ids": IDS}).values())).detach(), apart) < FP64
+
+
+@pytest.mark.parametrize("how", ["head alone", "both alike", "unchanged"])
+@torch.no_grad()
+def test_whole_arrays_of_two_names(how: str, tmp_path: Path) -> None:
+    made = Made(tmp_path, "llama/tied", ends=("q_proj",))
+    place = made.adapter / "adapter_model.safetensors"
+    before = load_file(made.base / "model.safetensors")["model.embed_tokens.weight"]
+    new = before + 0.1 * (how != "unchanged")
+    names = ["lm_head.weight"] if how == "head alone" else ["model.embed_tokens.weight"]
+    names += ["lm_head.weight"] if how == "both alike" else []
+    added = {f"base_model.model.{name}": new.clone() for name in names}
+    save_file({**made.factors, **added}, place, {"format": "pt"})
+    model = zoo.load(made.base, adapter=made.adapter)
+    apart = run(model)
+    model.merge_adapter()
+    assert distance(run(model), apart) < FP64
+    assert model.config.tied == (how != "head alone")
+    assert model.head.weight.equal(new)
+    assert model.embed.weight.equal(new if how == "both alike" else before)
+    zoo.convert(made.base, tmp_path / "out", adapter=made.adapter)
+    assert distance(run(zoo.load(tmp_path / "out")), apart) < FP64
+
+
+def test_arrays_that_several_modules_read_take_no_factors(tmp_path: Path) -> None:
+    made = Made(tmp_path, "t5/tied", ends=("q",))
+    config = made.adapter / "adapter_model.safetensors"
+    dim, vocab = 2, 3
+    for name in ("shared", "encoder.embed_tokens"):
+        more = {
+            f"base_model.model.{name}.lora_embedding_A": torch.ones(3, vocab),
+            f"base_model.model.{name}.lora_embedding_B": torch.ones(dim, 3),
+        }
+        save_file({**made.factors, **more}, config, {"format": "pt"})
+        with pytest.raises(PlanError, match=f"{name}: an array that several modules read"):
+            zoo.load(made.base, adapter=made.adapter)
+    size = load_file(made.base / "model.safetensors")["shared.weight"].shape
+    more = {"base_model.model.encoder.embed_tokens.weight": torch.ones(size)}
+    save_file({**made.factors, **more}, config, {"format": "pt"})
+    with pytest.raises(PlanError, match=r"changed apart from shared.weight, and one array"):
+        zoo.load(made.base, adapter=made.adapter)
+
+
+def test_an_untied_t5_is_another_function(tmp_path: Path) -> None:
+    made = Made(tmp_path, "t5/tied", ends=("q",))
+    size = load_file(made.base / "model.safetensors")["shared.weight"].shape
+    more = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(3, size[1]),
+        "base_model.model.lm_head.lora_B.weight": torch.ones(size[0], 3),
+    }
+    place = made.adapter / "adapter_model.safetensors"
+    save_file({**made.factors, **more}, place, {"format": "pt"})
+    model = zoo.load(made.base, adapter=made.adapter)
+    before = run(model)
+    with pytest.raises(UsageError, match="t5 with two computes another function"):
+        model.merge_adapter()
+    assert run(model).equal(before)
+    with pytest.raises(UsageError, match="another function"):
+        zoo.convert(made.base, tmp_path / "out", adapter=made.adapter)
+
+
+@torch.no_grad()
+def test_biases_under_two_names(tmp_path: Path) -> None:
+    """BERT's head has one under two names, and peft saves both."""
+    made = Made(tmp_path, "bert/masked-lm", ends=("query",), bias="all")
+    new = load_file(made.base / "model.safetensors")["cls.predictions.bias"] + 1
+    ends = ("bias", "decoder.bias")
+    more = {f"base_model.model.cls.predictions.{end}": new.clone() for end in ends}
+    place = made.adapter / "adapter_model.safetensors"
+    save_file({**made.factors, **more}, place, {"format": "pt"})
+    model = zoo.load(made.base, adapter=made.adapter)
+    assert model.head.bias is model.head.decoder.bias
+    assert model.head.bias.equal(new)
+    assert model.merge_adapter().config.tied
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -311,6 +343,11 @@ def test_a_new_adapter(tmp_path: Path) -> None:
     [
         ("use_dora", True, "use_dora: True is not implemented"),
         ("peft_type", "LOHA", "peft_type: 'LOHA'"),
+        ("use_dora", True, "Merge it in peft"),
+        ("lora_bias", True, "lora_bias: True is not implemented"),
+        ("trainable_token_indices", [3], "trainable_token_indices"),
+        ("layer_replication", [[0, 2], [1, 3]], "layer_replication"),
+        ("ensure_weight_tying", True, "ensure_weight_tying"),
         ("r", 0, "r: expected a positive whole number"),
         ("lora_alpha", "8", "lora_alpha: expected a number"),
         ("init_lora_weights", "pissa", "changed the base weights"),
@@ -349,6 +386,13 @@ def test_tensors_that_are_refused(tmp_path: Path) -> None:
         ("empty", {}, "no tensors"),
         ("unknown", {k.replace("q_proj", "qq_proj"): x for k, x in good.items()}, "Did you mean"),
         ("rank", {k: x[:1] if "lora_A" in k else x for k, x in good.items()}, "expected [2 in]"),
+        (
+            "named",
+            {k.replace("A.", "A.default."): x for k, x in good.items()},
+            "not as peft saves it",
+        ),
+        ("nan", {k: x * float("nan") for k, x in good.items()}, "[0, 0] is nan"),
+        ("resized", {**good, "base_model.model.lm_head.weight": torch.ones(140, 72)}, "resize"),
         ("shape", {k: x[:, :4] if "lora_A" in k else x for k, x in good.items()}, "factors for"),
     ):
         tensors = {k: x.contiguous() for k, x in tensors.items()}
@@ -382,25 +426,86 @@ def test_what_cannot_be_done_with_an_adapter(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out")
     with pytest.raises(UsageError, match="merge_adapter"):
         zoo.prepare(model)
-    with pytest.raises(UsageError, match="Keep it apart"):
-        model.merge_adapter()  # its embedding is its head
     with pytest.raises(UsageError, match="no adapter to merge"):
         zoo.load(tmp_path, merge=True)
 
 
-def test_convert_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = Made(tmp_path, "llama/base")
-    out = tmp_path / "out"
-    asked = ["convert", str(made.base), "--adapter", str(made.adapter), "--to", "hf"]
-    assert main([*asked, "--out", str(out)]) == 0
-    mine, wanted = (load_file(d / "model.safetensors") for d in (out, made.merged))
-    assert mine.keys() == wanted.keys()
-    assert all(distance(mine[n], x) < 1e-14 for n, x in wanted.items())
-    assert main([*asked, "--dry-run"]) == 2
-    assert "--dry-run" in capsys.readouterr().err
-
-
 # --- against peft itself, where it is installed --------------------------------------------------
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all-linear": ("llama/base", {"target_modules": "all-linear", "use_rslora": True}),
+    "regex": ("llama/base", {"target_modules": r".*layers\.[01]\.self_attn\.(q|v)_proj"}),
+    "layers": ("llama/base", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "patterns": (
+        "llama/base",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 7},
+            "alpha_pattern": {"layers.0.self_attn.q_proj": 11},
+        },
+    ),
+    "embeddings": ("llama/base", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "saved": (
+        "llama/base",
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm", "lm_head"]},
+    ),
+    "conv1d": ("gpt2/base", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "bias": ("bert/masked-lm", {"target_modules": ["query"], "bias": "all"}),
+    "own bias": ("bert/masked-lm", {"target_modules": ["query"], "bias": "lora_only"}),
+    "fused": ("neox/base", {"target_modules": ["query_key_value", "dense"]}),
+    "ragged": ("falcon/grouped", {"target_modules": ["query_key_value"]}),
+    "heads": ("bloom/base", {"target_modules": ["query_key_value"]}),
+    "deberta": ("deberta/base", {"target_modules": ["in_proj", "pos_proj"]}),
+    "t5": ("t5/gated-own-head", {"target_modules": ["q", "wi_0", "wo", "lm_head"]}),
+    "experts": ("mixtral/base", {"target_modules": ["q_proj", "v_proj"]}),
+}
+NARROW = {
+    "regex": torch.bfloat16,
+    "conv1d": torch.float32,
+    "saved": torch.bfloat16,
+    "deberta": torch.float32,  # of which the library keeps some biases so whatever is asked for
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_what_peft_saves_is_what_peft_computes(name: str, tmp_path: Path) -> None:
+    """Apart to the bits of noise; merged in memory and on the way to files, to the bit."""
+    peft, library = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    key, config = VARIANTS[name]
+    dtype, (architecture, variant) = NARROW.get(name, torch.float64), key.split("/")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    kind = hot_checkpoint(registry.architectures()[architecture], variant, base, dtype=dtype)
+
+    def reference() -> Any:
+        # grouped products of experts want sizes that no tiny one has
+        more = {"experts_implementation": "eager"} if name == "experts" else {}
+        return getattr(library, kind).from_pretrained(base, dtype=dtype, **more)
+
+    made = peft.get_peft_model(reference(), peft.LoraConfig(r=4, **config))
+    torch.manual_seed(4)
+    for p in made.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn_like(p) * 0.1)
+    made.save_pretrained(adapter)
+    theirs = peft.PeftModel.from_pretrained(reference(), adapter).eval()
+    model = zoo.load(base, adapter=adapter)
+    if dtype == torch.float64:
+        lifted = Reference(base, kind, torch.float64, lifted=True)
+        with_adapter = peft.PeftModel.from_pretrained(lifted.model, adapter).eval()
+        more = {"decoder_input_ids": IDS} if architecture == "t5" else {}
+        with Lift():
+            wanted = with_adapter(input_ids=IDS, **more)[0]
+        assert distance(run(model), wanted) < FP64
+    theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    model.merge_adapter().save_pretrained(tmp_path / "mine")
+    zoo.convert(base, tmp_path / "converted", adapter=adapter)
+    wanted = load_file(tmp_path / "theirs" / "model.safetensors")
+    for place in ("mine", "converted"):
+        mine = load_file(tmp_path / place / "model.safetensors")
+        assert mine.keys() == wanted.keys()
+        assert all(x.equal(mine[n]) and x.dtype == mine[n].dtype for n, x in wanted.items())
 
 
 @pytest.mark.parametrize("key", ["gpt2/base", "llama/base", "neox/base", "t5/gated-own-head"])

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        going_on = options.run is _convert and not options.dry_run and not options.adapter
+        going_on = options.run is _convert and not options.dry_run
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
@@ -424,9 +424,8 @@ def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
         from zoo.converting import dry_run
 
-        if options.adapter:
-            raise UsageError("--dry-run: an adapter is merged in memory, and no plan shows it")
         asked |= {"dtype": options.dtype, "max_shard_size": options.shard, "part": options.part}
+        asked["adapter"] = options.adapter
         print(dry_run(options.ref, to=options.to, **asked))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
@@ -462,7 +461,10 @@ def _check(options: argparse.Namespace) -> int:
     damages = list(check(options.directory, sha256=options.sha256))
     for damage in damages:
         print(damage)
-    files = read(options.directory)["files"]
+    said = read(options.directory)
+    files = said["files"]
+    for name, digest in said.get("adapter", {}).items():
+        print(f"changed by an adapter: {name}, sha256 {digest}")
     if options.sha256 and (without := [name for name in files if not files[name]["sha256"]]):
         print(f"no sha256 was taken of {listing(without)}: each tensor's own digest was compared")
     print(f"{options.directory}: {f'{len(damages)} damaged' if damages else 'as it was written'}")

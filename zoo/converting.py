@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from converters import manifest
-from converters.checkpoint import Checkpoint
 from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
-from converters.formats import TensorInfo, dtype_code, torch_dtype
-from converters.lazy import Lazy
-from converters.output import ZEROS, Item, Output, Span, digest, hash_file, identity, index_of
+from converters.formats import TensorInfo, dtype_code
+from converters.output import Item, Output, digest, hash_file, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
+from zoo.arrays import ADAPTED, Arrays, span_of
 from zoo.components.model import Model
 from zoo.conversion import (
     OWN_FILES,
@@ -41,22 +40,24 @@ from zoo.conversion import (
     native_record,
     origin_of,
     said_of,
-    save,
     split,
     unpacked,
 )
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing
 from zoo.exporting import QUANTISED, export, with_zeros
 from zoo.graphs import GRAPHS
+from zoo.lora.bases import based
+from zoo.lora.files import read as read_adapter
+from zoo.lora.merging import changes, untied
 from zoo.pretrained import (
     Located,
     Origin,
     Ref,
     check_trust,
     dtype_of,
-    load,
     locate,
     native_of,
+    on_meta,
     prove,
     provenance_of,
 )
@@ -109,19 +110,8 @@ def convert(
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
-    if adapter is not None:
-        if part is not None:
-            raise UsageError("part: a model with an adapter is written whole, from memory")
-        model = load(src, dtype=dtype, adapter=adapter, merge=True, **options)
-        assert model.provenance is not None
-        dst = checked_destination(dst, model.provenance.directory, force)
-        kept: dict[str, Any] = {
-            "allow_nonfinite": allow_nonfinite,
-            "max_shard_size": max_shard_size,
-        }
-        return save(model, dst, to=to, force=force, layout=layout, **kept)
     share = None if part is None else _part(part)
-    found, chosen = _located(src, to, options)
+    found, chosen = _located(src, to, adapter, options)
     dst = checked_destination(dst, found.source.directory, force)
     if to in GRAPHS:
         check_graph(to, dst, layout, max_shard_size)
@@ -161,15 +151,16 @@ def dry_run(
     max_shard_size: int | None = None,
     part: str | tuple[int, int] | None = None,
     layout: Mapping[str, Any] | None = None,
+    adapter: Ref | None = None,
     **options: Any,
 ) -> str:
     """The plan of a conversion for a person, with no byte of weights read."""
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
-    found, chosen = _located(src, to, options)
+    found, chosen = _located(src, to, adapter, options)
     checkpoint = found.checkpoint()
-    model, plan = prove(found, checkpoint, options.get("config") or {})
+    model, plan = prove(found, checkpoint, chosen.get("config") or {})
     if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
         text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
     else:
@@ -187,19 +178,26 @@ def dry_run(
     )
     lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
+    if merged := sum(item.rule.endswith(ADAPTED) for item in items):
+        lines.append(f"changed by the adapter: {merged} tensors")
     if quantised := provenance_of(found, checkpoint, model, plan).lossy:
         decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
         text = "\n".join([text, f"lossy: {quantised}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
 
 
-def _located(src: Ref, to: str, options: Mapping[str, Any]) -> tuple[Located, dict[str, Any]]:
+def _located(
+    src: Ref, to: str, adapter: Ref | None, options: Mapping[str, Any]
+) -> tuple[Located, dict[str, Any]]:
     """(what is to be read, what `plan_output` is told of how)"""
     for name in options:
         if name not in READING:
             raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     found = locate(src, **{k: v for k, v in options.items() if k not in chosen})
+    if adapter is not None:
+        asked, files = options.get("head") is not None, read_adapter(Path(adapter))
+        found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)
     whole = to in GRAPHS and options.get("head") is None
     if whole and (found.source.directory / MODULES).is_file():
         found = found._replace(heads=headless(found.heads, found.entry.model))
@@ -281,25 +279,34 @@ def plan_output(
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
-    ties = plan.native.ties.items()
-    coarse = {*provenance.quantised, *(n for n, own in ties if own in provenance.quantised)}
+    arrays = Arrays(checkpoint, plan, trust, provenance.quantised)
+    if found.adapter is not None:
+        arrays.changes = changes(model, plan.native, found.adapter, arrays.own)
+        if arrays.changes.apart:
+            model = on_meta(found, untied(model, plan.native.ties))
+            model.provenance = provenance
     quantised = isinstance(dtype, str) and dtype.lower() == QUANTISED
     kind = None if quantised else dtype_of(dtype)
-    state = dict(_state(plan, checkpoint, kind))
+    state = dict(arrays.state(native_of(model), kind))
     said = {
         **said_of(found.entry.name, to, found.spec),
         "dropped": dict(sorted(plan.dropped.items())),
         **lossy_of(provenance),
     }
+    sources = checkpoint.files
+    if found.adapter is not None:
+        sources += found.adapter.paths
+        said["adapter"] = {path.name: hash_file(path) for path in found.adapter.paths}
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in found.spec.dialects:
         model, zeros = with_zeros(model, found.spec.dialect(to))
         like = next(iter(state.values()))
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
+        arrays.zeros = zeros
     container = None if found.foreign is None else found.foreign.container
     carried = companions_of(found.source.directory, found.source.file, container)
     inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
-    seen = {path: identity(path.stat()) for path in checkpoint.files}
+    seen = {path: identity(path.stat()) for path in sources}
     if to not in (*OWN_FILES, *GRAPHS):
         check_whole(to, max_shard_size)
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
@@ -311,12 +318,12 @@ def plan_output(
         held = {info.dtype for info in made.plan.header.values()}
         if kind is not None and dtype_code(kind) not in held:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
-        items = list(_backward(checkpoint, plan, made.plan, trust, zeros, coarse))
+        items = list(arrays.backward(made.plan))
         how = {"lossy": kind is not None or quantised, "quantised": quantised}
         vocab = model.config.vocab
         shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
         said["layout"] = dict(made.options)
-        return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
+        return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
     check_no_layout(to, layout)
     if quantised:
         raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
@@ -324,10 +331,10 @@ def plan_output(
     if to == "hf":
         origin = origin_of(model, state)
         texts[CONFIG] = origin.config.encode()
-        items = list(_to_hf(found, checkpoint, model, plan, origin, trust, zeros, coarse))
+        items = list(_to_hf(found, arrays, model, origin))
         metadata, where = dict(origin.metadata), dict(origin.where)
     else:
-        items = [i for step in plan.steps for i in _forward(step, checkpoint, trust, coarse)]
+        items = list(arrays.forward(native_of(model)))
     if kind is not None:
         items = [item.cast(dtype_code(kind)) for item in items]
     if to in GRAPHS:
@@ -346,7 +353,7 @@ def plan_output(
     if inside is not None:
         carried, more = unpacked(inside, carried, said)
         texts |= more
-    return Output(tuple(shards), texts, carried, checkpoint.files, said=said, seen=seen)
+    return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
 
 
 def _with_steps(
@@ -361,150 +368,36 @@ def _with_steps(
     return whole, held
 
 
-def _state(
-    plan: Plan, checkpoint: Checkpoint, kind: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters as the files have them, without their numbers."""
-    for step in plan.steps:
-        dtype = kind or torch_dtype(checkpoint.tensors[step.sources[0]].dtype)
-        for name in step.targets:
-            yield name, torch.empty(plan.native.shapes[name], dtype=dtype, device="meta")
-
-
-def _forward(
-    step: Step, checkpoint: Checkpoint, trust: Collection[str], coarse: Collection[str]
-) -> Iterator[Item]:
-    """Native tensors of one step."""
-    for n, target in enumerate(step.targets):
-        first = checkpoint.tensors[step.sources[0]]
-        made = partial(_made, step, checkpoint, trust, n)
-        if step.transform is None:
-            info = TensorInfo(target, first.shape, first.dtype)
-            span = None if step.also else _span(checkpoint, step.sources[n])
-        else:
-            info, span = TensorInfo(target, _target_shapes(step)[n], first.dtype), None
-        yield Item(info, str(step.rule), made, span, decoded=target in coarse)
-
-
-def _target_shapes(step: Step) -> list[tuple[int, ...]]:
-    assert step.transform is not None
-    shapes = []
-    for ref in step.rule.targets:
-        count = len(step.transform.grid(step.rule.spread(ref)))
-        shapes += [step.transform.target_shape(ref)] * count
-    return shapes
-
-
-def _made(step: Step, checkpoint: Checkpoint, trust: Collection[str], n: int) -> Lazy:
-    names = agreed(step, checkpoint.tensor, trust)
-    if step.transform is None:
-        return checkpoint.lazy(names[n])
-    return step.transform.targets_of([checkpoint.lazy(name) for name in names])[n]
-
-
-def _to_hf(
-    found: Located,
-    checkpoint: Checkpoint,
-    model: Any,
-    plan: Plan,
-    origin: Origin,
-    trust: Collection[str],
-    zeros: Mapping[str, tuple[int, ...]],
-    coarse: Collection[str],
-) -> Iterator[Item]:
+def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
-    inverse = export_plan(model, origin)
-    if found.native is None and found.foreign is None and not trust:
+    inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
+    plain = found.native is None and found.foreign is None and found.adapter is None
+    if plain and not arrays.trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}
         if written <= disk.keys():
             for step in plan.steps:
                 if step.also:
-                    agreed(step, checkpoint.tensor, trust)  # before a byte is written
-            yield from _as_they_are(checkpoint, inverse, disk, coarse)
+                    agreed(step, checkpoint.tensor, arrays.trust)  # before a byte is written
+            yield from _as_they_are(arrays, inverse, disk)
             return
-    yield from in_order(_backward(checkpoint, plan, inverse, trust, zeros, coarse), inverse)
-
-
-def _any(names: Collection[str], among: Collection[str]) -> bool:
-    return any(name in among for name in names)
+    yield from in_order(arrays.backward(inverse), inverse)
 
 
 def _names(step: Step) -> list[str]:
     return [*step.sources, *(name for names in step.also for name in names)]
 
 
-def _as_they_are(
-    checkpoint: Checkpoint, inverse: Plan, disk: Mapping[str, str], coarse: Collection[str]
-) -> Iterator[Item]:
+def _as_they_are(arrays: Arrays, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
     """Names on disk to names on disk: nothing is turned."""
+    checkpoint = arrays.checkpoint
     rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
-    decoded = {n for s in inverse.steps if _any(s.targets, coarse) for n in _names(s)}
+    decoded = {n for s in inverse.steps if arrays.coarse(s.targets) for n in _names(s)}
     for name in inverse.header:
         if name not in rules:
             continue
         info = checkpoint.tensors[disk[name]]
-        made = partial(checkpoint.lazy, disk[name])
-        item = Item(
-            TensorInfo(name, info.shape, info.dtype),
-            rules[name],
-            made,
-            _span(checkpoint, info.name),
-            decoded=name in decoded,
-        )
+        made, span = partial(checkpoint.lazy, disk[name]), span_of(checkpoint, info.name)
+        of = TensorInfo(name, info.shape, info.dtype)
+        item = Item(of, rules[name], made, span, decoded=name in decoded)
         yield item.cast(inverse.header[name].dtype)
-
-
-def _backward(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    inverse: Plan,
-    trust: Collection[str],
-    zeros: Mapping[str, tuple[int, ...]],
-    coarse: Collection[str],
-) -> Iterator[Item]:
-    """From native arrays, which are the checkpoint's own, or made from its tensors, or zeros."""
-    ways = {target: (step, n) for step in plan.steps for n, target in enumerate(step.targets)}
-    any_dtype = checkpoint.tensors[plan.steps[0].sources[0]].dtype
-
-    def native(name: str) -> Lazy:
-        if name in zeros:
-            return Lazy.of(torch.zeros(zeros[name], dtype=torch_dtype(any_dtype)))
-        step, n = ways[plan.native.ties.get(name, name)]
-        return _made(step, checkpoint, trust, n)
-
-    def made(step: Step, n: int) -> Lazy:
-        if step.transform is None:
-            return native(step.targets[n])
-        return step.transform.sources_of([native(name) for name in step.targets])[n]
-
-    for step in inverse.steps:
-        for names in (step.sources, *step.also):
-            for n, name in enumerate(names):
-                info = inverse.header[name]
-                span, stored = None, any_dtype
-                if step.targets[0] in zeros:
-                    made_so = Item(
-                        TensorInfo(name, info.shape, stored), ZEROS, partial(made, step, n)
-                    )
-                    yield made_so.cast(info.dtype)
-                    continue
-                first = ways[plan.native.ties.get(step.targets[0], step.targets[0])][0]
-                stored = checkpoint.tensors[first.sources[0]].dtype
-                if step.transform is None and first.transform is None and not first.also:
-                    span = _span(checkpoint, first.sources[ways[step.targets[n]][1]])
-                item = Item(
-                    TensorInfo(name, info.shape, stored),
-                    str(step.rule),
-                    partial(made, step, n),
-                    span,
-                    decoded=_any(step.targets, coarse),
-                )
-                yield item.cast(info.dtype)
-
-
-def _span(checkpoint: Checkpoint, name: str) -> Span | None:
-    """Where its bytes lie as they are, if they do in a way that can be trusted unread."""
-    reader: Any = checkpoint.readers[checkpoint.where[name]]
-    found = reader.span(name) if hasattr(reader, "span") else None
-    return None if found is None else Span(reader.path, found[0])

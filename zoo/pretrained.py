@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ from zoo.errors import (
 )
 from zoo.registry import Architecture
 from zoo.sources import NATIVE_FILE
+
+if TYPE_CHECKING:
+    from zoo.lora.files import Files
 
 Ref = str | PathLike[str]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -170,6 +173,8 @@ class Located(NamedTuple):
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
     foreign: Found | None = None  # files of a dialect that has no config.json
     quantised: Quantisation | None = None  # how matrices are held, if not as they are
+    adapter: Files | None = None  # what its arrays are changed by
+    brought: Mapping[str, Tensor] = {}  # tensors of the adapter's that the files lack
 
     @property
     def where(self) -> str:
@@ -182,6 +187,14 @@ class Located(NamedTuple):
         return "hf" if self.foreign is None else self.foreign.dialect.name
 
     def checkpoint(self) -> Checkpoint:
+        found = self._checkpoint()
+        if not self.brought:
+            return found
+        from zoo.lora.bases import extended
+
+        return extended(found, self.brought)
+
+    def _checkpoint(self) -> Checkpoint:
         if self.foreign is not None:
             return self.foreign.checkpoint
         found = open_checkpoint(self.source.directory)
@@ -258,7 +271,8 @@ def load(
         raise UsageError("merge=True: there is no adapter to merge")
     if prepare and adapter is not None and not merge:
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
-    kind, adapted = dtype_of(dtype), partial(_adapted, adapter=adapter, merge=merge)
+    kind, files = dtype_of(dtype), None if adapter is None else _adapter(adapter)
+    adapted = partial(_adapted, files=files, merge=merge)
     with _uncollected():
         found = locate(
             ref,
@@ -272,6 +286,10 @@ def load(
             expect=expect,
         )
         directory, given = found.source.directory, config or {}
+        if files is not None:
+            from zoo.lora.bases import based
+
+            found, given = based(found, files, given, asked=head is not None)
         if verify and weights == "checkpoint":
             _verify(directory)
         if weights == "random":
@@ -291,10 +309,18 @@ def load(
     return model
 
 
-def _adapted(model: Model, adapter: Ref | None, merge: bool) -> Model:
-    if adapter is None:
+def _adapter(place: Ref) -> Files:
+    from zoo.lora.files import read
+
+    return read(Path(place))
+
+
+def _adapted(model: Model, files: Files | None, merge: bool) -> Model:
+    if files is None:
         return model
-    model.load_adapter(adapter)
+    from zoo.lora import attach
+
+    attach(model, files)
     return model.merge_adapter() if merge else model
 
 
@@ -355,7 +381,7 @@ def load_directory(
 def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:
     """The model on the meta device: names and shapes, no weights."""
     found = locate(ref, head=head, weights=False, **where)
-    return _on_meta(found, found.config(found.heads[0], {}))
+    return on_meta(found, found.config(found.heads[0], {}))
 
 
 # --- locating ------------------------------------------------------------------------------------
@@ -667,7 +693,7 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
     where = found.where
     lacking: list[MissingTensors] = []
     for head in found.heads:
-        model = _on_meta(found, found.config(head, changes))
+        model = on_meta(found, found.config(head, changes))
         native = native_of(model)
         try:
             if found.native is not None:
@@ -740,7 +766,7 @@ def native_of(model: nn.Module) -> Native:
     return Native(shapes, ties)
 
 
-def _on_meta(found: Located, config: Any) -> Model:
+def on_meta(found: Located, config: Any) -> Model:
     try:
         with torch.device("meta"):
             model = found.entry.model(config)

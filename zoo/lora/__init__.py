@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.components.moe import Experts
-from zoo.errors import PlanError, ShapeMismatch, UsageError, did_you_mean, listing
+from converters.lazy import Lazy
+from zoo.errors import UsageError, did_you_mean, listing
 from zoo.lora import files as peft
 from zoo.lora.files import Factors, Files, Settings
 from zoo.lora.layers import Lora, put, take_off
-from zoo.lora.places import Place, Places, native_tensors, on_disk
+from zoo.lora.merging import Changes, Low, Part, changes, untied, wide_dtype
+from zoo.lora.places import Places, on_disk
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -34,11 +35,9 @@ __all__ = [
 
 
 class Piece(NamedTuple):
-    """What a native matrix has of a module's factors: rows of b, columns of a."""
+    """Factors as they are trained, beside a native matrix."""
 
-    place: Place
-    rows: Tensor  # of b
-    columns: Tensor  # of a
+    part: Part
     low: Lora
 
 
@@ -47,7 +46,7 @@ class Adapter:
     """What stands beside a model's weights, and how it goes back to where it came from."""
 
     files: Files
-    places: Places
+    changes: Changes
     pieces: dict[str, list[Piece]]  # by the reference's module
     before: dict[str, nn.Parameter]  # native parameters that others replaced
     hooks: list[Any] = field(repr=False)
@@ -58,19 +57,9 @@ class Adapter:
         was = self.files.factors[module]
         first = self.pieces[module][0].low
         a, b = first.a.new_empty(was.a.shape), first.b.new_empty(was.b.shape)
-        for _, rows, columns, low in self.pieces[module]:
+        for (_, rows, columns), low in self.pieces[module]:
             a[:, columns], b[rows] = low.a.detach(), low.b.detach()
         return was._replace(a=a, b=b)
-
-    def delta(self, module: str, piece: Piece) -> Tensor:
-        """What merging adds to a native matrix.
-
-        The whole product is taken apart, and not each part's own taken: one and the same order of
-        sums as the reference has, so the same bytes.
-        """
-        a, b, scale, embedding = self.factors(module)
-        product = (b @ a * scale)[piece.rows][:, piece.columns]
-        return product.mT if embedding else product
 
 
 def load_adapter(model: Model, directory: str | PathLike[str]) -> Model:
@@ -123,52 +112,48 @@ def add_adapter(
 
 def attach(model: Model, files: Files) -> Model:
     _check(model)
-    places = Places(model, _native(model))
-    adapter = Adapter(files, places, {}, {}, [], {n: p.requires_grad for n, p in _own(model)})
-    problems: list[str] = []
-    found: dict[str, list[tuple[Place, Tensor, Tensor]]] = {}
-    for module, factors in files.factors.items():
-        try:
-            found[module] = list(_pieces(model, places, module, factors))
-        except PlanError as error:
-            problems.append(str(error))
-    whole = dict[str, Tensor]()
-    try:
-        whole = _whole(model, places, files)
-    except PlanError as error:
-        problems.append(str(error))
-    if problems:
-        raise ShapeMismatch("\n  ".join([f"{files.where}:", *problems]))
-    for _, parameter in _own(model):
+    own = dict(_own(model))
+    found = changes(model, _native(model), files, lambda name: Lazy.of(own[name].detach()))
+    frozen = {name: parameter.requires_grad for name, parameter in own.items()}
+    adapter = Adapter(files, found, {}, {}, [], frozen)
+    for parameter in own.values():
         parameter.requires_grad_(False)
-    for module, pieces in found.items():
-        adapter.pieces[module] = list(_put(model, adapter, files.factors[module], pieces))
-    for name, tensor in whole.items():
-        owner, leaf = _owner(model, name)
-        adapter.before[name] = owner._parameters[leaf]  # type: ignore[assignment]
-        like = adapter.before[name]
-        owner._parameters[leaf] = nn.Parameter(tensor.to(like.device, like.dtype, copy=True))
+    for module, parts in found.parts.items():
+        adapter.pieces[module] = list(_put(model, adapter, files.factors[module], parts))
+    ties = {} if found.apart else found.places.native.ties
+    for name, array in found.whole.items():
+        tensor = array.whole()
+        new = nn.Parameter(tensor.to(own[name].device, copy=True))
+        for each in (name, *(other for other, of in ties.items() if of == name)):
+            owner, leaf = _owner(model, each)
+            adapter.before[each], owner._parameters[leaf] = own[each], new
     model.adapter = adapter
     return model
 
 
 @torch.no_grad()
 def merge_adapter(model: Model) -> Model:
-    """Its factors added to the weights; what is left is a model like any other."""
-    adapter, own = _adapter(model), dict(_own(model))
-    ties = adapter.places.native.ties
-    shared = {*ties, *ties.values()}
-    changed = [piece.place.native for pieces in adapter.pieces.values() for piece in pieces]
-    if tied := sorted(shared & {*changed}):
-        raise UsageError(
-            f"{listing(tied)}: one array has the names {listing(sorted(shared))}, and the adapter "
-            "does not change all that read it alike. Keep it apart"
-        )
+    """Its factors added to the weights; what is left is a model like any other.
+
+    Names of one array that the adapter tells apart, an embedding's and a head's, have an array
+    each from here on.
+    """
+    adapter, found = _adapter(model), _adapter(model).changes
+    if found.apart:
+        ties = found.places.native.ties
+        model.config, before = untied(model, ties), dict(_own(model))
+        for name, of in ties.items():
+            if before[name] is before[of]:
+                owner, leaf = _owner(model, name)
+                owner._parameters[leaf] = nn.Parameter(before[of].detach().clone())
+                adapter.frozen.setdefault(name, before[of].requires_grad)
+    own = dict(_own(model))
     for module, pieces in adapter.pieces.items():
-        for piece in pieces:
-            weight = own[piece.place.native]
-            part = weight if piece.place.at is None else weight[piece.place.at]
-            part.copy_(part + adapter.delta(module, piece))
+        factors = adapter.factors(module)
+        for part, _ in pieces:
+            weight = own[part.place.native]
+            matrix = weight if part.place.at is None else weight[part.place.at]
+            matrix.copy_(matrix + Low(part, factors).whole())
     _leave(model, adapter)
     return model
 
@@ -197,7 +182,7 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
         now = adapter.factors(module)
         factors[module] = now._replace(a=_as_it_was(now.a, was.a), b=_as_it_was(now.b, was.b))
     for name, before in adapter.files.whole.items():
-        _, step, n = adapter.places.find(name)
+        _, step, n = adapter.changes.places.find(name)
         whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
     output = peft.output(replace(adapter.files, factors=factors, whole=whole))
     destination = checked_destination(directory, None, force)
@@ -212,37 +197,7 @@ def _as_it_was(now: Tensor, before: Tensor) -> Tensor:
     return narrow if narrow.to(now.dtype).equal(now) else now
 
 
-# --- where factors go ----------------------------------------------------------------------------
-
-
-def _pieces(
-    model: Model, places: Places, module: str, factors: Factors
-) -> Iterator[tuple[Place, Tensor, Tensor]]:
-    """(native matrix, rows of b, columns of a) of all that a module's weight is made into."""
-    name = f"{module}.weight"
-    info, step, n = places.find(name)
-    if len(info.shape) != 2:
-        raise PlanError(f"{module}: its weight is {list(info.shape)}, and no matrix")
-    for place in places.places(step, n, info.shape):
-        owner, _ = _owner(model, place.native)
-        if not isinstance(owner, nn.Linear | nn.Embedding | Experts):
-            kind = type(owner).__name__
-            raise PlanError(f"{module}: {place.native} is of {kind}, beside which no factors go")
-        looked_up = isinstance(owner, nn.Embedding)
-        if looked_up != factors.embedding:
-            raise PlanError(
-                f"{module}: factors of {'a linear layer' if looked_up else 'an embedding'}"
-            )
-        out, into = (place.columns, place.rows) if looked_up else (place.rows, place.columns)
-        found = [factors.b.shape[0], factors.a.shape[1]]
-        if found != (wanted := [info.shape[out[0]], info.shape[into[0]]]):
-            raise PlanError(f"{module}: factors for {found}, expected {wanted} (out, in)")
-        yield place, out[1], into[1]
-
-
-def _put(
-    model: Model, adapter: Adapter, factors: Factors, found: list[tuple[Place, Tensor, Tensor]]
-) -> Iterator[Piece]:
+def _put(model: Model, adapter: Adapter, factors: Factors, parts: list[Part]) -> Iterator[Piece]:
     """Layers that hold the factors; what several have alike is one parameter of all of them."""
     held: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
 
@@ -251,44 +206,18 @@ def _put(
         if key not in held:
             # as peft trains them: in fp32 at least
             cut = factors.b[part] if side else factors.a[:, part]
-            wide = torch.promote_types(cut.dtype, like.dtype)
-            dtype = torch.promote_types(wide, torch.float32)
+            dtype = wide_dtype(factors, like.dtype)
             held[key] = nn.Parameter(cut.to(like.device, dtype, copy=True))
         return held[key]
 
-    for place, rows, columns in found:
+    for part in parts:
+        place, rows, columns = part
         owner, leaf = _owner(model, place.native)
         like = owner.get_parameter(leaf)
         a, b = of(0, columns, like), of(1, rows, like)
         low = Lora(a, b, factors.scale, adapter.files.settings.dropout)
         adapter.hooks.extend(put(owner, leaf, place.at, low))
-        yield Piece(place, rows, columns, low)
-
-
-def _whole(model: Model, places: Places, files: Files) -> dict[str, Tensor]:
-    """Native tensors that stand in the place of the model's own."""
-    own, ties = {n: p.detach() for n, p in _own(model)}, places.native.ties
-    native, problems, shared = dict[str, Tensor](), list[str](), {*ties, *ties.values()}
-    for name, tensor in files.whole.items():
-        try:
-            info, step, n = places.find(name)
-        except PlanError as error:
-            problems.append(str(error))
-            continue
-        if info.shape != tuple(tensor.shape):
-            problems.append(f"{name}: {list(tensor.shape)}, expected {list(info.shape)}")
-            continue
-        now = on_disk(step, {**own, **native})
-        if shared & {*step.targets}:
-            if not now[step.sources[n]].equal(tensor):
-                problems.append(f"{name}: of its own here, and one array with another in the model")
-            continue
-        native |= native_tensors(
-            step, {**now, step.sources[n]: tensor.to(now[step.sources[n]].dtype)}
-        )
-    if problems:
-        raise PlanError("\n  ".join(problems))
-    return native
+        yield Piece(part, low)
 
 
 # --- the model's own -----------------------------------------------------------------------------
@@ -338,7 +267,7 @@ def _leave(model: Model, adapter: Adapter) -> None:
         hook.remove()
     for pieces in adapter.pieces.values():
         for piece in pieces:
-            owner, leaf = _owner(model, piece.place.native)
+            owner, leaf = _owner(model, piece.part.place.native)
             take_off(owner, leaf)
     model.adapter = None
     for name, parameter in _own(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite, sqrt
 from pathlib import Path
@@ -44,6 +44,7 @@ USED = {
 }
 # Beginnings that leave the base weights as they are; others take from them what they put in.
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+MERGED = "Merge it in peft (merge_and_unload) and load what that saves"
 _LONG = 200  # characters of a pattern
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 
@@ -58,6 +59,7 @@ class Settings:
     rslora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)  # pattern -> rank
     alphas: Mapping[str, float] = field(default_factory=dict)
+    task: str = ""  # what it was trained to do
 
     def rank_of(self, module: str) -> int:
         return int(_first(self.ranks, module, self.rank))
@@ -95,6 +97,7 @@ class Files:
     # what stands under further names: saved again as it was
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # tensor -> name in the file
     others: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    paths: tuple[Path, ...] = ()
 
 
 def read(directory: Path) -> Files:
@@ -116,7 +119,7 @@ def read(directory: Path) -> Files:
     files, problems = _sorted(tensors, settings, str(place), text)
     if problems := [*odd, *problems]:
         raise PlanError("\n  ".join([f"{place}:", *problems]))
-    return files
+    return replace(files, paths=(path, place))
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> Settings:
@@ -129,12 +132,13 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
         config.get("use_rslora") or False,
         config.get("rank_pattern") or {},
         config.get("alpha_pattern") or {},
+        config.get("task_type") or "",
     )
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
-        yield f"peft_type: {config.get('peft_type')!r}; LORA alone is read"
+        yield f"peft_type: {config.get('peft_type')!r}; LORA alone is read. {MERGED}"
         return
     rank, alpha, dropout = (config.get(n) for n in ("r", "lora_alpha", "lora_dropout"))
     if not _is_rank(rank):
@@ -163,7 +167,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, value in config.items():
         if name not in USED | IGNORED and value not in (None, False, [], {}):
-            yield f"{name}: {value!r} is not implemented"
+            yield f"{name}: {value!r} is not implemented. {MERGED}"
 
 
 def _is_rank(value: Any) -> bool:
@@ -213,7 +217,7 @@ def _sorted(
             embedding, n, end = half
             halves.setdefault((name.removesuffix(end), embedding), {})[n] = tensor
         elif ".lora_" in name:
-            problems.append(f"{key}: is not implemented")
+            problems.append(f"{key}: not implemented, or not as peft saves it. {MERGED}")
         elif ".original_module." in name:
             others[key] = tensor  # what the module was; nothing reads it
         else:
@@ -249,6 +253,11 @@ def _half_problem(
             f"{PREFIX}{module}: {ends[0][1:]} {list(a.shape)} and {ends[1][1:]} {list(b.shape)}, "
             f"expected [{rank} in] and [out {rank}] by {CONFIG}"
         )
+    for end, tensor in zip(ends, (a, b), strict=True):
+        if not tensor.isfinite().all():
+            at = (~tensor.isfinite()).nonzero()[0].tolist()
+            told = f"{at} is {tensor[tuple(at)].item():g}. An earlier checkpoint may be sound"
+            return f"{PREFIX}{module}{end}: {told}"
     return ""
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from converters.execute import backward, forward
+from converters.execute import backward
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, Step, make_plan, target_names
 from converters.spec import Dialect
@@ -64,9 +64,24 @@ class Places:
         found = next((self._at[form] for form in forms if form in self._at), None)
         if found is None:
             near = did_you_mean(bare, self._at)
+            if any(rule.source.name.match(bare) is not None for rule in self.dialect.heads):
+                near = f" It is of another head than {self.head}: pass head="
             raise PlanError(f"{name}: the model has nothing of that name.{near}")
         plan, step, n = found
         return plan.header[step.sources[n]], step, n
+
+    def main(self, name: str) -> str | None:
+        """Of a further name that files have for an array: its own."""
+        for other, main in self.dialect.tied:
+            for form in (name, name.removeprefix(self.dialect.prefix)):
+                if (binding := other.match(form)) is not None:
+                    return main.format(binding)
+        return None
+
+    def is_shared(self, name: str) -> bool:
+        """Whether it is one of several modules of the reference's that are one here."""
+        mains = (main for _, main in self.dialect.tied)
+        return self.main(name) is not None or any(main.match(name) is not None for main in mains)
 
     def header(self) -> dict[str, TensorInfo]:
         """What files of this model hold."""
@@ -129,11 +144,6 @@ def _axis(axis: int, numbers: Tensor) -> tuple[int, tuple[int, Tensor]] | None:
     if bool((numbers == numbers[:1]).all()):
         return 1, (axis, numbers[0].long())
     return None
-
-
-def native_tensors(step: Step, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native names and tensors of a step from its tensors on disk."""
-    return dict(zip(step.targets, forward(step, given.__getitem__), strict=True))
 
 
 def on_disk(step: Step, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
