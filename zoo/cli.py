@@ -130,6 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_diff)
 
+    command = commands.add_parser(
+        "diagnose", help="what is wrong in a checkpoint, with nothing to hold it against"
+    )
+    _add_ref(command)
+    command.add_argument(
+        "--text", metavar="FILE", help="that it should foresee; - is standard input"
+    )
+    command.add_argument(
+        "--tensors", action="store_true", help="a line for each, not for each kind"
+    )
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_diagnose)
+
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
     command.add_argument(
         "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
@@ -395,6 +408,22 @@ def _diff(options: argparse.Namespace) -> int:
     names = ("dtype", "way", "backward", "text", "seed", "diagnose")
     found = zoo.diff(options.ref, options.other, **{name: getattr(options, name) for name in names})
     print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
+    return OK if found.ok else FAILED
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    """0 where nothing looks wrong, 1 where something does, 2 where nothing can be read."""
+    text = None if options.text is None else _text(options.text)
+    try:
+        found = zoo.diagnose(options.ref, text=text, progress=_progress)
+    except (ZooError, OSError) as error:
+        return _fail(str(error), USAGE)
+    finally:
+        passing("", sys.stderr)
+    if options.json:
+        print(_json(found.to_json()))
+    else:
+        print(found.to_text(has_colour(sys.stdout), tensors=options.tensors))
     return OK if found.ok else FAILED
 
 

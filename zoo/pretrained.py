@@ -354,7 +354,10 @@ def load_directory(
 
 def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:
     """The model on the meta device: names and shapes, no weights."""
-    found = locate(ref, head=head, weights=False, **where)
+    return skeleton_of(locate(ref, head=head, weights=False, **where))
+
+
+def skeleton_of(found: Located) -> Model:
     return _on_meta(found, found.config(found.heads[0], {}))
 
 

@@ -1,0 +1,200 @@
+"""How rotary rows lie: both members of a pair turn at one frequency, and are about as large.
+
+So the sizes of a head's rows follow one profile of its frequencies, in all heads and layers, twice
+in a row where the rows stand in halves. Values are not turned and have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from zoo.components.rotary import Rotated
+from zoo.wrong.finding import Finding
+from zoo.wrong.numbers import Numbers
+from zoo.wrong.opening import Opened
+from zoo.wrong.values import called, families_of, files_of
+
+# Of sizes of rows, the share that other layers' profile foretells: 0.16 to 0.38 of trained queries
+# and keys that are read as they lie, below 0.04 of those that are not, and of values.
+_TOLD, _SHARE = 0.08, 0.3
+# How far the halves of a profile are apart, 2 where each is the other upside down: 0.03 to 0.43
+# where they are read as they lie, above 1.3 where not.
+_APART, _ALIKE = 1.2, 0.5
+_FEW = 4  # rows of a head that are turned; less shows no profile
+
+
+@dataclass(frozen=True)
+class Rows:
+    """(layers, rows) logarithms of sizes, and how many heads and rows of each are turned."""
+
+    arrays: tuple[Numbers, ...]
+    sizes: Tensor
+    heads: int
+    turned: int
+
+    def read(self, order: Tensor | None = None, heads: int = 0) -> Tensor:
+        """(layers, heads, turned), each head's around its own mean."""
+        sizes = self.sizes if order is None else self.sizes[:, order]
+        by_head = sizes.unflatten(1, (heads or self.heads, -1))
+        by_head = by_head[:, :, : by_head.shape[-1] if heads else self.turned]
+        return by_head - by_head.mean(-1, keepdim=True)
+
+
+def told(read: Tensor) -> Tensor:
+    """(layers,), the share of each that the profile of the other layers' pairs foretells."""
+    pairs = rearrange(read, "l h (two j) -> l h two j", two=2).mean((1, 2))
+    others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
+    left = read - torch.cat([others, others], -1)[:, None]
+    return 1 - left.square().mean((1, 2)) / read.square().mean((1, 2)).clamp_min(1e-30)
+
+
+def apart(read: Tensor) -> float:
+    """Between the two halves of the mean profile."""
+    profile = read.mean((0, 1))
+    first, second = profile.chunk(2)
+    return float((first - second).square().sum() / profile.square().sum().clamp_min(1e-30))
+
+
+def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    config = found.config
+    if not isinstance(config, Rotated) or getattr(config, "alibi", False):
+        return
+    rows = {leaf: held for leaf in ("q", "k", "v") if (held := _rows(config, numbers, leaf))}
+    for leaf in ("q", "k"):
+        if leaf in rows:
+            yield from _layout(config, leaf, rows[leaf])
+    yield from _heads(rows)
+    yield from _exchanged(rows)
+
+
+def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> Rows | None:
+    families = families_of(numbers)
+    held = next((v for f, v in families.items() if f.endswith(f".attn.{leaf}.weight")), [])
+    held = [n for n in held if n.finite and not n.constant and float(n.rows.min()) > 0]
+    heads: int = config.heads  # type: ignore[attr-defined]
+    if leaf != "q":
+        heads = getattr(config, "kv_heads", heads) or heads
+    if len(held) < 2 or len(held[0].rows) % heads or config.turned < _FEW:
+        return None
+    if config.turned % 2 or len(held[0].rows) // heads < config.turned:
+        return None
+    return Rows(tuple(held), torch.stack([n.rows.log() / 2 for n in held]), heads, config.turned)
+
+
+# --- the order of rows ---------------------------------------------------------------------------
+
+
+def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
+    """(what happened, how to read it, which row is which) of the usual mistakes."""
+    count = rows.sizes.shape[1]
+    pairs = _interleaved(count, rows.heads, rows.turned)
+    told = f"(h={rows.heads} e two) -> (h two e)"
+    yield "its pairs stand side by side and are read as halves", told, pairs
+    back = torch.empty_like(pairs)
+    back[pairs] = torch.arange(count)
+    told = f"(h={rows.heads} two e) -> (h e two)"
+    yield "its pairs were brought into halves twice", told, back
+    heads: int = config.heads  # type: ignore[attr-defined]
+    for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
+        width = count // other
+        if count % other or width % 2 or rows.turned * rows.heads != count:
+            continue
+        there = torch.empty(count, dtype=torch.long)
+        there[_interleaved(count, other, width)] = torch.arange(count)
+        what = f"its pairs were brought into halves as those of {other} heads"
+        yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", there[pairs]
+
+
+def _interleaved(count: int, heads: int, turned: int) -> Tensor:
+    """Where each row stands whose pair is beside it."""
+    by_head = torch.arange(count).reshape(heads, -1).clone()
+    by_head[:, :turned] = rearrange(by_head[:, :turned], "h (e two) -> h (two e)", two=2)
+    return by_head.flatten()
+
+
+def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
+    as_read = rows.read()
+    whole = float(told(as_read).mean())
+    others = [(what, fix, rows.read(order)) for what, fix, order in _orders(config, rows)]
+    what, fix, best = max(others, key=lambda other: float(told(other[2]).mean()))
+    share = float(told(best).mean())
+    name = {"q": "queries", "k": "keys"}[leaf]
+    if share > _TOLD and whole < _SHARE * share and apart(as_read) > _APART:
+        seen = (
+            f"the profile of pairs foretells {share:.0%} of how large rows are if they are read "
+            f"so, and {max(whole, 0):.0%} as they lie"
+        )
+        fix = f"read the rows as {fix}; else the number of heads is wrong"
+        files = files_of(rows.arrays)
+        yield Finding(f"Rotary rows of all {name}: {what}", files, seen, 0.93, fix)
+        return
+    if len(rows.arrays) < 3 or whole < _TOLD:
+        return
+    for what, fix, other in others:
+        odd = list[int]()
+        for layer in range(len(rows.arrays)):
+            mixed = as_read.clone()
+            mixed[layer] = other[layer]
+            mine, theirs = float(told(as_read)[layer]), float(told(mixed)[layer])
+            far = apart(as_read[layer : layer + 1]) > _APART
+            if theirs > _TOLD and mine < _SHARE * theirs and far:
+                odd.append(layer)
+        if odd and len(odd) < len(rows.arrays) / 2:
+            arrays = [rows.arrays[n] for n in odd]
+            seen = f"{arrays[0].name}: its rows follow the other layers' profile only if read so"
+            told_ = f"Rotary rows of {called(arrays)}: {what}"
+            yield Finding(told_, files_of(arrays), seen, 0.9, f"read the rows as {fix}")
+            return
+
+
+# --- how many heads, and which of three ----------------------------------------------------------
+
+
+def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
+    """Halves of halves that are alike are halves of heads half as wide."""
+    odd = list[Rows]()
+    for leaf in ("q", "k"):
+        held = rows.get(leaf)
+        if held is None or held.turned * held.heads != held.sizes.shape[1] or held.turned % 4:
+            return
+        narrow = held.read(heads=2 * held.heads)
+        if float(told(narrow).mean()) > _TOLD and apart(narrow) < _ALIKE:
+            odd.append(held)
+    if len(odd) == 2:
+        heads = [held.heads for held in odd]
+        seen = (
+            f"with {2 * heads[0]} heads of queries both halves of each have one profile "
+            f"({apart(odd[0].read(heads=2 * heads[0])):.2f} apart)"
+        )
+        what = f"More heads than the config says: {2 * heads[0]}, and not {heads[0]}"
+        fix = f"set the number of heads to {2 * heads[0]} (of keys to {2 * heads[1]})"
+        arrays = [n for held in odd for n in held.arrays]
+        yield Finding(what, files_of(arrays), seen, 0.85, fix)
+
+
+def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
+    """Values that have pairs, and queries or keys of their shape that have none."""
+    if "v" not in rows:
+        return
+    values = rows["v"].read()
+    share = float(told(values).mean())
+    if share < _TOLD or apart(values) > _ALIKE:
+        return
+    for leaf, name in (("k", "keys"), ("q", "queries")):
+        held = rows.get(leaf)
+        if held is None or held.sizes.shape != rows["v"].sizes.shape:
+            continue
+        other = float(told(held.read()).mean())
+        if other < _SHARE * share:
+            seen = (
+                f"the values' rows have the profile of rotary pairs ({share:.0%} of their sizes "
+                f"follow it) and the {name}' have not ({max(other, 0):.0%})"
+            )
+            arrays = (*held.arrays, *rows["v"].arrays)
+            what = f"Values and {name} are exchanged"
+            yield Finding(what, files_of(arrays), seen, 0.9, f"read one as the other: {leaf} and v")
