@@ -31,14 +31,14 @@ def refused(found: Opened) -> Iterator[Finding]:
         here, wanted = found.checkpoint.tensors[name].shape, found.misshapen[name][0]
         seen = f"{name}: shape {list(here)}, expected {list(wanted)}"
         what = f"Transposed by their shapes: {counted(turned)}"
-        yield Finding(what, tuple(turned), seen, 0.98, "turn their axes round")
+        yield Finding(what, tuple(turned), seen, 0.99, "turn their axes round")
     if found.refused and not found.unknown:
         lines = [line.strip() for line in found.refused.splitlines()]
         told = lines[1:] if len(lines) > 1 else lines
         more = f" … and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         seen = "; ".join(told[:_SHOWN]) + more
         names = tuple(n for n in found.checkpoint.tensors if n in found.misshapen)
-        yield Finding("It does not load", names, seen, 0.99)
+        yield Finding("It does not load", names, seen, 0.98)
 
 
 def holes(found: Opened) -> Iterator[Finding]:

@@ -56,15 +56,18 @@ def diagnose(
 
 
 def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    spoilt = list(values.from_values(found, numbers))
+    spoilt = list(values.spoilt(found, numbers))
     yield from spoilt
     yield from beside.ties(found, numbers)
     yield from beside.vocabulary(found)
-    turned = {name for finding in spoilt if "bytes" in finding.what for name in finding.where}
-    sound = [n for n in numbers if not turned & set(n.array.files)]
+    odd = {name for finding in spoilt for name in finding.where}
+    sound = [n for n in numbers if not odd & set(n.array.files)]
+    yield from values.repeated(sound)
     stream = axes.Stream(found, sound)
     fresh, all_of_it = layers.untrained(sound, stream)
     yield from fresh
+    odd = {name for finding in fresh for name in finding.where}
+    sound = [n for n in sound if not odd & set(n.array.files)]
     if not all_of_it:  # else layers are alike by chance alone
         yield from layers.between_layers(sound)
         yield from axes.transposed(stream)

@@ -13,8 +13,8 @@ from zoo.wrong.values import called, families_of, files_of
 
 # Deviations that chance alone hardly reaches. Of matrices as initialised none was beyond 4, of
 # trained ones of the smallest models one at least of the two sides is.
-_CHANCE = 4.5
-_SMALL = 1024  # numbers of which no more can be said
+_CHANCE, _ALONE = 4.5, 3.0  # of a whole checkpoint's, of one among trained ones
+_SMALL, _LOOSE = 1024, 8192  # fewer numbers tell nothing; of arrays that no rule names
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
 _FRESH = 0.9  # of all matrices
 # how far a layer's numbers may be from those of its neighbours; the outermost differ of themselves
@@ -22,7 +22,7 @@ _SCALE, _OUTER = 5.0, 12.0
 _BITS = 3  # fewer of a mantissa than the other layers'
 
 
-def fresh(n: Numbers) -> bool | None:
+def fresh(n: Numbers, chance: float = _CHANCE) -> bool | None:
     """Whether a matrix is independent numbers of one distribution; None where nothing tells.
 
     Rows and columns of trained matrices differ in size by more than chance.
@@ -33,12 +33,12 @@ def fresh(n: Numbers) -> bool | None:
         return None
     for axis in (0, 1):
         uneven, deviation = n.unevenness(axis)
-        if not uneven < 1 + _CHANCE * deviation:
+        if not uneven < 1 + chance * deviation:
             return False
     there = max(n.count - n.zeros, 1)
     if abs(n.mean) > _CHANCE * n.std / sqrt(there) or n.peak > _SMOOTH:
         return False
-    return n.kurtosis < 3 + _CHANCE * sqrt(24 / there) + 0.03
+    return n.kurtosis < 3 + chance * sqrt(24 / there) + 0.03
 
 
 def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding], bool]:
@@ -47,7 +47,8 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     random = [n for n, told in known if told]
     if len(random) < _FRESH * len(known):
         # what resembles others is trained, however little
-        random = [n for n in random if stream.resembles(n) < RANDOM]
+        random = [n for n in random if fresh(n, _ALONE) and stream.resembles(n) < RANDOM]
+        random = [n for n in random if n.array.native or n.count >= _LOOSE]
     if not random:
         return [], False
     n = random[0]

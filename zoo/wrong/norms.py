@@ -14,8 +14,8 @@ from zoo.wrong.opening import Opened
 from zoo.wrong.values import called, families_of, files_of
 
 _NEARER = 0.6  # of the distance to its neighbours is that to the other norm's
-_BELOW, _AROUND = 0.25, 0.5  # share of a scale that is negative; how far its mean is from zero
-_MOST = 0.8  # of all scales
+_BELOW = 0.1  # of all scales: as good as none is negative in trained models
+_AROUND = 0.5  # how far the mean is from what is expected
 
 
 def between_norms(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
@@ -78,22 +78,20 @@ def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     norms = [n for n in _norms(numbers) if "norm" in n.name and not n.constant]
     if len(norms) < 3 or found.config is None:
         return
-    added = _adds_one(found)
-    if added:
-        odd = [n for n in norms if n.low > 0 and abs(n.mean - 1) < _AROUND]
+    every = torch.cat([_values(n) for n in norms])
+    mean, below = float(every.mean()), float((every < 0).double().mean())
+    if _adds_one(found):
+        odd, usual = below == 0 and abs(mean - 1) < _AROUND, 0.0
         what, fix = "One is added to norms that hold it already", "take one from each"
     else:
-        odd = [
-            n
-            for n in norms
-            if abs(n.mean) < _AROUND and float((_values(n) < 0).double().mean()) > _BELOW
-        ]
+        odd, usual = below > _BELOW and abs(mean) < _AROUND, 1.0
         what, fix = "Norms lack the one that is added to them elsewhere", "add one to each"
-    if len(odd) >= _MOST * len(norms):
-        n = odd[0]
-        seen = f"{n.name}: from {n.low:.3g} to {n.high:.3g}, {n.mean:.3g} on average; so are "
-        seen += f"{len(odd)} of {len(norms)}"
-        yield Finding(what, files_of(odd), seen, 0.85, fix)
+    if odd:
+        seen = (
+            f"scales are {mean:.2g} on average and {below:.0%} of them are negative; about "
+            f"{usual:g} were expected"
+        )
+        yield Finding(what, files_of(norms), seen, 0.85, fix)
 
 
 def _adds_one(found: Opened) -> bool:

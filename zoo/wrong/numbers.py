@@ -175,7 +175,7 @@ def numbers_of(array: Array) -> Numbers:
             denormal += int((bare < normal).sum())
     count = max(height * width - nans - infs, 1)
     mean, square = total / count, float(rows.sum()) / count
-    closer = _closer(lazy, height, width, array) if nans + infs == 0 and most > 0 else {}
+    closer = _closer(lazy, height, width, array)
     return Numbers(
         array,
         nans=nans,
@@ -265,7 +265,7 @@ def _closer(lazy: Lazy, height: int, width: int, array: Array) -> dict[str, Any]
     if some.numel() >= 64:
         told |= dict(zip(("orders", "swapped"), _orders(some, array.dtype), strict=True))
     wide = some.float()
-    if min(wide.shape) >= 16:
+    if min(wide.shape) >= 16 and bool(wide.isfinite().all()):
         told["grid"] = _grid(wide)
         told["peak"] = _peak(wide)
     return told

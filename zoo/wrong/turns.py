@@ -25,6 +25,8 @@ _TOLD, _SHARE = 0.08, 0.3
 # How far the halves of a profile are apart, 2 where each is the other upside down: 0.03 to 0.43
 # where they are read as they lie, above 1.3 where not.
 _APART, _ALIKE = 1.2, 0.5
+# What chance makes of that share, times the root of how many rows there are: of all layers, of one
+_NOISE, _ALONE = 2.0, 3.6
 _FEW = 4  # rows of a head that are turned; less shows no profile
 
 
@@ -95,10 +97,8 @@ def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
     pairs = _interleaved(count, rows.heads, rows.turned)
     told = f"(h={rows.heads} e two) -> (h two e)"
     yield "its pairs stand side by side and are read as halves", told, pairs
-    back = torch.empty_like(pairs)
-    back[pairs] = torch.arange(count)
     told = f"(h={rows.heads} two e) -> (h e two)"
-    yield "its pairs were brought into halves twice", told, back
+    yield "its pairs were brought into halves twice", told, _undone(rows)
     heads: int = config.heads  # type: ignore[attr-defined]
     for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
         width = count // other
@@ -108,6 +108,14 @@ def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
         there[_interleaved(count, other, width)] = torch.arange(count)
         what = f"its pairs were brought into halves as those of {other} heads"
         yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", there[pairs]
+
+
+def _undone(rows: Rows) -> Tensor:
+    """The order before pairs were brought into halves."""
+    count = rows.sizes.shape[1]
+    back = torch.empty(count, dtype=torch.long)
+    back[_interleaved(count, rows.heads, rows.turned)] = torch.arange(count)
+    return back
 
 
 def _interleaved(count: int, heads: int, turned: int) -> Tensor:
@@ -124,7 +132,9 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
     what, fix, best = max(others, key=lambda other: float(told(other[2]).mean()))
     share = float(told(best).mean())
     name = {"q": "queries", "k": "keys"}[leaf]
-    if share > _TOLD and whole < _SHARE * share and apart(as_read) > _APART:
+    beyond = _NOISE / as_read.numel() ** 0.5
+    clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
+    if clear and apart(as_read) > _APART:
         seen = (
             f"the profile of pairs foretells {share:.0%} of how large rows are if they are read "
             f"so, and {max(whole, 0):.0%} as they lie"
@@ -142,7 +152,8 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
             mixed[layer] = other[layer]
             mine, theirs = float(told(as_read)[layer]), float(told(mixed)[layer])
             far = apart(as_read[layer : layer + 1]) > _APART
-            if theirs > _TOLD and mine < _SHARE * theirs and far:
+            clear = theirs > _TOLD and theirs - mine > _ALONE / as_read[0].numel() ** 0.5
+            if clear and far:
                 odd.append(layer)
         if odd and len(odd) < len(rows.arrays) / 2:
             arrays = [rows.arrays[n] for n in odd]
@@ -156,25 +167,27 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
 
 
 def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
-    """Halves of halves that are alike are halves of heads half as wide."""
-    odd = list[Rows]()
-    for leaf in ("q", "k"):
-        held = rows.get(leaf)
-        if held is None or held.turned * held.heads != held.sizes.shape[1] or held.turned % 4:
-            return
-        narrow = held.read(heads=2 * held.heads)
-        if float(told(narrow).mean()) > _TOLD and apart(narrow) < _ALIKE:
-            odd.append(held)
-    if len(odd) == 2:
-        heads = [held.heads for held in odd]
-        seen = (
-            f"with {2 * heads[0]} heads of queries both halves of each have one profile "
-            f"({apart(odd[0].read(heads=2 * heads[0])):.2f} apart)"
-        )
-        what = f"More heads than the config says: {2 * heads[0]}, and not {heads[0]}"
-        fix = f"set the number of heads to {2 * heads[0]} (of keys to {2 * heads[1]})"
-        arrays = [n for held in odd for n in held.arrays]
-        yield Finding(what, files_of(arrays), seen, 0.85, fix)
+    """Halves of halves that are alike are heads half as wide, or pairs brought there twice."""
+    held = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
+    if len(held) < 2 or held[0].turned % 4:
+        return
+    if any(each.turned * each.heads != each.sizes.shape[1] for each in held):
+        return
+    narrow = [each.read(heads=2 * each.heads) for each in held]
+    if any(float(told(read).mean()) < _TOLD or apart(read) > _ALIKE for read in narrow):
+        return
+    back = [each.read(_undone(each)) for each in held]
+    files = files_of(n for each in held for n in each.arrays)
+    seen = f"both halves of each half have one profile ({apart(narrow[0]):.2f} apart)"
+    queries, keys = (2 * each.heads for each in held)
+    reorder = f"read the rows as (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
+    count = f"set the number of heads to {queries}, of keys to {keys}"
+    if sum(float(told(read).mean()) for read in back) > sum(float(told(r).mean()) for r in narrow):
+        what = "Rotary rows of all queries and keys: their pairs were brought into halves twice"
+        yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
+    else:
+        what = f"More heads than the config says: {queries}, and not {queries // 2}"
+        yield Finding(what, files, seen, 0.85, f"{count}; or {reorder}")
 
 
 def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 
 import torch
 
@@ -19,10 +20,13 @@ _RARE, _COMMON = 0.01, 0.5  # share of numbers below the smallest normal one: wi
 _SHOWN = 4
 
 
-def from_values(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    turned = [n for n in numbers if n.orders > _APART and n.swapped < _TOGETHER]
+def spoilt(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Arrays of which nothing else can be said."""
+    turned = [n for n in numbers if _APART < n.orders < inf and n.swapped < _TOGETHER]
     if turned:
         yield _turned(turned, numbers)
+        if 2 * len(turned) >= len(numbers):
+            return  # so are those that are too small to tell
         numbers = [n for n in numbers if n not in turned]
     yield from _not_finite(numbers)
     cut = _cut_off(found, numbers)
@@ -34,7 +38,6 @@ def from_values(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     yield from _zero(rest)
     yield from _holes(rest)
     yield from _limits(rest)
-    yield from _repeated(found, rest)
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -82,8 +85,10 @@ def _turned(turned: Sequence[Numbers], numbers: Sequence[Numbers]) -> Finding:
         f"{first.swapped:.1f} with the bytes of each number the other way round"
     )
     what = "The bytes of every number are the other way round"
-    if len(turned) < len(numbers) / 2:
+    if 2 * len(turned) < len(numbers):
         what = f"The bytes of numbers are the other way round in {called(turned)}"
+    else:
+        turned = numbers
     return Finding(what, files_of(turned), seen, 0.98, "swap the bytes of these tensors")
 
 
@@ -192,7 +197,7 @@ def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
 # --- several arrays ------------------------------------------------------------------------------
 
 
-def _repeated(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+def repeated(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """The same numbers under several names that no tie explains."""
     groups = defaultdict[tuple[object, ...], list[Numbers]](list)
     for n in numbers:
