@@ -134,12 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         "diagnose", help="what is wrong in a checkpoint, with nothing to hold it against"
     )
     _add_ref(command)
-    command.add_argument(
-        "--text", metavar="FILE", help="that it should foresee; - is standard input"
-    )
-    command.add_argument(
-        "--tensors", action="store_true", help="a line for each, not for each kind"
-    )
+    command.add_argument("--text", metavar="FILE", help="that it should foresee; - is stdin")
+    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
+    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
+    command.add_argument("--tensors", action="store_true", help="a line each, not each kind")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_diagnose)
 
@@ -159,7 +157,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", metavar="DIR", type=_place, help="of peft's LoRA, merged in")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
-    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
     command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
@@ -415,7 +412,8 @@ def _diagnose(options: argparse.Namespace) -> int:
     """0 where nothing looks wrong, 1 where something does, 2 where nothing can be read."""
     text = None if options.text is None else _text(options.text)
     try:
-        found = zoo.diagnose(options.ref, text=text, progress=_progress)
+        config = dict(options.config or ())
+        found = zoo.diagnose(options.ref, text=text, config=config, progress=_progress)
     except (ZooError, OSError) as error:
         return _fail(str(error), USAGE)
     finally:

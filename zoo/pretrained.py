@@ -357,8 +357,8 @@ def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:
     return skeleton_of(locate(ref, head=head, weights=False, **where))
 
 
-def skeleton_of(found: Located) -> Model:
-    return _on_meta(found, found.config(found.heads[0], {}))
+def skeleton_of(found: Located, changes: Mapping[str, Any] | None = None) -> Model:
+    return _on_meta(found, found.config(found.heads[0], changes or {}))
 
 
 # --- locating ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ _ROWS = 128  # of all arrays of a family together
 # Resemblance in units of what chance makes of as many families. Of the wrong axis of trained
 # matrices it was 8 at most, where that of the right one was 480; of the right one mostly above 25.
 _CHANCE, _CLEARLY = 5.0, 4.0
-RANDOM = 3.0
+RANDOM = 2.0  # and of independent numbers 1
 
 
 class Stream:

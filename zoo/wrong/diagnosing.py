@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +25,7 @@ def diagnose(
     *,
     text: str | None = None,
     ids: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **where: Any,
 ) -> Diagnosis:
@@ -32,9 +33,9 @@ def diagnose(
 
     Every number is looked at, in pieces; files that do not load are told of as far as they can be
     read. A text, or (s,) its `ids`, says more where the model loads: without either, a text of
-    zoo's own where there is a tokenizer. `where` is as `zoo.load` has it: revision, token …
+    zoo's own where there is a tokenizer. `config` and `where` are as `zoo.load` has them.
     """
-    found = opened(ref, **where)
+    found = opened(ref, config or {}, **where)
     arrays = [array for array in found.arrays if 0 not in array.shape]
     numbers = list[Numbers]()
     for n, array in enumerate(arrays):
@@ -50,7 +51,7 @@ def diagnose(
     if precise := layers.precision(numbers):
         notes.append(f"all numbers are {precise}")
     if not found.refused:
-        findings += _by_a_text(found, text, ids)
+        findings += _by_a_text(found, text, ids, config)
     ranked = sorted(findings, key=lambda finding: -finding.likely)
     return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes))
 
@@ -75,12 +76,14 @@ def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
         yield from norms.between_norms(found, sound)
 
 
-def _by_a_text(found: Opened, text: str | None, ids: Tensor | None) -> list[Finding]:
+def _by_a_text(
+    found: Opened, text: str | None, ids: Tensor | None, config: Mapping[str, Any] | None
+) -> list[Finding]:
     """How likely a text is, under other readings of the weights too."""
     if find_spec("zoo.wrong.readings") is None:
         return []
     try:
-        model = load(found.ref)
+        model = load(found.ref, config=config)
         if ids is None:
             of = import_module("zoo.wrong.likelihood").ids_of
             ids = of(model) if text is None else of(model, text)

@@ -14,7 +14,8 @@ from zoo.wrong.values import called, families_of, files_of
 # Deviations that chance alone hardly reaches. Of matrices as initialised none was beyond 4, of
 # trained ones of the smallest models one at least of the two sides is.
 _CHANCE, _ALONE = 4.5, 3.0  # of a whole checkpoint's, of one among trained ones
-_SMALL, _LOOSE = 1024, 8192  # fewer numbers tell nothing; of arrays that no rule names
+_SMALL = 1024  # fewer numbers tell nothing
+_ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one that no rule names
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
 _FRESH = 0.9  # of all matrices
 # how far a layer's numbers may be from those of its neighbours; the outermost differ of themselves
@@ -48,7 +49,7 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     if len(random) < _FRESH * len(known):
         # what resembles others is trained, however little
         random = [n for n in random if fresh(n, _ALONE) and stream.resembles(n) < RANDOM]
-        random = [n for n in random if n.array.native or n.count >= _LOOSE]
+        random = [n for n in random if n.count >= (_ENOUGH if n.array.native else _LOOSE)]
     if not random:
         return [], False
     n = random[0]

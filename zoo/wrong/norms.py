@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from zoo.components.norm import OffsetRMSNorm
 from zoo.wrong.finding import Finding
 from zoo.wrong.numbers import Numbers
 from zoo.wrong.opening import Opened
@@ -76,7 +77,7 @@ def _crossed(first: Tensor, second: Tensor, at: int) -> bool:
 def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Scales around zero where they multiply, or all around one where one is added to them."""
     norms = [n for n in _norms(numbers) if "norm" in n.name and not n.constant]
-    if len(norms) < 3 or found.config is None:
+    if len(norms) < 3 or found.model is None:
         return
     every = torch.cat([_values(n) for n in norms])
     mean, below = float(every.mean()), float((every < 0).double().mean())
@@ -95,9 +96,6 @@ def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
 
 
 def _adds_one(found: Opened) -> bool:
-    from zoo.components.norm import RMSNorm
-    from zoo.pretrained import skeleton_of
-
-    assert found.located is not None
-    norms = [m for m in skeleton_of(found.located).modules() if isinstance(m, RMSNorm)]
-    return any(type(m) is not RMSNorm for m in norms)
+    """Whether the model adds one to what its norms hold."""
+    assert found.model is not None
+    return any(isinstance(module, OffsetRMSNorm) for module in found.model.modules())

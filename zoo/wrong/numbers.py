@@ -45,6 +45,7 @@ class Numbers:
     denormal: int
     saturated: int
     rows: Tensor = field(repr=False)
+    sums: Tensor = field(repr=False)  # (rows,), with their signs
     columns: Tensor = field(repr=False)
     empty: Tensor = field(repr=False)  # (rows,), True where all are zero
     # some rows (n, columns) and some columns (n, rows) of a matrix, from all over it
@@ -136,7 +137,8 @@ def numbers_of(array: Array) -> Numbers:
     )
     empty = torch.ones(height, dtype=torch.bool)
     nans = infs = zeros = denormal = saturated = 0
-    total = size = fourth = most = 0.0
+    sums = torch.zeros_like(rows)
+    size = fourth = most = 0.0
     least, low, high = inf, inf, -inf
     normal = _NORMAL[array.dtype]
     sketch = _Sketch(height, width) if len(array.shape) == 2 else None
@@ -156,7 +158,7 @@ def numbers_of(array: Array) -> Numbers:
         rows[down] += squares.view_as(x).sum(1)
         columns[across] += squares.view_as(x).sum(0)
         fourth += float(squares.dot(squares))
-        total += float(x.sum(1).sum(dtype=torch.float64))
+        sums[down] += x.sum(1)
         some = int(x.count_nonzero())
         bare = x.abs_()
         size += float(bare.sum(1).sum(dtype=torch.float64))
@@ -174,7 +176,7 @@ def numbers_of(array: Array) -> Numbers:
         if here < normal:
             denormal += int((bare < normal).sum())
     count = max(height * width - nans - infs, 1)
-    mean, square = total / count, float(rows.sum()) / count
+    mean, square = float(sums.sum()) / count, float(rows.sum()) / count
     closer = _closer(lazy, height, width, array)
     return Numbers(
         array,
@@ -192,6 +194,7 @@ def numbers_of(array: Array) -> Numbers:
         denormal=denormal,
         saturated=saturated,
         rows=rows / width,
+        sums=sums,
         columns=columns / max(height, 1),
         empty=empty,
         some_rows=_NONE if sketch is None else sketch.rows,

@@ -56,21 +56,25 @@ class Array:
 
 @dataclass(frozen=True)
 class Opened:
-    """`refused` is what loading says against it; `config` is there if one was understood."""
+    """`refused` is what loading says against it."""
 
     ref: str
     checkpoint: Checkpoint = field(repr=False)
     arrays: tuple[Array, ...] = field(repr=False)
     refused: str = ""
-    unknown: bool = False  # no architecture is, and that is all that is refused
+    unknown: bool = False  # what the model is, or all of its config, and no more is against it
     located: Located | None = field(default=None, repr=False)
-    config: Any = field(default=None, repr=False)
+    model: Model | None = field(default=None, repr=False)  # on meta, if its config is understood
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = field(default_factory=dict)
     also: tuple[tuple[tuple[str, ...], ...], ...] = ()  # names that must hold the same
 
     @property
     def architecture(self) -> str:
         return "" if self.located is None else self.located.entry.name
+
+    @property
+    def config(self) -> Any:
+        return None if self.model is None else self.model.config
 
     @property
     def place(self) -> Path:
@@ -80,7 +84,7 @@ class Opened:
         return self.checkpoint.root
 
 
-def opened(ref: Ref, **where: Any) -> Opened:
+def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
     """From headers alone. What cannot be read at all is an error."""
     refused = ""
     try:
@@ -96,14 +100,14 @@ def opened(ref: Ref, **where: Any) -> Opened:
         return Opened(str(ref), bare, tuple(_loose(bare, ())), str(error), unknown)
     plan: Plan | None = None
     try:
-        model, plan = prove(located, checkpoint, {})
+        model, plan = prove(located, checkpoint, config)
     except ZooError as error:
         refused = str(error)
         try:
-            model = skeleton_of(located)
+            model = skeleton_of(located, config)
         except ZooError:
-            loose = tuple(_loose(checkpoint, ()))
-            return Opened(str(ref), checkpoint, loose, refused, located=located)
+            loose, silent = tuple(_loose(checkpoint, ())), _is_silent(located, config)
+            return Opened(str(ref), checkpoint, loose, refused, silent, located)
     fitting = Fitting(plan.steps, {}) if plan is not None else _fitting(located, model, checkpoint)
     arrays = [array for step in fitting.steps for array in _of_step(step, checkpoint)]
     taken = {n for s in fitting.steps for names in (s.sources, *s.also) for n in names}
@@ -114,10 +118,19 @@ def opened(ref: Ref, **where: Any) -> Opened:
         (*arrays, *_loose(checkpoint, taken)),
         refused,
         located=located,
-        config=model.config,
+        model=model,
         misshapen=fitting.misshapen,
         also=tuple((step.sources, *step.also) for step in fitting.steps if step.also),
     )
+
+
+def _is_silent(located: Located, config: Mapping[str, Any]) -> bool:
+    """Whether files leave something to say that programs know by themselves, and no more."""
+    if located.foreign is None:
+        return False
+    dialect = located.foreign.dialect
+    said = {**located.fields, **dialect.native_names(config, located.fields)}
+    return any(said.get(name) is None for name in dialect.needs)
 
 
 def _fitting(located: Located, model: Model, checkpoint: Checkpoint) -> Fitting:
