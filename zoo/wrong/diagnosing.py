@@ -47,7 +47,9 @@ def diagnose(
     findings = [*beside.refused(found), *beside.holes(found), *_of_numbers(found, numbers)]
     notes = list(beside.notes(found, numbers))
     if found.refused and found.unknown:
-        notes.insert(0, found.refused.splitlines()[0])
+        known = found.located is not None
+        nobody = "nothing says what it is: its arrays are looked at under their own names"
+        notes.insert(0, found.refused if known else nobody)
     if precise := layers.precision(numbers):
         notes.append(f"all numbers are {precise}")
     if not found.refused:
@@ -65,15 +67,20 @@ def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     sound = [n for n in numbers if not odd & set(n.array.files)]
     yield from values.repeated(sound)
     stream = axes.Stream(found, sound)
+    turned = list(axes.transposed(stream))
     fresh, all_of_it = layers.untrained(sound, stream)
-    yield from fresh
-    odd = {name for finding in fresh for name in finding.where}
-    sound = [n for n in sound if not odd & set(n.array.files)]
-    if not all_of_it:  # else layers are alike by chance alone
-        yield from layers.between_layers(sound)
-        yield from axes.transposed(stream)
-        yield from turns.rotary(found, sound)
-        yield from norms.between_norms(found, sound)
+    if all_of_it:  # and layers are alike by chance alone
+        yield from fresh
+        return
+    yield from turned
+    if not turned:  # which nothing resembles either
+        yield from fresh
+        odd = {name for finding in fresh for name in finding.where}
+        anew = {n.array.layer for n in sound if odd & set(n.array.files)}
+        sound = [n for n in sound if n.array.layer is None or n.array.layer not in anew]
+    yield from layers.between_layers(sound)
+    yield from turns.rotary(found, sound)
+    yield from norms.between_norms(found, sound)
 
 
 def _by_a_text(

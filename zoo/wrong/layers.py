@@ -17,7 +17,7 @@ _CHANCE, _ALONE = 4.5, 3.0  # of a whole checkpoint's, of one among trained ones
 _SMALL = 1024  # fewer numbers tell nothing
 _ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one that no rule names
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
-_FRESH = 0.9  # of all matrices
+_FRESH, _MUCH = 0.9, 0.35  # of all matrices
 # how far a layer's numbers may be from those of its neighbours; the outermost differ of themselves
 _SCALE, _OUTER = 5.0, 12.0
 _BITS = 3  # fewer of a mantissa than the other layers'
@@ -44,25 +44,33 @@ def fresh(n: Numbers, chance: float = _CHANCE) -> bool | None:
 
 def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding], bool]:
     """What looks as initialised, and whether all does: then layers tell nothing of each other."""
-    known = [(n, told) for n in numbers if (told := fresh(n)) is not None]
-    random = [n for n, told in known if told]
-    if len(random) < _FRESH * len(known):
+    known = [(n, verdict) for n in numbers if (verdict := fresh(n)) is not None]
+    random = [n for n, verdict in known if verdict]
+    share = len(random) / max(len(known), 1)
+    if share < _FRESH:
         # what resembles others is trained, however little
         random = [n for n in random if fresh(n, _ALONE) and stream.resembles(n) < RANDOM]
         random = [n for n in random if n.count >= (_ENOUGH if n.array.native else _LOOSE)]
+        share = len(random) / max(len(known), 1)
     if not random:
         return [], False
-    n = random[0]
+    n, of = random[0], f"{len(random)} of {len(known)} matrices"
     seen = f"{n.name}: independent {_shape(n)} numbers with a deviation of {n.std:.3g}"
-    if len(random) >= _FRESH * len(known):
-        seen = f"{len(random)} of {len(known)} matrices are independent random numbers; {seen}"
+    if share >= _FRESH:
         fix = "if it should be trained: load it again where it came from, and heed warnings there"
         what = "Nothing of it looks trained: its matrices are as initialised"
-        return [Finding(what, files_of(random), seen, 0.97, fix)], True
-    seen += f"; {len(known) - len(random)} other matrices have structure"
+        told = f"{of} are independent random numbers; {seen}"
+        return [Finding(what, files_of(random), told, 0.97, fix)], True
+    if share > _MUCH:
+        what = f"Hardly trained: {of} are as initialised"
+        fix = (
+            "if it should be trained: its layers may have been initialised anew where it was saved"
+        )
+        return [Finding(what, files_of(random), seen, 0.8, fix)], False
     what = f"Never trained, as initialised: {called(random)}"
     fix = "it was missing where this was saved from, or its name was not known there"
-    return [Finding(what, files_of(random), seen, 0.93, fix)], False
+    told = f"{seen}; {len(known) - len(random)} other matrices have structure"
+    return [Finding(what, files_of(random), told, 0.93, fix)], False
 
 
 def _shape(n: Numbers) -> str:

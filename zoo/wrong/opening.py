@@ -31,6 +31,11 @@ from zoo.pretrained import Located, Ref, locate, native_of, prove, skeleton_of
 _NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
 
+def family_of(name: str) -> str:
+    """With a star for the layer's number."""
+    return _NUMBER.sub("*", name, count=1)
+
+
 @dataclass(frozen=True)
 class Array:
     """An array of the model, or of the file where no rule says what the model makes of it."""
@@ -45,8 +50,7 @@ class Array:
 
     @cached_property
     def family(self) -> str:
-        """Its name with a star for the layer's number."""
-        return _NUMBER.sub("*", self.name, count=1)
+        return family_of(self.name)
 
     @cached_property
     def layer(self) -> int | None:
@@ -157,6 +161,8 @@ def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
     for n, target in enumerate(step.targets):
         files = step.sources if step.transform is not None else step.sources[n : n + 1]
         info = checkpoint.tensors[files[0]]
+        if info.dtype not in FLOATS:
+            continue
         shape = info.shape
         if step.transform is not None:
             shape = tuple(_shape_of(step, n))

@@ -11,7 +11,7 @@ from zoo.errors import listing
 from zoo.terminal import BOLD, DIM, GREEN, RED, paint
 from zoo.wrong.finding import Finding
 from zoo.wrong.numbers import Numbers
-from zoo.wrong.opening import Opened
+from zoo.wrong.opening import Opened, family_of
 
 _WIDTH, _NAMES = 96, 4
 _SURE = ((0.9, "almost certain"), (0.7, "likely"), (0.4, "possible"), (0.0, "harmless, perhaps"))
@@ -63,11 +63,13 @@ class Diagnosis:
         count = sum(info.numel for name, info in held.tensors.items() if name not in held.shared)
         kinds = sorted({held.quantised.get(n, i.dtype) for n, i in held.tensors.items()})
         named = self.opened.architecture or "no architecture that zoo knows"
-        loads = "it loads" if not self.opened.refused else "it does not load"
+        loads = "; it loads" if not self.opened.refused else "; it does not load"
+        if self.opened.unknown:
+            loads = ""
         yield paint(self.ref, BOLD, colour)
         yield (
             f"  {named}; {len(held.tensors):,} tensors in {listing(kinds)}, {count:,} numbers, "
-            f"all of them looked at; {loads}"
+            f"all of them looked at{loads}"
         )
 
     def _told(self, number: int, finding: Finding, colour: bool) -> str:
@@ -75,7 +77,8 @@ class Diagnosis:
         lines = [f"{number}  {paint(finding.what, BOLD, colour)}  ({sure})"]
         lines += _wrapped(finding.seen)
         if finding.where:
-            lines += [paint(line, DIM, colour) for line in _wrapped(listing(finding.where, _NAMES))]
+            where = listing(_starred(finding.where), _NAMES)
+            lines += [paint(line, DIM, colour) for line in _wrapped(where)]
         if finding.fix:
             lines += _wrapped(f"-> {finding.fix}")
         return "\n".join(lines)
@@ -99,7 +102,7 @@ class Diagnosis:
                     "" if not out else _layers(out, each),
                 )
             )
-        return _table(rows)
+        return _table(rows if odd else [row[:-1] for row in rows])
 
     def _each(self) -> Iterator[str]:
         rows = [
@@ -121,6 +124,14 @@ class Diagnosis:
                 )
             )
         return _table(rows)
+
+
+def _starred(names: Sequence[str]) -> list[str]:
+    """Names that differ by a layer's number as one, with a star."""
+    families = dict[str, list[str]]()
+    for name in names:
+        families.setdefault(family_of(name), []).append(name)
+    return [each[0] if len(each) == 1 else f"{f} ({len(each)})" for f, each in families.items()]
 
 
 def _range(values: Sequence[float]) -> str:

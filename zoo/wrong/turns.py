@@ -27,6 +27,7 @@ _TOLD, _SHARE = 0.08, 0.3
 _APART, _ALIKE = 1.2, 0.5
 # What chance makes of that share, times the root of how many rows there are: of all layers, of one
 _NOISE, _ALONE = 2.0, 3.6
+_NAMES = {"q": "queries", "k": "keys", "v": "values"}
 _FEW = 4  # rows of a head that are turned; less shows no profile
 
 
@@ -67,9 +68,8 @@ def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if not isinstance(config, Rotated) or getattr(config, "alibi", False):
         return
     rows = {leaf: held for leaf in ("q", "k", "v") if (held := _rows(config, numbers, leaf))}
-    for leaf in ("q", "k"):
-        if leaf in rows:
-            yield from _layout(config, leaf, rows[leaf])
+    found_ = [f for leaf in ("q", "k") if leaf in rows for f in _layout(config, leaf, rows[leaf])]
+    yield from _together(found_)
     yield from _heads(rows)
     yield from _exchanged(rows)
 
@@ -96,9 +96,9 @@ def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
     count = rows.sizes.shape[1]
     pairs = _interleaved(count, rows.heads, rows.turned)
     told = f"(h={rows.heads} e two) -> (h two e)"
-    yield "its pairs stand side by side and are read as halves", told, pairs
+    yield "pairs stand side by side and are read as halves", told, pairs
     told = f"(h={rows.heads} two e) -> (h e two)"
-    yield "its pairs were brought into halves twice", told, _undone(rows)
+    yield "pairs were brought into halves twice", told, _undone(rows)
     heads: int = config.heads  # type: ignore[attr-defined]
     for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
         width = count // other
@@ -106,7 +106,7 @@ def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
             continue
         there = torch.empty(count, dtype=torch.long)
         there[_interleaved(count, other, width)] = torch.arange(count)
-        what = f"its pairs were brought into halves as those of {other} heads"
+        what = f"pairs were brought into halves as those of {other} heads"
         yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", there[pairs]
 
 
@@ -131,15 +131,15 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
     others = [(what, fix, rows.read(order)) for what, fix, order in _orders(config, rows)]
     what, fix, best = max(others, key=lambda other: float(told(other[2]).mean()))
     share = float(told(best).mean())
-    name = {"q": "queries", "k": "keys"}[leaf]
+    name = _NAMES[leaf]
     beyond = _NOISE / as_read.numel() ** 0.5
     clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
     if clear and apart(as_read) > _APART:
         seen = (
-            f"the profile of pairs foretells {share:.0%} of how large rows are if they are read "
-            f"so, and {max(whole, 0):.0%} as they lie"
+            f"one profile of pairs explains {share:.0%} of the rows' sizes if they are put right, "
+            f"and {max(whole, 0):.0%} as they lie"
         )
-        fix = f"read the rows as {fix}; else the number of heads is wrong"
+        fix = f"put rows in order: {fix}"
         files = files_of(rows.arrays)
         yield Finding(f"Rotary rows of all {name}: {what}", files, seen, 0.93, fix)
         return
@@ -157,10 +157,26 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
                 odd.append(layer)
         if odd and len(odd) < len(rows.arrays) / 2:
             arrays = [rows.arrays[n] for n in odd]
-            seen = f"{arrays[0].name}: its rows follow the other layers' profile only if read so"
+            seen = (
+                f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
+            )
             told_ = f"Rotary rows of {called(arrays)}: {what}"
-            yield Finding(told_, files_of(arrays), seen, 0.9, f"read the rows as {fix}")
+            yield Finding(told_, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
             return
+
+
+def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
+    """Of queries and keys what happened to both."""
+    if len(findings) < 2:
+        return findings
+    q, k = findings
+    happened = q.what.removeprefix("Rotary rows of all queries: ")
+    if k.what != f"Rotary rows of all keys: {happened}":
+        return findings
+    what = f"Rotary rows of all queries and keys: {happened}"
+    seen = f"queries: {q.seen}; keys: {k.seen}"
+    fix = q.fix if q.fix == k.fix else f"{q.fix}; keys: {k.fix}"
+    return [Finding(what, (*q.where, *k.where), seen, max(q.likely, k.likely), fix)]
 
 
 # --- how many heads, and which of three ----------------------------------------------------------
@@ -180,10 +196,12 @@ def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
     files = files_of(n for each in held for n in each.arrays)
     seen = f"both halves of each half have one profile ({apart(narrow[0]):.2f} apart)"
     queries, keys = (2 * each.heads for each in held)
-    reorder = f"read the rows as (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
+    reorder = (
+        f"put rows in order: (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
+    )
     count = f"set the number of heads to {queries}, of keys to {keys}"
     if sum(float(told(read).mean()) for read in back) > sum(float(told(r).mean()) for r in narrow):
-        what = "Rotary rows of all queries and keys: their pairs were brought into halves twice"
+        what = "Rotary rows of all queries and keys: pairs were brought into halves twice"
         yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
     else:
         what = f"More heads than the config says: {queries}, and not {queries // 2}"

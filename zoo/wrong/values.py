@@ -155,20 +155,23 @@ def _holes(numbers: Sequence[Numbers]) -> Iterator[Finding]:
 
 def _cut_off(found: Opened, numbers: Sequence[Numbers]) -> list[Numbers]:
     """The arrays at a file's end that are zeros to the last, two or more of them."""
-    by_file = {name: n for n in numbers for name in n.array.files}
-    checkpoint = found.checkpoint
-    for file in dict.fromkeys(checkpoint.where.values()):
-        names = [n for n in checkpoint.tensors if checkpoint.where[n] == file and n in by_file]
+    by_name = defaultdict[str, list[Numbers]](list)
+    for n in numbers:
+        for name in n.array.files:
+            by_name[name].append(n)
+    where = found.checkpoint.where
+    for file in dict.fromkeys(where.values()):
+        names = [n for n in found.checkpoint.tensors if where[n] == file and n in by_name]
         last = list[Numbers]()
         for name in reversed(names):
-            n = by_file[name]
-            if not (n.constant and n.low == 0):
-                if bool(n.empty[-1:].any()) and len(n.array.files) == 1 and last:
-                    last.append(n)
+            held = by_name[name]
+            if not all(n.constant and n.low == 0 for n in held):
+                if last and len(held) == len(held[0].array.files) == 1 and held[0].empty[-1]:
+                    last += held
                 break
-            last.append(n)
+            last += held
         # zeros of vectors are what biases begin as
-        if len(last) > 1 and any(n.matrix for n in last) and len(last) < len(names):
+        if len(last) > 1 and any(n.matrix for n in last) and len(last) < len(numbers):
             return last[::-1]
     return []
 
@@ -209,15 +212,16 @@ def repeated(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     layers = families_of(numbers)
     pairs = defaultdict[tuple[int, ...], list[list[Numbers]]](list)
     for each in same:
-        alike = len({n.array.family for n in each}) == 1 and each[0].array.layer is not None
-        pairs[tuple(n.array.layer or 0 for n in each) if alike else ()].append(each)
+        families = [some for some in families_of(each).values() if len(some) > 1]
+        for some in families or [each]:
+            pairs[tuple(n.array.layer or 0 for n in some) if families else ()].append(some)
     for numbered, held in pairs.items():
         arrays = [n for each in held for n in each]
         stems = {n.array.family.partition("*")[0] for n in arrays}
         whole = [f for f, each in layers.items() if not all(n.constant for n in each)]
         whole = [f for f in whole if f.partition("*")[0] in stems]
-        told = f"{held[0][0].name} and {held[0][1].name}"
-        seen = f"{told}: {held[0][0].count:,} numbers, all equal"
+        first, second = held[0][:2]
+        seen = f"{first.name} and {second.name}: {first.count:,} numbers, all equal"
         if numbered and len(held) == len(whole) > 1:
             what = f"Layers {' and '.join(map(str, numbered))} hold the same numbers"
         else:
