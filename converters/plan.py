@@ -125,10 +125,34 @@ def make_plan(
 
 def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) -> Plan:
     """The plan of a native checkpoint, whose names are the model's own."""
+    spec = _own_names(native)
+    return _Planner(spec, spec.dialect("native"), {}, native, header, where).plan()
+
+
+def _own_names(native: Native) -> Spec:
     refs = [Ref(Template((name,)), None) for name in native.shapes]
     dialect = Dialect("native", where="native", weights=tuple(Rule(ref, (ref,)) for ref in refs))
-    spec = Spec("native", "native", {}, {"native": dialect})
-    return _Planner(spec, dialect, {}, native, header, where).plan()
+    return Spec("native", "native", {}, {"native": dialect})
+
+
+class Fitting(NamedTuple):
+    """What of a checkpoint fits a model that it does not fill."""
+
+    steps: tuple[Step, ...]
+    # of tensors with another shape: name on disk -> (the shape expected, native names)
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+
+
+def what_fits(
+    spec: Spec | None,
+    dialect: str,
+    config: Mapping[str, object],
+    native: Native,
+    header: Mapping[str, TensorInfo],
+) -> Fitting:
+    """The steps of a plan whose tensors are there as they should be; without a spec, by name."""
+    spec = spec or _own_names(native)
+    return _Planner(spec, spec.dialect(dialect), config, native, header, "").what_fits()
 
 
 def target_names(
@@ -426,16 +450,8 @@ class _Planner:
         if any(kind is SpecError for kind, _ in self.problems):
             self.raise_problems()
         disk = _Disk(self, uses)
-        groups: dict[tuple[str, ...], list[_Use]] = {}
-        for use in uses:
-            owners = tuple(self.native.ties.get(t, t) for t in use.targets)
-            groups.setdefault(owners, []).append(use)
-        steps: list[Step] = []
         missing: list[str] = []
-        for owners, group in groups.items():
-            step = self._step(owners, group, disk, missing)
-            if step is not None:
-                steps.append(step)
+        steps = [step for step in self._steps(uses, disk, missing) if step is not None]
         dropped = disk.leftovers()
         self._check_missing(missing, disk)
         self.raise_problems()
@@ -450,6 +466,28 @@ class _Planner:
             dropped,
             disk.modern,
         )
+
+    def what_fits(self) -> Fitting:
+        uses = self.uses()
+        found, misshapen = list[Step](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
+        for step in self._steps(uses, _Disk(self, uses), []):
+            if step is None:
+                continue
+            turned = step.transform
+            wanted = self._shape(step.targets[0]) if turned is None else turned.source_shape()
+            odd = [name for name in step.sources if self.header[name].shape != wanted]
+            if not odd:
+                found.append(step)
+            misshapen |= dict.fromkeys(odd, (wanted or (), step.targets))
+        return Fitting(tuple(found), misshapen)
+
+    def _steps(self, uses: list[_Use], disk: _Disk, missing: list[str]) -> Iterator[Step | None]:
+        groups: dict[tuple[str, ...], list[_Use]] = {}
+        for use in uses:
+            owners = tuple(self.native.ties.get(t, t) for t in use.targets)
+            groups.setdefault(owners, []).append(use)
+        for owners, group in groups.items():
+            yield self._step(owners, group, disk, missing)
 
     def _step(
         self, owners: tuple[str, ...], group: list[_Use], disk: _Disk, missing: list[str]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from zoo.pretrained import load as load
     from zoo.scoring import perplexity as perplexity
     from zoo.tokenizers import tokenizer as tokenizer
+    from zoo.wrong.diagnosing import diagnose as diagnose
 
 _HOMES = {
     "load": ("zoo.pretrained", "load"),
@@ -39,6 +40,7 @@ _HOMES = {
     "generate": ("zoo.generation", "generate_text"),
     "Cache": ("zoo.components.cache", "Cache"),
     "diff": ("zoo.parity.diff", "diff"),
+    "diagnose": ("zoo.wrong.diagnosing", "diagnose"),
     "verify": ("zoo.parity", "verify"),
     "tokenizer": ("zoo.tokenizers", "tokenizer"),
     "perplexity": ("zoo.scoring", "perplexity"),
@@ -55,6 +57,7 @@ __all__ = [
     "ZooError",
     "convert",
     "convert_optimizer",
+    "diagnose",
     "diff",
     "embed",
     "fill",

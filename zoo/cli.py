@@ -133,6 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_diff)
 
+    command = commands.add_parser(
+        "diagnose", help="what is wrong in a checkpoint, with nothing to hold it against"
+    )
+    _add_ref(command)
+    command.add_argument("--text", metavar="FILE", help="that it should foresee; - is stdin")
+    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
+    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
+    command.add_argument("--tensors", action="store_true", help="a line each, not each kind")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_diagnose)
+
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
     command.add_argument(
         "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
@@ -149,7 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", metavar="DIR", type=_place, help="of peft's LoRA, merged in")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
-    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
     command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
@@ -402,6 +412,23 @@ def _diff(options: argparse.Namespace) -> int:
     names = ("dtype", "way", "backward", "text", "seed", "diagnose")
     found = zoo.diff(options.ref, options.other, **{name: getattr(options, name) for name in names})
     print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
+    return OK if found.ok else FAILED
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    """0 where nothing looks wrong, 1 where something does, 2 where nothing can be read."""
+    text = None if options.text is None else _text(options.text)
+    try:
+        config = dict(options.config or ())
+        found = zoo.diagnose(options.ref, text=text, config=config, progress=_progress)
+    except (ZooError, OSError) as error:
+        return _fail(str(error), USAGE)
+    finally:
+        passing("", sys.stderr)
+    if options.json:
+        print(_json(found.to_json()))
+    else:
+        print(found.to_text(has_colour(sys.stdout), tensors=options.tensors))
     return OK if found.ok else FAILED
 
 

@@ -380,8 +380,11 @@ def load_directory(
 
 def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:
     """The model on the meta device: names and shapes, no weights."""
-    found = locate(ref, head=head, weights=False, **where)
-    return on_meta(found, found.config(found.heads[0], {}))
+    return skeleton_of(locate(ref, head=head, weights=False, **where))
+
+
+def skeleton_of(found: Located, changes: Mapping[str, Any] | None = None) -> Model:
+    return on_meta(found, found.config(found.heads[0], changes or {}))
 
 
 # --- locating ------------------------------------------------------------------------------------

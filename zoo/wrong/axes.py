@@ -1,0 +1,162 @@
+"""Which way matrices stand in the residual stream: what reads it and what writes to it is alike.
+
+The products of a stream's features over a matrix's rows (its Gram matrix) resemble those of all
+others along the axis that lies in the stream, and none along the other one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from zoo.wrong.finding import Finding
+from zoo.wrong.numbers import Numbers
+from zoo.wrong.opening import Opened
+from zoo.wrong.values import called, files_of
+
+WRITES = ("out", "down")  # to the stream: rows are its features; all others read
+_ROWS = 128  # of all arrays of a family together
+# Resemblance in units of what chance makes of as many families. Of the wrong axis of trained
+# matrices it was 8 at most, where that of the right one was 480; of the right one mostly above 25.
+_CHANCE, _CLEARLY = 5.0, 4.0
+_MOST = 0.6  # of the matrices of layers
+_OTHER = ("pooler", "head.", "summary", "nsp", "span")
+RANDOM = 2.0  # and of independent numbers 1
+
+
+class Stream:
+    """What stands along the residual stream in every matrix, and how alike that is.
+
+    Where no rule says what a matrix does, its shape does, or what most of its family resemble.
+    """
+
+    def __init__(self, found: Opened, numbers: Sequence[Numbers]) -> None:
+        self.dim: int = getattr(found.config, "dim", 0) or _width(numbers)
+        self.held = {n.name: n for n in numbers if self.dim and _is_known(n, self.dim)}
+        families = defaultdict[str, list[Numbers]](list)
+        for n in self.held.values():
+            families[n.array.family].append(n)
+        self.writing = {f for f, each in families.items() if _writes(each[0], self.dim)}
+        self.families = {f: each for f, each in families.items() if self._side(each[0]) is not None}
+        self._known = {f: self._products(each) for f, each in self.families.items()}
+        unsure = [f for f, each in self.families.items() if not each[0].array.native]
+        for f in unsure:
+            square = [n for n in self.families[f] if n in self.square]
+            sides = (
+                sum(self.resembles(n, across=across, family=False) for n in square)
+                for across in (False, True)
+            )
+            if square and next(sides) < next(sides):
+                self.writing.add(f)
+                self._known[f] = self._products(self.families[f])
+
+    @property
+    def square(self) -> list[Numbers]:
+        """Those of the layers that have a side of the same length across."""
+        found = (n for each in self.families.values() for n in each if n.array.layer is not None)
+        return [n for n in found if set(n.array.shape) == {self.dim}]
+
+    def resembles(self, n: Numbers, *, across: bool = False, family: bool = True) -> float:
+        """How alike it is to all others, in units of chance; `family`: to its own too."""
+        own = n.array.family
+        if own not in self.families or (side := self._side(n, across)) is None:
+            return 0.0
+        mine = _Products(side)
+        against = [known for f, known in self._known.items() if f != own]
+        if family and (others := [m for m in self.families[own] if m is not n]):
+            against.append(self._products(others))
+        if not against:
+            return 0.0
+        return sum(mine.alike(each) ** 2 for each in against) / len(against) * self.dim**2 / 2
+
+    def writes(self, n: Numbers) -> bool:
+        return n.array.family in self.writing
+
+    def _side(self, n: Numbers, across: bool = False) -> Tensor | None:
+        """(rows, dim) along the axis that lies in the stream, or across it; None where it does not.
+
+        Features are brought to one size.
+        """
+        rows = (n.some_rows if self.writes(n) == across else n.some_columns).float()
+        if rows.shape[-1] != self.dim or not len(rows):
+            return None
+        return rows / rows.square().mean(0).sqrt().clamp_min(1e-30)
+
+    def _products(self, each: Sequence[Numbers]) -> _Products:
+        """Of some rows of them all."""
+        most = max(1, _ROWS // len(each))
+        sides = [side for n in each if (side := self._side(n)) is not None]
+        return _Products(torch.cat([rows[:: -(-len(rows) // most)] for rows in sides]))
+
+
+def _width(numbers: Sequence[Numbers]) -> int:
+    """The length that most matrices of layers have along an axis."""
+    shapes = [n.array.shape for n in numbers if n.array.layer is not None and n.matrix]
+    lengths = Counter(length for shape in shapes for length in set(shape))
+    best, count = max(lengths.items(), key=lambda each: each[1], default=(0, 0))
+    return best if count >= _MOST * len(shapes) else 0
+
+
+def _is_known(n: Numbers, dim: int) -> bool:
+    """Of attention to another stream and of heads' own layers nothing is known."""
+    if len(n.array.shape) != 2 or not n.finite or n.constant or dim not in n.array.shape:
+        return False
+    return ".cross." not in n.name and not n.name.startswith(_OTHER)
+
+
+def _writes(n: Numbers, dim: int) -> bool:
+    if n.array.native:
+        return n.name.removesuffix(".weight").rpartition(".")[2] in WRITES
+    return n.array.shape[-1] != dim
+
+
+class _Products:
+    """Of some features over rows: the off-diagonal ones, which are compared and never made."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.size = sqrt(max(self._inner(self), 1e-30))
+
+    def alike(self, other: _Products) -> float:
+        """Their correlation."""
+        return self._inner(other) / (self.size * other.size)
+
+    def _inner(self, other: _Products) -> float:
+        whole = float((self.rows @ other.rows.T).square().sum(dtype=torch.float64))
+        diagonal = self.rows.square().sum(0).double() @ other.rows.square().sum(0).double()
+        return whole - float(diagonal)
+
+
+def transposed(stream: Stream) -> Iterator[Finding]:
+    """Square matrices whose other axis is the one that lies in the stream."""
+    if len(stream.families) < 3:
+        return
+    square = stream.square
+    odd = list[Numbers]()
+    for family in {n.array.family: None for n in square}:
+        mine = [n for n in square if n.array.family == family]
+        if mine[0].array.native and _turned(stream, mine, family=False):
+            odd += mine
+    odd = odd or [n for n in square if _turned(stream, [n], family=True)]
+    if odd:
+        first = odd[0]
+        does = "writes to" if stream.writes(first) else "reads"
+        right, wrong = (stream.resembles(first, across=across) for across in (False, True))
+        seen = (
+            f"{first.name}: turned round it {does} the residual stream as other matrices do "
+            f"({wrong:.0f} times what chance makes of it), and as it is it does not ({right:.1f})"
+        )
+        what = f"Transposed: {called(odd)}"
+        yield Finding(what, files_of(odd), seen, 0.95, "turn its axes round")
+
+
+def _turned(stream: Stream, each: Sequence[Numbers], family: bool) -> bool:
+    right, wrong = (
+        sum(stream.resembles(n, across=across, family=family) for n in each) / len(each)
+        for across in (False, True)
+    )
+    return wrong > _CHANCE and wrong > _CLEARLY * right
