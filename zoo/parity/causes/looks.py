@@ -11,20 +11,10 @@ from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError
+from zoo.parity.causes.bench import FUSED, PARTS, READ, Bench, Look, Turn, all_of
 from zoo.parity.causes.scene import Idea, Reached, Scene, stars
-from zoo.parity.causes.turns import (
-    FUSED,
-    LOOKS,
-    PARTS,
-    READ,
-    Bench,
-    Look,
-    Turn,
-    all_of,
-    places_said,
-    said_of,
-    turns_of,
-)
+from zoo.parity.causes.terms import LOOKS, places_said
+from zoo.parity.causes.turns import said_of, slips_of, turns_of
 from zoo.parity.compare import call
 
 
@@ -103,7 +93,7 @@ def _fitted(scene: Scene) -> Iterator[Idea]:
     turns = list(turns_of(scene, name, own, bench))
     # of what this model makes with its own parameters, none is read in another order
     own_turns = [turn for turn in turns if turn.kind not in READ]
-    ours = bench.fitted(own, own_turns, torch.cat(rows[3]))
+    ours = bench.fitted(own, [*own_turns, *slips_of(scene, own)], torch.cat(rows[3]))
     theirs = bench.fitted(own, turns, torch.cat(rows[4]))
     yield from _told(scene, own, name, ours, theirs)
 
@@ -193,16 +183,14 @@ def _heard(scene: Scene, name: str) -> tuple[list[Mask], Look] | None:
         return None
     own, found, left = Look(attn.rotary, attn.attend, attn.scale), list[Mask](), 0
 
-    def hear(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *rest: Any) -> Tensor:
+    def hear(_: Any, args: Any, kwargs: Any) -> None:
         nonlocal left
         left -= 1
-        if left >= 0:
-            out: Tensor = own.attend(q, k, v, mask, *rest)
-            return out
-        found.append(mask)
-        raise Reached
+        if left < 0:
+            found.extend([x for x in (*args, *kwargs.values()) if isinstance(x, Mask)][:1])
+            raise Reached
 
-    attn.attend = hear
+    handle = attn.register_forward_pre_hook(hear, with_kwargs=True)
     try:
         for inputs in scene.comparison.way.other()[:3]:
             left = scene.reading.call
@@ -213,5 +201,5 @@ def _heard(scene: Scene, name: str) -> tuple[list[Mask], Look] | None:
                 continue
             return None
     finally:
-        attn.attend = own.attend
+        handle.remove()
     return found, own

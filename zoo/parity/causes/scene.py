@@ -39,17 +39,18 @@ class Idea:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)  # as they should be
     config: Changes = field(default_factory=dict)
     settings: Mapping[str, Changes] = field(default_factory=dict)  # module -> attributes
+    factors: Mapping[str, float] = field(default_factory=dict)  # module -> of what comes out of it
     where: tuple[str, ...] = ()
     moved: bool = False
 
     @property
     def undoes(self) -> bool:
-        return bool(self.parameters or self.config or self.settings)
+        return bool(self.parameters or self.config or self.settings or self.factors)
 
     @property
     def touched(self) -> set[str]:
-        """The modules that hold other numbers when it is undone."""
-        return {name.rpartition(".")[0] for name in self.parameters if self.moved}
+        """The modules that hold or give other numbers when it is undone."""
+        return {name.rpartition(".")[0] for name in self.parameters if self.moved} | {*self.factors}
 
 
 class Reached(Exception):
@@ -237,13 +238,21 @@ class Scene:
         return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
 
     def everywhere(self) -> list[Place]:
-        """This place in every layer of every stack."""
-        kind = stars(self.name).rpartition("coder.")[2]
+        """This place wherever the same code runs; of a norm's output, that of every such norm."""
+        modules = dict(self.model.named_modules())
+        weight = getattr(self.module, "weight", None)
+        norm = self.side == "out" and weight is not None and weight.dim() == 1
+
+        def done_by(name: str) -> tuple[Any, str]:
+            above, _, leaf = name.rpartition(".")
+            return type(modules.get(above)), leaf
+
         return [
             (name, side, call)
             for (name, side, call), flow in self.comparison.flows.items()
-            if side == self.side and stars(name).rpartition("coder.")[2] == kind
-            if flow.comparable
+            if side == self.side and flow.comparable and name
+            if done_by(name) == done_by(self.name)
+            or (norm and type(modules.get(name)) is type(self.module))
         ]
 
     def rows(self, x: Tensor) -> list[Tensor] | None:
@@ -325,6 +334,17 @@ def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
         finally:
             for name, value in kept.items():
                 held[name].data = value
+        return
+    if idea.factors:
+        handles = [
+            model.get_submodule(name).register_forward_hook(lambda _, args, out, by=by: out * by)
+            for name, by in idea.factors.items()
+        ]
+        try:
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
         return
     with put(model, scene, [scene.reading.place]):
         yield model
