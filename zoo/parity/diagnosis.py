@@ -11,6 +11,7 @@ from zoo.components.model import Model
 from zoo.errors import ZooError
 from zoo.parity.causes import (
     branches,
+    experts,
     fields,
     gradients,
     held,
@@ -112,6 +113,7 @@ def _sure(scene: Scene) -> Iterator[Idea]:
         yield from held.unseen(scene)
     if scene.side == "out":
         yield from layers.ideas(scene) if scene.name else trials.outputs(scene)
+        yield from experts.ideas(scene)
     elif scene.name.rpartition(".")[2] in ("q", "k", "v", "out"):
         yield from looks.ideas(scene)
     elif scene.name.endswith(".down"):

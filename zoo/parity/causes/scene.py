@@ -221,6 +221,14 @@ class Scene:
             return float("inf")
         return error(ours, theirs)
 
+    def error_with(self, idea: Idea) -> float:
+        """Likewise once it is undone."""
+        try:
+            with applied(self.model, idea, self) as model:
+                return self.error_of(model)
+        except (RuntimeError, ZooError):
+            return float("inf")
+
     def later(self, again: Difference) -> bool:
         """Whether another run parts later than this one did."""
         assert again.first is not None
