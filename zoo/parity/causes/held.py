@@ -223,8 +223,12 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
     for dtype in NARROW:
         if torch.equal(theirs.to(dtype).to(ours.dtype), ours):
             return f"lost precision: it went through {str(dtype)[6:]}"
+        if torch.equal(ours.to(dtype).to(theirs.dtype), theirs):
+            return f"is more precise than there: that went through {str(dtype)[6:]}"
     if not ours.any():
         return "is zero: it was dropped"
+    if not theirs.any():
+        return "is zero in the other model: it was dropped there"
     for by in (1, -1):
         if alike(theirs + by):
             return f"is off by {by:+d}: what norms store is an offset from one, or is not"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
 from zoo.parity.causes.scene import FITS, Idea, Scene, block_of, fits, stars
+from zoo.parity.matching import Match
 from zoo.parity.sums import Sum, summed
 
 
@@ -215,6 +216,9 @@ def _order(scene: Scene) -> Iterator[Idea]:
     missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
     for name in dict.fromkeys(_whole(scene, missing, name) for name in missing):
         yield Idea(f"{name} does not run here, and does in the other model")
+    idle = [n for n, match in scene.matching.matches.items() if _runs_here_alone(scene, match)]
+    for name in dict.fromkeys(_whole(scene, idle, name) for name in idle):
+        yield Idea(f"{name} runs here, and not in the other model")
     if scene.flow.theirs is None:
         yield from _times_run(scene)
     for kind in (_norms, _blocks):
@@ -245,6 +249,12 @@ def _order(scene: Scene) -> Iterator[Idea]:
             yield Idea(
                 what, f"{said} are exchanged", parameters=found, where=_first(found), moved=True
             )
+
+
+def _runs_here_alone(scene: Scene, match: Match) -> bool:
+    there = scene.comparison.theirs()[0].records[0]
+    runs = bool(scene.comparison.heard.get(match.native))
+    return match.plain and runs and not any(there[name] for name in match.others)
 
 
 def _whole(scene: Scene, missing: Collection[str], name: str) -> str:
