@@ -11,6 +11,7 @@ from zoo.components.model import Model
 from zoo.errors import ZooError
 from zoo.parity.causes import (
     branches,
+    experts,
     fields,
     gradients,
     held,
@@ -24,7 +25,7 @@ from zoo.parity.causes.scene import Idea, Scene, applied, put
 from zoo.parity.divergence import Comparison, Difference, Place
 
 MOST = 5  # causes that are told
-THERE = "the other model's numbers are put there in every layer"
+THERE = "the other model's numbers are put there, and wherever the same is done"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Cause:
     tried: bool = False
     restored: bool = False
     after: str = ""  # where the models part then
+    put: bool = False  # tried by putting the other model's numbers there, and no more
 
     def __str__(self) -> str:
         lines = [self.what + "."]
@@ -74,9 +76,9 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
     for idea in _ideas(scene):
         if idea.what not in {cause.what for cause in found}:
             found.append(_confirmed(scene, idea))
-        if len(found) == MOST or (found and found[-1].restored):
+        if len(found) == MOST or (found and found[-1].restored and not found[-1].put):
             break
-    return sorted(found, key=lambda cause: (not cause.restored, not cause.tried))
+    return sorted(found, key=lambda cause: (not cause.restored, cause.put, not cause.tried))
 
 
 def _unmet(difference: Difference) -> Iterator[Cause]:
@@ -87,25 +89,37 @@ def _unmet(difference: Difference) -> Iterator[Cause]:
 
 
 def _ideas(scene: Scene) -> Iterator[Idea]:
-    """The surest first."""
+    """The surest first; what little is known of a difference, only where no more is."""
     if ideas := list(trials.restless(scene)):
         yield from ideas
         return
+    sure = False
+    for idea in _sure(scene):
+        sure = True
+        yield idea
+    if sure:
+        yield from fields.tried(scene, flags=True)
+        return
+    yield from trials.rounding(scene)
+    yield from trials.alone(scene)
+    yield from trials.whole(scene)
+    yield from fields.tried(scene)
+
+
+def _sure(scene: Scene) -> Iterator[Idea]:
     yield from fields.read_again(scene)
     yield from trials.padding(scene)
     if scene.side == "in":
         yield from held.unseen(scene)
     if scene.side == "out":
         yield from layers.ideas(scene) if scene.name else trials.outputs(scene)
+        yield from experts.ideas(scene)
     elif scene.name.rpartition(".")[2] in ("q", "k", "v", "out"):
         yield from looks.ideas(scene)
     elif scene.name.endswith(".down"):
         yield from branches.ideas(scene)
     if scene.side == "in":
         yield from streams.ideas(scene)
-    yield from trials.rounding(scene)
-    yield from trials.alone(scene)
-    yield from fields.tried(scene)
 
 
 def _confirmed(scene: Scene, idea: Idea) -> Cause:
@@ -119,7 +133,7 @@ def _confirmed(scene: Scene, idea: Idea) -> Cause:
         return tried
     places = scene.everywhere()
     names = {name for name, _, _ in places}
-    put_there = replace(lone, fix=THERE if len(names) > 1 else "", change="")
+    put_there = replace(lone, fix=THERE if len(names) > 1 else "", change="", put=True)
     again = _tried(scene, put_there, _put(scene, places), names)
     return again if again.restored else tried
 

@@ -62,8 +62,13 @@ class Way:
         if self.name != "cached":
             return [(self.inputs, {})]
         tokens = self.inputs.places.ids.shape[1]
-        cut, more = 2 * tokens // 3, {"cache": Cache(tokens)}
+        cut, more = self.cut, {"cache": Cache(tokens)}
         return [(part(self.inputs, *ends), more) for ends in ((0, cut), (cut, tokens))]
+
+    @property
+    def cut(self) -> int:
+        """How many tokens come first where they come in two parts."""
+        return 2 * self.inputs.places.ids.shape[1] // 3
 
     def other(self) -> list[Inputs]:
         """What the other model is given in turn: a row at a time, and no padding."""
@@ -92,6 +97,8 @@ class Way:
         elif len(parts) > 1 and sum(len(flat(x)) for x in parts) == total:
             whole = [x.reshape(batch, -1, x.shape[-1]) for x in parts]
             return flat(torch.cat(whole, dim=1))
+        elif len(parts) > 1 and sum(len(flat(x)) for x in parts) == counts[0]:
+            return torch.cat([flat(x) for x in parts])  # one for all rows
         last = flat(parts[-1])
         return last if len(last) in (total, batch, counts[0]) else None
 

@@ -35,6 +35,7 @@ class Other:
     planned: Planned
     fold: Fold = str
     narrow: Other | None = None  # itself in a narrower dtype, where that is what is asked
+    trusted: bool = False  # the reference: where it is otherwise, the native side is wrong
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         return self.run(inputs)
@@ -67,7 +68,7 @@ def read_by(model: Model, it: Reference) -> Other:
         return list(it(inputs.named).values())
 
     name = f"{named} of transformers"
-    return Other(name, it.model, run, planned, it.oracle.fold(it.directory))
+    return Other(name, it.model, run, planned, it.oracle.fold(it.directory), trusted=True)
 
 
 def native(model: Model, other: Model, dtype: torch.dtype, name: str) -> Other:

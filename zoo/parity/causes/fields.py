@@ -20,13 +20,15 @@ def read_again(scene: Scene) -> Iterator[Idea]:
             yield _idea(scene, changes)
 
 
-def tried(scene: Scene) -> Iterator[Idea]:
-    """Every field, one after the other, with each value that it may have meant."""
+def tried(scene: Scene, flags: bool = False) -> Iterator[Idea]:
+    """Every field, one after the other, with each value that it may have meant; or flags alone."""
     if not scene.steady:
         return
     config = scene.model.config
     for field in fields(config):
         if field.name in NOT_TRIED or "dropout" in field.name:
+            continue
+        if flags and not isinstance(getattr(config, field.name), bool):
             continue
         for value in values(config, field.name, scene.numbers):
             if _heals(scene, {field.name: value}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 
 import torch
 from einops import rearrange
@@ -27,15 +28,58 @@ def ideas(scene: Scene) -> Iterator[Idea]:
 
 def unseen(scene: Scene) -> Iterator[Idea]:
     """Of modules whose outputs were not compared: of the same block, or of none."""
+    yield from _told(scene, _unseen(scene))
+
+
+def exchanged(scene: Scene) -> Iterator[Idea]:
+    """Two such modules, or two beside the place, that hold what is the other's by the rules too."""
+    beside = scene.name.rpartition(".")[0]
+    near = [n for n in scene.matching.matches if n.rpartition(".")[0] == beside and n != scene.name]
+    modules = dict.fromkeys([*(name.rpartition(".")[0] for name in _unseen(scene)), *near])
+    held = scene.held
+    leaves = {
+        m: {n.rpartition(".")[2]: x.shape for n, x in held.items() if n.rpartition(".")[0] == m}
+        for m in modules
+    }
+    for a, b in combinations(modules, 2):
+        both = leaves[a].keys() & leaves[b].keys()
+        if not both or any(leaves[a][leaf] != leaves[b][leaf] for leaf in both):
+            continue
+        pairs = [(a, b)]
+        if block_of(a) != a and block_of(a) == block_of(b):
+            inner = b[len(block_of(b)) :]
+            pairs = [(n, block_of(n) + inner) for n in scene.alike(a)]
+        for kinds in (both, *({leaf} for leaf in both if len(both) > 1)):
+            parameters = {
+                f"{one}.{leaf}": held[f"{other}.{leaf}"]
+                for pair in pairs
+                for one, other in (pair, pair[::-1])
+                for leaf in kinds
+            }
+            leaf = "" if kinds == both else f".{next(iter(kinds))}"
+            said = f"{stars(a)}{leaf} and {stars(b)}{leaf}"
+            where = tuple(f"{n}.{leaf}" for n in (a, b) for leaf in kinds)
+            idea = Idea(
+                f"{said} are in each other's place",
+                f"{said} are exchanged",
+                parameters=parameters,
+                where=where,
+                moved=True,
+            )
+            if scene.error_with(idea) <= scene.reading.limit:
+                yield idea
+                return
+
+
+def _unseen(scene: Scene) -> list[str]:
     seen = {name for name, side, _ in scene.comparison.flows if side == "out"}
     here = block_of(scene.name)
-    names = [
+    return [
         name
         for name in scene.matching.plan.native.shapes
         if name.rpartition(".")[0] not in seen
         and (block_of(name) == here or not any(part.isdecimal() for part in name.split(".")))
     ]
-    yield from _told(scene, names)
 
 
 def _told(scene: Scene, names: Iterable[str]) -> Iterator[Idea]:
@@ -180,8 +224,12 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
     for dtype in NARROW:
         if torch.equal(theirs.to(dtype).to(ours.dtype), ours):
             return f"lost precision: it went through {str(dtype)[6:]}"
+        if torch.equal(ours.to(dtype).to(theirs.dtype), theirs):
+            return f"is more precise than there: that went through {str(dtype)[6:]}"
     if not ours.any():
         return "is zero: it was dropped"
+    if not theirs.any():
+        return "is zero in the other model: it was dropped there"
     for by in (1, -1):
         if alike(theirs + by):
             return f"is off by {by:+d}: what norms store is an offset from one, or is not"

@@ -72,6 +72,13 @@ def _rows(scene: Scene, table: Tensor) -> Iterator[Idea]:
         yield Idea(f"{name}: every row that is looked up is off by {int(by[0]):+d}")
     elif len(ours.unique()) == 1:
         yield Idea(f"{name}: row {int(ours[0])} is taken everywhere: what says which is ignored")
+    elif len(theirs.unique()) == 1:
+        told = "what says which is ignored there"
+        yield Idea(f"{name}: row {int(theirs[0])} is taken everywhere in the other model: {told}")
+    elif scene.comparison.way.name == "cached" and len(by[by != 0].unique()) == 1:
+        first = int((by != 0).nonzero()[0])
+        off = f"off by {int(by[first]):+d} in what comes later"
+        yield Idea(f"{name}: from place {first} on every row that is looked up is {off}")
     elif scene.comparison.way.name == "padded":
         yield Idea(f"{name}: places count the padding, and there only what is no padding")
     elif bool((by.abs() <= 1).all()) and bool((by != 0).float().mean() > 0.5):

@@ -20,7 +20,9 @@ def told(scene: Scene, idea: Idea) -> str:
     if idea.config:
         return " ".join(_field(scene, spec, name, value) for name, value in idea.config.items())
     rules = dict.fromkeys(line for name in idea.where if (line := rule_line(spec, name)))
-    return " ".join(f"Change {line}." for line in list(rules)[:RULES])
+    # against somebody's code it may be either that is wrong
+    said = "Change" if scene.comparison.other.trusted else "Or the other code is wrong: here it is"
+    return " ".join(f"{said} {line}." for line in list(rules)[:RULES])
 
 
 def _field(scene: Scene, spec: Spec, name: str, value: Any) -> str:

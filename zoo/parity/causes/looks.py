@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
@@ -12,26 +13,26 @@ from torch import Tensor
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError
 from zoo.otherwise import PARTS, said_of, stars
+from zoo.parity.causes import held
+from zoo.parity.causes.bench import FUSED, READ, Bench, Look, Turn, all_of
 from zoo.parity.causes.scene import Idea, Reached, Scene
-from zoo.parity.causes.turns import (
-    FUSED,
-    LOOKS,
-    READ,
-    Bench,
-    Look,
-    Turn,
-    all_of,
-    places_said,
-    turns_of,
-)
+from zoo.parity.causes.terms import LOOKS, places_said
+from zoo.parity.causes.turns import slips_of, turns_of
 from zoo.parity.compare import call
 
 
 def ideas(scene: Scene) -> Iterator[Idea]:
     """What goes into `out` differs, and queries, keys and values do not."""
-    fitted = list(_fitted(scene)) if scene.name.endswith(".out") else []
     name = scene.name.rpartition(".")[0]
-    yield from fitted or [*_exchanged(scene, name), *_otherwise_placed(scene, name)]
+    given = _given(scene, name) if scene.name.endswith(".out") else None
+    if given is not None and (fitted := list(_fitted(scene, name, given))):
+        yield from fitted
+        return
+    yield from held.exchanged(scene)
+    yield from _exchanged(scene, name)
+    yield from _otherwise_placed(scene, name)
+    if given is not None:
+        yield from _in_part(scene, name, given)
 
 
 def _otherwise_placed(scene: Scene, name: str) -> Iterator[Idea]:
@@ -83,28 +84,80 @@ def _exchanged(scene: Scene, name: str) -> Iterator[Idea]:
             return
 
 
-def _fitted(scene: Scene) -> Iterator[Idea]:
-    name = scene.name.rpartition(".")[0]
+@dataclass(frozen=True)
+class Given:
+    """What the class looks with, a few rows that it looks at, and what both models made of them."""
+
+    own: Look
+    bench: Bench
+    ours: Tensor
+    theirs: Tensor
+
+
+def _given(scene: Scene, name: str) -> Given | None:
     attn = scene.above
     heard = _heard(scene, name) if hasattr(attn, "attend") else None
     if heard is None:
-        return
+        return None
     masks, own = heard
     values = [scene.made(f"{name}.{part}") for part in PARTS]
     values += [scene.flow.ours, scene.flow.theirs]
     split = [None if x is None else scene.rows(x) for x in values]
     rows = [some[: len(masks)] for some in split if some is not None]
     if len(rows) != len(split):
-        return
+        return None
     width: Any = attn.head_dim
-    given = [dict(zip(PARTS, each, strict=True)) for each in zip(*rows[:3], strict=True)]
-    bench = Bench(given, masks, width)
+    parts = [dict(zip(PARTS, each, strict=True)) for each in zip(*rows[:3], strict=True)]
+    return Given(own, Bench(parts, masks, width), torch.cat(rows[3]), torch.cat(rows[4]))
+
+
+def _fitted(scene: Scene, name: str, given: Given) -> Iterator[Idea]:
+    own, bench = given.own, given.bench
     turns = list(turns_of(scene, name, own, bench))
     # of what this model makes with its own parameters, none is read in another order
     own_turns = [turn for turn in turns if turn.kind not in READ]
-    ours = bench.fitted(own, own_turns, torch.cat(rows[3]))
-    theirs = bench.fitted(own, turns, torch.cat(rows[4]))
+    ours = bench.fitted(own, [*own_turns, *slips_of(scene, own)], given.ours)
+    theirs = bench.fitted(own, turns, given.theirs)
     yield from _told(scene, own, name, ours, theirs)
+
+
+def _in_part(scene: Scene, name: str, given: Given) -> Iterator[Idea]:
+    """Rows of the weights alone, or of the biases alone, in another order."""
+    here = [n.rpartition(".")[0] for n in scene.alike()]
+    for turn in turns_of(scene, name, given.own, given.bench):
+        if turn.kind not in ("roles", *READ):
+            continue
+        look = turn.change(given.own)
+        for leaf in ("weight", "bias"):
+            parameters = dict[str, Tensor]()
+            for one in here:
+                parameters |= _part(scene, one, look, leaf)
+            idea = Idea(
+                f"{stars(name)}: in the other model {turn.what}, in what is read as {leaf} alone",
+                turn.fix.format(name=stars(name)) + f", in its {leaf}",
+                parameters=parameters,
+                where=tuple(n for n in parameters if n.startswith(f"{name}.")),
+                moved=True,
+            )
+            if parameters and scene.error_with(idea) <= scene.reading.limit:
+                yield idea
+                return
+
+
+def _part(scene: Scene, name: str, look: Look, leaf: str) -> dict[str, Tensor]:
+    """Weights or biases of the projections as a look would have them, where they are there."""
+    known = scene.held
+    parts = {part: known.get(f"{name}.{part}.{leaf}") for part in PARTS}
+    moved = {a: parts[b] for a, b in zip(PARTS, look.roles, strict=True) if a != b}
+    if FUSED in look.orders and None not in parts.values():
+        ordered = look.ordered([x for x in parts.values() if x is not None], 0)
+        moved = dict(zip(PARTS, ordered, strict=True))
+    for part, order in look.orders.items():
+        if (x := parts.get(part)) is not None:
+            moved[part] = x.index_select(0, order)
+    found = {f"{name}.{part}.{leaf}": x for part, x in moved.items() if x is not None}
+    fits = len(found) == len(moved) and all(known[n].shape == x.shape for n, x in found.items())
+    return found if fits else {}
 
 
 def _told(
@@ -192,16 +245,14 @@ def _heard(scene: Scene, name: str) -> tuple[list[Mask], Look] | None:
         return None
     own, found, left = Look(attn.rotary, attn.attend, attn.scale), list[Mask](), 0
 
-    def hear(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *rest: Any) -> Tensor:
+    def hear(_: Any, args: Any, kwargs: Any) -> None:
         nonlocal left
         left -= 1
-        if left >= 0:
-            out: Tensor = own.attend(q, k, v, mask, *rest)
-            return out
-        found.append(mask)
-        raise Reached
+        if left < 0:
+            found.extend([x for x in (*args, *kwargs.values()) if isinstance(x, Mask)][:1])
+            raise Reached
 
-    attn.attend = hear
+    handle = attn.register_forward_pre_hook(hear, with_kwargs=True)
     try:
         for inputs in scene.comparison.way.other()[:3]:
             left = scene.reading.call
@@ -212,5 +263,5 @@ def _heard(scene: Scene, name: str) -> tuple[list[Mask], Look] | None:
                 continue
             return None
     finally:
-        attn.attend = own.attend
+        handle.remove()
     return found, own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from zoo import otherwise
 from zoo.components.model import Model
 from zoo.errors import ZooError
-from zoo.otherwise import Changes, Edit, rebuilt, stars
+from zoo.otherwise import Changes, Edit, rebuilt
 from zoo.parity.compare import call, rms
 from zoo.parity.divergence import Comparison, Difference, Flow, Place, Way
 from zoo.parity.matching import Matching
@@ -36,17 +36,18 @@ class Idea(Edit):
 
     what: str
     fix: str = ""  # parity is restored if …
+    factors: Mapping[str, float] = field(default_factory=dict)  # module -> of what comes out of it
     where: tuple[str, ...] = ()
     moved: bool = False
 
     @property
     def undoes(self) -> bool:
-        return bool(self.parameters or self.config or self.settings)
+        return bool(self.parameters or self.config or self.settings or self.factors)
 
     @property
     def touched(self) -> set[str]:
-        """The modules that hold other numbers when it is undone."""
-        return {name.rpartition(".")[0] for name in self.parameters if self.moved}
+        """The modules that hold or give other numbers when it is undone."""
+        return {name.rpartition(".")[0] for name in self.parameters if self.moved} | {*self.factors}
 
 
 class Reached(Exception):
@@ -201,6 +202,14 @@ class Scene:
             return float("inf")
         return error(ours, theirs)
 
+    def error_with(self, idea: Idea) -> float:
+        """Likewise once it is undone."""
+        try:
+            with applied(self.model, idea, self) as model:
+                return self.error_of(model)
+        except (RuntimeError, ZooError):
+            return float("inf")
+
     def later(self, again: Difference) -> bool:
         """Whether another run parts later than this one did."""
         assert again.first is not None
@@ -218,13 +227,21 @@ class Scene:
         return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
 
     def everywhere(self) -> list[Place]:
-        """This place in every layer of every stack."""
-        kind = stars(self.name).rpartition("coder.")[2]
+        """This place wherever the same code runs; of a norm's output, that of every such norm."""
+        modules = dict(self.model.named_modules())
+        weight = getattr(self.module, "weight", None)
+        norm = self.side == "out" and weight is not None and weight.dim() == 1
+
+        def done_by(name: str) -> tuple[Any, str]:
+            above, _, leaf = name.rpartition(".")
+            return type(modules.get(above)), leaf
+
         return [
             (name, side, call)
             for (name, side, call), flow in self.comparison.flows.items()
-            if side == self.side and stars(name).rpartition("coder.")[2] == kind
-            if flow.comparable
+            if side == self.side and flow.comparable and name
+            if done_by(name) == done_by(self.name)
+            or (norm and type(modules.get(name)) is type(self.module))
         ]
 
     def rows(self, x: Tensor) -> list[Tensor] | None:
@@ -271,6 +288,17 @@ def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
     """The model with what undoes a cause: changed for as long as it is looked at."""
     if idea.config:
         yield scene.rebuilt(idea.config)
+        return
+    if idea.factors:
+        handles = [
+            model.get_submodule(name).register_forward_hook(lambda _, args, out, by=by: out * by)
+            for name, by in idea.factors.items()
+        ]
+        try:
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
         return
     if idea.undoes:
         with otherwise.applied(model, idea):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from zoo.components.activations import ACTIVATIONS
 from zoo.otherwise import block_of, stars
 from zoo.parity.causes.scene import FITS, Idea, Scene, fits
+from zoo.parity.matching import Match
 from zoo.parity.sums import Sum, summed
 
 
@@ -52,14 +53,19 @@ def _told(
         ratios = {ours.parts.get(n, 0) / theirs.parts[n] for n in names if theirs.parts.get(n)}
         least, most = min(ratios, default=0), max(ratios, default=0)
         if least and len(names) == len(theirs.parts) and math.isclose(least, most, rel_tol=1e-6):
-            yield Idea(f"{place} is {least:.6g} times what it is there")
+            what = f"{place} is {least:.6g} times what it is there"
+            yield _weighed(scene, what, dict.fromkeys(names, 1 / least))
             return
         said = (
             f"{n} is in it {_times(ours.parts.get(n, 0))} here "
             f"and {_times(theirs.parts.get(n, 0))} there"
             for n in names
         )
-        yield Idea(f"{place}: {', '.join(said)}")
+        what = f"{place}: {', '.join(said)}"
+        if all(ours.parts.get(n) and theirs.parts.get(n) for n in names):
+            by = {n: theirs.parts[n] / ours.parts[n] for n in names}
+            yield _weighed(scene, what, {n: by[n] for n in names if ", time" not in n})
+        yield Idea(what)
         return
     for side, given, known in (
         ("here", scene.flow.ours, theirs),
@@ -72,6 +78,13 @@ def _told(
         yield Idea(f"{place} is {ours} here, and there it is no sum of what came before")
     if theirs is not None:
         yield Idea(f"{place} is {theirs} there, and here it is no sum of what came before")
+
+
+def _weighed(scene: Scene, what: str, factors: Mapping[str, float]) -> Idea:
+    """What is added up, each in its part; in every layer alike."""
+    said = ", ".join(f"{stars(name)} counts {by:.6g} times as much" for name, by in factors.items())
+    every = {each: by for name, by in factors.items() for each in scene.alike(name)}
+    return Idea(what, said, factors=every)
 
 
 def _times(weight: float) -> str:
@@ -204,6 +217,9 @@ def _order(scene: Scene) -> Iterator[Idea]:
     missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
     for name in dict.fromkeys(_whole(scene, missing, name) for name in missing):
         yield Idea(f"{name} does not run here, and does in the other model")
+    idle = [n for n, match in scene.matching.matches.items() if _runs_here_alone(scene, match)]
+    for name in dict.fromkeys(_whole(scene, idle, name) for name in idle):
+        yield Idea(f"{name} runs here, and not in the other model")
     if scene.flow.theirs is None:
         yield from _times_run(scene)
     for kind in (_norms, _blocks):
@@ -234,6 +250,12 @@ def _order(scene: Scene) -> Iterator[Idea]:
             yield Idea(
                 what, f"{said} are exchanged", parameters=found, where=_first(found), moved=True
             )
+
+
+def _runs_here_alone(scene: Scene, match: Match) -> bool:
+    there = scene.comparison.theirs()[0].records[0]
+    runs = bool(scene.comparison.heard.get(match.native))
+    return match.plain and runs and not any(there[name] for name in match.others)
 
 
 def _whole(scene: Scene, missing: Collection[str], name: str) -> str:

@@ -15,7 +15,7 @@ from zoo.otherwise import stars
 from zoo.parity.causes.scene import Idea, Scene, error, fits
 from zoo.parity.compare import call, real
 
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def restless(scene: Scene) -> Iterator[Idea]:
@@ -71,6 +71,18 @@ def alone(scene: Scene) -> Iterator[Idea]:
         yield Idea(f"padding is read on the way to {scene.name}: a row alone gives what it should")
 
 
+def whole(scene: Scene) -> Iterator[Idea]:
+    """Tokens that are right at once, and not in parts."""
+    comparison, way = scene.comparison, scene.comparison.way
+    if way.name == "cached":
+        at_once = replace(comparison, way=replace(way, name="whole"), flows={}, _there={})
+        if at_once.again(scene.model, scene.difference.healed, ()).ok:
+            yield Idea(
+                f"tokens that come at once get what they should at {scene.name}, and in parts they "
+                "do not: what is kept, or where what comes later stands"
+            )
+
+
 def outputs(scene: Scene) -> Iterator[Idea]:
     """The models' own outputs, or what comes out of the last layer on its way to them."""
     if scene.name:
@@ -109,22 +121,34 @@ def _bent(scene: Scene, plain: Tensor, given: Tensor) -> str | None:
 
 
 def rounding(scene: Scene) -> Iterator[Idea]:
-    """What is computed in less than it should be: the class's own way does so, too."""
-    off, flow = scene.reading.error, scene.flow
-    given = scene.known(scene.name, "in")
+    """What is computed in less than it should be."""
+    ours, theirs, given = scene.flow.ours, scene.flow.theirs, scene.known(scene.name, "in")
+    where, off = stars(scene.name), scene.reading.error
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return
+    flows = "comes out of" if scene.side == "out" else "goes into"
+    for dtype in NARROW:
+        if held_in(ours, dtype) and not held_in(theirs, dtype):
+            yield Idea(f"what {flows} {where} is rounded to {str(dtype)[6:]} here")
+            return
     if scene.side == "out" and given is not None and isinstance(scene.module, nn.Module):
-        for dtype in NARROW:
-            narrow = copy.deepcopy(scene.fresh.get_submodule(scene.name)).to(dtype)
+        module = scene.fresh.get_submodule(scene.name)
+        for dtype in (torch.float64, *reversed(NARROW)):
             try:
                 with torch.no_grad():
-                    made = narrow(given.ours.to(dtype))  # type: ignore[union-attr]
+                    made = copy.deepcopy(module).to(dtype)(given.ours.to(dtype))  # type: ignore[union-attr]
             except (RuntimeError, TypeError):
                 continue
-            if isinstance(made, Tensor) and error(flow.ours, made) < off / 3:  # type: ignore[arg-type]
-                yield Idea(f"{stars(scene.name)} is computed in {str(dtype)[6:]} here")
+            if not isinstance(made, Tensor) or error(made, ours) > off / 3:
+                continue
+            if dtype is not torch.float64:  # else the class is so: of its dtype nothing is told
+                yield Idea(f"{where} is computed in {str(dtype)[6:]} here")
                 return
+            break
     if off < 8 * torch.finfo(torch.float32).eps:
-        yield Idea(
-            f"{stars(scene.name)} differs by no more than float32 rounds: something on the way to "
-            "it is computed in float32"
-        )
+        told = "by no more than float32 rounds: something on the way to it is computed in float32"
+        yield Idea(f"what {flows} {where} differs {told}")
+
+
+def held_in(x: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(x.to(dtype).to(x.dtype), x)
