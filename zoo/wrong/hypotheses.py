@@ -13,12 +13,12 @@ from zoo.components.model import Model
 from zoo.components.moe import Experts
 from zoo.otherwise import block_of
 from zoo.wrong import fields, matrices, places, rows
-from zoo.wrong.parts import Hypothesis, kinds
+from zoo.wrong.parts import Hypothesis, attentions, kinds
 
 
 def hypotheses(model: Model) -> Iterator[Hypothesis]:
     """Those of the whole model, the usual ones first."""
-    for attn in kinds(model, Attention):
+    for attn in attentions(model):
         yield from rows.turned(attn, model)
         yield from rows.roles(attn)
         yield from rows.fused(attn)

@@ -72,12 +72,16 @@ def _read(
     letter = "g" if some == ("k",) else "h"
     lie, are = f"[({letter} {a})]", f"[({letter} {b})]"
     plain = all(_already(model, name, a, b) for name in made)
-    how = "[o i], as they stand" if plain else f"[({letter} {a}) i]: [({letter} {b}) i]"
+    how = "[o i], as it stands" if plain else f"[({letter} {a}) i]: [({letter} {b}) i]"
     return Hypothesis(
         f"rows of {names}{alone}{of} lie as {lie}, and are read as {are}",
-        f"{names}{alone} are read as {how}",
+        f"{names}{alone} {_are(some)} read as {how}",
         made,
     )
+
+
+def _are(some: Sequence[str]) -> str:
+    return "is" if len(some) == 1 else "are"
 
 
 def _already(model: Model, name: str, a: str, b: str) -> bool:
@@ -207,7 +211,7 @@ def by_head(attn: Kind) -> Iterator[Hypothesis]:
                 )
                 yield Hypothesis(
                     f"heads of {names} lie as [({a})], and are read as [({b})]",
-                    f"{names} are read as {axes[0]}: {axes[1]}",
+                    f"{names} {_are(some)} read as {axes[0]}: {axes[1]}",
                     made,
                 )
     if 1 < count["k"] < count["q"]:
