@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -48,35 +49,38 @@ def ids_of(model: Model, text: str = TEXT) -> Tensor:
     return torch.tensor(ids)
 
 
-def nats(model: Model, ids: Tensor, mask: int | None = None) -> Tensor:
-    """(n,) of a text's (s,) ids: what each token that is foreseen costs, in nats.
+def nats(
+    model: Model, ids: Tensor, mask: int | None = None, heats: Sequence[float] = (1.0,)
+) -> Tensor:
+    """(heats, n) of a text's (s,) ids: what each token that is foreseen costs, in nats.
 
     A decoder foresees each but the first; a text that is longer than its positions is cut. A
     masked LM is shown the text with every seventh token hidden, which is `mask`, as often as it
-    takes to hide each once.
+    takes to hide each once. Logits are divided by each of `heats`.
     """
     parts = ids.split(model.config.limit or len(ids))
     foresee = _foreseen if mask is None else partial(_filled, mask=mask)
-    return torch.cat([foresee(model, part) for part in parts if len(part) > 1])
+    return torch.cat([foresee(model, part, heats) for part in parts if len(part) > 1], 1)
 
 
-def _foreseen(model: Model, ids: Tensor) -> Tensor:
-    return _cost(model(ids[None, :-1])[0], ids[1:])
+def _foreseen(model: Model, ids: Tensor, heats: Sequence[float]) -> Tensor:
+    return _costs(model(ids[None, :-1])[0], ids[1:], heats)
 
 
-def _filled(model: Model, ids: Tensor, mask: int) -> Tensor:
+def _filled(model: Model, ids: Tensor, heats: Sequence[float], mask: int) -> Tensor:
     places = torch.arange(len(ids), device=ids.device)
-    costs = torch.empty(len(ids), dtype=torch.float64)
+    costs = torch.empty(len(heats), len(ids), dtype=torch.float64)
     for n in range(min(EVERY, len(ids))):
         hidden = places % EVERY == n
         logits = model(torch.where(hidden, mask, ids)[None])[0]
-        costs[hidden.cpu()] = _cost(logits[hidden], ids[hidden])
+        costs[:, hidden.cpu()] = _costs(logits[hidden], ids[hidden], heats)
     return costs
 
 
-def _cost(logits: Tensor, wanted: Tensor) -> Tensor:
+def _costs(logits: Tensor, wanted: Tensor, heats: Sequence[float]) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, wanted, reduction="none").double().cpu()
+    rows = [F.cross_entropy(wide / heat, wanted, reduction="none") for heat in heats]
+    return torch.stack(rows).double().cpu()
 
 
 def hidden_as(model: Model) -> int | None:

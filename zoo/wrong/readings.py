@@ -16,15 +16,17 @@ from zoo.fitting import spec_of
 from zoo.inference import at_rest, device_of
 from zoo.otherwise import applied, stars
 from zoo.wrong.finding import Finding
-from zoo.wrong.hypotheses import hypotheses, inside, without
+from zoo.wrong.hypotheses import hypotheses, inside, narrowed, without
 from zoo.wrong.likelihood import chance, hidden_as, nats
 from zoo.wrong.parts import Hypothesis
 
 FEW = 96  # tokens that every hypothesis is tried on
 GOOD = 8  # hypotheses that are tried on the whole text
+HEATS = (1.0, 2.0, 4.0)  # what logits are divided by
 TOLD = 5  # that are told
 FEW_NAMES = 3  # of more than these, layers are left open
-BRANCHES = 3  # branches of single blocks that are looked into
+HELPFUL = 3  # that are tried in each block alone, too
+BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
 # hundreds of hypotheses, gained at most 0.03 (docs/decisions/readings.md)
 GAIN, ERRORS = 0.06, 3.0
@@ -36,15 +38,25 @@ class Reading:
     """A hypothesis, or two, and what they make of a text."""
 
     said: tuple[Hypothesis, ...]
-    costs: Tensor  # (n,), nats of each token
+    costs: Tensor  # (heats, n), nats of each token
+
+    @property
+    def plain(self) -> float:
+        """Nats a token of the logits as they are."""
+        return float(self.costs[0].mean())
+
+    @property
+    def best(self) -> Tensor:
+        """(n,), of logits as calm as is best: being sure of less is no better knowledge."""
+        return self.costs[self.costs.mean(1).argmin()]
 
     @property
     def nll(self) -> float:
-        return float(self.costs.mean())
+        return float(self.best.mean())
 
-    def gain(self, before: Tensor) -> tuple[float, float]:
-        """By how many nats a token a text is likelier than before, and its standard error."""
-        off = before - self.costs
+    def gain(self, than: Reading) -> tuple[float, float]:
+        """By how many nats a token a text is likelier, and the standard error of that."""
+        off = than.best - self.best
         return float(off.mean()), float(off.std()) / math.sqrt(len(off))
 
 
@@ -68,7 +80,8 @@ class Search:
 
     def costs(self, model: Model, ids: Tensor) -> Tensor:
         """What is no number says less than nothing."""
-        return nats(model, ids, self.mask).nan_to_num(2 * self.chance, posinf=2 * self.chance)
+        costs = nats(model, ids, self.mask, HEATS)
+        return costs.nan_to_num(2 * self.chance, posinf=2 * self.chance)
 
     def tried(self, model: Model, hypothesis: Hypothesis, ids: Tensor) -> Tensor | None:
         """What the text costs then; None where the hypothesis does not fit the model."""
@@ -88,8 +101,11 @@ class Search:
             for each in known.said:
                 model = stack.enter_context(applied(model, each.edit()))
             few = self.ids[:FEW]
-            before = float(self.costs(model, few).mean())
+            before = Reading((), self.costs(model, few)).nll
             coarse = self._coarse(model, hypotheses(model), few, before)
+            coarse.sort(key=lambda pair: pair[0])
+            helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
+            coarse += self._coarse(model, narrowed(model, helpful), few, before)
             coarse += self._coarse(model, self._inside(model, few), few, before)
             coarse.sort(key=lambda pair: pair[0])
             found = list[Reading]()
@@ -108,8 +124,8 @@ class Search:
         found = []
         for hypothesis in listed:
             costs = self.tried(model, hypothesis, few)
-            if costs is not None and float(costs.mean()) < before - GAIN / 4:
-                found.append((float(costs.mean()), hypothesis))
+            if costs is not None and (nll := Reading((), costs).nll) < before - GAIN / 4:
+                found.append((nll, hypothesis))
         return found
 
     def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
@@ -117,7 +133,8 @@ class Search:
         found = list[tuple[float, str, Hypothesis]]()
         for branch, hypothesis in without(model):
             costs = self.tried(model, hypothesis, few)
-            found.append((math.inf if costs is None else float(costs.mean()), branch, hypothesis))
+            nll = math.inf if costs is None else Reading((), costs).nll
+            found.append((nll, branch, hypothesis))
         found.sort(key=lambda each: each[0])
         seen = set[str]()
         for _, branch, hypothesis in found[:BRANCHES]:
@@ -128,17 +145,18 @@ class Search:
 
 
 def sure(reading: Reading, than: Reading) -> bool:
-    gain, error = reading.gain(than.costs)
+    gain, error = reading.gain(than)
     return gain > max(GAIN, ERRORS * error)
 
 
 def searched(search: Search) -> list[Reading]:
-    """The likeliest first; of two faults both, and then the graver."""
+    """Of two faults both, then what explains at least half as much, the likeliest first."""
     first = search.best(search.base)
     if not first:
         return []
-    second = search.best(first[0])
-    return [*second[:1], *first][:TOLD]
+    found = [*search.best(first[0])[:1], *first]
+    enough = found[0].gain(search.base)[0] / 2
+    return [each for each in found if each.gain(search.base)[0] >= enough][:TOLD]
 
 
 def readings(
@@ -161,27 +179,27 @@ def readings(
 
 
 def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
-    before, after, most = search.base.nll, reading.nll, search.chance
-    gain, whole = (min(before, most) - nll for nll in (after, best.nll))
+    gain, whole = (each.gain(search.base)[0] for each in (reading, best))
+    known = 1 - reading.nll / search.chance
     # surely better; as good as the best; and good enough to be of a model that has learnt
-    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2.5 * (1 - after / most))
+    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2.5 * known)
     fixes = ", and ".join(each.fix for each in reading.said)
     return Finding(
         what="; and ".join(each.what for each in reading.said),
         where=_where(search.model, [name for each in reading.said for name in each.parameters]),
-        seen=f"perplexity {_shown(before)} -> {_shown(after)} if {fixes}",
+        seen=f"perplexity {_shown(search.base.plain)} -> {_shown(reading.plain)} if {fixes}",
         likely=round(likely, 2),
         fix=" ".join(filter(None, (_line(search.model, each) for each in reading.said))),
     )
 
 
 def _hopeless(search: Search) -> Iterator[Finding]:
-    nll, vocab = search.base.nll, search.model.config.vocab
-    if nll > CHANCE * search.chance:
+    if search.base.nll > CHANCE * search.chance:
+        shown = _shown(search.base.plain)
         yield Finding(
             "a text is no likelier than chance, and no other reading makes it so",
             (),
-            f"perplexity {_shown(nll)}, where {vocab:,} tokens that are all alike have {vocab:,}",
+            f"perplexity {shown}, where each of {search.model.config.vocab:,} tokens is alike",
             0.5,
             "Is the model untrained, or the tokenizer another's?",
         )

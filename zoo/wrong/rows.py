@@ -75,7 +75,7 @@ def _read(
     how = "[o i], as it stands" if plain else f"[({letter} {a}) i]: [({letter} {b}) i]"
     return Hypothesis(
         f"rows of {names}{alone}{of} lie as {lie}, and are read as {are}",
-        f"{names}{alone} {_are(some)} read as {how}",
+        f"{names}{alone}{of} {_are(some)} read as {how}",
         made,
     )
 
