@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.components.attention import Attention
 from zoo.components.decoder import Decoder
 from zoo.components.model import Model
 from zoo.components.rotary import LLAMA3, PLAIN, UNTURNED, Linear, Llama3, Rotary, Scaling
 from zoo.otherwise import NOT_TRIED, backwards, bases, scales, scalings, values
-from zoo.wrong.parts import Hypothesis, kinds
+from zoo.wrong.parts import Hypothesis, attentions
 
 # what no likelihood of a text without padding depends on, and what is asked for by itself
 LEFT = NOT_TRIED | {"pad", "start", "extrapolate", "upcast_attn", "lone_bias", "legacy", "windowed"}
-LEFT |= {"rope", "rope_base", "groups", "init_std", "summary_act", "head_act", "kinds"}
+LEFT |= {"rope", "rope_base", "groups", "summary_act", "head_act", "kinds"}
+# which parameters there are
+LEFT |= {"bias", "qkv_bias", "attn_bias", "attn_out_bias", "mlp_bias"}
 ACTS = ("gelu", "gelu_new", "relu", "silu", "quick_gelu", "relu2", "tanh")
 EPS = (1e-5, 1e-6, 1e-12, 1e-3)
 CAPS = (None, 30.0, 50.0)
@@ -93,7 +94,7 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
 
 def of_attention(model: Model) -> Iterator[Hypothesis]:
     config = model.config
-    for attn in kinds(model, Attention):
+    for attn in attentions(model):
         rotary, name = attn.first.rotary, attn.name
 
         def all_do(what: str, **attributes: Any) -> Hypothesis:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +13,12 @@ from zoo.components.model import Model
 from zoo.components.moe import Experts
 from zoo.otherwise import block_of
 from zoo.wrong import fields, matrices, places, rows
-from zoo.wrong.parts import Hypothesis, kinds
+from zoo.wrong.parts import Hypothesis, attentions, blocks, kinds
 
 
 def hypotheses(model: Model) -> Iterator[Hypothesis]:
     """Those of the whole model, the usual ones first."""
-    for attn in kinds(model, Attention):
+    for attn in attentions(model):
         yield from rows.turned(attn, model)
         yield from rows.roles(attn)
         yield from rows.fused(attn)
@@ -48,6 +48,14 @@ def without(model: Model) -> Iterator[tuple[str, Hypothesis]]:
 
 def _silent(x: Tensor, *rest: Any) -> Tensor:
     return x * 0
+
+
+def narrowed(model: Model, some: Iterable[Hypothesis]) -> Iterator[Hypothesis]:
+    """The same of each block alone."""
+    every = [name for stack in blocks(model) for name in stack.modules]
+    for hypothesis in some:
+        found = (hypothesis.within(block) for block in every)
+        yield from (each for each in found if each is not None)
 
 
 def inside(model: Model, branch: str) -> Iterator[Hypothesis]:

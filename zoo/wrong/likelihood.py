@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,8 @@ def ids_of(model: Model, text: str = TEXT) -> Tensor:
     """(s,), the beginning of a text as the model's own tokenizer has it."""
     tokenizer = model.tokenizer
     ids, inner = tokenizer.encode(text), tokenizer.encode(text, eos=False)
-    most = min(MOST, model.config.limit or MOST)
     after = ids[len(inner) :]
-    ids = [*inner[: most - len(after)], *after]
+    ids = [*inner[: MOST - len(after)], *after]
     vocab = model.config.vocab
     if odd := [id for id in ids if id >= vocab]:
         raise InputError(
@@ -48,28 +49,38 @@ def ids_of(model: Model, text: str = TEXT) -> Tensor:
     return torch.tensor(ids)
 
 
-def nats(model: Model, ids: Tensor, mask: int | None = None) -> Tensor:
-    """(n,) of a text's (s,) ids: what each token that is foreseen costs, in nats.
+def nats(
+    model: Model, ids: Tensor, mask: int | None = None, heats: Sequence[float] = (1.0,)
+) -> Tensor:
+    """(heats, n) of a text's (s,) ids: what each token that is foreseen costs, in nats.
 
-    A decoder foresees each but the first. A masked LM is shown the text with every seventh token
-    hidden, which is `mask`, in so many rows that each is hidden once.
+    A decoder foresees each but the first; a text that is longer than its positions is cut. A
+    masked LM is shown the text with every seventh token hidden, which is `mask`, as often as it
+    takes to hide each once. Logits are divided by each of `heats`.
     """
-    if isinstance(model, Decoder) and model.config.head == "lm":
-        return _cost(model(ids[None, :-1])[0], ids[1:])
-    assert mask is not None
-    places = torch.arange(len(ids))
-    hidden = torch.stack([places % EVERY == n for n in range(min(EVERY, len(ids)))])
-    shown = torch.where(hidden, mask, ids)
-    rows = [_cost(model(row[None])[0][at], ids[at]) for row, at in zip(shown, hidden, strict=True)]
-    costs = torch.empty(len(ids), dtype=torch.float64)
-    for at, row in zip(hidden, rows, strict=True):
-        costs[at] = row
+    parts = ids.split(model.config.limit or len(ids))
+    foresee = _foreseen if mask is None else partial(_filled, mask=mask)
+    return torch.cat([foresee(model, part, heats) for part in parts if len(part) > 1], 1)
+
+
+def _foreseen(model: Model, ids: Tensor, heats: Sequence[float]) -> Tensor:
+    return _costs(model(ids[None, :-1])[0], ids[1:], heats)
+
+
+def _filled(model: Model, ids: Tensor, heats: Sequence[float], mask: int) -> Tensor:
+    places = torch.arange(len(ids), device=ids.device)
+    costs = torch.empty(len(heats), len(ids), dtype=torch.float64)
+    for n in range(min(EVERY, len(ids))):
+        hidden = places % EVERY == n
+        logits = model(torch.where(hidden, mask, ids)[None])[0]
+        costs[:, hidden.cpu()] = _costs(logits[hidden], ids[hidden], heats)
     return costs
 
 
-def _cost(logits: Tensor, wanted: Tensor) -> Tensor:
+def _costs(logits: Tensor, wanted: Tensor, heats: Sequence[float]) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, wanted.to(wide.device), reduction="none").double().cpu()
+    rows = [F.cross_entropy(wide / heat, wanted, reduction="none") for heat in heats]
+    return torch.stack(rows).double().cpu()
 
 
 def hidden_as(model: Model) -> int | None:
@@ -82,7 +93,10 @@ def hidden_as(model: Model) -> int | None:
         if id is None:
             raise UsageError(f"{called(model)}: no tokenizer names the token that hides others")
         return id
-    raise UsageError(f"{called(model)}: gives no likelihood of a text. Load it with head='lm'")
+    raise UsageError(
+        f"{called(model)}: gives a text no likelihood; a decoder with head 'lm' does, and an "
+        "encoder with head 'masked_lm'"
+    )
 
 
 def chance(model: Model) -> float:

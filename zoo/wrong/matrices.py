@@ -7,11 +7,10 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from zoo.components.attention import Attention
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Model
 from zoo.components.moe import Experts
-from zoo.wrong.parts import Hypothesis, Kind, blocks, kinds, norms
+from zoo.wrong.parts import Hypothesis, Kind, attentions, blocks, kinds, norms
 
 
 def exchanged(model: Model) -> Iterator[Hypothesis]:
@@ -63,7 +62,7 @@ def _pair(kind: Kind, a: str, b: str, across: bool = False) -> Iterator[Hypothes
 
 def transposed(model: Model) -> Iterator[Hypothesis]:
     """Squares, which no shape tells from what they should be."""
-    for attn in kinds(model, Attention):
+    for attn in attentions(model):
         square = [p for p in ("q", "k", "v", "out") if _is_square(attn, f"{p}.weight")]
         every = (tuple(square), ("q", "k", "v"), ("q", "k"), ("q", "out"), ("v", "out"))
         sets = dict.fromkeys((*((p,) for p in square), *every))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zoo.components.attention import Attention
 from zoo.components.model import Model
 from zoo.otherwise import Changes, Edit, block_of, stars
 
@@ -91,6 +92,12 @@ def kinds(model: Model, *types: type[nn.Module]) -> list[Kind]:
         if isinstance(module, types):
             found.setdefault(stars(name), {})[name] = module
     return [Kind(name, modules, held) for name, modules in found.items()]
+
+
+def attentions(model: Model) -> list[Kind]:
+    """Those whose projections are plain: no adapter stands beside them."""
+    every = kinds(model, Attention)
+    return [k for k in every if all(k.has(f"{p}.weight") for p in ("q", "k", "v", "out"))]
 
 
 def norms(model: Model) -> list[Kind]:

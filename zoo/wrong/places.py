@@ -28,10 +28,10 @@ def tables(model: Model) -> Iterator[Hypothesis]:
             made = {name: _rolled(held[name], by) for name in names}
             said = " and ".join(names)
             more = ", or the tokenizer's ids are" if what == "tokens" else ""
-            rows = "row" if abs(by) == 1 else "rows"
+            rows, are = "row" if abs(by) == 1 else "rows", "is" if len(names) == 1 else "are"
             yield Hypothesis(
                 f"{said}: rows are off by {-by:+d}{more}",
-                f"{said} are read {abs(by)} {rows} {'later' if by > 0 else 'earlier'}",
+                f"{said} {are} read {abs(by)} {rows} {'later' if by > 0 else 'earlier'}",
                 made,
             )
     for name in ("types.weight", "positions.weight"):

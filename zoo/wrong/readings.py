@@ -1,4 +1,4 @@
-"""A text under every reading of a file that is likely: what makes it likelier than as it is read."""
+"""A text under every likely reading of a file: what makes it likelier than it is as it is read."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from converters.lines import field_line, rule_line
 from zoo.components.model import Model
 from zoo.errors import ZooError
 from zoo.fitting import spec_of
-from zoo.inference import at_rest
+from zoo.inference import at_rest, device_of
 from zoo.otherwise import applied, stars
 from zoo.wrong.finding import Finding
-from zoo.wrong.hypotheses import hypotheses, inside, without
+from zoo.wrong.hypotheses import hypotheses, inside, narrowed, without
 from zoo.wrong.likelihood import chance, hidden_as, nats
 from zoo.wrong.parts import Hypothesis
 
 FEW = 96  # tokens that every hypothesis is tried on
 GOOD = 8  # hypotheses that are tried on the whole text
+HEATS = (1.0, 2.0, 4.0)  # what logits are divided by
 TOLD = 5  # that are told
-BRANCHES = 3  # branches of single blocks that are looked into
-GAIN, ERRORS = 0.05, 3.0  # nats a token and standard errors that a text has to become likelier by
+FEW_NAMES = 3  # of more than these, layers are left open
+HELPFUL = 3  # that are tried in each block alone, too
+BRANCHES = 3  # of single blocks, that are looked into
+# nats a token, and standard errors, by which a text has to become likelier: healthy models, under
+# hundreds of hypotheses, gained at most 0.03 (docs/decisions/readings.md)
+GAIN, ERRORS = 0.06, 3.0
+CHANCE = 0.95  # of what a token costs where all are alike: from there on nothing is known
 
 
 @dataclass(frozen=True)
@@ -33,15 +38,25 @@ class Reading:
     """A hypothesis, or two, and what they make of a text."""
 
     said: tuple[Hypothesis, ...]
-    costs: Tensor  # (n,), nats of each token
+    costs: Tensor  # (heats, n), nats of each token
+
+    @property
+    def plain(self) -> float:
+        """Nats a token of the logits as they are."""
+        return float(self.costs[0].mean())
+
+    @property
+    def best(self) -> Tensor:
+        """(n,), of logits as calm as is best: being sure of less is no better knowledge."""
+        return self.costs[self.costs.mean(1).argmin()]
 
     @property
     def nll(self) -> float:
-        return float(self.costs.mean())
+        return float(self.best.mean())
 
-    def gain(self, before: Tensor) -> tuple[float, float]:
-        """By how many nats a token a text is likelier than it was, and that one's standard error."""
-        off = before - self.costs
+    def gain(self, than: Reading) -> tuple[float, float]:
+        """By how many nats a token a text is likelier, and the standard error of that."""
+        off = than.best - self.best
         return float(off.mean()), float(off.std()) / math.sqrt(len(off))
 
 
@@ -56,7 +71,17 @@ class Search:
     base: Reading = field(init=False)
 
     def __post_init__(self) -> None:
-        self.base = Reading((), nats(self.model, self.ids, self.mask))
+        self.ids = self.ids.to(device_of(self.model))
+        self.base = Reading((), self.costs(self.model, self.ids))
+
+    @property
+    def chance(self) -> float:
+        return chance(self.model)
+
+    def costs(self, model: Model, ids: Tensor) -> Tensor:
+        """What is no number says less than nothing."""
+        costs = nats(model, ids, self.mask, HEATS)
+        return costs.nan_to_num(2 * self.chance, posinf=2 * self.chance)
 
     def tried(self, model: Model, hypothesis: Hypothesis, ids: Tensor) -> Tensor | None:
         """What the text costs then; None where the hypothesis does not fit the model."""
@@ -65,20 +90,22 @@ class Search:
             self.progress(self.done, max(self.done, self.expected))
         try:
             with applied(model, hypothesis.edit()) as edited:
-                costs = nats(edited, ids, self.mask)
+                return self.costs(edited, ids)
         except (RuntimeError, ZooError, ValueError, IndexError, TypeError, ZeroDivisionError):
             return None
-        return costs if bool(costs.isfinite().all()) else None
 
     def best(self, known: Reading) -> list[Reading]:
-        """One more hypothesis beside what is known, the likeliest first: those that are surely so."""
+        """One more hypothesis beside what is known: those that surely help, the best first."""
         with ExitStack() as stack:
             model = self.model
             for each in known.said:
                 model = stack.enter_context(applied(model, each.edit()))
             few = self.ids[:FEW]
-            before = nats(model, few, self.mask)
+            before = Reading((), self.costs(model, few)).nll
             coarse = self._coarse(model, hypotheses(model), few, before)
+            coarse.sort(key=lambda pair: pair[0])
+            helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
+            coarse += self._coarse(model, narrowed(model, helpful), few, before)
             coarse += self._coarse(model, self._inside(model, few), few, before)
             coarse.sort(key=lambda pair: pair[0])
             found = list[Reading]()
@@ -86,18 +113,19 @@ class Search:
                 costs = self.tried(model, hypothesis, self.ids)
                 if costs is not None:
                     found.append(Reading((*known.said, hypothesis), costs))
-        return sorted((r for r in found if sure(r, known)), key=lambda r: r.nll)
+        helps = [r for r in found if sure(r, known) and r.nll < CHANCE * self.chance]
+        return sorted(helps, key=lambda r: r.nll)
 
     def _coarse(
-        self, model: Model, some: Iterable[Hypothesis], few: Tensor, before: Tensor
+        self, model: Model, some: Iterable[Hypothesis], few: Tensor, before: float
     ) -> list[tuple[float, Hypothesis]]:
-        listed, least = list(some), float(before.mean())
+        listed = list(some)
         self.expected = max(self.expected, self.done + len(listed))
         found = []
         for hypothesis in listed:
             costs = self.tried(model, hypothesis, few)
-            if costs is not None and float(costs.mean()) < least - GAIN / 4:
-                found.append((float(costs.mean()), hypothesis))
+            if costs is not None and (nll := Reading((), costs).nll) < before - GAIN / 4:
+                found.append((nll, hypothesis))
         return found
 
     def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
@@ -105,25 +133,30 @@ class Search:
         found = list[tuple[float, str, Hypothesis]]()
         for branch, hypothesis in without(model):
             costs = self.tried(model, hypothesis, few)
-            found.append((math.inf if costs is None else float(costs.mean()), branch, hypothesis))
+            nll = math.inf if costs is None else Reading((), costs).nll
+            found.append((nll, branch, hypothesis))
         found.sort(key=lambda each: each[0])
+        seen = set[str]()
         for _, branch, hypothesis in found[:BRANCHES]:
-            yield hypothesis
-            yield from inside(model, branch)
+            for each in (hypothesis, *inside(model, branch)):
+                if each.fix not in seen:
+                    seen.add(each.fix)
+                    yield each
 
 
 def sure(reading: Reading, than: Reading) -> bool:
-    gain, error = reading.gain(than.costs)
+    gain, error = reading.gain(than)
     return gain > max(GAIN, ERRORS * error)
 
 
 def searched(search: Search) -> list[Reading]:
-    """The likeliest first; of two faults both, and then the graver."""
+    """Of two faults both, then what explains at least half as much, the likeliest first."""
     first = search.best(search.base)
     if not first:
         return []
-    second = search.best(first[0])
-    return [*second[:1], *first][:TOLD]
+    found = [*search.best(first[0])[:1], *first]
+    enough = found[0].gain(search.base)[0] / 2
+    return [each for each in found if each.gain(search.base)[0] >= enough][:TOLD]
 
 
 def readings(
@@ -142,31 +175,31 @@ def readings(
     with at_rest(model):
         search = Search(model, ids, mask, progress)
         found = searched(search)
-    return [_finding(search, each) for each in found] or list(_hopeless(search))
+    return [_finding(search, each, found[0]) for each in found] or list(_hopeless(search))
 
 
-def _finding(search: Search, reading: Reading) -> Finding:
-    before, after = search.base.nll, reading.nll
-    gain = min(before, chance(search.model)) - after
-    changed = [name for each in reading.said for name in each.parameters]
+def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
+    gain, whole = (each.gain(search.base)[0] for each in (reading, best))
+    known = 1 - reading.nll / search.chance
+    # surely better; as good as the best; and good enough to be of a model that has learnt
+    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2.5 * known)
+    fixes = ", and ".join(each.fix for each in reading.said)
     return Finding(
         what="; and ".join(each.what for each in reading.said),
-        where=_where(search.model, changed),
-        seen=f"perplexity {_shown(before)} -> {_shown(after)} if "
-        + ", and ".join(each.fix for each in reading.said),
-        likely=round(max(0.0, gain) / (max(0.0, gain) + GAIN), 3),
+        where=_where(search.model, [name for each in reading.said for name in each.parameters]),
+        seen=f"perplexity {_shown(search.base.plain)} -> {_shown(reading.plain)} if {fixes}",
+        likely=round(likely, 2),
         fix=" ".join(filter(None, (_line(search.model, each) for each in reading.said))),
     )
 
 
 def _hopeless(search: Search) -> Iterator[Finding]:
-    nll, most = search.base.nll, chance(search.model)
-    if nll > 0.95 * most:
+    if search.base.nll > CHANCE * search.chance:
+        shown = _shown(search.base.plain)
         yield Finding(
             "a text is no likelier than chance, and no other reading makes it so",
             (),
-            f"perplexity {_shown(nll)}; of {search.model.config.vocab:,} tokens that are alike it is "
-            f"{search.model.config.vocab:,}",
+            f"perplexity {shown}, where each of {search.model.config.vocab:,} tokens is alike",
             0.5,
             "Is the model untrained, or the tokenizer another's?",
         )
@@ -180,16 +213,13 @@ def _shown(nll: float) -> str:
 def _where(model: Model, names: Iterable[str]) -> tuple[str, ...]:
     """The file's own names of parameters, alike ones once."""
     known = model.provenance
-    held = dict[str, tuple[str, ...]]()
-    for step in known.plan.steps if known else ():
-        for target in step.targets:
-            held[target] = step.sources
-    found = [source for name in names for source in held.get(name, (name,))]
-    return (
-        tuple(dict.fromkeys(stars(name) for name in found))
-        if len(found) > 3
-        else tuple(dict.fromkeys(found))
-    )
+    sources = {
+        target: step.sources
+        for step in (known.plan.steps if known else ())
+        for target in step.targets
+    }
+    found = dict.fromkeys(source for name in names for source in sources.get(name, (name,)))
+    return tuple(found) if len(found) <= FEW_NAMES else tuple(dict.fromkeys(map(stars, found)))
 
 
 def _line(model: Model, hypothesis: Hypothesis) -> str:
@@ -197,6 +227,7 @@ def _line(model: Model, hypothesis: Hypothesis) -> str:
         return ""
     spec, dialect = spec_of(model), model.provenance.origin.dialect
     lines = [field_line(spec, name, dialect) for name in hypothesis.config]
-    lines += [rule_line(spec, name, dialect) for name in hypothesis.parameters]
+    kinds = {stars(name): name for name in hypothesis.parameters}
+    lines += [rule_line(spec, name, dialect) for name in kinds.values()]
     found = [line for line in dict.fromkeys(lines) if line][:3]
     return " ".join(f"L{line[1:]}." for line in found)

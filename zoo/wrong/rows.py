@@ -25,26 +25,25 @@ def heads(attn: Kind) -> dict[str, int]:
 def turned(attn: Kind, model: Model) -> Iterator[Hypothesis]:
     """Pairs of a rotary lie side by side, or half a head apart."""
     rotary, counts, width = attn.first.rotary, heads(attn), attn.first.head_dim
-    if not isinstance(rotary, Rotary):
-        return
-    parts = [rotary.width] if rotary.width == width else [rotary.width, width]
-    for part in parts:
+    sets: list[tuple[str, ...]] = [("k",), ("q",)]
+    widths = [width]
+    if isinstance(rotary, Rotary):  # else queries and keys that are both turned do the same
+        sets, widths = [("q", "k"), *sets], list(dict.fromkeys((rotary.width, width)))
+    for part in widths:
         if part % 2 or part < 4:  # of a head of two, both orders are one
             continue
         of = "" if part == width else f" of the {part} that turn"
         for a, b in (("e two", "two e"), ("two e", "e two")):
-            for some in (("q", "k"), ("k",), ("q",)):
+            for some in sets:
+                rows = {p: _pairs(counts[p], width, part, a, b) for p in some}
                 for leaves in BOTH if attn.has("q.bias") else BOTH[:1]:
+                    leaf_rows = [(f"{p}.{leaf}", rows[p]) for p in some for leaf in leaves]
                     made = {
-                        name: make
-                        for p in some
-                        for leaf in leaves
-                        for name, make in _rows(
-                            attn, f"{p}.{leaf}", _pairs(counts[p], width, part, a, b)
-                        ).items()
+                        n: m for leaf, at in leaf_rows for n, m in _rows(attn, leaf, at).items()
                     }
-                    yield _read(attn, some, leaves, a, b, made, of, model)
-    yield from _counts(attn, counts, width, model)
+                    yield _read(attn, some, leaves, (a, b), made, of, model)
+    if isinstance(rotary, Rotary):
+        yield from _counts(attn, counts, width)
 
 
 def _pairs(count: int, width: int, part: int, a: str, b: str) -> Tensor:
@@ -61,33 +60,37 @@ def _read(
     attn: Kind,
     some: Sequence[str],
     leaves: Sequence[str],
-    a: str,
-    b: str,
+    orders: tuple[str, str],
     made: dict[str, Made],
     of: str,
     model: Model,
 ) -> Hypothesis:
+    a, b = orders
     names = " and ".join(f"{attn.name}.{p}" for p in some)
     alone = f" ({leaves[0]} alone)" if len(leaves) == 1 and attn.has("q.bias") else ""
     letter = "g" if some == ("k",) else "h"
     lie, are = f"[({letter} {a})]", f"[({letter} {b})]"
     plain = all(_already(model, name, a, b) for name in made)
-    how = "[o i], as they stand" if plain else f"[({letter} {a}) i]: [({letter} {b}) i]"
+    how = "[o i], as it stands" if plain else f"[({letter} {a}) i]: [({letter} {b}) i]"
     return Hypothesis(
         f"rows of {names}{alone}{of} lie as {lie}, and are read as {are}",
-        f"{names}{alone} are read as {how}",
+        f"{names}{alone}{of} {_are(some)} read as {how}",
         made,
     )
+
+
+def _are(some: Sequence[str]) -> str:
+    return "is" if len(some) == 1 else "are"
 
 
 def _already(model: Model, name: str, a: str, b: str) -> bool:
     """Whether the rule that makes a parameter turns it just the other way."""
     known = model.provenance
-    rule = "" if known is None else known.rules.get(name, "")
-    return f" {b})" in rule and f" {a})" in rule
+    source, _, target = ("" if known is None else known.rules.get(name, "")).partition(": ")
+    return f" {b})" in source and f" {a})" in target
 
 
-def _counts(attn: Kind, counts: dict[str, int], width: int, model: Model) -> Iterator[Hypothesis]:
+def _counts(attn: Kind, counts: dict[str, int], width: int) -> Iterator[Hypothesis]:
     """Turned as if there were another number of heads."""
     for p in ("k", "q"):
         rows = counts[p] * width
@@ -207,7 +210,7 @@ def by_head(attn: Kind) -> Iterator[Hypothesis]:
                 )
                 yield Hypothesis(
                     f"heads of {names} lie as [({a})], and are read as [({b})]",
-                    f"{names} are read as {axes[0]}: {axes[1]}",
+                    f"{names} {_are(some)} read as {axes[0]}: {axes[1]}",
                     made,
                 )
     if 1 < count["k"] < count["q"]:
