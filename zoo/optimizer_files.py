@@ -56,10 +56,10 @@ def convert_file(
     place, found = Path(out), locate(src, **options)
     if place.exists() and not force:
         raise OutputExists(f"{place}: exists already. Use force (--force) to replace it.")
-    if (found.dialect == "native") == (to == "native"):
-        raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
     if to not in ("native", *found.spec.dialects):
         raise UsageError(f"to={to!r}: {found.spec.name} has {listing(found.spec.dialects)}")
+    if (found.dialect == "native") == (to == "native"):
+        raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
     state = read(Path(file))
     checkpoint = found.checkpoint()
     model, plan = prove(found, checkpoint, {})

@@ -168,14 +168,21 @@ def _read(
         kept, groups = state["state"], state["param_groups"]
         numbers = [n for group in groups for n in group["params"]]
         told = [name for group in groups for name in group.get(NAMES, ())]
-        entries = [x for n in kept for x in kept[n].values()]
-    except (KeyError, TypeError, AttributeError) as error:
+        entries = [dict(entry) for entry in kept.values()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"no state_dict of a torch optimizer: {error!r}") from None
-    if any(isinstance(x, Tensor) and x.dim() and not x.is_floating_point() for x in entries):
-        raise UsageError(
-            "the optimizer keeps whole numbers of its weights, as those of eight bits do: their "
-            "blocks run across rows, and no rule turns them"
-        )
+    for entry in entries:
+        arrays = {k: x for k, x in entry.items() if isinstance(x, Tensor) and x.dim()}
+        if any(not x.is_floating_point() for x in arrays.values()):
+            raise UsageError(
+                "the optimizer keeps whole numbers of its weights, as those of eight bits do: "
+                "their blocks run across rows, and no rule turns them. Begin with a new one"
+            )
+        if len({x.shape for x in arrays.values()}) > 1:
+            raise UsageError(
+                f"the optimizer keeps {listing(arrays)} in several shapes for one weight, as "
+                "Adafactor does, and no rule turns them. Begin with a new one"
+            )
     if names is None and len(told) == len(numbers):
         names = told
     if names is None and numbers and all(isinstance(n, str) for n in numbers):
@@ -190,14 +197,19 @@ def _read(
         side.check_order()
         orders = side.orders(known, [len(group["params"]) for group in groups])
 
+    def fits_one(name: str, number: object) -> bool:
+        tensors = (x for x in kept.get(number, {}).values() if isinstance(x, Tensor))
+        shape = side.shapes[side.owners[name]]
+        return all(x.dim() == 0 or tuple(x.shape) == shape for x in tensors)
+
     def fits(order: tuple[str, ...]) -> bool:
-        return len(order) == len(numbers) and all(
-            not isinstance(x, Tensor) or x.dim() == 0 or tuple(x.shape) == side.shapes[name]
-            for n, name in zip(numbers, order, strict=True)
-            for x in kept.get(n, {}).values()
-        )
+        pairs = zip(order, numbers, strict=False)
+        return len(order) == len(numbers) and all(fits_one(*pair) for pair in pairs)
 
     found = list(dict.fromkeys(each for each in orders if fits(each)))
+    if names is not None and not found:
+        odd = [name for name in names if not fits_one(name, numbers[list(names).index(name)])]
+        raise UsageError(f"names: the optimizer keeps other shapes of {listing(odd)}")
     if len(found) != 1:
         why = f"are {side.what}'s in more than one order"
         if not found:
