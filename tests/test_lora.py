@@ -94,11 +94,11 @@ def step(parameters: list[Tensor], loss: Callable[[], Tensor]) -> float:
     return value.item()
 
 
-@pytest.mark.parametrize(
-    "key", ["gpt2/base", "llama/base", "neox/base", "bert/masked-lm", "t5/gated-own-head"]
-)
+@pytest.mark.parametrize("key", ADAPTED)
 def test_one_step_of_training(key: str, tmp_path: Path) -> None:
-    made = Made(tmp_path, key)
+    # of single experts the reference has no modules in memory
+    ends = tuple(e for e in ADAPTED[key] if not key.startswith("mixtral") or "proj" in e)
+    made = Made(tmp_path, key, ends=ends)
     reference = Reference(made.base, made.reference_class, torch.float64, lifted=True)
     reference.model.requires_grad_(False)
     beside: dict[str, Beside] = {}
