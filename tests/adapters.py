@@ -26,6 +26,14 @@ ADAPTED = {
     "t5/gated-own-head": ("q", "k", "wi_0", "wo", "lm_head"),
     "deberta/base": ("in_proj", "pos_proj"),
     "gemma2/base": ("q_proj", "up_proj"),
+    "qwen2/base": ("k_proj", "gate_proj"),
+    "mistral/base": ("v_proj", "lm_head"),
+    "bloom/base": ("query_key_value", "dense_4h_to_h"),
+    "roberta/masked-lm": ("value", "attention.output.dense"),
+    "xlm-roberta/masked-lm": ("key", "intermediate.dense"),
+    "distilbert/masked-lm": ("q_lin", "lin1", "vocab_transform"),
+    "deberta-v2/v3": ("query_proj", "output.dense"),
+    "mobilellm/base": ("q_proj", "down_proj"),
 }
 TURNED = ("gpt2",)  # kernels that lie (in, out)
 

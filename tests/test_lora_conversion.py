@@ -18,7 +18,7 @@ import zoo
 from converters.lazy import Decoded
 from converters.manifest import NAME, check
 from zoo.cli import main
-from zoo.errors import PlanError, UsageError
+from zoo.errors import NotACheckpoint, PlanError, UsageError
 from zoo.lora.files import Factors
 from zoo.lora.merging import Low, Merged, Part, product
 from zoo.lora.places import Place
@@ -251,3 +251,9 @@ def test_heads_that_are_not_brought_are_said(tmp_path: Path) -> None:
     for base in (file, tmp_path / "native"):
         with pytest.raises(UsageError, match=r"brings score.weight, .* with --to hf first"):
             zoo.load(base, adapter=made32.adapter)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    made = Made(tmp_path, "llama/base")
+    with pytest.raises(NotACheckpoint, match=r"an adapter, .* adapter="):
+        zoo.load(made.adapter)

@@ -971,3 +971,30 @@ def test_headers_cost_no_weights(made: Callable[..., tuple[Path, Path]]) -> None
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("way", ["gptq", "fp8"])
+@torch.no_grad()
+def test_an_adapter_on_a_quantised_base(
+    way: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Decoded, with what the adapter adds, in the dtype that the config names."""
+    held, plain = made("llama", next(each for each in WAYS if way in each))
+    model = zoo.load(held).add_adapter(["q_proj", "down_proj"], r=3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    model.save_adapter(tmp_path / "adapter")
+    ids = torch.arange(3, 14)[None]
+    other = zoo.load(plain, adapter=tmp_path / "adapter")
+    assert model(ids).equal(other(ids))
+    zoo.convert(held, tmp_path / "out", adapter=tmp_path / "adapter")
+    zoo.convert(plain, tmp_path / "wanted", adapter=tmp_path / "adapter")
+    found, wanted, before = (
+        load_file(place / "model.safetensors")
+        for place in (tmp_path / "out", tmp_path / "wanted", plain)
+    )
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+    changed = {name for name in found if not found[name].equal(before[name])}
+    assert changed == {n for n in found if "q_proj" in n or "down_proj" in n}
+    assert json.loads((tmp_path / "out" / "zoo-manifest.json").read_bytes())["lossy"]

@@ -176,6 +176,22 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--quiet", action="store_true", help="errors alone")
     command.set_defaults(run=_convert)
 
+    command = commands.add_parser(
+        "convert-optimizer",
+        help="what a torch optimizer keeps of SRC's weights, as SRC is converted",
+    )
+    command.add_argument("ref", metavar="SRC", help="the checkpoint that it was saved with")
+    command.add_argument("file", metavar="FILE", type=_place, help="optimizer.pt, ckpt.pt …")
+    command.add_argument(
+        "--to", metavar="DIALECT", default="native", help="native, or what SRC becomes  [native]"
+    )
+    command.add_argument("--out", metavar="FILE", type=_place, required=True)
+    does = "of the side that is not native, a name a line, as its optimizer has them"
+    command.add_argument("--names", metavar="FILE", type=_place, help=does)
+    command.add_argument("--head", help="in the place of the one that the checkpoint names")
+    command.add_argument("--force", action="store_true", help="replace the file")
+    command.set_defaults(run=_convert_optimizer)
+
     command = commands.add_parser("check", help="whether a directory still is what convert wrote")
     command.add_argument("directory", metavar="DIR", type=Path)
     command.add_argument("--sha256", action="store_true", help="whole files too")
@@ -479,6 +495,16 @@ def _convert(options: argparse.Namespace) -> int:
         print(f"part {options.part} of {written} is written; other parts are not", file=sys.stderr)
     else:
         print(f"{options.ref} -> {written} ({options.to})")
+    return OK
+
+
+def _convert_optimizer(options: argparse.Namespace) -> int:
+    from zoo.optimizer_files import convert_file
+
+    names = options.names and options.names.read_text(encoding="utf-8").split()
+    how = {"to": options.to, "names": names or None, "force": options.force, "head": options.head}
+    written = convert_file(options.ref, options.file, options.out, **how)
+    print(f"{options.file} -> {written} ({options.to})")
     return OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from zoo.pretrained import native_of
 Weights = nn.Module | Mapping[str, Tensor]
 State = dict[str, Any]  # of one parameter: exp_avg, exp_avg_sq, step …
 NAMES = "param_names"  # what torch calls them in a group
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class _Side:
     owners: Mapping[str, str]  # every name -> the first one of the same array
     shapes: Mapping[str, tuple[int, ...]]  # by first names
     trained: tuple[str, ...]
+    by_alphabet: bool  # as safetensors have names, and no module
 
     @classmethod
     def of(cls, weights: Weights) -> _Side:
@@ -48,14 +51,36 @@ class _Side:
             owners[name] = first.setdefault(key, name)
             shapes.setdefault(owners[name], tuple(tensor.shape))
         trained = tuple(n for n, x in named if owners[n] == n and x.requires_grad)
-        return cls(type(weights).__name__, owners, shapes, trained)
+        names = [name for name, _ in named]
+        sorted_ = isinstance(weights, Mapping) and len(names) > 2 and names == sorted(names)
+        return cls(type(weights).__name__, owners, shapes, trained, sorted_)
 
-    def orders(self, known: Iterable[str]) -> Iterator[tuple[str, ...]]:
-        """In which an optimizer may have been given parameters: as they come, or matrices first."""
+    def check_order(self) -> None:
+        if self.by_alphabet:
+            raise UsageError(
+                f"{self.what}: its names stand by the alphabet, as files of safetensors have them, "
+                "and an optimizer numbers parameters as their module has them. Pass the module"
+            )
+
+    def orders(self, known: Iterable[str], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
+        """In which an optimizer with groups of such sizes may have been given parameters.
+
+        One group: as they come. Two: those that decay, which are the matrices, first. The
+        reference's trainer goes by names too: biases by distance are matrices and do not decay.
+        """
         every = tuple(name for name in self.shapes if name in set(known))
         for names in (every, tuple(n for n in every if n in set(self.trained))):
-            yield names
-            yield tuple(sorted(names, key=lambda name: len(self.shapes[name]) < 2))
+            if len(sizes) == 1:
+                yield names
+            for rest in (self._is_vector, self._does_not_decay) if len(sizes) == 2 else ():
+                if sum(map(rest, names)) == sizes[1]:
+                    yield tuple(sorted(names, key=rest))
+
+    def _is_vector(self, name: str) -> bool:
+        return len(self.shapes[name]) < 2
+
+    def _does_not_decay(self, name: str) -> bool:
+        return self._is_vector(name) or _UNDECAYED.search(name.lower()) is not None
 
 
 def convert_optimizer(
@@ -71,13 +96,14 @@ def convert_optimizer(
     spec names, or their state_dict: the reference's, nanoGPT's. Adam's moments follow the weights'
     rules: they are turned, split and stacked as these are. `names` are those of `source`'s
     parameters in the order in which its optimizer was given them, where it was neither that of
-    the module nor matrices first. In the result each group's parameters stand as `target` has
-    them, and `param_names` says which they are.
+    the module in one group nor matrices first in two. In the result each group's parameters stand
+    as `target` has them, and `param_names` says which they are.
     """
     if isinstance(source, Model) == isinstance(target, Model):
         raise UsageError("one of source and target is a model of zoo's, and the other is not")
     model: Any = source if isinstance(source, Model) else target
     mine, other = _Side.of(model), _Side.of(target if model is source else source)
+    (other if model is source else mine).check_order()
     header = {n: TensorInfo(n, other.shapes[of], "F32") for n, of in other.owners.items()}
     plan = fitted(model, native_of(model), header, other.what)
     uses = _uses(plan, mine, other)
@@ -142,10 +168,25 @@ def _read(
         kept, groups = state["state"], state["param_groups"]
         numbers = [n for group in groups for n in group["params"]]
         told = [name for group in groups for name in group.get(NAMES, ())]
-    except (KeyError, TypeError) as error:
+        entries = [dict(entry) for entry in kept.values()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"no state_dict of a torch optimizer: {error!r}") from None
+    for entry in entries:
+        arrays = {k: x for k, x in entry.items() if isinstance(x, Tensor) and x.dim()}
+        if any(not x.is_floating_point() for x in arrays.values()):
+            raise UsageError(
+                "the optimizer keeps whole numbers of its weights, as those of eight bits do: "
+                "their blocks run across rows, and no rule turns them. Begin with a new one"
+            )
+        if len({x.shape for x in arrays.values()}) > 1:
+            raise UsageError(
+                f"the optimizer keeps {listing(arrays)} in several shapes for one weight, as "
+                "Adafactor does, and no rule turns them. Begin with a new one"
+            )
     if names is None and len(told) == len(numbers):
         names = told
+    if names is None and numbers and all(isinstance(n, str) for n in numbers):
+        names = numbers  # torch's distributed checkpoints, gathered
     if names is not None:
         if len(names) != len(numbers):
             raise UsageError(f"names: {len(names)} of the optimizer's {len(numbers)} parameters")
@@ -153,25 +194,35 @@ def _read(
             raise UsageError(f"names: {listing(odd)}: no parameter of {side.what} that converts")
         orders: Iterable[tuple[str, ...]] = [tuple(side.owners[name] for name in names)]
     else:
-        orders = side.orders(known)
+        side.check_order()
+        orders = side.orders(known, [len(group["params"]) for group in groups])
+
+    def fits_one(name: str, number: object) -> bool:
+        tensors = (x for x in kept.get(number, {}).values() if isinstance(x, Tensor))
+        shape = side.shapes[side.owners[name]]
+        return all(x.dim() == 0 or tuple(x.shape) == shape for x in tensors)
 
     def fits(order: tuple[str, ...]) -> bool:
-        return len(order) == len(numbers) and all(
-            not isinstance(x, Tensor) or x.dim() == 0 or tuple(x.shape) == side.shapes[name]
-            for n, name in zip(numbers, order, strict=True)
-            for x in kept.get(n, {}).values()
-        )
+        pairs = zip(order, numbers, strict=False)
+        return len(order) == len(numbers) and all(fits_one(*pair) for pair in pairs)
 
-    order = next((each for each in orders if fits(each)), None)
-    if order is None:
+    found = list(dict.fromkeys(each for each in orders if fits(each)))
+    if names is not None and not found:
+        odd = [name for name in names if not fits_one(name, numbers[list(names).index(name)])]
+        raise UsageError(f"names: the optimizer keeps other shapes of {listing(odd)}")
+    if len(found) != 1:
+        why = f"are {side.what}'s in more than one order"
+        if not found:
+            why = f"are not {side.what}'s, neither as they come nor matrices first in two groups"
         raise UsageError(
-            f"the optimizer's {len(numbers)} parameters are not {side.what}'s, neither in their "
-            "order nor matrices first. Pass names= in the order in which it was given them"
+            f"the optimizer's {len(numbers)} parameters {why}. Pass names= in the order in which "
+            "it was given them"
         )
+    (order,) = found
     by_number = dict(zip(numbers, order, strict=True))
     held = {by_number[n]: dict(entry) for n, entry in kept.items() if n in by_number}
-    found = {by_number[n]: k for k, group in enumerate(groups) for n in group["params"]}
-    return held, found
+    belongs = {by_number[n]: k for k, group in enumerate(groups) for n in group["params"]}
+    return held, belongs
 
 
 def _moved(

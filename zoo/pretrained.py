@@ -286,7 +286,7 @@ def load(
             expect=expect,
         )
         directory, given = found.source.directory, config or {}
-        if files is not None:
+        if files is not None and weights == "checkpoint":
             from zoo.lora.bases import based
 
             found, given = based(found, files, given, asked=head is not None)

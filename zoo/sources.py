@@ -30,6 +30,7 @@ from zoo.errors import (
 from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of peft's
 NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
 MODULES = "modules.json"  # what makes sentence embeddings of a model's output
 MORE_TEMPLATES = "additional_chat_templates"  # a folder: its files have templates by name
@@ -165,6 +166,10 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
             f"what it is ({_formats()}); found {_found(path)}"
         )
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
+    if config and not named and (path / ADAPTER).exists():
+        raise NotACheckpoint(
+            f"{text}: an adapter, and no model. Give its base, and it as adapter= (--adapter)"
+        )
     if config and not named and not any(map(_is_weights, sorted(path.glob("[!.]*")))):
         raise NotACheckpoint(
             f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "

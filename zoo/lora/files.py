@@ -22,8 +22,8 @@ from converters.output import Item, Output, Shard
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
+from zoo.sources import ADAPTER as CONFIG
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # peft's two wrappers
 # how a factor's name ends, for linear layers and for embeddings

@@ -180,6 +180,10 @@ def _parts(model: Any, places: Places, module: str, factors: Factors) -> Iterato
             kind = type(owner).__name__
             raise PlanError(f"{module}: {place.native} is of {kind}, beside which no factors go")
         looked_up = isinstance(owner, nn.Embedding)
+        if looked_up and place.native.count(".") > 1:  # what tokens are looked up in is the model's
+            raise PlanError(
+                f"{module}: {place.native} is read as it lies, and factors beside it change nothing"
+            )
         if looked_up != factors.embedding:
             raise PlanError(
                 f"{module}: factors of {'a linear layer' if looked_up else 'an embedding'}"

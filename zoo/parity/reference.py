@@ -95,6 +95,20 @@ def fuses(reference_class: str) -> bool:
     return bool(getattr(getattr(transformers(), named), "_supports_sdpa", True))
 
 
+def on_meta(reference_class: str, config: Mapping[str, Any]) -> nn.Module:
+    """Names, shapes and order of the reference's parameters, without their numbers."""
+    library, oracle = transformers(), Oracle(reference_class)
+    if config.get(oracle.twice):
+        raise ParityError(f"the reference has two layers for each of {reference_class}'s")
+    said = {**oracle.library_config(config), "model_type": oracle.model_type}
+    with torch.device("meta"):
+        model: nn.Module = getattr(library, oracle.reference_class)(
+            library.AutoConfig.for_model(**said)
+        )
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
 class Reference:
     """A reference model from a directory; `lifted` computes in fp64 from end to end."""
 

@@ -1,0 +1,344 @@
+"""optimizer.pt and its like: states from file to file, in orders that are told or found."""
+
+import copy
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_optimizers import FIRST, IDS, NEAR, Nano, Pair
+from tiny import build
+from torch import nn
+
+import zoo
+from converters.checkpoint import open_checkpoint
+from zoo import registry
+from zoo.cli import main
+from zoo.errors import CorruptCheckpoint, NotACheckpoint, OutputExists, UsageError
+from zoo.optimizer_files import convert_file, read
+from zoo.parity.fixtures import hot_checkpoint
+from zoo.parity.reference import on_meta, transformers
+
+
+def trainers(module: nn.Module, decays: set[str]) -> torch.optim.AdamW:
+    """As the reference's trainer groups a model's parameters."""
+    named = list(module.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n in decays], "weight_decay": 0.1},
+        {"params": [p for n, p in named if n not in decays], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+@pytest.mark.parametrize("key", FIRST)
+def test_a_trainers_state_goes_on_natively_and_back(key: str, tmp_path: Path) -> None:
+    """Names of parameters are nowhere in the file; the next step is the same step."""
+    pair = Pair(key, tmp_path / "hf")
+    theirs = pair.reference.model
+    decays = {*transformers().Trainer.get_decay_parameter_names(None, theirs)}
+    optimizer = trainers(theirs, decays)
+    before = copy.deepcopy(theirs.state_dict())
+    for n in range(2):
+        pair.step(False, optimizer, IDS.roll(n, 1))
+    theirs.load_state_dict(before)
+    file, native, back = (tmp_path / n for n in ("optimizer.pt", "native.pt", "back.pt"))
+    torch.save(optimizer.state_dict(), file)
+    assert main(["convert-optimizer", str(tmp_path / "hf"), str(file), "--out", str(native)]) == 0
+
+    moved = torch.load(native, weights_only=True)
+    own = [[pair.model.get_parameter(n) for n in g["param_names"]] for g in moved["param_groups"]]
+    ours = torch.optim.AdamW([{"params": params} for params in own])
+    ours.load_state_dict(moved)
+    assert [g["weight_decay"] for g in ours.param_groups] == [0.1, 0.0]
+    ids = IDS.roll(5, 1)
+    assert pair.step(True, ours, ids) == pytest.approx(pair.step(False, optimizer, ids), rel=NEAR)
+    errors = pair.errors()
+    assert max(errors.values()) <= NEAR, max(errors.items(), key=lambda item: item[1])
+
+    zoo.convert(tmp_path / "hf", tmp_path / "as-native", to="native")
+    asked = ["convert-optimizer", str(tmp_path / "as-native"), str(native), "--to", "hf"]
+    assert main([*asked, "--out", str(back)]) == 0
+    again, was = (torch.load(f, weights_only=True) for f in (back, file))
+    numbers = [group["params"] for group in was["param_groups"]]
+    assert [group["params"] for group in again["param_groups"]] == numbers
+    for n, state in was["state"].items():
+        assert all(torch.equal(x, again["state"][n][k]) for k, x in state.items())
+
+
+@pytest.mark.parametrize("key", FIRST)
+def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
+    name, variant = key.split("/")
+    kind = hot_checkpoint(registry.architectures()[name], variant, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    held = open_checkpoint(tmp_path).tensors
+    module = on_meta(kind, config)
+    names = [n for n, _ in module.named_parameters()]
+    assert names != sorted(names)
+    assert sum(p.numel() for p in module.parameters()) == sum(i.numel for i in held.values())
+
+
+# --- other optimizers, other dtypes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["from-native", "to-native"])
+@pytest.mark.parametrize("key", ["gpt2/base", "neox/base", "mixtral/base", "t5/tied"])
+def test_sgd_with_momentum(key: str, back: bool, tmp_path: Path) -> None:
+    def sgd(module: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    pair = Pair(key, tmp_path / "a")
+    source, target = pair.reference.model, pair.model
+    source, target = (source, target) if back else (target, source)
+    optimizer = sgd(source)
+    for n in range(2):
+        pair.step(not back, optimizer, IDS.roll(n, 1))
+    kept = copy.deepcopy(optimizer.state_dict())
+    moved = zoo.convert_optimizer(kept, source, target)
+    pair = Pair(key, tmp_path / "b")
+    ours, theirs = sgd(pair.model), sgd(pair.reference.model)
+    ours.load_state_dict(moved if back else kept)
+    theirs.load_state_dict(kept if back else moved)
+    assert pair.step(True, ours) == pytest.approx(pair.step(False, theirs), rel=NEAR)
+    assert max(pair.errors().values()) <= NEAR
+
+
+def test_wide_moments_of_narrow_weights_stay_wide() -> None:
+    model = build("gpt2").to(torch.bfloat16)
+    other = Nano(model.config).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(other.parameters())
+    for p in other.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for entry in state["state"].values():  # as mixed precision keeps them
+        entry |= {k: torch.randn(entry[k].shape) for k in ("exp_avg", "exp_avg_sq")}
+    moved = zoo.convert_optimizer(state, other, model)
+    place = moved["param_groups"][0]["param_names"].index("blocks.0.attn.k.weight")
+    fused = next(n for n, x in state["state"].items() if x["exp_avg"].shape[0] == 3 * 40)
+    wanted = state["state"][fused]["exp_avg"].chunk(3)[1]
+    assert moved["state"][place]["exp_avg"].dtype == torch.float32
+    assert moved["state"][place]["exp_avg"].equal(wanted)
+
+
+def test_frozen_parameters_have_no_state() -> None:
+    model = build("llama")
+    for n, p in model.named_parameters():
+        p.requires_grad_("blocks.1" in n)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    model(IDS).pow(2).mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    entry = registry.architectures()["llama"]
+    module = on_meta("LlamaForCausalLM", next(iter(entry.variants.values()))["config"])
+    moved = zoo.convert_optimizer(state, model, module)
+    names = moved["param_groups"][0]["param_names"]
+    assert names
+    assert all(name.startswith("model.layers.1.") for name in names)
+    # one that was trained and never got a gradient has none either, and keeps its number
+    del state["state"][0]
+    again = zoo.convert_optimizer(state, model, module)
+    assert again["param_groups"] == moved["param_groups"]
+    assert len(again["state"]) == len(moved["state"]) - 1
+
+
+# --- orders --------------------------------------------------------------------------------------
+
+
+def stepped(module: nn.Module, groups: Any = None) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(groups or module.parameters(), lr=0.01)
+    for n, p in enumerate(module.parameters()):
+        p.grad = torch.full_like(p, n + 1.0)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
+    """load_file gives them so, and k, out, q, v have one shape."""
+    hot_checkpoint(registry.architectures()["llama"], "multi-head", tmp_path)
+    held, model = load_file(tmp_path / "model.safetensors"), zoo.load(tmp_path)
+    state = stepped(model)
+    for source, target in ((held, model), (model, held)):
+        with pytest.raises(UsageError, match="stand by the alphabet"):
+            zoo.convert_optimizer(state, source, target)
+    module = on_meta("LlamaForCausalLM", json.loads((tmp_path / "config.json").read_text()))
+    names = [n for n, _ in module.named_parameters()]
+    moved = zoo.convert_optimizer(
+        zoo.convert_optimizer(state, model, module), {n: held[n] for n in names}, model
+    )
+    assert all(x["exp_avg"].equal(moved["state"][n]["exp_avg"]) for n, x in state["state"].items())
+
+
+def test_groups_of_ones_own_are_no_order() -> None:
+    """Layers from the last to the first have the shapes of layers from the first to the last."""
+    model = build("llama")
+    entry = registry.architectures()["llama"]
+    module = on_meta("LlamaForCausalLM", next(iter(entry.variants.values()))["config"])
+    layers = [list(block.parameters()) for block in model.blocks]
+    named = {id(p): n for n, p in model.named_parameters()}
+    last_first = [{"params": layer} for layer in reversed(layers)]
+    for p in model.parameters():
+        p.requires_grad_(any(p is each for layer in layers for each in layer))
+    state = stepped(model, last_first)
+    with pytest.raises(UsageError, match="Pass names="):
+        zoo.convert_optimizer(state, model, module)
+    names = [named[id(p)] for group in last_first for p in group["params"]]
+    moved = zoo.convert_optimizer(state, model, module, names=names)
+    told = [group["param_names"] for group in moved["param_groups"]]
+    assert all(n.startswith("model.layers.2.") for n in told[0])
+
+
+def test_states_by_name() -> None:
+    """As torch's distributed checkpoints give them when they are gathered."""
+    model = build("llama")
+    state = stepped(model)
+    names = [n for n, _ in model.named_parameters()]
+    by_name = {
+        "state": {names[n]: x for n, x in state["state"].items()},
+        "param_groups": [{**state["param_groups"][0], "params": names[::-1]}],
+    }
+    module = on_meta(
+        "LlamaForCausalLM",
+        next(iter(registry.architectures()["llama"].variants.values()))["config"],
+    )
+    wanted, found = (zoo.convert_optimizer(s, model, module) for s in (state, by_name))
+    assert found["param_groups"][0]["params"] == wanted["param_groups"][0]["params"]
+    for n, entry in wanted["state"].items():
+        assert all(torch.equal(x, found["state"][n][k]) for k, x in entry.items())
+
+
+def test_eight_bits_and_factors_are_refused() -> None:
+    model = build("llama")
+    module = on_meta(
+        "LlamaForCausalLM",
+        next(iter(registry.architectures()["llama"].variants.values()))["config"],
+    )
+    state = stepped(model)
+    for entry in state["state"].values():
+        entry["state1"] = entry.pop("exp_avg").to(torch.uint8)
+    with pytest.raises(UsageError, match="eight bits"):
+        zoo.convert_optimizer(state, model, module)
+    state = stepped(model)
+    for entry in state["state"].values():
+        entry["exp_avg_sq_row"] = torch.ones(2)
+    with pytest.raises(UsageError, match=r"exp_avg_sq_row in several shapes .* Adafactor"):
+        zoo.convert_optimizer(state, model, module)
+    for entry in state["state"].values():
+        entry.clear()
+        entry["momentum"] = torch.ones(3)
+    with pytest.raises(
+        UsageError, match=r"names: the optimizer keeps other shapes of embed.weight"
+    ):
+        names = [n for n, _ in model.named_parameters()]
+        zoo.convert_optimizer(state, model, module, names=names)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """(a llama checkpoint, the state of an optimizer over its module)"""
+    kind = hot_checkpoint(registry.architectures()["llama"], "base", tmp_path / "hf")
+    module = getattr(transformers(), kind).from_pretrained(tmp_path / "hf")
+    return tmp_path / "hf", stepped(module)
+
+
+@pytest.mark.parametrize("where", ["", "optimizer", "optimizer_state_dict", "optimizer_states"])
+def test_where_a_file_holds_it(
+    where: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source, state = saved
+    held: Any = {where: [state] if where.endswith("s") else state, "epoch": 3} if where else state
+    torch.save(held, tmp_path / "o.pt")
+    out = convert_file(source, tmp_path / "o.pt", tmp_path / "out.pt")
+    assert len(torch.load(out, weights_only=True)["state"]) == len(state["state"])
+    with pytest.raises(OutputExists, match="--force"):
+        convert_file(source, tmp_path / "o.pt", out)
+    convert_file(source, tmp_path / "o.pt", out, force=True)
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_files_that_are_none(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    source, state = saved
+    file = tmp_path / "o.pt"
+    zero = {"base_optimizer_state": {}, "zero_stage": 2, "partition_count": 2}
+    for held, kind, told in (
+        ({"optimizer_state_dict": zero}, UsageError, "DeepSpeed"),
+        ({"a": state, "b": state}, UsageError, "several optimizers' states: a, b"),
+        ({"model": {"x": torch.ones(1)}}, NotACheckpoint, "no torch optimizer's state in it"),
+        ({"fn": print, **state}, CorruptCheckpoint, "no plain data"),
+    ):
+        torch.save(held, file)
+        with pytest.raises(kind, match=told):
+            read(file)
+    file.write_bytes(b"no zip")
+    with pytest.raises(CorruptCheckpoint, match=r"o\.pt: no plain data"):
+        read(file)
+    with pytest.raises(NotACheckpoint, match=r"a directory, .* FSDP"):
+        read(source)
+    torch.save(state, file)
+    with pytest.raises(UsageError, match="one of the two is native"):
+        convert_file(source, file, tmp_path / "out", to="hf")
+    with pytest.raises(UsageError, match=r"to='ggml': llama has"):
+        convert_file(source, file, tmp_path / "out", to="ggml")
+
+
+def test_orders_without_the_reference(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By names in a file, by torch's own file of weights; else asked for."""
+    source, state = saved
+    torch.save(state, tmp_path / "o.pt")
+    wanted = torch.load(convert_file(source, tmp_path / "o.pt", tmp_path / "1"), weights_only=True)
+    config = json.loads((source / "config.json").read_text())
+    order = [n for n, _ in on_meta("LlamaForCausalLM", config).named_parameters()]
+
+    def lacking(*given: Any) -> Any:
+        raise zoo.errors.MissingDependency("transformers")
+
+    monkeypatch.setattr("zoo.parity.reference.transformers", lacking)
+    with pytest.raises(UsageError, match=r"--names FILE\), or install transformers"):
+        convert_file(source, tmp_path / "o.pt", tmp_path / "2")
+    (tmp_path / "names").write_text("\n".join(order))
+    asked = ["convert-optimizer", str(source), str(tmp_path / "o.pt"), "--out", str(tmp_path / "2")]
+    assert main([*asked, "--names", str(tmp_path / "names")]) == 0
+    held = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(OrderedDict((n, held[n]) for n in order), source / "pytorch_model.bin")
+    convert_file(source, tmp_path / "o.pt", tmp_path / "3")
+    for name in ("2", "3"):
+        found = torch.load(tmp_path / name, weights_only=True)
+        assert found["param_groups"] == wanted["param_groups"]
+        for n, entry in wanted["state"].items():
+            assert all(torch.equal(x, found["state"][n][k]) for k, x in entry.items())
+    zoo.convert(source, tmp_path / "native", to="native")
+    with pytest.raises(UsageError, match="does not say it"):
+        convert_file(tmp_path / "native", tmp_path / "3", tmp_path / "4", to="hf")
+    back = convert_file(tmp_path / "native", tmp_path / "3", tmp_path / "4", to="hf", names=order)
+    again = torch.load(back, weights_only=True)
+    assert again["param_groups"][0]["param_names"] == order
+    for n, entry in state["state"].items():
+        assert all(torch.equal(x, again["state"][n][k]) for k, x in entry.items())
+
+
+def test_a_training_checkpoint_of_nanogpts(tmp_path: Path) -> None:
+    model = build("gpt2", act="gelu", eps=1e-5)
+    other = Nano(model.config)
+    matrices = [p for p in other.parameters() if p.dim() >= 2]
+    vectors = [p for p in other.parameters() if p.dim() < 2]
+    state = stepped(other, [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    c = model.config
+    said = {"n_layer": c.layers, "n_head": c.heads, "n_embd": c.dim, "block_size": c.positions}
+    said |= {"bias": c.bias, "vocab_size": c.vocab, "dropout": 0.0}
+    held = {"model": other.state_dict(), "optimizer": state, "model_args": said, "iter_num": 1}
+    torch.save(held, tmp_path / "ckpt.pt")
+    out = convert_file(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", tmp_path / "native.pt")
+    moved = torch.load(out, weights_only=True)
+    wanted = zoo.convert_optimizer(state, other, model)
+    assert moved["param_groups"] == wanted["param_groups"]
+    for n, entry in wanted["state"].items():
+        assert all(torch.equal(x, moved["state"][n][k]) for k, x in entry.items())

@@ -1,0 +1,178 @@
+"""Files of optimizers' states: the one beside a checkpoint, for the checkpoint's other dialect."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.checkpoint import Checkpoint
+from converters.formats import TensorInfo, torch_dtype
+from converters.plan import Plan, target_names
+from zoo.conversion import origin_of
+from zoo.errors import (
+    CorruptCheckpoint,
+    MissingDependency,
+    NotACheckpoint,
+    OutputExists,
+    UsageError,
+    listing,
+)
+from zoo.optimizers import NAMES, convert_optimizer
+from zoo.pretrained import Located, Ref, locate, native_of, prove
+
+ORDER = (
+    "an optimizer numbers parameters in the order in which it was given them, and {} does not say "
+    "it. Give their names in that order, one a line (--names FILE){}"
+)
+SHARDED = (
+    "of one process among several (DeepSpeed, FSDP). Gather them first: all parameters' states "
+    "in one state_dict"
+)
+
+
+def convert_file(
+    src: Ref,
+    file: Ref,
+    out: Ref,
+    *,
+    to: str = "native",
+    names: Sequence[str] | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Path:
+    """The state in `file`, an optimizer's over `src`'s weights, as one over theirs in `to`.
+
+    `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
+    it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
+    by names in the state, by torch's own file of the weights or by the reference's module.
+    """
+    place, found = Path(out), locate(src, **options)
+    if place.exists() and not force:
+        raise OutputExists(f"{place}: exists already. Use force (--force) to replace it.")
+    if to not in ("native", *found.spec.dialects):
+        raise UsageError(f"to={to!r}: {found.spec.name} has {listing(found.spec.dialects)}")
+    if (found.dialect == "native") == (to == "native"):
+        raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
+    state = read(Path(file))
+    checkpoint = found.checkpoint()
+    model, plan = prove(found, checkpoint, {})
+    told = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
+    if to == "native":
+        other = _theirs(found, checkpoint, plan, names or told, Path(file))
+        made = convert_optimizer(state, other, model, names=names)
+    else:
+        made = convert_optimizer(state, model, _targets(found, model, to, names))
+    partial = place.with_name(f".{place.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            torch.save(made, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+    return place
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A torch optimizer's state_dict, wherever in the file it is."""
+    if file.is_dir():
+        raise NotACheckpoint(f"{file}: a directory, as states have it that are {SHARDED}")
+    if not file.is_file():
+        raise NotACheckpoint(f"{file}: no such file")
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        told = str(error).partition("\n")[0]
+        raise CorruptCheckpoint(f"{file}: no plain data of torch's: {told}") from None
+    found = dict(_states(held, ""))
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise UsageError(f"{file}: holds several optimizers' states: {listing(found)}. Save one")
+    if _is_sharded(held):
+        raise UsageError(f"{file}: {SHARDED}")
+    keys = listing(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
+    raise NotACheckpoint(f"{file}: no torch optimizer's state in it; found {keys}")
+
+
+def _states(held: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the state) of each."""
+    if isinstance(held, Mapping) and {"state", "param_groups"} <= held.keys():
+        yield name, dict(held)
+    elif depth and isinstance(held, Mapping | list):
+        parts = held.items() if isinstance(held, Mapping) else enumerate(held)
+        for key, value in parts:
+            yield from _states(value, f"{name}.{key}".strip("."), depth - 1)
+
+
+def _is_sharded(held: Any, depth: int = 2) -> bool:
+    if not isinstance(held, Mapping):
+        return False
+    if held.keys() & {"zero_stage", "base_optimizer_state", "single_partition_of_fp32_groups"}:
+        return True
+    return depth > 0 and any(_is_sharded(value, depth - 1) for value in held.values())
+
+
+# --- the side that is not native -----------------------------------------------------------------
+
+
+def _theirs(
+    found: Located, checkpoint: Checkpoint, plan: Plan, told: Sequence[str], file: Path
+) -> nn.Module | dict[str, Tensor]:
+    known = {*told} <= checkpoint.tensors.keys() if told else checkpoint.format == "torch"
+    if known:  # torch's own files hold a state_dict, in the order of the module
+        held = _empty(checkpoint.tensors)
+        for step in plan.steps:
+            for names in step.also:
+                held |= {name: held[own] for name, own in zip(names, step.sources, strict=True)}
+        if not told:
+            return held
+        rest = (name for name in held if name not in {*told})
+        return {name: held[name] for name in (*told, *rest)}
+    if found.foreign is not None:
+        raise UsageError(ORDER.format(found.where, ""))
+    return _reference(found.reference_class, json.loads(found.config_text), str(file))
+
+
+def _targets(
+    found: Located, model: Any, to: str, names: Sequence[str] | None
+) -> nn.Module | dict[str, Tensor]:
+    native = native_of(model)
+    state = {name: torch.empty(shape, device="meta") for name, shape in native.shapes.items()}
+    if names is not None:
+        bare = model.config.head in ("none", "pooler")
+        header = target_names(found.spec, to, model.config.to_dict(), native, bare=bare)
+        if {*names} <= header.keys():
+            rest = [name for name in header if name not in {*names}]
+            return _empty({name: header[name] for name in (*names, *rest)})
+    if to != "hf":
+        raise UsageError(ORDER.format(f"the dialect {to}", ""))
+    origin = origin_of(model, state)
+    return _reference(origin.reference_class, json.loads(origin.config), "a checkpoint")
+
+
+def _empty(header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+        for name, info in header.items()
+    }
+
+
+def _reference(named: str | None, config: Mapping[str, Any], what: str) -> nn.Module:
+    from zoo.parity.reference import on_meta
+
+    if named is None:
+        raise UsageError(ORDER.format(what, ""))
+    try:
+        return on_meta(named, config)
+    except MissingDependency:
+        more = ", or install transformers, whose module has it"
+        raise UsageError(ORDER.format(what, more)) from None
