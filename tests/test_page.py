@@ -22,7 +22,7 @@ from tiny import build
 from zoo import cli, parity, record, registry
 from zoo.errors import MissingTensors
 from zoo.parity import formats, tracing
-from zoo.parity.drawing import layers_joined, svg, wiring
+from zoo.parity.drawing import about, layers_joined, svg, wiring
 from zoo.parity.evidence import Run, _by_layer, gather
 from zoo.parity.mutants import Verdict
 from zoo.parity.page import COLUMNS, counted, page
@@ -186,6 +186,7 @@ def test_the_spec_is_read_from_the_page(run: Run) -> None:
     for told in (
         "h.{layer}.attn.c_attn.weight [i (n o)] blocks.{layer}.attn.{n=q,k,v}.weight [o i]",
         "dropped: causal mask",
+        "lm_head.weight transformer.wte.weight tied",
         "n_embd dim",
         "transformer.… before names, or not",
     ):
@@ -270,6 +271,13 @@ def test_checkpoints_have_a_page_too() -> None:
     assert (one.name, one.variants, other.name, other.variants) == ("gpt2", 2, "other", 1)
     assert one.seconds == {"as it is": 2.0, "redrawn": 3.0} and one.bugs and not other.bugs
     assert "redrawn, 3.0 s" in texts(page(gather(report, KNOWN)))
+
+
+def test_what_holds_much_says_how_much() -> None:
+    model = build("t5")
+    assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
+    count = sum(p.numel() for p in model.encoder.parameters())
+    assert about(model.encoder) == f"Stack, {count:,} parameters"
 
 
 def test_marks_in_names_are_escaped() -> None:
