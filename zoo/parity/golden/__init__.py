@@ -129,8 +129,8 @@ def _problems(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: expected {TOP} behind each of {len(tokens)} tokens"
         elif name == "ids" and any(len(set(row)) != TOP for row in rows):
             yield "ids: one token twice in a row"
-        elif name == "logits" and (odd := [n for n, r in enumerate(rows) if r != sorted(r)[::-1]]):
-            yield f"logits: behind token {odd[0]}, the likeliest is not the first"
+        elif name == "logits" and (wild := [n for n, r in enumerate(rows) if r != sorted(r)[::-1]]):
+            yield f"logits: behind token {wild[0]}, the likeliest is not the first"
         elif name == "logits" and _is_number(data["tolerance"]):
             apart = min(row[0] - row[-1] for row in rows)
             if data["tolerance"] >= apart:  # then any order of them would pass
