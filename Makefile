@@ -51,7 +51,7 @@ mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
 
 report: $(READY) ## all that parity measures, as a page in report/ and into evidence.json
-	@$(RUN) -m zoo verify --all --html report && cp report/report.json evidence.json
+	@$(RUN) -m zoo verify --all --html report --record
 
 formats: $(READY) ## each dialect to each other and back: docs/formats.md, evidence.json
 	@$(RUN) tools/parity.py --formats --write docs/formats.md --record

@@ -1,6 +1,7 @@
 """Outputs that a checkpoint's authors published stand in for a reference."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def test_what_a_row_measures() -> None:
     assert value(lambda x: x[2, other].sub_(3)) < 1e-6, "what is no likely token is not told"
     assert not found.row("x", Model(logits.where(logits != logits[2, first], torch.nan))).ok
     assert not found.row("x", Model(logits[:4])).ok
+    beyond = replace(found, ids=found.ids.clone().fill_(40)).row("x", Model(logits))
+    assert "ids up to 40 behind them; the model's outputs are [5, 40]" in beyond.detail
     assert not found.row("x", Model(logits[:, :10])).ok
 
 
@@ -96,6 +99,12 @@ def test_what_a_row_measures() -> None:
     ("field", "value", "told"),
     [
         ("tolerance", 0, "tolerance: expected a positive number"),
+        ("tolerance", 1e9, r"tolerance: 1e\+09, and logits lie within"),
+        (
+            "logits",
+            [[*map(float, range(20))]] * 3,
+            "behind token 0, the likeliest is not the first",
+        ),
         ("tokens", [], "tokens: expected token ids"),
         ("ids", [[1, 2]], "ids: expected 20 behind each"),
         ("about", 3, "about: expected words"),

@@ -22,7 +22,7 @@ from tiny import build
 from zoo import cli, parity, record, registry
 from zoo.errors import MissingTensors
 from zoo.parity import formats, tracing
-from zoo.parity.drawing import layers_joined, svg, wiring
+from zoo.parity.drawing import about, layers_joined, svg, wiring
 from zoo.parity.evidence import Run, _by_layer, gather
 from zoo.parity.mutants import Verdict
 from zoo.parity.page import COLUMNS, counted, page
@@ -186,6 +186,7 @@ def test_the_spec_is_read_from_the_page(run: Run) -> None:
     for told in (
         "h.{layer}.attn.c_attn.weight [i (n o)] blocks.{layer}.attn.{n=q,k,v}.weight [o i]",
         "dropped: causal mask",
+        "lm_head.weight transformer.wte.weight tied",
         "n_embd dim",
         "transformer.… before names, or not",
     ):
@@ -263,13 +264,25 @@ def test_a_cell_is_the_worst_of_its_column(run: Run) -> None:
 
 
 def test_checkpoints_have_a_page_too() -> None:
-    """Also one that is called like an architecture, as gpt2 is."""
-    rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in ("gpt2", "gpt2, hot", "other")]
-    report = Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0})
-    one, other = gather(report, KNOWN).architectures
-    assert (one.name, one.variants, other.name, other.variants) == ("gpt2", 2, "other", 1)
-    assert one.seconds == {"as it is": 2.0, "redrawn": 3.0} and one.bugs and not other.bugs
-    assert "redrawn, 3.0 s" in texts(page(gather(report, KNOWN)))
+    """Apart from an architecture's variants, also where it has its name, as gpt2."""
+    names = ("gpt2/base", "gpt2", "gpt2, hot", "other")
+    rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in names]
+    run = gather(Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0}), KNOWN)
+    known = {each.name: each for each in run.architectures}
+    assert {name: each.variants for name, each in known.items()} == {
+        **dict.fromkeys(("gpt2", "other"), 1),
+        "gpt2, the checkpoint": 2,
+    }
+    one = known["gpt2, the checkpoint"]
+    assert one.seconds == {"as it is": 2.0, "redrawn": 3.0} and not one.bugs and known["gpt2"].bugs
+    assert "redrawn, 3.0 s" in texts(page(run))
+
+
+def test_what_holds_much_says_how_much() -> None:
+    model = build("t5")
+    assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
+    count = sum(p.numel() for p in model.encoder.parameters())
+    assert about(model.encoder) == f"Stack, {count:,} parameters"
 
 
 def test_marks_in_names_are_escaped() -> None:
@@ -291,6 +304,16 @@ def test_the_command(
     told = record.read(place / "report.json")
     assert told["parity"]["mobilellm"]["ok"]
     assert told["bugs"].keys() == {"mobilellm"} & record.read()["bugs"].keys()
+
+
+def test_one_architecture_is_recorded_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = record.read()["parity"]
+    rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in ("bert/masked-lm", "a file")]
+    monkeypatch.setattr("zoo.verify", lambda *_, **__: Report(rows))
+    assert cli.main(["verify", "bert", "--record"]) == 0
+    after = record.read()["parity"]
+    assert after.keys() == before.keys() and after["bert"]["checks"].keys() == {"fp64"}
+    assert {**after, "bert": 0} == {**before, "bert": 0}
 
 
 def test_published_outputs_have_a_page(fixtures: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="a page of it, with what is recorded of bugs and round trips, and report.json",
     )
+    command.add_argument("--record", action="store_true", help="into evidence.json")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_verify)
 
@@ -404,17 +405,20 @@ def _ends(names: Sequence[str]) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    known: Mapping[str, record.Section] = {}
-    if options.html is not None:  # what is wrong with either is said before the work
-        known = record.read()
+    # what is wrong with either place is said before the work
+    known = record.read() if options.html is not None or options.record else {}
+    if options.html is not None:
         options.html.mkdir(parents=True, exist_ok=True)
     report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
-    if options.html is not None:
+    if options.html is not None or options.record:
         from zoo.parity.evidence import gather
         from zoo.parity.page import page
 
         run = gather(report, known, lambda name: passing(f"{name}: drawn", sys.stderr))
         passing("", sys.stderr)
+    if options.record:
+        record.update("parity", run.to_record()["parity"])
+    if options.html is not None:
         (options.html / "index.html").write_text(page(run), encoding="utf-8")
         record.write(run.to_record(), options.html / "report.json")
     if options.json:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MANY = 12  # parameters of one part, whose shapes nobody would read
 ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -94,7 +95,9 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def about(part: nn.Module) -> str:
-    """Its class, and the shapes of what it holds."""
+    """Its class, and the shapes of what it holds; of much, how much."""
+    if len([*part.parameters()]) > MANY:
+        return f"{type(part).__name__}, {sum(p.numel() for p in part.parameters()):,} parameters"
     held = [
         f"{name.removesuffix('weight').rstrip('.')} {'×'.join(map(str, p.shape))}".strip()
         for name, p in part.named_parameters()

@@ -120,11 +120,13 @@ def gather(
 
 
 def _named(subject: str) -> tuple[str, str]:
-    """Whose it is, and which variant of it; a checkpoint that is called gpt2 is one of gpt2's."""
+    """Whose it is, and which variant of it. A checkpoint may be called like its architecture."""
     name, slash, variant = subject.partition("/")
     if slash:
         return name, variant
-    return subject.removesuffix(HOT), "redrawn" if subject.endswith(HOT) else "as it is"
+    name = subject.removesuffix(HOT)
+    also = ", the checkpoint" if name in registry.architectures() else ""
+    return name + also, "redrawn" if subject.endswith(HOT) else "as it is"
 
 
 def _evidence(

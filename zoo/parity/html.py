@@ -26,6 +26,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--page) }
 .matrix { font-size: .76rem } .matrix th, .matrix td { padding: .3rem .28rem }
 td[colspan] { text-align: center }
+.rules th { text-align: left } .rules td:nth-child(3) { white-space: normal; min-width: 14rem }
 .words td, .words th { text-align: left; white-space: normal }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom }
 .group { border-left: 1px solid var(--line) } th.group { text-align: left }

@@ -32,9 +32,9 @@ def _lines(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
     for when in dialect.when:
         told = f"if {when.field}" if when.holds else f"if not {when.field}"
         yield from _rules(when.weights, told)
-        yield from _rules(when.heads, f"head, {told}")
+        yield from _rules(when.heads, f"{told}, and the model has it")
     yield from _rules(dialect.alternatives, "where it is there, instead")
-    yield from _rules(dialect.heads, "head")
+    yield from _rules(dialect.heads, "if the model has it")
     for one, other in dialect.tied:
         yield str(one), str(other), "tied: the same array, both names of files"
     for old, new in dialect.aliases:

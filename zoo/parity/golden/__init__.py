@@ -57,7 +57,8 @@ class Golden:
         out = model(self.tokens[None])
         found: Tensor = (out[0] if isinstance(out, tuple) else out)[0].double()
         if found.dim() != 2 or len(found) != len(self.tokens) or self.ids.max() >= found.shape[1]:
-            detail = f"outputs {list(found.shape)} where {self.name} has logits of tokens"
+            has = f"{len(self.tokens)} tokens, and ids up to {self.ids.max()} behind them"
+            detail = f"{self.name}: {has}; the model's outputs are {list(found.shape)}"
             return Row(subject, "golden", float("inf"), self.tolerance, "shape", detail)
         apart = (found.gather(1, self.ids) - self.logits).abs()
         others = found.scatter(1, self.ids, -torch.inf).amax(dim=1) - self.logits[:, -1]
@@ -128,6 +129,12 @@ def _problems(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: expected {TOP} behind each of {len(tokens)} tokens"
         elif name == "ids" and any(len(set(row)) != TOP for row in rows):
             yield "ids: one token twice in a row"
+        elif name == "logits" and (wild := [n for n, r in enumerate(rows) if r != sorted(r)[::-1]]):
+            yield f"logits: behind token {wild[0]}, the likeliest is not the first"
+        elif name == "logits" and _is_number(data["tolerance"]):
+            apart = min(row[0] - row[-1] for row in rows)
+            if data["tolerance"] >= apart:  # then any order of them would pass
+                yield f"tolerance: {data['tolerance']:g}, and logits lie within {apart:g}"
 
 
 def _are(values: Any, fits: Any) -> bool:
