@@ -19,7 +19,7 @@ _ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one that no rule n
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
 _FRESH, _MUCH = 0.9, 0.35  # of all matrices
 # how far a layer's numbers may be from those of its neighbours; the outermost differ of themselves
-_SCALE, _OUTER = 5.0, 12.0
+_SCALE, _OUTER = 5.0, 8.0
 _BITS = 3  # fewer of a mantissa than the other layers'
 
 

@@ -27,6 +27,10 @@ _TOLD, _SHARE = 0.08, 0.3
 _APART, _ALIKE = 1.2, 0.5
 # What chance makes of that share, times the root of how many rows there are: of all layers, of one
 _NOISE, _ALONE = 2.0, 3.6
+_TIE, _SMOOTHER = (
+    0.9,
+    0.8,
+)  # readings that explain as much: the one with the smoother profile counts
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 _FEW = 4  # rows of a head that are turned; less shows no profile
 
@@ -61,6 +65,13 @@ def apart(read: Tensor) -> float:
     profile = read.mean((0, 1))
     first, second = profile.chunk(2)
     return float((first - second).square().sum() / profile.square().sum().clamp_min(1e-30))
+
+
+def rough(read: Tensor) -> float:
+    """How far apart neighbouring frequencies are, which differ little; of a straight line 1.3."""
+    profile = torch.stack(read.mean((0, 1)).chunk(2)).mean(0)
+    steps = profile.diff().square().sum() / profile.square().sum().clamp_min(1e-30)
+    return float(steps) * len(profile)
 
 
 def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
@@ -129,8 +140,9 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
     as_read = rows.read()
     whole = float(told(as_read).mean())
     others = [(what, fix, rows.read(order)) for what, fix, order in _orders(config, rows)]
-    what, fix, best = max(others, key=lambda other: float(told(other[2]).mean()))
-    share = float(told(best).mean())
+    share = max(float(told(read).mean()) for _, _, read in others)
+    near = [other for other in others if float(told(other[2]).mean()) > _TIE * share]
+    what, fix, _ = min(near, key=lambda other: rough(other[2]), default=others[0])
     name = _NAMES[leaf]
     beyond = _NOISE / as_read.numel() ** 0.5
     clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
@@ -200,7 +212,7 @@ def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
         f"put rows in order: (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
     )
     count = f"set the number of heads to {queries}, of keys to {keys}"
-    if sum(float(told(read).mean()) for read in back) > sum(float(told(r).mean()) for r in narrow):
+    if sum(map(rough, back)) < _SMOOTHER * sum(map(rough, narrow)):
         what = "Rotary rows of all queries and keys: pairs were brought into halves twice"
         yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
     else:
