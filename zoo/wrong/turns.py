@@ -54,10 +54,14 @@ class Rows:
 
 def told(read: Tensor) -> Tensor:
     """(layers,), the share of each that the profile of the other layers' pairs foretells."""
+    return 1 - _left(read) / read.square().mean((1, 2)).clamp_min(1e-30)
+
+
+def _left(read: Tensor) -> Tensor:
+    """(layers,), mean squares of what it does not foretell."""
     pairs = rearrange(read, "l h (two j) -> l h two j", two=2).mean((1, 2))
     others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
-    left = read - torch.cat([others, others], -1)[:, None]
-    return 1 - left.square().mean((1, 2)) / read.square().mean((1, 2)).clamp_min(1e-30)
+    return (read - torch.cat([others, others], -1)[:, None]).square().mean((1, 2))
 
 
 def apart(read: Tensor) -> float:
@@ -212,12 +216,17 @@ def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
         f"put rows in order: (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
     )
     count = f"set the number of heads to {queries}, of keys to {keys}"
-    if sum(map(rough, back)) < _SMOOTHER * sum(map(rough, narrow)):
+    if sum(map(_by_chance, back)) < sum(map(_by_chance, narrow)):
         what = "Rotary rows of all queries and keys: pairs were brought into halves twice"
         yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
     else:
         what = f"More heads than the config says: {queries}, and not {queries // 2}"
         yield Finding(what, files, seen, 0.85, f"{count}; or {reorder}")
+
+
+def _by_chance(read: Tensor) -> float:
+    """What is left of a row; each head's mean, which is taken from it, has its part in that."""
+    return float(_left(read).mean()) / (1 - 1 / read.shape[-1])
 
 
 def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
