@@ -122,6 +122,6 @@ def notes(found: Opened, numbers: Sequence[Numbers]) -> Iterator[str]:
             continue
         if empty := int(n.empty.sum()):
             yield f"{n.name}: {empty:,} of {len(n.rows):,} rows are zero, as padding is"
-        rows = torch.stack([n.rows, n.sums], dim=1)[~n.empty]
+        rows = torch.stack([n.rows, n.marks], dim=1)[~n.empty]
         if again := len(rows) - len(rows.unique(dim=0)):
             yield f"{n.name}: {again:,} of {len(n.rows):,} rows are there more than once"

@@ -17,6 +17,7 @@ from zoo.wrong.numbers import Numbers, numbers_of
 from zoo.wrong.opening import Opened, opened
 from zoo.wrong.report import Diagnosis
 
+_LARGE = 500_000_000  # numbers of a model that reads a text unasked
 Progress = Callable[[int, int, str], None]
 
 
@@ -52,8 +53,12 @@ def diagnose(
         notes.insert(0, found.refused if known else nobody)
     if precise := layers.precision(numbers):
         notes.append(f"all numbers are {precise}")
-    if not found.refused:
-        findings += _by_a_text(found, text, ids, config)
+    asked = text is not None or ids is not None
+    if not found.refused and all(n.finite for n in numbers):
+        if asked or sum(n.count for n in numbers) < _LARGE:
+            findings += _by_a_text(found, text, ids, config)
+        else:
+            notes.append("no text was read, since that would take long: --text FILE reads one")
     ranked = sorted(findings, key=lambda finding: -finding.likely)
     return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes))
 

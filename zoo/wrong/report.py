@@ -67,9 +67,11 @@ class Diagnosis:
         if self.opened.unknown:
             loads = ""
         yield paint(self.ref, BOLD, colour)
+        looked = sum(n.count for n in self.numbers)
+        all_of = "all" if looked == count else f"{looked:,}"
         yield (
             f"  {named}; {len(held.tensors):,} tensors in {listing(kinds)}, {count:,} numbers, "
-            f"all of them looked at{loads}"
+            f"{all_of} of them looked at{loads}"
         )
 
     def _told(self, number: int, finding: Finding, colour: bool) -> str:
