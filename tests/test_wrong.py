@@ -70,7 +70,7 @@ def test_of_a_new_model_one_thing_is_told(name: str, tmp_path: Path) -> None:
     zoo.save(build(name), tmp_path / "new")
     found = zoo.diagnose(tmp_path / "new")
     assert [each.what for each in found.findings] == [
-        "Nothing of it looks trained: its matrices are as initialised"
+        "nothing of it looks trained: its matrices are as initialised"
     ]
 
 
@@ -185,64 +185,64 @@ UP, NORM = "blocks.2.mlp.up.weight", "blocks.2.norm1.weight"
 
 FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
     "nan": ("llama", change(Q, one_nan), f"NaN or infinity in {Q}"),
-    "zero": ("llama", change(V, torch.zeros_like), f"All zero: {V}"),
+    "zero": ("llama", change(V, torch.zeros_like), f"all zero: {V}"),
     "zero bias": (
         "gpt2",
         change("blocks.2.mlp.up.bias", torch.zeros_like),
-        "All zero: blocks.2.mlp.up.bias",
+        "all zero: blocks.2.mlp.up.bias",
     ),
-    "one number": ("llama", change(V, lambda w: w * 0 + 0.02), f"One number throughout: {V}"),
-    "norm of ones": ("llama", change(NORM, torch.ones_like), f"One number throughout: {NORM}"),
-    "hole": ("llama", change(OUT, half_gone), f"A part is missing, and zeros are there: {OUT}"),
-    "layer twice": ("llama", same_layer, "Layers 2 and 3 hold the same numbers"),
+    "one number": ("llama", change(V, lambda w: w * 0 + 0.02), f"one number throughout: {V}"),
+    "norm of ones": ("llama", change(NORM, torch.ones_like), f"one number throughout: {NORM}"),
+    "hole": ("llama", change(OUT, half_gone), f"a part is missing, and zeros are there: {OUT}"),
+    "layer twice": ("llama", same_layer, "layers 2 and 3 hold the same numbers"),
     "tensor twice": (
         "llama",
         copied("blocks.1.attn.v.weight", V),
-        "The same numbers in blocks.*.attn.v.weight of layers 1, 2",
+        "the same numbers in blocks.*.attn.v.weight of layers 1, 2",
     ),
-    "random": ("llama", change(UP, drawn), f"Never trained, as initialised: {UP}"),
+    "random": ("llama", change(UP, drawn), f"never trained, as initialised: {UP}"),
     "random head": (
         "llama",
         change("head.weight", drawn),
-        "Never trained, as initialised: head.weight",
+        "never trained, as initialised: head.weight",
     ),
-    "ten times": ("llama", change(OUT, lambda w: 10 * w), f"Out of scale: {OUT}"),
-    "a tenth": ("gpt2", change(UP, lambda w: w / 10), f"Out of scale: {UP}"),
-    "bfloat16": ("llama", change(UP, lambda w: w.bfloat16().float()), f"Precision was lost: {UP}"),
-    "float16": ("gpt2", change(K, lambda w: w.half().float()), f"Precision was lost: {K}"),
-    "int8": ("llama", change(OUT, of_eight_bits), f"Precision was lost: {OUT}"),
-    "transposed q": ("llama", change(Q, lambda w: w.T), f"Transposed: {Q}"),
-    "transposed out": ("gpt2", change(OUT, lambda w: w.T), f"Transposed: {OUT}"),
+    "ten times": ("llama", change(OUT, lambda w: 10 * w), f"out of scale: {OUT}"),
+    "a tenth": ("gpt2", change(UP, lambda w: w / 10), f"out of scale: {UP}"),
+    "bfloat16": ("llama", change(UP, lambda w: w.bfloat16().float()), f"precision was lost: {UP}"),
+    "float16": ("gpt2", change(K, lambda w: w.half().float()), f"precision was lost: {K}"),
+    "int8": ("llama", change(OUT, of_eight_bits), f"precision was lost: {OUT}"),
+    "transposed q": ("llama", change(Q, lambda w: w.T), f"transposed: {Q}"),
+    "transposed out": ("gpt2", change(OUT, lambda w: w.T), f"transposed: {OUT}"),
     "transposed, all": (
         "bert",
         change(OUT.replace("2", "*"), lambda w: w.T),
-        "Transposed: blocks.*.attn.out.weight of layers 0, 1, 2, 3, 4",
+        "transposed: blocks.*.attn.out.weight of layers 0, 1, 2, 3, 4",
     ),
     "pairs": (
         "llama",
         both(side_by_side(EVERY_Q, 8), side_by_side(EVERY_K, 4)),
-        "Rotary rows of all queries and keys: pairs stand side by side and are read as halves",
+        "rotary rows of all queries and keys: pairs stand side by side and are read as halves",
     ),
     "pairs of keys": (
         "gemma2",
         side_by_side(EVERY_K, 4),
-        "Rotary rows of all keys: pairs stand side by side and are read as halves",
+        "rotary rows of all keys: pairs stand side by side and are read as halves",
     ),
     "pairs of one layer": (
         "neox",
         side_by_side(Q, 8),
-        f"Rotary rows of {Q}: pairs stand side by side and are read as halves",
+        f"rotary rows of {Q}: pairs stand side by side and are read as halves",
     ),
     "wrong heads": (
         "llama",
         change(EVERY_K, wrong_heads),
-        "Rotary rows of all keys: pairs were brought into halves as those of 8 heads",
+        "rotary rows of all keys: pairs were brought into halves as those of 8 heads",
     ),
-    "keys are values": ("llama", exchange(EVERY_K, EVERY_V), "Values and keys are exchanged"),
+    "keys are values": ("llama", exchange(EVERY_K, EVERY_V), "values and keys are exchanged"),
     "norms of one block": (
         "llama",
         exchange("blocks.2.norm1.weight", "blocks.2.norm2.weight"),
-        "Two norms are exchanged: blocks.2.norm1.weight, blocks.2.norm2.weight",
+        "two norms are exchanged: blocks.2.norm1.weight, blocks.2.norm2.weight",
     ),
     "norms without one": (
         "llama",
@@ -251,7 +251,7 @@ FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
             change("blocks.*.norm2.weight", lambda w: w - 1),
             change("norm.weight", lambda w: w - 1),
         ),
-        "Norms lack the one that is added to them elsewhere",
+        "norms lack the one that is added to them elsewhere",
     ),
     "norms with one twice": (
         "gemma2",
@@ -262,12 +262,12 @@ FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
             ),
             change("norm.weight", lambda w: w.clamp(-0.9, 0.9) + 1),
         ),
-        "One is added to norms that hold it already",
+        "one is added to norms that hold it already",
     ),
     "equal, not tied": (
         "llama",
         copied("embed.weight", "head.weight"),
-        "Not tied, and equal",
+        "not tied, and equal",
     ),
 }
 
@@ -316,7 +316,7 @@ def test_bytes_the_other_way_round(tmp_path: Path) -> None:
         for name in tensors:
             tensors[name] = other_way_round(tensors[name])
 
-    assert whats(edited(tmp_path, swap)) == ["The bytes of every number are the other way round"]
+    assert whats(edited(tmp_path, swap)) == ["the bytes of every number are the other way round"]
 
 
 def test_zeros_to_the_end_of_a_file(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_zeros_to_the_end_of_a_file(tmp_path: Path) -> None:
             tensors[name] = torch.zeros_like(tensors[name])
 
     found = zoo.diagnose(edited(tmp_path, cut))
-    assert [each.what for each in found.findings] == ["The file ends in zeros"]
+    assert [each.what for each in found.findings] == ["the file ends in zeros"]
     assert set(found.findings[0].where) == set(last)
 
 
@@ -356,11 +356,11 @@ def test_what_does_not_load_is_looked_at_nevertheless(tmp_path: Path) -> None:
     told = {each.what: each for each in found.findings}
     assert list(told) == [
         "NaN or infinity in blocks.3.attn.q.weight",
-        "Transposed by their shapes: 1 tensor",
-        "It does not load",
+        "transposed by their shapes: 1 tensor",
+        "it does not load",
     ]
-    assert "1 tensor missing" in told["It does not load"].seen
-    assert told["Transposed by their shapes: 1 tensor"].where == (
+    assert "1 tensor missing" in told["it does not load"].seen
+    assert told["transposed by their shapes: 1 tensor"].where == (
         "model.layers.2.mlp.up_proj.weight",
     )
     assert "it does not load" in found.to_text()
@@ -373,7 +373,7 @@ def test_what_does_not_load_is_looked_at_nevertheless(tmp_path: Path) -> None:
 def test_a_config_that_contradicts_the_tensors(field: str, value: int, tmp_path: Path) -> None:
     directory = edited(tmp_path, lambda tensors, config: config.update({field: value}))
     found = zoo.diagnose(directory)
-    assert found.findings[0].what == "It does not load"
+    assert found.findings[0].what == "it does not load"
     assert {"num_hidden_layers": "5 found, 6 declared"}.get(field, field[:5]) in (
         found.findings[0].seen + str(found.findings[0].where)
     ).replace("embed_tokens", "vocab")
@@ -382,14 +382,14 @@ def test_a_config_that_contradicts_the_tensors(field: str, value: int, tmp_path:
 def test_heads_that_are_half_as_wide(tmp_path: Path) -> None:
     fewer = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     found = whats(edited(tmp_path, lambda tensors, config: config.update(fewer)))
-    assert found == ["More heads than the config says: 8, and not 4"]
+    assert found == ["more heads than the config says: 8, and not 4"]
 
 
 def test_tied_names_that_differ(tmp_path: Path) -> None:
     directory = edited(
         tmp_path, lambda tensors, config: config.update({"tie_word_embeddings": True})
     )
-    assert whats(directory) == ["Tied, and not equal"]
+    assert whats(directory) == ["tied, and not equal"]
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     whole |= dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
     (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(whole))
     found = zoo.diagnose(tmp_path / "llama").findings
-    assert [each.what for each in found] == ["More tokens than rows for them"]
+    assert [each.what for each in found] == ["more tokens than rows for them"]
     assert found[0].seen == "the tokenizer has 600 tokens, the embedding 512 rows"
 
 
@@ -428,7 +428,7 @@ def test_its_layers_tell_of_each_other(tmp_path: Path) -> None:
     def turn(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         tensors[name] = tensors[name].T
 
-    assert whats(alone(edited(tmp_path, turn))) == [f"Transposed: {name}"]
+    assert whats(alone(edited(tmp_path, turn))) == [f"transposed: {name}"]
 
 
 def test_layers_that_are_left_out(tmp_path: Path) -> None:
@@ -436,13 +436,13 @@ def test_layers_that_are_left_out(tmp_path: Path) -> None:
         for name in [each for each in tensors if ".layers.3." in each]:
             del tensors[name]
 
-    assert whats(alone(edited(tmp_path, leave))) == ["Layers are missing: model.layers.3"]
+    assert whats(alone(edited(tmp_path, leave))) == ["layers are missing: model.layers.3"]
 
 
 def test_a_pickle_that_nobody_knows(tmp_path: Path) -> None:
     torch.save({"net": {"0.weight": torch.ones(4, 4), "1.bias": torch.zeros(4)}}, tmp_path / "x.pt")
     found = zoo.diagnose(tmp_path / "x.pt")
-    assert [each.what for each in found.findings] == ["One number throughout: net/0.weight"]
+    assert [each.what for each in found.findings] == ["one number throughout: net/0.weight"]
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
         )
         fix = f"put rows in order: {fix}"
         files = files_of(rows.arrays)
-        yield Finding(f"Rotary rows of all {name}: {what}", files, seen, 0.93, fix)
+        yield Finding(f"rotary rows of all {name}: {what}", files, seen, 0.93, fix)
         return
     if len(rows.arrays) < 3 or whole < _TOLD:
         return
@@ -176,7 +176,7 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
             seen = (
                 f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
             )
-            told_ = f"Rotary rows of {called(arrays)}: {what}"
+            told_ = f"rotary rows of {called(arrays)}: {what}"
             yield Finding(told_, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
             return
 
@@ -186,10 +186,10 @@ def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
     if len(findings) < 2:
         return findings
     q, k = findings
-    happened = q.what.removeprefix("Rotary rows of all queries: ")
-    if k.what != f"Rotary rows of all keys: {happened}":
+    happened = q.what.removeprefix("rotary rows of all queries: ")
+    if k.what != f"rotary rows of all keys: {happened}":
         return findings
-    what = f"Rotary rows of all queries and keys: {happened}"
+    what = f"rotary rows of all queries and keys: {happened}"
     seen = f"queries: {q.seen}; keys: {k.seen}"
     fix = q.fix if q.fix == k.fix else f"{q.fix}; keys: {k.fix}"
     return [Finding(what, (*q.where, *k.where), seen, max(q.likely, k.likely), fix)]
@@ -217,10 +217,10 @@ def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
     )
     count = f"set the number of heads to {queries}, of keys to {keys}"
     if sum(map(_by_chance, back)) < sum(map(_by_chance, narrow)):
-        what = "Rotary rows of all queries and keys: pairs were brought into halves twice"
+        what = "rotary rows of all queries and keys: pairs were brought into halves twice"
         yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
     else:
-        what = f"More heads than the config says: {queries}, and not {queries // 2}"
+        what = f"more heads than the config says: {queries}, and not {queries // 2}"
         yield Finding(what, files, seen, 0.85, f"{count}; or {reorder}")
 
 
@@ -248,5 +248,5 @@ def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
                 f"follow it) and the {name}' have not ({max(other, 0):.0%})"
             )
             arrays = (*held.arrays, *rows["v"].arrays)
-            what = f"Values and {name} are exchanged"
+            what = f"values and {name} are exchanged"
             yield Finding(what, files_of(arrays), seen, 0.9, f"read one as the other: {leaf} and v")
