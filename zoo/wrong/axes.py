@@ -150,7 +150,7 @@ def transposed(stream: Stream) -> Iterator[Finding]:
             f"{first.name}: turned round it {does} the residual stream as other matrices do "
             f"({wrong:.0f} times what chance makes of it), and as it is it does not ({right:.1f})"
         )
-        what = f"Transposed: {called(odd)}"
+        what = f"transposed: {called(odd)}"
         yield Finding(what, files_of(odd), seen, 0.95, "turn its axes round")
 
 

@@ -14,6 +14,7 @@ from zoo.wrong.numbers import Numbers
 from zoo.wrong.opening import Opened
 from zoo.wrong.values import counted, equal, files_of
 
+CONFLICT = "tied, and not equal"
 _SHOWN = 6
 _BLOCK = re.compile(r"(?P<stem>.*?[a-z_.])(?P<number>\d+)[./](?P<rest>.+)")
 _BLOCKS = 4  # numbers, and tensors below each, that make layers
@@ -30,7 +31,7 @@ def refused(found: Opened) -> Iterator[Finding]:
         name = turned[0]
         here, wanted = found.checkpoint.tensors[name].shape, found.misshapen[name][0]
         seen = f"{name}: shape {list(here)}, expected {list(wanted)}"
-        what = f"Transposed by their shapes: {counted(turned)}"
+        what = f"transposed by their shapes: {counted(turned)}"
         yield Finding(what, tuple(turned), seen, 0.99, "turn their axes round")
     if found.refused and not found.unknown:
         lines = [line.strip() for line in found.refused.splitlines()]
@@ -38,7 +39,7 @@ def refused(found: Opened) -> Iterator[Finding]:
         more = f" … and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         seen = "; ".join(told[:_SHOWN]) + more
         names = tuple(n for n in found.checkpoint.tensors if n in found.misshapen)
-        yield Finding("It does not load", names, seen, 0.98)
+        yield Finding("it does not load", names, seen, 0.98)
 
 
 def holes(found: Opened) -> Iterator[Finding]:
@@ -57,7 +58,7 @@ def holes(found: Opened) -> Iterator[Finding]:
             continue
         if gone and len(gone) <= len(layers) / 3:
             seen = f"{stem}* counts to {max(layers)}, without {listing(map(str, gone), _SHOWN)}"
-            what = f"Layers are missing: {listing([f'{stem}{n}' for n in gone], _SHOWN)}"
+            what = f"layers are missing: {listing([f'{stem}{n}' for n in gone], _SHOWN)}"
             yield Finding(what, (), seen, 0.9, "a file of several may be missing")
         every = set.union(*layers.values())
         for rest in sorted(every):
@@ -66,7 +67,7 @@ def holes(found: Opened) -> Iterator[Finding]:
                 name = f"{stem}{lacks[0]}.{rest}"
                 seen = f"all other {len(layers) - 1} of {stem}* have {rest}"
                 fix = "it was not written, or is called otherwise"
-                yield Finding(f"A tensor is missing: {name}", (name,), seen, 0.6, fix)
+                yield Finding(f"a tensor is missing: {name}", (name,), seen, 0.6, fix)
 
 
 def ties(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
@@ -84,9 +85,7 @@ def ties(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
                 a, b = odd[0]
                 seen = f"the config ties {a} and {b}, and they differ"
                 fix = f"if {a} counts: trust=({a!r},); if both do, the config should not tie them"
-                yield Finding(
-                    "Tied, and not equal", tuple(n for p in odd for n in p), seen, 0.97, fix
-                )
+                yield Finding(CONFLICT, tuple(n for p in odd for n in p), seen, 0.97, fix)
     by_name = {n.name: n for n in numbers}
     head = next((by_name[n] for n in ("head.weight", "head.decoder.weight") if n in by_name), None)
     embed = by_name.get("embed.weight")
@@ -95,7 +94,7 @@ def ties(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
         if same and equal(head, embed):
             seen = f"{head.name} and {embed.name} hold the same numbers, and the config has two"
             fix = "it computes the same; trained further, the two would part: tie them"
-            yield Finding("Not tied, and equal", files_of([embed, head]), seen, 0.3, fix)
+            yield Finding("not tied, and equal", files_of([embed, head]), seen, 0.3, fix)
 
 
 def vocabulary(found: Opened) -> Iterator[Finding]:
@@ -112,16 +111,19 @@ def vocabulary(found: Opened) -> Iterator[Finding]:
     if count > rows:
         seen = f"the tokenizer has {count:,} tokens, the embedding {rows:,} rows"
         fix = "the tokenizer is another model's, or the embedding was not made longer with it"
-        yield Finding("More tokens than rows for them", (), seen, 0.9, fix)
+        yield Finding("more tokens than rows for them", (), seen, 0.9, fix)
 
 
 def notes(found: Opened, numbers: Sequence[Numbers]) -> Iterator[str]:
     """What is told and is common."""
+    if found.refused and found.unknown:
+        nobody = "nothing says what it is: its arrays are looked at under their own names"
+        yield nobody if found.located is None else found.refused
     for n in numbers:
         if not n.matrix or n.array.layer is not None or n.constant or not n.finite:
             continue
         if empty := int(n.empty.sum()):
             yield f"{n.name}: {empty:,} of {len(n.rows):,} rows are zero, as padding is"
-        rows = torch.stack([n.rows, n.sums], dim=1)[~n.empty]
+        rows = torch.stack([n.rows, n.marks], dim=1)[~n.empty]
         if again := len(rows) - len(rows.unique(dim=0)):
             yield f"{n.name}: {again:,} of {len(n.rows):,} rows are there more than once"

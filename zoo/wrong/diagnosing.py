@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +17,7 @@ from zoo.wrong.numbers import Numbers, numbers_of
 from zoo.wrong.opening import Opened, opened
 from zoo.wrong.report import Diagnosis
 
+_LARGE = 500_000_000  # numbers of a model that reads a text unasked
 Progress = Callable[[int, int, str], None]
 
 
@@ -37,66 +38,72 @@ def diagnose(
     """
     found = opened(ref, config or {}, **where)
     arrays = [array for array in found.arrays if 0 not in array.shape]
+    tell = progress or (lambda done, count, name: None)
     numbers = list[Numbers]()
     for n, array in enumerate(arrays):
-        if progress is not None:
-            progress(n, len(arrays), array.name)
+        tell(n, len(arrays), array.name)
         numbers.append(numbers_of(array))
-    if progress is not None:
-        progress(len(arrays), len(arrays), "")
-    findings = [*beside.refused(found), *beside.holes(found), *_of_numbers(found, numbers)]
+    tell(len(arrays), len(arrays), "")
+    tied = list(beside.ties(found, numbers))
+    inside, learnt = _of_numbers(found, numbers)
+    findings = [*beside.refused(found), *beside.holes(found), *beside.vocabulary(found)]
+    findings += [*tied, *inside]
     notes = list(beside.notes(found, numbers))
-    if found.refused and found.unknown:
-        known = found.located is not None
-        nobody = "nothing says what it is: its arrays are looked at under their own names"
-        notes.insert(0, found.refused if known else nobody)
     if precise := layers.precision(numbers):
         notes.append(f"all numbers are {precise}")
-    if not found.refused:
-        findings += _by_a_text(found, text, ids, config)
+    loads = not found.refused and all(finding.what != beside.CONFLICT for finding in tied)
+    if loads and learnt:
+        size = sum(n.count for n in numbers)
+        try:
+            findings += _by_a_text(found, size, text, ids, config, tell)
+        except ZooError as error:
+            if text is not None or ids is not None:
+                notes.append(f"no text was read: {error}")
     ranked = sorted(findings, key=lambda finding: -finding.likely)
-    return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes))
+    return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes), loads)
 
 
-def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    spoilt = list(values.spoilt(found, numbers))
-    yield from spoilt
-    yield from beside.ties(found, numbers)
-    yield from beside.vocabulary(found)
-    odd = {name for finding in spoilt for name in finding.where}
+def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> tuple[list[Finding], bool]:
+    """What they tell, and whether the model has learnt anything that a text could show."""
+    findings = list(values.spoilt(found, numbers))
+    odd = {name for finding in findings for name in finding.where}
     sound = [n for n in numbers if not odd & set(n.array.files)]
-    yield from values.repeated(sound)
+    findings += values.repeated(sound)
     stream = axes.Stream(found, sound)
     turned = list(axes.transposed(stream))
     fresh, all_of_it = layers.untrained(sound, stream)
     if all_of_it:  # and layers are alike by chance alone
-        yield from fresh
-        return
-    yield from turned
+        return [*findings, *fresh], False
+    findings += turned
     if not turned:  # which nothing resembles either
-        yield from fresh
+        findings += fresh
         odd = {name for finding in fresh for name in finding.where}
         anew = {n.array.layer for n in sound if odd & set(n.array.files)}
         sound = [n for n in sound if n.array.layer is None or n.array.layer not in anew]
-    yield from layers.between_layers(sound)
-    yield from turns.rotary(found, sound)
-    yield from norms.between_norms(found, sound)
+    findings += layers.between_layers(sound)
+    findings += turns.rotary(found, sound)
+    findings += norms.between_norms(found, sound)
+    return findings, all(n.finite for n in numbers)
 
 
 def _by_a_text(
-    found: Opened, text: str | None, ids: Tensor | None, config: Mapping[str, Any] | None
+    found: Opened,
+    size: int,
+    text: str | None,
+    ids: Tensor | None,
+    config: Mapping[str, Any] | None,
+    tell: Progress,
 ) -> list[Finding]:
-    """How likely a text is, under other readings of the weights too."""
+    """How likely a text is as the weights are read, and under other readings of them."""
     if find_spec("zoo.wrong.readings") is None:
         return []
-    try:
-        model = load(found.ref, config=config)
-        if ids is None:
-            of = import_module("zoo.wrong.likelihood").ids_of
-            ids = of(model) if text is None else of(model, text)
-    except ZooError:
-        if text is not None:
-            raise
-        return []  # no tokenizer
-    found_: list[Finding] = import_module("zoo.wrong.readings").readings(model, ids)
-    return found_
+    if text is None and ids is None and size > _LARGE:
+        return []
+    model = load(found.ref, config=config)
+    if ids is None:
+        ids_of = import_module("zoo.wrong.likelihood").ids_of
+        ids = ids_of(model) if text is None else ids_of(model, text)
+    readings = import_module("zoo.wrong.readings").readings
+    told: list[Finding] = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))
+    tell(1, 1, "")
+    return told

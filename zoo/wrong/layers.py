@@ -19,7 +19,7 @@ _ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one that no rule n
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
 _FRESH, _MUCH = 0.9, 0.35  # of all matrices
 # how far a layer's numbers may be from those of its neighbours; the outermost differ of themselves
-_SCALE, _OUTER = 5.0, 12.0
+_SCALE, _OUTER = 5.0, 8.0
 _BITS = 3  # fewer of a mantissa than the other layers'
 
 
@@ -58,16 +58,16 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     seen = f"{n.name}: independent {_shape(n)} numbers with a deviation of {n.std:.3g}"
     if share >= _FRESH:
         fix = "if it should be trained: load it again where it came from, and heed warnings there"
-        what = "Nothing of it looks trained: its matrices are as initialised"
+        what = "nothing of it looks trained: its matrices are as initialised"
         told = f"{of} are independent random numbers; {seen}"
         return [Finding(what, files_of(random), told, 0.97, fix)], True
     if share > _MUCH:
-        what = f"Hardly trained: {of} are as initialised"
+        what = f"hardly trained: {of} are as initialised"
         fix = (
             "if it should be trained: its layers may have been initialised anew where it was saved"
         )
         return [Finding(what, files_of(random), seen, 0.8, fix)], False
-    what = f"Never trained, as initialised: {called(random)}"
+    what = f"never trained, as initialised: {called(random)}"
     fix = "it was missing where this was saved from, or its name was not known there"
     told = f"{seen}; {len(known) - len(random)} other matrices have structure"
     return [Finding(what, files_of(random), told, 0.93, fix)], False
@@ -102,7 +102,7 @@ def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
         told = f"{times:.3g} times" if times > 1 else f"a {1 / times:.3g}th of"
         seen = f"{n.name}: its numbers are {told} the size of the neighbouring layers'"
         arrays = [n for _, n in odd]
-        what = f"Out of scale: {called(arrays)}"
+        what = f"out of scale: {called(arrays)}"
         fix = "a scale was applied twice or left out: convert the original again"
         yield Finding(what, files_of(arrays), seen, 0.8, fix)
 
@@ -124,7 +124,7 @@ def _coarse(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
         n = odd[0]
         held = n.grid or _named(n.bits or 0)
         seen = f"{n.name}: its numbers are {held}; the other layers' use {usual[n.name]} bits"
-        what = f"Precision was lost: {called(odd)}"
+        what = f"precision was lost: {called(odd)}"
         fix = "convert the original again: these went through a narrower type"
         yield Finding(what, files_of(odd), seen, 0.85, fix)
 

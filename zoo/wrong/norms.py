@@ -58,7 +58,7 @@ def _exchanged(numbers: Sequence[Numbers]) -> Iterator[Finding]:
                     arrays = [families[k][n] for n in odd for k in (a, b)]
                     first = [each.name for each in arrays[:2]]
                     seen = f"{' and '.join(first)}: each is nearer to the other one's neighbours"
-                    what = f"Two norms are exchanged: {called(arrays)}"
+                    what = f"two norms are exchanged: {called(arrays)}"
                     yield Finding(what, files_of(arrays), seen, 0.85, "exchange them")
 
 
@@ -83,10 +83,10 @@ def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     mean, below = float(every.mean()), float((every < 0).double().mean())
     if _adds_one(found):
         odd, usual = below == 0 and abs(mean - 1) < _AROUND, 0.0
-        what, fix = "One is added to norms that hold it already", "take one from each"
+        what, fix = "one is added to norms that hold it already", "take one from each"
     else:
         odd, usual = below > _BELOW and abs(mean) < _AROUND, 1.0
-        what, fix = "Norms lack the one that is added to them elsewhere", "add one to each"
+        what, fix = "norms lack the one that is added to them elsewhere", "add one to each"
     if odd:
         seen = (
             f"scales are {mean:.2g} on average and {below:.0%} of them are negative; about "

@@ -45,7 +45,7 @@ class Numbers:
     denormal: int
     saturated: int
     rows: Tensor = field(repr=False)
-    sums: Tensor = field(repr=False)  # (rows,), with their signs
+    marks: Tensor = field(repr=False)  # (rows,), of equal rows the same
     columns: Tensor = field(repr=False)
     empty: Tensor = field(repr=False)  # (rows,), True where all are zero
     # some rows (n, columns) and some columns (n, rows) of a matrix, from all over it
@@ -129,78 +129,77 @@ def _plain(value: float) -> float | None:
 
 def numbers_of(array: Array) -> Numbers:
     lazy = array.made()
-    width = max(lazy.width, 1)
-    height = prod(array.shape) // width
-    rows, columns = (
-        torch.zeros(height, dtype=torch.float64),
-        torch.zeros(width, dtype=torch.float64),
-    )
-    empty = torch.ones(height, dtype=torch.bool)
-    nans = infs = zeros = denormal = saturated = 0
-    sums = torch.zeros_like(rows)
-    size = fourth = most = 0.0
-    least, low, high = inf, inf, -inf
-    normal = _NORMAL[array.dtype]
-    sketch = _Sketch(height, width) if len(array.shape) == 2 else None
+    sums = _Sums(array.shape, _NORMAL[array.dtype])
     for down, across, block in blocks(lazy, array.shape):
-        x = block.clone() if block.dtype == torch.float64 else block.to(torch.float32, copy=True)
-        bottom, top = (float(end) for end in x.aminmax())
-        if not (bottom > -inf and top < inf):  # NaN is above and below nothing
-            nans += int(x.isnan().sum())
-            infs += int(x.isinf().sum())
-            x = x.nan_to_num_(0.0, 0.0, 0.0)
-            bottom, top = (float(end) for end in x.aminmax())
-        if max(-bottom, top) > 1e9:  # a fourth power of which would be none
+        sums.add(block, down, across)
+    closer = _closer(lazy, sums.height, sums.width, array)
+    return Numbers(array, **sums.told(), **closer)
+
+
+class _Sums:
+    """What is known of the blocks of a matrix so far."""
+
+    def __init__(self, shape: Sequence[int], normal: float) -> None:
+        self.width = shape[-1] if shape else 1
+        self.height, self.normal = prod(shape) // self.width, normal
+        self.rows, self.sums, self.marks = torch.zeros(3, self.height, dtype=torch.float64)
+        self.columns = torch.zeros(self.width, dtype=torch.float64)
+        self.empty = torch.ones(self.height, dtype=torch.bool)
+        self.sketch = _Sketch(self.height, self.width) if len(shape) == 2 else None
+        self.nans = self.infs = self.zeros = self.denormal = self.saturated = 0
+        self.size = self.fourth = 0.0
+        self.least, self.low, self.high = inf, inf, -inf
+
+    def add(self, block: Tensor, down: slice, across: slice) -> None:
+        x = block.to(torch.promote_types(block.dtype, torch.float32), copy=True)
+        low, high = (float(end) for end in x.aminmax())
+        if not (low > -inf and high < inf):  # NaN is above and below nothing
+            self.nans += int(x.isnan().sum())
+            self.infs += int(x.isinf().sum())
+            low, high = (float(end) for end in x.nan_to_num_(0.0, 0.0, 0.0).aminmax())
+        self.low, self.high, most = min(self.low, low), max(self.high, high), max(-low, high)
+        if most > 1e9:  # a fourth power of which would be none
             x = x.double()
-        if sketch is not None:
-            sketch.put(x, down, across)
-        squares = (x * x).flatten()
-        rows[down] += squares.view_as(x).sum(1)
-        columns[across] += squares.view_as(x).sum(0)
-        fourth += float(squares.dot(squares))
-        sums[down] += x.sum(1)
-        some = int(x.count_nonzero())
-        bare = x.abs_()
-        size += float(bare.sum(1).sum(dtype=torch.float64))
-        zeros += x.numel() - some
-        low, high, most = min(low, bottom), max(high, top), max(most, -bottom, top)
-        if max(-bottom, top) >= LARGEST_F16:
-            saturated += int((bare == LARGEST_F16).sum())
+        if self.sketch is not None:
+            self.sketch.put(x, down, across)
+        squares = x * x
+        self.rows[down] += squares.sum(1)
+        self.columns[across] += squares.sum(0)
+        self.fourth += float(squares.flatten().dot(squares.flatten()))
+        self.sums[down] += x.sum(1)
+        self.marks[down] += x @ torch.arange(across.start, across.stop).to(x.dtype).cos()
+        some, bare = int(x.count_nonzero()), x.abs_()
+        self.size += float(bare.sum(1).sum(dtype=torch.float64))
+        self.zeros += x.numel() - some
+        if most >= LARGEST_F16:
+            self.saturated += int((bare == LARGEST_F16).sum())
         if some < x.numel():
-            empty[down] &= (bare == 0).all(1)
+            self.empty[down] &= (bare == 0).all(1)
             bare.masked_fill_(bare == 0, inf)
         else:
-            empty[down] = False
-        here = float(bare.min())
-        least = min(least, here)
-        if here < normal:
-            denormal += int((bare < normal).sum())
-    count = max(height * width - nans - infs, 1)
-    mean, square = float(sums.sum()) / count, float(rows.sum()) / count
-    closer = _closer(lazy, height, width, array)
-    return Numbers(
-        array,
-        nans=nans,
-        infs=infs,
-        zeros=zeros,
-        mean=mean,
-        std=sqrt(max(square - mean**2, 0.0)),
-        size=size / count,
-        least=least if least < inf else 0.0,
-        most=most,
-        fourth=fourth / count,
-        low=low,
-        high=high,
-        denormal=denormal,
-        saturated=saturated,
-        rows=rows / width,
-        sums=sums,
-        columns=columns / max(height, 1),
-        empty=empty,
-        some_rows=_NONE if sketch is None else sketch.rows,
-        some_columns=_NONE if sketch is None else sketch.columns,
-        **closer,
-    )
+            self.empty[down] = False
+        least = float(bare.min())
+        self.least = min(self.least, least)
+        if least < self.normal:
+            self.denormal += int((bare < self.normal).sum())
+
+    def told(self) -> dict[str, Any]:
+        count = max(self.height * self.width - self.nans - self.infs, 1)
+        mean, square = float(self.sums.sum()) / count, float(self.rows.sum()) / count
+        same = ("nans", "infs", "zeros", "denormal", "saturated", "low", "high", "marks", "empty")
+        return {
+            **{name: getattr(self, name) for name in same},
+            "mean": mean,
+            "std": sqrt(max(square - mean**2, 0.0)),
+            "size": self.size / count,
+            "fourth": self.fourth / count,
+            "least": self.least if self.least < inf else 0.0,
+            "most": max(-self.low, self.high),
+            "rows": self.rows / self.width,
+            "columns": self.columns / max(self.height, 1),
+            "some_rows": _NONE if self.sketch is None else self.sketch.rows,
+            "some_columns": _NONE if self.sketch is None else self.sketch.columns,
+        }
 
 
 class _Sketch:

@@ -14,7 +14,7 @@ from zoo.wrong.numbers import Numbers
 from zoo.wrong.opening import Opened, family_of
 
 _WIDTH, _NAMES = 96, 4
-_SURE = ((0.9, "almost certain"), (0.7, "likely"), (0.4, "possible"), (0.0, "harmless, perhaps"))
+_SURE = ((0.9, "almost certain"), (0.7, "likely"), (0.4, "possible"), (0.0, "perhaps"))
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Diagnosis:
     numbers: tuple[Numbers, ...] = field(repr=False)
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+    loads: bool = True
 
     @property
     def ok(self) -> bool:
@@ -36,7 +37,7 @@ class Diagnosis:
             "ref": self.ref,
             "ok": self.ok,
             "architecture": self.opened.architecture or None,
-            "loads": not self.opened.refused,
+            "loads": self.loads,
             "refused": self.opened.refused or None,
             "findings": [finding.to_json() for finding in self.findings],
             "notes": list(self.notes),
@@ -63,13 +64,15 @@ class Diagnosis:
         count = sum(info.numel for name, info in held.tensors.items() if name not in held.shared)
         kinds = sorted({held.quantised.get(n, i.dtype) for n, i in held.tensors.items()})
         named = self.opened.architecture or "no architecture that zoo knows"
-        loads = "; it loads" if not self.opened.refused else "; it does not load"
+        loads = "; it loads" if self.loads else "; it does not load"
         if self.opened.unknown:
             loads = ""
         yield paint(self.ref, BOLD, colour)
+        looked = sum(n.count for n in self.numbers)
+        all_of = "all" if looked == count else f"{looked:,}"
         yield (
             f"  {named}; {len(held.tensors):,} tensors in {listing(kinds)}, {count:,} numbers, "
-            f"all of them looked at{loads}"
+            f"{all_of} of them looked at{loads}"
         )
 
     def _told(self, number: int, finding: Finding, colour: bool) -> str:

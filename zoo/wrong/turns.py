@@ -27,6 +27,10 @@ _TOLD, _SHARE = 0.08, 0.3
 _APART, _ALIKE = 1.2, 0.5
 # What chance makes of that share, times the root of how many rows there are: of all layers, of one
 _NOISE, _ALONE = 2.0, 3.6
+_TIE, _SMOOTHER = (
+    0.9,
+    0.8,
+)  # readings that explain as much: the one with the smoother profile counts
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 _FEW = 4  # rows of a head that are turned; less shows no profile
 
@@ -50,10 +54,14 @@ class Rows:
 
 def told(read: Tensor) -> Tensor:
     """(layers,), the share of each that the profile of the other layers' pairs foretells."""
+    return 1 - _left(read) / read.square().mean((1, 2)).clamp_min(1e-30)
+
+
+def _left(read: Tensor) -> Tensor:
+    """(layers,), mean squares of what it does not foretell."""
     pairs = rearrange(read, "l h (two j) -> l h two j", two=2).mean((1, 2))
     others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
-    left = read - torch.cat([others, others], -1)[:, None]
-    return 1 - left.square().mean((1, 2)) / read.square().mean((1, 2)).clamp_min(1e-30)
+    return (read - torch.cat([others, others], -1)[:, None]).square().mean((1, 2))
 
 
 def apart(read: Tensor) -> float:
@@ -61,6 +69,13 @@ def apart(read: Tensor) -> float:
     profile = read.mean((0, 1))
     first, second = profile.chunk(2)
     return float((first - second).square().sum() / profile.square().sum().clamp_min(1e-30))
+
+
+def rough(read: Tensor) -> float:
+    """How far apart neighbouring frequencies are, which differ little; of a straight line 1.3."""
+    profile = torch.stack(read.mean((0, 1)).chunk(2)).mean(0)
+    steps = profile.diff().square().sum() / profile.square().sum().clamp_min(1e-30)
+    return float(steps) * len(profile)
 
 
 def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
@@ -129,8 +144,9 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
     as_read = rows.read()
     whole = float(told(as_read).mean())
     others = [(what, fix, rows.read(order)) for what, fix, order in _orders(config, rows)]
-    what, fix, best = max(others, key=lambda other: float(told(other[2]).mean()))
-    share = float(told(best).mean())
+    share = max(float(told(read).mean()) for _, _, read in others)
+    near = [other for other in others if float(told(other[2]).mean()) > _TIE * share]
+    what, fix, _ = min(near, key=lambda other: rough(other[2]), default=others[0])
     name = _NAMES[leaf]
     beyond = _NOISE / as_read.numel() ** 0.5
     clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
@@ -141,7 +157,7 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
         )
         fix = f"put rows in order: {fix}"
         files = files_of(rows.arrays)
-        yield Finding(f"Rotary rows of all {name}: {what}", files, seen, 0.93, fix)
+        yield Finding(f"rotary rows of all {name}: {what}", files, seen, 0.93, fix)
         return
     if len(rows.arrays) < 3 or whole < _TOLD:
         return
@@ -160,7 +176,7 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
             seen = (
                 f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
             )
-            told_ = f"Rotary rows of {called(arrays)}: {what}"
+            told_ = f"rotary rows of {called(arrays)}: {what}"
             yield Finding(told_, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
             return
 
@@ -170,10 +186,10 @@ def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
     if len(findings) < 2:
         return findings
     q, k = findings
-    happened = q.what.removeprefix("Rotary rows of all queries: ")
-    if k.what != f"Rotary rows of all keys: {happened}":
+    happened = q.what.removeprefix("rotary rows of all queries: ")
+    if k.what != f"rotary rows of all keys: {happened}":
         return findings
-    what = f"Rotary rows of all queries and keys: {happened}"
+    what = f"rotary rows of all queries and keys: {happened}"
     seen = f"queries: {q.seen}; keys: {k.seen}"
     fix = q.fix if q.fix == k.fix else f"{q.fix}; keys: {k.fix}"
     return [Finding(what, (*q.where, *k.where), seen, max(q.likely, k.likely), fix)]
@@ -200,12 +216,17 @@ def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
         f"put rows in order: (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
     )
     count = f"set the number of heads to {queries}, of keys to {keys}"
-    if sum(float(told(read).mean()) for read in back) > sum(float(told(r).mean()) for r in narrow):
-        what = "Rotary rows of all queries and keys: pairs were brought into halves twice"
+    if sum(map(_by_chance, back)) < sum(map(_by_chance, narrow)):
+        what = "rotary rows of all queries and keys: pairs were brought into halves twice"
         yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
     else:
-        what = f"More heads than the config says: {queries}, and not {queries // 2}"
+        what = f"more heads than the config says: {queries}, and not {queries // 2}"
         yield Finding(what, files, seen, 0.85, f"{count}; or {reorder}")
+
+
+def _by_chance(read: Tensor) -> float:
+    """What is left of a row; each head's mean, which is taken from it, has its part in that."""
+    return float(_left(read).mean()) / (1 - 1 / read.shape[-1])
 
 
 def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
@@ -227,5 +248,5 @@ def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
                 f"follow it) and the {name}' have not ({max(other, 0):.0%})"
             )
             arrays = (*held.arrays, *rows["v"].arrays)
-            what = f"Values and {name} are exchanged"
+            what = f"values and {name} are exchanged"
             yield Finding(what, files_of(arrays), seen, 0.9, f"read one as the other: {leaf} and v")

@@ -33,7 +33,7 @@ def spoilt(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if cut:
         names = files_of(cut)
         seen = f"from {cut[0].array.files[0]} to the end there are zeros ({counted(names)})"
-        yield Finding("The file ends in zeros", names, seen, 0.95, AGAIN)
+        yield Finding("the file ends in zeros", names, seen, 0.95, AGAIN)
     rest = [n for n in numbers if n not in cut]
     yield from _zero(rest)
     yield from _holes(rest)
@@ -84,9 +84,9 @@ def _turned(turned: Sequence[Numbers], numbers: Sequence[Numbers]) -> Finding:
         f"{first.name}: spread over {first.orders:.0f} powers of two, and over "
         f"{first.swapped:.1f} with the bytes of each number the other way round"
     )
-    what = "The bytes of every number are the other way round"
+    what = "the bytes of every number are the other way round"
     if 2 * len(turned) < len(numbers):
-        what = f"The bytes of numbers are the other way round in {called(turned)}"
+        what = f"the bytes of numbers are the other way round in {called(turned)}"
     else:
         turned = numbers
     return Finding(what, files_of(turned), seen, 0.98, "swap the bytes of these tensors")
@@ -107,7 +107,7 @@ def _how_many(n: Numbers) -> list[str]:
 
 
 def _zero(numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    """All zero or all the same, where the other layers' are not."""
+    """all zero or all the same, where the other layers' are not."""
     for zero in (True, False):
         odd = [n for n in numbers if n.constant and (n.low == 0) == zero]
         families = families_of(numbers)
@@ -118,7 +118,7 @@ def _zero(numbers: Sequence[Numbers]) -> Iterator[Finding]:
             if n not in alone and varied and 2 * len(varied) >= len(siblings):
                 alone.append(n)
         if alone:
-            what = f"{'All zero' if zero else 'One number throughout'}: {called(alone)}"
+            what = f"{'all zero' if zero else 'one number throughout'}: {called(alone)}"
             first = alone[0]
             seen = f"{first.name}: {first.count:,} numbers, all {first.low:g}"
             if len(alone[0].array.shape) == 1:
@@ -149,7 +149,7 @@ def _holes(numbers: Sequence[Numbers]) -> Iterator[Finding]:
         n, start, length = odd[0]
         seen = f"{n.name}: rows {start} to {start + length - 1} of {len(n.rows)} are zero"
         arrays = [n for n, _, _ in odd]
-        what = f"A part is missing, and zeros are there: {called(arrays)}"
+        what = f"a part is missing, and zeros are there: {called(arrays)}"
         yield Finding(what, files_of(arrays), seen, 0.7, AGAIN)
 
 
@@ -180,7 +180,7 @@ def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if odd := [n for n in numbers if n.saturated]:
         n = odd[0]
         seen = f"{n.name}: {n.saturated:,} of {n.count:,} numbers are exactly 65504"
-        what = f"Cut off at the largest number of fp16: {called(odd)}"
+        what = f"cut off at the largest number of fp16: {called(odd)}"
         fix = "convert the original again, to bfloat16 or float32"
         yield Finding(what, files_of(odd), seen, 0.8, fix)
     odd = [
@@ -193,7 +193,7 @@ def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if odd:
         n = odd[0]
         seen = f"{n.name}: {n.denormal / n.count:.0%} of its numbers have few bits left"
-        what = f"Too small for {n.array.dtype}: {called(odd)}"
+        what = f"too small for {n.array.dtype}: {called(odd)}"
         yield Finding(what, files_of(odd), seen, 0.5, "convert the original again, to float32")
 
 
@@ -223,9 +223,9 @@ def repeated(numbers: Sequence[Numbers]) -> Iterator[Finding]:
         first, second = held[0][:2]
         seen = f"{first.name} and {second.name}: {first.count:,} numbers, all equal"
         if numbered and len(held) == len(whole) > 1:
-            what = f"Layers {' and '.join(map(str, numbered))} hold the same numbers"
+            what = f"layers {' and '.join(map(str, numbered))} hold the same numbers"
         else:
-            what = f"The same numbers in {called(arrays)}"
+            what = f"the same numbers in {called(arrays)}"
         fix = "one of them was written in the other's place: convert the original again"
         yield Finding(what, files_of(arrays), seen, 0.9, fix)
 
