@@ -85,7 +85,12 @@ def _orders(scene: Scene, name: str, bench: Bench) -> Iterator[Turn]:
                     return replace(look, orders={**look.orders, part: order})
 
                 match = scene.matching.matches[f"{name}.{part}"]
-                plain = _in_order(match.into if part == "out" else match.out, order)
+                # of what out reads, columns go where those of its input came from
+                plain = (
+                    in_order(match.into, order.argsort())
+                    if part == "out"
+                    else in_order(match.out, order)
+                )
                 if part == "out":
                     what = f"heads of what out reads lie as [({b})], here as [({a})]"
                     fix = f"[o ({a})] (in its rule, [o ({b})]: [o ({a})])"
@@ -138,7 +143,7 @@ def _grouped(scene: Scene, name: str, r: int, g: int, e: int) -> Iterator[Turn]:
             )
 
 
-def _in_order(now: Tensor | None, order: Tensor) -> bool:
+def in_order(now: Tensor | None, order: Tensor) -> bool:
     """Whether rows that are read so would be read as they stand on disk."""
     return now is not None and bool((now[order].diff() == 1).all())
 
