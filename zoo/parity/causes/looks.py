@@ -27,8 +27,8 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     if given is not None and (fitted := list(_fitted(scene, name, given))):
         yield from fitted
         return
-    yield from held.exchanged(scene)
     yield from _exchanged(scene, name)
+    yield from held.exchanged(scene)
     yield from _otherwise_placed(scene, name)
     if given is not None:
         yield from _in_part(scene, name, given)
@@ -199,9 +199,10 @@ def _otherwise(
             for one in each:
                 parameters |= _reordered(scene, one, look)
             where = tuple(n for n in parameters if n.startswith(f"{name}."))
-            fix = " and ".join(fixes) + (", in both stacks" if each is stacks else "")
+            both = ", in both stacks" if each is stacks else ""
+            fix = " and ".join(fixes) + both
             if all(turn.kind in ("roles", *READ) for turn in theirs):
-                yield Idea(what, fix, parameters=parameters, where=where, moved=True)
+                yield Idea(what + both, fix, parameters=parameters, where=where, moved=True)
         return
     config = {key: value for turn in theirs for key, value in turn.config.items()}
     if config and scene.steady:
