@@ -92,7 +92,7 @@ def test_the_table_counts_what_fell_short() -> None:
         Trace("b", "misread", True, False, "base", "out norm", ("a | b",)),
     ]
     told = table(traces, {("a", "fine"), ("b", "misread")})
-    assert "| a | 2 | 1 | 1 | 1 |" in told and "| all | 3 | 2 | 2 | 1 |" in told
+    assert "| a | 2 | 1 | 1 | 1 | 0 |" in told and "| all | 3 | 2 | 2 | 1 | 0 |" in told
     assert "| unseen | a | nowhere | nothing |" in told and "a \\| b" in told
 
 

@@ -101,15 +101,18 @@ def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> 
     if isinstance(theirs, nn.Module):
         return sides.module(model, theirs, dtype)
     held = model if theirs is None else load(theirs, modules=False)
+    if type(held) is not type(model):
+        told = f"a {model.architecture} and a {held.architecture}"
+        raise UsageError(f"{told}: modules are matched within one architecture")
     if (known := held.provenance) is None:
         raise UsageError("a model of no checkpoint: say what to hold it against")
     directory, reference_class = known.directory, known.origin.reference_class
-    if reference_class is not None and (directory / "config.json").is_file():
+    plain = (directory / "config.json").is_file() and not known.lossy
+    if reference_class is not None and plain:
         return sides.reference(model, directory, reference_class, dtype)
     if theirs is None:
-        raise UsageError(
-            f"{directory}: the reference cannot read it. Say what to hold it against: zoo diff A B"
-        )
+        why = f"quantised ({known.lossy})" if known.lossy else "not as the reference has it"
+        raise UsageError(f"{directory}: {why}. Say what to hold it against: zoo diff A B")
     return sides.native(model, held, dtype, str(theirs))
 
 

@@ -83,7 +83,7 @@ class Matching:
         try:
             self.plan = planned(self.held.header)
         except PlanError:
-            if not hasattr(other, "save_pretrained"):
+            if isinstance(other, Model) or not hasattr(other, "save_pretrained"):
                 raise
             self.held = _as_saved(other, fold)  # its files call some tensors otherwise
             self.plan = planned(self.held.header)

@@ -244,7 +244,9 @@ def _(m: Mapped) -> Spec:
     return renamed(m, {"q": "v", "k": "q", "v": "k"})
 
 
-@mutant("layers shifted by one", "mapping", at=FIRST, cause=r"blocks\.0 is read as .*blocks\.1")
+@mutant(
+    "layers shifted by one", "mapping", at=FIRST, cause=r"blocks\.0 is read as (\w+\.)?blocks\.1\b"
+)
 def _(m: Mapped) -> Spec:
     count = m.config.layers
     need(count > 1)
@@ -286,7 +288,7 @@ def _(m: Mapped) -> Spec:
     "a square read transposed",
     "mapping",
     at=r"out blocks\.0\.attn\.out$",
-    cause=r"attn\.out\.weight is transposed",
+    cause=r"blocks\.0\.attn\.out\.weight is transposed",
 )
 def _(m: Mapped) -> Spec:
     need(_width(m.config) * m.config.heads == m.config.dim)
@@ -307,7 +309,7 @@ def _(m: Mapped) -> Spec:
     "q un-permuted for rotary",
     "mapping",
     at=LOOK,
-    cause=r"rows of q .*\(h e two\).*attn\.q is read",
+    cause=r"rows of q lie as \[\(h e two\)\], here as .*attn\.q is read as \[o i\], as it stands",
 )
 def _(m: Mapped) -> Spec:
     need(_width(m.config) % 2 == 0)
@@ -318,7 +320,7 @@ def _(m: Mapped) -> Spec:
     "k un-permuted for rotary",
     "mapping",
     at=LOOK,
-    cause=r"rows of k .*\(g e two\).*attn\.k is read",
+    cause=r"rows of k lie as \[\(g e two\)\], here as .*attn\.k is read as \[o i\], as it stands",
 )
 def _(m: Mapped) -> Spec:
     need(_width(m.config) % 2 == 0)
@@ -333,7 +335,7 @@ def _width(config: Any) -> int:
     "k permuted by the query heads",
     "mapping",
     at=LOOK,
-    cause=r"rows of k .*\(h e two\).*attn\.k is read",
+    cause=r"rows of k lie as \[\(h \w+ \w+\)\], here as .*attn\.k is read as \[o i\], as it stands",
 )
 def _(m: Mapped) -> Spec:
     kv_heads = getattr(m.config, "kv_heads", m.config.heads)
@@ -342,7 +344,12 @@ def _(m: Mapped) -> Spec:
     return regrouped(m, "attn.k", 0, ("h e two", "h two e"), h="heads")
 
 
-@mutant("v heads interleaved", "mapping", at=LOOK, cause=r"rows of v .*attn\.v is read")
+@mutant(
+    "v heads interleaved",
+    "mapping",
+    at=LOOK,
+    cause=r"rows of v lie as \[\(e g\)\], here as .*as it stands",
+)
 def _(m: Mapped) -> Spec:
     need(getattr(m.config, "kv_heads", m.config.heads) > 1)
     return regrouped(m, "attn.v", 0, ("e g", "g e"), g=_kv_heads(m.config))
@@ -357,7 +364,7 @@ def _kv_heads(config: Any) -> str:
     "out reads its heads interleaved",
     "mapping",
     at=LOOK,
-    cause=r"heads of what out reads .*attn\.out is read",
+    cause=r"heads of what out reads lie as \[\(h e\)\], here as .*as it stands",
 )
 def _(m: Mapped) -> Spec:
     need(m.config.heads > 1)
@@ -383,7 +390,12 @@ def _(m: Mapped) -> Spec:
     return spec.with_dialect(replace(dialect, weights=weights))
 
 
-@mutant("fused q, k, v read as interleaved", "mapping", at=LOOK, cause=r"rows of the fused q, k, v")
+@mutant(
+    "fused q, k, v read as interleaved",
+    "mapping",
+    at=LOOK,
+    cause=r"q,k,v} are read as \[\(n o\) i\], not",
+)
 def _(m: Mapped) -> Spec:
     def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
         turned = re.sub(r"\((\w+) (\w+)\)", r"(\2 \1)", source) if "{" in targets[0] else source
@@ -411,7 +423,7 @@ def _(config: Any) -> dict[str, Any]:
     return {"eps": 1e-6 if _field(config, "eps") != 1e-6 else 1e-5}
 
 
-@mutant("theta left at its default", "config", at=LOOK, cause=r"rope_base is 10000")
+@mutant("theta left at its default", "config", at=LOOK, cause=r"rope_base is 10000\.0, not")
 def _(config: Any) -> dict[str, Any]:
     need(_field(config, "rope_base") != 10000.0)
     return {"rope_base": 10000.0}
@@ -424,14 +436,21 @@ def _(config: Any) -> dict[str, Any]:
     return {"rope": {"rope_type": "default"}}
 
 
-@mutant("rope factor too large by a tenth", "config", at=LOOK, cause=r"rope is .*factor")
+@mutant(
+    "rope factor too large by a tenth", "config", at=LOOK, cause=r"rope is .*factor.*, not .*factor"
+)
 def _(config: Any) -> dict[str, Any]:
     rope = _field(config, "rope").to_json() or {}
     need("factor" in rope)
     return {"rope": {**rope, "factor": 1.1 * rope["factor"]}}
 
 
-@mutant("ends of the rope's ramp rounded, or not", "config", at=LOOK, cause=r"rope is .*truncate")
+@mutant(
+    "ends of the rope's ramp rounded, or not",
+    "config",
+    at=LOOK,
+    cause=r"rope is .*, not .*truncate",
+)
 def _(config: Any) -> dict[str, Any]:
     rope = _field(config, "rope").to_json() or {}
     need(rope.get("rope_type") == "yarn")
@@ -554,7 +573,7 @@ def _changed(
     return out
 
 
-@mutant("mask off by one", "model", at=LOOK, cause=r"one place ahead")
+@mutant("mask off by one", "model", at=LOOK, cause=r"here tokens see one place ahead")
 def _(model: Any) -> None:
     need(causal(model))
     attention(model, lambda look: look.allowing(lambda mask: mask | _ahead(mask)))
@@ -565,7 +584,12 @@ def _ahead(mask: Tensor) -> Tensor:
     return F.pad(mask, (1, 0))[..., :-1] if mask.shape[-1] > 1 else mask
 
 
-@mutant("a token may not look at itself", "model", at=LOOK, cause=r"does not look at itself")
+@mutant(
+    "a token may not look at itself",
+    "model",
+    at=LOOK,
+    cause=r"here a token does not look at itself",
+)
 def _(model: Any) -> None:
     def change(mask: Tensor) -> Tensor:
         own = torch.eye(*mask.shape[-2:], dtype=torch.bool)
@@ -575,7 +599,7 @@ def _(model: Any) -> None:
     attention(model, lambda look: look.allowing(change))
 
 
-@mutant("the future is visible", "model", at=LOOK, cause=r"the future is visible")
+@mutant("the future is visible", "model", at=LOOK, cause=r"here the future is visible")
 def _(model: Any) -> None:
     need(causal(model))
     attention(model, lambda look: look.allowing(_both_ways))
@@ -585,12 +609,17 @@ def _both_ways(mask: Tensor) -> Tensor:
     return mask | mask.mT if mask.shape[-1] == mask.shape[-2] else mask
 
 
-@mutant("attention not scaled", "model", at=LOOK, cause=r"scores are not scaled")
+@mutant("attention not scaled", "model", at=LOOK, cause=r"here scores are not scaled")
 def _(model: Any) -> None:
     _rescale(model, 1.0)
 
 
-@mutant("attention scaled by the whole width", "model", at=LOOK, cause=r"root of the whole width")
+@mutant(
+    "attention scaled by the whole width",
+    "model",
+    at=LOOK,
+    cause=r"here scores are divided by the root of the whole width",
+)
 def _(model: Any) -> None:
     _rescale(model, model.config.dim**-0.5)
 
@@ -600,7 +629,9 @@ def _rescale(model: Any, scale: float) -> None:
     attention(model, lambda look: replace(look, scale=scale))
 
 
-@mutant("kv heads tiled, not repeated", "model", at=LOOK, cause=r"tiled")
+@mutant(
+    "kv heads tiled, not repeated", "model", at=LOOK, cause=r"here key and value heads are tiled"
+)
 def _(model: Any) -> None:
     heads, kv_heads = model.config.heads, getattr(model.config, "kv_heads", model.config.heads)
     need(1 < kv_heads < heads)
@@ -656,7 +687,12 @@ def _(model: Any) -> None:
     model.pooler.register_forward_pre_hook(lambda _, args: (args[0].flip(1), *args[1:]))
 
 
-@mutant("norm outside the blocks missing", "model", at=r"out .*norm$", cause=r"norm is missing")
+@mutant(
+    "norm outside the blocks missing",
+    "model",
+    at=r"out (decoder\.)?norm$",
+    cause=r"norm is missing",
+)
 def _(model: Any) -> None:
     stack = stacks(model)[-1]
     part(stack, "norm")
@@ -713,7 +749,7 @@ def _(model: Any) -> None:
     "contents look at places as places at contents",
     "model",
     at=LOOK,
-    cause=r"(contents look at places|places look at contents)",
+    cause=r"here (contents look at places|places look at contents)",
 )
 def _(model: Any) -> None:
     for block in blocks(model):
@@ -833,7 +869,7 @@ def turning(model: Any, change: Callable[..., Any]) -> None:
     "queries one position ahead",
     "model",
     at=LOOK,
-    cause=r"queries are turned as if one place ahead",
+    cause=r"here queries are turned as if one place ahead",
 )
 def _(model: Any) -> None:
     def ahead(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
@@ -843,7 +879,7 @@ def _(model: Any) -> None:
     turning(model, ahead)
 
 
-@mutant("rotary left out", "model", at=LOOK, cause=r"queries and keys are not turned")
+@mutant("rotary left out", "model", at=LOOK, cause=r"here queries and keys are not turned")
 def _(model: Any) -> None:
     turning(model, lambda rotary, q, k, mask: (q, k))
 
@@ -853,7 +889,7 @@ def _(model: Any) -> None:
     turning(model, lambda rotary, q, k, mask: (rotary(q, k, mask)[0], k))
 
 
-@mutant("turned backwards", "model", at=LOOK, cause=r"turned backwards")
+@mutant("turned backwards", "model", at=LOOK, cause=r"here queries and keys are turned backwards")
 def _(model: Any) -> None:
     def back(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         return rotary(q, k, Mask(mask.allowed, -mask.positions, mask.causal))
@@ -861,7 +897,7 @@ def _(model: Any) -> None:
     turning(model, back)
 
 
-@mutant("neighbours turned, not halves", "model", at=LOOK, cause=r"neighbours are turned")
+@mutant("neighbours turned, not halves", "model", at=LOOK, cause=r"here neighbours are turned")
 def _(model: Any) -> None:
     def apart(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 2)).mT.flatten(-2)
@@ -918,7 +954,7 @@ def _(model: Any) -> None:
 @mutant(
     "attention left out of the residual stream once",
     "model",
-    at=r"in (.*blocks\.\d\.(norm\w+|mlp\.\w+)|norm)$",
+    at=r"in (decoder\.blocks\.1\.norm_cross|blocks\.2\.(norm\w+|mlp\.\w+)|norm)$",
     cause=r"attn\.out is in it not at all here",
 )
 def _(model: Any) -> None:
@@ -929,7 +965,7 @@ def _(model: Any) -> None:
     "last layer skipped",
     "model",
     at=r"in (decoder\.)?norm$|in head(\.dense)?$",
-    cause=r"blocks\.\d+ does not run here",
+    cause=r"blocks\.[12] does not run here",
 )
 def _(model: Any) -> None:
     stack = stacks(model)[-1]
@@ -940,7 +976,7 @@ def _(model: Any) -> None:
 @mutant(
     "first two layers exchanged",
     "model",
-    at=r"(in|out) .*blocks\.0\.",
+    at=r"(in|out) (encoder\.)?blocks\.0\.(norm1|norm_attn|norm_mlp|attn\.[qkv])$",
     cause=r"blocks\.0 holds what .*blocks\.1 should",
 )
 def _(model: Any) -> None:

@@ -52,6 +52,11 @@ class Trace:
     def ok(self) -> bool:
         return self.located and self.diagnosed
 
+    @property
+    def restored(self) -> bool:
+        """Whether the first cause was undone, and nothing differed then."""
+        return self.diagnosed and any("Parity is restored" in said for said in self.said[:1])
+
 
 class Tracer:
     """The variants of one architecture, each with the reference's reading of it."""
@@ -137,7 +142,8 @@ def table(traces: Iterable[Trace], killed: Killed) -> str:
     """A line for each architecture, as Markdown; below it what fell short."""
     traces = list(traces)
     names = list(dict.fromkeys(trace.architecture for trace in traces))
-    lines = ["| architecture | planted | killed | located | diagnosed |", "|---|--:|--:|--:|--:|"]
+    heads = ("architecture", "planted", "killed", "located", "diagnosed", "restored")
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|"]
     for name in [*names, ""]:
         mine = [t for t in traces if not name or t.architecture == name]
         counts = [
@@ -145,6 +151,7 @@ def table(traces: Iterable[Trace], killed: Killed) -> str:
             sum((t.architecture, t.mutant) in killed for t in mine),
             sum(t.located for t in mine),
             sum(t.diagnosed for t in mine),
+            sum(t.restored for t in mine),
         ]
         lines.append(f"| {name or 'all'} | {' | '.join(map(str, counts))} |")
     short = [t for t in traces if not t.ok]
@@ -166,9 +173,8 @@ def page(traces: Iterable[Trace], killed: Killed) -> str:
         "mutation gate, planted alone\nin every architecture that it applies to; "
         f"{refused} more never run, since they are refused when loaded. *Killed*: a check of\n"
         "`zoo verify` fails. *Located*: the place that is named is the one written beside the "
-        "bug. *Diagnosed*: the first cause\nthat is named is the one written there.\n\n"
-        + table(traces, killed)
-        + "\n"
+        "bug. *Diagnosed*: the first cause\nthat is named is the one written there. *Restored*: "
+        "undone, nothing differs.\n\n" + table(traces, killed) + "\n"
     )
 
 

@@ -239,10 +239,14 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
         return "is transposed"
     if (other := _other(scene, name, ours)) is not None:
         return f"holds what {other} should"
+    if (other := _other(scene, name, theirs)) is not None:
+        return f"is an array of its own here, and there the one of {other}"
     if alike(theirs.flip(0)):
         return "has its first axis in another order: the last row first"
     if (kind := _whole(ours, theirs)) is not None:
         return f"lost precision: it went through {kind}"
+    if (kind := _whole(theirs, ours)) is not None:
+        return f"is more precise than there: that went through {kind}"
     if ours.shape[0] <= SLICES and (moved := _moved(scene, ours, theirs)):
         return f"has its first axis in another order: {moved}"
     ratio = float((ours.double() * theirs.double()).sum() / theirs.double().square().sum())

@@ -209,6 +209,7 @@ def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
     for by, inside in kinds.items():
         eps = float((1 / r - inside.sqrt()).median())
         yield f"{by}, and eps beside it", eps, 1 / (inside.sqrt() + eps)
+    yield "another number for each token, near these or not", 0.0, r
 
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:

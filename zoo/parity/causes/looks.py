@@ -17,7 +17,7 @@ from zoo.parity.causes import held
 from zoo.parity.causes.bench import FUSED, READ, Bench, Look, Turn, all_of
 from zoo.parity.causes.scene import Idea, Reached, Scene
 from zoo.parity.causes.terms import LOOKS, places_said
-from zoo.parity.causes.turns import slips_of, turns_of
+from zoo.parity.causes.turns import in_order, slips_of, turns_of
 from zoo.parity.compare import call
 
 
@@ -28,8 +28,8 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     if given is not None and (fitted := list(_fitted(scene, name, given))):
         yield from fitted
         return
-    yield from held.exchanged(scene)
     yield from _exchanged(scene, name)
+    yield from held.exchanged(scene)
     yield from _otherwise_placed(scene, name)
     if given is not None:
         yield from _in_part(scene, name, given)
@@ -132,9 +132,13 @@ def _in_part(scene: Scene, name: str, given: Given) -> Iterator[Idea]:
             parameters = dict[str, Tensor]()
             for one in here:
                 parameters |= _part(scene, one, look, leaf)
+            fix = turn.fix.format(name=stars(name)) + f", in its {leaf}"
+            rows = scene.matching.matches[f"{name}.{turn.kind}"].rows if turn.kind in PARTS else {}
+            if leaf in rows and in_order(rows[leaf].at, look.orders[turn.kind]):
+                fix = f"{stars(name)}.{turn.kind}.{leaf} is read as it stands"
             idea = Idea(
                 f"{stars(name)}: in the other model {turn.what}, in what is read as {leaf} alone",
-                turn.fix.format(name=stars(name)) + f", in its {leaf}",
+                fix,
                 parameters=parameters,
                 where=tuple(n for n in parameters if n.startswith(f"{name}.")),
                 moved=True,
@@ -190,12 +194,16 @@ def _otherwise(
     what = f"{stars(name)}: in the other model {' and '.join(turn.what for turn in theirs)}"
     fixes = [turn.fix.format(name=stars(name)) for turn in theirs if turn.fix]
     if look.roles != PARTS or look.orders:
-        parameters = dict[str, Tensor]()
-        for one in here:
-            parameters |= _reordered(scene, one, look)
-        where = tuple(n for n in parameters if n.startswith(f"{name}."))
-        if all(turn.kind in ("roles", *READ) for turn in theirs):
-            yield Idea(what, " and ".join(fixes), parameters=parameters, where=where, moved=True)
+        stacks = [one.rpartition(".")[0] for one in scene.in_stacks()]
+        for each in (here, stacks) if len(stacks) > len(here) else (here,):
+            parameters = dict[str, Tensor]()
+            for one in each:
+                parameters |= _reordered(scene, one, look)
+            where = tuple(n for n in parameters if n.startswith(f"{name}."))
+            both = ", in both stacks" if each is stacks else ""
+            fix = " and ".join(fixes) + both
+            if all(turn.kind in ("roles", *READ) for turn in theirs):
+                yield Idea(what + both, fix, parameters=parameters, where=where, moved=True)
         return
     config = {key: value for turn in theirs for key, value in turn.config.items()}
     if config and scene.steady:

@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from zoo.components import rotary as component
 from zoo.components.masks import Mask
 from zoo.components.rotary import UNTURNED, Rotary
-from zoo.components.rotary import turn as turned
 from zoo.otherwise import backwards, bases, scalings
 from zoo.parity.causes.bench import Look, Turn
 from zoo.parity.causes.scene import Scene
@@ -27,48 +27,44 @@ def rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
         return Turn("rotary", what, changed, "", fields, lone=lone)
 
     standard = own.rotary
-    if not isinstance(standard, Rotary):
-        # the class turns nothing: the other may
-        standard = None
-    else:
-        yield turn("queries and keys are not turned", UNTURNED)
-        yield turn("keys are not turned", lambda q, k, m: (standard(q, k, m)[0], k))
-        yield turn("queries are not turned", lambda q, k, m: (q, standard(q, k, m)[1]))
-        for ahead in (1, -1):
-            way = "ahead" if ahead > 0 else "behind"
-            yield turn(
-                f"queries are turned as if one place {way}",
-                lambda q, k, m, n=ahead: (standard(q, k, _moved(m, n))[0], standard(q, k, m)[1]),
-            )
-        yield turn(
-            "queries and keys are turned twice",
-            lambda q, k, m: standard(*standard(q, k, m), m),
-            lone=True,
-        )
-        yield Turn(
-            "rotary",
-            "values are turned, too",
-            lambda look: replace(look, attend=partial(_values_too, standard, look.attend)),
-            lone=True,
-        )
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            for early in (True, False):
-                how = "computed in" if early else "rounded to"
-                yield turn(
-                    f"cosines and sines are {how} {str(dtype)[6:]}",
-                    partial(_coarse, standard, dtype, early),
-                    lone=True,
-                )
-        yield turn("queries and keys are turned backwards", partial(backwards, standard))
-        yield turn(
-            "neighbours are turned against each other, not halves", partial(_neighbours, standard)
-        )
-        yield turn(
-            "neighbours are turned against each other in all of a head, not halves of its part",
-            partial(_neighbours, standard, whole=True),
-        )
-    if standard is None:
+    if not isinstance(standard, Rotary):  # the class turns nothing
         return
+    yield turn("queries and keys are not turned", UNTURNED)
+    yield turn("keys are not turned", lambda q, k, m: (standard(q, k, m)[0], k))
+    yield turn("queries are not turned", lambda q, k, m: (q, standard(q, k, m)[1]))
+    for ahead in (1, -1):
+        way = "ahead" if ahead > 0 else "behind"
+        yield turn(
+            f"queries are turned as if one place {way}",
+            lambda q, k, m, n=ahead: (standard(q, k, _moved(m, n))[0], standard(q, k, m)[1]),
+        )
+    yield turn(
+        "queries and keys are turned twice",
+        lambda q, k, m: standard(*standard(q, k, m), m),
+        lone=True,
+    )
+    yield Turn(
+        "rotary",
+        "values are turned, too",
+        lambda look: replace(look, attend=partial(_values_too, standard, look.attend)),
+        lone=True,
+    )
+    yield turn("queries and keys are turned backwards", partial(backwards, standard))
+    yield turn(
+        "neighbours are turned against each other, not halves", partial(_neighbours, standard)
+    )
+    yield turn(
+        "neighbours are turned against each other in all of a head, not halves of its part",
+        partial(_neighbours, standard, whole=True),
+    )
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for early in (True, False):
+            how = "computed in" if early else "rounded to"
+            yield turn(
+                f"cosines and sines are {how} {str(dtype)[6:]}",
+                partial(_coarse, standard, dtype, early),
+                lone=True,
+            )
     for base in bases(standard.base, scene.numbers):
         rotary = Rotary(standard.width, base, standard.scaling, standard.limit)
         yield turn(f"theta is {base:g}", rotary, rope_base=base)
@@ -108,7 +104,7 @@ def _coarse(
     ]
     scale = standard.scaling.amplitude(standard)
     cos, sin = ((x * scale).to(dtype).to(q.dtype) for x in (angles.cos(), angles.sin()))
-    return turned(q, cos, sin), turned(k, cos, sin)
+    return component.turn(q, cos, sin), component.turn(k, cos, sin)
 
 
 def _moved(mask: Mask, by: int) -> Mask:

@@ -226,6 +226,14 @@ class Scene:
         kind = re.sub(r"\.\d+\.", r".\\d+.", re.escape(name or self.name).replace(r"\.", "."))
         return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
 
+    def in_stacks(self) -> list[str]:
+        """Likewise, in an encoder and in a decoder."""
+        found = self.alike()
+        for a, b in (("encoder.", "decoder."), ("decoder.", "encoder.")):
+            if self.name.startswith(a):
+                found += self.alike(b + self.name.removeprefix(a))
+        return found
+
     def everywhere(self) -> list[Place]:
         """This place wherever the same code runs; of a norm's output, that of every such norm."""
         modules = dict(self.model.named_modules())

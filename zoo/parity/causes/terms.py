@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,23 +81,37 @@ def _paces(term: Alibi, scale: float) -> Iterator[Turn]:
     whole = 2 ** (count.bit_length() - 1)
     usual = [2 ** (-8 * n / whole) for n in range(1, whole + 1)]
     usual += [2 ** (-4 * n / whole) for n in range(1, 2 * (count - whole), 2)]
-    kinds: list[tuple[str, dict[str, Any]]] = [
-        (
-            "slopes are those of the next lower power of two, and such halfway between",
-            {"slopes": usual},
+    now, powers = Pace(tuple(term.slopes), term.scale, term.dtype), "the next lower power of two"
+    kinds = {
+        f"slopes are those of {powers}, and such halfway between": replace(
+            now, slopes=tuple(usual)
         ),
-        ("slopes fall evenly whatever the number of heads", {"slopes": even}),
-        ("slopes are the other way about", {"slopes": term.slopes[::-1]}),
-        ("the bias by distance is not scaled", {"scale": 1.0}),
-        ("the bias by distance is scaled as the scores are", {"scale": scale}),
-        ("the bias by distance is not rounded", {"dtype": None}),
-        ("the bias by distance is rounded to bfloat16", {"dtype": torch.bfloat16}),
-    ]
-    for what, changed in kinds:
-        other = copy.copy(term)
-        vars(other).update(changed)
-        if vars(other) != vars(term):
-            yield Turn("sum", what, partial(_with_term, other), lone=True)
+        "slopes fall evenly whatever the number of heads": replace(now, slopes=tuple(even)),
+        "slopes are the other way about": replace(now, slopes=now.slopes[::-1]),
+        "the bias by distance is not scaled": replace(now, scale=1.0),
+        "the bias by distance is scaled as the scores are": replace(now, scale=scale),
+        "the bias by distance is not rounded": replace(now, dtype=None),
+        "the bias by distance is rounded to bfloat16": replace(now, dtype=torch.bfloat16),
+        "the bias by distance is as its slopes and scale have it": now,
+    }
+    for what, pace in kinds.items():
+        yield Turn("sum", what, partial(_with_term, pace), lone=True)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Scores that fall with distance, whatever the class makes of it."""
+
+    slopes: tuple[float, ...]
+    scale: float
+    dtype: torch.dtype | None
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+        """(b, h, 1, t), each product rounded once."""
+        wide = self.dtype or q.dtype
+        pace = torch.tensor(self.slopes, dtype=wide).to(q.dtype)[:, None, None]
+        term = pace * mask.keys[:, None, None, :].to(wide).to(q.dtype)
+        return term.to(wide).to(q.dtype) * self.scale
 
 
 def _with_term(term: Any, look: Look) -> Look:

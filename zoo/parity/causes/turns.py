@@ -74,7 +74,12 @@ def _orders(scene: Scene, name: str, bench: Bench) -> Iterator[Turn]:
                     return replace(look, orders={**look.orders, part: rows})
 
                 match = scene.matching.matches[f"{name}.{part}"]
-                plain = _in_order(match.into if part == "out" else match.out, rows)
+                # of what out reads, columns go where those of its input came from
+                plain = (
+                    in_order(match.into, rows.argsort())
+                    if part == "out"
+                    else in_order(match.out, rows)
+                )
                 if part == "out":
                     what = f"heads of what out reads lie as [({b})], here as [({a})]"
                     fix = f"[o ({a})] (in its rule, [o ({b})]: [o ({a})])"
@@ -127,7 +132,7 @@ def _grouped(scene: Scene, name: str, r: int, g: int, e: int) -> Iterator[Turn]:
             )
 
 
-def _in_order(now: Tensor | None, order: Tensor) -> bool:
+def in_order(now: Tensor | None, order: Tensor) -> bool:
     """Whether rows that are read so would be read as they stand on disk."""
     return now is not None and bool((now[order].diff() == 1).all())
 
