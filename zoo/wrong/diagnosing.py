@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +11,10 @@ from zoo.errors import ZooError
 from zoo.pretrained import Ref, load
 from zoo.wrong import axes, beside, layers, norms, turns, values
 from zoo.wrong.finding import Finding
+from zoo.wrong.likelihood import ids_of
 from zoo.wrong.numbers import Numbers, numbers_of
 from zoo.wrong.opening import Opened, opened
+from zoo.wrong.readings import readings
 from zoo.wrong.report import Diagnosis
 
 _LARGE = 500_000_000  # numbers of a model that reads a text unasked
@@ -95,15 +95,11 @@ def _by_a_text(
     tell: Progress,
 ) -> list[Finding]:
     """How likely a text is as the weights are read, and under other readings of them."""
-    if find_spec("zoo.wrong.readings") is None:
-        return []
     if text is None and ids is None and size > _LARGE:
         return []
     model = load(found.ref, config=config)
     if ids is None:
-        ids_of = import_module("zoo.wrong.likelihood").ids_of
         ids = ids_of(model) if text is None else ids_of(model, text)
-    readings = import_module("zoo.wrong.readings").readings
-    told: list[Finding] = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))
+    told = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))
     tell(1, 1, "")
     return told
