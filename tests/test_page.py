@@ -173,6 +173,11 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
     assert "not run" not in seen and "NOT all" not in seen
 
 
+def test_what_was_run_of_some_says_so(run: Run) -> None:
+    one, other = with_record(run).architectures[0], replace(run.architectures[0], name="another")
+    assert "Planted bugs: torch 9.8; not run of 1 architectures." in texts(page(Run([one, other])))
+
+
 def test_every_cell_says_what_was_measured(run: Run) -> None:
     (each,) = run.architectures
     seen = texts(page(run))

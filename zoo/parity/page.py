@@ -202,12 +202,14 @@ def _with(found: Iterable[Evidence]) -> Iterator[str]:
         "trips": [each.trips for each in found if each.trips],
     }
     for section, entries in stamps.items():
+        left = len(found) - len(entries)
+        also = f"; not run of {left} architectures" if entries and left else ""
         used = dict.fromkeys(
             ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
             for entry in entries
         )
         told = " or ".join(used) or f"not run; {record.SECTIONS[section]} does"
-        yield escape(f"{PARTS[section]}: {told}.")
+        yield escape(f"{PARTS[section]}: {told}{also}.")
 
 
 def _extremes(found: Iterable[Evidence]) -> Iterator[str]:
