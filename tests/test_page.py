@@ -52,6 +52,7 @@ KNOWN: dict[str, Any] = {
             "bugs": {
                 "q and k swapped": {"killed": "base: fp64 1", "located": True, "diagnosed": True},
                 "k lost": {"killed": "x", "located": True, "diagnosed": False, "said": "v <lost>"},
+                "lost": {"killed": "x", "located": False, "place": "in norm", "said": "nothing"},
                 "a shape": {"refused": "base: ShapeMismatch"},
             },
         }
@@ -159,18 +160,24 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
     seen = texts(page(with_record(run)))
     for told in (
         # planted, killed, located, diagnosed; code that is not the one that was measured
-        "2 2 2 1 2001-02-03, changed since",
+        "3 3 2 1 2001-02-03, changed since",
         # bytes, weights, values, lossy, refused, wrong
         "1 0 0 0 1 0 2004-05-06",
         "Planted bugs: torch 9.8.",
         "Round trips: torch 7.6.",
         "k lost x yes no v &lt;lost&gt;",
+        "lost x no no nothing (seen at in norm)",
         "a shape refused, base: ShapeMismatch",
         "1 variants as the reference writes them",
         "all within their limits",
     ):
         assert told in seen, told
     assert "not run" not in seen and "NOT all" not in seen
+
+
+def test_what_was_run_of_some_says_so(run: Run) -> None:
+    one, other = with_record(run).architectures[0], replace(run.architectures[0], name="another")
+    assert "Planted bugs: torch 9.8; not run of 1 architectures." in texts(page(Run([one, other])))
 
 
 def test_every_cell_says_what_was_measured(run: Run) -> None:
@@ -205,7 +212,7 @@ def test_what_fails_is_named_and_lies_open() -> None:
     seen = texts(text)
     assert "<b>" not in text.replace("<b>fp", "").replace("<b>loads", "") and "NOT all" in seen
     assert seen.count("fp64 of base: a &lt;b&gt;") == 2 and "(at most 1e-10)" in seen
-    assert "5.0e-01 base" in seen and 'id="of-gpt2" open="open"' in text
+    assert "5.0e-01 base" in seen and '<details open="open"' in text
 
 
 @pytest.mark.parametrize("check", ["load", "reference"])
@@ -337,12 +344,29 @@ def test_what_cannot_be_written_is_said_before_the_work(
     assert "evidence.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["good", "bad"])
-@pytest.mark.parametrize("width", [390, 1400])
-def test_a_browser_shows_it(run: Run, kind: str, width: int, tmp_path: Path) -> None:
+def rendered(place: Path, scratch: Path, fragment: str = "") -> str:
+    """The page as a browser has it in the end."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    own = (f"--user-data-dir={scratch / 'profile'}", "--window-size=1500,900", "--dump-dom")
+    command = [browser, *ALONE, *own, place.as_uri() + fragment]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_link_opens_its_chapter(run: Run, tmp_path: Path) -> None:
+    place = tmp_path / "index.html"
+    place.write_text(page(run), encoding="utf-8")
+    chapter = r'<details open="">(?:(?!<details).)*<div id="of-gpt2">'
+    for fragment, opened in (("", False), ("#of-gpt2", True)):
+        assert bool(re.search(chapter, rendered(place, tmp_path, fragment))) == opened
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_browser_shows_it(run: Run, kind: str, width: int, tmp_path: Path) -> None:
     shown = with_record(run)
     if kind == "bad":
         shown.architectures += failing(
@@ -357,11 +381,7 @@ def test_a_browser_shows_it(run: Run, kind: str, width: int, tmp_path: Path) -> 
     )
     place = tmp_path / "index.html"
     place.write_text(f"<!doctype html><meta charset='utf-8'>{outer}", encoding="utf-8")
-    own = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [browser, *ALONE, own, "--window-size=1500,900", "--dump-dom", place.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    title = done.stdout.partition("<title>")[2].partition("</title>")[0]
+    title = rendered(place, tmp_path).partition("<title>")[2].partition("</title>")[0]
     assert 300 < int(title) <= width
 
 

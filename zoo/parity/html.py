@@ -33,7 +33,8 @@ thead th { color: var(--soft); font-weight: 600; vertical-align: bottom }
 ul { padding-left: 1.2rem }
 .good { color: var(--good) } .bad { color: var(--bad); font-weight: 600 } .old { color: var(--old) }
 details { border: 1px solid var(--line); border-radius: 8px; margin: .7rem 0; padding: .6rem .9rem }
-summary { cursor: pointer } details details { border: 0; padding: 0; margin: .3rem 0 }
+summary { cursor: pointer } details > div[id] { scroll-margin-top: 3.5rem }
+details details { border: 0; padding: 0; margin: .3rem 0 }
 code, .rules td { font-family: ui-monospace, monospace; font-size: .8rem; text-align: left;
   overflow-wrap: anywhere }
 .drawings { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start }

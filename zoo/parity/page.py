@@ -97,7 +97,8 @@ def _failures(each: Evidence, link: bool = False) -> Iterator[str]:
     name = tag("a", escape(each.name), href=f"#{_place(each)}") + ", " if link else ""
     for check, measured in each.checks.items():
         for variant, why in measured.failed.items():
-            told = f"{check} of {variant}: {why} (at most {measured.limit:g})"
+            limit = f" (at most {measured.limit:g})" if measured.limit else ""
+            told = f"{check} of {variant}: {why}{limit}"
             yield tag("li", name + escape(told), class_="bad")
     if each.unseen:
         yield tag("li", f"{name}not drawn, {escape(each.unseen)}", class_="bad")
@@ -202,12 +203,14 @@ def _with(found: Iterable[Evidence]) -> Iterator[str]:
         "trips": [each.trips for each in found if each.trips],
     }
     for section, entries in stamps.items():
+        left = len(found) - len(entries)
+        also = f"; not run of {left} architectures" if entries and left else ""
         used = dict.fromkeys(
             ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
             for entry in entries
         )
         told = " or ".join(used) or f"not run; {record.SECTIONS[section]} does"
-        yield escape(f"{PARTS[section]}: {told}.")
+        yield escape(f"{PARTS[section]}: {told}{also}.")
 
 
 def _extremes(found: Iterable[Evidence]) -> Iterator[str]:
@@ -261,8 +264,9 @@ def _chapter(each: Evidence) -> Iterator[str]:
         tag("h3", "Spec") + shown_spec.shown(load_spec(known.spec)) if known else "",
     ]
     about = f"{tag('h2', escape(each.name))} variants: {each.variants}{took}"
-    # what failed lies open
-    yield folded(about, "".join(parts), id=_place(each), open="open" if failures else "")
+    # what failed lies open; a link to what is inside opens it without a script
+    inside = tag("div", "".join(parts), id=_place(each))
+    yield folded(about, inside, open="open" if failures else "")
 
 
 def _drawings(each: Evidence) -> Iterator[str]:
@@ -311,6 +315,8 @@ def _bugs(each: Evidence) -> str:
             rows.append(cells(bug, f"refused, {became['refused']}", "", "", ""))
             continue
         killed, short = became.get("killed") or "SURVIVED", became.get("said", "")
+        if short and not became.get("located"):
+            short = f"{short} (seen at {became.get('place') or 'no place'})"
         marks = ["yes" if became.get(name) else "no" for name in BUGS[2:]]
         rows.append(cells(bug, killed, *marks, short))
     counts = counted(each.bugs)
