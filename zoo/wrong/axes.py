@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import sqrt
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -26,7 +28,8 @@ _ROWS = 128  # of all arrays of a family together
 _CHANCE, _CLEARLY = 5.0, 4.0
 _MOST = 0.6  # of the matrices of layers
 _OTHER = ("pooler", "head.", "summary", "nsp", "span")
-RANDOM = 2.0  # and of independent numbers 1
+# And of independent numbers about 1, more where all others agree; of the least trained ones 3.0.
+_RANDOM, _OF_USUAL = 2.5, 0.01
 
 
 class Stream:
@@ -76,6 +79,15 @@ class Stream:
 
     def knows(self, n: Numbers) -> bool:
         return n.array.family in self.families
+
+    def is_like_none(self, n: Numbers) -> bool:
+        """Whether it resembles the others no more than chance would have it."""
+        return self.resembles(n) < max(_RANDOM, _OF_USUAL * self._usual)
+
+    @cached_property
+    def _usual(self) -> float:
+        every = [self.resembles(n) for each in self.families.values() for n in each]
+        return median(every) if every else 0.0
 
     def writes(self, n: Numbers) -> bool:
         return n.array.family in self.writing

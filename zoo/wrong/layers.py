@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import exp, log, sqrt
 from statistics import median
 
-from zoo.wrong.axes import RANDOM, Stream
+from zoo.wrong.axes import Stream
 from zoo.wrong.finding import Finding
 from zoo.wrong.numbers import MANTISSA, Numbers
 from zoo.wrong.values import called, families_of, files_of
@@ -50,7 +50,7 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     share = len(random) / max(len(known), 1)
     if share < _FRESH:
         # what resembles others is trained, however little
-        random = [n for n in random if fresh(n, _ALONE) and stream.resembles(n) < RANDOM]
+        random = [n for n in random if fresh(n, _ALONE) and stream.is_like_none(n)]
         random = [n for n in random if n.count >= (_ENOUGH if stream.knows(n) else _LOOSE)]
         share = len(random) / max(len(known), 1)
     if not random:
