@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import sqrt
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,11 +23,13 @@ from zoo.wrong.values import called, files_of
 WRITES = ("out", "down")  # to the stream: rows are its features; all others read
 _ROWS = 128  # of all arrays of a family together
 # Resemblance in units of what chance makes of as many families. Of the wrong axis of trained
-# matrices it was 8 at most, where that of the right one was 480; of the right one mostly above 25.
+# matrices it was 5 at most (once 12, where that of the right one was 480); of the right one mostly
+# above 25, and less only in models of a width of 64.
 _CHANCE, _CLEARLY = 5.0, 4.0
 _MOST = 0.6  # of the matrices of layers
 _OTHER = ("pooler", "head.", "summary", "nsp", "span")
-RANDOM = 2.0  # and of independent numbers 1
+# And of independent numbers about 1, more where all others agree; of the least trained ones 3.0.
+_RANDOM, _OF_USUAL = 2.5, 0.01
 
 
 class Stream:
@@ -73,18 +77,31 @@ class Stream:
             return 0.0
         return sum(mine.alike(each) ** 2 for each in against) / len(against) * self.dim**2 / 2
 
+    def knows(self, n: Numbers) -> bool:
+        return n.array.family in self.families
+
+    def is_like_none(self, n: Numbers) -> bool:
+        """Whether it resembles the others no more than chance would have it."""
+        return self.resembles(n) < max(_RANDOM, _OF_USUAL * self._usual)
+
+    @cached_property
+    def _usual(self) -> float:
+        every = [self.resembles(n) for each in self.families.values() for n in each]
+        return median(every) if every else 0.0
+
     def writes(self, n: Numbers) -> bool:
         return n.array.family in self.writing
 
     def _side(self, n: Numbers, across: bool = False) -> Tensor | None:
         """(rows, dim) along the axis that lies in the stream, or across it; None where it does not.
 
-        Features are brought to one size.
+        Features are brought to one size, and what all have in common is taken away.
         """
         rows = (n.some_rows if self.writes(n) == across else n.some_columns).float()
         if rows.shape[-1] != self.dim or not len(rows):
             return None
-        return rows / rows.square().mean(0).sqrt().clamp_min(1e-30)
+        rows = rows / rows.square().mean(0).sqrt().clamp_min(1e-30)
+        return rows - rows.mean(1, keepdim=True)
 
     def _products(self, each: Sequence[Numbers]) -> _Products:
         """Of some rows of them all."""

@@ -63,7 +63,9 @@ def holes(found: Opened) -> Iterator[Finding]:
         every = set.union(*layers.values())
         for rest in sorted(every):
             lacks = [n for n, names in layers.items() if rest not in names]
-            if len(lacks) == 1 and usual > len(layers[lacks[0]]):
+            # the first and the last may be otherwise
+            inner = len(lacks) == 1 and 0 < lacks[0] < max(layers)
+            if inner and usual > len(layers[lacks[0]]):
                 name = f"{stem}{lacks[0]}.{rest}"
                 seen = f"all other {len(layers) - 1} of {stem}* have {rest}"
                 fix = "it was not written, or is called otherwise"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import exp, inf, log, sqrt
+from math import exp, log, sqrt
 from statistics import median
 
-from zoo.wrong.axes import RANDOM, Stream
+from zoo.wrong.axes import Stream
 from zoo.wrong.finding import Finding
 from zoo.wrong.numbers import MANTISSA, Numbers
 from zoo.wrong.values import called, families_of, files_of
@@ -15,11 +15,12 @@ from zoo.wrong.values import called, families_of, files_of
 # trained ones of the smallest models one at least of the two sides is.
 _CHANCE, _ALONE = 4.5, 3.0  # of a whole checkpoint's, of one among trained ones
 _SMALL = 1024  # fewer numbers tell nothing
-_ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one that no rule names
+_ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one beside the residual stream
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
 _FRESH, _MUCH = 0.9, 0.35  # of all matrices
-# how far a layer's numbers may be from those of its neighbours; the outermost differ of themselves
-_SCALE, _OUTER = 5.0, 8.0
+# how many times the size of its neighbours' a layer's numbers may be, within and outermost: of
+# matrices 2.2 and 4.8 were measured; norms grow with depth of themselves
+_SCALE, _OUTER, _NORM = 5.0, 8.0, 2.0
 _BITS = 3  # fewer of a mantissa than the other layers'
 
 
@@ -49,8 +50,8 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     share = len(random) / max(len(known), 1)
     if share < _FRESH:
         # what resembles others is trained, however little
-        random = [n for n in random if fresh(n, _ALONE) and stream.resembles(n) < RANDOM]
-        random = [n for n in random if n.count >= (_ENOUGH if n.array.native else _LOOSE)]
+        random = [n for n in random if fresh(n, _ALONE) and stream.is_like_none(n)]
+        random = [n for n in random if n.count >= (_ENOUGH if stream.knows(n) else _LOOSE)]
         share = len(random) / max(len(known), 1)
     if not random:
         return [], False
@@ -94,8 +95,9 @@ def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
         for at, n in enumerate(each):
             near = [sizes[m] for m in range(max(0, at - 2), min(len(each), at + 3)) if m != at]
             away = sizes[at] - median(near)
-            inner = 0 < at < len(each) - 1
-            if abs(away) > max(log(_SCALE if inner else _OUTER), 5 * spread):
+            most = _SCALE if 0 < at < len(each) - 1 else _OUTER
+            most *= 1.0 if n.matrix else _NORM
+            if abs(away) > max(log(most), 5 * spread):
                 odd.append((exp(away), n))
     if odd:
         times, n = max(odd, key=lambda pair: abs(log(pair[0])))
@@ -142,6 +144,6 @@ def precision(numbers: Sequence[Numbers]) -> str:
     known = [n for n in numbers if n.bits is not None and n.matrix]
     wide = max((MANTISSA[n.array.dtype] for n in known), default=0)
     most = max((n.bits or 0 for n in known), default=wide)
-    if not known or most >= wide - _BITS + 1 or wide == 0 or most == inf:
+    if not known or most >= wide - _BITS + 1:
         return ""
     return _named(most)

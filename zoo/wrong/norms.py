@@ -53,7 +53,8 @@ def _exchanged(numbers: Sequence[Numbers]) -> Iterator[Finding]:
             for b in range(a + 1, len(families)):
                 if held[a].shape != held[b].shape:
                     continue
-                odd = [n for n in range(len(held[a])) if _crossed(held[a], held[b], n)]
+                # the outermost are like none
+                odd = [n for n in range(1, len(held[a]) - 1) if _crossed(held[a], held[b], n)]
                 if odd and len(odd) < len(held[a]) / 2:
                     arrays = [families[k][n] for n in odd for k in (a, b)]
                     first = [each.name for each in arrays[:2]]

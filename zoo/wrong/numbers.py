@@ -26,7 +26,7 @@ _GRIDS = {127: "int8", 7: "int4", 8: "int4"}
 _GROUPS = (32, 64, 128)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself
 class Numbers:
     """`rows` and `columns` are means of squares; the last axis counts columns, all others rows."""
 

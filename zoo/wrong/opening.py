@@ -28,7 +28,7 @@ from zoo.errors import (
 )
 from zoo.pretrained import Located, Ref, locate, native_of, prove, skeleton_of
 
-_NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
+_NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
 
 def family_of(name: str) -> str:
@@ -249,6 +249,3 @@ def _safetensors(path: Path) -> Checkpoint | None:
 def _by_content(path: Path) -> Checkpoint | None:
     found = open_place(path)
     return None if found is None else found.checkpoint(Container(found.kind))
-
-
-__all__ = ["Array", "Opened", "opened"]

@@ -27,10 +27,7 @@ _TOLD, _SHARE = 0.08, 0.3
 _APART, _ALIKE = 1.2, 0.5
 # What chance makes of that share, times the root of how many rows there are: of all layers, of one
 _NOISE, _ALONE = 2.0, 3.6
-_TIE, _SMOOTHER = (
-    0.9,
-    0.8,
-)  # readings that explain as much: the one with the smoother profile counts
+_TIE = 0.9  # of readings that explain as much, the one with the smoothest profile counts
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 _FEW = 4  # rows of a head that are turned; less shows no profile
 
@@ -83,8 +80,8 @@ def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if not isinstance(config, Rotated) or getattr(config, "alibi", False):
         return
     rows = {leaf: held for leaf in ("q", "k", "v") if (held := _rows(config, numbers, leaf))}
-    found_ = [f for leaf in ("q", "k") if leaf in rows for f in _layout(config, leaf, rows[leaf])]
-    yield from _together(found_)
+    turned = [leaf for leaf in ("q", "k") if leaf in rows]
+    yield from _together([each for leaf in turned for each in _layout(config, leaf, rows[leaf])])
     yield from _heads(rows)
     yield from _exchanged(rows)
 
@@ -147,7 +144,6 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
     share = max(float(told(read).mean()) for _, _, read in others)
     near = [other for other in others if float(told(other[2]).mean()) > _TIE * share]
     what, fix, _ = min(near, key=lambda other: rough(other[2]), default=others[0])
-    name = _NAMES[leaf]
     beyond = _NOISE / as_read.numel() ** 0.5
     clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
     if clear and apart(as_read) > _APART:
@@ -157,7 +153,7 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
         )
         fix = f"put rows in order: {fix}"
         files = files_of(rows.arrays)
-        yield Finding(f"rotary rows of all {name}: {what}", files, seen, 0.93, fix)
+        yield Finding(f"rotary rows of all {_NAMES[leaf]}: {what}", files, seen, 0.93, fix)
         return
     if len(rows.arrays) < 3 or whole < _TOLD:
         return

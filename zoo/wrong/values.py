@@ -15,7 +15,7 @@ from zoo.wrong.opening import Opened
 
 AGAIN = "take the files from where they came once more and compare their digests"
 _APART, _TOGETHER = 12.0, 6.0  # powers of two: weights are spread over 1.5 to 2, junk over 70
-_HOLE = 8  # rows of zeros one behind the other
+_HOLE, _FEWEST = 8, 4  # rows of zeros one behind the other; of small matrices
 _RARE, _COMMON = 0.01, 0.5  # share of numbers below the smallest normal one: wide types, fp16
 _SHOWN = 4
 
@@ -107,7 +107,7 @@ def _how_many(n: Numbers) -> list[str]:
 
 
 def _zero(numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    """all zero or all the same, where the other layers' are not."""
+    """All zero or all the same, where the other layers' are not."""
     for zero in (True, False):
         odd = [n for n in numbers if n.constant and (n.low == 0) == zero]
         families = families_of(numbers)
@@ -143,7 +143,7 @@ def _holes(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     for n in numbers:
         if n.matrix and n.array.layer is not None and not n.constant:
             start, length = _longest(n)
-            if length >= min(_HOLE, max(2, len(n.rows) // 8)):
+            if length >= min(_HOLE, max(_FEWEST, len(n.rows) // 8)):
                 odd.append((n, start, length))
     if odd:
         n, start, length = odd[0]
