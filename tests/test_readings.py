@@ -116,10 +116,11 @@ def test_each_token_costs_what_it_should() -> None:
 
         encoder = hot(build("bert"))
         (costs,) = nats(encoder, ids, MASK)
-        for at in (0, EVERY, 22):
+        assert len(costs) == len(ids) and len(nats(encoder, ids, MASK, times=1)[0]) == 4
+        for n, at in ((0, 0), (3, 3 * EVERY), (4, 1), (22, 2 * EVERY + 6)):
             shown = torch.where(torch.arange(23) % EVERY == at % EVERY, MASK, ids)
             logits = encoder(shown[None])[0, at].log_softmax(-1)
-            assert math.isclose(costs[at], -logits[ids[at]], rel_tol=1e-4)
+            assert math.isclose(costs[n], -logits[ids[at]], rel_tol=1e-4)
 
 
 def test_an_untrained_model_is_said_to_know_nothing() -> None:

@@ -17,14 +17,16 @@ from zoo.inference import at_rest, device_of
 from zoo.otherwise import applied, stars
 from zoo.wrong.finding import Finding
 from zoo.wrong.hypotheses import hypotheses, inside, narrowed, without
-from zoo.wrong.likelihood import chance, hidden_as, nats
+from zoo.wrong.likelihood import EVERY, chance, hidden_as, nats
 from zoo.wrong.parts import Hypothesis
 
 FEW = 96  # tokens that every hypothesis is tried on
+TIMES = 3  # that a masked LM is shown them, of EVERY
 GOOD = 8  # hypotheses that are tried on the whole text
 HEATS = (1.0, 2.0, 4.0)  # what logits are divided by
 TOLD = 5  # that are told
 FEW_NAMES = 3  # of more than these, layers are left open
+MUCH = 1.0  # nats a token
 HELPFUL = 3  # that are tried in each block alone, too
 BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
@@ -79,8 +81,8 @@ class Search:
         return chance(self.model)
 
     def costs(self, model: Model, ids: Tensor) -> Tensor:
-        """What is no number says less than nothing."""
-        costs = nats(model, ids, self.mask, HEATS)
+        """What is no number says less than nothing. Of few tokens a masked LM is shown some."""
+        costs = nats(model, ids, self.mask, HEATS, EVERY if len(ids) > FEW else TIMES)
         return costs.nan_to_num(2 * self.chance, posinf=2 * self.chance)
 
     def tried(self, model: Model, hypothesis: Hypothesis, ids: Tensor) -> Tensor | None:
@@ -103,11 +105,12 @@ class Search:
             few = self.ids[:FEW]
             before = Reading((), self.costs(model, few)).nll
             coarse = self._coarse(model, hypotheses(model), few, before)
-            coarse.sort(key=lambda pair: pair[0])
-            helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
-            coarse += self._coarse(model, narrowed(model, helpful), few, before)
-            coarse += self._coarse(model, self._inside(model, few), few, before)
-            coarse.sort(key=lambda pair: pair[0])
+            # what helps so much is not in one block alone; a second fault may be, and comes later
+            if not coarse or coarse[0][0] > before - MUCH:
+                helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
+                coarse += self._coarse(model, narrowed(model, helpful), few, before)
+                coarse += self._coarse(model, self._inside(model, few), few, before)
+                coarse.sort(key=lambda pair: pair[0])
             found = list[Reading]()
             for _, hypothesis in coarse[:GOOD]:
                 costs = self.tried(model, hypothesis, self.ids)
@@ -126,7 +129,7 @@ class Search:
             costs = self.tried(model, hypothesis, few)
             if costs is not None and (nll := Reading((), costs).nll) < before - GAIN / 4:
                 found.append((nll, hypothesis))
-        return found
+        return sorted(found, key=lambda pair: pair[0])
 
     def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
         """Of single blocks, where leaving a branch out costs least."""
