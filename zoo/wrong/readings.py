@@ -11,7 +11,7 @@ from torch import Tensor
 
 from converters.lines import field_line, rule_line
 from zoo.components.model import Model
-from zoo.errors import ZooError
+from zoo.errors import InputError, ZooError
 from zoo.fitting import spec_of
 from zoo.inference import at_rest, device_of
 from zoo.otherwise import applied, stars
@@ -32,6 +32,7 @@ BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
 # hundreds of hypotheses, gained at most 0.03 (docs/decisions/readings.md)
 GAIN, ERRORS = 0.06, 3.0
+LEAST = 32  # tokens of a text
 CHANCE = 0.95  # of what a token costs where all are alike: from there on nothing is known
 
 
@@ -112,7 +113,8 @@ class Search:
                 coarse += self._coarse(model, self._inside(model, few), few, before)
                 coarse.sort(key=lambda pair: pair[0])
             found = list[Reading]()
-            for _, hypothesis in coarse[:GOOD]:
+            once = {hypothesis.fix: hypothesis for _, hypothesis in coarse}
+            for hypothesis in list(once.values())[:GOOD]:
                 costs = self.tried(model, hypothesis, self.ids)
                 if costs is not None:
                     found.append(Reading((*known.said, hypothesis), costs))
@@ -175,6 +177,8 @@ def readings(
     masked LM, that of the model's tokenizer unless it is given.
     """
     mask = hidden_as(model) if mask is None else mask
+    if len(ids) < LEAST:
+        raise InputError(f"{len(ids)} tokens tell nothing: a text of some {FEW} or more does")
     with at_rest(model):
         search = Search(model, ids, mask, progress)
         found = searched(search)
