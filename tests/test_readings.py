@@ -363,6 +363,7 @@ RIGHT = {
     "norms read as an offset from one": r"norm1 is what is stored - 1",
     "vocabulary off by one": r"embed\.weight.* read 1 row earlier",
     "first two layers exchanged": "put in order",
+    "two experts exchanged": "experts of .* are put in order",
 }
 FEW = ["q and k swapped", "layers shifted by one", "fused q, k, v read as interleaved"]
 SEEN = 0.15  # nats a token: less is not to be told from noise with so short a text

@@ -113,8 +113,7 @@ class Search:
                 coarse += self._coarse(model, self._inside(model, few), few, before)
                 coarse.sort(key=lambda pair: pair[0])
             found = list[Reading]()
-            once = {hypothesis.fix: hypothesis for _, hypothesis in coarse}
-            for hypothesis in list(once.values())[:GOOD]:
+            for hypothesis in once(hypothesis for _, hypothesis in coarse)[:GOOD]:
                 costs = self.tried(model, hypothesis, self.ids)
                 if costs is not None:
                     found.append(Reading((*known.said, hypothesis), costs))
@@ -141,12 +140,16 @@ class Search:
             nll = math.inf if costs is None else Reading((), costs).nll
             found.append((nll, branch, hypothesis))
         found.sort(key=lambda each: each[0])
-        seen = set[str]()
-        for _, branch, hypothesis in found[:BRANCHES]:
-            for each in (hypothesis, *inside(model, branch)):
-                if each.fix not in seen:
-                    seen.add(each.fix)
-                    yield each
+        some = found[:BRANCHES]
+        yield from once(h for _, branch, left in some for h in (left, *inside(model, branch)))
+
+
+def once(some: Iterable[Hypothesis]) -> list[Hypothesis]:
+    """Each that says the same a single time."""
+    found = dict[tuple[str, str], Hypothesis]()
+    for each in some:
+        found.setdefault((each.what, each.fix), each)
+    return list(found.values())
 
 
 def sure(reading: Reading, than: Reading) -> bool:
@@ -189,7 +192,7 @@ def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
     gain, whole = (each.gain(search.base)[0] for each in (reading, best))
     known = 1 - reading.nll / search.chance
     # surely better; as good as the best; and good enough to be of a model that has learnt
-    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2.5 * known)
+    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2 * known) ** 2
     fixes = ", and ".join(each.fix for each in reading.said)
     return Finding(
         what="; and ".join(each.what for each in reading.said),
