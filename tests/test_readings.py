@@ -116,10 +116,11 @@ def test_each_token_costs_what_it_should() -> None:
 
         encoder = hot(build("bert"))
         (costs,) = nats(encoder, ids, MASK)
-        for at in (0, EVERY, 22):
+        assert len(costs) == len(ids) and len(nats(encoder, ids, MASK, times=1)[0]) == 4
+        for n, at in ((0, 0), (3, 3 * EVERY), (4, 1), (22, 2 * EVERY + 6)):
             shown = torch.where(torch.arange(23) % EVERY == at % EVERY, MASK, ids)
             logits = encoder(shown[None])[0, at].log_softmax(-1)
-            assert math.isclose(costs[at], -logits[ids[at]], rel_tol=1e-4)
+            assert math.isclose(costs[n], -logits[ids[at]], rel_tol=1e-4)
 
 
 def test_an_untrained_model_is_said_to_know_nothing() -> None:
@@ -135,6 +136,11 @@ def test_a_model_that_gives_no_numbers_is_said_to_know_nothing() -> None:
     with torch.no_grad():
         model.norm.weight[3] = torch.nan
     assert "no likelier than chance" in readings(model, torch.arange(40))[0].what
+
+
+def test_a_text_too_short_is_refused() -> None:
+    with pytest.raises(InputError, match="9 tokens tell nothing"):
+        readings(build("gpt2"), torch.arange(9))
 
 
 @pytest.mark.parametrize("name", ["t5", "bert"])
@@ -232,10 +238,6 @@ def test_two_faults_are_told_together(wrong: Any) -> None:
     assert "blocks.*.attn.q is read as [(h e two) i]" in found.seen
 
 
-def shifted(x: Tensor) -> Tensor:
-    return x.roll(1, 0)
-
-
 def backwards(tensors: dict[str, Tensor]) -> None:
     held = dict(tensors)
     for name in held:
@@ -244,13 +246,23 @@ def backwards(tensors: dict[str, Tensor]) -> None:
                 tensors[name.replace(f".{n}.", f".{4 - n}.")] = held[name]
 
 
+def both_in_pairs(tensors: dict[str, Tensor]) -> None:
+    each(tensors, "q_proj", pairs(8))
+    each(tensors, "k_proj", pairs(4))
+
+
+def both_transposed(tensors: dict[str, Tensor]) -> None:
+    each(tensors, "q_proj", lambda x: x.T)
+    each(tensors, "o_proj", lambda x: x.T)
+
+
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "q and k in pairs": (
-        lambda t: [each(t, "q_proj", pairs(8)), each(t, "k_proj", pairs(4))],  # type: ignore[dict-item]
+        both_in_pairs,
         "blocks.*.attn.q and blocks.*.attn.k are read as [(h e two) i]",
     ),
     "k turned with the queries' heads": (
-        lambda t: each(t, "k_proj", lambda x: pairs(8)(x)),
+        lambda t: each(t, "k_proj", pairs(8)),
         "blocks.*.attn.k is read as [(h e two) i]: [(h two e) i] with 8 heads",
     ),
     "norms": (
@@ -262,10 +274,13 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         lambda t: each(t, "norm", lambda x: x - 1),
         "the weight of each norm is 1 + what is stored",
     ),
-    "a vocabulary": (lambda t: each(t, "embed", shifted), "embed.weight is read 1 row"),
+    "a vocabulary": (
+        lambda t: each(t, "embed", lambda x: x.roll(1, 0)),
+        "embed.weight is read 1 row",
+    ),
     "layers": (backwards, "blocks.* are put in order"),
     "q and out transposed": (
-        lambda t: [each(t, part, lambda x: x.T) for part in ("q_proj", "o_proj")],  # type: ignore[dict-item]
+        both_transposed,
         "blocks.*.attn.q.weight and blocks.*.attn.out.weight are read as [i o]",
     ),
     "heads of values": (
@@ -348,8 +363,9 @@ RIGHT = {
     "norms read as an offset from one": r"norm1 is what is stored - 1",
     "vocabulary off by one": r"embed\.weight.* read 1 row earlier",
     "first two layers exchanged": "put in order",
+    "two experts exchanged": "experts of .* are put in order",
 }
-FEW = ["q and k swapped", "first norm taken for the final one", "fused q, k, v read as interleaved"]
+FEW = ["q and k swapped", "layers shifted by one", "fused q, k, v read as interleaved"]
 SEEN = 0.15  # nats a token: less is not to be told from noise with so short a text
 
 

@@ -30,6 +30,7 @@ def hypotheses(model: Model) -> Iterator[Hypothesis]:
     yield from fields.of_attention(model)
     yield from places.tables(model)
     yield from places.layers(model)
+    yield from places.experts(model)
 
 
 def without(model: Model) -> Iterator[tuple[str, Hypothesis]]:

@@ -50,16 +50,20 @@ def ids_of(model: Model, text: str = TEXT) -> Tensor:
 
 
 def nats(
-    model: Model, ids: Tensor, mask: int | None = None, heats: Sequence[float] = (1.0,)
+    model: Model,
+    ids: Tensor,
+    mask: int | None = None,
+    heats: Sequence[float] = (1.0,),
+    times: int = EVERY,
 ) -> Tensor:
     """(heats, n) of a text's (s,) ids: what each token that is foreseen costs, in nats.
 
     A decoder foresees each but the first; a text that is longer than its positions is cut. A
-    masked LM is shown the text with every seventh token hidden, which is `mask`, as often as it
-    takes to hide each once. Logits are divided by each of `heats`.
+    masked LM is shown the text with every seventh token hidden, which is `mask`: seven `times`, so
+    that each is hidden once, or fewer. Logits are divided by each of `heats`.
     """
     parts = ids.split(model.config.limit or len(ids))
-    foresee = _foreseen if mask is None else partial(_filled, mask=mask)
+    foresee = _foreseen if mask is None else partial(_filled, mask=mask, times=times)
     return torch.cat([foresee(model, part, heats) for part in parts if len(part) > 1], 1)
 
 
@@ -67,14 +71,13 @@ def _foreseen(model: Model, ids: Tensor, heats: Sequence[float]) -> Tensor:
     return _costs(model(ids[None, :-1])[0], ids[1:], heats)
 
 
-def _filled(model: Model, ids: Tensor, heats: Sequence[float], mask: int) -> Tensor:
-    places = torch.arange(len(ids), device=ids.device)
-    costs = torch.empty(len(heats), len(ids), dtype=torch.float64)
-    for n in range(min(EVERY, len(ids))):
-        hidden = places % EVERY == n
-        logits = model(torch.where(hidden, mask, ids)[None])[0]
-        costs[:, hidden.cpu()] = _costs(logits[hidden], ids[hidden], heats)
-    return costs
+def _filled(model: Model, ids: Tensor, heats: Sequence[float], mask: int, times: int) -> Tensor:
+    places = torch.arange(len(ids), device=ids.device) % EVERY
+    found = list[Tensor]()
+    for n in range(min(times, len(ids))):
+        logits = model(torch.where(places == n, mask, ids)[None])[0]
+        found.append(_costs(logits[places == n], ids[places == n], heats))
+    return torch.cat(found, 1)
 
 
 def _costs(logits: Tensor, wanted: Tensor, heats: Sequence[float]) -> Tensor:

@@ -24,7 +24,7 @@ class Hypothesis:
     parameters: Mapping[str, Made] = field(default_factory=dict)
     config: Changes = field(default_factory=dict)
     settings: Mapping[str, Changes] = field(default_factory=dict)
-    across: bool = False  # blocks take part in it together: it is not tried in one alone
+    across: bool = False  # in all blocks or in none: it is not tried in one alone
 
     def edit(self) -> Edit:
         made = {name: make() for name, make in self.parameters.items()}

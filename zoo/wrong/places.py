@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components.model import Model
-from zoo.wrong.parts import Hypothesis, Made, blocks
+from zoo.components.moe import Experts
+from zoo.wrong.parts import Hypothesis, Made, blocks, kinds
 
 OFF = (1, -1, 2, -2, 3, -3)
 
@@ -77,22 +78,10 @@ def _times(forward: Any, factor: float) -> Any:
 
 
 def layers(model: Model) -> Iterator[Hypothesis]:
-    """Layers in each other's place: as words are sorted, backwards, or off by one."""
+    """Layers in each other's place."""
     for stack in blocks(model):
         names = list(stack.modules)
-        count = len(names)
-        sorts = {
-            "in the order of words: 0, 1, 10, 11 …": sorted(range(count), key=str),
-            "backwards": list(range(count))[::-1],
-            "off by one, the last one first": [*range(1, count), 0],
-            "off by one, the first one last": [count - 1, *range(count - 1)],
-            "with the first two exchanged": [1, 0, *range(2, count)],
-        }
-        seen = [list(range(count))]
-        for how, lie in sorts.items():
-            if count < 2 or lie in seen:
-                continue
-            seen.append(lie)
+        for how, lie in _orders(len(names)):
             # what lies at n is layer lie[n]
             made = {
                 f"{names[layer]}.{leaf}": stack.taken(f"{names[n]}.{leaf}")
@@ -100,8 +89,36 @@ def layers(model: Model) -> Iterator[Hypothesis]:
                 if n != layer
                 for leaf, _ in stack.first.named_parameters()
             }
-            if any(name not in stack.held for name in made):
-                continue
-            yield Hypothesis(
-                f"{stack.name} lie {how}", f"{stack.name} are put in order", made, across=True
-            )
+            if all(name in stack.held for name in made):
+                what = f"{stack.name} lie {how}"
+                yield Hypothesis(what, f"{stack.name} are put in order", made, across=True)
+
+
+def experts(model: Model) -> Iterator[Hypothesis]:
+    """Experts likewise, so that a token goes to another than its router means."""
+    for moe in kinds(model, Experts):
+        parts = ("gate", "up", "down")
+        for how, lie in _orders(moe.first.experts):
+            rows = torch.tensor(lie).argsort()
+            for some in (parts, *((part,) for part in parts)):
+                said = " and ".join(f"{moe.name}.{part}" for part in some)
+                made = moe.all(some, lambda x, rows=rows: x[rows.to(x.device)])  # type: ignore[misc]
+                yield Hypothesis(
+                    f"experts of {said} lie {how}", f"experts of {said} are put in order", made
+                )
+
+
+def _orders(count: int) -> Iterator[tuple[str, list[int]]]:
+    """How so many may lie, and which of them comes at each place then."""
+    sorts = {
+        "in the order of words: 0, 1, 10, 11 …": sorted(range(count), key=str),
+        "backwards": list(range(count))[::-1],
+        "off by one, the last one first": [*range(1, count), 0],
+        "off by one, the first one last": [count - 1, *range(count - 1)],
+        "with the first two exchanged": [1, 0, *range(2, count)],
+    }
+    seen = [list(range(count))]
+    for how, lie in sorts.items() if count > 1 else ():
+        if lie not in seen:
+            seen.append(lie)
+            yield how, lie

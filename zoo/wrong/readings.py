@@ -11,25 +11,28 @@ from torch import Tensor
 
 from converters.lines import field_line, rule_line
 from zoo.components.model import Model
-from zoo.errors import ZooError
+from zoo.errors import InputError, ZooError
 from zoo.fitting import spec_of
 from zoo.inference import at_rest, device_of
 from zoo.otherwise import applied, stars
 from zoo.wrong.finding import Finding
 from zoo.wrong.hypotheses import hypotheses, inside, narrowed, without
-from zoo.wrong.likelihood import chance, hidden_as, nats
+from zoo.wrong.likelihood import EVERY, chance, hidden_as, nats
 from zoo.wrong.parts import Hypothesis
 
 FEW = 96  # tokens that every hypothesis is tried on
+TIMES = 3  # that a masked LM is shown them, of EVERY
 GOOD = 8  # hypotheses that are tried on the whole text
 HEATS = (1.0, 2.0, 4.0)  # what logits are divided by
 TOLD = 5  # that are told
 FEW_NAMES = 3  # of more than these, layers are left open
+MUCH = 1.0  # nats a token
 HELPFUL = 3  # that are tried in each block alone, too
 BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
 # hundreds of hypotheses, gained at most 0.03 (docs/decisions/readings.md)
 GAIN, ERRORS = 0.06, 3.0
+LEAST = 32  # tokens of a text
 CHANCE = 0.95  # of what a token costs where all are alike: from there on nothing is known
 
 
@@ -79,8 +82,8 @@ class Search:
         return chance(self.model)
 
     def costs(self, model: Model, ids: Tensor) -> Tensor:
-        """What is no number says less than nothing."""
-        costs = nats(model, ids, self.mask, HEATS)
+        """What is no number says less than nothing. Of few tokens a masked LM is shown some."""
+        costs = nats(model, ids, self.mask, HEATS, EVERY if len(ids) > FEW else TIMES)
         return costs.nan_to_num(2 * self.chance, posinf=2 * self.chance)
 
     def tried(self, model: Model, hypothesis: Hypothesis, ids: Tensor) -> Tensor | None:
@@ -103,13 +106,14 @@ class Search:
             few = self.ids[:FEW]
             before = Reading((), self.costs(model, few)).nll
             coarse = self._coarse(model, hypotheses(model), few, before)
-            coarse.sort(key=lambda pair: pair[0])
-            helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
-            coarse += self._coarse(model, narrowed(model, helpful), few, before)
-            coarse += self._coarse(model, self._inside(model, few), few, before)
-            coarse.sort(key=lambda pair: pair[0])
+            # what helps so much is not in one block alone; a second fault may be, and comes later
+            if not coarse or coarse[0][0] > before - MUCH:
+                helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
+                coarse += self._coarse(model, narrowed(model, helpful), few, before)
+                coarse += self._coarse(model, self._inside(model, few), few, before)
+                coarse.sort(key=lambda pair: pair[0])
             found = list[Reading]()
-            for _, hypothesis in coarse[:GOOD]:
+            for hypothesis in once(hypothesis for _, hypothesis in coarse)[:GOOD]:
                 costs = self.tried(model, hypothesis, self.ids)
                 if costs is not None:
                     found.append(Reading((*known.said, hypothesis), costs))
@@ -126,7 +130,7 @@ class Search:
             costs = self.tried(model, hypothesis, few)
             if costs is not None and (nll := Reading((), costs).nll) < before - GAIN / 4:
                 found.append((nll, hypothesis))
-        return found
+        return sorted(found, key=lambda pair: pair[0])
 
     def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
         """Of single blocks, where leaving a branch out costs least."""
@@ -136,12 +140,16 @@ class Search:
             nll = math.inf if costs is None else Reading((), costs).nll
             found.append((nll, branch, hypothesis))
         found.sort(key=lambda each: each[0])
-        seen = set[str]()
-        for _, branch, hypothesis in found[:BRANCHES]:
-            for each in (hypothesis, *inside(model, branch)):
-                if each.fix not in seen:
-                    seen.add(each.fix)
-                    yield each
+        some = found[:BRANCHES]
+        yield from once(h for _, branch, left in some for h in (left, *inside(model, branch)))
+
+
+def once(some: Iterable[Hypothesis]) -> list[Hypothesis]:
+    """Each that says the same a single time."""
+    found = dict[tuple[str, str], Hypothesis]()
+    for each in some:
+        found.setdefault((each.what, each.fix), each)
+    return list(found.values())
 
 
 def sure(reading: Reading, than: Reading) -> bool:
@@ -172,6 +180,8 @@ def readings(
     masked LM, that of the model's tokenizer unless it is given.
     """
     mask = hidden_as(model) if mask is None else mask
+    if len(ids) < LEAST:
+        raise InputError(f"{len(ids)} tokens tell nothing: a text of some {FEW} or more does")
     with at_rest(model):
         search = Search(model, ids, mask, progress)
         found = searched(search)
@@ -182,7 +192,7 @@ def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
     gain, whole = (each.gain(search.base)[0] for each in (reading, best))
     known = 1 - reading.nll / search.chance
     # surely better; as good as the best; and good enough to be of a model that has learnt
-    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2.5 * known)
+    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2 * known) ** 2
     fixes = ", and ".join(each.fix for each in reading.said)
     return Finding(
         what="; and ".join(each.what for each in reading.said),

@@ -76,6 +76,7 @@ def _read(
         f"rows of {names}{alone}{of} lie as {lie}, and are read as {are}",
         f"{names}{alone}{of} {_are(some)} read as {how}",
         made,
+        across=bool(alone),
     )
 
 
@@ -110,6 +111,7 @@ def _counts(attn: Kind, counts: dict[str, int], width: int) -> Iterator[Hypothes
                         f"{name} was turned with {n} heads, and has {counts[p]}",
                         f"{name} is {how}",
                         _rows(attn, f"{p}.weight", index) | _rows(attn, f"{p}.bias", index),
+                        across=True,
                     )
 
 
@@ -212,6 +214,7 @@ def by_head(attn: Kind) -> Iterator[Hypothesis]:
                     f"heads of {names} lie as [({a})], and are read as [({b})]",
                     f"{names} {_are(some)} read as {axes[0]}: {axes[1]}",
                     made,
+                    across=len(some) > 1,
                 )
     if 1 < count["k"] < count["q"]:
         for a, b in (("r g e", "g r e"), ("g r e", "r g e")):
