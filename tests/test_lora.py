@@ -422,6 +422,8 @@ def test_tensors_that_are_refused(tmp_path: Path) -> None:
         assert not any(isinstance(part, Lora) for part in model.modules())
     with pytest.raises(NotACheckpoint, match="no adapter"):
         model.load_adapter(tmp_path)
+    with pytest.raises(NotACheckpoint, match="an adapter is read from one on this disk"):
+        model.load_adapter("hf:org/adapter")
 
 
 def test_what_cannot_be_done_with_an_adapter(tmp_path: Path) -> None:
