@@ -422,6 +422,8 @@ def test_tensors_that_are_refused(tmp_path: Path) -> None:
         assert not any(isinstance(part, Lora) for part in model.modules())
     with pytest.raises(NotACheckpoint, match="no adapter"):
         model.load_adapter(tmp_path)
+    with pytest.raises(NotACheckpoint, match="an adapter is read from one on this disk"):
+        model.load_adapter("hf:org/adapter")
 
 
 def test_what_cannot_be_done_with_an_adapter(tmp_path: Path) -> None:
@@ -549,3 +551,64 @@ def test_peft_reads_what_is_written_and_merges_to_the_same_bytes(key: str, tmp_p
     mine, wanted = (load_file(tmp_path / n / "model.safetensors") for n in ("mine", "theirs"))
     assert mine.keys() == wanted.keys()
     assert all(mine[n].equal(x) for n, x in wanted.items())
+
+
+HEADS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "GPT2ForSequenceClassification": ("gpt2/base", "SEQ_CLS", {"target_modules": ["c_attn"]}),
+    "BertForSequenceClassification": ("bert/pretraining", "SEQ_CLS", {"target_modules": ["query"]}),
+    "RobertaForSequenceClassification": (
+        "roberta/masked-lm",
+        "SEQ_CLS",
+        {"target_modules": ["value"]},
+    ),
+    "DistilBertForSequenceClassification": (
+        "distilbert/masked-lm",
+        "SEQ_CLS",
+        {"target_modules": ["q_lin"]},
+    ),
+    "BertForTokenClassification": (
+        "bert/masked-lm",
+        "TOKEN_CLS",
+        {"target_modules": ["query"]},
+    ),
+    "BertForQuestionAnswering": (
+        "bert/masked-lm",
+        "QUESTION_ANS",
+        {"target_modules": ["query"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_heads_that_peft_trains_beside_factors(kind: str, tmp_path: Path) -> None:
+    peft, library = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    key, task, config = HEADS[kind]
+    (name, variant), base, adapter = key.split("/"), tmp_path / "base", tmp_path / "adapter"
+    hot_checkpoint(registry.architectures()[name], variant, base, dtype=torch.float64)
+    labels = 2 if task == "QUESTION_ANS" else 5
+
+    def reference() -> Any:
+        more = {"num_labels": labels, "dtype": torch.float64}
+        more |= {"pad_token_id": 0} if name == "gpt2" else {}  # else it classifies no batch
+        return getattr(library, kind).from_pretrained(base, **more)
+
+    made = peft.get_peft_model(reference(), peft.LoraConfig(r=4, task_type=task, **config))
+    torch.manual_seed(4)
+    for p in made.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn_like(p) * 0.1)
+    made.save_pretrained(adapter)
+    theirs = peft.PeftModel.from_pretrained(reference(), adapter).eval().merge_and_unload()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = zoo.load(base, adapter=adapter)
+    assert distance(run(model), theirs(input_ids=IDS)[0]) < 1e-5  # its norms stay in fp32
+    zoo.convert(base, tmp_path / "mine", adapter=adapter)
+    mine, wanted = (load_file(tmp_path / n / "model.safetensors") for n in ("mine", "theirs"))
+    assert mine.keys() == wanted.keys()
+    assert all(mine[n].equal(x) for n, x in wanted.items())
+    said, theirs_said = (
+        json.loads((tmp_path / n / "config.json").read_text()) for n in ("mine", "theirs")
+    )
+    assert said["architectures"] == theirs_said["architectures"] == [kind]

@@ -177,7 +177,8 @@ def test_a_product_in_tiles(order: str) -> None:
         rows, columns = rows.flip(0), columns.flip(0)
     if order == "one in three":
         rows, columns = rows[::3], columns[::3]
-    for high, wide in ((rows, columns), (rows, torch.arange(1009)), (torch.arange(211), columns)):
+    every = ((rows, columns), (rows, torch.arange(1009)), (torch.arange(211), columns))
+    for high, wide in (*every, (torch.arange(3, 65), torch.arange(383, 385))):
         assert torch.allclose(product(b, a, high, wide), (b @ a)[high][:, wide], atol=1e-12)
     assert product(b, a, rows[:0], columns).shape == (0, len(columns))
 
@@ -251,6 +252,26 @@ def test_heads_that_are_not_brought_are_said(tmp_path: Path) -> None:
     for base in (file, tmp_path / "native"):
         with pytest.raises(UsageError, match=r"brings score.weight, .* with --to hf first"):
             zoo.load(base, adapter=made32.adapter)
+
+
+@pytest.mark.parametrize(("key", "to"), [("gpt2/base", "native"), ("llama/base", "gguf")])
+@torch.no_grad()
+def test_whole_arrays_on_bases_of_other_names(key: str, to: str, tmp_path: Path) -> None:
+    """Biases and norms that were trained are of the base, whatever it calls them."""
+    ends = ADAPTED[key][:1]
+    made = Made(tmp_path, key, ends=ends, dtype=torch.float32, bias="all")
+    place, base = made.adapter / "adapter_model.safetensors", tensors(made.base)
+    names = [n for n in base if n.endswith(("c_attn.bias", "norm.weight", "ln_f.bias"))]
+    more = {f"base_model.model.{name}": base[name] + 0.5 for name in names}
+    assert more
+    save_file({**load_file(place), **more}, place, {"format": "pt"})
+    zoo.convert(made.base, tmp_path / "other", to=to)
+    zoo.convert(tmp_path / "other", tmp_path / "then", to=to, adapter=made.adapter)
+    zoo.convert(made.base, tmp_path / "wanted", to=to, adapter=made.adapter)
+    for path in (tmp_path / "wanted").iterdir():
+        if path.suffix in (".gguf", ".safetensors"):
+            assert (tmp_path / "then" / path.name).read_bytes() == path.read_bytes()
+            assert (tmp_path / "other" / path.name).read_bytes() != path.read_bytes()
 
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:

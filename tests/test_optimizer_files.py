@@ -270,6 +270,7 @@ def test_files_that_are_none(saved: tuple[Path, dict[str, Any]], tmp_path: Path)
         ({"optimizer_state_dict": zero}, UsageError, "DeepSpeed"),
         ({"a": state, "b": state}, UsageError, "several optimizers' states: a, b"),
         ({"model": {"x": torch.ones(1)}}, NotACheckpoint, "no torch optimizer's state in it"),
+        ({"state": {}, "param_groups": 3}, NotACheckpoint, "found state, param_groups"),
         ({"fn": print, **state}, CorruptCheckpoint, "no plain data"),
     ):
         torch.save(held, file)

@@ -106,7 +106,9 @@ def read(file: Path) -> dict[str, Any]:
 def _states(held: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, the state) of each."""
     if isinstance(held, Mapping) and {"state", "param_groups"} <= held.keys():
-        yield name, dict(held)
+        groups = held["param_groups"]
+        if isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
+            yield name, dict(held)
     elif depth and isinstance(held, Mapping | list):
         parts = held.items() if isinstance(held, Mapping) else enumerate(held)
         for key, value in parts:

@@ -12,7 +12,7 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.plan import FLOATS
-from zoo.errors import PlanError, UsageError, listing
+from zoo.errors import PlanError, SpecError, UsageError, listing
 from zoo.lora.files import WEIGHTS, Files
 from zoo.lora.places import Places
 
@@ -45,32 +45,39 @@ def based(
     if not files.whole:
         return found, changes
     model = on_meta(found, found.config(heads[0], config))
-    places, dialect = Places(model, native_of(model)), found.spec.dialect("hf")
-    shared = {*places.native.ties, *places.native.ties.values()}
-    there, brought = found.checkpoint().tensors, dict[str, Tensor]()
-    count = len(model.config.labels)
+    places, count = Places(model, native_of(model)), len(model.config.labels)
+    checkpoint, brought = found.checkpoint(), dict[str, Tensor]()
+    complete = _is_complete(found, checkpoint, config)
     for name, tensor in files.whole.items():
         try:
             info, step, n = places.find(name)
         except PlanError:
             continue  # said with all else that does not fit
+        if step.transform is not None or str(step.rule) not in map(str, places.dialect.heads):
+            continue
         relabelled = info.shape[0] == count != tensor.shape[0]
         if relabelled and "labels" not in config and info.shape[1:] == tuple(tensor.shape[1:]):
             changes["labels"] = tensor.shape[0]
-        own = step.sources[n]
-        known = {name, own, dialect.prefix + own, own.removeprefix(dialect.prefix)}
-        if found.native is not None and step.transform is None:
-            known, name = {step.targets[n]}, step.targets[n]
-        if shared & {*step.targets}:
-            continue  # it may be there under another name
-        if not known & there.keys() or ("labels" in changes and relabelled):
-            brought[name] = tensor
-    if found.dialect != "hf" and (lacking := [name for name in brought if name not in there]):
+        own = step.targets[n] if found.native is not None else name
+        if (own not in checkpoint.tensors and not complete) or ("labels" in changes and relabelled):
+            brought[own] = tensor
+    if found.dialect != "hf" and (lacking := [n for n in brought if n not in checkpoint.tensors]):
         raise UsageError(
             f"{files.where}: brings {listing(lacking)}, and a base of {found.dialect} takes no "
             "further head. Convert it with --to hf first"
         )
     return found._replace(brought=brought), changes
+
+
+def _is_complete(found: Located, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether a base has all of the model without what an adapter brings."""
+    from zoo.pretrained import prove
+
+    try:
+        prove(found, checkpoint, config)
+    except (PlanError, SpecError):
+        return False
+    return True
 
 
 def extended(checkpoint: Checkpoint, brought: Mapping[str, Tensor]) -> Checkpoint:

@@ -103,6 +103,8 @@ class Files:
 def read(directory: Path) -> Files:
     """Everything that is wrong with it is said at once."""
     path = directory / CONFIG
+    if not directory.is_dir():
+        raise NotACheckpoint(f"{directory}: no directory; an adapter is read from one on this disk")
     if not path.is_file():
         raise NotACheckpoint(f"{directory}: no {CONFIG} in it, so it is no adapter of peft's")
     text = confined(directory, CONFIG).read_bytes().decode("utf-8", "replace")
