@@ -38,6 +38,7 @@ NOISE = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 # A parameter's gradient is a sum over tokens, rounded after each row there and once here: 2.5 times
 # the other's error was measured in healthy models.
 SUMMED = 8.0
+SHAKEN = 4  # runs of the other model that tell how far rounding goes where a gradient has steps
 AFTER = 12  # places are looked at for what becomes of a factor
 OUTPUT = Match("", ("",), {}, ())
 
@@ -541,11 +542,45 @@ class Comparison:
             return difference
         healed, difference = difference.healed, self._run(back=True)
         difference.healed |= healed
+        for seed in range(SHAKEN if self.other.narrow is not None and not difference.ok else 0):
+            told = self._run(back=True, shaken=seed).readings
+            difference.readings = [
+                replace(r, limit=max(r.limit, other.limit))
+                for r, other in zip(difference.readings, told, strict=True)
+            ]
         return difference
 
-    def _run(self, back: bool) -> Difference:
+    def _shaken(self, seed: int) -> Heard:
+        """The other model in the narrower dtype, every output off by a rounding.
+
+        Where a gradient has a step (relu's) or a choice (of experts), rounding decides on which
+        side of it a number lies, and one run does not tell how far that goes.
+        """
+        narrow, found = self.other.narrow, self.matching.matches
+        assert narrow is not None
+        names = list(dict.fromkeys(name for match in found.values() for name in match.others))
+        random = torch.Generator().manual_seed(seed)
+
+        def shake(_: nn.Module, args: Any, out: Any) -> Any:
+            x = out if isinstance(out, Tensor) else out[0]
+            by = torch.finfo(x.dtype).eps * (torch.rand(x.shape, generator=random) - 0.5)
+            x = x + (x.detach() * by).to(x.dtype)
+            return x if isinstance(out, Tensor) else (x, *out[1:])
+
+        modules = dict(narrow.module.named_modules())
+        handles = [modules[name].register_forward_hook(shake) for name in names]
+        try:
+            turns = [partial(narrow, row) for row in self.way.other()]
+            return listen(narrow.module, names, turns, pulled)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, back: bool, shaken: int | None = None) -> Difference:
         found, way = self.matching.matches, self.way
         there, *below = self.theirs(back)
+        if shaken is not None:
+            below = [self._shaken(shaken)]
         here = self._ours((lambda parts: pulled(way.by_row(parts))) if back else None)
         self._here = here
         narrow = below[0] if below else Heard([], [])

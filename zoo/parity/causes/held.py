@@ -239,7 +239,8 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
         return "is transposed"
     if (other := _other(scene, name, ours)) is not None:
         return f"holds what {other} should"
-    if (other := _other(scene, name, theirs)) is not None:
+    other = _other(scene, name, theirs)
+    if other is not None and scene.held[other].data_ptr() != ours.data_ptr():
         return f"is an array of its own here, and there the one of {other}"
     if alike(theirs.flip(0)):
         return "has its first axis in another order: the last row first"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo.otherwise import block_of, stars
-from zoo.parity.causes import held
+from zoo.parity.causes import held, trials
 from zoo.parity.causes.scene import FITS, Idea, Scene, error, fits
 from zoo.parity.sums import summed
 
+OTHERWISE = "another number for each token, near these or not"
 AFTER = 12  # places are looked at for where a norm has gone
 
 
@@ -121,6 +122,8 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
         yield Idea(f"{name}: what goes into the norm is {here} here, and there it is otherwise")
     elif ours.offset != theirs.offset:
         yield Idea(f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}")
+    elif ours.by == OTHERWISE and (rounded := list(trials.rounding(scene))):
+        yield from rounded
     elif ours.by != theirs.by:
         yield Idea(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
     elif not _close(ours.eps, theirs.eps):
@@ -209,7 +212,7 @@ def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
     for by, inside in kinds.items():
         eps = float((1 / r - inside.sqrt()).median())
         yield f"{by}, and eps beside it", eps, 1 / (inside.sqrt() + eps)
-    yield "another number for each token, near these or not", 0.0, r
+    yield OTHERWISE, 0.0, r
 
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:

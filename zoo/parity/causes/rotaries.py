@@ -57,7 +57,9 @@ def rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
         "neighbours are turned against each other in all of a head, not halves of its part",
         partial(_neighbours, standard, whole=True),
     )
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    exact = partial(_coarse, standard, torch.float64, True)
+    yield turn(_exactly(standard), exact, lone=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for early in (True, False):
             how = "computed in" if early else "rounded to"
             yield turn(
@@ -105,6 +107,19 @@ def _coarse(
     scale = standard.scaling.amplitude(standard)
     cos, sin = ((x * scale).to(dtype).to(q.dtype) for x in (angles.cos(), angles.sin()))
     return component.turn(q, cos, sin), component.turn(k, cos, sin)
+
+
+def _exactly(standard: Rotary) -> str:
+    """What it is to be turned by exact angles, by how far the class's own are off."""
+    places = torch.arange(64)[None]
+    x = torch.ones(1, 1, 64, standard.width, dtype=torch.float64)
+    mask = Mask(None, places)
+    exact, own = _coarse(standard, torch.float64, True, x, x, mask)[0], standard(x, x, mask)[0]
+    off = float((exact - own).abs().max())
+    for dtype, large in ((torch.float32, 64), (torch.float16, 1), (torch.bfloat16, 1)):
+        if off < 4 * large * torch.finfo(dtype).eps:  # angles in float32 are as large as places
+            return f"cosines and sines are exact, and here as in {str(dtype)[6:]}"
+    return "angles are what theta, scaling and places say, and here they are not"
 
 
 def _moved(mask: Mask, by: int) -> Mask:

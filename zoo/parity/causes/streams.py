@@ -129,6 +129,8 @@ def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) ->
     }
     with torch.no_grad():
         for norm, module in norms.items():
+            if fits(module(plain), given):
+                return f"it goes through {norm}"
             for name in known.parts:
                 if fits(plain - outs[name] + module(outs[name]), given):
                     return f"{name} goes through {norm} on its way: the norm is moved"

@@ -92,9 +92,9 @@ def _paces(term: Alibi, scale: float) -> Iterator[Turn]:
         "the bias by distance is scaled as the scores are": replace(now, scale=scale),
         "the bias by distance is not rounded": replace(now, dtype=None),
         "the bias by distance is rounded to bfloat16": replace(now, dtype=torch.bfloat16),
-        "the bias by distance is as its slopes and scale have it": now,
     }
-    for what, pace in kinds.items():
+    kinds = {what: pace for what, pace in kinds.items() if pace != now}
+    for what, pace in ({"the bias by distance is as slopes and scale say": now} | kinds).items():
         yield Turn("sum", what, partial(_with_term, pace), lone=True)
 
 
