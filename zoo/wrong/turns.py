@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from zoo.components.rotary import Rotated
@@ -56,7 +55,7 @@ def told(read: Tensor) -> Tensor:
 
 def _left(read: Tensor) -> Tensor:
     """(layers,), mean squares of what it does not foretell."""
-    pairs = rearrange(read, "l h (two j) -> l h two j", two=2).mean((1, 2))
+    pairs = read.unflatten(-1, (2, -1)).mean((1, 2))
     others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
     return (read - torch.cat([others, others], -1)[:, None]).square().mean((1, 2))
 
@@ -107,10 +106,10 @@ def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
     """(what happened, how to read it, which row is which) of the usual mistakes."""
     count = rows.sizes.shape[1]
     pairs = _interleaved(count, rows.heads, rows.turned)
-    told = f"(h={rows.heads} e two) -> (h two e)"
-    yield "pairs stand side by side and are read as halves", told, pairs
-    told = f"(h={rows.heads} two e) -> (h e two)"
-    yield "pairs were brought into halves twice", told, _undone(rows)
+    how = f"(h={rows.heads} e two) -> (h two e)"
+    yield "pairs stand side by side and are read as halves", how, pairs
+    how = f"(h={rows.heads} two e) -> (h e two)"
+    yield "pairs were brought into halves twice", how, _undone(rows)
     heads: int = config.heads  # type: ignore[attr-defined]
     for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
         width = count // other
@@ -133,7 +132,7 @@ def _undone(rows: Rows) -> Tensor:
 def _interleaved(count: int, heads: int, turned: int) -> Tensor:
     """Where each row stands whose pair is beside it."""
     by_head = torch.arange(count).reshape(heads, -1).clone()
-    by_head[:, :turned] = rearrange(by_head[:, :turned], "h (e two) -> h (two e)", two=2)
+    by_head[:, :turned] = by_head[:, :turned].unflatten(1, (-1, 2)).mT.flatten(1)
     return by_head.flatten()
 
 
@@ -172,8 +171,8 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
             seen = (
                 f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
             )
-            told_ = f"rotary rows of {called(arrays)}: {what}"
-            yield Finding(told_, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
+            named = f"rotary rows of {called(arrays)}: {what}"
+            yield Finding(named, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
             return
 
 
