@@ -638,6 +638,24 @@ def test_positions_that_begin_elsewhere_turn_alike(made: Callable[..., Path]) ->
         assert zoo.diff(made("llama")).ok
 
 
+def test_what_is_lost_in_a_narrower_dtype_is_found(made: Callable[..., Path]) -> None:
+    """Experts that add little: what they differ in is below the noise of what it is added to."""
+    model = zoo.load(made("mixtral"), dtype="bfloat16")
+    for block in model.blocks:
+        block.mlp.chosen = 1
+    found = zoo.diff(model, made("mixtral"), dtype="bfloat16")
+    assert found.first is not None and found.first.place == "blocks.0.mlp", found.to_text()
+    assert "1 experts are chosen here, and 2 there" in found.causes[0].what
+
+
+def test_a_tie_is_made_again(made: Callable[..., Path]) -> None:
+    model = zoo.load(made("gpt2"), dtype="float64")
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    found = zoo.diff(model, made("gpt2"))
+    assert found.causes[0].restored and "the tie is broken" in found.causes[0].what
+    assert model.head.weight is not model.embed.weight
+
+
 # --- what cannot be held against what ------------------------------------------------------------
 
 

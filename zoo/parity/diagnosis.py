@@ -68,7 +68,7 @@ class Cause:
 def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
     """The most likely first: what restores parity, what moves the difference on, what fits."""
     if difference.first is None:
-        return list(_unmet(difference))
+        return list(_unmet(comparison, difference))
     scene = Scene(comparison, difference)
     if difference.back:
         return [_confirmed(scene, idea) for idea in gradients.ideas(scene)]
@@ -81,9 +81,19 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
     return sorted(found, key=lambda cause: (not cause.restored, cause.put, not cause.tried))
 
 
-def _unmet(difference: Difference) -> Iterator[Cause]:
+def _unmet(comparison: Comparison, difference: Difference) -> Iterator[Cause]:
     for names in difference.untied:
-        yield Cause(f"{names} are no longer one array: the tie is broken", "they share one again")
+        cause = Cause(f"{names} are no longer one array: the tie is broken", "they share one again")
+        model = comparison.matching.model
+        other, owner = (name.rpartition(".") for name in names.split(" and "))
+        array = model.get_submodule(owner[0])._parameters[owner[2]]
+        held = model.get_submodule(other[0])._parameters
+        kept, held[other[2]] = held[other[2]], array
+        try:
+            restored = names not in comparison.again(model, difference.healed, ()).untied
+        finally:
+            held[other[2]] = kept
+        yield replace(cause, tried=restored, restored=restored and len(difference.untied) == 1)
     for name in difference.idle:
         yield Cause(f"{name} does not run here, and does in the other model")
 

@@ -6,6 +6,7 @@ compared with what flows through the one of the other model that holds the same 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ NOISE = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 # the other's error was measured in healthy models.
 SUMMED = 8.0
 SHAKEN = 4  # runs of the other model that tell how far rounding goes where a gradient has steps
+NEAR = 4  # times the limit: what is so little above it may be noise
 AFTER = 12  # places are looked at for what becomes of a factor
 OUTPUT = Match("", ("",), {}, ())
 
@@ -609,6 +611,7 @@ class Comparison:
 
     def _heal(self, difference: Difference) -> None:
         """Leave out what differs where all that is made of it agrees."""
+        in_full: set[Place] | None = None
         while (first := difference.first) is not None:
             place = first.reading.place
             later = difference.readings[difference.readings.index(first.reading) + 1 :]
@@ -618,7 +621,20 @@ class Comparison:
             told = [r for r in difference.readings if r.place in after]
             if not told or not (told[0].ok or self._made_up_for(place, told)):
                 return
+            # what is lost in the noise of a narrower dtype is lost; what is lost, in float64 too
+            if first.reading.error > NEAR * first.reading.limit and self.dtype != torch.float64:
+                in_full = self._healed_in_full() if in_full is None else in_full
+                if place not in in_full:
+                    return
             difference.healed.add(place)
+
+    def _healed_in_full(self) -> set[Place]:
+        """What makes no difference where nothing is rounded."""
+        model = self.matching.model
+        wide = copy.deepcopy(model, {id(model.provenance): model.provenance}).to(torch.float64)
+        other, there = replace(self.other, narrow=None), {False: self.theirs(False)[:1]}
+        matching = self.matching.of(wide)
+        return Comparison(matching, other, self.way, torch.float64, _there=there).run().healed
 
     def _multiple(self, place: Place) -> float | None:
         """How many times ours what the other has at a place is; None where it is no multiple."""

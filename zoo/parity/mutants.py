@@ -309,7 +309,7 @@ def _(m: Mapped) -> Spec:
     "q un-permuted for rotary",
     "mapping",
     at=LOOK,
-    cause=r"rows of q lie as \[\(h e two\)\], here as .*attn\.q is read as \[o i\], as it stands",
+    cause=r"rows of q lie as \[\(h \w+ \w+\)\], here as .*attn\.q is read as \[o i\], as it stands",
 )
 def _(m: Mapped) -> Spec:
     need(_width(m.config) % 2 == 0)
@@ -320,7 +320,7 @@ def _(m: Mapped) -> Spec:
     "k un-permuted for rotary",
     "mapping",
     at=LOOK,
-    cause=r"rows of k lie as \[\(g e two\)\], here as .*attn\.k is read as \[o i\], as it stands",
+    cause=r"rows of k lie as \[\(g \w+ \w+\)\], here as .*attn\.k is read as \[o i\], as it stands",
 )
 def _(m: Mapped) -> Spec:
     need(_width(m.config) % 2 == 0)
