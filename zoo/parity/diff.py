@@ -136,7 +136,7 @@ def inputs_of(
         seed,
         pad=config.pad if pad is None else pad,
         types=getattr(config, "types", 0),
-        limit=config.limit,
+        limit=getattr(config, "limit_cached", config.limit) if way == "cached" else config.limit,
         answers=hasattr(config, "start") and config.head != "encoder",
     )
     rows = ROWS if sum(p.numel() for p in model.parameters()) < LARGE else FEW

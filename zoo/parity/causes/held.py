@@ -139,7 +139,7 @@ def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) ->
     """Two parameters, in every layer where it is so."""
     kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
     fix = _put_right(scene, [n for n in held if stars(n.rpartition(".")[0]) in kinds])
-    lone = len({block_of(each) for each in fix}) == 1
+    lone = len({block_of(each) for each in fix}) == 1 or stars(name) == stars(twin)
     said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
     what = f"{said} are in each other's place"
     where = () if lone else (name, twin)

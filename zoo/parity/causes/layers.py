@@ -32,13 +32,13 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     given = scene.known(scene.name, "in")
     if weight is None:
         return
+    yield from _factor(scene)
     if isinstance(scene.module, nn.Embedding):
         yield from _rows(scene, weight)
     elif given is not None and weight.dim() == 1:
         yield from _norm(scene, given.ours, weight)  # type: ignore[arg-type]
     elif given is not None and weight.dim() == 2:
         yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
-    yield from _factor(scene)
 
 
 def _elsewhere(scene: Scene) -> Iterator[Idea]:
@@ -231,6 +231,10 @@ def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
                 where=(f"{name}.weight",),
                 moved=True,
             )
+    own = scene.flow.ours - x @ weight.T  # type: ignore[operator]
+    for times, often in ((2, "is added twice"), (0, "is not added")):
+        if bias is not None and bias.any() and error(own, (times * bias).expand_as(own)) <= FITS:
+            yield Idea(f"{stars(name)}.bias {often} here")
     rest = y - x @ weight.T
     if (rest - rest[0]).abs().max() > FITS * y.abs().max():
         return

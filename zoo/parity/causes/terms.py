@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo.components.alibi import Alibi
 from zoo.components.attention import Biased, Explicit, attend
 from zoo.components.masks import Mask
-from zoo.parity.causes.bench import Bench, Look, Turn
+from zoo.parity.causes.bench import PARTS, Bench, Look, Turn
 
 ROUGH = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -135,10 +135,21 @@ def merges() -> Iterator[Turn]:
         "heads are interleaved where they are put together",
         lambda y: rearrange(y, "b h s e -> b s (e h)"),
     )
+    for n, part in enumerate(PARTS):
+        what = f"heads of {part} are the other way about"
+        yield Turn("merge", what, partial(_flipped, n), lone=True)
     yield turn(
         "heads are put together without being brought behind the tokens first",
         lambda y: y.reshape(y.shape[0], y.shape[2], -1),
     )
+
+
+def _flipped(part: int, look: Look) -> Look:
+    def flipped(kept: Any, *given: Any) -> Tensor:
+        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(given)))
+        return out
+
+    return replace(look, attend=partial(flipped, look.attend))
 
 
 def softmaxes(own: Look) -> Iterator[Turn]:

@@ -175,7 +175,7 @@ def _masks(scene: Scene) -> Iterator[Turn]:
     tokens = scene.comparison.way.inputs.places.ids.shape[1]
     now = getattr(scene.model.config, "window", None)
     near = [n for n in (now and now + 1, now and now - 1) if n]
-    windows = [int(n) for n in (*near, *scene.numbers) if 0 < n < tokens and n == int(n)]
+    windows = [int(n) for n in (*near, *scene.numbers, 1, 2) if 0 < n < tokens and n == int(n)]
     for window in dict.fromkeys(windows):
         config = {"window": window} if now else {}
         yield turn(
