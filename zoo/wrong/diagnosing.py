@@ -55,7 +55,7 @@ def diagnose(
     if loads and learnt:
         size = sum(n.count for n in numbers)
         try:
-            findings += _by_a_text(found, size, text, ids, config, tell)
+            findings += _by_a_text(found, size, text, ids, {**where, "config": config}, tell)
         except ZooError as error:
             if text is not None or ids is not None:
                 notes.append(f"no text was read: {error}")
@@ -91,13 +91,13 @@ def _by_a_text(
     size: int,
     text: str | None,
     ids: Tensor | None,
-    config: Mapping[str, Any] | None,
+    how: Mapping[str, Any],
     tell: Progress,
 ) -> list[Finding]:
     """How likely a text is as the weights are read, and under other readings of them."""
     if text is None and ids is None and size > _LARGE:
         return []
-    model = load(found.ref, config=config)
+    model = load(found.ref, **how)
     if ids is None:
         ids = ids_of(model) if text is None else ids_of(model, text)
     told = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))

@@ -62,7 +62,7 @@ class Array:
 class Opened:
     """`refused` is what loading says against it."""
 
-    ref: str
+    ref: Ref
     checkpoint: Checkpoint = field(repr=False)
     arrays: tuple[Array, ...] = field(repr=False)
     refused: str = ""
@@ -101,7 +101,7 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
         if bare is None:
             raise
         unknown = isinstance(error, SourceError | UnsupportedArchitecture | AmbiguousCheckpoint)
-        return Opened(str(ref), bare, tuple(_loose(bare, ())), str(error), unknown)
+        return Opened(ref, bare, tuple(_loose(bare, ())), str(error), unknown)
     plan: Plan | None = None
     try:
         model, plan = prove(located, checkpoint, config)
@@ -111,13 +111,13 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
             model = skeleton_of(located, config)
         except ZooError:
             loose, silent = tuple(_loose(checkpoint, ())), _is_silent(located, config)
-            return Opened(str(ref), checkpoint, loose, refused, silent, located)
+            return Opened(ref, checkpoint, loose, refused, silent, located)
     fitting = Fitting(plan.steps, {}) if plan is not None else _fitting(located, model, checkpoint)
     arrays = [array for step in fitting.steps for array in _of_step(step, checkpoint)]
     taken = {n for s in fitting.steps for names in (s.sources, *s.also) for n in names}
     taken |= plan.dropped.keys() if plan is not None else _dropped(located, checkpoint)
     return Opened(
-        str(ref),
+        ref,
         checkpoint,
         (*arrays, *_loose(checkpoint, taken)),
         refused,
