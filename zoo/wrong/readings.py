@@ -30,7 +30,7 @@ MUCH = 1.0  # nats a token
 HELPFUL = 3  # that are tried in each block alone, too
 BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
-# hundreds of hypotheses, gained at most 0.03 (docs/decisions/readings.md)
+# hundreds of hypotheses, gained at most 0.025 (docs/decisions/readings.md)
 GAIN, ERRORS = 0.06, 3.0
 EVEN = 0.02  # nats a token: two readings are as good as each other
 LEAST = 32  # tokens of a text
