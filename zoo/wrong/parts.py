@@ -36,7 +36,7 @@ class Hypothesis:
         if self.across or not inside or len(inside) == len(self.parameters):
             return None
         what, fix = (text.replace(stars(block), block) for text in (self.what, self.fix))
-        return Hypothesis(what, fix, inside)
+        return Hypothesis(what, fix, inside) if what != self.what else None
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,15 @@ MUCH = 1.0  # nats a token
 HELPFUL = 3  # that are tried in each block alone, too
 BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
-# hundreds of hypotheses, gained at most 0.03 (docs/decisions/readings.md)
+# hundreds of hypotheses, gained at most 0.025 (docs/decisions/readings.md)
 GAIN, ERRORS = 0.06, 3.0
+EVEN = 0.02  # nats a token: two readings are as good as each other
 LEAST = 32  # tokens of a text
 CHANCE = 0.95  # of what a token costs where all are alike: from there on nothing is known
+
+
+# nats a token, when it was tried, and what
+Tried = tuple[float, int, Hypothesis]
 
 
 @dataclass(frozen=True)
@@ -108,29 +113,31 @@ class Search:
             coarse = self._coarse(model, hypotheses(model), few, before)
             # what helps so much is not in one block alone; a second fault may be, and comes later
             if not coarse or coarse[0][0] > before - MUCH:
-                helpful = [hypothesis for _, hypothesis in coarse[:HELPFUL]]
+                helpful = [hypothesis for *_, hypothesis in coarse[:HELPFUL]]
                 coarse += self._coarse(model, narrowed(model, helpful), few, before)
                 coarse += self._coarse(model, self._inside(model, few), few, before)
-                coarse.sort(key=lambda pair: pair[0])
-            found = list[Reading]()
-            for hypothesis in once(hypothesis for _, hypothesis in coarse)[:GOOD]:
-                costs = self.tried(model, hypothesis, self.ids)
-                if costs is not None:
-                    found.append(Reading((*known.said, hypothesis), costs))
-        helps = [r for r in found if sure(r, known) and r.nll < CHANCE * self.chance]
-        return sorted(helps, key=lambda r: r.nll)
+                coarse.sort(key=lambda each: each[:2])
+            tried = [(n, h, self.tried(model, h, self.ids)) for _, n, h in once(coarse)[:GOOD]]
+        found = [
+            (n, Reading((*known.said, h), costs)) for n, h, costs in tried if costs is not None
+        ]
+        helps = [(n, r) for n, r in found if sure(r, known) and r.nll < CHANCE * self.chance]
+        least = min((r.nll for _, r in helps), default=0.0)
+        # of what is as good, the more usual one
+        helps.sort(key=lambda pair: (max(pair[1].nll, least + EVEN), pair[0]))
+        return [reading for _, reading in helps]
 
     def _coarse(
         self, model: Model, some: Iterable[Hypothesis], few: Tensor, before: float
-    ) -> list[tuple[float, Hypothesis]]:
+    ) -> list[Tried]:
         listed = list(some)
         self.expected = max(self.expected, self.done + len(listed))
         found = []
         for hypothesis in listed:
             costs = self.tried(model, hypothesis, few)
             if costs is not None and (nll := Reading((), costs).nll) < before - GAIN / 4:
-                found.append((nll, hypothesis))
-        return sorted(found, key=lambda pair: pair[0])
+                found.append((nll, self.done, hypothesis))
+        return sorted(found, key=lambda each: each[:2])
 
     def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
         """Of single blocks, where leaving a branch out costs least."""
@@ -140,15 +147,16 @@ class Search:
             nll = math.inf if costs is None else Reading((), costs).nll
             found.append((nll, branch, hypothesis))
         found.sort(key=lambda each: each[0])
-        some = found[:BRANCHES]
-        yield from once(h for _, branch, left in some for h in (left, *inside(model, branch)))
+        for _, branch, left in found[:BRANCHES]:
+            yield left
+            yield from inside(model, branch)
 
 
-def once(some: Iterable[Hypothesis]) -> list[Hypothesis]:
+def once(some: Iterable[Tried]) -> list[Tried]:
     """Each that says the same a single time."""
-    found = dict[tuple[str, str], Hypothesis]()
+    found = dict[tuple[str, str], Tried]()
     for each in some:
-        found.setdefault((each.what, each.fix), each)
+        found.setdefault((each[2].what, each[2].fix), each)
     return list(found.values())
 
 

@@ -105,7 +105,11 @@ def _counts(attn: Kind, counts: dict[str, int], width: int) -> Iterator[Hypothes
                 name = f"{attn.name}.{p}"
                 for index, how in (
                     (wrong, f"read as [({a}) i]: [({b}) i] with {n} heads"),
-                    (wrong[right], f"turned with {counts[p]} heads, not {n}"),
+                    (
+                        wrong[right],
+                        f"read as [({a}) i]: [({b}) i] with {n} heads, and as [({b}) i]: [({a}) i] "
+                        f"with {counts[p]}",
+                    ),
                 ):
                     yield Hypothesis(
                         f"{name} was turned with {n} heads, and has {counts[p]}",
