@@ -213,7 +213,7 @@ def test_rows_of_rotary_pairs_are_named_with_their_line(wrong: Any) -> None:
     assert found[0].where == ("model.layers.*.self_attn.k_proj.weight",)
     assert found[0].likely > 0.9
     line = rule_line(load_spec("llama"), "blocks.0.attn.k.weight")
-    assert found[0].fix == f"L{line[1:]}."
+    assert found[0].fix == f"It is read by {line}."
     assert [f.likely for f in found] == sorted((f.likely for f in found), reverse=True)
 
 

@@ -248,4 +248,4 @@ def _line(model: Model, hypothesis: Hypothesis) -> str:
     kinds = {stars(name): name for name in hypothesis.parameters}
     lines += [rule_line(spec, name, dialect) for name in kinds.values()]
     found = [line for line in dict.fromkeys(lines) if line][:3]
-    return " ".join(f"L{line[1:]}." for line in found)
+    return " ".join(f"It is read by {line}." for line in found)
