@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.inference import at_rest
 from zoo.pretrained import Ref, load
 from zoo.wrong import axes, beside, layers, norms, turns, values
 from zoo.wrong.finding import Finding
-from zoo.wrong.likelihood import ids_of
+from zoo.wrong.likelihood import hidden_as, ids_of, nats
 from zoo.wrong.numbers import Numbers, numbers_of
 from zoo.wrong.opening import Opened, opened
-from zoo.wrong.readings import readings
+from zoo.wrong.readings import readings, shown
 from zoo.wrong.report import Diagnosis
 
 _LARGE = 500_000_000  # numbers of a model that reads a text unasked
@@ -53,12 +54,15 @@ def diagnose(
         notes.append(f"all numbers are {precise}")
     loads = not found.refused and all(finding.what != beside.CONFLICT for finding in tied)
     if loads and learnt:
-        size = sum(n.count for n in numbers)
-        try:
-            findings += _by_a_text(found, size, text, ids, {**where, "config": config}, tell)
-        except ZooError as error:
-            if text is not None or ids is not None:
-                notes.append(f"no text was read: {error}")
+        if text is ids is None and sum(n.count for n in numbers) > _LARGE:
+            notes.append("no text was read: of so large a model only one that is given")
+        else:
+            try:
+                told, note = _by_a_text(found, text, ids, {**where, "config": config}, tell)
+                findings += told
+                notes += [] if told else [note]
+            except ZooError as error:
+                notes.append(f"no text was read: {str(error).splitlines()[0]}")
     ranked = sorted(findings, key=lambda finding: -finding.likely)
     return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes), loads)
 
@@ -88,18 +92,17 @@ def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> tuple[list[Finding
 
 def _by_a_text(
     found: Opened,
-    size: int,
     text: str | None,
     ids: Tensor | None,
     how: Mapping[str, Any],
     tell: Progress,
-) -> list[Finding]:
-    """How likely a text is as the weights are read, and under other readings of them."""
-    if text is None and ids is None and size > _LARGE:
-        return []
+) -> tuple[list[Finding], str]:
+    """What makes a text likelier than the weights as they are read, and how likely it is so."""
     model = load(found.ref, **how)
     if ids is None:
         ids = ids_of(model) if text is None else ids_of(model, text)
     told = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))
     tell(1, 1, "")
-    return told
+    with at_rest(model):
+        nll = float(nats(model, ids, hidden_as(model))[0].mean())
+    return told, f"a text of {len(ids)} tokens was read: perplexity {shown(nll)}"

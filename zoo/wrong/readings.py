@@ -205,7 +205,7 @@ def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
     return Finding(
         what="; and ".join(each.what for each in reading.said),
         where=_where(search.model, [name for each in reading.said for name in each.parameters]),
-        seen=f"perplexity {_shown(search.base.plain)} -> {_shown(reading.plain)} if {fixes}",
+        seen=f"perplexity {shown(search.base.plain)} -> {shown(reading.plain)} if {fixes}",
         likely=round(likely, 2),
         fix=" ".join(filter(None, (_line(search.model, each) for each in reading.said))),
     )
@@ -213,17 +213,17 @@ def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
 
 def _hopeless(search: Search) -> Iterator[Finding]:
     if search.base.nll > CHANCE * search.chance:
-        shown = _shown(search.base.plain)
+        cost = shown(search.base.plain)
         yield Finding(
             "a text is no likelier than chance, and no other reading makes it so",
             (),
-            f"perplexity {shown}, where each of {search.model.config.vocab:,} tokens is alike",
+            f"perplexity {cost}, where each of {search.model.config.vocab:,} tokens is alike",
             0.5,
             "Is the model untrained, or the tokenizer another's?",
         )
 
 
-def _shown(nll: float) -> str:
+def shown(nll: float) -> str:
     value = math.exp(min(nll, 700.0))
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

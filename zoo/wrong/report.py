@@ -54,7 +54,7 @@ class Diagnosis:
         else:
             parts.append(paint("Nothing looks wrong.", BOLD + GREEN, colour))
         if self.notes:
-            notes = ["Told, and common:", *(f"  {note}" for note in self.notes)]
+            notes = ["Noted:", *(f"  {note}" for note in self.notes)]
             parts.append(paint("\n".join(notes), DIM, colour))
         parts.append("\n".join(self._each() if tensors else self._families()))
         return "\n\n".join(parts)
