@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import zoo
 from zoo import cli, registry
 from zoo.errors import UsageError
-from zoo.parity.divergence import Difference
+from zoo.parity.difference import Difference
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.mutants import MUTANTS, planted
 from zoo.pretrained import load_directory

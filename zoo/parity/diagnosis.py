@@ -22,7 +22,9 @@ from zoo.parity.causes import (
     trials,
 )
 from zoo.parity.causes.scene import Idea, Scene, applied, put
-from zoo.parity.divergence import Comparison, Difference, Place
+from zoo.parity.difference import Difference
+from zoo.parity.divergence import Comparison
+from zoo.parity.flows import Place
 
 MOST = 5  # causes that are told
 THERE = "the other model's numbers are put there, and wherever the same is done"

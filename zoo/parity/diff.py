@@ -13,7 +13,9 @@ from zoo.components.model import Model
 from zoo.errors import UsageError, did_you_mean
 from zoo.parity import sides
 from zoo.parity.diagnosis import Cause, diagnosed
-from zoo.parity.divergence import WAYS, Comparison, Difference, Way
+from zoo.parity.difference import Difference
+from zoo.parity.divergence import Comparison
+from zoo.parity.flows import WAYS, Way
 from zoo.parity.matching import Matching
 from zoo.parity.truth import Draw, Inputs
 from zoo.pretrained import Ref, dtype_of, load

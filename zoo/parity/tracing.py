@@ -22,8 +22,10 @@ from zoo.errors import ZooError, did_you_mean
 from zoo.parity import sides
 from zoo.parity.diagnosis import diagnosed
 from zoo.parity.diff import inputs_of, pad_of
-from zoo.parity.divergence import Comparison, Difference, Way
+from zoo.parity.difference import Difference
+from zoo.parity.divergence import Comparison
 from zoo.parity.fixtures import hot_checkpoint
+from zoo.parity.flows import Way
 from zoo.parity.matching import Matching
 from zoo.parity.mutants import MUTANTS, Mutant, NotApplicable, Verdict, planted
 from zoo.parity.mutants import run as gate

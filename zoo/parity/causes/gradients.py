@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.otherwise import stars
 from zoo.parity.causes.scene import FITS, Idea, Scene, fits
-from zoo.parity.divergence import Flow
+from zoo.parity.flows import Flow
 from zoo.parity.sums import summed
 
 STEP = 1e-6  # of a derivative taken by differences

@@ -18,7 +18,9 @@ from zoo.components.model import Model
 from zoo.errors import ZooError
 from zoo.otherwise import Changes, Edit, rebuilt
 from zoo.parity.compare import call, rms
-from zoo.parity.divergence import Comparison, Difference, Flow, Place, Way
+from zoo.parity.difference import Difference
+from zoo.parity.divergence import Comparison
+from zoo.parity.flows import Flow, Place, Way
 from zoo.parity.matching import Matching
 from zoo.parity.taps import Side
 
