@@ -263,6 +263,9 @@ def test_a_failure_is_one_line_and_a_code(run: Any, monkeypatch: pytest.MonkeyPa
     assert run("convert", "x") == (1, "", "zoo: error: /x: Permission denied\n")
     monkeypatch.setattr(zoo, "verify", differ, raising=False)
     assert run("verify", "x") == (1, "", "zoo: error: logits differ\n")
+    for command in ("diff", "diagnose"):  # 1 is what they found
+        monkeypatch.setattr(zoo, command, lack, raising=False)
+        assert run(command, "x") == (2, "", "zoo: error: /x: Permission denied\n")
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
         return _fail(told, 130)
     except ZooError as error:
-        return _fail(str(error), USAGE if isinstance(error, UsageError) else FAILED)
+        return _fail(str(error), USAGE if isinstance(error, UsageError) else options.failed)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", FAILED)
+        return _fail(f"{place}{error.strerror or error}", options.failed)
 
 
 def _fail(message: str, code: int) -> int:
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "and back.",
     )
     parser.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
+    parser.set_defaults(failed=FAILED)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = commands.add_parser("list", help="the checkpoints that have a name")
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-diagnose", dest="diagnose", action="store_false", help="the place, and not the cause"
     )
     command.add_argument("--json", action="store_true", help="for programs")
-    command.set_defaults(run=_diff)
+    command.set_defaults(run=_diff, failed=USAGE)  # 1 is an answer
 
     command = commands.add_parser(
         "diagnose", help="what is wrong in a checkpoint, with nothing to hold it against"
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
     command.add_argument("--tensors", action="store_true", help="a line each, not each kind")
     command.add_argument("--json", action="store_true", help="for programs")
-    command.set_defaults(run=_diagnose)
+    command.set_defaults(run=_diagnose, failed=USAGE)
 
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
     command.add_argument(
@@ -441,8 +442,6 @@ def _diagnose(options: argparse.Namespace) -> int:
     try:
         config = dict(options.config or ())
         found = zoo.diagnose(options.ref, text=text, config=config, progress=_progress)
-    except (ZooError, OSError) as error:
-        return _fail(str(error), USAGE)
     finally:
         passing("", sys.stderr)
     if options.json:
