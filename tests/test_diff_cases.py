@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 import converters.spec
 import zoo
+from converters import lines
 from converters.spec import SPECS, load_spec
 from zoo import registry
 from zoo.components import alibi, attention, masks, mlp, moe, norm
 from zoo.components.masks import Mask
 from zoo.errors import UsageError
 from zoo.models import gpt2, llama
-from zoo.parity.causes import lines
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.tracing import placed
 
