@@ -279,6 +279,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         "embed.weight is read 1 row",
     ),
     "layers": (backwards, "blocks.* are put in order"),
+    "two layers": (lambda t: swap(t, ".1.", ".3."), "blocks.* are put in order"),
     "q and out transposed": (
         both_transposed,
         "blocks.*.attn.q.weight and blocks.*.attn.out.weight are read as [i o]",

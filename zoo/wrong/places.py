@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from zoo.components.moe import Experts
 from zoo.wrong.parts import Hypothesis, Made, blocks, kinds
 
 OFF = (1, -1, 2, -2, 3, -3)
+MOST = 12  # of which any two may be exchanged; of more, neighbours
 
 
 def tables(model: Model) -> Iterator[Hypothesis]:
@@ -115,8 +117,12 @@ def _orders(count: int) -> Iterator[tuple[str, list[int]]]:
         "backwards": list(range(count))[::-1],
         "off by one, the last one first": [*range(1, count), 0],
         "off by one, the first one last": [count - 1, *range(count - 1)],
-        "with the first two exchanged": [1, 0, *range(2, count)],
     }
+    for a, b in combinations(range(count), 2):
+        if b == a + 1 or count <= MOST:
+            lie = list(range(count))
+            lie[a], lie[b] = b, a
+            sorts[f"with {a} and {b} exchanged"] = lie
     seen = [list(range(count))]
     for how, lie in sorts.items() if count > 1 else ():
         if lie not in seen:
