@@ -1,5 +1,6 @@
 """What every test relies on: no network but loopback, one thread, real material where it is."""
 
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -62,6 +63,22 @@ def fixtures() -> Path:
     if not path.is_dir():
         pytest.fail(f"ZOO_FIXTURES={place} is no directory")
     return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A hot checkpoint of an architecture, its first variant unless another is asked for."""
+    from zoo import registry
+    from zoo.parity.fixtures import hot_checkpoint
+
+    @functools.cache
+    def make(name: str, variant: str = "") -> Path:
+        entry = registry.architectures()[name]
+        directory = tmp_path_factory.mktemp("hot") / name
+        hot_checkpoint(entry, variant or next(iter(entry.variants)), directory)
+        return directory
+
+    return make
 
 
 @pytest.fixture(scope="session")

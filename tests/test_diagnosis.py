@@ -19,7 +19,6 @@ from converters.lines import rule_line
 from converters.spec import load_spec
 from zoo import cli, registry
 from zoo.parity.diagnosis import Cause
-from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.mutants import MUTANTS, Mapped
 from zoo.parity.tracing import Trace, Tracer, run, table
 from zoo.pretrained import load_directory
@@ -56,18 +55,6 @@ def tracers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     scratch = tmp_path_factory.mktemp("traced")
     yield functools.cache(lambda name: Tracer(ARCHITECTURES[name], scratch))
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @functools.cache
-    def make(name: str) -> Path:
-        directory = tmp_path_factory.mktemp("hot") / name
-        entry = ARCHITECTURES[name]
-        hot_checkpoint(entry, next(iter(entry.variants)), directory)
-        return directory
-
-    return make
 
 
 @pytest.mark.parametrize(("name", "bug"), FEW, ids=lambda value: value)

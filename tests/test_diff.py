@@ -17,27 +17,12 @@ import zoo
 from zoo import cli, registry
 from zoo.errors import UsageError
 from zoo.parity.difference import Difference
-from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.mutants import MUTANTS, planted
 from zoo.pretrained import load_directory
 
 ARCHITECTURES = registry.architectures()
 # tables by distance, of which the reference takes the rows it needs, and a bias that stands alone
 INCOMPARABLE = re.compile(r"\bpos_[kq]$|\bdistances\b|^predictions|^head$")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A hot checkpoint of an architecture, its first variant unless another is asked for."""
-
-    @functools.cache
-    def make(name: str, variant: str = "") -> Path:
-        entry = ARCHITECTURES[name]
-        directory = tmp_path_factory.mktemp("hot") / name
-        hot_checkpoint(entry, variant or next(iter(entry.variants)), directory)
-        return directory
-
-    return make
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -114,7 +99,7 @@ def test_padding_and_ties_have_ways_of_their_own(made: Callable[..., Path]) -> N
     assert of_mutant(directory, "gpt2", "positions count the padding").ok
     padded = of_mutant(directory, "gpt2", "positions count the padding", way="padded")
     assert padded.first is not None and padded.first.place == "positions"
-    assert of_mutant(directory, "gpt2", "tie broken").untied == ["head.weight and embed.weight"]
+    assert of_mutant(directory, "gpt2", "tie broken").untied == [("head.weight", "embed.weight")]
 
 
 def test_the_first_gradient_to_differ(made: Callable[..., Path]) -> None:
@@ -136,6 +121,18 @@ def test_two_native_models(made: Callable[..., Path]) -> None:
     found = zoo.diff(ours, theirs)
     assert found.first is not None and found.first.place == "blocks.1.mlp.gate"
     assert found.first.reading.match.parameters.keys() == {"blocks.1.mlp.gate.weight"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_native_directory(name: str, made: Callable[..., Path], tmp_path: Path) -> None:
+    """Tied names are one in it; a change of an array is seen."""
+    directory = zoo.convert(made(name), tmp_path / "native", to="native")
+    assert zoo.diff(made(name), directory).ok
+    model = zoo.load(directory, dtype="float64")
+    with torch.no_grad():
+        model.embed.weight.mul_(1.001)
+    found = zoo.diff(model, directory, diagnose=False)
+    assert found.first is not None and not found.untied
 
 
 class Own(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,28 +28,12 @@ from zoo.components import alibi, attention, masks, mlp, moe, norm
 from zoo.components.masks import Mask
 from zoo.errors import UsageError
 from zoo.models import gpt2, llama
-from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.tracing import placed
 
 ARCHITECTURES = registry.architectures()
 OUT = r"in .*blocks\.0\.attn\.out$"
 DOWN = r"in .*blocks\.0\.mlp\.down$"
 Plant = Callable[[Path, Path], Any]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
-    @functools.cache
-    def make(name: str, variant: str = "") -> Path:
-        entry = ARCHITECTURES[name]
-        directory = tmp_path_factory.mktemp("hot") / name
-        hot_checkpoint(entry, variant or next(iter(entry.variants)), directory)
-        return directory
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

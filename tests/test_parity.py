@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import zoo
 from zoo import parity, registry
 from zoo.errors import MissingDependency, ParityError, UsageError, ZooError
 from zoo.parity import Report, Row, compare, fixtures, reference
@@ -51,6 +52,13 @@ def test_directory(entry: Architecture, variant: str, dtype: torch.dtype, tmp_pa
     report = parity.verify(tmp_path)
     assert report.ok, report.to_text()
     assert len({row.subject for row in report.rows}) == 2
+
+
+def test_what_convert_wrote(tmp_path: Path) -> None:
+    """Its manifest says where it came from, and is nobody's to give back."""
+    fixtures.hot_checkpoint(*FIRST[0], tmp_path / "hot")
+    report = parity.verify(zoo.convert(tmp_path / "hot", tmp_path / "again", to="hf"))
+    assert report.ok, report.to_text()
 
 
 @every_architecture

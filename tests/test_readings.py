@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import build, hot
 from torch import Tensor
@@ -23,12 +24,12 @@ from converters.spec import load_spec
 from zoo import registry
 from zoo.components.decoder import Decoder
 from zoo.errors import InputError, UsageError
-from zoo.otherwise import applied, order
+from zoo.otherwise import Edit, applied, order
 from zoo.parity.mutants import MUTANTS, NotApplicable, planted
 from zoo.pretrained import load_directory
 from zoo.wrong.hypotheses import hypotheses, inside, without
 from zoo.wrong.likelihood import EVERY, TEXT, chance, ids_of, nats
-from zoo.wrong.readings import readings
+from zoo.wrong.readings import HEATS, Reading, readings
 
 ARCHITECTURES = list(registry.architectures())
 OTHER = """\
@@ -289,6 +290,19 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         "blocks.*.attn.v is read as [(e g) i]: [(g e) i]",
     ),
 }
+
+
+def test_being_less_sure_is_no_better_knowledge(stories: Path) -> None:
+    """The same knowledge, twice as sure of itself, costs more and is as good."""
+    model = zoo.load(stories)
+    ids = ids_of(model)
+    with torch.no_grad():
+        plain = Reading((), nats(model, ids, None, HEATS))
+        sure = Edit(settings={"head": {"forward": lambda x: 2 * F.linear(x, model.embed.weight)}})
+        with applied(model, sure):
+            hot = Reading((), nats(model, ids, None, HEATS))
+    assert hot.plain > plain.plain + 0.1
+    assert abs(plain.gain(hot)[0]) < 1e-6
 
 
 @pytest.mark.slow

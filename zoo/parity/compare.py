@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from converters import manifest
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
@@ -362,8 +363,9 @@ def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list
     out += [f"{n}: differs" for n in mine.keys() & theirs.keys() if mine[n] != theirs[n]]
     for path in sorted(source.glob("*.json")):
         other = copy / path.name
-        if path.name.endswith(".index.json"):
-            continue  # it follows from the tensors and the files they are in
+        # these follow from the tensors, the files they are in, and where those came from
+        if path.name.endswith(".index.json") or path.name == manifest.NAME:
+            continue
         if not other.is_file():
             out.append(f"{path.name}: missing")
         elif other.read_bytes() != path.read_bytes():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from zoo.parity.causes import (
 from zoo.parity.causes.scene import Idea, Scene, applied, put
 from zoo.parity.difference import Difference
 from zoo.parity.divergence import Comparison
-from zoo.parity.flows import Place
 
 MOST = 5  # causes that are told
 THERE = "the other model's numbers are put there, and wherever the same is done"
@@ -85,9 +84,10 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
 
 def _unmet(comparison: Comparison, difference: Difference) -> Iterator[Cause]:
     for names in difference.untied:
-        cause = Cause(f"{names} are no longer one array: the tie is broken", "they share one again")
+        said = f"{' and '.join(names)} are no longer one array: the tie is broken"
+        cause = Cause(said, "they share one again")
         model = comparison.matching.model
-        other, owner = (name.rpartition(".") for name in names.split(" and "))
+        other, owner = (name.rpartition(".") for name in names)
         array = model.get_submodule(owner[0])._parameters[owner[2]]
         held = model.get_submodule(other[0])._parameters
         kept, held[other[2]] = held[other[2]], array
@@ -146,7 +146,7 @@ def _confirmed(scene: Scene, idea: Idea) -> Cause:
     places = scene.everywhere()
     names = {name for name, _, _ in places}
     put_there = replace(lone, fix=THERE if len(names) > 1 else "", change="", put=True)
-    again = _tried(scene, put_there, _put(scene, places), names)
+    again = _tried(scene, put_there, put(scene.model, scene, places), names)
     return again if again.restored else tried
 
 
@@ -164,9 +164,3 @@ def _tried(
     if scene.later(again):
         return replace(cause, tried=True, after=str(again.first.reading))
     return cause
-
-
-@contextmanager
-def _put(scene: Scene, places: Iterable[Place]) -> Iterator[Model]:
-    with put(scene.model, scene, places):
-        yield scene.model

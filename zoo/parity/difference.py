@@ -151,7 +151,7 @@ class Difference:
     back: bool
     readings: list[Reading]
     idle: list[str]  # modules that run in the other model alone
-    untied: list[str]
+    untied: list[tuple[str, str]]  # names that should share an array
     healed: set[Place]  # what differs there makes no difference: one scales before, one after
     causes: list[Cause] = field(default_factory=list)  # the most likely first
 
@@ -184,7 +184,7 @@ class Difference:
         if (first := self.first) is not None:
             lines += first.lines(self.back, colour)
         lines += [f"runs in the other model alone: {name}" for name in self.idle]
-        lines += [f"no longer one array: {names}" for names in self.untied]
+        lines += [f"no longer one array: {' and '.join(names)}" for names in self.untied]
         lines += [paint(f"cause: {cause}", BOLD, colour) for cause in self.causes[:1]]
         lines += [f"or: {cause}" for cause in self.causes[1:]]
         return "\n".join(lines)
@@ -200,7 +200,7 @@ class Difference:
             "backward": self.back,
             "first": None if first is None else first.to_json(),
             "idle": self.idle,
-            "untied": self.untied,
+            "untied": [" and ".join(names) for names in self.untied],
             "causes": [cause.to_json() for cause in self.causes],
             "readings": [reading.to_json() for reading in self.readings],
         }

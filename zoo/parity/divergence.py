@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -74,14 +75,19 @@ class Comparison:
     def theirs(self, back: bool = False) -> list[Heard]:
         """The other model, and after it the same in a narrower dtype where there is one."""
         if back not in self._there:
-            found, pull = self.matching.matches, pulled if back else None
-            names = list(dict.fromkeys(name for match in found.values() for name in match.others))
             sides = [self.other] + ([] if self.other.narrow is None else [self.other.narrow])
-            self._there[back] = [
-                listen(side.module, names, [partial(side, row) for row in self.way.other()], pull)
-                for side in sides
-            ]
+            self._there[back] = [self._listened(side, back) for side in sides]
         return self._there[back]
+
+    def _listened(self, side: Other, back: bool) -> Heard:
+        turns = [partial(side, row) for row in self.way.other()]
+        return listen(side.module, self._heeded, turns, pulled if back else None)
+
+    @property
+    def _heeded(self) -> list[str]:
+        """The other model's modules that are compared."""
+        matches = self.matching.matches.values()
+        return list(dict.fromkeys(name for match in matches for name in match.others))
 
     def run(self, back: bool = False) -> Difference:
         """Gradients are taken where all values agree: else the first that does not is told."""
@@ -105,9 +111,8 @@ class Comparison:
         Where a gradient has a step (relu's) or a choice (of experts), rounding decides on which
         side of it a number lies, and one run does not tell how far that goes.
         """
-        narrow, found = self.other.narrow, self.matching.matches
+        narrow = self.other.narrow
         assert narrow is not None
-        names = list(dict.fromkeys(name for match in found.values() for name in match.others))
         random = torch.Generator().manual_seed(seed)
 
         def shake(_: nn.Module, args: Any, out: Any) -> Any:
@@ -117,13 +122,10 @@ class Comparison:
             return x if isinstance(out, Tensor) else (x, *out[1:])
 
         modules = dict(narrow.module.named_modules())
-        handles = [modules[name].register_forward_hook(shake) for name in names]
-        try:
-            turns = [partial(narrow, row) for row in self.way.other()]
-            return listen(narrow.module, names, turns, pulled)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for name in self._heeded:
+                stack.enter_context(modules[name].register_forward_hook(shake))
+            return self._listened(narrow, back=True)
 
     def _run(self, back: bool, shaken: int | None = None) -> Difference:
         found, way = self.matching.matches, self.way
@@ -228,10 +230,8 @@ class Comparison:
             handle = module.register_forward_pre_hook(lambda _, args: change(args))
         else:
             handle = module.register_forward_hook(lambda _, args, out: change(out))
-        try:
+        with handle:
             after = self._ours()
-        finally:
-            handle.remove()
         found: set[Place] = {
             (each, at, k)
             for old, new in zip(before.records, after.records, strict=True)
@@ -251,8 +251,8 @@ def _idle(matches: Collection[Match], ours: Record, theirs: Record) -> list[str]
     ]
 
 
-def _untied(matching: Matching) -> list[str]:
+def _untied(matching: Matching) -> list[tuple[str, str]]:
     """Names that should share an array and have one each."""
     held = dict(matching.model.named_parameters(remove_duplicate=False))
     ties = matching.plan.native.ties.items()
-    return [f"{a} and {b}" for a, b in ties if a in held and held[a] is not held.get(b)]
+    return [(a, b) for a, b in ties if a in held and held[a] is not held.get(b)]

@@ -73,13 +73,13 @@ def read_by(model: Model, it: Reference) -> Other:
 
 def native(model: Model, other: Model, dtype: torch.dtype, name: str) -> Other:
     """Another model of the same architecture, its own truth in fp64."""
-    names = native_side(model)
+    names, ties = native_side(model), native_side(other).ties
 
     def planned(header: Header) -> Plan:
         return identity_plan(names, header, name)
 
     def side(it: Model) -> Other:
-        return Other(name, it, lambda inputs: call(it, inputs), planned)
+        return Other(name, it, lambda inputs: call(it, inputs), planned, lambda n: ties.get(n, n))
 
     return _with_floor(side, other, dtype)
 

@@ -117,7 +117,8 @@ def placed(difference: Difference) -> str:
     """`in` or `out`, and a module; or what else shows it."""
     if (first := difference.first) is not None:
         return f"{first.reading.side} {first.reading}"
-    return "; ".join([*(f"tie {names}" for names in difference.untied), *difference.idle])
+    ties = [f"tie {' and '.join(names)}" for names in difference.untied]
+    return "; ".join([*ties, *difference.idle])
 
 
 def run(

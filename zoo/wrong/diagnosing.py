@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.inference import at_rest
-from zoo.pretrained import Ref, load
+from zoo.pretrained import Ref, fill
 from zoo.wrong import axes, beside, layers, norms, turns, values
 from zoo.wrong.finding import Finding
 from zoo.wrong.likelihood import hidden_as, ids_of, nats
@@ -58,7 +58,7 @@ def diagnose(
             notes.append("no text was read: of so large a model only one that is given")
         else:
             try:
-                told, note = _by_a_text(found, text, ids, {**where, "config": config}, tell)
+                told, note = _by_a_text(found, text, ids, config, tell)
                 findings += told
                 notes += [] if told else [note]
             except ZooError as error:
@@ -94,11 +94,12 @@ def _by_a_text(
     found: Opened,
     text: str | None,
     ids: Tensor | None,
-    how: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
     tell: Progress,
 ) -> tuple[list[Finding], str]:
     """What makes a text likelier than the weights as they are read, and how likely it is so."""
-    model = load(found.ref, **how)
+    assert found.located is not None
+    model = fill(found.located, config=config)
     if ids is None:
         ids = ids_of(model) if text is None else ids_of(model, text)
     told = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))

@@ -32,11 +32,12 @@ def exchanged(model: Model) -> Iterator[Hypothesis]:
                 for a, b in (("weight", "bias"), ("bias", "weight"))
             }
             yield Hypothesis(f"{said} are in each other's place", f"{said} are exchanged", crossed)
-    whole = Kind("", {"": model}, {f".{n}": p for n, p in _held(model).items()})
-    first = next((n for n in _held(model) if n.endswith("blocks.0.norm1.weight")), "")
-    if first and "norm.weight" in _held(model):
+    held = dict(model.named_parameters(remove_duplicate=False))
+    whole = Kind("", {"": model}, {f".{n}": p for n, p in held.items()})
+    first = next((n for n in held if n.endswith("blocks.0.norm1.weight")), "")
+    if first and "norm.weight" in held:
         yield from _pair(whole, first.removesuffix(".weight"), "norm", across=True)
-    if "head.weight" in _held(model) and not model.config.tied:
+    if "head.weight" in held and not model.config.tied:
         yield from _pair(whole, "embed", "head", across=True)
         for a, b in (("head", "embed"), ("embed", "head")):
             yield Hypothesis(
@@ -44,10 +45,6 @@ def exchanged(model: Model) -> Iterator[Hypothesis]:
                 f"{a}.weight is {b}.weight",
                 {f"{a}.weight": whole.taken(f".{b}.weight")},
             )
-
-
-def _held(model: Model) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _pair(kind: Kind, a: str, b: str, across: bool = False) -> Iterator[Hypothesis]:

@@ -99,7 +99,7 @@ class Search:
         try:
             with applied(model, hypothesis.edit()) as edited:
                 return self.costs(edited, ids)
-        except (RuntimeError, ZooError, ValueError, IndexError, TypeError, ZeroDivisionError):
+        except (RuntimeError, ZooError):
             return None
 
     def best(self, known: Reading) -> list[Reading]:

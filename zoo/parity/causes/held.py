@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from zoo.otherwise import block_of, stars
+from zoo.otherwise import block_of, order, stars
 from zoo.parity.causes.scene import FITS, Idea, Scene, error
 
 MOVED = 4  # slices that are named
@@ -280,13 +279,13 @@ def _whole(ours: Tensor, theirs: Tensor) -> str | None:
 
 def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
     """Which slices of the first axis stand where others should; empty where they are no others."""
-    order = list[int]()
+    found = list[int]()
     for x in ours:
         at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
         if at is None:
             return ""
-        order.append(at)
-    config, size = scene.model.config, len(order)
+        found.append(at)
+    config, size = scene.model.config, len(found)
     for heads in dict.fromkeys((getattr(config, "kv_heads", 0), getattr(config, "heads", 0))):
         for a, b in (
             ("h e two", "h two e"),
@@ -294,12 +293,10 @@ def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
             ("h e", "e h"),
             ("e h", "h e"),
         ):
-            lengths = {"h": heads, **({"two": 2} if "two" in a else {})}
-            if heads and size % (heads * lengths.get("two", 1)) == 0:
-                rows = rearrange(torch.arange(size), f"({a}) -> ({b})", **lengths)
-                if rows.tolist() == order:
-                    return f"as [({b})] where it should be [({a})], with {heads} heads"
-    moved = [(n, at) for n, at in enumerate(order) if at != n]
+            fits = heads and size % (heads * (2 if "two" in a else 1)) == 0
+            if fits and order(a, b, size, h=heads, two=2).tolist() == found:
+                return f"as [({b})] where it should be [({a})], with {heads} heads"
+    moved = [(n, at) for n, at in enumerate(found) if at != n]
     for by in (1, -1):
         run = [n for n, at in moved if n - at == by]
         if len(run) >= max(2, len(moved) - 1):

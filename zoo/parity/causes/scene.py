@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from zoo import otherwise
 from zoo.components.model import Model
@@ -92,7 +91,7 @@ class Scene:
         """The one that holds it."""
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
-    @property
+    @cached_property
     def held(self) -> dict[str, Tensor]:
         """The native model's parameters, tied ones by each of their names."""
         named = self.model.named_parameters(remove_duplicate=False)
@@ -190,14 +189,9 @@ class Scene:
             if self.side == "out"
             else module.register_forward_pre_hook(hear)
         )
-        try:
-            with torch.no_grad():
-                for given, more in comparison.way.native():
-                    call(model, given, **more)
-        except Reached:
-            pass
-        finally:
-            handle.remove()
+        with handle, suppress(Reached), torch.no_grad():
+            for given, more in comparison.way.native():
+                call(model, given, **more)
         ours = comparison.way.tokens(found, self.flow.counts) if found else None
         theirs = comparison.flows[self.reading.place].theirs
         if ours is None or theirs is None or ours.shape != theirs.shape:
@@ -299,48 +293,37 @@ def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
     if idea.config:
         yield scene.rebuilt(idea.config)
         return
-    if idea.factors:
-        handles = [
-            model.get_submodule(name).register_forward_hook(lambda _, args, out, by=by: out * by)
-            for name, by in idea.factors.items()
-        ]
-        try:
-            yield model
-        finally:
-            for handle in handles:
-                handle.remove()
-        return
-    if idea.undoes:
-        with otherwise.applied(model, idea):
-            yield model
-        return
-    with put(model, scene, [scene.reading.place]):
+    with ExitStack() as stack:
+        if idea.factors:
+            for name, by in idea.factors.items():
+                module = model.get_submodule(name)
+                stack.enter_context(
+                    module.register_forward_hook(lambda _, args, out, by=by: out * by)
+                )
+        elif idea.undoes:
+            stack.enter_context(otherwise.applied(model, idea))
+        else:
+            stack.enter_context(put(model, scene, [scene.reading.place]))
         yield model
 
 
 @contextmanager
-def put(model: Model, scene: Scene, places: Iterable[Place]) -> Iterator[None]:
-    """What the other model has at these places, instead of what this one made."""
-    handles = list[RemovableHandle]()
-    try:
+def put(model: Model, scene: Scene, places: Sequence[Place]) -> Iterator[Model]:
+    """The model with what the other has at these places, instead of what this one made."""
+    if not places:
+        raise RuntimeError("no place to put it")
+    with ExitStack() as stack:
         for name, side, number in places:
             module, theirs = model.get_submodule(name), scene.comparison.flows[name, side, number]
             if theirs.theirs is None or not name:
                 raise RuntimeError("nothing to put there")
             hook = _Put(scene.comparison.way, theirs.theirs, number)
-            handles.append(
+            stack.enter_context(
                 module.register_forward_hook(lambda _, args, out, hook=hook: hook(out))
                 if side == "out"
-                else module.register_forward_pre_hook(
-                    lambda _, args, hook=hook: None if (x := hook(args[0])) is None else x
-                )
+                else module.register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0]))
             )
-        if not handles:
-            raise RuntimeError("no place to put it")
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        yield model
 
 
 @dataclass
@@ -353,19 +336,13 @@ class _Put:
     before: int = 0  # tokens of each row that came in an earlier part
 
     def __call__(self, given: Any) -> Any:
-        self.left -= 1
-        if self.way.name == "cached":
-            self.left = -1  # each part is given once
-        if self.left != -1:
-            return None
-        return (
-            self.changed(given)
-            if isinstance(given, Tensor)
-            else (
-                self.changed(given[0]),
-                *given[1:],
-            )
-        )
+        if self.way.name != "cached":  # there each part is given once
+            self.left -= 1
+            if self.left != -1:
+                return None
+        if isinstance(given, Tensor):
+            return self.changed(given)
+        return (self.changed(given[0]), *given[1:])
 
     def changed(self, x: Tensor) -> Tensor:
         theirs, mask = self.theirs, self.way.inputs.mask
