@@ -173,23 +173,30 @@ def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
     for path in sorted(directory.iterdir()):
         if path.name not in files and any(fnmatch(path.name, pattern) for pattern in _LOADED):
             yield Damage(path.name, "", "not written with the others, and would be loaded")
-    for name, said in files.items():
-        try:
-            path = confined(directory, name)
-            size = path.stat().st_size
-        except CheckpointError as error:
-            yield Damage(name, "", str(error))
-            continue
-        if size != said["size"]:
-            yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
-        elif "tensors" in said:
-            look = _check_tensors if name.endswith(".safetensors") else _check_places
-            found = list(look(path, name, said))
-            yield from found
-            if sha256 and not found and said["sha256"]:
-                yield from _check_file(path, name, said["sha256"])
-        else:
+    for name in files:
+        yield from check_file(directory, name, files[name], sha256=sha256)
+
+
+def check_file(
+    directory: Path, name: str, said: dict[str, Any], *, sha256: bool = False
+) -> Iterator[Damage]:
+    """What of one file is not as its entry in the manifest says."""
+    try:
+        path = confined(directory, name)
+        size = path.stat().st_size
+    except CheckpointError as error:
+        yield Damage(name, "", str(error))
+        return
+    if size != said["size"]:
+        yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
+    elif "tensors" in said:
+        look = _check_tensors if name.endswith(".safetensors") else _check_places
+        found = list(look(path, name, said))
+        yield from found
+        if sha256 and not found and said["sha256"]:
             yield from _check_file(path, name, said["sha256"])
+    else:
+        yield from _check_file(path, name, said["sha256"])
 
 
 def named_by_digest(directory: Path) -> list[Damage] | None:

@@ -2,6 +2,9 @@
 
 The lock of a destination is a file beside it, which also holds the journal of a conversion that can
 be taken up again. It is the last thing to go.
+
+Who replaces a directory says which of its files go. All others are hard links in the stage before
+the two directories change places, so that no kill can lose one; then the old names are removed.
 """
 
 from __future__ import annotations
@@ -13,50 +16,100 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import stat
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
-from zoo.errors import OutputExists, UsageError, ZooError
+from zoo.errors import OutputExists, UsageError, ZooError, listing
 
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's flag
 
+# Given what is at a destination: the files that a new directory replaces, by their paths in it. All
+# others are kept. Raises OutputExists where nothing may be written.
+Replaces = Callable[[Path], Collection[str]]
+
+
+def refuse_all(place: Path) -> Collection[str]:
+    """The `Replaces` of a destination that has to be new."""
+    raise OutputExists(f"{place}: exists already. Use force=True (--force) to replace it.")
+
 
 @contextmanager
 def staged(
-    destination: str | os.PathLike[str], *, force: bool = False, size: int = 0
+    destination: str | os.PathLike[str],
+    replaces: Replaces = refuse_all,
+    *,
+    restart: bool = False,
+    size: int = 0,
 ) -> Iterator[Path]:
     """A fresh directory to fill; on leaving it becomes `destination`, on an error it is gone.
 
-    `force` replaces what is there, in one step. A link is replaced, never followed. An empty
-    directory counts as nothing. `size` bytes have to be free before anything is written.
+    What is there is replaced in one step, but for the files that `replaces` does not name. A link
+    is replaced, never followed. An empty directory counts as nothing. `size` bytes have to be free
+    before anything is written. `restart` gives up a conversion that was begun and not finished.
     """
     place, made = _place(destination), list[Path]()
     with _Said(place), _parents(place, made), _locked(place) as lock:
-        lock.keep = _begun(lock.read())
-        partial, aside = _put_right(place)
-        _refuse(place, force)
-        if not force:
-            _refuse_begun(place, lock.keep)
-        lock.restart_empty()
-        lock.keep = False
-        _remove(partial)  # whoever left it is dead: the lock is ours
-        _check_free(place, size)
+        partial = _begin_alone(place, lock, replaces, restart, size)
         os.mkdir(partial)
         try:
             yield partial
             _sync(partial)
-            _refuse(place, force)
-            _publish(partial, place, aside, lock)
+            _publish(partial, place, lock, replaces)
+        except BaseException:
+            _give_up(partial, place, lock)
+            raise
+        made.clear()
+
+
+@contextmanager
+def staged_file(
+    destination: str | os.PathLike[str], replaces: Replaces = refuse_all, *, size: int = 0
+) -> Iterator[BinaryIO]:
+    """A fresh file to write, likewise; it replaces what is there if `replaces` does not refuse."""
+    place, made = Path(os.path.abspath(destination)), list[Path]()
+    if _is_directory(place):
+        raise OutputExists(f"{place}: is a directory. Name a file in it")
+    place = _place(place)
+    with _Said(place), _parents(place, made), _locked(place) as lock:
+        partial = _begin_alone(place, lock, replaces, False, size)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _replaced(place, replaces)
+            os.rename(partial, place)
         except BaseException:
             _remove(partial)
             raise
         made.clear()
         lock.done = True
+        _sync_parent(place)
+
+
+def _begin_alone(place: Path, lock: _Lock, replaces: Replaces, restart: bool, size: int) -> Path:
+    """Where to write, with nothing there, once it is clear that the destination may be replaced."""
+    entries = lock.read()
+    lock.keep = _begun(entries)
+    _put_right(place, entries)
+    _beside(place, "publish").unlink(missing_ok=True)  # of parts, of which none runs now
+    _check_replaced(place, replaces)
+    if not restart:
+        _refuse_begun(place, lock.keep)
+    partial = _beside(place, "partial")
+    _remove(partial)  # whoever left it is dead: the lock is ours
+    lock.restart_empty()
+    lock.keep = False
+    _check_free(place, size)
+    return partial
 
 
 class Stage:
@@ -79,8 +132,8 @@ class Stage:
 def resumable(
     destination: str | os.PathLike[str],
     job: str,
+    replaces: Replaces = refuse_all,
     *,
-    force: bool = False,
     restart: bool = False,
     size: int = 0,
 ) -> Iterator[Stage]:
@@ -89,19 +142,19 @@ def resumable(
     The next run of the same `job` is given it. A run that is refused leaves what others have.
     """
     place, made, said = _place(destination), list[Path](), _Said(_place(destination))
+    partial = _beside(place, "partial")
     with said, _parents(place, made), _locked(place) as lock:
-        partial, aside = _put_right(place)
         entries = lock.read()
         lock.keep = _begun(entries)
-        if _is_published(
-            place, entries
-        ):  # killed after the last rename: what is left is to tidy up
+        _put_right(place, entries)
+        _beside(place, "publish").unlink(missing_ok=True)  # of parts, of which none runs now
+        if _is_published(place, entries):  # killed after the last rename
             _remove(partial)
             stage = Stage(place, lock, entries)
             stage.published = lock.done = True
             yield stage
             return
-        _refuse(place, force)
+        _check_replaced(place, replaces)
         _clear_parts(place, _journals(place), restart)
         mine = not restart and bool(entries) and entries[0].get("job") == job
         mine = mine and _is_directory(partial)
@@ -118,22 +171,28 @@ def resumable(
         try:
             yield stage
             _sync(partial)
-            _refuse(place, force)
-            _publish(partial, place, aside, lock)
-        except (KeyboardInterrupt, OSError):
+            _publish(partial, place, lock, replaces)
+        except (KeyboardInterrupt, OSError, OutputExists):
             raise
-        except BaseException:
-            lock.keep = False  # the same command would fail again
-            _remove(partial)
+        except BaseException:  # the same command would fail again
+            _give_up(partial, place, lock)
             raise
-        lock.done = True
+
+
+def _give_up(partial: Path, place: Path, lock: _Lock) -> None:
+    """Remove a stage; what was replaced and could not be removed is left to the next run."""
+    if not _is_published(place, lock.read()):
+        _remove(partial)
+        lock.keep = False
 
 
 def _place(destination: str | os.PathLike[str]) -> Path:
     # absolute, yet not resolved: a link as destination stays a link
-    place = Path(os.path.abspath(destination))
-    if not place.name:
-        raise OutputExists(f"{place}: the root of a file system cannot be replaced")
+    try:
+        place = Path(os.path.abspath(destination))
+    except FileNotFoundError:
+        raise UsageError(f"{destination}: the working directory is gone: cd to another") from None
+    check_place(place)
     if len(os.fsencode(place.name)) > 255:
         raise UsageError(f"{place}: a name of more than 255 bytes, which no file system takes")
     return place
@@ -169,17 +228,54 @@ def _parents(place: Path, made: list[Path]) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _put_right(place: Path) -> tuple[Path, Path]:
-    """(partial, aside), after a kill between the two renames of a replacement."""
-    return _beside(place, "partial"), _put_aside_back(place)
+def check_place(destination: str | os.PathLike[str]) -> None:
+    """Refuse what no command replaces, full or empty, by whatever path it is named."""
+    place = os.path.abspath(destination)
+    real = os.path.realpath(place)
+    inside = f"Give a directory inside it, such as {os.path.join(place, 'model')}"
+    if os.path.dirname(real) == real:
+        raise OutputExists(f"{place}: the root of a file system cannot be replaced. {inside}")
+    if os.path.ismount(real):
+        raise OutputExists(f"{place}: a file system is mounted here. {inside}")
+    for what, path in _living_places():
+        if os.path.commonpath([real, path]) == real:
+            of = "is" if real == path else f"holds {path},"
+            raise OutputExists(f"{place}: {of} {what}, and is never replaced. {inside}")
+    if os.path.isdir(real) and os.path.lexists(os.path.join(real, ".git")):
+        raise OutputExists(f"{place}: holds .git, so it is never replaced. {inside}")
 
 
-def _put_aside_back(place: Path) -> Path:
+def _living_places() -> Iterator[tuple[str, str]]:
+    with contextlib.suppress(OSError):
+        yield "the working directory", os.path.realpath(os.getcwd())
+    homes = [os.environ.get("HOME", "")]
+    with contextlib.suppress(KeyError):  # a user that no table lists
+        homes.append(pwd.getpwuid(os.getuid()).pw_dir)
+    for home in homes:
+        if os.path.isabs(home):
+            yield "the home directory", os.path.realpath(home)
+
+
+def _put_right(place: Path, entries: list[dict[str, Any]]) -> None:
+    """Finish a replacement that was killed after it was published; undo one killed before that."""
+    notes = [*entries, *_records(_beside(place, "publish"))]
+    last = next((entry for entry in reversed(notes) if "publishing" in entry), {})
     aside = _beside(place, "replaced")
-    if os.path.lexists(aside) and not os.path.lexists(place):
-        os.rename(aside, place)
-    _remove(aside)
-    return aside
+    for old in (_beside(place, "partial"), aside):
+        if not os.path.lexists(old):
+            continue
+        if old.lstat().st_ino == last.get("old"):
+            if os.path.lexists(place):
+                _retire(old, place, last["replaced"])
+            else:
+                os.rename(old, place)
+        elif old == aside and not os.path.lexists(place):
+            os.rename(aside, place)
+        if old == aside and os.path.lexists(aside):
+            raise OutputExists(
+                f"{aside}: a directory that was replaced, with files that nobody may have "
+                "elsewhere. Move it away, or delete it"
+            )
 
 
 def _check_free(place: Path, size: int) -> None:
@@ -230,12 +326,64 @@ def _is_published(place: Path, entries: list[dict[str, Any]]) -> bool:
     return bool(said[-1] == status.st_ino)
 
 
-def _refuse(place: Path, force: bool) -> None:
-    if os.path.ismount(place):
-        raise OutputExists(f"{place}: a file system is mounted here; give a directory inside it")
-    if force or not os.path.lexists(place) or _is_empty(place):
+def _check_replaced(place: Path, replaces: Replaces) -> None:
+    """Everything that could keep a destination from being replaced, before hours of work."""
+    if not _is_directory(place):
+        _replaced(place, replaces)
         return
-    raise OutputExists(f"{place}: exists already. Use force (--force) to replace it.")
+    trial, problems = _beside(place, "trial"), list[str]()
+    trial.unlink(missing_ok=True)
+    for name, is_directory in _kept(place, _replaced(place, replaces)):
+        path = place / name
+        try:
+            if not is_directory:
+                os.link(path, trial, follow_symlinks=False)
+                os.unlink(trial)
+            elif os.lstat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            problems.append(f"{name} ({error.strerror})")
+    if problems:
+        raise OutputExists(
+            f"{place}: holds files that are no checkpoint's and that cannot be kept when it is "
+            f"replaced: {listing(problems)}. Move them away, or write elsewhere"
+        )
+
+
+def _replaced(place: Path, replaces: Replaces) -> frozenset[str]:
+    check_place(place)
+    if not os.path.lexists(place) or _is_empty(place):
+        return frozenset()
+    return frozenset(replaces(place))
+
+
+def files_below(directory: Path) -> Iterator[tuple[str, bool]]:
+    """(path in it, whether it is a directory), outer ones first; links are followed nowhere."""
+    device, folders = os.lstat(directory).st_dev, [""]
+    while folders:
+        above = folders.pop()
+        with os.scandir(directory / above) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name, is_directory = f"{above}{entry.name}", entry.is_dir(follow_symlinks=False)
+                if is_directory:
+                    if entry.stat(follow_symlinks=False).st_dev != device:
+                        raise OutputExists(f"{directory}: a file system is mounted at {name}")
+                    folders.append(f"{name}/")
+                yield name, is_directory
+
+
+def _kept(directory: Path, replaced: Collection[str]) -> list[tuple[str, bool]]:
+    """What stays when a directory is replaced: no folder that held replaced files alone."""
+    below, emptied = list(files_below(directory)), _above(replaced)
+    kept = {
+        name for name, is_directory in below if name not in (emptied if is_directory else replaced)
+    }
+    kept |= _above(kept)
+    return [(name, is_directory) for name, is_directory in below if name in kept]
+
+
+def _above(names: Iterable[str]) -> set[str]:
+    return {str(parent) for name in names for parent in PurePosixPath(name).parents}
 
 
 def _is_empty(place: Path) -> bool:
@@ -360,7 +508,7 @@ class Shared(Stage):
 
     @contextmanager
     def publishing(
-        self, job: str, force: bool, verify: Verify
+        self, job: str, replaces: Replaces, verify: Verify
     ) -> Iterator[list[list[dict[str, Any]]]]:
         """Every part's records, for the one that is last to finish; none for the others.
 
@@ -384,11 +532,14 @@ class Shared(Stage):
                     raise
             yield records
             _sync(self.path)
-            _refuse(self.place, force)
             publish.keep = True
-            _publish(self.path, self.place, _beside(self.place, "replaced"), publish)
-            _tidy(self.place)
-            publish.done = True
+            try:
+                _publish(self.path, self.place, publish, replaces)
+            except OutputExists:
+                publish.keep = False
+                raise
+            if publish.done:
+                _tidy(self.place, [])
 
 
 @contextmanager
@@ -397,8 +548,8 @@ def shared(
     job: str,
     part: int,
     parts: int,
+    replaces: Replaces = refuse_all,
     *,
-    force: bool = False,
     restart: bool = False,
     size: int = 0,
     same: Callable[[Path], bool] = lambda place: False,
@@ -421,12 +572,13 @@ def shared(
             begun = publish.read()
             publish.keep = bool(begun)
             if _is_published(place, begun):  # killed after the last rename
-                _tidy(place)
+                _tidy(place, begun)
                 stage.published = whole.done = lock.done = True
             elif not restart and same(place):
                 stage.published = True
             else:
-                mine = _take_up(place, whole, lock, entries, job, parts, force, restart, size)
+                _put_right(place, whole.read())
+                mine = _take_up(place, whole, lock, entries, job, parts, replaces, restart, size)
                 stage.found = entries[1:] if mine else []
                 stage.anew = _begun(entries) and not mine and not restart
             publish.done = True
@@ -452,13 +604,13 @@ def _take_up(
     entries: list[dict[str, Any]],
     job: str,
     parts: int,
-    force: bool,
+    replaces: Replaces,
     restart: bool,
     size: int,
 ) -> bool:
     """Whether this part goes on; else it is ready to begin. Nobody else begins meanwhile."""
-    partial, _ = _beside(place, "partial"), _put_aside_back(place)
-    _refuse(place, force)
+    partial = _beside(place, "partial")
+    _check_replaced(place, replaces)
     if whole.keep:
         _refuse_begun(place, not restart)
         whole.restart_empty()
@@ -521,10 +673,10 @@ def _refuse_begun(place: Path, begun: bool) -> None:
         )
 
 
-def _tidy(place: Path) -> None:
+def _tidy(place: Path, entries: list[dict[str, Any]]) -> None:
     """What parts leave beside what they published."""
+    _put_right(place, entries)
     _remove(_beside(place, "partial"))
-    _remove(_beside(place, "replaced"))
     for path in (*_journals(place), _beside(place, "lock")):
         path.unlink(missing_ok=True)
 
@@ -559,15 +711,20 @@ def _fsync(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def _publish(partial: Path, place: Path, aside: Path, lock: _Lock) -> None:
-    """`lock` notes which directory it is, so that a run after a kill knows it by that."""
-    lock.append({"publishing": partial.lstat().st_ino})
+def _publish(partial: Path, place: Path, lock: _Lock, replaces: Replaces) -> None:
+    """`lock` notes which directories change places, so that a run after a kill knows them."""
+    replaced, aside = _replaced(place, replaces), _beside(place, "replaced")
+    if _is_directory(place):
+        _link_kept(place, partial, replaced)
+    old = place.lstat().st_ino if os.path.lexists(place) else None
+    note = {"publishing": partial.lstat().st_ino, "old": old, "replaced": sorted(replaced)}
+    lock.append(note)
+    os.fsync(lock.fd)
+    lock.keep = True
     if not os.path.lexists(place) or _is_empty(place):
         os.rename(partial, place)
     elif _exchange(partial, place):
-        # the new one is in place; the old one lies at the partial's name
-        with contextlib.suppress(OSError):
-            _remove(partial)
+        aside = partial  # the new one is in place; the old one lies at the partial's name
     else:
         os.rename(place, aside)
         try:
@@ -575,12 +732,89 @@ def _publish(partial: Path, place: Path, aside: Path, lock: _Lock) -> None:
         except BaseException:
             os.rename(aside, place)
             raise
-        with contextlib.suppress(OSError):
-            _remove(aside)
+    with contextlib.suppress(OSError):
+        if os.path.lexists(aside):
+            _retire(aside, place, replaced)
+    lock.done = not os.path.lexists(aside)
+    lock.keep = not lock.done  # the next run removes what could not be removed, by the journal
+    _sync_parent(place)
+
+
+def _sync_parent(place: Path) -> None:
     try:
         _fsync(place.parent)
     except OSError as error:
         raise ZooError(f"{place}: in place, but perhaps not on the disk: {error}") from error
+
+
+def _link_kept(place: Path, stage: Path, replaced: Collection[str]) -> None:
+    """The files that are not replaced, in the stage too; directories are made as they are there."""
+    kept = _kept(place, replaced)
+    folders = [(place / name, stage / name) for name, is_directory in kept if is_directory]
+    problems = list[str]()
+    for name, is_directory in kept:
+        try:
+            if not is_directory:
+                os.link(place / name, stage / name, follow_symlinks=False)
+            elif not _is_directory(stage / name):
+                os.mkdir(stage / name, 0o700)
+        except FileNotFoundError:  # gone since it was listed
+            if os.path.lexists(place / name):
+                raise
+        except OSError as error:
+            problems.append(f"{name} ({error.strerror})")
+    if problems:
+        raise OutputExists(f"{place}: files that cannot be kept: {listing(problems)}. Move them")
+    if kept:
+        for old, new in ((place, stage), *reversed(folders)):
+            shutil.copystat(old, new)
+            status = old.lstat()
+            with contextlib.suppress(PermissionError):
+                os.chown(new, status.st_uid, status.st_gid)
+            _fsync(new)
+
+
+def _retire(old: Path, place: Path, replaced: Collection[str]) -> None:
+    """Remove what was replaced; what is in it alone, because it appeared late, goes to `place`."""
+    if not _is_directory(old):
+        old.unlink()
+        return
+    emptied, moved = _above(replaced), list[str]()
+    _make_writable(old)
+    below = list(files_below(old))
+    for name, is_directory in below:
+        if is_directory:
+            _make_writable(old / name)
+            if name not in emptied:
+                (place / name).mkdir(parents=True, exist_ok=True)
+    for name, is_directory in reversed(below):
+        path, new = old / name, place / name
+        if is_directory:
+            path.rmdir()
+        elif name in replaced or (os.path.lexists(new) and os.path.samestat(*_stats(path, new))):
+            path.unlink()
+        else:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            target, number = new, 0
+            while os.path.lexists(target):
+                number += 1
+                target = new.with_name(f"{new.name}.zoo-kept-{number}")
+            os.rename(path, target)
+            moved.append(str(target.relative_to(place)))
+    old.rmdir()
+    if moved:
+        warnings.warn(
+            f"{place}: changed while it was replaced; kept: {listing(moved)}", stacklevel=2
+        )
+
+
+def _stats(one: Path, other: Path) -> tuple[os.stat_result, os.stat_result]:
+    return one.lstat(), other.lstat()
+
+
+def _make_writable(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.chmod(directory, directory.lstat().st_mode | 0o700)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -317,7 +317,7 @@ def test_nothing_is_overwritten_unasked(published: Path, tmp_path: Path) -> None
         zoo.convert(published, place, to="hf")
     assert [p.name for p in place.iterdir()] == ["precious"]
     zoo.convert(published, place, to="hf", force=True)
-    assert not (place / "precious").exists()
+    assert (place / "precious").read_text() == "x"
     with pytest.raises(UsageError, match="hf, native"):
         zoo.convert(published, tmp_path / "x", to="hff")
 

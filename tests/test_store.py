@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from converters import store
-from converters.store import staged
+from converters.store import files_below, refuse_all, staged
 from zoo.errors import OutputExists, ZooError
 
 
@@ -26,8 +26,15 @@ def tree(directory: Path) -> dict[str, str]:
     }
 
 
+def everything(place: Path) -> list[str]:
+    """All files of a destination, as if all were a checkpoint's."""
+    if place.is_symlink() or not place.is_dir():
+        return []
+    return [name for name, is_directory in files_below(place) if not is_directory]
+
+
 def publish(place: Path, text: str = "new", *, force: bool = False) -> None:
-    with staged(place, force=force) as stage:
+    with staged(place, everything if force else refuse_all) as stage:
         (stage / "a").write_text(text)
         (stage / "sub").mkdir()
         (stage / "sub" / "b").write_text(text)
@@ -91,7 +98,7 @@ def test_a_failure_leaves_what_was_there(
     if force:
         publish(place, "old")
     before = tree(tmp_path)
-    with pytest.raises(error), staged(place, force=force) as stage:
+    with pytest.raises(error), staged(place, everything if force else refuse_all) as stage:
         (stage / "a").write_text("half")
         raise error
     assert tree(tmp_path) == before
@@ -106,9 +113,9 @@ def test_system_errors_are_one_clear_line(tmp_path: Path) -> None:
         pass
     with pytest.raises(ZooError, match="bytes needed"), staged(place, size=1 << 60):
         pass
-    with pytest.raises(OutputExists, match="root"), staged("/", force=True):
+    with pytest.raises(OutputExists, match="root"), staged("/", everything):
         pass
-    with pytest.raises(OutputExists, match="mounted"), staged("/proc", force=True):
+    with pytest.raises(OutputExists, match="mounted"), staged("/proc", everything):
         pass
     assert tree(tmp_path) == {"file": ""}
 
@@ -117,8 +124,8 @@ def test_system_errors_are_one_clear_line(tmp_path: Path) -> None:
     ("step", "atomic", "calls"),
     [
         ("mkdir", True, 2),
-        ("fsync", True, 5),
-        ("fsync", False, 5),
+        ("fsync", True, 6),
+        ("fsync", False, 6),
         ("rename", False, 2),
         ("_exchange", True, 1),
     ],
@@ -241,7 +248,7 @@ def test_files_and_folders_reach_the_disk_before_the_name_does(
     monkeypatch.setattr(os, "rename", moved)
     publish(tmp_path / "out")
     assert set(events[:4]) == {"a", "b", "sub", ".out.zoo-partial"}
-    assert events[3:] == [".out.zoo-partial", "rename", tmp_path.name]
+    assert events[3:] == [".out.zoo-partial", ".out.zoo-lock", "rename", tmp_path.name]
 
 
 def test_long_and_odd_names(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    command.add_argument("--force", action="store_true", help="replace DIR")
+    does = "replace the checkpoint in DIR; other files there are kept (default: refuse)"
+    command.add_argument("--force", action="store_true", help=does)
     command.add_argument("--dtype", help="cast to float32, bfloat16, q8_0 …  [as stored]")
     command.add_argument("--memory", type=_bytes, metavar="BYTES", help="for buffers  [64M]")
     command.add_argument("--shard", type=_bytes, metavar="BYTES", help="at most, a file  [5G]")
@@ -191,7 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     does = "of the side that is not native, a name a line, as its optimizer has them"
     command.add_argument("--names", metavar="FILE", type=_place, help=does)
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
-    command.add_argument("--force", action="store_true", help="replace the file")
+    does = "replace the optimizer's state in FILE (default: refuse)"
+    command.add_argument("--force", action="store_true", help=does)
     command.set_defaults(run=_convert_optimizer)
 
     command = commands.add_parser("check", help="whether a directory still is what convert wrote")

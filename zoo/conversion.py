@@ -27,9 +27,10 @@ from converters.manifest import finish
 from converters.output import SINGLE, Item, Output, Shard, digest, index_of
 from converters.plan import Plan, Step, make_plan, target_names
 from converters.spec import Container, Spec, load_spec
-from converters.store import Stage, staged
+from converters.store import Stage, check_place, staged
 from zoo import graphs, registry
 from zoo.components.model import Model
+from zoo.destinations import Replacing
 from zoo.errors import (
     BadTokenizer,
     LossyExport,
@@ -86,6 +87,9 @@ def save(
     without zoo, for any batch and length; they are not read again. A model still as it was loaded
     keeps its source's split over files; `max_shard_size` (bytes) makes a new one. What is not
     finite is refused, unless `allow_nonfinite`.
+
+    A model may be saved again over its own earlier output while nobody changed that one's weights
+    and config. `force` replaces any checkpoint. Both keep all other files of the directory.
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -106,10 +110,16 @@ def save(
     if to in GRAPHS:
         check_graph(to, destination, layout, max_shard_size)
     output = _output(model, to, max_shard_size, layout)
-    with staged(destination, force=force, size=output.size) as stage:
+    return write(output, destination, force, allow_nonfinite)
+
+
+def write(output: Output, place: Path, force: bool, allow_nonfinite: bool = False) -> Path:
+    """Publish what is made of a model in memory, beside files that somebody else has put there."""
+    output = Replacing(output, force).without_kept(place)
+    with staged(place, Replacing(output, force), restart=force, size=output.size) as stage:
         options = Options(sha256=False, allow_nonfinite=allow_nonfinite)
         finish(output, stage, run(output, Stage(stage), options), versions())
-    return destination
+    return place
 
 
 def finished(output: Output, directory: Path, report: Report) -> dict[str, Any]:
@@ -243,7 +253,8 @@ def _values_within(model: Model) -> GGUFReader | None:
 
 def _said(model: Model, to: str) -> dict[str, Any]:
     entry = _entry(model)
-    return {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
+    said = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
+    return {**said, "writer": "zoo.save"}
 
 
 def unpacked(
@@ -406,10 +417,11 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
 
 
 def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
-    """Where to write; no force replaces the source, or a directory of checkpoints."""
+    """Where to write: nowhere that is never replaced, and not over the source."""
     if not isinstance(dst, str | PathLike) or not os.fspath(dst) or "\0" in os.fsdecode(dst):
         raise UsageError(f"expected a directory to write, found {dst!r}")
     place = Path(os.fsdecode(dst))
+    check_place(place)
     if not force or not place.is_dir() or place.is_symlink():
         return place
     # what was written beside a file, or within its directory, is nothing that is read
@@ -417,10 +429,6 @@ def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     read = [path for path in read if not (path / MANIFEST).is_file() or path == source]
     if any(path.resolve().is_relative_to(place.resolve()) for path in read):
         raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
-    inside = [p.parent for name in (CONFIG, NATIVE_FILE) for p in place.glob(f"*/{name}")]
-    if inside and not (place / MODULES).exists():
-        held = listing(map(str, sorted(inside)), 5)
-        raise OutputExists(f"{place}: holds checkpoints of its own, {held}. Write elsewhere")
     return place
 
 

@@ -43,6 +43,7 @@ from zoo.conversion import (
     split,
     unpacked,
 )
+from zoo.destinations import Replacing
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing
 from zoo.exporting import QUANTISED, export, with_zeros
 from zoo.graphs import GRAPHS
@@ -105,7 +106,8 @@ def convert(
     offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
     for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
     happens. Further options are those of `zoo.load` that say what is read: head, config, trust …
-    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are. An
+    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
+    `force` replaces a checkpoint that is at `dst` and keeps all other files there. An
     `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written.
     """
     check_dialect(to)
@@ -119,9 +121,9 @@ def convert(
     output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
     job = digest([output.job(), output.identity(), sha256])
-    how: dict[str, Any] = {"force": force, "restart": restart}
+    replaces = Replacing(output, force)
     if share is None:
-        with resumable(dst, job, size=output.size, **how) as stage:
+        with resumable(dst, job, replaces, restart=restart, size=output.size) as stage:
             if stage.anew:
                 tell({"event": "anew"})
             if not stage.published:
@@ -130,13 +132,15 @@ def convert(
         return Path(dst)
     number, parts = share
     mine, same = output.part(number, parts), partial(_is, output, force)
-    with shared(dst, job, number, parts, size=mine.size, same=same, **how) as place:
+    how: dict[str, Any] = {"restart": restart, "size": mine.size, "same": same}
+    with shared(dst, job, number, parts, replaces, **how) as place:
         if place.anew:
             tell({"event": "anew"})
         if not place.published:
             report = run(mine, place, engine)
             place.record({"finished": report.to_json()})
-            with place.publishing(job, force, partial(_still_there, output, place)) as records:
+            verify = partial(_still_there, output, place)
+            with place.publishing(job, replaces, verify) as records:
                 if records:
                     whole = Report.joined((r[-1]["finished"] for r in records), output)
                     tell(finished(output, place.path, whole))

@@ -153,7 +153,7 @@ class MaskError(InputError):
 
 
 class OutputExists(ZooError):
-    """The destination is there already; `--force` replaces it."""
+    """The destination is there already; force=True (`--force`) replaces a checkpoint in it."""
 
 
 class LossyExport(ZooError):

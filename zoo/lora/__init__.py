@@ -169,11 +169,11 @@ def remove_adapter(model: Model) -> Model:
 
 
 def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = False) -> Path:
-    """A directory that peft loads: while nothing was trained, the bytes of the one it was."""
-    from converters.engine import Options, run
-    from converters.manifest import finish
-    from converters.store import Stage, staged
-    from zoo.conversion import checked_destination, versions
+    """A directory that peft loads: while nothing was trained, the bytes of the one it was.
+
+    An adapter may be saved again over its own earlier output; see `zoo.save` for that and `force`.
+    """
+    from zoo.conversion import checked_destination, write
 
     adapter = _adapter(model)
     factors, whole = dict[str, Factors](), dict[str, Tensor]()
@@ -185,10 +185,7 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
         _, step, n = adapter.changes.places.find(name)
         whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
     output = peft.output(replace(adapter.files, factors=factors, whole=whole))
-    destination = checked_destination(directory, None, force)
-    with staged(destination, force=force, size=output.size) as stage:
-        finish(output, stage, run(output, Stage(stage), Options(sha256=False)), versions())
-    return destination
+    return write(output, checked_destination(directory, None, force), force)
 
 
 def _as_it_was(now: Tensor, before: Tensor) -> Tensor:

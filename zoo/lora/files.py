@@ -278,7 +278,9 @@ def output(files: Files) -> Output:
         for n, t in tensors.items()
     ]
     shard = Shard.of(WEIGHTS[0], items, {"format": "pt"})
-    return Output((shard,), {CONFIG: files.config.encode()}, said={"to": "peft"})
+    return Output(
+        (shard,), {CONFIG: files.config.encode()}, said={"to": "peft", "writer": "save_adapter"}
+    )
 
 
 def config_text(settings: Settings, modules: list[str]) -> str:
