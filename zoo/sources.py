@@ -27,6 +27,7 @@ from zoo.errors import (
     ZooError,
     listing,
 )
+from zoo.downloads import COMMIT, ask, damaged_blob, fetch
 from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
@@ -68,7 +69,8 @@ WEIGHTS = (
 _PUBLISHED = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@\s]+))?(@(?P<revision>[^@\s]+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_LONGEST = 1000  # characters of a file's name in a repository
 
 
 class Source(NamedTuple):
@@ -354,15 +356,12 @@ class _Hub:
                 if not self._is_absent(error):
                     raise self._explain(error) from None
                 names = []  # a server of files, and no hub
-        return [name for name in names if is_plain(name)]
+        return [n for n in names if isinstance(n, str) and len(n) <= _LONGEST and is_plain(n)]
 
     def _cached_names(self) -> list[str]:
-        from huggingface_hub.file_download import repo_folder_name
-
-        place = self._cache() / repo_folder_name(repo_id=self.repo, repo_type="model")
-        ref = place / "refs" / self.revision
+        ref = self._folder / "refs" / self.revision
         commit = ref.read_text().strip() if ref.is_file() else self.revision
-        snapshot = place / "snapshots" / commit
+        snapshot = self._folder / "snapshots" / commit
         return [str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file()]
 
     def _group(self, file: str | None) -> Group:
@@ -424,8 +423,11 @@ class _Hub:
                 any(self._fetch(f"{folder}/{name}") for name in MODULE_WEIGHTS)
 
     def _config(self) -> Path | None:
-        pinned = _COMMIT.fullmatch(self.revision) is not None
-        return (self._cached(CONFIG) if pinned else None) or self._fetch(CONFIG)
+        return (self._cached(CONFIG) if self._is_pinned else None) or self._fetch(CONFIG)
+
+    @property
+    def _is_pinned(self) -> bool:
+        return COMMIT.fullmatch(self.revision) is not None
 
     def _miss(self, otherwise: ZooError, missing: str) -> ZooError:
         """Why something is not there: nobody could be asked, or the repository lacks it."""
@@ -434,7 +436,7 @@ class _Hub:
         return type(self.unreachable)(f"{self.unreachable}. Missing: {missing}")
 
     @cached_property
-    def unreachable(self) -> SourceError | None:
+    def unreachable(self) -> ZooError | None:
         """Why only the cache can answer, if so: asked once, and without the client's retries."""
         import huggingface_hub as hf
 
@@ -487,27 +489,25 @@ class _Hub:
 
     def _fetch(self, name: str, dry_run: bool = False) -> Path | None:
         """The file in the cache, downloaded if need be; None where the repository lacks it."""
-        import huggingface_hub as hf
-
-        if name != self.first and (known := self._look_up(name)) is not None:
-            return known or None
+        if self._is_pinned or name != self.first:
+            if (known := self._look_up(name)) is not None:
+                return known or None
         if self.unreachable:
             return self._cached(name)
         try:
-            path: Any = hf.hf_hub_download(
-                self.repo,
-                name,
-                revision=self.revision,
-                token=self.token,
-                cache_dir=self.cache_dir,
-                dry_run=dry_run,
-                tqdm_class=None if self.progress else _silent(),
-            )
+            entry = ask(self.repo, name, self.revision, self._folder, self.token)
+            if dry_run:
+                return entry.pointer
+            return fetch(entry, self.token, None if self.progress else _silent())
         except Exception as error:
             if self._is_absent(error):
                 return None
             raise self._explain(error) from None
-        return Path(path.local_path if dry_run else path)
+
+    @property
+    def _folder(self) -> Path:
+        """Of the repository, in the cache."""
+        return self._cache() / f"models--{self.repo.replace('/', '--')}"
 
     def _cached(self, name: str) -> Path | None:
         return self._look_up(name) or None
@@ -516,10 +516,21 @@ class _Hub:
         """In the cache; False if the repository is known to lack it, None if nothing is known."""
         import huggingface_hub as hf
 
-        found = hf.try_to_load_from_cache(
-            self.repo, name, cache_dir=self.cache_dir, revision=self.revision
-        )
-        return Path(found) if isinstance(found, str) else None if found is None else False
+        try:
+            found = hf.try_to_load_from_cache(
+                self.repo, name, cache_dir=self.cache_dir, revision=self.revision
+            )
+            if not isinstance(found, str):
+                return None if found is None else False
+            blob = damaged_blob(Path(found))
+            if blob is not None and self.unreachable is None:
+                blob.unlink()  # it is downloaded again
+                return None
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from None
+        if blob is not None:
+            raise type(self.unreachable)(f"{_damage(blob)}. {self.unreachable}")
+        return Path(found)
 
     # --- what the hub's answers mean ---
 
@@ -531,9 +542,11 @@ class _Hub:
             return False
         return isinstance(error, errors.RemoteEntryNotFoundError) or _status(error) == 404
 
-    def _explain(self, error: Exception) -> SourceError:
+    def _explain(self, error: Exception) -> ZooError:
         from huggingface_hub import constants, errors, get_token
 
+        if isinstance(error, ZooError):
+            return error
         page = f"{constants.ENDPOINT}/{self.repo}"
         if isinstance(error, errors.GatedRepoError):
             known = self.token if isinstance(self.token, str) else get_token()
@@ -569,9 +582,15 @@ class _Hub:
             if network or isinstance(cause, ConnectionError | TimeoutError):
                 reason = " ".join(str(cause).split()) or type(cause).__name__
                 return self._offline(f"{constants.ENDPOINT} cannot be reached ({reason})")
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             return SourceError(f"{self.repo}: the cache {self._cache()} cannot be used: {error}")
-        raise error
+        # whatever else the client makes of an answer that is not as a hub's are
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = told if len(told) <= 300 else f"{told[:300]} …"
+        return SourceError(
+            f"{self.repo}: {constants.ENDPOINT} gave an answer that cannot be used ({told}). "
+            "Run the command again; if HF_ENDPOINT is set, check that it is a model hub's address"
+        )
 
     def _cache(self) -> Path:
         from huggingface_hub import constants
@@ -583,6 +602,11 @@ class _Hub:
             f"{self.repo}@{self.revision} is not, or not wholly, in the cache {self._cache()}, "
             f"and {reason}: fetch it once with the network on, or pass a directory"
         )
+
+
+def _damage(blob: Path) -> str:
+    size = f"{blob.stat().st_size:,} bytes"
+    return f"{blob} is damaged ({size}, which do not have the digest in its name): delete it"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
