@@ -54,6 +54,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddHub]:
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's patient retries
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(sources, "COMPANIONS", ("tokenizer.json", "vocab.txt"))  # few to ask for
     served.add("o/m", SMALL)
     yield served
     served.close()
@@ -111,7 +112,7 @@ def test_an_etag_that_is_no_digest_names_no_file(
     hub: OddHub, cache: Path, tmp_path: Path, etag: str, name: str
 ) -> None:
     hub.change = of(name, headers(ETag=f'"{etag}"'))
-    with pytest.raises(SourceError, match="ETag|cannot be reached"):
+    with pytest.raises(SourceError, match=r"ETag|cannot be reached"):
         resolve(cache)
     check_clean(hub, cache, tmp_path)
 
@@ -294,7 +295,7 @@ def test_a_connection_cut_in_the_middle_goes_on(
 
 def test_compressed_and_chunked_answers_are_decoded(hub: OddHub, cache: Path) -> None:
     def change(request: BaseHTTPRequestHandler, answer: Answer) -> Answer | None:
-        status, given, content = answer
+        status, _, content = answer
         if request.command != "GET" or status != 200:
             return answer
         packed = gzip.compress(content)

@@ -68,6 +68,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_HEAD(self) -> None:
                 hub.answer(self, body=False)

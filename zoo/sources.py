@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from converters.listed import Group, groups
+from zoo.downloads import COMMIT, ask, damaged_blob, fetch
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
@@ -27,7 +28,6 @@ from zoo.errors import (
     ZooError,
     listing,
 )
-from zoo.downloads import COMMIT, ask, damaged_blob, fetch
 from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
@@ -489,9 +489,9 @@ class _Hub:
 
     def _fetch(self, name: str, dry_run: bool = False) -> Path | None:
         """The file in the cache, downloaded if need be; None where the repository lacks it."""
-        if self._is_pinned or name != self.first:
-            if (known := self._look_up(name)) is not None:
-                return known or None
+        cacheable = self._is_pinned or name != self.first
+        if cacheable and (known := self._look_up(name)) is not None:
+            return known or None
         if self.unreachable:
             return self._cached(name)
         try:
