@@ -368,6 +368,8 @@ def _info(options: argparse.Namespace) -> int:
     if found.repo:
         rows.append(("repository", found.repo))
         rows.append(("revision", _revision(found.revision or "", found.pinned)))
+    if found.mismatch:
+        rows.append(("in the cache", f"not this checkpoint: {'; '.join(found.mismatch)}"))
     if found.quantised:
         rows.append(("quantised", found.quantised))
     if stored:

@@ -405,6 +405,7 @@ def locate(
         found = _from_registry(known, head)
     else:
         found = _read(sources.resolve(ref, weights=weights, **where), head, ignore_config, ref)
+        _check_name(found, head)
     if expect is not None and found.entry.model is not expect:
         raise UnsupportedArchitecture(
             f"{ref}: a {found.entry.name} checkpoint, and {expect.__module__}.Model was asked for. "
@@ -422,6 +423,72 @@ def _from_registry(known: registry.CheckpointEntry, head: str | None) -> Located
     return _understand(source, entry, reference, text, head, (), "registry.yaml")
 
 
+def name_problems(source: sources.Source) -> list[str]:
+    """How a checkpoint under a registry name differs from the registry's entry."""
+    if source.checkpoint is None:
+        return []
+    return list(_name_problems(_read(source, None, (), None), source.checkpoint, None))
+
+
+def _check_name(found: Located, head: str | None) -> None:
+    """Refuse a checkpoint under a registry name whose config the registry's entry contradicts."""
+    known = found.source.checkpoint
+    if known is not None and (problems := list(_name_problems(found, known, head))):
+        raise _not_the_named(found, known, problems)
+
+
+def _name_problems(
+    found: Located, known: registry.CheckpointEntry, head: str | None
+) -> Iterator[str]:
+    """Each field that differs, of those that the registry has: expected and found."""
+    entry = registry.architectures()[known.architecture]
+    if found.entry.name != entry.name:
+        yield f"architecture: expected {entry.name}, found {found.entry.name}"
+        return
+    heads = entry.heads[known.reference_class]
+    if head is None and found.reference_class is not None and not {*heads} & {*found.heads}:
+        yield f"architectures: expected {known.reference_class}, found {found.reference_class}"
+    try:
+        actual = found.config(found.heads[0], {})
+    except ConfigError:
+        return  # the files do not say all of it; config= does, and may say what it likes
+    dialect = load_spec(entry.spec).dialect("hf")
+    published, _ = dialect.read_config(known.config)
+    expected = entry.config_class(**published, head=found.heads[0])
+    for name, paths in dialect.config.items():
+        if not any(path.partition(".")[0] in known.config for path in paths):
+            continue
+        wanted, value = getattr(expected, name), getattr(actual, name)
+        if name == "labels":  # the registry has their number
+            wanted, value = len(wanted), len(value)
+        if wanted != value:
+            yield f"{dialect.reference_field(name)}: expected {wanted!r}, found {value!r}"
+
+
+def _check_count(found: Located, model: Model, changes: Mapping[str, Any]) -> None:
+    """Refuse a named checkpoint whose model has not the parameters that its name stands for."""
+    known = found.source.checkpoint
+    if known is None or changes:
+        return
+    heads = registry.architectures()[known.architecture].heads[known.reference_class]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if model.config.head == heads[0] and count != known.parameters:
+        problem = f"parameters: expected {known.parameters:,}, found {count:,}"
+        raise _not_the_named(found, known, [problem])
+
+
+def _not_the_named(
+    found: Located, known: registry.CheckpointEntry, problems: Sequence[str]
+) -> ConfigError:
+    ref = f"hf:{known.repo}{f'/{known.file}' if known.file else ''}"
+    lines = [
+        f"{found.where}: not the checkpoint that is called {known.name}:",
+        *problems,
+        f"To load what is there nonetheless: {ref}, or its directory",
+    ]
+    return ConfigError("\n  ".join(lines), problems)
+
+
 def _read(
     source: sources.Source, head: str | None, ignore: Sequence[str], ref: Ref | None
 ) -> Located:
@@ -435,12 +502,6 @@ def _read(
         return _read_foreign(source, directory, head, ignore)
     reference = read_json(confined(directory, path.name), ConfigError)
     entry, _ = registry.architecture_for(reference, str(path))
-    known = source.checkpoint
-    if known is not None and known.architecture != entry.name:
-        raise ConfigError(
-            f"{path}: a {entry.name} model, and {known.name} is one of {known.architecture}. "
-            f"To load what is there nonetheless: hf:{known.repo}"
-        )
     text, where = path.read_text(encoding="utf-8"), str(path)
     if reference.get(QUANTISED) is None and (found := quantisation.beside(directory)) is not None:
         where, reference[QUANTISED] = f"{where} and {found[0]}", found[1]
@@ -697,6 +758,7 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
     lacking: list[MissingTensors] = []
     for head in found.heads:
         model = on_meta(found, found.config(head, changes))
+        _check_count(found, model, changes)
         native = native_of(model)
         try:
             if found.native is not None:
