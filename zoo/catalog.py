@@ -63,6 +63,7 @@ class Info:
     inferred: Mapping[str, Any] = field(
         default_factory=dict
     )  # native fields, from shapes and names
+    adapter: str = ""  # what lies beside the weights
     mismatch: tuple[str, ...] = ()  # how files under a registry name differ from what it stands for
 
     def to_json(self) -> dict[str, Any]:
@@ -163,6 +164,7 @@ def _of_directory(source: sources.Source) -> Info:
         stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
         quantised=quantised,
+        adapter=sources.adapter_beside(source.directory),
         mismatch=mismatch,
     )
 

@@ -250,7 +250,7 @@ def load(
     modules: bool = True,
     verify: bool = False,
     prepare: bool = False,
-    adapter: Ref | None = None,
+    adapter: Ref | bool | None = None,
     merge: bool = False,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
@@ -262,17 +262,20 @@ def load(
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
     `prepare` makes it fast for inference and for nothing else, as `zoo.prepare` does. `adapter` is
     a LoRA directory of peft's: it stands beside the weights, to be trained on, or is added to them
-    with `merge`.
+    with `merge`. True is the adapter that lies in the checkpoint's own directory, and False says
+    that the weights there have it merged in already; one of both has to be said where there is one.
     """
+    check_adapter(adapter)
     _check_arguments(head, device, config, ignore_config, trust)
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
-    if merge and adapter is None:
+    if merge and adapter in (None, False):
         raise UsageError("merge=True: there is no adapter to merge")
-    if prepare and adapter is not None and not merge:
+    if adapter is True and weights == "random":
+        raise UsageError("adapter=True: random weights lie nowhere; give the adapter's directory")
+    if prepare and adapter not in (None, False) and not merge:
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
-    kind, files = dtype_of(dtype), None if adapter is None else _adapter(adapter)
-    adapted = partial(_adapted, files=files, merge=merge)
+    kind = dtype_of(dtype)
     with _uncollected():
         found = locate(
             ref,
@@ -284,7 +287,10 @@ def load(
             local_files_only=local_files_only,
             ignore_config=ignore_config,
             expect=expect,
+            adapter=adapter,
         )
+        files = adapter_files(found, adapter)
+        adapted = partial(_adapted, files=files, merge=merge)
         directory, given = found.source.directory, config or {}
         if files is not None and weights == "checkpoint":
             from zoo.lora.bases import based
@@ -309,10 +315,18 @@ def load(
     return model
 
 
-def _adapter(place: Ref) -> Files:
+def check_adapter(adapter: Any) -> None:
+    if not isinstance(adapter, str | PathLike | bool | None):
+        raise UsageError(f"adapter={adapter!r}: expected a directory, True or False")
+
+
+def adapter_files(found: Located, adapter: Ref | bool | None) -> Files | None:
+    """The adapter that was asked for: one of its own directory, or the one beside the weights."""
+    if adapter is None or adapter is False:
+        return None
     from zoo.lora.files import read
 
-    return read(Path(place))
+    return read(found.source.directory if adapter is True else Path(adapter))
 
 
 def _adapted(model: Model, files: Files | None, merge: bool) -> Model:
@@ -397,6 +411,7 @@ def locate(
     weights: bool = True,
     ignore_config: Sequence[str] = (),
     expect: type[Model] | None = None,
+    adapter: Ref | bool | None = None,
     **where: Any,
 ) -> Located:
     """The directory behind a reference, and what its config says."""
@@ -404,7 +419,10 @@ def locate(
     if known is not None and known.config and not weights:
         found = _from_registry(known, head)
     else:
-        found = _read(sources.resolve(ref, weights=weights, **where), head, ignore_config, ref)
+        source = sources.resolve(ref, weights=weights, adapter=adapter is True, **where)
+        if weights and adapter is None:
+            sources.check_no_adapter(source)
+        found = _read(source, head, ignore_config, ref)
         _check_name(found, head)
     if expect is not None and found.entry.model is not expect:
         raise UnsupportedArchitecture(

@@ -32,6 +32,7 @@ from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of peft's
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
 MODULES = "modules.json"  # what makes sentence embeddings of a model's output
 MORE_TEMPLATES = "additional_chat_templates"  # a folder: its files have templates by name
@@ -57,6 +58,7 @@ COMPANIONS = (
     *("quantize_config.json", "quant_config.json"),  # of packed weights, by the first programs
     f"{MORE_TEMPLATES}/tool_use.jinja",  # the one that is taken unasked
     MODULES,
+    ADAPTER,  # weights beside which it lies are not loaded without a decision
 )
 # and where it has modules; these lie in folders of their own
 SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
@@ -94,12 +96,14 @@ def resolve(
     weights: bool = True,
     config: bool = True,
     progress: bool = True,
+    adapter: bool = False,
 ) -> Source:
     """The directory of a reference. Only names and hf: references may use the network.
 
     A registry name wins over a directory of the same name: write ./gpt2, or pass a Path, for that.
     `weights=False` leaves the weights where they are; `config=False` takes a directory that holds
-    no config; `progress` shows only on a terminal.
+    no config; `progress` shows only on a terminal. `adapter=True` downloads the adapter that a
+    repository of weights holds too.
     """
     file = None
     if (entry := named(ref)) is not None:
@@ -115,7 +119,7 @@ def resolve(
         kind = type(ref).__name__
         raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
     cache = None if cache_dir is None else Path(os.fsdecode(cache_dir))
-    hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress)
+    hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress, adapter)
     directory, itself = hub.fetch_checkpoint(weights, file)
     return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself)
 
@@ -159,6 +163,8 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     if not is_directory:
         if exists and _is_published(path):
             return path.parent
+        if path.name in (ADAPTER, *ADAPTER_WEIGHTS) and os.path.lexists(path.parent / ADAPTER):
+            raise _adapter_alone(path.parent)
         if exists and _is_weights(path):
             return _real(path)
         if index is not None:
@@ -168,16 +174,59 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
             f"what it is ({_formats()}); found {_found(path)}"
         )
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
-    if config and not named and (path / ADAPTER).exists():
-        raise NotACheckpoint(
-            f"{text}: an adapter, and no model. Give its base, and it as adapter= (--adapter)"
-        )
+    if config and not named and os.path.lexists(path / ADAPTER):
+        raise _adapter_alone(path)
     if config and not named and not any(map(_is_weights, sorted(path.glob("[!.]*")))):
         raise NotACheckpoint(
             f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "
             f"({_formats()}).{_nearby(path)}"
         )
     return path
+
+
+def check_no_adapter(source: Source) -> None:
+    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged."""
+    place = source.directory
+    if not os.path.lexists(place / ADAPTER):
+        return
+    raise AmbiguousCheckpoint(
+        f"{place}: holds weights and an adapter ({ADAPTER}{_base_of(place)[0]}), and nothing says "
+        "whether the weights have it merged in already. To apply it: adapter=True, or "
+        f"`zoo convert {source.ref} --adapter --to hf --out DIR`, and then DIR. If it is merged "
+        "already: adapter=False, or --no-adapter, or move its file away"
+    )
+
+
+def adapter_beside(place: Path) -> str:
+    """The adapter that lies beside weights, in words; empty where there is none."""
+    if not os.path.lexists(place / ADAPTER):
+        return ""
+    return f"{ADAPTER}{_base_of(place)[0]}: adapter=True applies it, adapter=False ignores it"
+
+
+def _adapter_alone(place: Path) -> NotACheckpoint:
+    base, ref = _base_of(place)
+    return NotACheckpoint(
+        f"{place}: an adapter{base}, and no model. Load its base with it: "
+        f"zoo.load({ref!r}, adapter={str(place)!r}), or "
+        f"`zoo convert {ref} --adapter {place} --to hf --out DIR`"
+    )
+
+
+def _base_of(place: Path) -> tuple[str, str]:
+    """(" of …": the base that an adapter names, a reference that loads it)"""
+    from converters.checkpoint import confined
+    from converters.strict_json import read_json
+
+    try:
+        base = read_json(confined(place, ADAPTER)).get("base_model_name_or_path")
+    except ZooError:
+        base = None
+    if not isinstance(base, str) or not base:
+        return "", "BASE"
+    base = base if len(base) <= _LONGEST else f"{base[:_LONGEST]}…"
+    on_hub = _REPO.fullmatch(base) and not os.path.isdir(base)
+    return f" of {base}", f"hf:{base}" if on_hub else base
 
 
 def _is_published(path: Path) -> bool:
@@ -310,6 +359,7 @@ class _Hub:
     cache_dir: Path | None
     local_files_only: bool
     progress: bool
+    adapter: bool = False
     # asked for by its branch, which records in the cache what commit that stands for
     first: str = CONFIG
 
@@ -322,6 +372,13 @@ class _Hub:
             file = None  # its config says the same
         config = None if file else self._config()
         if config is None:
+            if file is None and (adapter := self._fetch(ADAPTER)) is not None:
+                base, ref = _base_of(adapter.parent)
+                raise NotACheckpoint(
+                    f"hf:{self.repo}: an adapter{base}, and no model. Download it (hf download "
+                    f"{self.repo} --local-dir DIR), and load its base with it: "
+                    f"zoo.load({ref!r}, adapter='DIR'), or `zoo convert {ref} --adapter DIR`"
+                )
             return self._fetch_group(self._group(file), weights)
         directory, self.revision = config.parent, config.parent.name
         from converters.strict_json import read_json
@@ -331,6 +388,7 @@ class _Hub:
             return self._fetch_group(self._group(None), weights)
         for name in COMPANIONS:
             self._fetch(name)
+        self._adapter_weights()
         if (directory / MODULES).is_file():
             self._modules(directory)
         if weights:
@@ -407,7 +465,12 @@ class _Hub:
         wanted |= {name for box in boxes for name in box.names}
         self._need([name for name in group.files if name != group.name])
         self._need([before + name for name in sorted(wanted) if before + name in self._names])
+        self._adapter_weights(before)
         return directory, path
+
+    def _adapter_weights(self, before: str = "") -> None:
+        if self.adapter:
+            any(self._fetch(before + name) for name in ADAPTER_WEIGHTS)
 
     def _has_weights(self) -> bool:
         return any(self._has(name) for pair in WEIGHTS for name in pair)
