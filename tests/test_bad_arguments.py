@@ -243,15 +243,59 @@ def test_a_native_record_is_audited(field: str, value: Any, tmp_path: Path) -> N
         zoo.load(path.parent)
 
 
-def test_a_name_that_holds_another_architecture(tmp_path: Path) -> None:
-    """The cache of a name, filled with something else."""
-    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / ("1" * 40)
-    zoo.save(build("bert").eval(), snapshot)
+def cached_as_gpt2(cache: Path, architecture: str, **config: Any) -> Path:
+    """A tiny model in a hub's cache, under the repository that `gpt2` names."""
+    snapshot = cache / "models--openai-community--gpt2" / "snapshots" / ("1" * 40)
+    zoo.save(build(architecture, **config).eval(), snapshot)
     (refs := snapshot.parents[1] / "refs").mkdir()
     (refs / "main").write_text("1" * 40)
-    with pytest.raises(ConfigError, match="a bert model, and gpt2 is one of gpt2"):
-        zoo.load("gpt2", cache_dir=tmp_path, local_files_only=True)
-    assert zoo.load("hf:openai-community/gpt2", cache_dir=tmp_path, local_files_only=True)
+    return snapshot
+
+
+def test_a_name_that_holds_another_architecture_is_refused(tmp_path: Path) -> None:
+    cached_as_gpt2(tmp_path, "bert")
+    where: Any = {"cache_dir": tmp_path, "local_files_only": True}
+    with pytest.raises(ConfigError, match="architecture: expected gpt2, found bert"):
+        zoo.load("gpt2", **where)
+    assert zoo.load("hf:openai-community/gpt2", **where)
+
+
+def test_a_name_that_holds_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
+    snapshot = cached_as_gpt2(tmp_path, "gpt2", dim=32, layers=3, heads=4)
+    where: Any = {"cache_dir": tmp_path, "local_files_only": True}
+    says = (
+        "not the checkpoint that is called gpt2:\n(.*\n)*  n_embd: expected 768, found 32\n"
+        "  n_layer: expected 12, found 3\n(.*\n)*.*hf:openai-community/gpt2, or its directory"
+    )
+    with pytest.raises(ConfigError, match=says):
+        zoo.load("gpt2", **where)
+    with pytest.raises(ConfigError, match=says):
+        zoo.convert("gpt2", tmp_path / "out", to="native", **where)
+    assert not (tmp_path / "out").exists()
+    assert "n_layer: expected 12, found 3" in zoo.info("gpt2", **where).mismatch
+    assert zoo.info("gpt2", **where).parameters is None
+    for ref in ("hf:openai-community/gpt2", snapshot):
+        assert zoo.load(ref, **(where if ref is not snapshot else {})).config.layers == 3
+
+
+def test_the_size_of_a_name_may_be_changed_by_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is held against the registry where the caller changes nothing."""
+    cached_as_gpt2(tmp_path, "gpt2")
+    model = zoo.load("hf:openai-community/gpt2", cache_dir=tmp_path, local_files_only=True)
+    count = sum(p.numel() for p in model.parameters())
+    config = json.loads(model.provenance.origin.config)
+    known = registry.checkpoints()["gpt2"]._replace(config=config, parameters=count)
+    monkeypatch.setitem(registry.checkpoints(), "gpt2", known)
+    where: Any = {"cache_dir": tmp_path, "local_files_only": True}
+    assert zoo.load("gpt2", **where).config.layers == model.config.layers
+    assert zoo.load("gpt2", head="none", **where)  # fewer parameters, as asked for
+    assert zoo.load("gpt2", config={"eps": 1e-3}, **where).config.eps == 1e-3
+    for entry in (known._replace(parameters=count + 1), known._replace(config={}, parameters=1)):
+        monkeypatch.setitem(registry.checkpoints(), "gpt2", entry)
+        with pytest.raises(ConfigError, match=rf"parameters: expected .*, found {count:,}"):
+            zoo.load("gpt2", **where)
 
 
 @pytest.mark.parametrize("option", ["weights", "device", "expect", "verify", "heads"])

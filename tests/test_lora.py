@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import registry
+from zoo.cli import main
 from zoo.components.moe import Experts
-from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError
+from zoo.converting import dry_run
+from zoo.errors import AmbiguousCheckpoint, ConfigError, NotACheckpoint, PlanError, UsageError
 from zoo.lora.layers import Lora
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Lift, Reference
@@ -448,6 +450,103 @@ def test_what_cannot_be_done_with_an_adapter(tmp_path: Path) -> None:
         zoo.prepare(model)
     with pytest.raises(UsageError, match="no adapter to merge"):
         zoo.load(tmp_path, merge=True)
+
+
+# --- an adapter in the directory of full weights ------------------------------------------------
+
+
+def both(place: Path) -> Made:
+    """A base whose directory holds an adapter too."""
+    made = Made(place, "gpt2/base", base_model_name_or_path="org/base")
+    for path in made.adapter.iterdir():
+        (made.base / path.name).write_bytes(path.read_bytes())
+    return made
+
+
+WAYS_OUT = r"adapter \(adapter_config\.json of org/base\).*adapter=True.*--adapter.*adapter=False"
+
+
+def test_weights_with_an_adapter_beside_them_need_a_decision(tmp_path: Path) -> None:
+    made = both(tmp_path)
+    commands: list[Callable[..., Any]] = [
+        zoo.load,
+        zoo.models.gpt2.Model.from_pretrained,
+        zoo.perplexity,
+        zoo.verify,
+        zoo.diff,
+        lambda ref, *more: zoo.convert(ref, tmp_path / "out", to="native"),
+        lambda ref, *more: dry_run(ref),
+        lambda ref, *more: zoo.load(ref / "model.safetensors"),
+    ]
+    for command in commands:
+        with pytest.raises(AmbiguousCheckpoint, match=WAYS_OUT):
+            command(made.base, *["a text"] * (command is zoo.perplexity))
+    assert not (tmp_path / "out").exists()
+    assert "of org/base" in zoo.info(made.base).adapter
+    assert zoo.info(tmp_path / "merged").adapter == ""
+    assert zoo.load(made.base, weights="random")
+    assert not zoo.diagnose(made.base).ok
+
+
+def test_the_adapter_beside_the_weights_is_applied_or_left_out(tmp_path: Path) -> None:
+    made = both(tmp_path)
+    model = zoo.load(made.base, adapter=True)
+    assert model.adapter is not None
+    assert distance(run(model), truth(made)) < FP64
+    assert distance(run(zoo.load(made.base, adapter=True, merge=True)), truth(made)) < FP64
+    base = run(zoo.load(made.base, adapter=False))
+    assert distance(base, truth(made)) > 0.1
+    assert distance(run(zoo.load(made.base, adapter=made.base)), truth(made)) < FP64
+    for adapter, wanted in ((True, truth(made)), (False, base)):
+        out = zoo.convert(made.base, tmp_path / f"{adapter}", to="hf", adapter=adapter)
+        assert not (out / "adapter_config.json").exists()
+        assert distance(run(zoo.load(out)), wanted) < FP64
+
+
+def test_options_of_adapters_that_cannot_mean_anything(tmp_path: Path) -> None:
+    made = Made(tmp_path, "gpt2/base")
+    with pytest.raises(NotACheckpoint, match=r"no adapter_config\.json in it"):
+        zoo.load(made.base, adapter=True)
+    with pytest.raises(UsageError, match="no adapter to merge"):
+        zoo.load(made.base, adapter=False, merge=True)
+    with pytest.raises(UsageError, match="random weights"):
+        zoo.load("gpt2", weights="random", adapter=True)
+    for adapter in (3, [made.adapter]):
+        with pytest.raises(UsageError, match="expected a directory, True or False"):
+            zoo.load(made.base, adapter=adapter)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="expected a directory, True or False"):
+            zoo.convert(made.base, tmp_path / "out", adapter=adapter)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ("org/base", r"an adapter of org/base, and no model.*zoo\.load\('hf:org/base', adapter="),
+        (None, r"an adapter, and no model.*zoo\.load\('BASE'.*zoo convert BASE --adapter "),
+        (7, "an adapter, and no model"),
+        ("x" * 5000, "an adapter of xxx"),
+    ],
+)
+def test_an_adapter_alone_names_its_base(base: Any, says: str, tmp_path: Path) -> None:
+    place = Made(tmp_path, "gpt2/base", base_model_name_or_path=base).adapter
+    for ref in (place, place / "adapter_model.safetensors", place / "adapter_config.json"):
+        with pytest.raises(NotACheckpoint, match=says) as caught:
+            zoo.load(ref)
+        assert len(str(caught.value)) < 4000
+
+
+def test_the_shell_says_which_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = both(tmp_path)
+    base = str(made.base)
+    assert main(["generate", base, "a"]) == 1
+    assert "--no-adapter" in capsys.readouterr().err
+    assert main(["info", base]) == 0
+    assert "adapter_config.json of org/base" in capsys.readouterr().out
+    for n, how in enumerate((["--adapter"], ["--adapter", base], ["--no-adapter"])):
+        out = tmp_path / str(n)
+        assert main(["convert", base, "--to", "hf", "--out", str(out), "--quiet", *how]) == 0
+        close = distance(run(zoo.load(out)), truth(made)) < FP64
+        assert close == (how != ["--no-adapter"])
 
 
 # --- against peft itself, where it is installed --------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import Made
 from test_sentences import checkpoint
 
 import zoo
@@ -68,6 +69,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_HEAD(self) -> None:
                 hub.answer(self, body=False)
@@ -359,6 +361,26 @@ def test_a_config_without_its_weights_beside_another_file(
     hub.add("o/n", SMALL)  # a file that a config is of stands for its directory
     source = sources.resolve("hf:o/n/model.safetensors", cache_dir=cache, progress=False)
     assert holds(source.directory) == sorted(SMALL) and source.file is None
+
+
+def test_a_repository_of_weights_and_an_adapter(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    made = Made(tmp_path, "gpt2/base", base_model_name_or_path="org/base")
+    hub.add("o/m", bytes_of(made.base) | bytes_of(made.adapter))
+    with pytest.raises(AmbiguousCheckpoint, match="holds weights and an adapter"):
+        zoo.load("hf:o/m", cache_dir=cache)
+    assert zoo.load("hf:o/m", cache_dir=cache, adapter=False).adapter is None
+    assert "adapter_model.safetensors" not in hub.asked("GET")
+    assert zoo.load("hf:o/m", cache_dir=cache, adapter=True).adapter is not None
+
+
+def test_a_repository_of_an_adapter_alone_names_its_base(
+    hub: Hub, cache: Path, tmp_path: Path
+) -> None:
+    made = Made(tmp_path, "gpt2/base", base_model_name_or_path="org/base")
+    hub.add("o/m", bytes_of(made.adapter))
+    says = r"hf:o/m: an adapter of org/base, and no model.*hf download o/m.*'hf:org/base', adapter="
+    with pytest.raises(NotACheckpoint, match=says):
+        zoo.load("hf:o/m", cache_dir=cache)
 
 
 @pytest.mark.parametrize(

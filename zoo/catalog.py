@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import record, registry, sources
-from zoo.errors import ConfigError, NotACheckpoint, listing
+from zoo.errors import ConfigError, NotACheckpoint, ZooError, listing
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -63,6 +63,8 @@ class Info:
     inferred: Mapping[str, Any] = field(
         default_factory=dict
     )  # native fields, from shapes and names
+    adapter: str = ""  # what lies beside the weights
+    mismatch: tuple[str, ...] = ()  # how files under a registry name differ from what it stands for
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +94,26 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
         repo=entry.repo,
         revision=entry.revision,
         pinned=entry.pinned,
+        mismatch=_cached_mismatch(entry),
     )
+
+
+def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
+    """How the files in the hub's cache differ from the entry; empty where there are none."""
+    try:
+        source = sources.resolve(entry.name, weights=False, local_files_only=True)
+    except ZooError:
+        return ()
+    return _mismatch(source)
+
+
+def _mismatch(source: sources.Source) -> tuple[str, ...]:
+    from zoo.pretrained import name_problems
+
+    try:
+        return tuple(name_problems(source))
+    except ConfigError as error:
+        return tuple(error.problems)
 
 
 def _of_directory(source: sources.Source) -> Info:
@@ -123,6 +144,7 @@ def _of_directory(source: sources.Source) -> Info:
         head = architecture.heads[named][0] if named else None
         quantised = _quantised(config, source.directory)
     known = source.checkpoint
+    mismatch = () if known is None else _mismatch(source)
     checkpoint = None if source.repo else open_checkpoint(source.directory)
     if checkpoint is not None and not quantised:
         quantised = _decoded(manifest.decoded(source.directory, checkpoint.files))
@@ -133,7 +155,7 @@ def _of_directory(source: sources.Source) -> Info:
         head=head,
         heads=_heads(architecture),
         config=config,
-        parameters=known.parameters if known else None,
+        parameters=known.parameters if known and not mismatch else None,
         licence=known.licence if known else None,
         repo=source.repo,
         revision=source.revision,
@@ -142,6 +164,8 @@ def _of_directory(source: sources.Source) -> Info:
         stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
         quantised=quantised,
+        adapter=sources.adapter_beside(source.directory),
+        mismatch=mismatch,
     )
 
 

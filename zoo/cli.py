@@ -159,7 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
     command.add_argument("--head", help="in the place of the one that the checkpoint names")
-    command.add_argument("--adapter", metavar="DIR", type=_place, help="of peft's LoRA, merged in")
+    how = command.add_mutually_exclusive_group()
+    does = "merge in a LoRA of peft's: the one in DIR; without DIR, the one that lies in SRC"
+    how.add_argument("--adapter", metavar="DIR", nargs="?", const=True, type=_place, help=does)
+    does = "ignore the adapter that lies in SRC: its weights have it merged in already"
+    how.add_argument("--no-adapter", dest="adapter", action="store_const", const=False, help=does)
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
     command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
@@ -370,6 +374,10 @@ def _info(options: argparse.Namespace) -> int:
     if found.repo:
         rows.append(("repository", found.repo))
         rows.append(("revision", _revision(found.revision or "", found.pinned)))
+    if found.adapter:
+        rows.append(("adapter", found.adapter))
+    if found.mismatch:
+        rows.append(("in the cache", f"not this checkpoint: {'; '.join(found.mismatch)}"))
     if found.quantised:
         rows.append(("quantised", found.quantised))
     if stored:

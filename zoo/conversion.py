@@ -46,6 +46,7 @@ from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Provenance, Ref, native_of
 from zoo.sentences import SentenceModel
 from zoo.sources import (
+    ADAPTER,
     CONFIG,
     MODULE_WEIGHTS,
     MODULES,
@@ -66,6 +67,7 @@ OWN_VALUES = ("architecture", "alignment", "file_type", "quantization_version", 
 NOT_CARRIED = (
     *("config.json", NATIVE_FILE, "*.index.json", MANIFEST),
     *("quantize_config.json", "quant_config.json"),  # no weights are written as these say
+    ADAPTER,  # merged in, or said to be: it would be applied a second time
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # whatever else they are called
 

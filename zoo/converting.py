@@ -48,12 +48,13 @@ from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, li
 from zoo.exporting import QUANTISED, export, with_zeros
 from zoo.graphs import GRAPHS
 from zoo.lora.bases import based
-from zoo.lora.files import read as read_adapter
 from zoo.lora.merging import changes, untied
 from zoo.pretrained import (
     Located,
     Origin,
     Ref,
+    adapter_files,
+    check_adapter,
     check_trust,
     dtype_of,
     locate,
@@ -94,7 +95,7 @@ def convert(
     allow_nonfinite: bool = False,
     sha256: bool = True,
     tell: Tell = lambda event: None,
-    adapter: Ref | None = None,
+    adapter: Ref | bool | None = None,
     **options: Any,
 ) -> Path:
     """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
@@ -108,7 +109,8 @@ def convert(
     happens. Further options are those of `zoo.load` that say what is read: head, config, trust …
     "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
     `force` replaces a checkpoint that is at `dst` and keeps all other files there. An
-    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written.
+    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written;
+    True and False are as `zoo.load` has them.
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
@@ -155,7 +157,7 @@ def dry_run(
     max_shard_size: int | None = None,
     part: str | tuple[int, int] | None = None,
     layout: Mapping[str, Any] | None = None,
-    adapter: Ref | None = None,
+    adapter: Ref | bool | None = None,
     **options: Any,
 ) -> str:
     """The plan of a conversion for a person, with no byte of weights read."""
@@ -191,16 +193,18 @@ def dry_run(
 
 
 def _located(
-    src: Ref, to: str, adapter: Ref | None, options: Mapping[str, Any]
+    src: Ref, to: str, adapter: Ref | bool | None, options: Mapping[str, Any]
 ) -> tuple[Located, dict[str, Any]]:
     """(what is to be read, what `plan_output` is told of how)"""
     for name in options:
         if name not in READING:
             raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
-    found = locate(src, **{k: v for k, v in options.items() if k not in chosen})
-    if adapter is not None:
-        asked, files = options.get("head") is not None, read_adapter(Path(adapter))
+    check_adapter(adapter)
+    how = {k: v for k, v in options.items() if k not in chosen}
+    found = locate(src, adapter=adapter, **how)
+    if (files := adapter_files(found, adapter)) is not None:
+        asked = options.get("head") is not None
         found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)
     whole = to in GRAPHS and options.get("head") is None
     if whole and (found.source.directory / MODULES).is_file():

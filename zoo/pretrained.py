@@ -250,7 +250,7 @@ def load(
     modules: bool = True,
     verify: bool = False,
     prepare: bool = False,
-    adapter: Ref | None = None,
+    adapter: Ref | bool | None = None,
     merge: bool = False,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
@@ -262,17 +262,20 @@ def load(
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
     `prepare` makes it fast for inference and for nothing else, as `zoo.prepare` does. `adapter` is
     a LoRA directory of peft's: it stands beside the weights, to be trained on, or is added to them
-    with `merge`.
+    with `merge`. True is the adapter that lies in the checkpoint's own directory, and False says
+    that the weights there have it merged in already; one of both has to be said where there is one.
     """
+    check_adapter(adapter)
     _check_arguments(head, device, config, ignore_config, trust)
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
-    if merge and adapter is None:
+    if merge and adapter in (None, False):
         raise UsageError("merge=True: there is no adapter to merge")
-    if prepare and adapter is not None and not merge:
+    if adapter is True and weights == "random":
+        raise UsageError("adapter=True: random weights lie nowhere; give the adapter's directory")
+    if prepare and adapter not in (None, False) and not merge:
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
-    kind, files = dtype_of(dtype), None if adapter is None else _adapter(adapter)
-    adapted = partial(_adapted, files=files, merge=merge)
+    kind = dtype_of(dtype)
     with _uncollected():
         found = locate(
             ref,
@@ -284,7 +287,10 @@ def load(
             local_files_only=local_files_only,
             ignore_config=ignore_config,
             expect=expect,
+            adapter=adapter,
         )
+        files = adapter_files(found, adapter)
+        adapted = partial(_adapted, files=files, merge=merge)
         directory, given = found.source.directory, config or {}
         if files is not None and weights == "checkpoint":
             from zoo.lora.bases import based
@@ -309,10 +315,18 @@ def load(
     return model
 
 
-def _adapter(place: Ref) -> Files:
+def check_adapter(adapter: Any) -> None:
+    if not isinstance(adapter, str | PathLike | bool | None):
+        raise UsageError(f"adapter={adapter!r}: expected a directory, True or False")
+
+
+def adapter_files(found: Located, adapter: Ref | bool | None) -> Files | None:
+    """The adapter that was asked for: one of its own directory, or the one beside the weights."""
+    if adapter is None or adapter is False:
+        return None
     from zoo.lora.files import read
 
-    return read(Path(place))
+    return read(found.source.directory if adapter is True else Path(adapter))
 
 
 def _adapted(model: Model, files: Files | None, merge: bool) -> Model:
@@ -397,6 +411,7 @@ def locate(
     weights: bool = True,
     ignore_config: Sequence[str] = (),
     expect: type[Model] | None = None,
+    adapter: Ref | bool | None = None,
     **where: Any,
 ) -> Located:
     """The directory behind a reference, and what its config says."""
@@ -404,7 +419,11 @@ def locate(
     if known is not None and known.config and not weights:
         found = _from_registry(known, head)
     else:
-        found = _read(sources.resolve(ref, weights=weights, **where), head, ignore_config, ref)
+        source = sources.resolve(ref, weights=weights, adapter=adapter is True, **where)
+        if weights and adapter is None:
+            sources.check_no_adapter(source)
+        found = _read(source, head, ignore_config, ref)
+        _check_name(found, head)
     if expect is not None and found.entry.model is not expect:
         raise UnsupportedArchitecture(
             f"{ref}: a {found.entry.name} checkpoint, and {expect.__module__}.Model was asked for. "
@@ -422,6 +441,72 @@ def _from_registry(known: registry.CheckpointEntry, head: str | None) -> Located
     return _understand(source, entry, reference, text, head, (), "registry.yaml")
 
 
+def name_problems(source: sources.Source) -> list[str]:
+    """How a checkpoint under a registry name differs from the registry's entry."""
+    if source.checkpoint is None:
+        return []
+    return list(_name_problems(_read(source, None, (), None), source.checkpoint, None))
+
+
+def _check_name(found: Located, head: str | None) -> None:
+    """Refuse a checkpoint under a registry name whose config the registry's entry contradicts."""
+    known = found.source.checkpoint
+    if known is not None and (problems := list(_name_problems(found, known, head))):
+        raise _not_the_named(found, known, problems)
+
+
+def _name_problems(
+    found: Located, known: registry.CheckpointEntry, head: str | None
+) -> Iterator[str]:
+    """Each field that differs, of those that the registry has: expected and found."""
+    entry = registry.architectures()[known.architecture]
+    if found.entry.name != entry.name:
+        yield f"architecture: expected {entry.name}, found {found.entry.name}"
+        return
+    heads = entry.heads[known.reference_class]
+    if head is None and found.reference_class is not None and not {*heads} & {*found.heads}:
+        yield f"architectures: expected {known.reference_class}, found {found.reference_class}"
+    try:
+        actual = found.config(found.heads[0], {})
+    except ConfigError:
+        return  # the files do not say all of it; config= does, and may say what it likes
+    dialect = load_spec(entry.spec).dialect("hf")
+    published, _ = dialect.read_config(known.config)
+    expected = entry.config_class(**published, head=found.heads[0])
+    for name, paths in dialect.config.items():
+        if not any(path.partition(".")[0] in known.config for path in paths):
+            continue
+        wanted, value = getattr(expected, name), getattr(actual, name)
+        if name == "labels":  # the registry has their number
+            wanted, value = len(wanted), len(value)
+        if wanted != value:
+            yield f"{dialect.reference_field(name)}: expected {wanted!r}, found {value!r}"
+
+
+def _check_count(found: Located, model: Model, changes: Mapping[str, Any]) -> None:
+    """Refuse a named checkpoint whose model has not the parameters that its name stands for."""
+    known = found.source.checkpoint
+    if known is None or changes:
+        return
+    heads = registry.architectures()[known.architecture].heads[known.reference_class]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if model.config.head == heads[0] and count != known.parameters:
+        problem = f"parameters: expected {known.parameters:,}, found {count:,}"
+        raise _not_the_named(found, known, [problem])
+
+
+def _not_the_named(
+    found: Located, known: registry.CheckpointEntry, problems: Sequence[str]
+) -> ConfigError:
+    ref = f"hf:{known.repo}{f'/{known.file}' if known.file else ''}"
+    lines = [
+        f"{found.where}: not the checkpoint that is called {known.name}:",
+        *problems,
+        f"To load what is there nonetheless: {ref}, or its directory",
+    ]
+    return ConfigError("\n  ".join(lines), problems)
+
+
 def _read(
     source: sources.Source, head: str | None, ignore: Sequence[str], ref: Ref | None
 ) -> Located:
@@ -435,12 +520,6 @@ def _read(
         return _read_foreign(source, directory, head, ignore)
     reference = read_json(confined(directory, path.name), ConfigError)
     entry, _ = registry.architecture_for(reference, str(path))
-    known = source.checkpoint
-    if known is not None and known.architecture != entry.name:
-        raise ConfigError(
-            f"{path}: a {entry.name} model, and {known.name} is one of {known.architecture}. "
-            f"To load what is there nonetheless: hf:{known.repo}"
-        )
     text, where = path.read_text(encoding="utf-8"), str(path)
     if reference.get(QUANTISED) is None and (found := quantisation.beside(directory)) is not None:
         where, reference[QUANTISED] = f"{where} and {found[0]}", found[1]
@@ -697,6 +776,7 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
     lacking: list[MissingTensors] = []
     for head in found.heads:
         model = on_meta(found, found.config(head, changes))
+        _check_count(found, model, changes)
         native = native_of(model)
         try:
             if found.native is not None:

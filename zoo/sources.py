@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from converters.listed import Group, groups
+from zoo.downloads import COMMIT, ask, damaged_blob, fetch
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
@@ -31,6 +32,7 @@ from zoo.registry import CheckpointEntry, architecture_for, find, named
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of peft's
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
 MODULES = "modules.json"  # what makes sentence embeddings of a model's output
 MORE_TEMPLATES = "additional_chat_templates"  # a folder: its files have templates by name
@@ -56,6 +58,7 @@ COMPANIONS = (
     *("quantize_config.json", "quant_config.json"),  # of packed weights, by the first programs
     f"{MORE_TEMPLATES}/tool_use.jinja",  # the one that is taken unasked
     MODULES,
+    ADAPTER,  # weights beside which it lies are not loaded without a decision
 )
 # and where it has modules; these lie in folders of their own
 SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
@@ -68,7 +71,8 @@ WEIGHTS = (
 _PUBLISHED = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@\s]+))?(@(?P<revision>[^@\s]+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_LONGEST = 1000  # characters of a file's name in a repository
 
 
 class Source(NamedTuple):
@@ -92,12 +96,14 @@ def resolve(
     weights: bool = True,
     config: bool = True,
     progress: bool = True,
+    adapter: bool = False,
 ) -> Source:
     """The directory of a reference. Only names and hf: references may use the network.
 
     A registry name wins over a directory of the same name: write ./gpt2, or pass a Path, for that.
     `weights=False` leaves the weights where they are; `config=False` takes a directory that holds
-    no config; `progress` shows only on a terminal.
+    no config; `progress` shows only on a terminal. `adapter=True` downloads the adapter that a
+    repository of weights holds too.
     """
     file = None
     if (entry := named(ref)) is not None:
@@ -113,7 +119,7 @@ def resolve(
         kind = type(ref).__name__
         raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
     cache = None if cache_dir is None else Path(os.fsdecode(cache_dir))
-    hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress)
+    hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress, adapter)
     directory, itself = hub.fetch_checkpoint(weights, file)
     return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself)
 
@@ -157,6 +163,8 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     if not is_directory:
         if exists and _is_published(path):
             return path.parent
+        if path.name in (ADAPTER, *ADAPTER_WEIGHTS) and os.path.lexists(path.parent / ADAPTER):
+            raise _adapter_alone(path.parent)
         if exists and _is_weights(path):
             return _real(path)
         if index is not None:
@@ -166,16 +174,59 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
             f"what it is ({_formats()}); found {_found(path)}"
         )
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
-    if config and not named and (path / ADAPTER).exists():
-        raise NotACheckpoint(
-            f"{text}: an adapter, and no model. Give its base, and it as adapter= (--adapter)"
-        )
+    if config and not named and os.path.lexists(path / ADAPTER):
+        raise _adapter_alone(path)
     if config and not named and not any(map(_is_weights, sorted(path.glob("[!.]*")))):
         raise NotACheckpoint(
             f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "
             f"({_formats()}).{_nearby(path)}"
         )
     return path
+
+
+def check_no_adapter(source: Source) -> None:
+    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged."""
+    place = source.directory
+    if not os.path.lexists(place / ADAPTER):
+        return
+    raise AmbiguousCheckpoint(
+        f"{place}: holds weights and an adapter ({ADAPTER}{_base_of(place)[0]}), and nothing says "
+        "whether the weights have it merged in already. To apply it: adapter=True, or "
+        f"`zoo convert {source.ref} --adapter --to hf --out DIR`, and then DIR. If it is merged "
+        "already: adapter=False, or --no-adapter, or move its file away"
+    )
+
+
+def adapter_beside(place: Path) -> str:
+    """The adapter that lies beside weights, in words; empty where there is none."""
+    if not os.path.lexists(place / ADAPTER):
+        return ""
+    return f"{ADAPTER}{_base_of(place)[0]}: adapter=True applies it, adapter=False ignores it"
+
+
+def _adapter_alone(place: Path) -> NotACheckpoint:
+    base, ref = _base_of(place)
+    return NotACheckpoint(
+        f"{place}: an adapter{base}, and no model. Load its base with it: "
+        f"zoo.load({ref!r}, adapter={str(place)!r}), or "
+        f"`zoo convert {ref} --adapter {place} --to hf --out DIR`"
+    )
+
+
+def _base_of(place: Path) -> tuple[str, str]:
+    """(" of …": the base that an adapter names, a reference that loads it)"""
+    from converters.checkpoint import confined
+    from converters.strict_json import read_json
+
+    try:
+        base = read_json(confined(place, ADAPTER)).get("base_model_name_or_path")
+    except ZooError:
+        base = None
+    if not isinstance(base, str) or not base:
+        return "", "BASE"
+    base = base if len(base) <= _LONGEST else f"{base[:_LONGEST]}…"
+    on_hub = _REPO.fullmatch(base) and not os.path.isdir(base)
+    return f" of {base}", f"hf:{base}" if on_hub else base
 
 
 def _is_published(path: Path) -> bool:
@@ -308,6 +359,7 @@ class _Hub:
     cache_dir: Path | None
     local_files_only: bool
     progress: bool
+    adapter: bool = False
     # asked for by its branch, which records in the cache what commit that stands for
     first: str = CONFIG
 
@@ -320,6 +372,13 @@ class _Hub:
             file = None  # its config says the same
         config = None if file else self._config()
         if config is None:
+            if file is None and (adapter := self._fetch(ADAPTER)) is not None:
+                base, ref = _base_of(adapter.parent)
+                raise NotACheckpoint(
+                    f"hf:{self.repo}: an adapter{base}, and no model. Download it (hf download "
+                    f"{self.repo} --local-dir DIR), and load its base with it: "
+                    f"zoo.load({ref!r}, adapter='DIR'), or `zoo convert {ref} --adapter DIR`"
+                )
             return self._fetch_group(self._group(file), weights)
         directory, self.revision = config.parent, config.parent.name
         from converters.strict_json import read_json
@@ -329,6 +388,7 @@ class _Hub:
             return self._fetch_group(self._group(None), weights)
         for name in COMPANIONS:
             self._fetch(name)
+        self._adapter_weights()
         if (directory / MODULES).is_file():
             self._modules(directory)
         if weights:
@@ -354,15 +414,12 @@ class _Hub:
                 if not self._is_absent(error):
                     raise self._explain(error) from None
                 names = []  # a server of files, and no hub
-        return [name for name in names if is_plain(name)]
+        return [n for n in names if isinstance(n, str) and len(n) <= _LONGEST and is_plain(n)]
 
     def _cached_names(self) -> list[str]:
-        from huggingface_hub.file_download import repo_folder_name
-
-        place = self._cache() / repo_folder_name(repo_id=self.repo, repo_type="model")
-        ref = place / "refs" / self.revision
+        ref = self._folder / "refs" / self.revision
         commit = ref.read_text().strip() if ref.is_file() else self.revision
-        snapshot = place / "snapshots" / commit
+        snapshot = self._folder / "snapshots" / commit
         return [str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file()]
 
     def _group(self, file: str | None) -> Group:
@@ -408,7 +465,12 @@ class _Hub:
         wanted |= {name for box in boxes for name in box.names}
         self._need([name for name in group.files if name != group.name])
         self._need([before + name for name in sorted(wanted) if before + name in self._names])
+        self._adapter_weights(before)
         return directory, path
+
+    def _adapter_weights(self, before: str = "") -> None:
+        if self.adapter:
+            any(self._fetch(before + name) for name in ADAPTER_WEIGHTS)
 
     def _has_weights(self) -> bool:
         return any(self._has(name) for pair in WEIGHTS for name in pair)
@@ -424,8 +486,11 @@ class _Hub:
                 any(self._fetch(f"{folder}/{name}") for name in MODULE_WEIGHTS)
 
     def _config(self) -> Path | None:
-        pinned = _COMMIT.fullmatch(self.revision) is not None
-        return (self._cached(CONFIG) if pinned else None) or self._fetch(CONFIG)
+        return (self._cached(CONFIG) if self._is_pinned else None) or self._fetch(CONFIG)
+
+    @property
+    def _is_pinned(self) -> bool:
+        return COMMIT.fullmatch(self.revision) is not None
 
     def _miss(self, otherwise: ZooError, missing: str) -> ZooError:
         """Why something is not there: nobody could be asked, or the repository lacks it."""
@@ -434,7 +499,7 @@ class _Hub:
         return type(self.unreachable)(f"{self.unreachable}. Missing: {missing}")
 
     @cached_property
-    def unreachable(self) -> SourceError | None:
+    def unreachable(self) -> ZooError | None:
         """Why only the cache can answer, if so: asked once, and without the client's retries."""
         import huggingface_hub as hf
 
@@ -487,27 +552,25 @@ class _Hub:
 
     def _fetch(self, name: str, dry_run: bool = False) -> Path | None:
         """The file in the cache, downloaded if need be; None where the repository lacks it."""
-        import huggingface_hub as hf
-
-        if name != self.first and (known := self._look_up(name)) is not None:
+        cacheable = self._is_pinned or name != self.first
+        if cacheable and (known := self._look_up(name)) is not None:
             return known or None
         if self.unreachable:
             return self._cached(name)
         try:
-            path: Any = hf.hf_hub_download(
-                self.repo,
-                name,
-                revision=self.revision,
-                token=self.token,
-                cache_dir=self.cache_dir,
-                dry_run=dry_run,
-                tqdm_class=None if self.progress else _silent(),
-            )
+            entry = ask(self.repo, name, self.revision, self._folder, self.token)
+            if dry_run:
+                return entry.pointer
+            return fetch(entry, self.token, None if self.progress else _silent())
         except Exception as error:
             if self._is_absent(error):
                 return None
             raise self._explain(error) from None
-        return Path(path.local_path if dry_run else path)
+
+    @property
+    def _folder(self) -> Path:
+        """Of the repository, in the cache."""
+        return self._cache() / f"models--{self.repo.replace('/', '--')}"
 
     def _cached(self, name: str) -> Path | None:
         return self._look_up(name) or None
@@ -516,10 +579,21 @@ class _Hub:
         """In the cache; False if the repository is known to lack it, None if nothing is known."""
         import huggingface_hub as hf
 
-        found = hf.try_to_load_from_cache(
-            self.repo, name, cache_dir=self.cache_dir, revision=self.revision
-        )
-        return Path(found) if isinstance(found, str) else None if found is None else False
+        try:
+            found = hf.try_to_load_from_cache(
+                self.repo, name, cache_dir=self.cache_dir, revision=self.revision
+            )
+            if not isinstance(found, str):
+                return None if found is None else False
+            blob = damaged_blob(Path(found))
+            if blob is not None and self.unreachable is None:
+                blob.unlink()  # it is downloaded again
+                return None
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from None
+        if blob is not None:
+            raise type(self.unreachable)(f"{_damage(blob)}. {self.unreachable}")
+        return Path(found)
 
     # --- what the hub's answers mean ---
 
@@ -531,9 +605,11 @@ class _Hub:
             return False
         return isinstance(error, errors.RemoteEntryNotFoundError) or _status(error) == 404
 
-    def _explain(self, error: Exception) -> SourceError:
+    def _explain(self, error: Exception) -> ZooError:
         from huggingface_hub import constants, errors, get_token
 
+        if isinstance(error, ZooError):
+            return error
         page = f"{constants.ENDPOINT}/{self.repo}"
         if isinstance(error, errors.GatedRepoError):
             known = self.token if isinstance(self.token, str) else get_token()
@@ -569,9 +645,15 @@ class _Hub:
             if network or isinstance(cause, ConnectionError | TimeoutError):
                 reason = " ".join(str(cause).split()) or type(cause).__name__
                 return self._offline(f"{constants.ENDPOINT} cannot be reached ({reason})")
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             return SourceError(f"{self.repo}: the cache {self._cache()} cannot be used: {error}")
-        raise error
+        # whatever else the client makes of an answer that is not as a hub's are
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = told if len(told) <= 300 else f"{told[:300]} …"
+        return SourceError(
+            f"{self.repo}: {constants.ENDPOINT} gave an answer that cannot be used ({told}). "
+            "Run the command again; if HF_ENDPOINT is set, check that it is a model hub's address"
+        )
 
     def _cache(self) -> Path:
         from huggingface_hub import constants
@@ -583,6 +665,11 @@ class _Hub:
             f"{self.repo}@{self.revision} is not, or not wholly, in the cache {self._cache()}, "
             f"and {reason}: fetch it once with the network on, or pass a directory"
         )
+
+
+def _damage(blob: Path) -> str:
+    size = f"{blob.stat().st_size:,} bytes"
+    return f"{blob} is damaged ({size}, which do not have the digest in its name): delete it"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -23,8 +23,8 @@ from converters.plan import FLOATS
 from converters.strict_json import parse_json
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
 from zoo.sources import ADAPTER as CONFIG
+from zoo.sources import ADAPTER_WEIGHTS as WEIGHTS
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # peft's two wrappers
 # how a factor's name ends, for linear layers and for embeddings
 ENDS = {

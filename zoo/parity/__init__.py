@@ -103,6 +103,7 @@ def _jobs(ref: str | PathLike[str] | None, golden: Golden | None) -> list[Job]:
     try:
         # a proof never downloads gigabytes unasked
         source = sources.resolve(ref, local_files_only=True)
+        sources.check_no_adapter(source)
     except Offline as error:
         if entries:
             return jobs

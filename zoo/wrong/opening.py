@@ -27,6 +27,7 @@ from zoo.errors import (
     ZooError,
 )
 from zoo.pretrained import Located, Ref, locate, native_of, prove, skeleton_of
+from zoo.sources import check_no_adapter
 
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
@@ -92,7 +93,8 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
     """From headers alone. What cannot be read at all is an error."""
     refused = ""
     try:
-        located = locate(ref, **where)
+        # without an adapter that lies beside the weights: what lies in the files is looked at
+        located = locate(ref, adapter=False, **where)
         checkpoint = located.checkpoint()
     except UsageError:
         raise
@@ -103,6 +105,10 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
         unknown = isinstance(error, SourceError | UnsupportedArchitecture | AmbiguousCheckpoint)
         return Opened(ref, bare, tuple(_loose(bare, ())), str(error), unknown)
     plan: Plan | None = None
+    try:
+        check_no_adapter(located.source)
+    except ZooError as error:
+        refused = str(error)
     try:
         model, plan = prove(located, checkpoint, config)
     except ZooError as error:
