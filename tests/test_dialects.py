@@ -321,6 +321,79 @@ def test_nanogpt(gpt2: Any, tmp_path: Path, before: str, bias: bool) -> None:
     assert tied[0].data_ptr() == tied[1].data_ptr()  # one array in the file, as there
 
 
+def llama2c_checkpoint(
+    llama: tuple[Path, dict[str, Tensor], dict[str, Any]], before: str = "", **args: Any
+) -> dict[str, Any]:
+    """What llama2.c's train.py saves: Meta's names, output and embedding one array."""
+    _, tensors, config = llama
+    (state,) = meta_files(tensors, config, 1, False)
+    del state["rope.freqs"]
+    state["output.weight"] = state["tok_embeddings.weight"]
+    moments = {0: {"step": torch.tensor(5.0), "exp_avg": torch.ones(3, 3)}}
+    settings = {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+        "vocab_size": config["vocab_size"],
+        "multiple_of": 32,
+        "max_seq_len": 256,
+        "dropout": 0.1,
+    }
+    return {
+        "model": OrderedDict((before + name, x) for name, x in state.items()),
+        "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "model_args": settings | args,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "tinystories", "vocab_source": "llama2", "compile": True},
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["", "_orig_mod."])
+def test_llama2c_training_checkpoint_is_read_and_converted(
+    llama: Any, tmp_path: Path, before: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = llama2c_checkpoint(llama, before)
+    held["model"][f"{before}freqs_cos"] = torch.ones(256, 2)  # older versions saved the buffers
+    torch.save(held, tmp_path / "ckpt.pt")
+    model = zoo.load(tmp_path / "ckpt.pt")
+    expected = zoo.load(llama[0], config={"rope_base": 1e4, "eps": 1e-5})
+    expected.head.weight.copy_(expected.embed.weight)
+    ids = torch.arange(33)[None] * 3
+    assert torch.equal(model(ids), expected(ids))
+    assert (model.config.tied, model.config.positions, model.config.eps) == (True, 256, 1e-5)
+    dropped = model.provenance.dropped
+    assert {"optimizer", "best_val_loss", f"{before}freqs_cos"} <= dropped.keys()
+    assert dropped["optimizer"] == "not below 'model'"
+    assert main(["info", str(tmp_path / "ckpt.pt")]) == 0
+    assert "llama2c-ckpt" in capsys.readouterr().out
+    for to in ("native", "hf", "llama2c", "gguf", "llama2c-ckpt"):
+        zoo.convert(tmp_path / "ckpt.pt", tmp_path / to, to=to)
+        assert torch.equal(zoo.load(tmp_path / to)(ids), model(ids))
+    again = torch.load(tmp_path / "llama2c-ckpt" / "ckpt.pt", weights_only=True)
+    assert again["model"].keys() == {n.removeprefix(before) for n in held["model"]} - {"freqs_cos"}
+    assert all(torch.equal(x, held["model"][before + n]) for n, x in again["model"].items())
+
+
+def test_faults_of_a_llama2c_training_checkpoint(llama: Any, tmp_path: Path) -> None:
+    def fails(kind: type[ZooError], why: str, **args: Any) -> None:
+        torch.save(llama2c_checkpoint(llama, **args), tmp_path / "ckpt.pt")
+        with pytest.raises(kind, match=why):
+            zoo.load(tmp_path / "ckpt.pt")
+
+    layers = llama[2]["num_hidden_layers"]
+    fails(ConfigError, f"n_layers: {layers} found, {layers + 1} declared", n_layers=layers + 1)
+    fails(ConfigError, "n_layer: unknown field", n_layer=3)
+    fails(ConfigError, "n_heads: 5 does not divide", n_heads=5)
+    held = llama2c_checkpoint(llama)
+    del held["model_args"]["n_heads"]
+    torch.save(held, tmp_path / "ckpt.pt")
+    with pytest.raises(ConfigError, match="nothing says n_heads"):
+        zoo.load(tmp_path / "ckpt.pt")
+
+
 @torch.no_grad()
 def test_mingpt(gpt2: Any, tmp_path: Path) -> None:
     hf, tensors = gpt2("gelu_new", False)

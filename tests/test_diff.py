@@ -124,10 +124,70 @@ def test_two_native_models(made: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_two_loaded_models_with_one_checkpoint_do_not_differ(
+    name: str, made: Callable[..., Path]
+) -> None:
+    """Also where names share an array: a tied head, T5's embedding, MobileLLM's shared layers."""
+    ours, theirs = (zoo.load(made(name), modules=False) for _ in range(2))
+    same = zoo.diff(ours, theirs)
+    assert same.ok, same.to_text()
+    assert not same.untied
+    with torch.no_grad():
+        theirs.embed.weight.mul_(1.001)
+    changed = zoo.diff(ours, theirs, diagnose=False)
+    assert changed.first is not None and not changed.untied
+
+
+VARIANTS = [(name, v) for name, entry in ARCHITECTURES.items() for v in [*entry.variants][1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_two_loaded_variants_do_not_differ(
+    name: str, variant: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = made(name, variant)
+    native = zoo.convert(directory, tmp_path / "native", to="native")
+    model, again = (zoo.load(directory, modules=False) for _ in range(2))
+    for ours, theirs in ((model, again), (model, native), (native, native), (native, directory)):
+        found = zoo.diff(ours, theirs)
+        assert found.ok, found.to_text()
+
+
+def test_models_that_cannot_be_matched_are_refused(
+    made: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, llama = zoo.load(made("gpt2")), zoo.load(made("llama"))
+    with pytest.raises(UsageError, match="a gpt2 and a llama"):
+        zoo.diff(model, llama)
+    with pytest.raises(UsageError, match=r"head 'lm' and 'none'.* Load both with the same head"):
+        zoo.diff(model, zoo.load(made("gpt2"), head="none"))
+    with pytest.raises(UsageError, match=r"different arrays.*: layers 3 and 2\."):
+        small = zoo.load(made("gpt2"), weights="random", config={"layers": 2})
+        zoo.diff(model, small)
+    with pytest.raises(UsageError, match="tied True and False"):
+        zoo.diff(model, made("gpt2", "untied"))
+    assert cli.main(["diff", str(made("llama")), str(made("llama", "multi-head"))]) == 2
+    assert "dim 72 and 40" in capsys.readouterr().err
+
+
+def test_adapters_are_refused(made: Callable[..., Path]) -> None:
+    model, adapted = (zoo.load(made("gpt2")) for _ in range(2))
+    adapted.add_adapter(("c_attn",), r=2)
+    with pytest.raises(UsageError, match="the first model has a LoRA adapter"):
+        zoo.diff(adapted)
+    with pytest.raises(UsageError, match="the second model has a LoRA adapter"):
+        zoo.diff(model, adapted)
+    adapted.merge_adapter()
+    assert zoo.diff(model, adapted).ok  # it is new, and changes nothing
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_native_directory(name: str, made: Callable[..., Path], tmp_path: Path) -> None:
     """Tied names are one in it; a change of an array is seen."""
     directory = zoo.convert(made(name), tmp_path / "native", to="native")
     assert zoo.diff(made(name), directory).ok
+    assert cli.main(["diff", str(directory), str(directory)]) == 0
     model = zoo.load(directory, dtype="float64")
     with torch.no_grad():
         model.embed.weight.mul_(1.001)

@@ -1,8 +1,11 @@
 """GGUF as a dialect: by its own package, by the reference and by llama.cpp."""
 
+import io
 import json
 import re
 import shutil
+import struct
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import build, hot
 from torch import Tensor
 
 import zoo
+from converters.formats import TensorInfo
 from converters.formats.gguf import GGUFReader, Value, lay_out
+from converters.formats.llama2c import Llama2cReader
 from converters.formats.quants import quantise_q8_0
 from converters.manifest import check, read
 from zoo import registry
@@ -23,6 +29,7 @@ from zoo.errors import BadTokenizer, ConfigError, LossyExport, NotACheckpoint, U
 from zoo.generation import ends_of
 from zoo.parity.fixtures import write
 from zoo.tokenizers.gguf import files as vocabulary_files
+from zoo.tokenizers.llama2c import pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gguf")
 
@@ -739,3 +746,139 @@ def test_q8_0_is_what_the_format_layer_makes() -> None:
 
 def test_every_file_of_a_vocabulary_is_made_of_values() -> None:
     assert vocabulary_files({"tokenizer.ggml.model": "no_vocab"}, Path("x")) == {}
+
+
+# --- what llama.cpp makes of llama2.c's files ----------------------------------------------------
+
+NO_TOKEN = Value("u32", 0xFFFFFFFF)  # LLAMA_TOKEN_NULL
+LLAMA2C_NAMES = {
+    "rms_att_weight": "attn_norm",
+    **{f"w{x}": f"attn_{n}" for x, n in zip("qkvo", ("q", "k", "v", "output"), strict=True)},
+    "rms_ffn_weight": "ffn_norm",
+    **{f"w{n}": f"ffn_{part}" for n, part in ((1, "gate"), (2, "down"), (3, "up"))},
+}
+
+
+def from_llama2c(model: Path, vocabulary: Path, to: Path, **ids: Value) -> Path:
+    """What llama.cpp's convert-llama2c-to-ggml writes, name by name: all in F32, no more keys."""
+    held = Llama2cReader(model)
+    dim, hidden, layers, heads, kv_heads, _, length = held.header.sizes
+    embedding = held.tensor("token_embedding_table")
+    tensors = {
+        "token_embd.weight": embedding,
+        "output_norm.weight": held.tensor("rms_final_weight"),
+    }
+    tensors["output.weight"] = embedding  # written once more where it is shared
+    for name, short in LLAMA2C_NAMES.items():
+        array = held.tensor(name)
+        tensors |= {f"blk.{layer}.{short}.weight": array[layer] for layer in range(layers)}
+    texts, scores, types = list[str](), list[float](), list[int]()
+    for id, (text, score) in enumerate(pieces(vocabulary)):
+        is_byte = len(text) == 6 and text.startswith("<0x")
+        texts.append(["<unk>", "<s>", "</s>"][id] if id < 3 else text.replace(" ", "\u2581"))
+        types.append([2, 3, 3][id] if id < 3 else 6 if is_byte else 1)
+        scores.append(score)
+    sizes = {
+        "context_length": length,
+        "embedding_length": dim,
+        "feed_forward_length": hidden,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "block_count": layers,
+        "rope.dimension_count": dim // heads,
+    }
+    special = {
+        "unknown_token_id": Value("u32", 0),
+        "bos_token_id": Value("u32", 1),
+        "eos_token_id": Value("u32", 2),
+        "seperator_token_id": NO_TOKEN,
+        "padding_token_id": NO_TOKEN,
+        **ids,
+    }
+    values = {
+        "tokenizer.ggml.tokens": Value("[str]", texts),
+        "tokenizer.ggml.scores": Value("[f32]", scores),
+        "tokenizer.ggml.token_type": Value("[i32]", types),
+        "tokenizer.ggml.model": "llama",
+        "general.architecture": "llama",
+        "general.name": "llama",
+        **{f"tokenizer.ggml.{key}": id for key, id in special.items()},
+        **{f"llama.{key}": Value("u32", size) for key, size in sizes.items()},
+        "llama.attention.layer_norm_rms_epsilon": Value("f32", 1e-5),
+    }
+    infos = [TensorInfo(name, tuple(x.shape), "F32") for name, x in tensors.items()]
+    layout = lay_out(infos, values, to)
+    data = bytearray(layout.head) + bytes(layout.size)
+    for name, x in tensors.items():
+        raw = x.contiguous().numpy().tobytes()
+        at = len(layout.head) + layout.starts[name]
+        data[at : at + len(raw)] = raw
+    to.write_bytes(data)
+    return to
+
+
+@pytest.fixture(scope="module", params=["tiny", "stories260K"])
+def llama2c(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model.bin and its tokenizer.bin."""
+    if request.param == "stories260K":
+        place = request.getfixturevalue("fixtures") / "stories260K"
+        return place / "stories260K.bin", place / "tok512.bin"
+    place = tmp_path_factory.mktemp("tiny")
+    texts = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts += [" ", *"abcehnoptu", " a", "on", "ce", "once", " once", " up", "up"]
+    data = struct.pack("<I", max(map(len, texts)))
+    for id, text in enumerate(texts):
+        data += struct.pack("<fI", 0.0 if id < 259 else 259.0 - id, len(text)) + text.encode()
+    (place / "tokenizer.bin").write_bytes(data)
+    sizes = {"vocab": len(texts), "eps": 1e-5, "rope_base": 1e4, "act": "silu", "tied": True}
+    zoo.save(hot(build("llama", **sizes)), place / "model", to="llama2c")
+    return place / "model" / "model.bin", place / "tokenizer.bin"
+
+
+def test_llama_cpps_file_of_a_llama2c_model_is_read_and_exported(
+    llama2c: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its ids of padding and separator are 0xFFFFFFFF: there are none."""
+    shutil.copy(llama2c[0], tmp_path / "model.bin")
+    shutil.copy(llama2c[1], tmp_path / "tokenizer.bin")
+    source = zoo.load(tmp_path / "model.bin")
+    path = from_llama2c(*llama2c, tmp_path / "x.gguf")
+    text = "once upon a one"
+    model, ids = zoo.load(path), source.tokenizer.encode(text)
+    assert zoo.tokenizer(path).encode(text) == ids
+    assert (model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad) == (1, 2, None)
+    assert (ends_of(model).eos, ends_of(model).pad) == ((2,), None)
+    wanted = source.generate(torch.tensor([ids]), max_new_tokens=8)
+    assert torch.equal(model.generate(torch.tensor([ids]), max_new_tokens=8), wanted)
+    assert main(["generate", str(path), text, "--max-new-tokens", "8"]) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("once\n"))
+    assert main(["chat", str(path), "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip()
+    for to in ("hf", "native", "llama2c", "llama2c-ckpt", "gguf"):
+        zoo.convert(path, tmp_path / to, to=to)
+        again = zoo.load(tmp_path / to)
+        assert torch.equal(again(wanted), source(wanted))
+        if to != "llama2c-ckpt":  # which no tokenizer lies beside
+            assert again.tokenizer.encode(text) == ids
+    for to in ("hf", "native", "llama2c"):
+        back = converted(tmp_path / to, tmp_path / "back" / to)
+        assert torch.equal(zoo.load(back)(wanted), source(wanted))
+        assert zoo.load(back).tokenizer.encode(text) == ids
+        assert not {k for k, v in GGUFReader(back).said.items() if v == 0xFFFFFFFF}
+
+
+@pytest.mark.parametrize("key", ["padding", "eos", "eot", "mask"])
+@pytest.mark.parametrize("id", [Value("u32", 100_000), Value("i32", -2)])
+def test_special_token_outside_the_vocabulary_is_refused(
+    key: str, id: Value, stories: Path, tmp_path: Path
+) -> None:
+    change = {f"tokenizer.ggml.{key}_token_id": id}
+    odd = rewritten(stories, tmp_path / "odd.gguf", change)
+    told = rf"{key}_token_id: expected an id of 512 tokens, or 4294967295 for none, found {id[1]}"
+    with pytest.raises(BadTokenizer, match=told):
+        zoo.tokenizer(odd)
+
+
+def test_signed_none_is_none(stories: Path, tmp_path: Path) -> None:
+    change = {"tokenizer.ggml.padding_token_id": Value("i32", -1)}
+    assert zoo.tokenizer(rewritten(stories, tmp_path / "odd.gguf", change)).pad is None

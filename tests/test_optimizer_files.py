@@ -343,3 +343,31 @@ def test_a_training_checkpoint_of_nanogpts(tmp_path: Path) -> None:
     assert moved["param_groups"] == wanted["param_groups"]
     for n, entry in wanted["state"].items():
         assert all(torch.equal(x, moved["state"][n][k]) for k, x in entry.items())
+
+
+def test_optimizer_of_a_llama2c_training_checkpoint(tmp_path: Path) -> None:
+    """Matrices stand first in it, and the embedding is the output too."""
+    model = build("llama", tied=True, eps=1e-5, rope_base=1e4, head_dim=None, act="silu")
+    zoo.save(model, tmp_path / "c", to="llama2c-ckpt")
+    held = torch.load(tmp_path / "c" / "ckpt.pt", weights_only=True)
+    names = [name for name in held["model"] if name != "output.weight"]
+    names.sort(key=lambda name: held["model"][name].dim() < 2)
+    parameters = {name: nn.Parameter(held["model"][name].clone()) for name in names}
+    split = sum(p.dim() >= 2 for p in parameters.values())
+    groups = [[*parameters.values()][:split], [*parameters.values()][split:]]
+    optimizer = torch.optim.AdamW([{"params": params} for params in groups], lr=0.01)
+    torch.manual_seed(2)
+    for p in parameters.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.save({**held, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    out = convert_file(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", tmp_path / "native.pt")
+    moved = torch.load(out, weights_only=True)
+    order = [name for group in moved["param_groups"] for name in group["param_names"]]
+    found = {name: moved["state"][n]["exp_avg"] for n, name in enumerate(order)}
+    theirs = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
+    assert torch.equal(found["embed.weight"], theirs["tok_embeddings.weight"])
+    assert torch.equal(found["blocks.1.mlp.up.weight"], theirs["layers.1.feed_forward.w3.weight"])
+    assert torch.equal(found["norm.weight"], theirs["norm.weight"])
+    pairs = theirs["layers.0.attention.wq.weight"].unflatten(0, (model.config.heads, -1, 2))
+    assert torch.equal(found["blocks.0.attn.q.weight"], pairs.transpose(1, 2).flatten(0, 2))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zoo.components.model import Model
-from zoo.errors import UsageError, did_you_mean
+from zoo.errors import UsageError, did_you_mean, listing
 from zoo.parity import sides
 from zoo.parity.diagnosis import Cause, diagnosed
 from zoo.parity.difference import Difference
@@ -99,13 +99,12 @@ def _remembers(model: Model) -> bool:
 
 def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> sides.Other:
     if isinstance(theirs, Model):
+        _check_comparable(model, theirs)
         return sides.native(model, theirs, dtype, theirs.architecture)
     if isinstance(theirs, nn.Module):
         return sides.module(model, theirs, dtype)
     held = model if theirs is None else load(theirs, modules=False)
-    if type(held) is not type(model):
-        told = f"a {model.architecture} and a {held.architecture}"
-        raise UsageError(f"{told}: modules are matched within one architecture")
+    _check_comparable(model, held)
     if (known := held.provenance) is None:
         raise UsageError("a model of no checkpoint: say what to hold it against")
     directory, reference_class = known.directory, known.origin.reference_class
@@ -116,6 +115,33 @@ def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> 
         why = f"quantised ({known.lossy})" if known.lossy else "not as the reference has it"
         raise UsageError(f"{directory}: {why}. Say what to hold it against: zoo diff A B")
     return sides.native(model, held, dtype, str(theirs))
+
+
+def _rank(field: str) -> int:
+    """Order fields of a config so that a head and sizes, which shape arrays, come first."""
+    first = ("head", "layers", "dim", "heads", "kv_heads", "vocab", "hidden", "tied")
+    return first.index(field) if field in first else len(first)
+
+
+def _check_comparable(model: Model, other: Model) -> None:
+    """Refuse models whose arrays differ in names or shapes, and those with an adapter."""
+    for each, which in ((model, "first"), (other, "second")):
+        if each.adapter is not None:
+            raise UsageError(
+                f"the {which} model has a LoRA adapter beside its weights: merge_adapter() adds it "
+                "to them, remove_adapter() takes it off"
+            )
+    if type(other) is not type(model):
+        both = f"a {model.architecture} and a {other.architecture}"
+        raise UsageError(f"{both}: modules are matched within one architecture")
+    if sides.native_side(model) == sides.native_side(other):
+        return
+    ours, theirs = model.config.to_dict(), other.config.to_dict()
+    fields = sorted((name for name in ours if ours[name] != theirs[name]), key=_rank)
+    if fields:
+        told = listing((f"{name} {ours[name]!r} and {theirs[name]!r}" for name in fields), 6)
+        fix = " Load both with the same head." if "head" in fields else ""
+        raise UsageError(f"the models have different arrays, and cannot be matched: {told}.{fix}")
 
 
 def pad_of(other: sides.Other) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ _ROLES = {
     "mask": "mask_token_id",
 }
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_NONE = (-1, 0xFFFFFFFF)  # llama.cpp's LLAMA_TOKEN_NULL, as a signed and an unsigned number
 # how texts are cut before merging: our name, the format's, the class that has it
 _CUTS = {
     "gpt2": ("gpt-2", "GPT2Tokenizer"),
@@ -69,12 +70,17 @@ def read(values: Mapping[str, Any], where: Path) -> Tokenizer:
 
 def ends(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a generation_config.json would say."""
-    found = {key: values.get(_KEY + key) for key in (_ROLES["bos"], _ROLES["pad"], *_ENDS)}
-    ids = {key: id for key, id in found.items() if type(id) is int and id >= 0}
+    ids = _special_ids(values, (_ROLES["bos"], _ROLES["pad"], *_ENDS))
     told: dict[str, Any] = {f"{r}_token_id": ids.get(_ROLES[r]) for r in ("bos", "pad")}
     last = list(dict.fromkeys(ids[key] for key in _ENDS if key in ids))
     told["eos_token_id"] = last[0] if len(last) == 1 else last or None
     return {key: id for key, id in told.items() if id is not None}
+
+
+def _special_ids(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, int]:
+    """The ids of special tokens that a file names, by their keys."""
+    ids = {key: values.get(_KEY + key) for key in keys}
+    return {key: id for key, id in ids.items() if type(id) is int and id not in _NONE}
 
 
 def files(values: Mapping[str, Any], where: Path) -> dict[str, bytes]:
@@ -106,15 +112,15 @@ class _Said:
         self.types: list[int] = self.list("token_type", int, count) or [_NORMAL] * count
         if odd := [type_ for type_ in self.types if not _NORMAL <= type_ <= BYTE]:
             raise self.wrong("token_type", f"numbers from {_NORMAL} to {BYTE}", odd[0])
-        self.roles = {role: self.tokens[id] for role, id in self._ids() if id < count}
+        ids = _special_ids(values, {*_ROLES.values(), *_ENDS})
+        for key, id in sorted(ids.items()):
+            if not 0 <= id < count:
+                raise self.wrong(key, f"an id of {count} tokens, or {_NONE[1]} for none", id)
+        self.roles = {role: self.tokens[ids[key]] for role, key in _ROLES.items() if key in ids}
         self.settings: dict[str, Any] = {f"{r}_token": text for r, text in self.roles.items()}
         self.settings["clean_up_tokenization_spaces"] = False
         if isinstance(template := values.get("tokenizer.chat_template"), str):
             self.settings["chat_template"] = template
-
-    def _ids(self) -> list[tuple[str, int]]:
-        found = [(role, self._values.get(_KEY + key)) for role, key in _ROLES.items()]
-        return [(role, id) for role, id in found if type(id) is int and id >= 0]
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._values.get(_KEY + name, default)

@@ -7,7 +7,7 @@ others along the axis that lies in the stream, and none along the other one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from math import sqrt
 from statistics import median
@@ -15,20 +15,17 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from zoo.wrong.finding import Finding
+from converters.lazy import Lazy
 from zoo.wrong.numbers import Numbers
 from zoo.wrong.opening import Opened
-from zoo.wrong.values import called, files_of
 
 WRITES = ("out", "down")  # to the stream: rows are its features; all others read
 _ROWS = 128  # of all arrays of a family together
-# Resemblance in units of what chance makes of as many families. Of the wrong axis of trained
-# matrices it was 5 at most (once 8, where that of the right one was 480); of the right one mostly
-# above 25, and less only in models of a width of 64.
-_CHANCE, _CLEARLY = 5.0, 4.0
+_MANY = 1 << 17  # numbers of these rows, where more of them are looked at
 _MOST = 0.6  # of the matrices of layers
 _OTHER = ("pooler", "head.", "summary", "nsp", "span")
-# And of independent numbers 0.8 to 1, nine times in ten below 2.1; of the least trained ones 2.3.
+# Resemblance of independent numbers, in units of chance: 0.8 to 1, nine times in ten below 2.1; of
+# the least trained ones 2.3.
 _RANDOM, _OF_USUAL = 2.2, 0.005
 
 
@@ -45,16 +42,16 @@ class Stream:
         for n in self.held.values():
             families[n.array.family].append(n)
         self.writing = {f for f, each in families.items() if _writes(each[0], self.dim)}
-        self.families = {f: each for f, each in families.items() if self._side(each[0]) is not None}
+        self.families = {f: each for f, each in families.items() if self.side(each[0]) is not None}
         self._known = {f: self._products(each) for f, each in self.families.items()}
         unsure = [f for f, each in self.families.items() if not each[0].array.native]
         for f in unsure:
             square = [n for n in self.families[f] if n in self.square]
-            sides = (
-                sum(self.resembles(n, across=across, family=False) for n in square)
+            right, wrong = (
+                sum(self.resembles(n, self.side(n, across), family=False) for n in square)
                 for across in (False, True)
             )
-            if square and next(sides) < next(sides):
+            if right < wrong:
                 self.writing.add(f)
                 self._known[f] = self._products(self.families[f])
 
@@ -64,18 +61,25 @@ class Stream:
         found = (n for each in self.families.values() for n in each if n.array.layer is not None)
         return [n for n in found if set(n.array.shape) == {self.dim}]
 
-    def resembles(self, n: Numbers, *, across: bool = False, family: bool = True) -> float:
-        """How alike it is to all others, in units of chance; `family`: to its own too."""
-        own = n.array.family
-        if own not in self.families or (side := self._side(n, across)) is None:
+    def resembles(self, n: Numbers, side: Tensor | None = None, *, family: bool = True) -> float:
+        """How alike it is to all others, in units of chance; `family`: to its own too.
+
+        By a `side` of its own, if one is given.
+        """
+        own, side = n.array.family, self.side(n) if side is None else side
+        if own not in self.families or side is None:
             return 0.0
-        mine = _Products(side)
+        mine = Products(side)
         against = [known for f, known in self._known.items() if f != own]
         if family and (others := [m for m in self.families[own] if m is not n]):
             against.append(self._products(others))
         if not against:
             return 0.0
-        return sum(mine.alike(each) ** 2 for each in against) / len(against) * self.dim**2 / 2
+        return sum(self.chances(mine, each) for each in against) / len(against)
+
+    def chances(self, a: Products, b: Products) -> float:
+        """How alike they are, in units of chance."""
+        return a.alike(b) ** 2 * self.dim**2 / 2
 
     def knows(self, n: Numbers) -> bool:
         return n.array.family in self.families
@@ -92,21 +96,37 @@ class Stream:
     def writes(self, n: Numbers) -> bool:
         return n.array.family in self.writing
 
-    def _side(self, n: Numbers, across: bool = False) -> Tensor | None:
+    def side(self, n: Numbers, across: bool = False) -> Tensor | None:
         """(rows, dim) along the axis that lies in the stream, or across it; None where it does not.
 
         Features are brought to one size.
         """
-        rows = (n.some_rows if self.writes(n) == across else n.some_columns).float()
+        return self._scaled(n.some_rows if self.writes(n) == across else n.some_columns)
+
+    def side_of(self, n: Numbers, other: Lazy) -> Tensor | None:
+        """The same of another matrix in its place."""
+        matrix = other.whole()
+        matrix = matrix.mT if self.writes(n) else matrix
+        return self._scaled(_thinned(matrix, max(_ROWS, _MANY // self.dim)))
+
+    def _scaled(self, rows: Tensor) -> Tensor | None:
         if rows.shape[-1] != self.dim or not len(rows):
             return None
+        rows = rows.float()
         return rows / rows.square().mean(0).sqrt().clamp_min(1e-30)
 
-    def _products(self, each: Sequence[Numbers]) -> _Products:
+    def _products(self, each: Sequence[Numbers]) -> Products:
         """Of some rows of them all."""
-        most = max(1, _ROWS // len(each))
-        sides = [side for n in each if (side := self._side(n)) is not None]
-        return _Products(torch.cat([rows[:: -(-len(rows) // most)] for rows in sides]))
+        return self.pooled([side for n in each if (side := self.side(n)) is not None])
+
+    def pooled(self, sides: Sequence[Tensor], many: bool = False) -> Products:
+        """Of some rows of each, or of many."""
+        most = max(1, (max(_ROWS, _MANY // self.dim) if many else _ROWS) // len(sides))
+        return Products(torch.cat([_thinned(rows, most) for rows in sides]))
+
+
+def _thinned(rows: Tensor, most: int) -> Tensor:
+    return rows[:: -(-len(rows) // most)]
 
 
 def _width(numbers: Sequence[Numbers]) -> int:
@@ -130,7 +150,7 @@ def _writes(n: Numbers, dim: int) -> bool:
     return n.array.shape[-1] != dim
 
 
-class _Products:
+class Products:
     """Of some features over rows: the off-diagonal ones, which are compared and never made."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -139,43 +159,12 @@ class _Products:
         self.sum = float(rows.sum(1).double().square().sum() - self.diagonal.sum())
         self.size = sqrt(max(self._inner(self), 1e-30))
 
-    def alike(self, other: _Products) -> float:
+    def alike(self, other: Products) -> float:
         """Their correlation."""
         return self._inner(other) / (self.size * other.size)
 
-    def _inner(self, other: _Products) -> float:
+    def _inner(self, other: Products) -> float:
         whole = float((self.rows @ other.rows.T).square().sum(dtype=torch.float64))
         count = self.rows.shape[1] * (self.rows.shape[1] - 1)
         # each around its mean: numbers that are not zero on average would all be alike
         return whole - float(self.diagonal @ other.diagonal) - self.sum * other.sum / count
-
-
-def transposed(stream: Stream) -> Iterator[Finding]:
-    """Square matrices whose other axis is the one that lies in the stream."""
-    if len(stream.families) < 3:
-        return
-    square = stream.square
-    odd = list[Numbers]()
-    for family in {n.array.family: None for n in square}:
-        mine = [n for n in square if n.array.family == family]
-        if mine[0].array.native and _turned(stream, mine, family=False):
-            odd += mine
-    odd = odd or [n for n in square if _turned(stream, [n], family=True)]
-    if odd:
-        first = odd[0]
-        does = "writes to" if stream.writes(first) else "reads"
-        right, wrong = (stream.resembles(first, across=across) for across in (False, True))
-        seen = (
-            f"{first.name}: turned round it {does} the residual stream as other matrices do "
-            f"({wrong:.0f} times what chance makes of it), and as it is it does not ({right:.1f})"
-        )
-        what = f"transposed: {called(odd)}"
-        yield Finding(what, files_of(odd), seen, 0.95, "turn its axes round")
-
-
-def _turned(stream: Stream, each: Sequence[Numbers], family: bool) -> bool:
-    right, wrong = (
-        sum(stream.resembles(n, across=across, family=family) for n in each) / len(each)
-        for across in (False, True)
-    )
-    return wrong > _CHANCE and wrong > _CLEARLY * right

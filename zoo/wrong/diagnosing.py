@@ -10,7 +10,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.inference import at_rest
 from zoo.pretrained import Ref, fill
-from zoo.wrong import axes, beside, layers, norms, turns, values
+from zoo.wrong import beside, flips, layers, norms, turns, values
 from zoo.wrong.finding import Finding
 from zoo.wrong.likelihood import hidden_as, ids_of, nats
 from zoo.wrong.numbers import Numbers, numbers_of
@@ -73,17 +73,15 @@ def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> tuple[list[Finding
     odd = {name for finding in findings for name in finding.where}
     sound = [n for n in numbers if not odd & set(n.array.files)]
     findings += values.repeated(sound)
-    stream = axes.Stream(found, sound)
-    turned = list(axes.transposed(stream))
+    transposed, sound, stream = flips.put_right(found, sound)
+    findings += transposed
     fresh, all_of_it = layers.untrained(sound, stream)
+    findings += fresh
     if all_of_it:  # and layers are alike by chance alone
-        return [*findings, *fresh], False
-    findings += turned
-    if not turned:  # which nothing resembles either
-        findings += fresh
-        odd = {name for finding in fresh for name in finding.where}
-        anew = {n.array.layer for n in sound if odd & set(n.array.files)}
-        sound = [n for n in sound if n.array.layer is None or n.array.layer not in anew]
+        return findings, False
+    odd = {name for finding in fresh for name in finding.where}
+    anew = {n.array.layer for n in sound if odd & set(n.array.files)}
+    sound = [n for n in sound if n.array.layer is None or n.array.layer not in anew]
     findings += layers.between_layers(sound)
     findings += turns.rotary(found, sound)
     findings += norms.between_norms(found, sound)

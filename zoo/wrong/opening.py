@@ -48,6 +48,8 @@ class Array:
     made: partial[Lazy] = field(repr=False)
     native: bool = True
     coarse: str = ""  # what its numbers stand in, where they are decoded
+    # the same, if the matrix in the file, or the one made of it, holds its transpose row by row
+    flips: tuple[partial[Lazy], ...] = field(default=(), repr=False)
 
     @cached_property
     def family(self) -> str:
@@ -172,9 +174,12 @@ def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
         shape = info.shape
         if step.transform is not None:
             shape = tuple(_shape_of(step, n))
-        yield Array(
-            target, files, shape, info.dtype, partial(_made, step, checkpoint, n), True, coarse
-        )
+        made, flips = partial(_made, step, checkpoint, n), tuple[partial[Lazy], ...]()
+        if len(shape) == 2 and not coarse:
+            flips = (partial(_flipped, made),)
+            if step.transform is not None:
+                flips = (partial(_made, step, checkpoint, n, True), *flips)
+        yield Array(target, files, shape, info.dtype, made, True, coarse, flips)
 
 
 def _shape_of(step: Step, n: int) -> Sequence[int]:
@@ -186,10 +191,22 @@ def _shape_of(step: Step, n: int) -> Sequence[int]:
     return turned.targets_of(metas)[n].shape
 
 
-def _made(step: Step, checkpoint: Checkpoint, n: int) -> Lazy:
+def _made(step: Step, checkpoint: Checkpoint, n: int, flip: bool = False) -> Lazy:
     if step.transform is None:
         return checkpoint.lazy(step.sources[n])
-    return step.transform.targets_of([checkpoint.lazy(name) for name in step.sources])[n]
+    sources = [checkpoint.lazy(name) for name in step.sources]
+    if flip:
+        sources = [_flipped(partial(checkpoint.lazy, name)) for name in step.sources]
+    return step.transform.targets_of(sources)[n]
+
+
+def _flipped(made: partial[Lazy]) -> Lazy:
+    """Undo that each matrix, of the last two axes, was written as its transpose row by row."""
+    x = made().whole()
+    if x.dim() < 2:
+        return Lazy.of(x)
+    *above, rows, columns = x.shape
+    return Lazy.of(x.reshape(*above, columns, rows).mT)
 
 
 def _loose(checkpoint: Checkpoint, taken: Collection[str]) -> Iterator[Array]:
@@ -198,7 +215,8 @@ def _loose(checkpoint: Checkpoint, taken: Collection[str]) -> Iterator[Array]:
         if name not in taken and name not in checkpoint.shared and info.dtype in FLOATS:
             coarse = checkpoint.quantised.get(name, "")
             made = partial(checkpoint.lazy, name)
-            yield Array(name, (name,), info.shape, info.dtype, made, False, coarse)
+            flips = () if coarse or len(info.shape) != 2 else (partial(_flipped, made),)
+            yield Array(name, (name,), info.shape, info.dtype, made, False, coarse, flips)
 
 
 # --- without a config ----------------------------------------------------------------------------
