@@ -1,7 +1,7 @@
 """The cache as a user holds it: parts of a text, going back, and what it refuses."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +10,8 @@ from tiny import build, hot
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from zoo import Cache
+from converters.spec import load_spec
+from zoo import Cache, registry
 from zoo.errors import InputError, MaskError, SequenceTooLong, ZooError
 
 IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -55,6 +56,75 @@ def test_any_parts_and_going_back(name: str, mask: Tensor | None) -> None:
                 cache.cut(at)
                 found = found[:, :at]
         torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-10)
+
+
+def padded_mask(*rows: tuple[int, int, int]) -> Tensor:
+    """(b, s) from (padding on the left, on the right, one gap) of each row."""
+    mask = torch.ones(len(rows), IDS.shape[1], dtype=torch.int64)
+    for row, (left, right, gap) in zip(mask, rows, strict=True):
+        row[:left] = row[len(row) - right :] = 0
+        if gap:
+            row[gap] = 0
+    return mask
+
+
+PADDED = {
+    "left": padded_mask((9, 0, 0), (0, 0, 0), (4, 0, 0)),
+    "right": padded_mask((0, 9, 0), (0, 0, 0), (0, 4, 0)),
+    "mixed": padded_mask((8, 0, 0), (0, 8, 0), (5, 3, 6)),
+}
+
+
+def decoders() -> Iterator[Any]:
+    for name, entry in registry.architectures().items():
+        for variant, data in entry.variants.items():
+            if data["class"].endswith(("CausalLM", "LMHeadModel")):
+                yield pytest.param(entry, data["config"], id=f"{name}-{variant}")
+
+
+@pytest.mark.parametrize(("entry", "published"), list(decoders()))
+def test_padded_rows_in_chunks_equal_the_whole(entry: Any, published: Any) -> None:
+    """Also where a chunk holds nothing but padding for a row, at its beginning or its end."""
+    torch.manual_seed(0)
+    fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
+    model = hot(entry.model(entry.config_class(**fields))).double()
+    ids = IDS.repeat(2, 1)[:3] % model.config.vocab
+    limit = model.config.limit_cached or ids.shape[1]
+    for mask in PADDED.values():
+        ids, mask, real = ids[:, :limit], mask[:, :limit], mask[:, :limit].bool()
+        alive = real.any(dim=1)  # of few positions, a row may be cut to nothing
+        ids, mask, real = ids[alive], mask[alive], real[alive]
+        want = model(ids, mask)
+        for size in (1, 5):
+            cache, parts = Cache(ids.shape[1]), range(0, ids.shape[1], size)
+            found = [model(ids[:, n : n + size], mask[:, n : n + size], cache=cache) for n in parts]
+            torch.testing.assert_close(torch.cat(found, 1)[real], want[real], rtol=0, atol=1e-10)
+
+
+def test_answers_padded_in_chunks_equal_the_whole() -> None:
+    model = hot(build("t5", vocab=50)).double()
+    ids = IDS.repeat(2, 1)[:3]
+    for mask in PADDED.values():
+        want = model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask)
+        for size in (1, 5):
+            cache, found = Cache(ids.shape[1]), []
+            for n in range(0, ids.shape[1], size):
+                answer = ids[:, n : n + size], mask[:, n : n + size]
+                more = dict(
+                    zip(("decoder_input_ids", "decoder_attention_mask"), answer, strict=True)
+                )
+                found.append(model(ids, mask, cache=cache, **more))
+            real = mask.bool()
+            torch.testing.assert_close(torch.cat(found, 1)[real], want[real], rtol=0, atol=1e-10)
+
+
+def test_a_row_without_any_token_is_refused(model: Any) -> None:
+    mask = torch.ones_like(IDS)
+    mask[1] = 0
+    with pytest.raises(MaskError, match="row 1 is all zeros"):
+        model(IDS, mask)
+    with pytest.raises(MaskError, match="row 1 is all zeros"):
+        model.generate(IDS, mask)
 
 
 @pytest.mark.slow

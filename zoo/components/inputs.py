@@ -39,10 +39,10 @@ def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None =
             )
 
 
-def check_mask(mask: Tensor | None, ids: Tensor, begun: bool = False) -> Tensor | None:
+def check_mask(mask: Tensor | None, ids: Tensor, chunk: bool = False) -> Tensor | None:
     """(b, s) of truth values, or None where every token is real.
 
-    Of rows that have `begun` before, none needs to go on.
+    In a `chunk` of a longer sequence a row may be all padding; a whole row may not.
     """
     if mask is None:
         return None
@@ -60,7 +60,7 @@ def check_mask(mask: Tensor | None, ids: Tensor, begun: bool = False) -> Tensor 
     if odd.any():
         raise MaskError(f"attention_mask: holds {mask[odd][0].item()}; only 0 and 1 mean anything")
     mask = mask.bool()
-    if not begun and not (alive := mask.any(dim=-1)).all():
+    if not chunk and not (alive := mask.any(dim=-1)).all():
         row = int((~alive).nonzero()[0])
         raise MaskError(f"attention_mask: row {row} is all zeros, so there is nothing to attend to")
     return None if mask.all() else mask

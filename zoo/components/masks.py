@@ -113,7 +113,7 @@ def windowed(
         real = check_mask(attention_mask, ids)
         return {window: _alone(ids, real, window) for window in distinct}
     before = cache.length if attention_mask is not None else 0
-    real = check_mask(_of_these(attention_mask, ids, cache, before), ids, begun=before > 0)
+    real = check_mask(_of_these(attention_mask, ids, cache, before), ids, chunk=True)
     step = cache.step(ids, real)
     past = Past(step)
     if step.eager and step.start == 0:
