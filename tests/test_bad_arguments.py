@@ -227,6 +227,12 @@ def test_force_replaces_neither_the_source_nor_its_neighbours(tmp_path: Path) ->
         ("tensors", []),
         ("tensors", {"x": ["F99", [1], "model.safetensors"]}),
         ("tensors", {"x": ["F32", [-1], "model.safetensors"]}),
+        ("tensors", {"x": ["F32", [True], "model.safetensors"]}),
+        ("tensors", {"x": ["F32", [2, 1.0], "model.safetensors"]}),
+        ("tensors", {"x": ["F32", 2, "model.safetensors"]}),
+        ("tensors", {"x": ["F32", [2]]}),
+        ("tensors", {"x": ["F32", [2], 5]}),
+        ("tensors", {"x": ["F32", [2], "../model.safetensors"]}),
         ("metadata", 5),
         ("config", 5),
         ("config", "{"),
@@ -241,6 +247,14 @@ def test_a_native_record_is_audited(field: str, value: Any, tmp_path: Path) -> N
     path.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=rf"origin\.{field}"):
         zoo.load(path.parent)
+
+
+def test_a_native_record_may_name_an_empty_tensor(tmp_path: Path) -> None:
+    path = zoo.save(build("gpt2").eval(), tmp_path / "native", to="native") / "zoo.json"
+    record = json.loads(path.read_text())
+    record["origin"]["tensors"]["x"] = ["F32", [0, 3], "model.safetensors"]
+    path.write_text(json.dumps(record))
+    zoo.load(path.parent)
 
 
 def test_a_name_that_holds_another_architecture(tmp_path: Path) -> None:

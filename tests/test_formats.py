@@ -678,6 +678,25 @@ def test_tensors_that_reach_beyond_their_storage(tmp_path: Path) -> None:
         TorchZipReader(repacked(path, edit))
 
 
+@pytest.mark.parametrize(("offset", "fits"), [(10, True), (11, False), (12, False)])
+def test_one_element_past_a_storage_is_refused(tmp_path: Path, offset: int, fits: bool) -> None:
+    """Two of twelve numbers: those at 10 and 11 are the last ones."""
+    path = saved(tmp_path, {"a": torch.arange(12.0)[4:6]})
+
+    def edit(name: str, data: bytes) -> tuple[str, bytes]:
+        # the offset 4, then the shape (2,)
+        before, after = b"QK\x04K\x02\x85", b"QK" + bytes([offset]) + b"K\x02\x85"
+        assert name != "data.pkl" or data.count(before) == 1
+        return name, data.replace(before, after)
+
+    odd = repacked(path, edit)
+    if fits:
+        assert TorchZipReader(odd).tensor("a").tolist() == [10.0, 11.0]
+    else:
+        with pytest.raises(CorruptCheckpoint, match=rf"from {offset} on, .* beyond the 48 bytes"):
+            TorchZipReader(odd)
+
+
 def test_values_that_are_no_tensors_are_named(tmp_path: Path) -> None:
     w = torch.ones(2)
     for value, kind, message in (

@@ -406,6 +406,15 @@ PAIRS: dict[str, tuple[Pairs, type[ZooError], tuple[str, ...]]] = {
         CorruptCheckpoint,
         ("tensor b", "4 to 8", "overlap a, which ends at 8"),
     ),
+    "overlapping by a byte": (
+        [
+            HEADER,
+            (b"a", bundles.entry(4, (5,), TWO[:5])),
+            (b"b", bundles.entry(4, (4,), TWO[4:], offset=4)),
+        ],
+        CorruptCheckpoint,
+        ("tensor b", "4 to 8", "overlap a, which ends at 5"),
+    ),
     "twice the same": ([HEADER, GOOD, (b"b", GOOD[1])], CorruptCheckpoint, ("overlap a",)),
     "bytes of nobody": (
         [HEADER, (b"a", bundles.entry(F32, (1,), TWO[:4]))],
