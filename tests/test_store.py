@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import PATIENCE
 
 from converters import store
 from converters.store import resumable, staged
@@ -355,11 +356,12 @@ def _hold(place: Path, started: Path) -> None:
     with staged(place) as stage:
         (stage / "a").write_text("half")
         started.touch()
-        time.sleep(60)
+        time.sleep(PATIENCE)
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(2000):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         if path.exists():
             return
         time.sleep(0.005)

@@ -115,7 +115,7 @@ def test_checksums_are_no_bottleneck() -> None:
         started = time.process_time()
         crc32c(data)
         took.append(time.process_time() - started)
-    assert len(data) / min(took) > 500e6
+    assert len(data) / min(took) > 100e6
 
 
 # --- snappy --------------------------------------------------------------------------------------
