@@ -25,11 +25,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
+from threading import Lock
 
 import yaml
 
@@ -362,7 +363,7 @@ def copy_checkout(target: Path) -> Path:
     return target
 
 
-def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[bool, bool, str]:
+def run_tests(copy: Path, test: str, limit: float) -> tuple[bool, bool, str]:
     """(whether all pass, whether time ran out, the last lines)"""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0"]
     environment = {
@@ -372,7 +373,7 @@ def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[bool, boo
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
-        [*command, "-m", "not long", *tests],
+        [*command, "-m", "not long", test],
         cwd=copy,
         env=environment,
         text=True,
@@ -387,76 +388,80 @@ def run_tests(copy: Path, tests: Sequence[str], limit: float) -> tuple[bool, boo
         process.communicate()
         return False, True, ""
     if process.returncode not in (0, 1, 2):
-        raise CasesError(
-            f"pytest {' '.join(tests)} ended with {process.returncode}:\n{out[-2000:]}"
-        )
+        raise CasesError(f"pytest {test} ended with {process.returncode}:\n{out[-2000:]}")
     return process.returncode == 0, False, out[-2000:]
 
 
-def judge(copy: Path, mutant: Mutant, source: bytes, tests: Sequence[str], limit: float) -> str:
-    path = copy / mutant.file
-    path.write_bytes(mutant.apply(source))
-    try:
-        for test in tests:  # the nearest first: most mutants need only that
-            passed, late, _ = run_tests(copy, [test], limit)
-            if not passed:
-                return TIMEOUT if late else KILLED
-        return SURVIVED
-    finally:
-        path.write_bytes(source)
+class Runner:
+    """Judges mutants in scratch copies of the checkout, as many at a time as there are copies."""
 
+    def __init__(self, copies: Iterable[Path]) -> None:
+        self.copies: Queue[Path] = Queue()
+        for copy in copies:
+            self.copies.put(copy)
+        self.limits: dict[str, float] = {}  # file of tests -> seconds a mutant may take
+        self.lock = Lock()
 
-def baseline(copy: Path, tests: Iterable[str]) -> float:
-    """The longest that a file of tests takes on the unchanged code, where all of them pass."""
-    longest = 0.0
-    for test in tests:
-        began = time.monotonic()
-        passed, _, out = run_tests(copy, [test], 3600)
-        if not passed:
-            raise CasesError(f"{test} fails on the unchanged code:\n{out}")
-        longest = max(longest, time.monotonic() - began)
-    return longest
+    def judge(self, mutant: Mutant, tests: Sequence[str]) -> str:
+        copy = self.copies.get()
+        path = copy / mutant.file
+        source = path.read_bytes()
+        try:
+            for test in tests:  # the nearest first: most mutants need only that
+                limit = self._limit(copy, test)
+                path.write_bytes(mutant.apply(source))
+                passed, late, _ = run_tests(copy, test, limit)
+                path.write_bytes(source)
+                if not passed:
+                    return TIMEOUT if late else KILLED
+            return SURVIVED
+        finally:
+            path.write_bytes(source)
+            self.copies.put(copy)
+
+    def _limit(self, copy: Path, test: str) -> float:
+        """Measured on the unchanged code, where all of the tests must pass."""
+        with self.lock:
+            if test not in self.limits:
+                began = time.monotonic()
+                passed, _, out = run_tests(copy, test, 3600)
+                if not passed:
+                    raise CasesError(f"{test} fails on the unchanged code:\n{out}")
+                self.limits[test] = LIMIT + 10 * (time.monotonic() - began)
+            return self.limits[test]
 
 
 def run(mutants: Sequence[Mutant], cases: Cases, jobs: int) -> Iterator[tuple[Mutant, str]]:
+    """(mutant, verdict), first of those that the journal knows."""
     journal = Journal(CACHE / "journal.jsonl")
     sources = {file: (ROOT / file).read_bytes() for file in {m.file for m in mutants}}
-    todo: list[tuple[Mutant, str]] = []
+    todo: dict[str, Mutant] = {}
     for mutant in mutants:
         source = sources[mutant.file]
         if (mutant.file, mutant.describe(source)) in cases.equivalent:
             yield mutant, EQUIVALENT
             continue
-        found = key(mutant, source, (ROOT / test for test in cases.tests[mutant.file]))
-        if verdict := journal.entries.get(found):
+        name = key(mutant, source, (ROOT / test for test in cases.tests[mutant.file]))
+        if verdict := journal.entries.get(name):
             yield mutant, verdict
         else:
-            todo.append((mutant, found))
+            todo[name] = mutant
     if not todo:
         return
     with TemporaryDirectory(prefix="zoo-mutate-") as scratch, ThreadPoolExecutor(jobs) as pool:
-        copies: Queue[Path] = Queue()
-        for n in range(jobs):
-            copies.put(copy_checkout(Path(scratch, str(n))))
-        first = copies.get()
-        limit = LIMIT + 10 * baseline(
-            first, dict.fromkeys(t for m, _ in todo for t in cases.tests[m.file])
-        )
-        copies.put(first)
-
-        def one(mutant: Mutant) -> str:
-            copy = copies.get()
-            try:
-                return judge(copy, mutant, sources[mutant.file], cases.tests[mutant.file], limit)
-            finally:
-                copies.put(copy)
-
-        verdicts = pool.map(one, [mutant for mutant, _ in todo])
-        for (mutant, found), verdict in zip(todo, verdicts, strict=True):
-            journal.record(
-                found, verdict, f"{mutant.file}: {mutant.describe(sources[mutant.file])}"
-            )
-            yield mutant, verdict
+        runner = Runner(copy_checkout(Path(scratch, str(n))) for n in range(jobs))
+        verdicts = {
+            pool.submit(runner.judge, mutant, cases.tests[mutant.file]): name
+            for name, mutant in todo.items()
+        }
+        try:
+            for future in as_completed(verdicts):
+                mutant, verdict = todo[verdicts[future]], future.result()
+                edit = mutant.describe(sources[mutant.file])
+                journal.record(verdicts[future], verdict, f"{mutant.file}: {edit}")
+                yield mutant, verdict
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def chosen(cases: Cases, count: int, seed: int, only: Sequence[str]) -> list[Mutant]:
