@@ -368,9 +368,13 @@ class _Run:
             return
         if item.coding is not None:
             # numbers, those of them that wait for a whole unit, and their bytes are held together
+            buffer = self._buffer()
+            room = torch.frombuffer(buffer, dtype=torch.uint8)  # Tensor.numpy would need NumPy
             for numbers, coded in in_units(item.make().pieces(self.turn // 4), item.coding):
                 look.at(numbers)
-                yield coded.contiguous().view(-1).numpy().data
+                for part in coded.reshape(-1).split(len(buffer)):
+                    room[: len(part)].copy_(part)
+                    yield buffer[: len(part)]
             return
         buffer, dtype = self._buffer(), torch_dtype(item.info.dtype)
         if item.span is not None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+# seconds that a subprocess may take on a machine that does other things too
+PATIENCE = 600
+
 # before torch or huggingface_hub is imported, here or in a subprocess
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"

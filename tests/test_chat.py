@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PATIENCE
 from tiny import build, hot
 
 import zoo
@@ -291,7 +292,7 @@ def test_through_pipes(place: Path, model: Any, root: Path, tmp_path: Path) -> N
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     said = json.loads(saved.read_text())
@@ -325,7 +326,7 @@ def test_output_that_cannot_be_written_ends_it(place: Path, root: Path) -> None:
             input=b"hello\n/help\n",
             stdout=full,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=PATIENCE,
         )
     assert done.returncode == 1 and done.stderr.count(b"No space left") == 1
 
@@ -351,7 +352,7 @@ def terminal(place: Path, root: Path) -> Iterator[tuple[subprocess.Popen[bytes],
     os.close(master)
 
 
-def read_until(master: int, pattern: str, seconds: float = 60) -> str:
+def read_until(master: int, pattern: str, seconds: float = PATIENCE) -> str:
     found, end = "", time.monotonic() + seconds
     while not re.search(pattern, found):
         ready = select.select([master], [], [], max(0, end - time.monotonic()))[0]
@@ -377,7 +378,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
     os.write(master, b"/help\n")
     read_until(master, r"(?s)/save FILE.*> $")
     os.write(master, b"\x04")
-    assert program.wait(timeout=20) == 0
+    assert program.wait(timeout=PATIENCE) == 0
 
 
 def test_an_interrupt_through_pipes(place: Path, root: Path) -> None:
@@ -396,7 +397,7 @@ def test_an_interrupt_through_pipes(place: Path, root: Path) -> None:
         os.read(program.stdout.fileno(), 5)
         program.send_signal(signal.SIGINT)
         program.stdin.write(b"/help\n")
-        out, _ = program.communicate(timeout=30)
+        out, _ = program.communicate(timeout=PATIENCE)
     finally:
         program.kill()
         program.wait()

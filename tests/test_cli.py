@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 
 import zoo
 from zoo import catalog, registry
@@ -346,7 +347,7 @@ def test_a_reader_that_leaves_is_no_error(root: Path) -> None:
         cwd=root,
         stdout=write,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=PATIENCE,
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -359,7 +360,7 @@ def test_json_is_json_whatever_can_be_written(root: Path, tmp_path: Path) -> Non
         cwd=root,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert json.loads(done.stdout) == {"ids": [1, 2], "tokens": ["é", "漢"]}

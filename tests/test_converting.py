@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from converters.engine import _Look
+from converters.engine import Options, _Look, _Run, run
 from converters.formats import TensorInfo
 from converters.lazy import Lazy
-from converters.manifest import NAME, check
-from converters.output import Item
+from converters.manifest import NAME, check, digest
+from converters.output import Item, Output, Shard
+from converters.spec import load_spec
+from converters.store import Stage
 from zoo import registry
+from zoo.cli import main
 from zoo.errors import (
     ChecksumMismatch,
     NonFinite,
@@ -54,6 +60,21 @@ def beside(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.parent.iterdir())
 
 
+def large(directory: Path, name: str) -> Path:
+    """Its first variant with a vocabulary so large that the embedding takes 300 KB."""
+    entry = registry.architectures()[name]
+    torch.manual_seed(0)
+    variant = next(iter(entry.variants.values()))["config"]
+    fields, problems = load_spec(entry.spec).dialect("hf").read_config(variant)
+    assert not problems
+    small = entry.model(entry.config_class(**fields))
+    _, width = next(p for n, p in small.named_parameters() if "embed" in n).shape
+    fields["vocab"] = 300_000 // (4 * width) + 1
+    model = entry.model(entry.config_class(**fields))
+    model.architecture = name
+    return zoo.save(model.eval(), directory)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hot(tmp_path_factory.mktemp("source") / "gpt2")
@@ -78,6 +99,61 @@ def test_there_and_back_in_small_pieces(name: str, tmp_path: Path) -> None:
         made |= load_file(path)
     assert made.keys() == saved.keys()
     assert all(torch.equal(made[n], saved[n]) for n in saved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_pieces_it_is_what_it_is_in_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One matrix of 300 KB is turned, widened and copied in several pieces of 64 KB at most."""
+    first, sizes = large(tmp_path / "source", name), list[int]()
+    real = _Run._pieces
+
+    def pieces(self: _Run, item: Item, look: _Look, start: int) -> Iterator[memoryview]:
+        lengths = list[int]()
+        for piece in real(self, item, look, start):
+            lengths.append(len(piece))
+            yield piece
+        sizes.append(len(lengths))
+        assert max(lengths, default=0) <= 64 << 10
+
+    monkeypatch.setattr(_Run, "_pieces", pieces)
+    zoo.convert(first, tmp_path / "native", to="native", memory=1)
+    assert max(sizes) >= 5
+    sizes.clear()
+    zoo.convert(first, tmp_path / "wide", to="native", memory=1, dtype="float64")
+    assert max(sizes) >= 10
+    monkeypatch.undo()
+    zoo.convert(tmp_path / "native", tmp_path / "back", to="hf", memory=1)
+    assert differences(first, tmp_path / "back") == []
+    whole = zoo.convert(first, tmp_path / "whole", to="native", memory=1 << 30)
+    narrow, wide, kept = (
+        load_file(path / "model.safetensors")
+        for path in (tmp_path / "native", tmp_path / "wide", whole)
+    )
+    assert all(
+        torch.equal(narrow[n], x) and torch.equal(wide[n], x.double()) for n, x in kept.items()
+    )
+
+
+@pytest.mark.parametrize(("memory", "threads"), [(1 << 20, 1), (1 << 20, 4), (3 << 20, 2)])
+def test_buffers_of_all_threads_stay_within_the_memory_asked_for(
+    source: Path, tmp_path: Path, memory: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers: dict[int, memoryview] = {}  # held, so that no other gets its id
+    real = _Run._buffer
+
+    def buffer(self: _Run, name: str = "pieces") -> memoryview:
+        one = real(self, name)
+        buffers[id(one)] = one
+        return one
+
+    monkeypatch.setattr(_Run, "_buffer", buffer)
+    zoo.convert(source, tmp_path / "out", to="native", memory=memory, threads=threads)
+    sizes = {len(one) for one in buffers.values()}
+    # and it is made use of, up to a megabyte each: small pieces are slow
+    assert sizes == {min(1 << 20, memory // (2 * threads))}
+    assert sum(map(len, buffers.values())) <= memory
 
 
 def test_neither_memory_nor_threads_show(source: Path, tmp_path: Path) -> None:
@@ -169,6 +245,23 @@ def test_zeros_and_doubles_are_told(source: Path, tmp_path: Path) -> None:
     assert events[-1]["zeros"] == ["transformer.ln_f.bias"]
     assert {e["tensor"] for e in events if e["event"] == "tensor"} == tensors.keys()
     assert [e["file"] for e in events if e["event"] == "file"] == ["model.safetensors"]
+    done = [e["done"] for e in events if e["event"] == "tensor"]
+    sizes = [tensors[e["tensor"]].nbytes for e in events if e["event"] == "tensor"]
+    assert done == [*accumulate(sizes)] and len(done) > 10
+
+
+def test_equal_tensors_are_told_from_64_kilobytes_on(tmp_path: Path) -> None:
+    """Smaller ones are equal by chance, zeros by nature."""
+    numbers = torch.arange(1.0, 1 + (64 << 10) / 4)
+    tensors = {"a": numbers, "b": numbers.clone(), "c": numbers + 1, "z": numbers * 0}
+    tensors |= {"y": numbers * 0, "s": numbers[1:].clone(), "t": numbers[1:].clone()}
+    items = [
+        Item(TensorInfo(n, tuple(t.shape), "F32"), "", partial(Lazy.of, t))
+        for n, t in tensors.items()
+    ]
+    output = Output((Shard.of("x.safetensors", items, None),))
+    report = run(output, Stage(tmp_path), Options(sha256=False))
+    assert report.duplicates == [["a", "b"]] and sorted(report.zeros) == ["y", "z"]
 
 
 # --- manifest and check --------------------------------------------------------------------------
@@ -197,6 +290,28 @@ def test_a_flipped_bit_is_found_and_named(source: Path, tmp_path: Path) -> None:
         path.write_bytes(whole)
     (out / "config.json" if (out / "config.json").exists() else out / "zoo.json").write_text("{}")
     assert [d.tensor for d in check(out)] == [""]
+
+
+def test_a_files_own_digest_is_checked_when_asked(source: Path, tmp_path: Path) -> None:
+    """Each tensor is as the manifest says, and the file is not the one that was written."""
+    out = zoo.convert(source, tmp_path / "out", to="native")
+    said = json.loads((out / NAME).read_text())
+    del said["digest"]
+    said["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (out / NAME).write_text(json.dumps({**said, "digest": digest(said)}))
+    assert list(check(out)) == []
+    (damage,) = check(out, sha256=True)
+    assert damage.file == "model.safetensors" and "sha256" in damage.what
+    assert main(["check", str(out)]) == 0 and main(["check", str(out), "--sha256"]) == 1
+    # a tensor that differs is told once, by its name
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    (damage,) = check(out, sha256=True)
+    assert damage.tensor
+    # a conversion that was told to make no digest of files has none to check
+    zoo.convert(source, tmp_path / "fast", to="native", sha256=False)
+    assert list(check(tmp_path / "fast", sha256=True)) == []
 
 
 def test_loading_verifies_when_asked(source: Path, tmp_path: Path) -> None:

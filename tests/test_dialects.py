@@ -32,6 +32,7 @@ from zoo.errors import (
     CorruptCheckpoint,
     LossyExport,
     MissingShard,
+    MissingTensors,
     NotACheckpoint,
     OutputExists,
     ShapeMismatch,
@@ -220,6 +221,18 @@ def test_shards_that_are_missing_or_disagree(llama: Any, tmp_path: Path) -> None
         zoo.load(place)
     (place / "params.json").write_text(json.dumps(params_of(config, moe_args={"experts": 4})))
     with pytest.raises(ConfigError, match=r"params\.json:.*\n.*moe_args: unknown field"):
+        zoo.load(place)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_shard_that_lacks_a_replicated_tensor_is_refused(
+    llama: Any, tmp_path: Path, shard: int
+) -> None:
+    _, tensors, config = llama
+    files = meta_files(tensors, config, 2, False)
+    del files[shard]["layers.1.ffn_norm.weight"]
+    place = meta(tmp_path / "meta", files, params_of(config))
+    with pytest.raises(MissingTensors, match=rf"{shard}/layers\.1\.ffn_norm\.weight"):
         zoo.load(place)
 
 

@@ -317,9 +317,9 @@ def test_a_large_vocabulary_opens_fast(tmp_path: Path) -> None:
     merges = b"".join(text(f"a{n} b") for n in range(500_000))
     parts = array("tokens", 8, 256_000, tokens), array("merges", 8, 500_000, merges)
     path = put(tmp_path / "a.gguf", raw(*parts, keys=2))
-    started = time.perf_counter()
+    started = time.process_time()
     reader = GGUFReader(path)
-    assert time.perf_counter() - started < 10  # 0.13 s where this was written
+    assert time.process_time() - started < 10  # 0.13 s where this was written
     tracemalloc.start()
     try:
         GGUFReader(path)
@@ -402,9 +402,9 @@ def test_a_hundred_gigabytes_are_listed_at_once(tmp_path: Path) -> None:
     tensors = [(f"blk.{n}.ffn_up.weight", (1 << 15, 1 << 13), 0) for n in range(100)]
     path = sparse(tmp_path / "a.gguf", *tensors)
     assert path.stat().st_size > 100 << 30
-    before, started = memory("VmRSS"), time.perf_counter()
+    before, started = memory("VmRSS"), time.process_time()
     reader = GGUFReader(path)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert memory("VmRSS") - before < 4 << 20
     assert len(reader.tensors) == 100
 
@@ -647,10 +647,10 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
     path = put(tmp_path / "bad.gguf", data)
     tracemalloc.start()
     try:
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(kind, match=message) as error:
             GGUFReader(path)
-        assert time.perf_counter() - started < 10
+        assert time.process_time() - started < 10
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -735,10 +735,10 @@ def test_limits_come_before_what_they_limit(tmp_path: Path) -> None:
         os.truncate(path, 300 << 30)
         tracemalloc.start()
         try:
-            started = time.perf_counter()
+            started = time.process_time()
             with pytest.raises(ResourceLimit, match=message):
                 GGUFReader(path)
-            assert time.perf_counter() - started < 10
+            assert time.process_time() - started < 10
             assert tracemalloc.get_traced_memory()[1] < 1 << 20
         finally:
             tracemalloc.stop()
@@ -751,9 +751,9 @@ def test_the_most_that_is_read_is_read_fast(tmp_path: Path) -> None:
     infos = b"".join(info(f"{n}", offset=32 * n) for n in range(MAX_TENSORS))
     data = raw(words, keys, infos, keys=MAX_KEYS, tensors=MAX_TENSORS, body=bytes(32 * MAX_TENSORS))
     path = put(tmp_path / "a.gguf", data)
-    started = time.perf_counter()
+    started = time.process_time()
     reader = GGUFReader(path)
-    assert time.perf_counter() - started < 10  # 0.9 s where this was written
+    assert time.process_time() - started < 10  # 0.9 s where this was written
     assert len(reader.tensors) == MAX_TENSORS
     tracemalloc.start()
     try:

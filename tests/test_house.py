@@ -1,6 +1,7 @@
 """House rules that hold themselves: arrows, budgets, siblings, start-up, wheel, forbidden calls."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
+from tiny import build
 
+import zoo
 from zoo import registry
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +242,48 @@ def test_loading_brings_in_neither_reference_nor_hub() -> None:
     assert "huggingface_hub" not in loaded
 
 
+# --- without NumPy -------------------------------------------------------------------------------
+
+WITHOUT_NUMPY = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocked(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "numpy":
+            raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_nothing_needs_numpy_or_warns_that_it_is_absent(tmp_path: Path) -> None:
+    """torch does, as soon as it is imported: before every output of an installed wheel."""
+    zoo.save(build("llama", dim=64, hidden=96, heads=4).eval(), tmp_path / "hf")
+    script = f"""{WITHOUT_NUMPY}
+import zoo, zoo.cli
+model = zoo.load("hf")
+import torch
+print(model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2).shape[1])
+zoo.save(model, "saved", to="native")
+for to, dtype in (("native", None), ("hf", "float16"), ("gguf", None), ("gguf", "q8_0")):
+    zoo.convert("hf", f"{{to}}-{{dtype}}", to=to, dtype=dtype)
+    zoo.load(f"{{to}}-{{dtype}}")
+assert zoo.cli.main(["check", "gguf-q8_0"]) == 0
+assert "numpy" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[0] == "5"
+
+
 # --- the wheel -----------------------------------------------------------------------------------
 
 
@@ -254,7 +300,9 @@ def test_an_installed_wheel_has_registry_and_specs(tmp_path: Path) -> None:
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
 
     def ask(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

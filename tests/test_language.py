@@ -428,9 +428,9 @@ def test_indices_are_numbers_not_strings():
 def test_matching_is_linear():
     """A name that would make a backtracking matcher explode takes no longer than its length."""
     template = parse_name("".join(f"{{n{k}=a,aa}}" for k in range(40)) + "b")
-    started = time.perf_counter()
+    started = time.process_time()
     assert template.match("a" * 4000 + "c") is None
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 # --- errors point at the column ------------------------------------------------------------------

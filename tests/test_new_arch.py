@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import PATIENCE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -232,7 +233,7 @@ def test_writing_and_not_overwriting(tmp_path: Path) -> None:
 
 def run(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PATIENCE
 from tiny import build
 
 from zoo import cli, parity, record, registry
@@ -351,7 +352,7 @@ def rendered(place: Path, scratch: Path, fragment: str = "") -> str:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
     own = (f"--user-data-dir={scratch / 'profile'}", "--window-size=1500,900", "--dump-dom")
     command = [browser, *ALONE, *own, place.as_uri() + fragment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,6 +1,7 @@
 """The proof: nothing missing, nothing extra, nothing twice, and all of what is wrong at once."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from zoo.errors import (
     DuplicateTensor,
     MissingTensors,
     PlanError,
+    ShapeMismatch,
     SpecError,
     TieConflict,
     UnexpectedTensors,
@@ -183,6 +185,49 @@ def test_indices_have_no_holes():
     shapes = {k: v for k, v in disk().items() if ".h.1." not in k}
     with pytest.raises(MissingTensors, match=r"layer 1 of 0\.\.2 missing"):
         plan(shapes)
+
+
+def test_as_many_experts_as_declared_under_other_numbers():
+    """All that are there count from 1: as many as there should be, and one of them is missing."""
+    shapes = {
+        re.sub(r"\.x\.(\d)\.", lambda m: f".x.{int(m[1]) + 1}.", name): shape
+        for name, shape in disk().items()
+    }
+    with pytest.raises(MissingTensors, match=r"expert 0 of 0\.\.4 missing"):
+        plan(shapes)
+
+
+def test_parts_of_one_array_in_two_dtypes_are_refused():
+    infos = header(disk())
+    odd = "model.h.1.x.3.w"
+    infos[odd] = TensorInfo(odd, infos[odd].shape, "BF16")
+    with pytest.raises(DtypeMismatch, match=r"model\.h\.1\.x\.0\.w, .*one array in BF16 and F32"):
+        make_plan(spec(), "hf", CONFIG, native(), infos)
+
+
+def test_a_tied_name_does_not_stand_for_one_of_several_parts():
+    """Two halves make an array; a tied name of the first half alone does not fill it."""
+    made = spec(
+        prefix="",
+        weights={"wte.{n=0,1}.weight [d]": "embed.weight [(n d)]"},
+        tied={"decoder.weight": "wte.0.weight"},
+        heads={},
+    )
+    whole = Native({"embed.weight": (6,)})
+    with pytest.raises(MissingTensors, match=r"wte\.0\.weight, wte\.1\.weight"):
+        make_plan(made, "hf", CONFIG, whole, header({"decoder.weight": (3,)}))
+
+
+def test_a_copy_that_a_shard_lacks_is_missing():
+    rules = {"{shard}/one": "one", "{shard}/two": "two"}
+    made = parse_spec("toy", {"axes": {"shard": "shards"}, "hf": {"weights": rules}}, "toy.yaml")
+    both = Native({"one": (D,), "two": (D,)})
+    there = dict.fromkeys(("0/one", "1/one", "0/two", "1/two"), (D,))
+    assert make_plan(made, "hf", {"shards": 2}, both, header(there)).steps
+    for name in there:
+        less = {n: shape for n, shape in there.items() if n != name}
+        with pytest.raises(MissingTensors, match=f"1 tensor missing: {name}"):
+            make_plan(made, "hf", {"shards": 2}, both, header(less))
 
 
 def test_one_tensor_under_two_names():
@@ -440,6 +485,24 @@ class TestSpec:
         assert target_names(made, "hf", fields, native, bare=False).keys() == apart.keys()
         with pytest.raises(ZooError, match=r"no rule maps: m\.x\.0\.w"):
             make_plan(made, "hf", fields, native, stacked | {"m.x.0.w": apart["m.x.0.w"]})
+
+    @pytest.mark.parametrize("prefix", ["m.", ""])
+    def test_of_two_rules_for_one_name_the_one_that_fits_counts(self, prefix):
+        """With the prefix and without it; where none fits, the first rule says what is wrong."""
+        made = spec(
+            prefix="m.",
+            weights={"e [v d]": "embed [v d]"},
+            alternatives={"e [d v]": "embed [v d]"},
+            heads={},
+            tied={},
+        )
+        native, name = Native({"embed": (V, D)}), f"{prefix}e"
+        (step,) = make_plan(made, "hf", {}, native, header({name: (V, D)})).steps
+        assert step.sources == (name,) and step.transform is None
+        (step,) = make_plan(made, "hf", {}, native, header({name: (D, V)})).steps
+        assert step.sources == (name,) and step.transform is not None
+        with pytest.raises(ShapeMismatch, match=rf"expected \[{V}, {D}\]"):
+            make_plan(made, "hf", {}, native, header({name: (D, D)}))
 
     def test_a_spec_laid_over_another(self, tmp_path, monkeypatch):
         monkeypatch.setattr(spec_module, "SPECS", tmp_path)

@@ -403,7 +403,14 @@ def stacks(scales: tuple[int, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("block", "scales"),
-    [([4, 4], (2, 3)), ([16, 4], (2, 3)), (None, (1, 1)), (None, (2, 1)), (None, (6, 1))],
+    [
+        ([4, 4], (2, 3)),
+        ([16, 4], (2, 3)),
+        ([6, 4], (2, 3)),  # a block as high as both: still two of them, one of each
+        (None, (1, 1)),
+        (None, (2, 1)),
+        (None, (6, 1)),
+    ],
 )
 def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any) -> None:
     """The scales of a stack have its first axis; two of them may be of gate and up."""
@@ -411,7 +418,7 @@ def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any
     said = {"quant_method": "fp8", "weight_block_size": block}
     weight, scale = parts["down_proj"], parts["down_proj_scale_inv"]
     checkpoint = one(tmp_path, parts, said, dtype="F32")
-    down, across = 6 / scales[0] if block is None or block[0] > 6 else 4, 4 if block else 10
+    down, across = 6 / scales[0] if block is None or block[0] >= 6 else 4, 4 if block else 10
     meant = torch.empty(2, 6, 10)
     for x, r, c in np.ndindex(2, 6, 10):
         meant[x, r, c] = weight[x, r, c].float() * scale[x, int(r // down), c // across]
@@ -428,6 +435,12 @@ def test_scales_of_a_stack_that_do_not_fit(tmp_path: Path) -> None:
     said = {"quant_method": "fp8", "weight_block_size": None}
     with pytest.raises(ShapeMismatch, match=r"\[2, 4, 1\], expected \[2, 1, 1\] or \[2, 6, 1\]"):
         one(tmp_path, stacks((4, 1)), said)
+    # a block lower than the matrix has as many rows of scales as blocks; an odd height no halves
+    with pytest.raises(ShapeMismatch, match=r"\[2, 3, 3\], expected \[2, 2, 3\] of"):
+        one(tmp_path, stacks((3, 3)), {"quant_method": "fp8", "weight_block_size": [5, 4]})
+    odd = {name: part[:, :5].contiguous() for name, part in stacks((2, 3)).items()}
+    with pytest.raises(ShapeMismatch, match=r"\[2, 2, 3\], expected \[2, 1, 3\] of"):
+        one(tmp_path, odd, {"quant_method": "fp8", "weight_block_size": [8, 4]})
     parts = {**stacks((1, 1)), "down_proj_activation_scale": torch.ones(2)}
     assert "x.down_proj_activation_scale" in one(tmp_path, parts, said).outside
     del parts["down_proj_scale_inv"]

@@ -1,20 +1,25 @@
 """Publication: a directory appears whole or not at all, and what was there survives any failure."""
 
+import ctypes
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import PATIENCE
 
 from converters import store
-from converters.store import files_below, refuse_all, staged
+from converters.store import files_below, refuse_all, resumable, staged
 from zoo.errors import OutputExists, ZooError
 
 
@@ -120,6 +125,20 @@ def test_system_errors_are_one_clear_line(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"file": ""}
 
 
+def test_all_that_is_free_may_be_used_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100))
+    with staged(tmp_path / "out", size=100):
+        pass
+    with (
+        pytest.raises(ZooError, match="101 bytes needed, 100 free"),
+        staged(tmp_path / "more", size=101),
+    ):
+        pass
+    assert tree(tmp_path) == {"out": "/"}
+
+
 @pytest.mark.parametrize(
     ("step", "atomic", "calls"),
     [
@@ -184,6 +203,28 @@ def test_without_an_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(store, "_exchange", lambda *_: False)
     publish(place, force=True)
     assert tree(tmp_path) == {"out": "/", "out/a": "new", "out/sub": "/", "out/sub/b": "new"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL])
+def test_a_system_that_cannot_exchange_names_renames_twice(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSYS: the kernel has no renameat2. EINVAL: the file system does not know the flag."""
+
+    def renameat2(*args: object) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    place = tmp_path / "out"
+    publish(place, "old")
+    library = SimpleNamespace(renameat2=renameat2)
+    monkeypatch.setattr(store.ctypes, "CDLL", lambda *args, **kwargs: library)
+    publish(place, force=True)
+    assert tree(tmp_path) == {"out": "/", "out/a": "new", "out/sub": "/", "out/sub/b": "new"}
+    code = errno.EACCES
+    with pytest.raises(ZooError, match="Permission denied"):
+        publish(place, "newer", force=True)
+    assert (place / "a").read_text() == "new"
 
 
 def test_a_replacement_killed_halfway_is_undone(tmp_path: Path) -> None:
@@ -264,6 +305,46 @@ def test_a_relative_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "out" / "a").exists()
 
 
+# --- what a killed run left ----------------------------------------------------------------------
+
+
+def journal(place: Path, *entries: object, torn: bytes = b"") -> Path:
+    path = place.with_name(f".{place.name}.zoo-lock")
+    lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
+    path.write_bytes(b"".join(lines) + torn)
+    return path
+
+
+def test_a_directory_that_was_being_renamed_is_published_only_if_it_is_that_one(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "out"
+    publish(place, "whole")
+    inode = place.stat().st_ino
+    journal(place, {"job": "j"}, {"publishing": inode})
+    with resumable(place, "j") as stage:
+        assert stage.published
+    assert tree(tmp_path).keys() == {"out", "out/a", "out/sub", "out/sub/b"}
+    journal(place, {"job": "j"}, {"publishing": inode + 1})
+    with pytest.raises(OutputExists, match="exists already"), resumable(place, "j"):
+        pass
+    assert (place / "a").read_text() == "whole"
+
+
+def test_a_torn_line_is_cut_off_before_a_journal_goes_on(tmp_path: Path) -> None:
+    """What was torn is longer than what follows: its end may not be left behind that."""
+    place = tmp_path / "out"
+    (tmp_path / ".out.zoo-partial").mkdir()
+    torn = b'{"tensor": "' + b"x" * 100
+    path = journal(place, {"job": "j"}, {"tensor": "a"}, torn=torn)
+    with pytest.raises(KeyboardInterrupt), resumable(place, "j") as stage:
+        assert stage.found == [{"tensor": "a"}]
+        stage.record({"tensor": "b"})
+        raise KeyboardInterrupt
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert lines == [{"job": "j"}, {"tensor": "a"}, {"tensor": "b"}]
+
+
 # --- other writers -------------------------------------------------------------------------------
 
 
@@ -282,11 +363,12 @@ def _hold(place: Path, started: Path) -> None:
     with staged(place) as stage:
         (stage / "a").write_text("half")
         started.touch()
-        time.sleep(60)
+        time.sleep(PATIENCE)
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(2000):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         if path.exists():
             return
         time.sleep(0.005)

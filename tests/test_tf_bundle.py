@@ -115,7 +115,7 @@ def test_checksums_are_no_bottleneck() -> None:
         started = time.process_time()
         crc32c(data)
         took.append(time.process_time() - started)
-    assert len(data) / min(took) > 500e6
+    assert len(data) / min(took) > 100e6
 
 
 # --- snappy --------------------------------------------------------------------------------------
@@ -405,6 +405,15 @@ PAIRS: dict[str, tuple[Pairs, type[ZooError], tuple[str, ...]]] = {
         [HEADER, GOOD, (b"b", bundles.entry(F32, (1,), TWO[4:], offset=4))],
         CorruptCheckpoint,
         ("tensor b", "4 to 8", "overlap a, which ends at 8"),
+    ),
+    "overlapping by a byte": (
+        [
+            HEADER,
+            (b"a", bundles.entry(4, (5,), TWO[:5])),
+            (b"b", bundles.entry(4, (4,), TWO[4:], offset=4)),
+        ],
+        CorruptCheckpoint,
+        ("tensor b", "4 to 8", "overlap a, which ends at 5"),
     ),
     "twice the same": ([HEADER, GOOD, (b"b", GOOD[1])], CorruptCheckpoint, ("overlap a",)),
     "bytes of nobody": (

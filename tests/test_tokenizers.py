@@ -27,6 +27,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import torch
+from conftest import PATIENCE
 from tiny import build
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -656,9 +657,9 @@ def test_many_special_tokens_are_found_quickly(made: Path, tmp_path: Path) -> No
     more = {"default_num_special_tokens": 1000, "default_vocab_size": 1500}
     (tmp_path / "tekken.json").write_text(json.dumps(file | {"config": file["config"] | more}))
     mine = zoo.tokenizer(tmp_path)
-    started = time.perf_counter()
+    started = time.process_time()
     assert plain(mine, "hello world " * 2000 + "[INST]", special=True)[-1] == 3
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 # --- tokenizer.json ------------------------------------------------------------------------------
@@ -927,9 +928,9 @@ def test_long_runs(kinds: Path, kind: str) -> None:
     mine = zoo.tokenizer(kinds / kind)
     for piece in ("a", " ", "\n", "é", "!", "1", "'s", "a "):
         text = piece * 100_000
-        started = time.perf_counter()
+        started = time.process_time()
         ids = plain(mine, text)
-        assert time.perf_counter() - started < 5  # measured: 0.3 s at most
+        assert time.process_time() - started < 5  # measured: 0.3 s at most
         if kind not in ("t5", "bert-uncased", "llama2"):
             assert mine.decode(ids) == text
 
@@ -996,7 +997,7 @@ print(sorted(libraries & set(sys.modules)))
 """
     for kind, used in (("gpt2", "['tiktoken']"), ("t5", "['sentencepiece']")):
         run = [sys.executable, "-c", code, str(made / kind)]
-        shown = subprocess.run(run, capture_output=True, text=True, timeout=60)
+        shown = subprocess.run(run, capture_output=True, text=True, timeout=PATIENCE)
         assert shown.stdout.splitlines() == ["[]", used], shown.stderr
 
 

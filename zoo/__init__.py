@@ -5,11 +5,18 @@ The public names load lazily: `import zoo` costs nothing and imports no torch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# torch warns when it is imported where NumPy is not installed. Nothing here needs NumPy. A NumPy
+# that is there and broken is still warned of.
+warnings.filterwarnings(
+    "ignore", "Failed to initialize NumPy: No module named 'numpy'", UserWarning
+)
 
 if TYPE_CHECKING:
     from zoo import models as models
