@@ -73,10 +73,9 @@ def staged_file(
     destination: str | os.PathLike[str], replaces: Replaces = refuse_all, *, size: int = 0
 ) -> Iterator[BinaryIO]:
     """A fresh file to write, likewise; it replaces what is there if `replaces` does not refuse."""
-    place, made = Path(os.path.abspath(destination)), list[Path]()
-    if _is_directory(place):
-        raise OutputExists(f"{place}: is a directory. Name a file in it")
-    place = _place(place)
+    if _is_directory(_absolute(destination)):
+        raise OutputExists(f"{_absolute(destination)}: is a directory. Name a file in it")
+    place, made = _place(destination), list[Path]()
     with _Said(place), _parents(place, made), _locked(place) as lock:
         partial = _begin_alone(place, lock, replaces, False, size)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -187,12 +186,8 @@ def _give_up(partial: Path, place: Path, lock: _Lock) -> None:
 
 
 def _place(destination: str | os.PathLike[str]) -> Path:
-    # absolute, yet not resolved: a link as destination stays a link
-    try:
-        place = Path(os.path.abspath(destination))
-    except FileNotFoundError:
-        raise UsageError(f"{destination}: the working directory is gone: cd to another") from None
-    check_place(place)
+    check_place(destination)
+    place = _absolute(destination)
     if len(os.fsencode(place.name)) > 255:
         raise UsageError(f"{place}: a name of more than 255 bytes, which no file system takes")
     return place
@@ -230,7 +225,7 @@ def _parents(place: Path, made: list[Path]) -> Iterator[None]:
 
 def check_place(destination: str | os.PathLike[str]) -> None:
     """Refuse what no command replaces, full or empty, by whatever path it is named."""
-    place = os.path.abspath(destination)
+    place = _absolute(destination)
     real = os.path.realpath(place)
     inside = f"Give a directory inside it, such as {os.path.join(place, 'model')}"
     if os.path.dirname(real) == real:
@@ -243,6 +238,17 @@ def check_place(destination: str | os.PathLike[str]) -> None:
             raise OutputExists(f"{place}: {of} {what}, and is never replaced. {inside}")
     if os.path.isdir(real) and os.path.lexists(os.path.join(real, ".git")):
         raise OutputExists(f"{place}: holds .git, so it is never replaced. {inside}")
+
+
+def _absolute(destination: str | os.PathLike[str]) -> Path:
+    """Where the system would make it: parents resolved, while a link as destination stays one."""
+    path = Path(destination)
+    try:
+        if path.name in ("", ".."):
+            return Path(os.path.realpath(path))
+        return Path(os.path.realpath(path.parent), path.name)
+    except FileNotFoundError:
+        raise UsageError(f"{destination}: the working directory is gone: cd to another") from None
 
 
 def _living_places() -> Iterator[tuple[str, str]]:

@@ -420,10 +420,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     for at in points:
         out = tmp_path / f"{at}" / "out"
         out.parent.mkdir()
-        old = {"zoo.json": b"old"}
+        old = {"zoo.json": b"old", "model.safetensors": b"weights"}
         if before == "another":
             out.mkdir()
-            (out / "zoo.json").write_bytes(b"old")
+            for name, data in old.items():
+                (out / name).write_bytes(data)
         run = convert(source, out, at)
         run.communicate()
         assert run.returncode == -signal.SIGKILL, at

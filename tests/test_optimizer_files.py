@@ -1,8 +1,13 @@
 """optimizer.pt and its like: states from file to file, in orders that are told or found."""
 
 import copy
+import errno
+import io
 import json
+import os
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,21 @@ from tiny import build
 from torch import nn
 
 import zoo
+import zoo.optimizer_files
 from converters.checkpoint import open_checkpoint
 from zoo import registry
 from zoo.cli import main
-from zoo.errors import CorruptCheckpoint, NotACheckpoint, OutputExists, UsageError
+from zoo.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    NonFinite,
+    NotACheckpoint,
+    OutputExists,
+    UnsafePath,
+    UnsupportedZip,
+    UsageError,
+    ZooError,
+)
 from zoo.optimizer_files import convert_file, read
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import on_meta, transformers
@@ -271,13 +287,13 @@ def test_files_that_are_none(saved: tuple[Path, dict[str, Any]], tmp_path: Path)
         ({"a": state, "b": state}, UsageError, "several optimizers' states: a, b"),
         ({"model": {"x": torch.ones(1)}}, NotACheckpoint, "no torch optimizer's state in it"),
         ({"state": {}, "param_groups": 3}, NotACheckpoint, "found state, param_groups"),
-        ({"fn": print, **state}, CorruptCheckpoint, "no plain data"),
+        ({"fn": print, **state}, CorruptCheckpoint, "asks for __builtin__.print"),
     ):
         torch.save(held, file)
         with pytest.raises(kind, match=told):
             read(file)
     file.write_bytes(b"no zip")
-    with pytest.raises(CorruptCheckpoint, match=r"o\.pt: no plain data"):
+    with pytest.raises(CorruptCheckpoint, match=r"o\.pt: 6 bytes that are no zip file"):
         read(file)
     with pytest.raises(NotACheckpoint, match=r"a directory, .* FSDP"):
         read(source)
@@ -371,3 +387,232 @@ def test_optimizer_of_a_llama2c_training_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(found["norm.weight"], theirs["norm.weight"])
     pairs = theirs["layers.0.attention.wq.weight"].unflatten(0, (model.config.heads, -1, 2))
     assert torch.equal(found["blocks.0.attn.q.weight"], pairs.transpose(1, 2).flatten(0, 2))
+
+
+# --- hostile files and destinations --------------------------------------------------------------
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
+    """(a native llama, the state of an optimizer over it, the names in its HF directory)"""
+    model = build("llama").eval()
+    place = tmp_path_factory.mktemp("native")
+    zoo.save(model, place / "model", to="native")
+    zoo.save(model, place / "hf")
+    names = [name for name in open_checkpoint(place / "hf").tensors if name != "lm_head.weight"]
+    return place / "model", stepped(model), names
+
+
+def refused_state(change: Change, state: dict[str, Any], file: Path) -> ZooError:
+    held = copy.deepcopy(state)
+    held = changed if isinstance(changed := change(held), dict | list | torch.Tensor) else held
+    torch.save(held, file)
+    with pytest.raises(ZooError) as error:
+        read(file)
+    return error.value
+
+
+STATES: dict[str, tuple[Change, type[ZooError], str]] = {
+    "a list": (lambda s: [s], CheckpointError, "holds a list"),
+    "a tensor": (lambda s: torch.ones(2), CheckpointError, "holds a Tensor"),
+    "no state": (lambda s: {"param_groups": s["param_groups"]}, NotACheckpoint, "no torch"),
+    "a list as state": (lambda s: s.update(state=[1]), UsageError, "state is a list"),
+    "keys of text": (
+        lambda s: s.update(state={str(n): x for n, x in s["state"].items()}),
+        UsageError,
+        "state of parameters that no group has: '0'",
+    ),
+    "too few params": (
+        lambda s: s["param_groups"][0].update(params=[0]),
+        UsageError,
+        "state of parameters that no group has: 1",
+    ),
+    "no groups": (lambda s: s.update(param_groups=[]), UsageError, "no group has a parameter"),
+    "params of tensors": (
+        lambda s: s["param_groups"][0].update(params=torch.arange(2)),
+        UsageError,
+        "params is no list",
+    ),
+    "an id twice": (
+        lambda s: s["param_groups"][0]["params"].append(0),
+        UsageError,
+        "in the groups twice: 0",
+    ),
+    "a list as entry": (
+        lambda s: s["state"].update({0: [1]}),
+        UsageError,
+        r"state\[0\] is a list",
+    ),
+    "a dict as moment": (
+        lambda s: s["state"][0].update(exp_avg={}),
+        UsageError,
+        r"state\[0\]\['exp_avg'\] is a dict",
+    ),
+    "numbers as names": (
+        lambda s: s["param_groups"][0].update(param_names=[1]),
+        UsageError,
+        "param_names is no list",
+    ),
+    "a sparse moment": (
+        lambda s: s["state"][0].update(exp_avg=torch.eye(2).to_sparse()),
+        CorruptCheckpoint,
+        "_rebuild_sparse_tensor",
+    ),
+    "a dtype": (
+        lambda s: s["param_groups"][0].update(kind=torch.float32),
+        CheckpointError,
+        r"param_groups/0/kind: torch\.float32 is no plain value",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_malformed_state_is_refused_by_name(
+    case: str, native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    change, kind, message = STATES[case]
+    with pytest.raises(kind, match=message):
+        raise refused_state(change, native[1], tmp_path / "o.pt")
+
+
+def test_a_plain_value_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    group = {"params": [0], "lr": numpy.float64(0.1), "betas": (0.9, None, True), "n": -(10**30)}
+    held = {"epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [group]}}
+    torch.save(held, tmp_path / "o.pt")
+    state = read(tmp_path / "o.pt")
+    assert state["param_groups"] == [group]
+    assert state["state"][0]["m"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), r"exp_avg\[0, 5\] is nan"), (float("inf"), r"exp_avg\[0, 5\] is inf")],
+)
+def test_moments_that_are_not_finite_are_refused(
+    value: float, message: str, native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    model, state, names = native
+    state = copy.deepcopy(state)
+    state["state"][3]["exp_avg"][0, 5] = value
+    torch.save(state, tmp_path / "o.pt")
+    with pytest.raises(NonFinite, match=r"blocks\.0\.attn\.k\.weight: " + message):
+        convert_file(model, tmp_path / "o.pt", tmp_path / "out.pt", to="hf", names=names)
+    assert os.listdir(tmp_path) == ["o.pt"]
+
+
+def test_damaged_and_deflated_files_are_refused(
+    native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    file = tmp_path / "o.pt"
+    torch.save(native[1], file)
+    whole, packed = file.read_bytes(), io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(packed, "w", 8) as other:
+        for info in archive.infolist():
+            other.writestr(info.filename, archive.read(info))
+        moment = whole.index(archive.read("o/data/4"))
+    file.write_bytes(packed.getvalue())
+    with pytest.raises(UnsupportedZip, match="compressed"):
+        read(file)
+    file.write_bytes(whole[: moment + 3] + bytes([whole[moment + 3] ^ 64]) + whole[moment + 4 :])
+    with pytest.raises(CorruptCheckpoint, match="CRC"):
+        read(file)
+    torch.save(native[1], file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ZooError):
+        convert_file(native[0], file, tmp_path / "out", to="hf", names=native[2])
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UnsafePath, match="regular"):
+        read(tmp_path / "fifo")
+
+
+def test_force_replaces_an_optimizers_state_and_no_other_file(
+    native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    model, state, names = native
+    file, thesis, both = tmp_path / "o.pt", tmp_path / "thesis.md", tmp_path / "ckpt.pt"
+    torch.save(state, file)
+    thesis.write_text("mine")
+    torch.save({"model": {"x": torch.ones(1)}, "optimizer": state}, both)
+    (tmp_path / "same.pt").hardlink_to(file)
+    (tmp_path / "to-thesis").symlink_to(thesis)
+    before = {path: path.read_bytes() for path in (file, thesis, both)}
+    for out, message in (
+        (thesis, "nothing else is replaced"),
+        (both, "nothing else is replaced"),
+        (file, "the file to be read"),
+        (tmp_path / "same.pt", "the file to be read"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(OutputExists, match=message):
+            convert_file(model, file, out, to="hf", names=names, force=True)
+    convert_file(model, file, tmp_path / "to-thesis", to="hf", names=names, force=True)
+    assert not (tmp_path / "to-thesis").is_symlink()
+    assert before == {path: path.read_bytes() for path in before}
+    out = convert_file(model, file, tmp_path / "new" / "out.pt", to="hf", names=names)
+    convert_file(model, file, out, to="hf", names=names, force=True)
+    assert os.listdir(tmp_path / "new") == ["out.pt"]
+
+
+@pytest.mark.parametrize("name", [".out.pt.partial", ".out.pt.zoo-partial"])
+def test_a_link_in_the_stages_place_is_not_written_through(
+    name: str, native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    model, state, names = native
+    torch.save(state, tmp_path / "o.pt")
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / name).symlink_to(tmp_path / "victim")
+    convert_file(model, tmp_path / "o.pt", tmp_path / "out.pt", to="hf", names=names)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert len(torch.load(tmp_path / "out.pt", weights_only=True)["state"]) == len(state["state"])
+
+
+class Full(io.BytesIO):
+    """A file on a disk with room for a megabyte."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 1 << 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, state, names = native
+    torch.save(state, tmp_path / "o.pt")
+    large = {"large": torch.ones(1 << 20)}  # whose error torch hides behind its own
+    monkeypatch.setattr("zoo.optimizer_files._converted", lambda *_: large)
+    save = zoo.optimizer_files._save
+    monkeypatch.setattr("zoo.optimizer_files._save", lambda state, file: save(state, Full()))
+    with pytest.raises(ZooError, match=r"out\.pt: not written: No space left"):
+        convert_file(model, tmp_path / "o.pt", tmp_path / "out.pt", to="hf", names=names)
+    assert os.listdir(tmp_path) == ["o.pt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b"model.norm.weight model.norm.weight", "more than once"),
+        (b"nothing.weight", "names: nothing.weight: no parameter"),
+        (None, "No such file"),
+    ],
+)
+def test_names_that_are_none_are_refused(
+    content: bytes | None,
+    message: str,
+    native: tuple[Path, dict[str, Any], list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, state, _ = native
+    torch.save(state, tmp_path / "o.pt")
+    if content is not None:
+        (tmp_path / "names").write_bytes(content)
+    asked = ["convert-optimizer", str(model), str(tmp_path / "o.pt"), "--to", "hf"]
+    asked += ["--out", str(tmp_path / "out"), "--names", str(tmp_path / "names")]
+    assert main(asked) > 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

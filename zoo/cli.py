@@ -512,9 +512,9 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _convert_optimizer(options: argparse.Namespace) -> int:
-    from zoo.optimizer_files import convert_file
+    from zoo.optimizer_files import convert_file, read_names
 
-    names = options.names and options.names.read_text(encoding="utf-8").split()
+    names = options.names and read_names(options.names)
     how = {"to": options.to, "names": names or None, "force": options.force, "head": options.head}
     written = convert_file(options.ref, options.file, options.out, **how)
     print(f"{options.file} -> {written} ({options.to})")

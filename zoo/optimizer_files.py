@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from converters.checkpoint import Checkpoint
-from converters.formats import TensorInfo, torch_dtype
+from converters.formats import TensorInfo, open_regular, torch_dtype
+from converters.formats.torch_zip import TorchZipReader
 from converters.plan import Plan, target_names
+from converters.store import staged_file
 from zoo.conversion import origin_of
 from zoo.errors import (
-    CorruptCheckpoint,
     MissingDependency,
     NotACheckpoint,
     OutputExists,
     UsageError,
+    ZooError,
     listing,
 )
-from zoo.optimizers import NAMES, convert_optimizer
+from zoo.optimizers import NAMES, check_names, check_state, convert_optimizer
 from zoo.pretrained import Located, Ref, locate, native_of, prove
 
 ORDER = (
@@ -51,50 +55,107 @@ def convert_file(
 
     `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
     it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
-    by names in the state, by torch's own file of the weights or by the reference's module.
+    by names in the state, by torch's own file of the weights or by the reference's module. `force`
+    replaces an optimizer's state that is at `out`, and no other file.
     """
-    place, found = Path(out), locate(src, **options)
-    if place.exists() and not force:
-        raise OutputExists(f"{place}: exists already. Use force (--force) to replace it.")
+    file, place = _path(file, "file"), _path(out, "out")
+    if names is not None:
+        check_names(names)
+    if not file.is_file():
+        read(file)  # which says what it is instead
+    with staged_file(place, partial(_replaced, file, force), size=file.stat().st_size) as stream:
+        _save(_converted(src, file, to, names, options), stream)
+    return place
+
+
+def _path(value: Any, what: str) -> Path:
+    if not isinstance(value, str | PathLike) or not os.fspath(value) or "\0" in os.fsdecode(value):
+        raise UsageError(f"{what}: expected a path, found {value!r}")
+    return Path(os.fsdecode(value))
+
+
+def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
+    """Refuse a destination that is no optimizer's state alone, or is the one to be read."""
+    if os.path.abspath(place) == os.path.abspath(file):
+        raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
+    if not force:
+        raise OutputExists(f"{place}: exists already. Use force=True (--force) to replace it.")
+    if place.is_symlink():
+        return ()  # the link is replaced, and not what it leads to
+    if place.samefile(file):
+        raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
+    if place.is_file() and not place.stat().st_size:
+        return ()
+    with suppress(ZooError):
+        if TorchZipReader(place, nested=True).keys == {"state", "param_groups"}:
+            return ()
+    told = "not a whole optimizer's state alone, and nothing else is replaced"
+    raise OutputExists(f"{place}: {told}. Write elsewhere, or move it away")
+
+
+def _converted(
+    src: Ref, file: Path, to: str, names: Sequence[str] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    found = locate(src, **options)
     if to not in ("native", *found.spec.dialects):
         raise UsageError(f"to={to!r}: {found.spec.name} has {listing(found.spec.dialects)}")
     if (found.dialect == "native") == (to == "native"):
         raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
-    state = read(Path(file))
+    state = read(file)
     checkpoint = found.checkpoint()
     model, plan = prove(found, checkpoint, {})
     told = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
     if to == "native":
-        other = _theirs(found, checkpoint, plan, names or told, Path(file))
-        made = convert_optimizer(state, other, model, names=names)
-    else:
-        made = convert_optimizer(state, model, _targets(found, model, to, names))
-    partial = place.with_name(f".{place.name}.partial")
+        other = _theirs(found, checkpoint, plan, names or told, file)
+        return convert_optimizer(state, other, model, names=names)
+    return convert_optimizer(state, model, _targets(found, model, to, names))
+
+
+class _Stream:
+    """A file whose errors torch hides behind its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    stream = _Stream(file)
     try:
-        with partial.open("wb") as stream:
-            torch.save(made, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(place)
-    finally:
-        partial.unlink(missing_ok=True)
-    return place
+        torch.save(state, stream)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise stream.error or error from None
+
+
+def read_names(file: Path) -> list[str]:
+    """Names of parameters, one a line."""
+    try:
+        with open(open_regular(file), encoding="utf-8") as text:
+            return text.read().split()
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: not UTF-8; expected names of parameters, one a line") from None
 
 
 def read(file: Path) -> dict[str, Any]:
     """A torch optimizer's state_dict, wherever in the file it is."""
     if file.is_dir():
         raise NotACheckpoint(f"{file}: a directory, as states have it that are {SHARDED}")
-    if not file.is_file():
-        raise NotACheckpoint(f"{file}: no such file")
-    try:
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        told = str(error).partition("\n")[0]
-        raise CorruptCheckpoint(f"{file}: no plain data of torch's: {told}") from None
+    held = TorchZipReader(file, nested=True).tree()
     found = dict(_states(held, ""))
     if len(found) == 1:
-        return next(iter(found.values()))
+        ((name, state),) = found.items()
+        check_state(state, f"{file}: {f'{name}: ' if name else ''}")
+        return state
     if found:
         raise UsageError(f"{file}: holds several optimizers' states: {listing(found)}. Save one")
     if _is_sharded(held):
@@ -152,9 +213,10 @@ def _targets(
     if names is not None:
         bare = model.config.head in ("none", "pooler")
         header = target_names(found.spec, to, model.config.to_dict(), native, bare=bare)
-        if {*names} <= header.keys():
-            rest = [name for name in header if name not in {*names}]
-            return _empty({name: header[name] for name in (*names, *rest)})
+        if unknown := [name for name in names if name not in header]:
+            raise UsageError(f"names: {listing(unknown)}: no parameter of the checkpoint in {to}")
+        rest = [name for name in header if name not in {*names}]
+        return _empty({name: header[name] for name in (*names, *rest)})
     if to != "hf":
         raise UsageError(ORDER.format(f"the dialect {to}", ""))
     origin = origin_of(model, state)

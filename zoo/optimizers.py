@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from converters.execute import backward, forward
 from converters.formats import TensorInfo
 from converters.plan import Plan, Step
 from zoo.components.model import Model
-from zoo.errors import PlanError, UsageError, listing
+from zoo.errors import NonFinite, PlanError, UsageError, listing
 from zoo.fitting import fitted
 from zoo.pretrained import native_of
 
@@ -110,7 +112,9 @@ def convert_optimizer(
     here, there = (mine, other) if model is source else (other, mine)
     inward = model is target
     known = [name for use in uses for name in (use.disk if inward else use.native)]
+    check_state(state)
     held, groups = _read(state, here, known, names)
+    _check_finite(held)
     moved, group_of = dict[str, State](), dict[str, int]()
     problems = list[str]()
     for use in uses:
@@ -128,6 +132,67 @@ def convert_optimizer(
     if problems:
         raise PlanError("\n  ".join(["the optimizer's state does not convert:", *problems]))
     return _written(state, there, moved, group_of)
+
+
+def check_state(state: Any, where: str = "") -> None:
+    """Refuse what no `state_dict` of a torch optimizer looks like; `where` begins each message."""
+
+    def refuse(what: str) -> NoReturn:
+        raise UsageError(f"{where}not a state_dict of a torch optimizer: {what}")
+
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
+        refuse("expected a dict with state and param_groups")
+    kept, groups = state["state"], state["param_groups"]
+    if not isinstance(kept, Mapping):
+        refuse(f"state is a {type(kept).__name__}, expected a dict")
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        refuse("param_groups is no list of dicts")
+    numbers = list[int | str]()
+    for at, group in enumerate(groups):
+        params, names = group.get("params"), group.get(NAMES, [])
+        if not isinstance(params, list | tuple) or any(type(n) not in (int, str) for n in params):
+            refuse(f"param_groups[{at}]: params is no list of numbers or names")
+        if not isinstance(names, list | tuple) or any(type(name) is not str for name in names):
+            refuse(f"param_groups[{at}]: {NAMES} is no list of names")
+        if names and len(names) != len(params):
+            refuse(f"param_groups[{at}]: {len(names)} names of {len(params)} parameters")
+        numbers += params
+    if not numbers:
+        refuse("no group has a parameter")
+    if twice := [str(n) for n, count in Counter(numbers).items() if count > 1]:
+        refuse(f"parameters that are in the groups twice: {listing(twice)}")
+    if strays := [repr(n) for n in kept if n not in set(numbers)]:
+        refuse(f"state of parameters that no group has: {listing(strays)}")
+    for number, entry in kept.items():
+        if not isinstance(entry, Mapping):
+            refuse(f"state[{number!r}] is a {type(entry).__name__}, expected a dict")
+        for key, value in entry.items():
+            if not isinstance(value, Tensor | int | float | str | None):
+                refuse(f"state[{number!r}][{key!r}] is a {type(value).__name__}")
+
+
+def check_names(names: Any) -> None:
+    """Refuse what is no list of different names."""
+    if not isinstance(names, list | tuple) or any(type(name) is not str for name in names):
+        raise UsageError(f"names: expected a list of parameters' names, found {names!r:.80}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"names: {listing(twice)}: more than once")
+
+
+def _check_finite(held: Mapping[str, State]) -> None:
+    faults = list[str]()
+    for name, entry in held.items():
+        for key, value in entry.items():
+            if isinstance(value, float) and not isfinite(value):
+                faults.append(f"{name}: {key} is {value}")
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            finite = value.isfinite()
+            if not finite.all():
+                at = (~finite).nonzero()[0].tolist()
+                faults.append(f"{name}: {key}{at if at else ''} is {value[tuple(at)].item()}")
+    if faults:
+        raise NonFinite(f"the optimizer's state is not finite: {listing(faults)}")
 
 
 class _Apart(Exception):
@@ -164,16 +229,12 @@ def _read(
     state: Mapping[str, Any], side: _Side, known: Sequence[str], names: Sequence[str] | None
 ) -> tuple[dict[str, State], dict[str, int]]:
     """(what is kept of each parameter, the group of each)."""
-    try:
-        kept, groups = state["state"], state["param_groups"]
-        numbers = [n for group in groups for n in group["params"]]
-        told = [name for group in groups for name in group.get(NAMES, ())]
-        entries = [dict(entry) for entry in kept.values()]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"no state_dict of a torch optimizer: {error!r}") from None
-    for entry in entries:
+    kept, groups = state["state"], state["param_groups"]
+    numbers = [n for group in groups for n in group["params"]]
+    told = [name for group in groups for name in group.get(NAMES, ())]
+    for entry in kept.values():
         arrays = {k: x for k, x in entry.items() if isinstance(x, Tensor) and x.dim()}
-        if any(not x.is_floating_point() for x in arrays.values()):
+        if any(not x.is_floating_point() or x.dtype.itemsize < 2 for x in arrays.values()):
             raise UsageError(
                 "the optimizer keeps whole numbers of its weights, as those of eight bits do: "
                 "their blocks run across rows, and no rule turns them. Begin with a new one"
@@ -188,6 +249,7 @@ def _read(
     if names is None and numbers and all(isinstance(n, str) for n in numbers):
         names = numbers  # torch's distributed checkpoints, gathered
     if names is not None:
+        check_names(names)
         if len(names) != len(numbers):
             raise UsageError(f"names: {len(names)} of the optimizer's {len(numbers)} parameters")
         if odd := [name for name in names if side.owners.get(name) not in set(known)]:
@@ -243,9 +305,11 @@ def _moved(
             isinstance(x, Tensor) and tuple(x.shape) == here.shapes[name]
             for x, name in zip(values, before, strict=True)
         ):
+            if len({x.dtype for x in values}) > 1:
+                raise _Apart(f"{key}: one array there, and several dtypes here")
             made = _through(use.step, values, inward)
         elif all(not isinstance(x, Tensor) or x.dim() == 0 for x in values):
-            if any(x != values[0] for x in values):
+            if not all(_is_equal(x, values[0]) for x in values):
                 raise _Apart(f"{key}: one array there, and {listing(map(str, values))} here")
             made = [x.clone() if isinstance(x, Tensor) else x for x in values[:1] * len(after)]
         else:
@@ -253,6 +317,12 @@ def _moved(
         for entry, value in zip(out, made, strict=True):
             entry[key] = value
     return out
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.equal(other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _through(step: Step, values: list[Tensor], inward: bool) -> list[Tensor]:

@@ -17,12 +17,13 @@ from zoo.errors import CorruptCheckpoint, listing
 MAX_RANK = 64  # torch's
 MAX_GIVEN = 8
 EXPLAINED = 1 << 20  # bytes of a pickle that are read again, to say what is wrong
-# All that a dict of plain tensors needs.
+# All that a dict of plain tensors needs, and numpy's numbers beside them.
 _NEEDED = re.compile(
     r"collections OrderedDict"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
     r"|torch (\w+Storage|Size|u?int\d+|float\d+\w*|bfloat16|complex\d+|bool)"
     r"|torch\.storage (Untyped|Typed)Storage"
+    r"|numpy\._?core\.multiarray scalar|numpy dtype|_codecs encode"
 )
 # opcodes that name a class by what was pushed before, or by a number
 _HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}
@@ -59,6 +60,15 @@ class Array(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+class NumpyType(NamedTuple):
+    """The dtype of a number of numpy's."""
+
+    code: str
+
+
+_NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<B", "b1": "<?"}
 
 
 class Name(NamedTuple):
@@ -182,7 +192,9 @@ def _run(data: bytes) -> Any:
                 above(len(stack) - 1 if code == b"a" else marks.pop())
             )
         elif code == b"b":  # attributes of a dict, which are about how it was made
-            stack.pop()
+            attributes = stack.pop()
+            if type(stack[-1]) is NumpyType and attributes[1] not in ("<", "|"):
+                raise ValueError(f"numbers of numpy's in byte order {attributes[1]!r}")
         elif code == b"c":
             end = data.index(b"\n", data.index(b"\n", at) + 1)
             stack.append(_named(data[at:end].decode()))
@@ -233,6 +245,12 @@ def _made(function: Any, given: Any) -> Any:
             if given:  # as Python 2 wrote it
                 raise ValueError("a dict made of another")
             return {}
+        case "encode":  # bytes, which protocol 2 has no opcode for
+            return given[0].encode("latin-1")
+        case "dtype":
+            return NumpyType(given[0])
+        case "scalar":
+            return struct.unpack(_NUMPY[given[0].code], given[1])[0]
         case "_rebuild_parameter" if type(given[0]) is Array:
             return given[0]
         case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3":

@@ -80,6 +80,7 @@ class TorchZipReader:
             kind = "Tensor" if isinstance(found, Array) else type(found).__name__
             raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
         self.values: dict[str, Any] = {}
+        self._tree = found
         if nested:
             self._arrays, self.values = _flattened(path, found)
         else:
@@ -88,6 +89,28 @@ class TorchZipReader:
         self._records = _pair(path, self._arrays, records)
         self._unchecked = set(self._records)
         self._whole: dict[tuple[str, str], torch.Tensor] = {}
+
+    @property
+    def keys(self) -> set[Any]:
+        """Those of the outermost dict."""
+        return set(self._tree)
+
+    def tree(self) -> dict[Any, Any]:
+        """Everything in a nested file as it was saved: keys, lists and tuples, and its tensors."""
+
+        def whole(value: Any, at: str) -> Any:
+            if isinstance(value, Array):
+                return self.tensor(at)
+            if isinstance(value, dict):
+                return {key: whole(v, f"{at}/{key}") for key, v in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)(whole(v, f"{at}/{n}") for n, v in enumerate(value))
+            if value is None or type(value) in (bool, int, float, str):
+                return value
+            kind = value.text if isinstance(value, Name) else type(value).__name__
+            raise CheckpointError(f"{self.path}: {at}: {kind.replace(' ', '.')} is no plain value")
+
+        return {key: whole(value, str(key)) for key, value in self._tree.items()}
 
     def place(self, name: str) -> object:
         """What two names have in common if they are one array."""
