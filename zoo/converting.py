@@ -378,7 +378,7 @@ def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterat
         if written <= disk.keys():
             for step in plan.steps:
                 if step.also:
-                    agreed(step, checkpoint.tensor, arrays.trust)  # before a byte is written
+                    agreed(step, checkpoint.lazy, arrays.trust)  # before a byte is written
             yield from _as_they_are(arrays, inverse, disk)
             return
     yield from in_order(arrays.backward(inverse), inverse)
