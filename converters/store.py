@@ -20,8 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import OutputExists, UsageError, ZooError
+from zoo.errors import OutputExists, SourceChanged, UsageError, ZooError
 
+# what the same command may get past, so that what there is of its work is kept
+RESUMED = (KeyboardInterrupt, OSError, MemoryError, SourceChanged)
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's flag
 
@@ -120,7 +122,7 @@ def resumable(
             _sync(partial)
             _refuse(place, force)
             _publish(partial, place, aside, lock)
-        except (KeyboardInterrupt, OSError):
+        except RESUMED:
             raise
         except BaseException:
             lock.keep = False  # the same command would fail again
@@ -437,7 +439,7 @@ def shared(
         made.clear()
         try:
             yield stage
-        except (KeyboardInterrupt, OSError):
+        except RESUMED:
             raise
         except BaseException:
             lock.keep = stage.finished

@@ -16,6 +16,7 @@ from converters import manifest
 from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code
+from converters.memory import enough
 from converters.output import Item, Output, digest, hash_file, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
@@ -118,10 +119,14 @@ def convert(
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
-    job = digest([output.job(), output.identity(), sha256])
+    job = digest([output.job(), sha256])
     how: dict[str, Any] = {"force": force, "restart": restart}
+    way_out = "A smaller memory (--memory 16M) and fewer threads need less; the same call goes on"
     if share is None:
-        with resumable(dst, job, size=output.size, **how) as stage:
+        with (
+            enough(f"{dst}: not written", way_out),
+            resumable(dst, job, size=output.size, **how) as stage,
+        ):
             if stage.anew:
                 tell({"event": "anew"})
             if not stage.published:
@@ -129,8 +134,12 @@ def convert(
                 tell(finished(output, stage.path, report))
         return Path(dst)
     number, parts = share
+    job = digest([job, output.identity()])  # others read the same sources, and know no more of them
     mine, same = output.part(number, parts), partial(_is, output, force)
-    with shared(dst, job, number, parts, size=mine.size, same=same, **how) as place:
+    with (
+        enough(f"{dst}: not written", way_out),
+        shared(dst, job, number, parts, size=mine.size, same=same, **how) as place,
+    ):
         if place.anew:
             tell({"event": "anew"})
         if not place.published:
@@ -194,7 +203,8 @@ def _located(
         if name not in READING:
             raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
-    found = locate(src, **{k: v for k, v in options.items() if k not in chosen})
+    # read and not mapped: who writes to a source then meets an error, and no signal
+    found = locate(src, mmap=False, **{k: v for k, v in options.items() if k not in chosen})
     if adapter is not None:
         asked, files = options.get("head") is not None, read_adapter(Path(adapter))
         found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)

@@ -33,6 +33,7 @@ from converters.dialects import Found, find
 from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo, open_regular
 from converters.formats.source import Stamp, stamp
+from converters.memory import enough, size
 from converters.plan import Native, Plan, identity_plan, make_plan
 from converters.quantisation import FIELD as QUANTISED
 from converters.quantisation import Quantisation
@@ -689,13 +690,27 @@ def fill(
     for other, owner in plan.native.ties.items():
         names[owner].append(other)
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
-    for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
-        parameter = nn.Parameter(_placed(name, tensor, dtype, device))
-        for each in names[name]:
-            owner, _, leaf = each.rpartition(".")
-            modules[owner]._parameters[leaf] = parameter
+    with enough(partial(_task, found, checkpoint, dtype), _WAYS_OUT):
+        for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
+            parameter = nn.Parameter(_placed(name, tensor, dtype, device))
+            for each in names[name]:
+                owner, _, leaf = each.rpartition(".")
+                modules[owner]._parameters[leaf] = parameter
     provenance.check()  # nothing of it was read while it changed
     return model.eval()
+
+
+_WAYS_OUT = (
+    "mmap=True (--mmap) leaves weights in their file; else take a narrower dtype, a smaller model "
+    "or another machine"
+)
+
+
+def _task(found: Located, checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:
+    count = sum(info.numel for info in checkpoint.tensors.values())
+    held = sum(info.nbytes for info in checkpoint.tensors.values())
+    cast = "" if dtype is None else f", {size(count * dtype.itemsize)} as {dtype}"
+    return f"{found.where}: weights of {size(held)}{cast}"
 
 
 def check_trust(trust: Collection[str], checkpoint: Checkpoint) -> None:
@@ -845,8 +860,13 @@ def _random(
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> Model:
-    with torch.device(device), _Dtype(dtype or torch.get_default_dtype()):
-        model = found.entry.model(found.config(found.heads[0], changes))
+    config = found.config(found.heads[0], changes)
+    with (
+        enough(f"{found.where}: random weights", "Take a smaller config or a narrower dtype"),
+        torch.device(device),
+        _Dtype(dtype or torch.get_default_dtype()),
+    ):
+        model = found.entry.model(config)
     model.architecture = found.entry.name
     return model.eval()
 

@@ -320,7 +320,7 @@ def _read_header(file: SourceFile) -> _Header:
         return _Header(file.path, file.data, file.size)
     length = 1 << 20
     while True:
-        data = b"".join(file.chunks(0, min(length, file.size)))
+        data = b"".join(map(bytes, file.chunks(0, min(length, file.size))))
         try:
             return _Header(file.path, data, file.size)
         except _Longer:
