@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from converters.formats import TensorInfo, torch_dtype
 from converters.formats.safetensors import SafetensorsReader
-from converters.lazy import Decoded, Lazy
+from converters.lazy import Decoded, Lazy, Read, Stored
 from converters.strict_json import read_json
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -51,10 +51,13 @@ class Reader(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor: ...
 
+    def decoder(self, name: str) -> Read | None:
+        """What makes or reads a box of a tensor; None where `tensor` is a view of a map."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Names, shapes and dtypes of all tensors; their values are mapped when asked for."""
+    """Names, shapes and dtypes of all tensors; their values are mapped or read when asked for."""
 
     root: Path
     format: str
@@ -72,7 +75,7 @@ class Checkpoint:
     biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A zero-copy view; writing to it changes no file."""
+        """A view of a mapped file, or memory of its own; writing to it changes no file."""
         if name not in self.where:
             near = did_you_mean(name, self.where)
             raise MissingTensors(f"{self.root}: holds no tensor {name}.{near}")
@@ -85,17 +88,20 @@ class Checkpoint:
         return ""
 
     def lazy(self, name: str) -> Lazy:
-        """Likewise; where its numbers have to be decoded, only those that are looked at are."""
-        reader: Any = self.readers[self.where[name]]
-        read = reader.decoder(name) if hasattr(reader, "decoder") else None
+        """Likewise; where it has to be decoded or read, only what is looked at is."""
+        read = self.readers[self.where[name]].decoder(name)
         if read is None:
             return Lazy.of(self.tensor(name))
         info = self.tensors[name]
-        return Decoded(info.shape, torch_dtype(info.dtype), read)
+        kind = Decoded if name in self.quantised else Stored
+        return kind(info.shape, torch_dtype(info.dtype), read)
 
 
-def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
-    """The weights in a directory, from headers alone; all faults of a kind are said at once."""
+def open_checkpoint(directory: str | os.PathLike[str], mmap: bool | None = None) -> Checkpoint:
+    """The weights in a directory, from headers alone; all faults of a kind are said at once.
+
+    `mmap` says whether they are mapped or read when asked for; None leaves it to their format.
+    """
     root = Path(directory)
     names = _names(root)
     for kind, (single, index) in _LAYOUTS.items():
@@ -107,9 +113,9 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
                     f"{root}: holds both {single} and {index}, which names other files. "
                     "Remove the one that is not meant."
                 )
-            return _open(root, kind, files, weight_map, names)
+            return _open(root, kind, files, weight_map, names, mmap)
         if single in names:
-            return _open(root, kind, [single], None, names)
+            return _open(root, kind, [single], None, names, mmap)
     from converters.containers import known_files
 
     wanted = [name for layout in _LAYOUTS.values() for name in layout]
@@ -138,14 +144,19 @@ def _names(root: Path) -> set[str]:
 
 
 def _open(
-    root: Path, kind: str, files: Sequence[str], weight_map: dict[str, str] | None, names: set[str]
+    root: Path,
+    kind: str,
+    files: Sequence[str],
+    weight_map: dict[str, str] | None,
+    names: set[str],
+    mmap: bool | None,
 ) -> Checkpoint:
     paths = _locate(root, files)
     readers: dict[str, Reader] = {}
     problems: list[CheckpointError] = []
     for name, path in paths.items():
         try:
-            readers[name] = _reader(kind, path)
+            readers[name] = _reader(kind, path, mmap)
         except CheckpointError as error:
             problems.append(error)
     if problems:
@@ -178,12 +189,12 @@ def _open(
     )
 
 
-def _reader(kind: str, path: Path) -> Reader:
+def _reader(kind: str, path: Path, mmap: bool | None) -> Reader:
     if kind == "safetensors":
-        return SafetensorsReader(path)
+        return SafetensorsReader(path, mmap)
     from converters.formats.torch_zip import TorchZipReader
 
-    return TorchZipReader(path)
+    return TorchZipReader(path, mmap)
 
 
 def _raise_all(problems: Sequence[CheckpointError]) -> NoReturn:

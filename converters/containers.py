@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,15 +34,15 @@ _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.")
 class Format(NamedTuple):
     """A kind of file that is known by its bytes.
 
-    `open` gives the readers of a file and of those that it says belong to it. Beside what every
-    reader has they may offer `values` (what else the file says), `span` (where a tensor's bytes lie
-    as they are; None if they do not), `numbers` (some of a tensor whose bytes do not), `quantised`
-    (what those stand in), `size` (a tensor's bytes), `place` (the same of two names of one array)
-    and `files` (all that they read).
+    `open` gives the readers of a file and of those that it says belong to it, mapped or not. Beside
+    what every reader has they may offer `values` (what else the file says), `span` (where a
+    tensor's bytes lie as they are; None if they do not), `quantised` (what stands in other
+    numbers), `size` (a tensor's bytes), `place` (the same of two names of one array) and `files`
+    (all that they read).
     """
 
     module: str
-    open: Callable[[Any, Path], list[tuple[Path, Any]]]
+    open: Callable[[Any, Path, bool | None], list[tuple[Path, Any]]]
     about: str
     is_: Callable[[bytes, bytes, int], bool]  # of its first and last bytes and its size
     meant: Callable[[Any, Path], Path] | None = None  # of all in a directory, where a note says it
@@ -58,19 +57,21 @@ def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
 FORMATS: dict[str, Format] = {
     "torch": Format(
         "torch_zip",
-        lambda module, path: [(path, module.TorchZipReader(path, nested=True))],
+        lambda module, path, mmap: [(path, module.TorchZipReader(path, mmap, nested=True))],
         "a zip of torch.save",
         lambda head, tail, size: head.startswith(b"PK\x03\x04"),
     ),
     "gguf": Format(
         "gguf",
-        lambda module, path: [(path.parent / n, r) for n, r in module.open_gguf(path).items()],
+        lambda module, path, mmap: [
+            (path.parent / name, reader) for name, reader in module.open_gguf(path, mmap).items()
+        ],
         "GGUF",
         lambda head, tail, size: head.startswith(b"GGUF"),
     ),
     "tf": Format(
         "tf_bundle",
-        lambda module, path: [(path, module.TFBundleReader(path))],
+        lambda module, path, mmap: [(path, module.TFBundleReader(path, mmap))],
         "TensorFlow's bundle (.index)",
         lambda head, tail, size: tail.endswith(bytes.fromhex("57fb808b247547db")),
         lambda module, place: module.find_bundle(place),
@@ -78,7 +79,7 @@ FORMATS: dict[str, Format] = {
     # without a magic, so after all others
     "llama2c": Format(
         "llama2c",
-        lambda module, path: [(path, module.Llama2cReader(path))],
+        lambda module, path, mmap: [(path, module.Llama2cReader(path, mmap))],
         "llama2.c's .bin",
         _is_llama2c,
     ),
@@ -197,11 +198,8 @@ class _Renamed:
         return found
 
     def decoder(self, name: str) -> Read | None:
-        """What makes some of its numbers, where the bytes are not the numbers."""
-        inner = self._names[name]
-        if self.span(name) is not None or not hasattr(self._reader, "numbers"):
-            return None
-        return partial(self._reader.numbers, inner)
+        found: Read | None = self._reader.decoder(self._names[name])
+        return found
 
     def size(self, name: str) -> int:
         size = getattr(self._reader, "size", None)
@@ -266,12 +264,13 @@ class _Cast:
         return found.to(torch_dtype(self._dtype))
 
     def decoder(self, name: str) -> Read | None:
-        if self._held(name):
-            found: Read | None = self._reader.decoder(name)
-            return found
-        tensor = self._reader.tensor(name)
-        matrix = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-        return lambda rows, columns: matrix[rows, columns]
+        from converters.formats import torch_dtype
+
+        read: Read | None = self._reader.decoder(name)
+        if read is None or self._held(name):
+            return read
+        box, kind = read, torch_dtype(self._dtype)
+        return lambda rows, columns: box(rows, columns).to(kind)
 
     def span(self, name: str) -> tuple[int, int] | None:
         found: tuple[int, int] | None = self._reader.span(name) if self._held(name) else None
@@ -293,7 +292,7 @@ def known_files(root: Path) -> dict[str, str]:
     return kinds
 
 
-def open_place(place: Path) -> Opened | None:
+def open_place(place: Path, mmap: bool | None = None) -> Opened | None:
     """The checkpoint that a file belongs to or a directory holds; None where there is none."""
     single = not place.is_dir()
     root = place.parent if single else place
@@ -307,14 +306,14 @@ def open_place(place: Path) -> Opened | None:
     known = FORMATS[kind]
     module = import_module(f"converters.formats.{known.module}")
     if set(kinds.values()) == {kind} and _SPLIT.search(first):  # which names the others itself
-        together = known.open(module, confined(root, first))
+        together = known.open(module, confined(root, first), mmap)
         if kinds.keys() <= {path.name for path, _ in together}:
             return Opened(kind, tuple(together))
     if known.meant is not None and set(kinds.values()) == {kind}:
         names = [known.meant(module, place).name]
     else:
         names = _shards(root, sorted(kinds))
-    every = [pair for name in names for pair in known.open(module, confined(root, name))]
+    every = [pair for name in names for pair in known.open(module, confined(root, name), mmap)]
     return Opened(kind, tuple(every))
 
 

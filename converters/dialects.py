@@ -55,9 +55,9 @@ def every_dialect() -> list[tuple[Spec, Dialect, Container]]:
     ]
 
 
-def find(place: Path) -> Found | None:
+def find(place: Path, mmap: bool | None = None) -> Found | None:
     """What a file or directory holds; None where no file in it is of a known format."""
-    opened = open_place(place)
+    opened = open_place(place, mmap)
     if opened is None:
         return None
     fits: list[Found] = []

@@ -24,17 +24,29 @@ import xxhash
 
 from converters.coding import in_units
 from converters.formats import open_regular, torch_dtype
+from converters.memory import is_shortage
 from converters.output import ZEROS, Item, Output, Shard, hash_file, identity
 from converters.store import Stage
-from zoo.errors import CorruptCheckpoint, NonFinite, OverflowOnCast, ZooError, listing
+from zoo.errors import (
+    CorruptCheckpoint,
+    NonFinite,
+    OverflowOnCast,
+    SourceChanged,
+    ZooError,
+    listing,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from converters.lazy import Lazy
+
 MEMORY = 64 << 20
 _COPY = 256 << 10  # bytes copied at a time: such a buffer stays in the second-level cache
 _PAGE = 4 << 10
-_TURN = 1 << 20  # and turned at a time
+_TURN = 512 << 10  # and turned at a time
+_SLAB = 6 << 20  # read at a time, by all threads together: the wider, the longer the runs of a
+# matrix that is turned while it is read
 _LARGE = 64 << 10  # bytes of a tensor that no other is like by chance
 
 Tell = Callable[[dict[str, Any]], None]
@@ -199,6 +211,7 @@ class _Run:
         share = options.memory // (2 * options.workers)
         self.turn = max(64 << 10, min(_TURN, share))
         self.copy = min(_COPY, self.turn)
+        self.slab = max(self.turn, min(_SLAB // options.workers, share))
 
     def run(self) -> Report:
         try:
@@ -206,8 +219,12 @@ class _Run:
             report = self._run()
             self._check_sources()  # nothing of it was read while it changed
             return report
-        except CorruptCheckpoint:
+        except (CorruptCheckpoint, SourceChanged):
             self._check_sources()  # the likelier cause, and it names the file
+            raise
+        except RuntimeError as error:
+            if is_shortage(error):  # as Python calls what torch's allocator says
+                raise MemoryError(str(error)) from None
             raise
         finally:
             for fd in self.sources.values():
@@ -218,14 +235,16 @@ class _Run:
         found = {path: identity(os.fstat(fd)) for path, fd in self.sources.items()}
         changed = [path for path, seen in self.output.seen.items() if found.get(path) != seen]
         if changed:
-            raise CorruptCheckpoint(
-                f"{listing(map(str, changed))}: changed while it was read; convert it again"
+            raise SourceChanged(
+                f"{listing(map(str, changed))}: changed while it was read. Put it back as it was, "
+                "and the same command goes on; else convert it again"
             )
 
     def _run(self) -> Report:
         total = sum(shard.size for shard in self.output.shards)
         self.options.tell({"event": "start", "bytes": total, "files": len(self.output.shards)})
         found = self._found()
+        self.stage.record({"sources": self.output.identity()})
         files = {shard.name: self._open(shard, found) for shard in self.output.shards}
         pool = ThreadPoolExecutor(self.options.workers, thread_name_prefix="zoo-convert")
         futures: list[Future[Any]] = []
@@ -260,9 +279,15 @@ class _Run:
     # --- files ---
 
     def _found(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """file -> tensor -> record, of what an earlier run says it has written."""
+        """file -> tensor -> record, of what an earlier run says it has written.
+
+        "same": of sources that are still the very same files.
+        """
         found: dict[str, dict[str, dict[str, Any]]] = {}
+        mine, theirs = self.output.identity(), None
         for entry in self.stage.found:
+            theirs = entry.get("sources", theirs)
+            entry = {**entry, "same": theirs == mine}
             words = [entry.get(name) for name in ("file", "tensor", "xxh3", "nonfinite")]
             if all(isinstance(word, str) for word in words) and type(entry.get("zero")) is bool:
                 found.setdefault(entry["file"], {})[entry["tensor"]] = entry
@@ -312,16 +337,23 @@ class _Run:
         there, crc = "", 0
         if kept is not None:
             there, crc = _digest(fd, start, item.nbytes, self._buffer()[: self.copy], sums)
-        if kept is not None and there == kept["xxh3"]:
+        if kept is not None and there != kept["xxh3"]:
+            kept = None
+        if kept is not None and kept["same"]:
             digest, zero = kept["xxh3"], kept["zero"]
             with self.lock:
                 self.report.resumed += item.nbytes
                 self._note(item, kept["nonfinite"])
         else:
-            digest, crc, look = self._write_item(item, fd, start, sums)
-            zero = look.zero
+            # of a source that was touched since, it may still be what that source gives
+            if kept is not None:
+                digest, crc, look = self._go_through(item, None, start, sums)
+            if kept is None or digest != there:
+                digest, crc, look = self._go_through(item, fd, start, sums)
+            zero, resumed = look.zero, kept is not None and digest == there
             entry = {"file": shard.name, "tensor": item.name, "xxh3": digest}
             with self.lock:
+                self.report.resumed += item.nbytes if resumed else 0
                 self._note(item, look.nonfinite)
                 if look.overflow:  # no run can use it
                     self.overflows.append(f"{item.name}{look.overflow}")
@@ -344,12 +376,15 @@ class _Run:
         if nonfinite and not self.options.allow_nonfinite:
             self.faults.append(f"{item.name}{nonfinite}")
 
-    def _write_item(self, item: Item, fd: int, start: int, sums: bool) -> tuple[str, int, _Look]:
+    def _go_through(
+        self, item: Item, fd: int | None, start: int, sums: bool
+    ) -> tuple[str, int, _Look]:
+        """(xxh3, CRC-32, what was seen) of what the sources give; written where there is an fd."""
         state, crc, look, end = xxhash.xxh3_128(), 0, _Look(item), start + item.nbytes
         for piece in self._pieces(item, look, start):
             state.update(piece)
             crc = zlib.crc32(piece, crc) if sums else 0
-            start += _write(fd, piece, start)
+            start += len(piece) if fd is None else _write(fd, piece, start)
         assert start == end, f"{item.name}: {start - end} bytes more than planned"
         return state.hexdigest(), crc, look
 
@@ -370,7 +405,7 @@ class _Run:
             # numbers, those of them that wait for a whole unit, and their bytes are held together
             buffer = self._buffer()
             room = torch.frombuffer(buffer, dtype=torch.uint8)  # Tensor.numpy would need NumPy
-            for numbers, coded in in_units(item.make().pieces(self.turn // 4), item.coding):
+            for numbers, coded in in_units(self._views(item.make(), 4), item.coding):
                 look.at(numbers)
                 for part in coded.reshape(-1).split(len(buffer)):
                     room[: len(part)].copy_(part)
@@ -386,11 +421,26 @@ class _Run:
         room, aside = (torch.frombuffer(b, dtype=dtype) for b in (buffer, self._buffer("aside")))
         lazy = item.make()
         width = max(lazy.dtype.itemsize, dtype.itemsize)
-        for view in lazy.pieces(self.turn * lazy.dtype.itemsize // width):
+        for view in self._views(lazy, width):
             out = room[: view.numel()].view(view.shape)
             _fill(out, view, aside)
             look.at(out, view)
             yield buffer[: out.nbytes]
+
+    def _views(self, lazy: Lazy, width: int) -> Iterator[Tensor]:
+        """An array's numbers in order, of `width` bytes each, as many as are turned at a time."""
+        for piece in lazy.pieces(self.slab * lazy.dtype.itemsize // width):
+            yield from _cut(piece, max(1, self.turn // width))
+
+
+def _cut(view: Tensor, most: int) -> Iterator[Tensor]:
+    """The same numbers in the same order, in views of `most` at most."""
+    if view.numel() <= most:
+        yield view
+        return
+    step = most // (view.numel() // len(view))
+    for part in view.split(step) if step else view:
+        yield from _cut(part, most)
 
 
 def _fill(out: Tensor, view: Tensor, aside: Tensor) -> None:
@@ -456,7 +506,7 @@ def _read(
         short = 0
         count = os.preadv(fd, [piece], start)
         if count == 0:
-            raise CorruptCheckpoint("a source became shorter while it was read")
+            raise SourceChanged("a source became shorter while it was read")
         if count < len(piece):
             piece = piece[:count]
         yield piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from converters.lazy import Lazy, equal
 from converters.plan import Plan, Step
 from zoo.errors import MissingTensors, TieConflict, listing
 
@@ -26,25 +27,30 @@ def carry_out(
 
 
 def forward(step: Step, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
-    names = agreed(step, read, trust)
-    tensors = [read(name) for name in names]
+    held: dict[str, Tensor] = {}  # no name is read twice
+
+    def once(name: str) -> Tensor:
+        if name not in held:
+            held[name] = read(name)
+        return held[name]
+
+    names = agreed(step, lambda name: Lazy.of(once(name)), trust)
+    tensors = [once(name) for name in names]
     return tensors if step.transform is None else step.transform.forward(tensors)
 
 
-def agreed(step: Step, read: Read, trust: Collection[str]) -> tuple[str, ...]:
+def agreed(step: Step, read: Callable[[str], Lazy], trust: Collection[str]) -> tuple[str, ...]:
     """The names to read where several hold one array: equal ones, or the ones that are trusted."""
     if not step.also:
         return step.sources
     for names in (step.sources, *step.also):
         if set(names) <= set(trust):
             return names
-    import torch
-
     differ = [
         other
         for names in step.also
         for mine, other in zip(step.sources, names, strict=True)
-        if not torch.equal(read(mine), read(other))
+        if not equal(read(mine), read(other))
     ]
     if differ:
         raise TieConflict(

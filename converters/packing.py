@@ -57,44 +57,51 @@ class Groups:
     less_one: bool  # zero points are stored so
     shifts: tuple[int, ...]
     along_inputs: bool
-    read: Callable[[str], Tensor]  # qweight, qzeros, scales, g_idx
+    read: Callable[[str, slice, slice], Tensor]  # a box of qweight, qzeros, scales or g_idx
     ordered: bool  # g_idx says which group an input is of
 
     def __call__(self, inputs: slice, outputs: slice) -> Tensor:
         """(inputs, outputs) float32: what is rounded to any narrower dtype is rounded once."""
-        words, scales, zeros = (self.read(part) for part in ("qweight", "scales", "qzeros"))
         if self.along_inputs:
-            whole = unpacked(words[:, outputs], self.bits, self.shifts, inputs)
+            words = self.read("qweight", self._words(inputs), outputs)
+            whole = unpacked(words, self.bits, self.shifts, inputs)
         else:
-            whole = unpacked(words[inputs].t(), self.bits, self.shifts, outputs).t()
-        groups, place = self._groups(inputs, len(scales))
-        zero = unpacked(zeros[groups].t(), self.bits, self.shifts, outputs).t()
+            whole = self._along_outputs("qweight", inputs, outputs)
+        groups, place = self._groups(inputs)
+        zero = self._along_outputs("qzeros", groups, outputs)
         if self.less_one:
             zero = zero + 1 & (1 << self.bits) - 1  # 0 is stored as the largest number
         whole = whole - zero[place]
-        return whole.float().mul_(scales[groups][:, outputs].float()[place])
+        return whole.float().mul_(self.read("scales", groups, outputs).float()[place])
 
-    def _groups(self, inputs: slice, count: int) -> tuple[Tensor | slice, Tensor]:
-        """(groups that some of these inputs are of, the place of each input's among them)."""
+    def _along_outputs(self, part: str, rows: slice, outputs: slice) -> Tensor:
+        words = self.read(part, rows, self._words(outputs))
+        return unpacked(words.t(), self.bits, self.shifts, outputs).t()
+
+    def _words(self, wanted: slice) -> slice:
+        """Those that hold the numbers of `wanted` places."""
+        count, width = UNITS[self.bits]
+        return slice(wanted.start // count * width, -(-wanted.stop // count) * width)
+
+    def _groups(self, inputs: slice) -> tuple[slice, Tensor]:
+        """(all groups that these inputs are of, the place of each input's among them)."""
         import torch
 
         if self.ordered:
-            of = self.read("g_idx")[inputs].long()
-            if len(of) >= count:
-                return slice(None), of
-            return of.unique(return_inverse=True)
-        of = torch.arange(inputs.start, inputs.stop) // self.group
-        first = int(of[0])
-        return slice(first, int(of[-1]) + 1), of - first
+            of = self.read("g_idx", slice(0, 1), inputs)[0].long()
+        else:
+            of = torch.arange(inputs.start, inputs.stop) // self.group
+        first = int(of.min())
+        return slice(first, int(of.max()) + 1), of - first
 
 
 def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -> Tensor:
-    """(w, n) words of 32 bits: the numbers of `wanted` places in each column, as int32."""
+    """(w, n) words of 32 bits that hold `wanted` places of each column: their numbers, as int32."""
     import torch
 
     count, width = UNITS[bits]
     first, last = wanted.start // count, -(-wanted.stop // count)
-    units = words[first * width : last * width].unflatten(0, (last - first, width))
+    units = words.unflatten(0, (last - first, width))
     if width == 1:
         found = units >> torch.tensor(shifts, dtype=torch.int32).view(1, -1, 1)
     else:  # one stream of bits: a number may begin in one word and end in the next
@@ -113,7 +120,7 @@ class Blocks:
 
     block: tuple[int, int]
     rows: int  # of a matrix, of which several may lie one behind the other
-    weight: Callable[[], Tensor]
+    weight: Read
     scale: Callable[[], Tensor]  # (blocks of rows, blocks of columns)
 
     def __call__(self, rows: slice, columns: slice) -> Tensor:
@@ -123,4 +130,4 @@ class Blocks:
         high, wide = self.block
         down = row // self.rows * -(-self.rows // high) + row % self.rows // high
         scale = self.scale().float()[down[:, None], column // wide]
-        return self.weight()[rows, columns].float().mul_(scale)
+        return self.weight(rows, columns).float().mul_(scale)

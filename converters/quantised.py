@@ -203,7 +203,7 @@ class _Groups:
             how.less_one,
             tuple(range(0, 32, how.bits)) if gptq else AWQ_SHIFTS,
             gptq,
-            lambda part: self.checkpoint.tensor(f"{stem}.{part}"),
+            lambda part, *box: self.checkpoint.lazy(f"{stem}.{part}").matrix(*box),
             "g_idx" in there,
         )
         parts = tuple(f"{stem}.{part}" for part in there)
@@ -298,7 +298,7 @@ class _Groups:
         box = Blocks(
             block,
             rows,
-            lambda: read(weight.name).view(-1, columns),
+            lambda *box: self.checkpoint.lazy(weight.name).matrix(*box),
             lambda: read(scale.name).reshape(-1, grid),
         )
         matrix = Matrix(weight.shape, torch_dtype(self.dtype), box, (weight.name, scale.name))
@@ -359,7 +359,10 @@ class _Reader:
         return found
 
     def decoder(self, name: str) -> Read | None:
-        return self._matrices[name].box if name in self._matrices else None
+        if name in self._matrices:
+            return self._matrices[name].box
+        found: Read | None = self._reader.decoder(name)
+        return found
 
     def span(self, name: str) -> tuple[int, int] | None:
         if name in self._matrices or not hasattr(self._reader, "span"):

@@ -25,8 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from zoo.errors import OutputExists, UsageError, ZooError, listing
+from zoo.errors import OutputExists, SourceChanged, UsageError, ZooError, listing
 
+# what the same command may get past, so that what there is of its work is kept
+RESUMED = (KeyboardInterrupt, OSError, MemoryError, OutputExists, SourceChanged)
 _AT_FDCWD = -100
 _EXCHANGE = 2  # renameat2's flag
 
@@ -171,7 +173,7 @@ def resumable(
             yield stage
             _sync(partial)
             _publish(partial, place, lock, replaces)
-        except (KeyboardInterrupt, OSError, OutputExists):
+        except RESUMED:
             raise
         except BaseException:  # the same command would fail again
             _give_up(partial, place, lock)
@@ -595,7 +597,7 @@ def shared(
         made.clear()
         try:
             yield stage
-        except (KeyboardInterrupt, OSError):
+        except RESUMED:
             raise
         except BaseException:
             lock.keep = stage.finished

@@ -45,6 +45,7 @@ from zoo.errors import (
     MissingTensors,
     NotACheckpoint,
     ResourceLimit,
+    SourceChanged,
     UnsafePath,
     UnsupportedZip,
     ZooError,
@@ -201,7 +202,7 @@ def test_opening_maps_nothing_and_a_changed_file_is_noticed(tmp_path: Path) -> N
         reader.tensor("a1")
     assert str(path) not in Path("/proc/self/maps").read_text()
     save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(CorruptCheckpoint, match="changed after"):
+    with pytest.raises(SourceChanged, match="changed after"):
         reader.tensor("a")
 
 

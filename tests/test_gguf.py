@@ -217,10 +217,23 @@ def test_what_the_library_quantises_comes_back(tmp_path: Path, name: str) -> Non
     assert same(GGUFReader(path).tensor("a"), dequantize(stored, Type[name]))
 
 
-def test_a_piece_of_a_plain_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [slice(1, 5), slice(0, 6)])
+@pytest.mark.parametrize("columns", [slice(2, 4), slice(2, 7), slice(0, 7)])
+def test_a_box_of_a_plain_tensor_is_read(tmp_path: Path, rows: slice, columns: slice) -> None:
     values = chance.standard_normal((6, 7), np.float32)
-    reader = GGUFReader(written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", values)))
-    assert same(reader.numbers("a", slice(1, 5), slice(2, 7)), values[1:5, 2:7])
+    path = written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", values))
+    read = GGUFReader(path, mmap=False).decoder("a")
+    assert read is not None
+    assert same(read(rows, columns), values[rows, columns])
+    assert GGUFReader(path).decoder("a") is None  # a view shows it
+
+
+def test_a_long_header_is_read_without_a_map(tmp_path: Path) -> None:
+    texts = [f"token {n:08}" for n in range(100_000)]  # longer than what is read at first
+    path = written(tmp_path / "a.gguf", lambda w: w.add_array("tokens", texts))
+    reader = GGUFReader(path, mmap=False)
+    path.write_bytes(b"")
+    assert list(reader.said["tokens"]) == texts
 
 
 def test_several_tensors_keep_their_order(tmp_path: Path) -> None:

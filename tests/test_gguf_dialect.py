@@ -272,9 +272,9 @@ def test_a_conversion_opens_its_source_once(
     opened: list[Path] = []
     real = GGUFReader.__init__
 
-    def counted(self: GGUFReader, path: Path, **more: Any) -> None:
+    def counted(self: GGUFReader, path: Path, *how: Any, **more: Any) -> None:
         opened.append(path)
-        real(self, path, **more)
+        real(self, path, *how, **more)
 
     monkeypatch.setattr(GGUFReader, "__init__", counted)
     zoo.convert(path, tmp_path / "native", to="native")

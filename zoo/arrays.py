@@ -44,7 +44,7 @@ class Arrays:
     def own(self, name: str) -> Lazy:
         """As the checkpoint has it."""
         step, n = self.way(name)
-        names = agreed(step, self.checkpoint.tensor, self.trust)
+        names = agreed(step, self.checkpoint.lazy, self.trust)
         if step.transform is None:
             return self.checkpoint.lazy(names[n])
         return step.transform.targets_of([self.checkpoint.lazy(name) for name in names])[n]

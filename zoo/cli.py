@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
+from converters.memory import enough
 from zoo import catalog, record
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     options = _parsed(arguments)
     try:
-        code: int = options.run(options)
+        with enough(options.name, "Take a smaller model, a shorter text or another machine"):
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -71,6 +73,16 @@ def _add_ref(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
     )
+
+
+def _add_mmap(command: argparse.ArgumentParser) -> None:
+    does = "weights as views of their file, or read into memory  [safetensors and GGUF as views]"
+    how = argparse.BooleanOptionalAction
+    command.add_argument("--mmap", action=how, default=None, help=does)
+
+
+def _loaded(options: argparse.Namespace) -> Model:
+    return zoo.load(options.ref, mmap=options.mmap)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--window", type=int, metavar="TOKENS", help="[all positions]")
     command.add_argument("--stride", type=int, metavar="TOKENS", help="[half the window]")
     command.add_argument("--json", action="store_true", help="for programs")
+    _add_mmap(command)
     command.set_defaults(run=_score)
 
     command = commands.add_parser("fill", help="what a masked LM puts in a text's gaps")
@@ -225,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("text", metavar="TEXT", help='such as "The capital of [MASK] is"')
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each [5]")
     command.add_argument("--json", action="store_true", help="for programs")
+    _add_mmap(command)
     command.set_defaults(run=_fill)
 
     command = commands.add_parser("embed", help="a vector for each text")
@@ -235,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--normalize", action="store_true", help="to length one")
     command.add_argument("--truncate", action="store_true", help="cut what is too long")
     command.add_argument("--json", action="store_true", help="an object with its text each line")
+    _add_mmap(command)
     command.set_defaults(run=_embed)
 
     command = commands.add_parser("generate", help="go on with a text")
@@ -249,14 +264,16 @@ def _parser() -> argparse.ArgumentParser:
     told = "each piece as soon as it is written; so it is, unless there are several or --json"
     how.add_argument("--stream", action="store_true", help=told)
     how.add_argument("--no-stream", action="store_true", help="nothing before all is written")
+    _add_mmap(command)
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("chat", help="a dialogue; /help tells more there")
     _add_ref(command)
     _add_sampling(command)
+    _add_mmap(command)
     command.set_defaults(run=_chat)
-    for command in commands.choices.values():
-        command.set_defaults(command=command)
+    for name, command in commands.choices.items():
+        command.set_defaults(command=command, name=name)
     return parser
 
 
@@ -557,7 +574,7 @@ def _score(options: argparse.Namespace) -> int:
     text = _text(options.file)
     asked = {"window": options.window, "stride": options.stride}
     try:
-        score = zoo.perplexity(options.ref, text, progress=_scored, **asked)
+        score = zoo.perplexity(_loaded(options), text, progress=_scored, **asked)
     finally:
         passing("", sys.stderr)
     if options.json:
@@ -575,7 +592,7 @@ def _scored(done: int, count: int) -> None:
 
 
 def _fill(options: argparse.Namespace) -> int:
-    gaps = zoo.fill(options.ref, options.text, top=options.top)
+    gaps = zoo.fill(_loaded(options), options.text, top=options.top)
     if options.json:
         print(_json([[guess._asdict() for guess in gap] for gap in gaps]))
         return OK
@@ -591,7 +608,7 @@ def _embed(options: argparse.Namespace) -> int:
         raise UsageError("embed: either texts or --file")
     texts = options.texts or _lines(_text(options.file))
     asked = {"normalize": options.normalize, "truncate": options.truncate}
-    vectors = zoo.embed(options.ref, texts, pooling=options.pooling, **asked).tolist()
+    vectors = zoo.embed(_loaded(options), texts, pooling=options.pooling, **asked).tolist()
     for text, vector in zip(texts, vectors, strict=True):
         if options.json:
             print(_json({"text": text, "embedding": vector}, indent=None))
@@ -629,7 +646,7 @@ def _generate(options: argparse.Namespace) -> int:
     asked = Options.of(_asked(options))  # before weights are looked at
     if options.assistant and asked.num_beams > 1:
         raise UsageError("--assistant: beams do not guess ahead")
-    model = zoo.load(options.ref)
+    model = _loaded(options)
     more = {**_asked(options), **_assistant(options, model)}
     asked = Options.of(more)
     several = asked.num_return_sequences > 1 or asked.num_beams > 1
@@ -659,7 +676,7 @@ def _chat(options: argparse.Namespace) -> int:
     from zoo.generation import Options
 
     Options.of(_asked(options))
-    model = zoo.load(options.ref)
+    model = _loaded(options)
     talk(model, {**_asked(options), **_assistant(options, model)})
     return OK
 
@@ -669,7 +686,7 @@ def _assistant(options: argparse.Namespace, model: Model) -> dict[str, Model]:
         return {}
     from zoo.speculative import check_words
 
-    small = zoo.load(options.assistant)
+    small = zoo.load(options.assistant, mmap=options.mmap)
     try:
         check_words(model, small)
     except UsageError as error:

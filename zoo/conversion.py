@@ -41,6 +41,7 @@ from zoo.errors import (
 )
 from zoo.exporting import Export, dialects, export, same_config, with_zeros
 from zoo.graphs import GRAPHS
+from zoo.inference import check_sources
 from zoo.lora.layers import Lora
 from zoo.prepared import is_prepared
 from zoo.pretrained import Origin, Provenance, Ref, native_of
@@ -108,11 +109,15 @@ def save(
         )
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")
+    check_sources(model)
     destination = checked_destination(dst, None, force)
     if to in GRAPHS:
         check_graph(to, destination, layout, max_shard_size)
     output = _output(model, to, max_shard_size, layout)
-    return write(output, destination, force, allow_nonfinite)
+    write(output, destination, force, allow_nonfinite)
+    if model.provenance is not None:
+        model.provenance.renew(destination)
+    return destination
 
 
 def write(output: Output, place: Path, force: bool, allow_nonfinite: bool = False) -> Path:

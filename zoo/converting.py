@@ -16,6 +16,7 @@ from converters import manifest
 from converters.engine import MEMORY, Options, Report, Tell, damages, run
 from converters.execute import agreed
 from converters.formats import TensorInfo, dtype_code
+from converters.memory import enough
 from converters.output import Item, Output, digest, hash_file, identity, index_of
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
@@ -122,10 +123,14 @@ def convert(
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
-    job = digest([output.job(), output.identity(), sha256])
+    job = digest([output.job(), sha256])
     replaces = Replacing(output, force)
+    way_out = "A smaller memory (--memory 16M) and fewer threads need less; the same call goes on"
     if share is None:
-        with resumable(dst, job, replaces, restart=restart, size=output.size) as stage:
+        with (
+            enough(f"{dst}: not written", way_out),
+            resumable(dst, job, replaces, restart=restart, size=output.size) as stage,
+        ):
             if stage.anew:
                 tell({"event": "anew"})
             if not stage.published:
@@ -133,9 +138,13 @@ def convert(
                 tell(finished(output, stage.path, report))
         return Path(dst)
     number, parts = share
+    job = digest([job, output.identity()])  # others read the same sources, and know no more of them
     mine, same = output.part(number, parts), partial(_is, output, force)
     how: dict[str, Any] = {"restart": restart, "size": mine.size, "same": same}
-    with shared(dst, job, number, parts, replaces, **how) as place:
+    with (
+        enough(f"{dst}: not written", way_out),
+        shared(dst, job, number, parts, replaces, **how) as place,
+    ):
         if place.anew:
             tell({"event": "anew"})
         if not place.published:
@@ -202,7 +211,8 @@ def _located(
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     check_adapter(adapter)
     how = {k: v for k, v in options.items() if k not in chosen}
-    found = locate(src, adapter=adapter, **how)
+    # read and not mapped: who writes to a source then meets an error, and no signal
+    found = locate(src, adapter=adapter, mmap=False, **how)
     if (files := adapter_files(found, adapter)) is not None:
         asked = options.get("head") is not None
         found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)
@@ -386,7 +396,7 @@ def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterat
         if written <= disk.keys():
             for step in plan.steps:
                 if step.also:
-                    agreed(step, checkpoint.tensor, arrays.trust)  # before a byte is written
+                    agreed(step, checkpoint.lazy, arrays.trust)  # before a byte is written
             yield from _as_they_are(arrays, inverse, disk)
             return
     yield from in_order(arrays.backward(inverse), inverse)

@@ -72,6 +72,10 @@ class MissingShard(CheckpointError):
     """Shards that the index names and the directory lacks."""
 
 
+class SourceChanged(CheckpointError):
+    """A file that is not the one that was opened: written to, replaced or gone since."""
+
+
 class UnsafePath(CheckpointError):
     """A path that leaves the checkpoint's directory, or is no regular file."""
 

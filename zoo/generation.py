@@ -33,7 +33,7 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
-from zoo.inference import at_rest, device_of, model_of
+from zoo.inference import at_rest, check_sources, device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
 from zoo.tokenizers.gguf import ends
 
@@ -388,6 +388,7 @@ def generate(
     `options` are those of `zoo.generation.Options`. What an encoder-decoder gives is the answer
     alone. `stream=True` gives an iterator over tokens as they come, each with its row's number.
     """
+    check_sources(model)
     asked = Options.of(options)
     bounds = asked.bounds(model)
     if stream:

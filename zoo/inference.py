@@ -7,20 +7,41 @@ from contextlib import contextmanager
 from os import PathLike
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.components.model import Model
-from zoo.errors import UsageError
+from zoo.errors import SourceChanged, UsageError, listing
 from zoo.pretrained import Ref, load
 
 
 def model_of(model: Model | Ref) -> Model:
-    """The model itself, or the one that `zoo.load` finds under a reference."""
+    """The model itself, its files as they were; or the one that `zoo.load` finds."""
     if isinstance(model, str | PathLike):
         return load(model)
     if not isinstance(model, Model):
         raise UsageError(f"expected a model or a reference, found {type(model).__name__}")
+    check_sources(model)
     return model
+
+
+def check_sources(model: Model) -> None:
+    """Refuse weights that are views of a file which has changed: its next reader may be killed.
+
+    That takes microseconds where nothing did. A file that is gone leaves its pages where they are.
+    """
+    if model.provenance is None or not (changes := model.provenance.changes()):
+        return
+    if any(_is_mapped(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise SourceChanged(
+            f"{listing(changes)}, while the model's weights are views of it. Load it again; "
+            "zoo.load(..., mmap=False) (--no-mmap) reads weights into memory, and then a file may "
+            "change"
+        )
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether its memory is no allocator's, as that of a mapped file."""
+    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def called(model: Model) -> str:

@@ -33,6 +33,7 @@ from zoo.components.moe import Experts
 from zoo.components.norm import OffsetRMSNorm, RMSNorm
 from zoo.components.rotary import Rotary
 from zoo.errors import InputError, MissingDependency, UsageError
+from zoo.inference import check_sources
 from zoo.lora.layers import Lora
 
 M = TypeVar("M", bound=Model)
@@ -533,6 +534,7 @@ def _check(model: Any, sample: Any) -> None:
         raise UsageError("a model in several dtypes or on several devices cannot be prepared")
     if sample is not None and not isinstance(sample, Tensor):
         raise InputError(f"sample: expected token ids, found {type(sample).__name__}")
+    check_sources(model)
 
 
 def check_compiler(device: torch.device) -> None:

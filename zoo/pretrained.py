@@ -6,7 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from converters import quantisation
 from converters.checkpoint import (
@@ -30,7 +31,9 @@ from converters.checkpoint import (
 from converters.containers import alike
 from converters.dialects import Found, find
 from converters.execute import carry_out
-from converters.formats import BITS, TensorInfo
+from converters.formats import BITS, TensorInfo, open_regular
+from converters.formats.source import Stamp, stamp
+from converters.memory import enough, size
 from converters.plan import Native, Plan, identity_plan, make_plan
 from converters.quantisation import FIELD as QUANTISED
 from converters.quantisation import Quantisation
@@ -50,6 +53,7 @@ from zoo.errors import (
     OverflowOnCast,
     ResourceLimit,
     ShapeMismatch,
+    SourceChanged,
     UnsupportedArchitecture,
     UsageError,
     did_you_mean,
@@ -124,6 +128,7 @@ class Provenance:
     file: Path | None = None  # where one was given and not its directory
     # native name -> what its numbers stood in before they were decoded, here or in an earlier round
     quantised: Mapping[str, str] = field(default_factory=dict)
+    stamps: dict[Path, Stamp] = field(default_factory=dict, repr=False)  # of files, as they were
 
     @property
     def lossy(self) -> str:
@@ -155,9 +160,46 @@ class Provenance:
 
         out = {}
         for path in self.files:
-            with path.open("rb") as file:
+            fd = open_regular(path)
+            with open(fd, "rb") as file:
                 out[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        self.check()  # what was hashed is what was loaded
         return out
+
+    def changes(self) -> list[str]:
+        """What is no longer as it was loaded, by file; one that is gone is none of these."""
+        found = list[str]()
+        for path, before in self.stamps.items():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if (now := stamp(os.stat(path))) != before:
+                    found.append(f"{path}: {_difference(before, now)}")
+        return found
+
+    def check(self) -> None:
+        """Refuse to go on where a file is another than the one that was loaded."""
+        if changes := self.changes():
+            raise SourceChanged(
+                f"{listing(changes)}. The model was loaded from it as it was before: load it again"
+            )
+
+    def renew(self, directory: Path) -> None:
+        """Take the files in a directory for those that the model is of: it was saved there."""
+        real = Path(os.path.realpath(directory))
+        for path in list(self.stamps):
+            if Path(os.path.realpath(path.parent)).is_relative_to(real):
+                del self.stamps[path]
+                with suppress(OSError):
+                    self.stamps[path] = stamp(os.stat(path))
+                self.__dict__.pop("hashes", None)
+
+
+def _difference(before: Stamp, now: Stamp) -> str:
+    """In words, of two stamps that differ."""
+    if before[:2] != now[:2]:
+        return "was replaced by another file"
+    if before[2] != now[2]:
+        return f"was {before[2]} bytes, and is {now[2]}"
+    return "was written to"
 
 
 class Located(NamedTuple):
@@ -175,6 +217,7 @@ class Located(NamedTuple):
     quantised: Quantisation | None = None  # how matrices are held, if not as they are
     adapter: Files | None = None  # what its arrays are changed by
     brought: Mapping[str, Tensor] = {}  # tensors of the adapter's that the files lack
+    mmap: bool | None = None  # whether weights are mapped; None: as their format is
 
     @property
     def where(self) -> str:
@@ -197,7 +240,7 @@ class Located(NamedTuple):
     def _checkpoint(self) -> Checkpoint:
         if self.foreign is not None:
             return self.foreign.checkpoint
-        found = open_checkpoint(self.source.directory)
+        found = open_checkpoint(self.source.directory, self.mmap)
         if self.quantised is None:
             return found
         config = json.loads(self.config_text)
@@ -252,6 +295,7 @@ def load(
     prepare: bool = False,
     adapter: Ref | bool | None = None,
     merge: bool = False,
+    mmap: bool | None = None,
 ) -> Model:
     """The model behind a registry name, `hf:org/repo@revision` or a directory, ready for inference.
 
@@ -264,9 +308,13 @@ def load(
     a LoRA directory of peft's: it stands beside the weights, to be trained on, or is added to them
     with `merge`. True is the adapter that lies in the checkpoint's own directory, and False says
     that the weights there have it merged in already; one of both has to be said where there is one.
+    `mmap` says whether weights stay views of their file, which then may not be written to, or are
+    read into memory: None maps safetensors and GGUF alone.
     """
     check_adapter(adapter)
     _check_arguments(head, device, config, ignore_config, trust)
+    if mmap not in (None, True, False):
+        raise UsageError(f"mmap={mmap!r}: True, False or None")
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
     if merge and adapter in (None, False):
@@ -288,6 +336,7 @@ def load(
             ignore_config=ignore_config,
             expect=expect,
             adapter=adapter,
+            mmap=mmap,
         )
         files = adapter_files(found, adapter)
         adapted = partial(_adapted, files=files, merge=merge)
@@ -412,6 +461,7 @@ def locate(
     ignore_config: Sequence[str] = (),
     expect: type[Model] | None = None,
     adapter: Ref | bool | None = None,
+    mmap: bool | None = None,
     **where: Any,
 ) -> Located:
     """The directory behind a reference, and what its config says."""
@@ -422,7 +472,7 @@ def locate(
         source = sources.resolve(ref, weights=weights, adapter=adapter is True, **where)
         if weights and adapter is None:
             sources.check_no_adapter(source)
-        found = _read(source, head, ignore_config, ref)
+        found = _read(source, head, ignore_config, ref, mmap)._replace(mmap=mmap)
         _check_name(found, head)
     if expect is not None and found.entry.model is not expect:
         raise UnsupportedArchitecture(
@@ -508,16 +558,20 @@ def _not_the_named(
 
 
 def _read(
-    source: sources.Source, head: str | None, ignore: Sequence[str], ref: Ref | None
+    source: sources.Source,
+    head: str | None,
+    ignore: Sequence[str],
+    ref: Ref | None,
+    mmap: bool | None = None,
 ) -> Located:
     directory = source.directory
     if source.file is not None:
-        return _read_foreign(source, source.file, head, ignore)
+        return _read_foreign(source, source.file, head, ignore, mmap)
     if os.path.lexists(directory / NATIVE_FILE):
         return _read_native(source, confined(directory, NATIVE_FILE), head)
     path = directory / "config.json"
     if not os.path.lexists(path):
-        return _read_foreign(source, directory, head, ignore)
+        return _read_foreign(source, directory, head, ignore, mmap)
     reference = read_json(confined(directory, path.name), ConfigError)
     entry, _ = registry.architecture_for(reference, str(path))
     text, where = path.read_text(encoding="utf-8"), str(path)
@@ -567,10 +621,14 @@ def _as_published(dialect: Dialect, problem: str) -> str:
 
 
 def _read_foreign(
-    source: sources.Source, place: Path, head: str | None, ignore: Sequence[str]
+    source: sources.Source,
+    place: Path,
+    head: str | None,
+    ignore: Sequence[str],
+    mmap: bool | None,
 ) -> Located:
     """A file, or the one checkpoint in a directory, whose dialect shows by its content."""
-    found = find(place)
+    found = find(place, mmap)
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
     if found.container.wide:  # by custom; elsewhere what was stored in F32 was meant so
@@ -710,13 +768,28 @@ def fill(
     names: dict[str, list[str]] = {name: [name] for name in plan.native.shapes}
     for other, owner in plan.native.ties.items():
         names[owner].append(other)
-    for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
-        parameter = nn.Parameter(_placed(name, tensor, dtype, device))
-        for each in names[name]:
-            owner, _, leaf = each.rpartition(".")
-            modules[owner]._parameters[leaf] = parameter
-    model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
+    provenance = model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
+    with enough(partial(_task, found, checkpoint, dtype), _WAYS_OUT):
+        for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
+            parameter = nn.Parameter(_placed(name, tensor, dtype, device))
+            for each in names[name]:
+                owner, _, leaf = each.rpartition(".")
+                modules[owner]._parameters[leaf] = parameter
+    provenance.check()  # nothing of it was read while it changed
     return model.eval()
+
+
+_WAYS_OUT = (
+    "mmap=True (--mmap) leaves weights in their file; else take a narrower dtype, a smaller model "
+    "or another machine"
+)
+
+
+def _task(found: Located, checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:
+    count = sum(info.numel for info in checkpoint.tensors.values())
+    held = sum(info.nbytes for info in checkpoint.tensors.values())
+    cast = "" if dtype is None else f", {size(count * dtype.itemsize)} as {dtype}"
+    return f"{found.where}: weights of {size(held)}{cast}"
 
 
 def check_trust(trust: Collection[str], checkpoint: Checkpoint) -> None:
@@ -749,6 +822,7 @@ def provenance_of(
         revision=found.source.revision,
         file=found.source.file,
         quantised=_quantised(found, checkpoint, plan),
+        stamps={path: stamp(os.stat(path)) for path in checkpoint.files},
     )
 
 
@@ -866,15 +940,35 @@ def _random(
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> Model:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        with torch.device(device):
-            model = found.entry.model(found.config(found.heads[0], changes))
-    finally:
-        torch.set_default_dtype(before)
+    config = found.config(found.heads[0], changes)
+    with (
+        enough(f"{found.where}: random weights", "Take a smaller config or a narrower dtype"),
+        torch.device(device),
+        _Dtype(dtype or torch.get_default_dtype()),
+    ):
+        model = found.entry.model(config)
     model.architecture = found.entry.name
     return model.eval()
+
+
+class _Dtype(TorchFunctionMode):
+    """What this thread makes of floats is of one dtype; torch's own default is the process's."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in _FLOATS and named.get("dtype") is None:
+            named["dtype"] = self.dtype
+        return func(*args, **named)
+
+
+# factories whose result is of floats where no dtype is named
+_FLOATS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 def _placed(

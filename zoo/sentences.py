@@ -222,7 +222,7 @@ def _dense(folder: Path, config: Mapping[str, Any], where: str) -> tuple[Dense, 
     assert isinstance(inputs, int)
     with torch.device("meta"):
         dense = Dense(inputs, outputs, bias, act)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, mmap=False)
     wanted = {f"linear.{name}": tuple(p.shape) for name, p in dense.linear.named_parameters()}
     if odd := sorted(checkpoint.tensors.keys() ^ wanted.keys()):
         raise MissingTensors(f"{folder}: expected {listing(wanted)}; at odds: {listing(odd)}")

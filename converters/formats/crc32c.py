@@ -12,6 +12,7 @@ Squaring doubles every exponent over GF(2): rows of 2, 4, 8 ... bytes fold like 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,17 +39,27 @@ _TABLE = _table()
 
 def crc32c(data: bytes | torch.Tensor) -> int:
     """The checksum of bytes, or of a flat tensor of them, which is not changed."""
-    if len(data) <= _SHORT:
-        return _finish(data if isinstance(data, bytes) else bytes(data.tolist()), 0xFFFFFFFF)
+    if isinstance(data, bytes):
+        if len(data) <= _SHORT:
+            return _finish(data, 0xFFFFFFFF)
+        import torch
+
+        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    flat = data
+    return crc32c_read(len(flat), lambda start, end: flat[start:end])
+
+
+def crc32c_read(size: int, read: Callable[[int, int], torch.Tensor]) -> int:
+    """The checksum of `size` bytes, of which `read` gives a range as a flat tensor."""
     import torch
 
-    if isinstance(data, bytes):
-        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    piece = torch.empty(min(_PIECE, len(data)), dtype=torch.uint8)
+    if size <= _SHORT:
+        return _finish(bytes(read(0, size).tolist()), 0xFFFFFFFF)
+    piece = torch.empty(min(_PIECE, size), dtype=torch.uint8)
     held = taken = 0
-    while taken < len(data):
-        more = min(len(piece) - held, len(data) - taken)
-        piece[held : held + more] = data[taken : taken + more]
+    while taken < size:
+        more = min(len(piece) - held, size - taken)
+        piece[held : held + more] = read(taken, taken + more)
         if not taken:
             piece[:4].bitwise_not_()  # the register starts with ones
         taken += more

@@ -6,12 +6,13 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, open_regular
-from converters.formats.mapped import MappedFile
 from converters.formats.quants import KINDS, UNREAD, WRITTEN, Kind, dequantise
+from converters.formats.source import SourceFile
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -26,9 +27,11 @@ from zoo.errors import (
 )
 
 if TYPE_CHECKING:
-    import mmap
+    from mmap import mmap as Map
 
     from torch import Tensor
+
+    from converters.lazy import Read
 
 MAX_HEADER = 100_000_000
 # As many as are read in a second. Real files have a hundred keys, two thousand tensors, and 1.3
@@ -71,7 +74,7 @@ class Array:
     """A long array of a file, whose place is known and whose elements are not: list() decodes."""
 
     def __init__(
-        self, path: Path, key: str, kind: str, count: int, data: mmap.mmap, start: int
+        self, path: Path, key: str, kind: str, count: int, data: Map | bytes, start: int
     ) -> None:
         self.path, self.key, self.kind = path, key, kind
         self._count, self._data, self._start = count, data, start
@@ -106,23 +109,24 @@ class Array:
 
 
 class GGUFReader:
-    """One file: its header, checked when opened; its tensors, mapped or decoded when asked for.
+    """One file: its header, checked when opened; its tensors, when asked for.
+
+    They are views of the mapped file, or read; quantised ones are decoded.
 
     A file of a split holds a part of the tensors, so it has to be asked for by `part`; `open_gguf`
     reads all of them as one. `tensors` says what is read; what was stored is in `quantised` where
     that is not the same.
     """
 
-    def __init__(self, path: Path, part: bool = False) -> None:
+    def __init__(self, path: Path, mmap: bool | None = None, *, part: bool = False) -> None:
         self.path = path
         fd = open_regular(path)
         try:
             _check_magic(path, os.pread(fd, 24, 0), os.fstat(fd).st_size)
-            self._file = MappedFile(path, fd)
+            self._file = SourceFile(path, fd, mmap is not False)
         finally:
             os.close(fd)
-        self._data = self._file.data
-        header = _Header(path, self._data)
+        header = _read_header(self._file)
         self.version: int = header.version
         self.said: dict[str, Any] = header.said
         self.values = self.said  # as other readers call it
@@ -137,7 +141,7 @@ class GGUFReader:
                 f"{path}: is file {number + 1} of {count}, and tensors lie in the others too. "
                 "Open them together, with open_gguf."
             )
-        self._places = _places(path, header, self.alignment, len(self._data))
+        self._places = _places(path, header, self.alignment, self._file.size)
         self.tensors = {
             name: TensorInfo(name, place.shape, place.kind.dtype)
             for name, place in self._places.items()
@@ -162,27 +166,29 @@ class GGUFReader:
         if place.kind.decode is None:
             return self._file.tensor(place.start, info.dtype, info.shape)
         out = torch.empty(info.numel)
-        dequantise(place.kind, self._bytes(place.start, place.end), out)
+        dequantise(place.kind, self._file.bytes(place.start, place.end), out)
         return out.view(info.shape)
 
+    def decoder(self, name: str) -> Read | None:
+        """What makes or reads a box of a tensor; None where a view of the map shows it."""
+        place, info = self._place(name), self.tensors[name]
+        if place.kind.decode is not None:
+            return partial(self.numbers, name)
+        return self._file.boxes(place.start, info.dtype, info.shape)
+
     def numbers(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) of a tensor, all axes but the last being rows; no other is decoded."""
+        """(rows, columns) of what is quantised, all axes but the last being rows."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
         width = info.shape[-1] if info.shape else 1
-        if place.kind.decode is None:
-            return self.tensor(name).view(-1, width)[rows, columns]
         block, size = place.kind.block, place.kind.size
         first, last = columns.start // block, -(-columns.stop // block)
-        held = self._bytes(place.start, place.end).view(-1, width // block * size)
-        raw = held[rows, first * size : last * size]
+        shape = info.numel // width, width // block * size
+        raw = self._file.box(place.start, "U8", shape, rows, slice(first * size, last * size))
         out = torch.empty(len(raw), (last - first) * block)
         dequantise(place.kind, raw.reshape(-1), out.view(-1))
         return out[:, columns.start - first * block : columns.stop - first * block]
-
-    def _bytes(self, start: int, end: int) -> Tensor:
-        return self._file.bytes(start, end)
 
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)
@@ -192,12 +198,12 @@ class GGUFReader:
         return place
 
 
-def open_gguf(path: Path) -> dict[str, GGUFReader]:
+def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
     """File name -> reader: one, or all of a split in order, whichever of them is given.
 
     The first says what holds of all.
     """
-    given = GGUFReader(path, part=True)
+    given = GGUFReader(path, mmap, part=True)
     if given.split is None:
         return {path.name: given}
     number, count = given.split
@@ -209,7 +215,7 @@ def open_gguf(path: Path) -> dict[str, GGUFReader]:
             f"{wanted}. The others are found by their names: give them back the ones they had."
         )
     names = [f"{match[1]}-{n + 1:05d}-of-{count:05d}.gguf" for n in range(count)]
-    readers = _read_all(path.parent, names, {path.name: given})
+    readers = _read_all(path.parent, names, {path.name: given}, mmap)
     problems = [
         f"{name} says {_told(reader.split)}, expected {_told((n, count))}"
         for n, (name, reader) in enumerate(readers.items())
@@ -237,7 +243,9 @@ def _told(split: tuple[int, int] | None) -> str:
     return f"file {split[0] + 1} of {split[1]}" if split else "that it is whole"
 
 
-def _read_all(root: Path, names: list[str], read: dict[str, GGUFReader]) -> dict[str, GGUFReader]:
+def _read_all(
+    root: Path, names: list[str], read: dict[str, GGUFReader], mmap: bool | None
+) -> dict[str, GGUFReader]:
     """All of them; or all that are missing, else the first that cannot be read."""
     from converters.checkpoint import confined  # which reads other formats by what is beside this
 
@@ -248,7 +256,8 @@ def _read_all(root: Path, names: list[str], read: dict[str, GGUFReader]) -> dict
             f"{root}: {len(missing)} of {len(names)} files are missing: {listing(missing)}. "
             "Download them again."
         )
-    read = {**read, **{name: GGUFReader(confined(root, name), part=True) for name in others}}
+    found = {name: GGUFReader(confined(root, name), mmap, part=True) for name in others}
+    read = {**read, **found}
     return {name: read[name] for name in names}
 
 
@@ -305,11 +314,28 @@ class _Entry(NamedTuple):
     offset: int
 
 
+def _read_header(file: SourceFile) -> _Header:
+    """The header, of a map or of as many bytes as it turns out to have."""
+    if file.mapped:
+        return _Header(file.path, file.data, file.size)
+    length = 1 << 20
+    while True:
+        data = b"".join(map(bytes, file.chunks(0, min(length, file.size))))
+        try:
+            return _Header(file.path, data, file.size)
+        except _Longer:
+            length *= 8
+
+
+class _Longer(Exception):
+    """The header goes on behind the bytes that were read."""
+
+
 class _Header:
     """What the header says, whose structure is sound; limits come before what they limit."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data = path, data
+    def __init__(self, path: Path, data: Map | bytes, size: int) -> None:
+        self.path, self.data, self.size = path, data, size  # the size is the file's
         self.at, self.end = 4, min(len(data), MAX_HEADER)
         self.text_left, self.elements_left = MAX_TEXT, MAX_ELEMENTS
         self.version = self._u32("the version")
@@ -325,14 +351,16 @@ class _Header:
         """Where the next bytes begin, all of which are there."""
         start = self.at
         if size > self.end - start:
-            if start + size <= len(self.data):
+            if len(self.data) < min(self.size, MAX_HEADER):
+                raise _Longer
+            if start + size <= self.size:
                 raise ResourceLimit(
                     f"{self.path}: {what} ends at byte {start + size} of the header; "
                     f"at most {MAX_HEADER} are read"
                 )
             raise CorruptCheckpoint(
                 f"{self.path}: {what} takes {size} bytes from byte {start} on, and the file has "
-                f"{len(self.data)}. Truncated or damaged: download or copy it again."
+                f"{self.size}. Truncated or damaged: download or copy it again."
             )
         self.at += size
         return start
@@ -347,10 +375,10 @@ class _Header:
 
     def _count(self, what: str, limit: int, least: int) -> int:
         count = self._u64(f"the number of {what}")
-        if count * least > len(self.data):
+        if count * least > self.size:
             raise CorruptCheckpoint(
                 f"{self.path}: {count} {what} take {count * least} bytes or more, "
-                f"and the file has {len(self.data)}. Truncated or damaged."
+                f"and the file has {self.size}. Truncated or damaged."
             )
         if count > limit:
             raise ResourceLimit(f"{self.path}: {count} {what}; at most {limit} are read")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, open_regular
-from converters.formats.mapped import MappedFile
+from converters.formats.source import SourceFile
 from zoo.errors import (
     ConfigError,
     CorruptCheckpoint,
@@ -21,6 +22,8 @@ from zoo.errors import (
 
 if TYPE_CHECKING:
     import torch
+
+    from converters.lazy import Read
 
 MAGIC = 0x616B3432
 _SIZES = struct.Struct("<7i")
@@ -152,9 +155,12 @@ def _parse(path: Path, head: bytes) -> Header:
 
 
 class Llama2cReader:
-    """Sizes are checked against the file's before anything is mapped."""
+    """Sizes are checked against the file's before anything is read.
 
-    def __init__(self, path: Path) -> None:
+    Mapped only if asked to be: training scripts write over such files while they are in use.
+    """
+
+    def __init__(self, path: Path, mmap: bool | None = None) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
         fd = open_regular(path)
@@ -168,7 +174,7 @@ class Llama2cReader:
                     f"{path}: {size} bytes, and its header (version {self.header.version}: "
                     f"{self.header.values}) makes {end}. {cause}"
                 )
-            self._file = MappedFile(path, fd)
+            self._file = SourceFile(path, fd, mmap is True)
         finally:
             os.close(fd)
         self.values: dict[str, Any] = self.header.values
@@ -190,7 +196,7 @@ class Llama2cReader:
         return start, start + self.tensors[name].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file; made of whole numbers and scales in version 2."""
+        """Read, or a view of the map; made of whole numbers and scales in version 2."""
         if name not in self.tensors:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
@@ -199,13 +205,19 @@ class Llama2cReader:
             return self.numbers(name, *(slice(0, size) for size in info.shape))
         return self._file.tensor(self._starts[name], info.dtype, info.shape)
 
+    def decoder(self, name: str) -> Read | None:
+        """What makes or reads a box of an array; None where a view of the map shows it."""
+        if self.header.groups(name):
+            return partial(self.numbers, name)
+        return self._file.boxes(self._starts[name], *reversed(self.tensors[name][1:]))
+
     def numbers(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
         """(rows, columns) of an array in groups, which may begin in one row and end in the next."""
         import torch
 
         group, at, info = self.header.group, self._starts[name], self.tensors[name]
         width = info.shape[1]
-        whole = self._file.tensor(at, "I8", info.shape)[rows, columns]
+        whole = self._file.box(at, "I8", info.shape, rows, columns)
         down, across = (torch.arange(side.start, side.stop) for side in (rows, columns))
         of = (down[:, None] * width + across) // group
         first, last = int(of[0, 0]), int(of[-1, -1]) + 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.formats import BITS, RANK, Layout, TensorInfo, open_regular
-from converters.formats.mapped import MappedFile
+from converters.formats.source import SourceFile
 from converters.strict_json import DuplicateKeys, unique
 from zoo.errors import (
     CorruptCheckpoint,
@@ -25,6 +25,8 @@ from zoo.errors import (
 if TYPE_CHECKING:
     import torch
 
+    from converters.lazy import Read
+
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 64  # torch's
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -32,13 +34,13 @@ _LARGEST = (1 << 63) - 1
 
 
 class SafetensorsReader:
-    """The header, checked when opened; the tensors, mapped when first asked for."""
+    """The header, checked when opened; the tensors, mapped when first asked for, or read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mmap: bool | None = None) -> None:
         self.path = path
         fd = open_regular(path)
         try:
-            self._file = MappedFile(path, fd)
+            self._file = SourceFile(path, fd, mmap is not False)
             self._start, header = _read_header(path, fd)
         finally:
             os.close(fd)
@@ -54,12 +56,17 @@ class SafetensorsReader:
         return self._start + start, self._start + end
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file; what is written to it stays in this process."""
+        """A view of the mapped file, or memory of its own; no file is changed through either."""
         info = self.tensors.get(name)
         if info is None:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
         return self._file.tensor(self.span(name)[0], info.dtype, info.shape)
+
+    def decoder(self, name: str) -> Read | None:
+        """What reads a box of a tensor; None where a view of the map shows it."""
+        _, shape, dtype = self.tensors[name]
+        return self._file.boxes(self.span(name)[0], dtype, shape)
 
 
 def _read_header(path: Path, fd: int) -> tuple[int, bytes]:

@@ -6,13 +6,14 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from converters.checkpoint import confined, is_plain
-from converters.formats import BITS, TensorInfo, open_regular
-from converters.formats.crc32c import crc32c, masked
-from converters.formats.mapped import MappedFile
+from converters.formats import BITS, TensorInfo, open_regular, torch_dtype
+from converters.formats.crc32c import crc32c_read, masked
+from converters.formats.source import SourceFile
 from converters.formats.sstable import read_table
 from converters.formats.wire import BYTES, FIXED32, Field, Malformed, message, signed
 from zoo.errors import (
@@ -30,6 +31,8 @@ from zoo.errors import (
 
 if TYPE_CHECKING:
     import torch
+
+    from converters.lazy import Read
 
 INDEX = ".index"
 MAX_SHARDS = 10_000  # and slices of one tensor
@@ -128,14 +131,15 @@ class _Piece(NamedTuple):
 class TFBundleReader:
     """Index and sizes are checked on opening, a tensor's CRC when it is first asked for.
 
-    `skipped` says why a key is no tensor here: text, TensorFlow's own bookkeeping.
+    `skipped` says why a key is no tensor here: text, TensorFlow's own bookkeeping. Mapped only if
+    asked to be: a saver writes under the same names again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mmap: bool | None = None) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
         entries, shards = _entries(path)
-        self._shards = _open_shards(path, shards)
+        self._shards = _open_shards(path, shards, mmap is True)
         self.files = (path, *(shard.path for shard in self._shards))
         self.skipped: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -144,7 +148,7 @@ class TFBundleReader:
         self._unchecked = {piece.part for pieces in self._pieces.values() for piece in pieces}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped shard; what was saved in slices is joined in memory."""
+        """Read, or a view of the map; what was saved in slices is joined in memory."""
         if name in self.skipped:
             raise MissingTensors(f"{self.path}: {name} is no tensor: {self.skipped[name]}")
         info = self.tensors.get(name)
@@ -160,6 +164,31 @@ class TFBundleReader:
 
         return torch.cat([self._view(info.dtype, piece) for piece in pieces], pieces[0].axis)
 
+    def decoder(self, name: str) -> Read | None:
+        """What reads a box of a tensor; None where views of the map show it."""
+        pieces, (_, shape, dtype) = self._pieces[name], self.tensors[name]
+        for piece in pieces:
+            self._check(name, piece.part)
+        if self._shards[pieces[0].part.shard].mapped:
+            return None
+        if len(pieces) == 1:
+            return self._boxes(dtype, pieces[0])
+        import torch
+
+        from converters.lazy import Lazy, Part, Stored
+
+        parts = list[Part]()
+        for piece in pieces:
+            box = [slice(0, size) for size in shape]
+            box[piece.axis] = slice(piece.first, piece.first + piece.shape[piece.axis])
+            of = Stored(piece.shape, torch_dtype(dtype), self._boxes(dtype, piece))
+            view = torch.empty(piece.shape, dtype=torch_dtype(dtype), device="meta")
+            parts.append(Part(tuple(box), view, of))
+        return Lazy(shape, shape, parts).matrix
+
+    def _boxes(self, dtype: str, piece: _Piece) -> Read:
+        return partial(self._shards[piece.part.shard].box, piece.part.start, dtype, piece.shape)
+
     def _view(self, dtype: str, piece: _Piece) -> torch.Tensor:
         return self._shards[piece.part.shard].tensor(piece.part.start, dtype, piece.shape)
 
@@ -167,7 +196,8 @@ class TFBundleReader:
         if part not in self._unchecked or part.start == part.end:
             return
         shard = self._shards[part.shard]
-        found = masked(crc32c(shard.bytes(part.start, part.end)))
+        size, read = part.end - part.start, shard.bytes
+        found = masked(crc32c_read(size, lambda a, b: read(part.start + a, part.start + b)))
         if found != part.crc:
             raise CorruptCheckpoint(
                 f"{shard.path}: tensor {name}, bytes {part.start} to {part.end}: CRC {found:08x}, "
@@ -389,10 +419,10 @@ def _number(value: int) -> bytes:
 # --- the shards ----------------------------------------------------------------------------------
 
 
-def _open_shards(path: Path, count: int) -> list[MappedFile]:
+def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
     """All shards, or all that is unsafe, or all that is missing."""
     stem = path.name.removesuffix(INDEX)
-    found: list[MappedFile] = []
+    found: list[SourceFile] = []
     missing: list[str] = []
     unsafe: list[str] = []
     for number in range(count):
@@ -406,7 +436,7 @@ def _open_shards(path: Path, count: int) -> list[MappedFile]:
             unsafe.append(str(error))
         else:
             try:
-                found.append(MappedFile(place, fd))
+                found.append(SourceFile(place, fd, mapped))
             finally:
                 os.close(fd)
     if unsafe:
@@ -419,7 +449,7 @@ def _open_shards(path: Path, count: int) -> list[MappedFile]:
     return found
 
 
-def _span_problems(entries: dict[bytes, _Entry], shards: list[MappedFile]) -> list[str]:
+def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> list[str]:
     """Bytes that lie beyond their shard, belong to two, or to none at its end."""
     parts = sorted((e.part, key) for key, e in entries.items() if not e.slices)
     problems: list[str] = []

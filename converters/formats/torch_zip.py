@@ -1,4 +1,4 @@
-"""torch's own zips (`.bin`, `.pth`): a pickle read as data, over records that stay mapped."""
+"""torch's own zips (`.bin`, `.pth`): a pickle as data, over records read or mapped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from converters.formats import (
     stored_zip,
     torch_pickle,
 )
-from converters.formats.mapped import MappedFile
+from converters.formats.source import SourceFile
 from converters.formats.stored_zip import END, LOCAL, MAGIC, WIDE
 from converters.formats.torch_pickle import Array, Name
 from zoo.errors import (
@@ -41,6 +41,8 @@ from zoo.errors import (
 
 if TYPE_CHECKING:
     import torch
+
+    from converters.lazy import Read
 
 MAX_PICKLE = 64 << 20  # names, shapes and strides: 100 bytes a tensor
 MAX_RECORDS = 1 << 20
@@ -64,17 +66,18 @@ class TorchZipReader:
     So listing a file costs no reading of weights, and no torch; no tensor leaves here unchecked.
     """
 
-    def __init__(self, path: Path, *, nested: bool = False) -> None:
+    def __init__(self, path: Path, mmap: bool | None = None, *, nested: bool = False) -> None:
         """`nested` takes dicts in dicts, and plain values beside tensors, as trainers leave them.
 
-        A tensor's name is then the keys that lead to it, joined by /.
+        A tensor's name is then the keys that lead to it, joined by /. Mapped only if asked to be:
+        torch.save writes over such files while they are in use.
         """
         self.path = path
         self.metadata: dict[str, str] = {}
         fd = open_regular(path)
         with open(fd, "rb") as file:
             records, data = _records(path, file)
-            self._file = MappedFile(path, fd)
+            self._file = SourceFile(path, fd, mmap is True)
         found = torch_pickle.read(path, data)
         if not isinstance(found, dict):
             kind = "Tensor" if isinstance(found, Array) else type(found).__name__
@@ -88,6 +91,8 @@ class TorchZipReader:
         self.tensors = {name: _info(path, name, array) for name, array in self._arrays.items()}
         self._records = _pair(path, self._arrays, records)
         self._unchecked = set(self._records)
+        names = Counter(array.storage.key for array in self._arrays.values())
+        self._shared = {key for key, count in names.items() if count > 1}
         self._whole: dict[tuple[str, str], torch.Tensor] = {}
 
     @property
@@ -118,12 +123,30 @@ class TorchZipReader:
         return array.storage.key, array.offset, array.shape, array.stride
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file; names that shared a storage when saved still do."""
+        """A view of its storage; names that shared one when saved still do."""
         array = self._arrays.get(name)
         if array is None:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
-        key = array.storage.key
+        self._check(name)
+        return self._storage(array.storage.key, self.tensors[name].dtype).as_strided(
+            array.shape, array.stride, array.offset
+        )
+
+    def decoder(self, name: str) -> Read | None:
+        """What reads a box of a tensor; None where a view of its storage shows it."""
+        import torch
+
+        array, (_, shape, dtype) = self._arrays[name], self.tensors[name]
+        record = self._records.get(array.storage.key)
+        if record is None or array.stride != torch.empty(shape, device="meta").stride():
+            return None
+        self._check(name)
+        return self._file.boxes(record.start + array.offset * itemsize(dtype), dtype, shape)
+
+    def _check(self, name: str) -> None:
+        """The CRC of the record that a tensor lies in, once."""
+        key = self._arrays[name].storage.key
         if key in self._unchecked:
             record = self._records[key]
             found = self._file.crc32(record.start, record.start + record.size)
@@ -133,18 +156,16 @@ class TorchZipReader:
                     f"expected {record.crc:08x}. Download or copy the file again."
                 )
             self._unchecked.discard(key)  # another thread may have been as fast
-        return self._storage(key, self.tensors[name].dtype).as_strided(
-            array.shape, array.stride, array.offset
-        )
 
     def _storage(self, key: str, dtype: str) -> torch.Tensor:
-        """All numbers of a record; kept, so that names share them, unless they had to be copied."""
+        """All numbers of a record; kept where names share them or where they are mapped."""
         if (known := self._whole.get((key, dtype))) is not None:
             return known
         record = self._records.get(key) or _Record("", 0, 0, 0)  # of nothing there is no record
         size = itemsize(dtype)
         whole = self._file.tensor(record.start, dtype, (record.size // size,))
-        if record.start % size == 0:  # a repacked zip may have lost torch's alignment
+        # a repacked zip may have lost torch's alignment, and then even a map is copied
+        if key in self._shared if not self._file.mapped else record.start % size == 0:
             self._whole[key, dtype] = whole
         return whole
 

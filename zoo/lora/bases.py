@@ -17,6 +17,7 @@ from zoo.lora.files import WEIGHTS, Files
 from zoo.lora.places import Places
 
 if TYPE_CHECKING:
+    from converters.lazy import Read
     from zoo.pretrained import Located
 
 # peft's word for what a model is trained to do -> the head that does it
@@ -101,3 +102,6 @@ class _Held:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._held[name]
+
+    def decoder(self, name: str) -> Read | None:
+        return None

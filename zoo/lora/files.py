@@ -113,7 +113,8 @@ def read(directory: Path) -> Files:
     if name is None:
         raise NotACheckpoint(f"{directory}: {CONFIG}, and neither of {listing(WEIGHTS)}")
     place = confined(directory, name)
-    reader = SafetensorsReader(place) if name.endswith(".safetensors") else TorchZipReader(place)
+    kind = SafetensorsReader if name.endswith(".safetensors") else TorchZipReader
+    reader = kind(place, mmap=False)
     odd = [
         f"{n}: {i.dtype} is no weight" for n, i in reader.tensors.items() if i.dtype not in FLOATS
     ]

@@ -1,0 +1,166 @@
+"""A file's bytes as tensors: views of a private map, or memory of their own; never written back."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+import weakref
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.formats import itemsize, open_regular, torch_dtype
+from zoo.errors import SourceChanged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from converters.lazy import Read
+
+# A private mapping is charged to the machine's memory as if all of it were to be written, and one
+# larger than that memory is refused. Weights are only read, so they ask for no reservation.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+_CHUNK = 256 << 10  # bytes read at a time where they are not kept: they stay in the cache
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What tells a file from another, and from itself once it was written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class SourceFile:
+    """One regular file, as it was when its header was read through `fd`.
+
+    Mapped, its tensors are views of the file; what is written to them stays in this process, but
+    whoever shortens the file takes the bytes away from under them. Else each is read when asked
+    for, into memory of its own.
+    """
+
+    def __init__(self, path: Path, fd: int, mapped: bool) -> None:
+        self.path, self.mapped = path, mapped
+        self.stamp = stamp(os.fstat(fd))
+        self.size = self.stamp[2]
+        self._mapping: mmap.mmap | None = None
+        self._fd: int | None = None
+
+    def bytes(self, start: int, end: int) -> Tensor:
+        """(end - start,) bytes of the file; never none at all."""
+        import torch
+
+        if self.mapped:
+            return torch.frombuffer(self.data, dtype=torch.uint8, count=end - start, offset=start)
+        return self.tensor(start, "U8", (end - start,))
+
+    def tensor(self, start: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """In this shape: a view of the map, a copy where the file does not align it; or read."""
+        import torch
+
+        kind, size, count = torch_dtype(dtype), itemsize(dtype), math.prod(shape)
+        if not count or not self.mapped:
+            out = torch.empty(shape, dtype=kind)
+            self._read(start, _memory_of(out))
+            return out
+        if start % size:  # kernels may assume alignment, so this tensor alone is copied
+            return self.bytes(start, start + count * size).clone().view(kind).view(shape)
+        flat = torch.frombuffer(self.data, dtype=kind, count=count, offset=start)
+        return flat.view(shape)
+
+    def box(
+        self, start: int, dtype: str, shape: tuple[int, ...], rows: slice, columns: slice
+    ) -> Tensor:
+        """(rows, columns) of a tensor, all axes but the last being rows; no other byte is kept."""
+        import torch
+
+        width = shape[-1] if shape else 1
+        if self.mapped:
+            return self.tensor(start, dtype, shape).view(-1, width)[rows, columns]
+        height, across = rows.stop - rows.start, columns.stop - columns.start
+        size, row = itemsize(dtype), width * itemsize(dtype)
+        start += rows.start * row
+        if across == width:
+            return self.tensor(start, dtype, (height, width))
+        out = torch.empty(height, across, dtype=torch_dtype(dtype))
+        if 2 * across >= width:  # to read what lies between is faster than to leave it out
+            step = max(1, _CHUNK // row)
+            for top in range(0, height, step):
+                end = min(height, top + step)
+                whole = self.tensor(start + top * row, dtype, (end - top, width))
+                out[top:end] = whole[:, columns]
+            return out
+        memory, wide = _memory_of(out), across * size
+        start += columns.start * size
+        for at in range(0, height * wide, wide):
+            self._read(start, memory[at : at + wide])
+            start += row
+        return out
+
+    def boxes(self, start: int, dtype: str, shape: tuple[int, ...]) -> Read | None:
+        """`box` of one tensor; None where a view of the map shows it whole."""
+        return None if self.mapped else partial(self.box, start, dtype, shape)
+
+    def crc32(self, start: int, end: int) -> int:
+        crc = 0
+        for chunk in self.chunks(start, end):
+            crc = zlib.crc32(chunk, crc)
+        return crc
+
+    def chunks(self, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes in order, in memory that the next of them may take."""
+        if self.mapped:
+            with memoryview(self.data) as held:
+                for at in range(start, end, _CHUNK):
+                    yield held[at : min(at + _CHUNK, end)]
+            return
+        room = memoryview(bytearray(min(_CHUNK, end - start)))
+        for at in range(start, end, _CHUNK):
+            piece = room[: min(_CHUNK, end - at)]
+            self._read(at, piece)
+            yield piece
+
+    def _read(self, start: int, out: memoryview) -> None:
+        if self._fd is None:
+            self._fd = self._opened()
+            weakref.finalize(self, os.close, self._fd)
+        while len(out):
+            count = os.preadv(self._fd, [out], start)
+            if not count:
+                raise SourceChanged(f"{self.path}: became shorter while it was read. Load it again")
+            out, start = out[count:], start + count
+
+    @property
+    def data(self) -> mmap.mmap:
+        """All of the file, mapped."""
+        if self._mapping is None:
+            fd = self._opened()
+            try:
+                flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                self._mapping = mmap.mmap(fd, 0, flags=flags, prot=protection)
+            finally:
+                os.close(fd)
+        return self._mapping
+
+    def _opened(self) -> int:
+        fd = open_regular(self.path)
+        if stamp(os.fstat(fd)) != self.stamp:
+            os.close(fd)
+            raise SourceChanged(f"{self.path}: changed after its header was read. Load it again")
+        return fd
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's own bytes, to be written to while the tensor is there."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    held = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(held).cast("B")
+
+
+__all__ = ["SourceFile", "Stamp", "stamp"]

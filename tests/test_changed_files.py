@@ -1,0 +1,213 @@
+"""What happens to a model, or a conversion, when a file that it is of is written to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import zoo
+from zoo.errors import SourceChanged
+
+IDS = torch.tensor([[1, 5, 9, 4]])
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("hf")
+    said = {"gpt2": {"act": "gelu", "eps": 1e-5}}  # as nanoGPT is
+    names = ("gpt2", "bert", "llama")
+    return {n: zoo.save(tiny.build(n, **said.get(n, {})), place / n) for n in names}
+
+
+@pytest.fixture
+def directory(hf: Any, tmp_path: Path) -> Path:
+    """A checkpoint of safetensors that may be written to."""
+    place = tmp_path / "m"
+    zoo.save(zoo.load(hf["gpt2"]), place)
+    return place
+
+
+@pytest.fixture
+def trainers(hf: Any, tmp_path: Path) -> Path:
+    """nanoGPT's ckpt.pt."""
+    zoo.save(zoo.load(hf["gpt2"]), tmp_path / "nano", to="nanogpt")
+    return tmp_path / "nano" / "ckpt.pt"
+
+
+def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which a SIGBUS would end."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+OVERWRITTEN = """
+import sys, torch, zoo
+path = sys.argv[1]
+model = zoo.load(path)
+before = model(torch.tensor([[1, 5, 9, 4]]))
+held = torch.load(path, weights_only=True)
+held["model"] = {name: held["model"][name] for name in held["model"]}
+state = {name: tensor for name, tensor in model.state_dict().items()}
+torch.save({**held, "native": state}, path)
+assert torch.equal(model(torch.tensor([[1, 5, 9, 4]])), before)
+torch.save({"model": model.state_dict()}, path)
+again = torch.load(path, weights_only=True)["model"]
+assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+"""
+
+
+def test_a_checkpoint_of_torch_may_be_overwritten_by_its_own_model(trainers: Path) -> None:
+    done = run(OVERWRITTEN, trainers)
+    assert done.returncode == 0, done.stderr
+
+
+GENERATING = """
+import os, sys, torch, zoo
+model = zoo.load(sys.argv[1], mmap=sys.argv[3] == "map")
+os.truncate(sys.argv[2], 100)
+try:
+    model.generate(torch.tensor([[1, 5, 9, 4]]), max_new_tokens=2)
+except zoo.errors.SourceChanged as error:
+    assert "model.safetensors: was " in str(error) and "is 100" in str(error), error
+    assert "mmap=False" in str(error)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("map", 3), ("read", 0)])
+def test_generation_from_a_map_that_was_cut_is_refused(
+    directory: Path, how: str, code: int
+) -> None:
+    done = run(GENERATING, directory, directory / "model.safetensors", how)
+    assert done.returncode == code, done.stderr
+
+
+def uses(model: Any, place: Path) -> dict[str, Any]:
+    return {
+        "save": lambda: zoo.save(model, place / "saved"),
+        "prepare": lambda: zoo.prepare(model),
+        "generate": lambda: model.generate(IDS, max_new_tokens=1),
+        "text": lambda: zoo.generate(model, "a", max_new_tokens=1),
+        "perplexity": lambda: zoo.perplexity(model, "some text"),
+        "hashes": lambda: model.provenance.hashes,
+    }
+
+
+@pytest.mark.parametrize("use", uses(None, Path()))
+def test_a_mapped_file_that_was_written_to_is_refused(
+    directory: Path, tmp_path: Path, use: str
+) -> None:
+    model = zoo.load(directory)
+    path = directory / "model.safetensors"
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(SourceChanged, match=r"model\.safetensors: was written to"):
+        uses(model, tmp_path)[use]()
+
+
+def test_a_mapped_file_that_was_replaced_is_refused(directory: Path) -> None:
+    model = zoo.load(directory)
+    path = directory / "model.safetensors"
+    (directory / "other").write_bytes(path.read_bytes())
+    os.replace(directory / "other", path)
+    with pytest.raises(SourceChanged, match="was replaced by another file"):
+        model.generate(IDS, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("options", [{"mmap": False}, {"dtype": "float64"}, {"prepare": True}])
+def test_weights_that_are_no_views_go_on_when_their_file_changes(
+    directory: Path, options: dict[str, Any]
+) -> None:
+    model = zoo.load(directory, **options)
+    before = model(IDS)
+    os.truncate(directory / "model.safetensors", 0)
+    assert torch.equal(model(IDS), before)
+    model.generate(IDS, max_new_tokens=1)
+
+
+def test_hashes_of_a_file_that_changed_are_refused_though_weights_were_read(
+    directory: Path,
+) -> None:
+    model = zoo.load(directory, mmap=False)
+    os.utime(directory / "model.safetensors", ns=(0, 0))
+    with pytest.raises(SourceChanged, match="written to"):
+        _ = model.provenance.hashes
+
+
+def test_a_model_saved_where_it_was_loaded_goes_on(directory: Path) -> None:
+    model = zoo.load(directory)
+    hashes = dict(model.provenance.hashes)
+    for _ in range(2):  # train, save, train, save
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        zoo.save(model, directory, force=True)
+        model.generate(IDS, max_new_tokens=1)
+        assert model.provenance.hashes != hashes
+        assert torch.equal(zoo.load(directory)(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("dialect", ["hf", "gguf", "nanogpt"])
+@pytest.mark.parametrize("mmap", [None, True, False])
+def test_every_way_of_reading_gives_the_same(
+    hf: Any, tmp_path: Path, dialect: str, mmap: bool | None
+) -> None:
+    model = zoo.load(hf["llama" if dialect == "gguf" else "gpt2"])
+    zoo.save(model, tmp_path / "m", to=dialect)
+    found = zoo.load(tmp_path / "m", mmap=mmap)
+    assert torch.equal(found(IDS), model(IDS))
+    maps = Path("/proc/self/maps").read_text()
+    assert (str(tmp_path) in maps) is (mmap is True or (mmap is None and dialect != "nanogpt"))
+
+
+# --- what is the process's -----------------------------------------------------------------------
+
+
+def test_random_weights_in_threads_leave_the_default_dtype(hf: Any) -> None:
+    seen: set[torch.dtype] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            seen.add(torch.get_default_dtype())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    kinds = (torch.float64, torch.bfloat16) * 3
+    work = [
+        threading.Thread(
+            target=zoo.load, args=[hf["gpt2"]], kwargs={"weights": "random", "dtype": kind}
+        )
+        for kind in kinds
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    over.set()
+    watcher.join()
+    assert seen == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_random_weights_are_those_of_a_default_dtype(
+    hf: Any, family: str, kind: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    found = zoo.load(hf[family], weights="random", dtype=kind)
+    torch.set_default_dtype(kind)
+    try:
+        torch.manual_seed(3)
+        wanted = zoo.load(hf[family], weights="random")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, theirs in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert mine.dtype == theirs.dtype == kind
+        assert torch.equal(mine, theirs)
