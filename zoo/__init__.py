@@ -6,9 +6,6 @@ The public names load lazily: `import zoo` costs nothing and imports no torch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -18,7 +15,11 @@ warnings.filterwarnings(
     "ignore", "Failed to initialize NumPy: No module named 'numpy'", UserWarning
 )
 
+TYPE_CHECKING = False  # typing's own would have to be imported, before Ctrl-C is handled
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
     from zoo import models as models
     from zoo.catalog import info as info
     from zoo.catalog import list_checkpoints as list
@@ -84,6 +85,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    from importlib import import_module
+
     module, attribute = _HOMES[name]
     value = import_module(module)
     found = getattr(value, attribute) if attribute else value

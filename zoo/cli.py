@@ -8,21 +8,22 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import zoo
 from converters.memory import enough
 from zoo import catalog, record
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
-from zoo.terminal import BOLD, RED, has_colour, paint, passing
+from zoo.terminal import BOLD, RED, Escaped, has_colour, paint, passing
 
 if TYPE_CHECKING:
     from zoo.components.model import Model
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,9 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    options = _parsed(arguments)
+    content, out, err = sys.stdout, Escaped(sys.stdout), Escaped(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        return _guarded(arguments, content)
+
+
+def _guarded(arguments: Sequence[str] | None, content: TextIO) -> int:
+    """The command's exit code; what a model writes goes to `content` as it is."""
+    options = argparse.Namespace(run=None, failed=FAILED)
     try:
-        with enough(options.name, "Take a smaller model, a shorter text or another machine"):
+        options = _parsed(arguments)
+        writes = options.run in (_generate, _chat)
+        way_out = "Take a smaller model, a shorter text or another machine"
+        with (
+            enough(options.name, way_out),
+            redirect_stdout(content) if writes else nullcontext(),
+        ):
             code: int = options.run(options)
         sys.stdout.flush()
         return code
@@ -44,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         going_on = options.run is _convert and not options.dry_run
         told = "interrupted. The same command goes on from here" if going_on else "interrupted"
-        return _fail(told, 130)
+        return _fail(told, INTERRUPTED)
     except ZooError as error:
         return _fail(str(error), USAGE if isinstance(error, UsageError) else options.failed)
     except OSError as error:
@@ -619,6 +633,8 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _text(file: str) -> str:
     """What a file holds, or standard input."""
+    if file == "-" and sys.stdin is None:
+        raise InputError("standard input is closed")
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     place = "standard input" if file == "-" else file
     if not data:
@@ -741,4 +757,9 @@ def _revision(revision: str, pinned: bool | None) -> str:
 def _json(data: Any, indent: int | None = 2) -> str:
     # what cannot be written would be so as Python does it, and be no JSON
     plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()
-    return json.dumps(data, indent=indent, ensure_ascii=plain)
+    text = json.dumps(data, indent=indent, ensure_ascii=plain)
+    if text.isprintable():
+        return text
+    # JSON allows more than a terminal should get
+    kept = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return "".join(kept)

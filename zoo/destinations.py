@@ -163,7 +163,7 @@ def is_checkpoint_file(path: Path) -> bool:
     with suppress(ZooError, OSError):
         if (kind := kind_of(path)) not in (None, "llama2c"):  # that one has no magic
             known = FORMATS[kind]
-            return bool(known.open(import_module(f"converters.formats.{known.module}"), path))
+            return bool(known.open(import_module(f"converters.formats.{known.module}"), path, None))
         return bool(SafetensorsReader(path).tensors)
     return False
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import uuid
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 from zoo.errors import ChecksumMismatch, SourceError
@@ -72,8 +73,11 @@ def ask(repo: str, name: str, revision: str, folder: Path, token: str | bool | N
     return Entry(pinned, name, folder, revision, commit, digest, answer.size, xet)
 
 
-def fetch(entry: Entry, token: str | bool | None, progress: Any) -> Path:
-    """The file in the cache: downloaded, checked, and only then under its name."""
+def fetch(entry: Entry, token: str | bool | None, progress: Any, stopped: Event) -> Path:
+    """The file in the cache: downloaded, checked, and only then under its name.
+
+    A download in another thread ends, and leaves nothing, once `stopped` is set.
+    """
     from huggingface_hub.utils import WeakFileLock
 
     if not (entry.pointer.is_file() and _is_intact(entry, entry.pointer)):
@@ -83,13 +87,13 @@ def fetch(entry: Entry, token: str | bool | None, progress: Any) -> Path:
         locks.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(locks / f"{entry.digest}.lock"):
             if not (entry.blob.is_file() and _is_intact(entry, entry.blob)):
-                _download(entry, token, progress)
+                _download(entry, token, progress, stopped)
         _link(entry)
     _note_commit(entry.folder, entry.revision, entry.commit)
     return entry.pointer
 
 
-def _download(entry: Entry, token: str | bool | None, progress: Any) -> None:
+def _download(entry: Entry, token: str | bool | None, progress: Any, stopped: Event) -> None:
     from huggingface_hub.file_download import http_get, is_xet_available, xet_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -108,7 +112,7 @@ def _download(entry: Entry, token: str | bool | None, progress: Any) -> None:
                 tqdm_class=progress,
             )
         else:
-            with _Bounded(part, entry.size) as file:
+            with _Bounded(part, entry.size, stopped) as file:
                 http_get(
                     entry.url,
                     file,  # type: ignore[arg-type]
@@ -131,11 +135,13 @@ def _download(entry: Entry, token: str | bool | None, progress: Any) -> None:
 class _Bounded(io.FileIO):
     """A file that refuses to grow past its published size."""
 
-    def __init__(self, path: Path, limit: int | None) -> None:
+    def __init__(self, path: Path, limit: int | None, stopped: Event) -> None:
         super().__init__(path, "w")
-        self._limit = limit
+        self._limit, self._stopped = limit, stopped
 
     def write(self, data: Any) -> int:
+        if self._stopped.is_set():
+            raise SourceError("the download was stopped")
         if self._limit is not None and self.tell() + len(data) > self._limit:
             raise SourceError(f"the hub sends more than the {self._limit:,} bytes it announced")
         view = memoryview(data)

@@ -1,4 +1,7 @@
-"""Every error a user can meet, as one tree. A message names the place and the next move."""
+"""Every error a user can meet, as one tree. A message names the place and the next move.
+
+Messages quote names from files; `str` of an error shows their control characters escaped.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,6 +9,9 @@ from difflib import get_close_matches
 
 class ZooError(Exception):
     """The root: `except zoo.ZooError` catches all that zoo raises on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(ZooError):
@@ -187,3 +193,16 @@ def listing(items: Iterable[str], limit: int = 20) -> str:
     items = list(items)
     more = f" … and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def printable(text: str) -> str:
+    """The text with control and formatting characters as escapes; line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    if character.isspace() and ord(character) > 0x9F and character not in "\u2028\u2029":
+        return character  # a wide or unbreakable space moves nothing
+    return character.encode("unicode_escape", "backslashreplace").decode()

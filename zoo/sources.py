@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from converters.listed import Group, groups
@@ -363,6 +364,8 @@ class _Hub:
     # asked for by its branch, which records in the cache what commit that stands for
     first: str = CONFIG
 
+    _stopped: Event = field(default_factory=Event, repr=False)
+
     def fetch_checkpoint(self, weights: bool, file: str | None) -> tuple[Path, Path | None]:
         """Its directory in the cache, and a file in it that says itself what it is.
 
@@ -541,7 +544,11 @@ class _Hub:
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(max_workers=4) as pool:
-            paths = dict(zip(names, pool.map(self._fetch, names), strict=True))
+            try:
+                paths = dict(zip(names, pool.map(self._fetch, names), strict=True))
+            except BaseException:  # Ctrl-C does not wait for gigabytes
+                self._stopped.set()
+                raise
         if missing := [name for name, path in paths.items() if path is None]:
             told = f"hf:{self.repo}: the index names {listing(missing)}; the repository lacks them"
             raise self._miss(MissingShard(told), listing(missing))
@@ -561,7 +568,8 @@ class _Hub:
             entry = ask(self.repo, name, self.revision, self._folder, self.token)
             if dry_run:
                 return entry.pointer
-            return fetch(entry, self.token, None if self.progress else _silent())
+            progress = None if self.progress else _silent()
+            return fetch(entry, self.token, progress, self._stopped)
         except Exception as error:
             if self._is_absent(error):
                 return None

@@ -1,10 +1,33 @@
 """Colour and progress where a person looks on; plain lines where a file or a program does."""
 
 import os
-from typing import TextIO
+import re
+from typing import Any, TextIO
+
+from zoo.errors import printable
 
 GREEN, RED, DIM, BOLD = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[1m"
 _OFF, _WIPE = "\x1b[0m", "\r\x1b[K"
+_STYLE = re.compile(f"({'|'.join(map(re.escape, (GREEN, RED, DIM, BOLD, _OFF)))})")
+
+
+class Escaped:
+    """A stream for reports. Names come from files: their control characters are shown escaped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unescaped = stream
+
+    def write(self, text: str) -> int:
+        if text.isprintable() or text == "\n":
+            return self.unescaped.write(text)
+        # nothing but our own colors passes, and only where they are shown
+        parts = _STYLE.split(text) if has_colour(self.unescaped) else [text]
+        kept = (part if n % 2 else printable(part) for n, part in enumerate(parts))
+        self.unescaped.write("".join(kept))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
 
 
 def has_colour(stream: TextIO) -> bool:
@@ -18,4 +41,5 @@ def paint(text: str, style: str, colour: bool = True) -> str:
 def passing(text: str, stream: TextIO) -> None:
     """A line that the next one replaces; nothing where nobody watches."""
     if stream.isatty():
-        print(f"{_WIPE}{text}", end="", file=stream, flush=True)
+        unescaped = getattr(stream, "unescaped", stream)
+        print(f"{_WIPE}{printable(text)}", end="", file=unescaped, flush=True)
