@@ -14,7 +14,7 @@ from zoo.wrong import beside, flips, layers, norms, turns, values
 from zoo.wrong.finding import Finding
 from zoo.wrong.likelihood import hidden_as, ids_of, nats
 from zoo.wrong.numbers import Numbers, numbers_of
-from zoo.wrong.opening import Opened, opened
+from zoo.wrong.opening import Array, Opened, opened
 from zoo.wrong.readings import readings, shown
 from zoo.wrong.report import Diagnosis
 
@@ -46,7 +46,7 @@ def diagnose(
         numbers.append(numbers_of(array))
     tell(len(arrays), len(arrays), "")
     tied = list(beside.ties(found, numbers))
-    inside, learnt = _of_numbers(found, numbers)
+    inside, learnt, right = _of_numbers(found, numbers)
     findings = [*beside.refused(found), *beside.holes(found), *beside.vocabulary(found)]
     findings += [*tied, *inside]
     notes = list(beside.notes(found, numbers))
@@ -58,7 +58,7 @@ def diagnose(
             notes.append("no text was read: of so large a model only one that is given")
         else:
             try:
-                told, note = _by_a_text(found, text, ids, config, tell)
+                told, note = _by_a_text(found, right, text, ids, config, tell)
                 findings += told
                 notes += [] if told else [note]
             except ZooError as error:
@@ -67,41 +67,52 @@ def diagnose(
     return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes), loads)
 
 
-def _of_numbers(found: Opened, numbers: Sequence[Numbers]) -> tuple[list[Finding], bool]:
-    """What they tell, and whether the model has learnt anything that a text could show."""
+def _of_numbers(
+    found: Opened, numbers: Sequence[Numbers]
+) -> tuple[list[Finding], bool, list[Array]]:
+    """What they tell, whether the model has learnt what a text could show, and matrices put right.
+
+    Of a transposed matrix everything else is told as it should be.
+    """
     findings = list(values.spoilt(found, numbers))
     odd = {name for finding in findings for name in finding.where}
     sound = [n for n in numbers if not odd & set(n.array.files)]
     findings += values.repeated(sound)
-    transposed, sound, stream = flips.put_right(found, sound)
+    transposed, sound, stream = flips.put_right(found, read := sound)
+    right = [n.array for n, before in zip(sound, read, strict=True) if n is not before]
     findings += transposed
     fresh, all_of_it = layers.untrained(sound, stream)
     findings += fresh
     if all_of_it:  # and layers are alike by chance alone
-        return findings, False
+        return findings, False, right
     odd = {name for finding in fresh for name in finding.where}
     anew = {n.array.layer for n in sound if odd & set(n.array.files)}
     sound = [n for n in sound if n.array.layer is None or n.array.layer not in anew]
     findings += layers.between_layers(sound)
     findings += turns.rotary(found, sound)
     findings += norms.between_norms(found, sound)
-    return findings, all(n.finite for n in numbers)
+    return findings, all(n.finite for n in numbers), right
 
 
 def _by_a_text(
     found: Opened,
+    right: Sequence[Array],
     text: str | None,
     ids: Tensor | None,
     config: Mapping[str, Any] | None,
     tell: Progress,
 ) -> tuple[list[Finding], str]:
-    """What makes a text likelier than the weights as they are read, and how likely it is so."""
+    """What makes a text likelier than the weights, some put right, and how likely it is so."""
     assert found.located is not None
     model = fill(found.located, config=config)
+    for array in right:
+        parameter = model.get_parameter(array.name)
+        parameter.data = array.made().whole().to(parameter.dtype)
     if ids is None:
         ids = ids_of(model) if text is None else ids_of(model, text)
     told = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))
     tell(1, 1, "")
     with at_rest(model):
         nll = float(nats(model, ids, hidden_as(model))[0].mean())
-    return told, f"a text of {len(ids)} tokens was read: perplexity {shown(nll)}"
+    those = " with these matrices transposed" if right else ""
+    return told, f"a text of {len(ids)} tokens was read{those}: perplexity {shown(nll)}"

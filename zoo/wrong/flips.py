@@ -59,17 +59,18 @@ def _findings(stream: Stream, flips: Sequence[Flip]) -> Iterator[Finding]:
         f"{first.read.name}: transposed, it {does} the residual stream as other matrices do "
         f"({first.after:.0f} times chance); as it is, it does not ({first.before:.1f})"
     )
-    fix = "transpose them"
-    if long := next((n for n in arrays if len(set(n.array.shape)) > 1), None):
+    happened, fix = "transposed", "transpose them"
+    if (long := next((n for n in arrays if len(set(n.array.shape)) > 1), None)) is not None:
         rows, columns = long.array.shape
-        seen += f". {long.name} has the right shape, and holds its transpose row by row"
-        fix += f"; where the shape is right already, reshape it first: ({columns}, {rows})"
+        happened = "transposed and re-strided"
+        seen += f". The shape of {long.name} is right: it holds its transpose row by row"
+        fix = f"reshape each to its transpose's shape and transpose that: ({columns}, {rows})"
     inner = {n for each in stream.families.values() for n in each if n.array.layer is not None}
-    every = inner <= {flip.right for flip in flips}
-    what = "all matrices of all layers" if every else called(arrays)
-    more = [n for n in arrays if n.array.layer is None] if every else []
-    what = ", ".join((what, *(n.name for n in more)))
-    yield Finding(f"transposed: {what}", files_of(arrays), seen, 0.96, fix)
+    what = called(arrays)
+    if len(stream.families) > 2 and inner <= {flip.right for flip in flips}:
+        outer = [n.name for n in arrays if n.array.layer is None]
+        what = ", ".join(("all matrices of all layers", *outer))
+    yield Finding(f"{happened}: {what}", files_of(arrays), seen, 0.96, fix)
 
 
 def _flipped(n: Numbers, way: int) -> Numbers:

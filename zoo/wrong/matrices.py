@@ -58,16 +58,16 @@ def _pair(kind: Kind, a: str, b: str, across: bool = False) -> Iterator[Hypothes
 
 
 def transposed(model: Model) -> Iterator[Hypothesis]:
-    """Squares, which no shape tells from what they should be."""
+    """Squares, which no shape tells from what they should be, and what holds its transpose."""
     for attn in attentions(model):
-        square = [p for p in ("q", "k", "v", "out") if _is_square(attn, f"{p}.weight")]
-        every = (tuple(square), ("q", "k", "v"), ("q", "k"), ("q", "out"), ("v", "out"))
-        sets = dict.fromkeys((*((p,) for p in square), *every))
-        yield from (_turned(attn, s) for s in sets if s and set(s) <= set(square))
+        every = ("q", "k", "v", "out")
+        square = tuple(p for p in every if _is_square(attn, f"{p}.weight"))
+        sets: list[tuple[str, ...]] = [(p,) for p in every]
+        sets += [square, ("q", "k", "v"), ("q", "k"), ("q", "out"), ("v", "out"), every]
+        yield from (_turned(attn, parts) for parts in dict.fromkeys(sets) if parts)
     for mlp in kinds(model, MLP, GatedMLP):
-        parts = [p for p in ("gate", "up", "down") if mlp.has(f"{p}.weight")]
-        if _is_square(mlp, "up.weight"):
-            yield from (_turned(mlp, s) for s in dict.fromkeys((*((p,) for p in parts), (*parts,))))
+        parts = tuple(p for p in ("gate", "up", "down") if mlp.has(f"{p}.weight"))
+        yield from (_turned(mlp, s) for s in dict.fromkeys((*((p,) for p in parts), parts)))
         if not mlp.has("up.bias"):
             flipped = {
                 f"{name}.{a}.weight": mlp.taken(f"{name}.{b}.weight", lambda x: x.mT)
@@ -97,10 +97,13 @@ def _turned(kind: Kind, parts: tuple[str, ...]) -> Hypothesis:
     leaves = [f"{part}.weight".removeprefix(".") for part in parts]
     said = " and ".join(f"{kind.name}.{leaf}" for leaf in leaves)
     are = "are" if len(leaves) > 1 else "is"
+    how = "[i o]: [o i], or no longer so"
+    if not all(_is_square(kind, leaf) for leaf in leaves):
+        how = "the transpose, row by row, of what should be there"
     return Hypothesis(
         f"{said} {are} transposed",
-        f"{said} {are} read as [i o]: [o i], or no longer so",
-        kind.all(leaves, lambda x: x.mT),
+        f"{said} {are} read as {how}",
+        kind.all(leaves, lambda x: x.reshape(x.mT.shape).mT),
     )
 
 
