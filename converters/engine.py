@@ -324,7 +324,7 @@ class _Run:
             with self.lock:
                 self._note(item, look.nonfinite)
                 if look.overflow:  # no run can use it
-                    self.overflows.append(f"{item.name}{look.overflow}")
+                    self.overflows.append(_located(item, look.overflow))
                 else:
                     self.stage.record({**entry, "zero": zero, "nonfinite": look.nonfinite})
         with self.lock:
@@ -342,7 +342,7 @@ class _Run:
 
     def _note(self, item: Item, nonfinite: str) -> None:
         if nonfinite and not self.options.allow_nonfinite:
-            self.faults.append(f"{item.name}{nonfinite}")
+            self.faults.append(_located(item, nonfinite))
 
     def _write_item(self, item: Item, fd: int, start: int, sums: bool) -> tuple[str, int, _Look]:
         state, crc, look, end = xxhash.xxh3_128(), 0, _Look(item), start + item.nbytes
@@ -402,6 +402,11 @@ def _fill(out: Tensor, view: Tensor, aside: Tensor) -> None:
         out.copy_(flat)
     else:
         out.copy_(view)
+
+
+def _located(item: Item, fault: str) -> str:
+    """A fault of an output, and what it comes from."""
+    return f"{item.name}{fault}" + (f" (from {item.source})" if item.source else "")
 
 
 class _Look:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from os import PathLike
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
+from zoo.finite import check_finite
 from zoo.generation_config import (
     BEAMS,
     NO_DEFAULTS,
@@ -98,7 +100,8 @@ class Runner:
         use_cache: bool = True,
         start: int | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.prompts = model, len(input_ids) if isinstance(input_ids, Tensor) else 0
+        self.row: int | None = None  # of a batch, where it holds that one alone
         self.question: dict[str, Tensor | None] = {}
         check_writes(model)
         real = _real(input_ids, attention_mask)
@@ -144,14 +147,25 @@ class Runner:
         self.fresh = False
         try:
             with _last_only(self.model, last), _without_dropout(self.model):
-                if self.question:
-                    names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
-                    return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
-                return self.model(ids, mask, cache=self.cache)
+                logits: Tensor = self._forward(ids, mask, self.cache)
+            each = max(1, len(self.ids) // max(1, self.prompts))
+            again = partial(self._forward, self.ids, self.mask, None)
+            check_finite(self.model, logits, row=lambda n: self._row(n // each), again=again)
+            return logits
         except BaseException:
             if self.cache is not None:  # places were taken that not every layer has filled
                 self.cache.cut(min(known, self.cache.length))
             raise
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        if self.question:
+            names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
+            return self.model(**names, decoder_attention_mask=mask, cache=cache)
+        return self.model(ids, mask, cache=cache)
+
+    def _row(self, n: int) -> int | None:
+        """The number that a prompt has in the batch; none where it is alone."""
+        return n if self.prompts > 1 else self.row
 
     def cut(self, length: int) -> None:
         """Forget all tokens but the first `length` of each row."""

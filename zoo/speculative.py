@@ -50,6 +50,7 @@ def ahead(
         most = asked.most(model, input_ids)
         rules = asked.constraints(model, input_ids, most, bounds)
         large, draft = runners or _runners(model, small, prompt, most, asked.use_cache)
+        large.row = draft.row = row if len(input_ids) > 1 else None
         stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
         for token, logprob in _row(large, draft, Dice([seeds[n]]), rules, asked):
             yield Step(n, token, logprob)
