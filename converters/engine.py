@@ -356,7 +356,7 @@ class _Run:
                 self.report.resumed += item.nbytes if resumed else 0
                 self._note(item, look.nonfinite)
                 if look.overflow:  # no run can use it
-                    self.overflows.append(f"{item.name}{look.overflow}")
+                    self.overflows.append(_located(item, look.overflow))
                 else:
                     self.stage.record({**entry, "zero": zero, "nonfinite": look.nonfinite})
         with self.lock:
@@ -374,7 +374,7 @@ class _Run:
 
     def _note(self, item: Item, nonfinite: str) -> None:
         if nonfinite and not self.options.allow_nonfinite:
-            self.faults.append(f"{item.name}{nonfinite}")
+            self.faults.append(_located(item, nonfinite))
 
     def _go_through(
         self, item: Item, fd: int | None, start: int, sums: bool
@@ -456,6 +456,11 @@ def _fill(out: Tensor, view: Tensor, aside: Tensor) -> None:
         out.copy_(flat)
     else:
         out.copy_(view)
+
+
+def _located(item: Item, fault: str) -> str:
+    """A fault of an output, and what it comes from."""
+    return f"{item.name}{fault}" + (f" (from {item.source})" if item.source else "")
 
 
 class _Look:

@@ -48,6 +48,7 @@ class Item:
     stored: str = ""  # the dtype it had, where it is cast
     coding: Coding | None = None  # how the file holds its numbers, if not as they are
     decoded: bool = False  # from numbers that the source holds in fewer bits
+    source: str = ""  # the file and the tensors in it that it is made of, for messages
 
     @property
     def name(self) -> str:

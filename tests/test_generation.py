@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 import zoo
 from zoo import registry
 from zoo.errors import ConfigError, InputError, SequenceTooLong, TokenIdError, UsageError
-from zoo.generation import Options, Pieces, Runner, ends_of, generate, left_aligned
+from zoo.generation import Options, Pieces, Runner, generate, left_aligned
+from zoo.generation_config import defaults_of
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
 from zoo.registry import Architecture
@@ -569,8 +570,8 @@ def test_empty_prompts(speller: Any) -> None:
 
 
 def test_no_more_than_there_are_positions(speller: Any) -> None:
-    """Of 64: as many as fit, if nobody says how many; the last token needs none of its own."""
-    assert speller.generate(torch.ones(1, 60).long()).shape == (1, 65)
+    """Of 64: as many as fit, if nobody says how many; the last token needs no position."""
+    assert speller.generate(torch.ones(1, 60).long()).shape == (1, 64)
     assert speller.generate(torch.ones(1, 60).long(), max_new_tokens=5).shape == (1, 65)
     with pytest.raises(SequenceTooLong, match=r"65 tokens.* 64 positions: fewer max_new_tokens"):
         speller.generate(torch.ones(1, 60).long(), max_new_tokens=6)
@@ -598,7 +599,7 @@ def test_beyond_positions_that_adapt() -> None:
         with torch.no_grad():
             logits = this.model(got[:, :length])[:, -1]
         assert logits.argmax(dim=-1).tolist() == got[:, length].tolist()
-    assert generate(this.model, this.ids).shape == (ROWS, 20)
+    assert generate(this.model, this.ids).shape == (ROWS, 19)
 
 
 def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
@@ -608,9 +609,9 @@ def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
     (tmp_path / "x" / "config.json").write_text(json.dumps(config))
     more = tmp_path / "x" / "generation_config.json"
     more.unlink(missing_ok=True)
-    assert ends_of(zoo.load(tmp_path / "x"))[:2] == ((5,), 6)
-    more.write_text('{"eos_token_id": [7, 8], "pad_token_id": null}')
-    assert ends_of(zoo.load(tmp_path / "x"))[:2] == ((7, 8), 6)
+    assert defaults_of(zoo.load(tmp_path / "x")).ends[:2] == ((5,), 6)
+    more.write_text('{"eos_token_id": [7, 8], "pad_token_id": 9}')
+    assert defaults_of(zoo.load(tmp_path / "x")).ends[:2] == ((7, 8), 9)
     for wrong in (100000, "x", [1, 2.5], True):
         more.write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(ConfigError, match="eos_token_id"):
@@ -624,7 +625,7 @@ def test_the_files_are_read_once_a_call(tmp_path: Path, monkeypatch: Any) -> Non
         read.append(path)
         return {"eos_token_id": 5, "pad_token_id": 0}
 
-    monkeypatch.setattr("zoo.generation.read_json", counted)
+    monkeypatch.setattr("zoo.generation_config.read_json", counted)
     for name in ("gpt2", "t5"):
         zoo.save(hot(build(name, vocab=len(CHARACTERS))), tmp_path / name)
         (tmp_path / name / "generation_config.json").write_text("{}")

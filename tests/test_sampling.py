@@ -10,6 +10,7 @@ from torch.nn.functional import one_hot
 from zoo import sampling, speculative
 from zoo.components.cache import Cache
 from zoo.components.model import Model
+from zoo.constraints import Constraints
 from zoo.errors import UsageError
 from zoo.generation import generate
 from zoo.models.gpt2 import Config as GPT2
@@ -47,6 +48,9 @@ every_kind = pytest.mark.parametrize("kind", LOGITS)
         (sampling.top_k, "TopKLogitsWarper", (1, 2, 5, 96, 97, 1000)),
         (sampling.top_p, "TopPLogitsWarper", (1e-9, 0.1, 0.5, 0.9, 0.99, 1 - 1e-7)),
         (sampling.min_p, "MinPLogitsWarper", (0.0, 1e-6, 0.05, 0.5, 0.999, 1.0)),
+        (sampling.typical_p, "TypicalLogitsWarper", (1e-6, 0.1, 0.5, 0.9, 0.999)),
+        (sampling.epsilon_cutoff, "EpsilonLogitsWarper", (1e-9, 3e-4, 0.02, 0.3, 0.999)),
+        (sampling.eta_cutoff, "EtaLogitsWarper", (1e-9, 3e-4, 0.02, 0.3, 0.999)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -69,11 +73,11 @@ def test_penalties(kind: str) -> None:
     rows = torch.randint(0, min(given.shape[1], 7), (len(given), 23), generator=random)
     for value in (0.3, 0.99, 1.0, 1.2, 40.0):
         want = transformers.RepetitionPenaltyLogitsProcessor(value)(rows, given.clone())
-        got = Sampling(repetition_penalty=value).penalised(given, rows.tolist())
+        got = Constraints(repetition_penalty=value).apply(given, rows.tolist(), 0)
         assert torch.equal(got, want), value
     for size in (1, 2, 3, 5, 23, 40):
         want = transformers.NoRepeatNGramLogitsProcessor(size)(rows, given.clone())
-        got = Sampling(no_repeat_ngram_size=size).penalised(given, rows.tolist())
+        got = Constraints(no_repeat_ngram_size=size).apply(given, rows.tolist(), 0)
         assert torch.equal(got, want), size
 
 
@@ -110,14 +114,42 @@ def test_warpers_come_in_the_references_order() -> None:
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"min_p": None},
-        {"repetition_penalty": 0},
-        {"no_repeat_ngram_size": -2},
+        {"typical_p": 0.0},
+        {"epsilon_cutoff": 1.0},
+        {"eta_cutoff": -0.1},
     ],
     ids=str,
 )
 def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"repetition_penalty": 0},
+        {"repetition_penalty": "much"},
+        {"no_repeat_ngram_size": -2},
+        {"min_length": -1},
+        {"min_new_tokens": 1.5},
+        {"forced_bos_token_id": "x"},
+        {"forced_eos_token_id": ["x"]},
+        {"suppress_tokens": 5},
+        {"begin_suppress_tokens": [1.0]},
+        {"bad_words_ids": [1, 2]},
+        {"bad_words_ids": [[]]},
+        {"sequence_bias": [[1, 2.0]]},
+        {"sequence_bias": {(1,): "x"}},
+        {"exponential_decay_length_penalty": 2},
+        {"exponential_decay_length_penalty": [3, 0]},
+        {"renormalize_logits": "yes"},
+    ],
+    ids=str,
+)
+def test_constraints_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))}=.*expected"):
+        Constraints(**wrong)
 
 
 # --- draws ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from converters.language import Rule
 from converters.lazy import Lazy
 from converters.output import ZEROS, Item, Span
 from converters.plan import Native, Plan, Step
+from zoo.errors import listing
 from zoo.lora.merging import Changes
 
 ADAPTED = " + the adapter"  # behind the rule of what one changes
@@ -31,6 +32,7 @@ class Arrays:
     trust: Collection[str]
     quantised: Collection[str]  # those that no longer are what was published
     changes: Changes | None = None  # by an adapter
+    adapter: str = ""  # the file that it is in
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # that no file holds
 
     @cached_property
@@ -66,6 +68,13 @@ class Arrays:
     def rule(self, rule: Rule, names: Sequence[str]) -> str:
         return f"{rule}{ADAPTED}" if self.changed(names) else str(rule)
 
+    def origin(self, names: Iterable[str]) -> str:
+        """The files and the tensors in them that native arrays are made of."""
+        sources = dict.fromkeys(name for each in names for name in self.way(each)[0].sources)
+        files = dict.fromkeys(self.checkpoint.where[name] for name in sources)
+        more = f" and {self.adapter}" if self.changed(names) else ""
+        return f"{listing(files)}: {listing(sources)}{more}"
+
     @property
     def any_dtype(self) -> str:
         return self.checkpoint.tensors[self.plan.steps[0].sources[0]].dtype
@@ -97,7 +106,8 @@ class Arrays:
             step, _ = self.way(name)
             info = TensorInfo(name, native.shapes[name], self.dtype(name))
             rule, made = self.rule(step.rule, [name]), partial(self.made, name)
-            yield Item(info, rule, made, self.span(name), decoded=self.coarse([name]))
+            decoded, source = self.coarse([name]), self.origin([name])
+            yield Item(info, rule, made, self.span(name), decoded=decoded, source=source)
 
     def backward(self, inverse: Plan) -> Iterator[Item]:
         """Tensors of a dialect."""
@@ -117,7 +127,9 @@ class Arrays:
                         info = TensorInfo(name, shape, self.dtype(step.targets[0]))
                         span = self.span(step.targets[n]) if step.transform is None else None
                         rule = self.rule(step.rule, step.targets)
-                        item = Item(info, rule, make, span, decoded=self.coarse(step.targets))
+                        decoded = self.coarse(step.targets)
+                        source = self.origin(step.targets)
+                        item = Item(info, rule, make, span, decoded=decoded, source=source)
                     yield item.cast(inverse.header[name].dtype)
 
 

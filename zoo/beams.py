@@ -33,6 +33,7 @@ def search(
     """The best `num_return_sequences` of each row, and [score] of each."""
     beams, most, ends = asked.num_beams, asked.most(model, input_ids), bounds.eos
     more: dict[str, Any] = {"use_cache": asked.use_cache, "start": bounds.start}
+    rules = asked.constraints(model, input_ids, most, bounds)
     runner = Runner(model, input_ids, attention_mask, room=most, **more)
     logits = runner.feed()[:, -1]
     each = torch.arange(len(logits), device=logits.device).repeat_interleave(beams)
@@ -43,7 +44,8 @@ def search(
     scores[:, 0] = 0  # at first all beams are one
     keep = max(2, 1 + len(ends)) * beams  # so many that enough of them go on
     for length in range(1, most + 1):
-        likely = asked.sampling.penalised(logits.float().log_softmax(dim=-1), runner.rows)
+        rows_so_far = runner.rows if rules.reads_rows else []
+        likely = rules.apply(logits.float().log_softmax(dim=-1), rows_so_far, length - 1)
         vocab = likely.shape[-1]
         total = (likely.view(len(rows), beams, vocab) + scores[:, :, None]).flatten(1)
         best = total.topk(min(keep, total.shape[1]), dim=-1)

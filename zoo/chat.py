@@ -15,7 +15,7 @@ import torch
 
 from zoo.components.model import Model
 from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
-from zoo.generation import Options, Runner, answers, check_writes, pieces_of
+from zoo.generation import Runner, answers, asked_of, check_writes, pieces_of
 from zoo.terminal import BOLD, DIM, RED, has_colour, paint
 
 HELP = '''\
@@ -32,12 +32,15 @@ class Dialogue:
     """Messages, and a cache of what the model has read of them."""
 
     def __init__(self, model: Model, **options: Any) -> None:
-        self.model, self.asked = model, Options.of(options)
         check_writes(model)
+        self.model = model
+        self.asked, self.bounds = asked_of(model, options)
         if answers(model):
             raise UsageError(f"{model.architecture} answers each question for itself: zoo generate")
         if self.asked.num_beams > 1 or self.asked.num_return_sequences > 1:
-            raise UsageError("a dialogue has one answer at a time")
+            raise UsageError(
+                "a dialogue has one answer at a time: num_beams and num_return_sequences are 1"
+            )
         if not model.tokenizer.templates:
             stops = (*self.asked.stops, f"\n{NAMES['user']}:")
             self.asked = replace(self.asked, stop_strings=stops)
@@ -56,7 +59,7 @@ class Dialogue:
         asked, said = replace(self.asked, max_new_tokens=most), ""
         runners = [self._runner(n, ids, most) for n in range(len(self._models))]
         try:
-            for piece in pieces_of(self.model, ids, None, asked, runners):
+            for piece in pieces_of(self.model, ids, None, asked, self.bounds, runners):
                 piece = piece if said else piece.lstrip()
                 said += piece
                 yield piece
@@ -77,6 +80,13 @@ class Dialogue:
 
     def _most(self, length: int) -> int:
         most = self.asked.max_new_tokens or MOST
+        if self.asked.max_length is not None and self.asked.max_new_tokens is None:
+            most = self.asked.max_length - length
+            if most < 1:
+                raise SequenceTooLong(
+                    f"the dialogue has {length} tokens, and max_length is {self.asked.max_length}: "
+                    "/reset begins anew"
+                )
         for model, name in zip(self._models, ("the model", "its assistant"), strict=False):
             if (limit := model.config.limit_cached) is None:
                 continue

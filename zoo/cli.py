@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     content, out, err = sys.stdout, Escaped(sys.stdout), Escaped(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+    with redirect_stdout(out), redirect_stderr(err):
         return _guarded(arguments, content)
 
 
@@ -308,6 +308,8 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=kind, metavar="N", help=does)
     how = {"dest": "stop_strings", "action": "append", "metavar": "TEXT"}
     command.add_argument("--stop", **how, help="end before TEXT; may be given again")  # type: ignore[arg-type]
+    does = "do without what the checkpoint's generation_config.json sets, but for its token ids"
+    command.add_argument("--ignore-generation-config", action="store_true", default=None, help=does)
     does = "a smaller model of the same vocabulary, to guess ahead: the same, and often sooner"
     command.add_argument("--assistant", metavar="NAME|DIR", help=does)
 
@@ -335,7 +337,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     names = [name.replace("-", "_") for name in SAMPLING]
-    names += ["stop_strings", "num_return_sequences", "num_beams"]
+    names += ["stop_strings", "num_return_sequences", "num_beams", "ignore_generation_config"]
     found = {name: getattr(options, name, None) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -657,14 +659,14 @@ def _place(text: str) -> Path:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from zoo.generation import Options, complete
+    from zoo.generation import Options, asked_of, complete
 
     asked = Options.of(_asked(options))  # before weights are looked at
     if options.assistant and asked.num_beams > 1:
         raise UsageError("--assistant: beams do not guess ahead")
     model = _loaded(options)
     more = {**_asked(options), **_assistant(options, model)}
-    asked = Options.of(more)
+    asked, bounds = asked_of(model, more)
     several = asked.num_return_sequences > 1 or asked.num_beams > 1
     if not options.json and (options.stream or not (options.no_stream or several)):
         pieces = zoo.generate(model, options.text, stream=True, special=options.special, **more)
@@ -675,7 +677,7 @@ def _generate(options: argparse.Namespace) -> int:
             print(flush=True)
         return OK
     started = time.perf_counter()
-    found = complete(model, [options.text], asked, options.special)
+    found = complete(model, [options.text], asked, bounds, options.special)
     seconds = time.perf_counter() - started
     if options.json:
         texts = [each._asdict() for each in found]

@@ -351,7 +351,9 @@ def _exported(
         for names in (step.sources, *step.also):
             for n, name in enumerate(names):
                 info = TensorInfo(plan.modern.get(name, name), plan.header[name].shape, dtype)
-                yield Item(info, str(step.rule), partial(made, step, n), decoded=coarse)
+                source = f"the model's {listing(step.targets)}"
+                make = partial(made, step, n)
+                yield Item(info, str(step.rule), make, decoded=coarse, source=source)
 
 
 def in_order(items: Iterable[Item], plan: Plan) -> list[Item]:

@@ -300,6 +300,7 @@ def plan_output(
     arrays = Arrays(checkpoint, plan, trust, provenance.quantised)
     if found.adapter is not None:
         arrays.changes = changes(model, plan.native, found.adapter, arrays.own)
+        arrays.adapter = found.adapter.where
         if arrays.changes.apart:
             model = on_meta(found, untied(model, plan.native.ties))
             model.provenance = provenance
@@ -417,5 +418,6 @@ def _as_they_are(arrays: Arrays, inverse: Plan, disk: Mapping[str, str]) -> Iter
         info = checkpoint.tensors[disk[name]]
         made, span = partial(checkpoint.lazy, disk[name]), span_of(checkpoint, info.name)
         of = TensorInfo(name, info.shape, info.dtype)
-        item = Item(of, rules[name], made, span, decoded=name in decoded)
+        source = f"{checkpoint.where[info.name]}: {info.name}"
+        item = Item(of, rules[name], made, span, decoded=name in decoded, source=source)
         yield item.cast(inverse.header[name].dtype)

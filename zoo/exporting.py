@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -188,7 +188,8 @@ def with_zeros(model: Model, dialect: Dialect) -> tuple[Model, dict[str, tuple[i
 
 
 def _coded(item: Item, info: TensorInfo, coding: Any) -> Item:
-    return Item(info, item.rule, item.make, None, item.stored or item.info.dtype, coding)
+    stored = item.stored or item.info.dtype
+    return replace(item, info=info, span=None, stored=stored, coding=coding, decoded=False)
 
 
 def _rotary_table(header: llama2c.Header, name: str) -> Lazy:

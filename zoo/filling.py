@@ -9,6 +9,7 @@ import torch
 from zoo.components.heads import MaskedLMHead
 from zoo.components.model import Model
 from zoo.errors import InputError, UsageError
+from zoo.finite import check_finite
 from zoo.inference import at_rest, called, device_of, model_of
 from zoo.pretrained import Ref
 
@@ -42,6 +43,7 @@ def fill(model: Model | Ref, text: str, *, top: int = 5) -> list[list[Guess]]:
     with at_rest(model):
         out = model(ids)
     logits = (out[0] if isinstance(out, tuple) else out)[0, gaps]
+    check_finite(model, logits, row=lambda n: None, again=lambda: model(ids))
     shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     best = shares[:, :most].topk(top)  # rows beyond the vocabulary make a table's size round
     return [

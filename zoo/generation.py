@@ -7,10 +7,10 @@ side where its padding is.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from os import PathLike
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from converters.checkpoint import confined
-from converters.formats.gguf import open_gguf
-from converters.strict_json import read_json
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.components.inputs import check_mask
 from zoo.components.model import Model
+from zoo.constraints import Constraints
 from zoo.errors import (
     ConfigError,
     InputError,
@@ -33,12 +31,25 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
+from zoo.finite import check_finite
+from zoo.generation_config import (
+    BEAMS,
+    NO_DEFAULTS,
+    SAMPLING,
+    TOP_K,
+    Defaults,
+    check_implemented,
+    defaults_of,
+)
 from zoo.inference import at_rest, check_sources, device_of, model_of
 from zoo.sampling import Dice, Sampling, seeds_of
-from zoo.tokenizers.gguf import ends
 
-MAX_NEW_TOKENS = 100
+NEW_TOKENS, NEW_TOKENS_OF_TEXT = 20, 100  # where nothing sets a length; the first as the reference
 OUTPUTS = ("return_logprobs", "stream")  # options that say what is given back
+IGNORE = "ignore_generation_config"
+NOT_FROM_FILES = (  # of tokens `Defaults.ends` tells
+    *("seed", "assistant_model", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+)
 
 
 class Generated(NamedTuple):
@@ -49,45 +60,6 @@ class Generated(NamedTuple):
 
     sequences: Tensor
     logprobs: Tensor
-
-
-class Ends(NamedTuple):
-    """What a checkpoint says of where its texts begin and end; its files are read for it."""
-
-    eos: tuple[int, ...]
-    pad: int | None
-    start: int | None  # of an answer, where a question is read apart
-
-
-def ends_of(model: Model) -> Ends:
-    """By generation_config.json before the model's own config, and that before config.json."""
-    said: dict[str, Any] = {}
-    if model.provenance is not None:
-        said = json.loads(model.provenance.origin.config)
-        if model.provenance.origin.dialect == "gguf":
-            said |= ends(next(iter(open_gguf(model.provenance.files[0]).values())).said)
-    own = {"pad_token_id": "pad", "decoder_start_token_id": "start"}
-    held = {key: getattr(model.config, name, None) for key, name in own.items()}
-    said |= {key: id for key, id in held.items() if id is not None}
-    if model.provenance is not None:
-        path = model.provenance.directory / "generation_config.json"
-        if path.is_file():
-            more = read_json(confined(path.parent, path.name), ConfigError)
-            said.update({k: v for k, v in more.items() if v is not None})
-    eos = said.get("eos_token_id")
-    many = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    pad = said.get("pad_token_id")
-    start = said.get("decoder_start_token_id")
-    start = pad if start is None else start
-    for name, ids in {
-        "eos_token_id": many,
-        "pad_token_id": (pad,),
-        "decoder_start_token_id": (start,),
-    }.items():
-        for id in ids:
-            if id is not None and (type(id) is not int or id >= model.config.vocab):
-                raise ConfigError(f"{name}: {id!r} is no id of {model.config.vocab} tokens")
-    return Ends(tuple(id for id in many if id >= 0), pad, start)
 
 
 class Bounds(NamedTuple):
@@ -128,7 +100,8 @@ class Runner:
         use_cache: bool = True,
         start: int | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.prompts = model, len(input_ids) if isinstance(input_ids, Tensor) else 0
+        self.row: int | None = None  # of a batch, where it holds that one alone
         self.question: dict[str, Tensor | None] = {}
         check_writes(model)
         real = _real(input_ids, attention_mask)
@@ -174,14 +147,25 @@ class Runner:
         self.fresh = False
         try:
             with _last_only(self.model, last), _without_dropout(self.model):
-                if self.question:
-                    names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
-                    return self.model(**names, decoder_attention_mask=mask, cache=self.cache)
-                return self.model(ids, mask, cache=self.cache)
+                logits: Tensor = self._forward(ids, mask, self.cache)
+            each = max(1, len(self.ids) // max(1, self.prompts))
+            again = partial(self._forward, self.ids, self.mask, None)
+            check_finite(self.model, logits, row=lambda n: self._row(n // each), again=again)
+            return logits
         except BaseException:
             if self.cache is not None:  # places were taken that not every layer has filled
                 self.cache.cut(min(known, self.cache.length))
             raise
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        if self.question:
+            names: dict[str, Any] = {"decoder_input_ids": ids, **self.question}
+            return self.model(**names, decoder_attention_mask=mask, cache=cache)
+        return self.model(ids, mask, cache=cache)
+
+    def _row(self, n: int) -> int | None:
+        """The number that a prompt has in the batch; none where it is alone."""
+        return n if self.prompts > 1 else self.row
 
     def cut(self, length: int) -> None:
         """Forget all tokens but the first `length` of each row."""
@@ -251,16 +235,33 @@ def _last_only(model: Model, count: int) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to go on: greedily, unless there is a temperature or another sign of sampling."""
+    """How to go on: greedily, unless there is a temperature or another sign of sampling.
 
-    max_new_tokens: int | None = None  # 100, or as many as there are positions for
+    What a call does not set, its checkpoint's generation_config.json does, as in the reference.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None  # of prompt and new tokens together; max_new_tokens goes before
+    min_length: int = 0
+    min_new_tokens: int | None = None
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    sequence_bias: Any = None  # [[ids, bias], …]: added where the last of the ids would complete it
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    forced_bos_token_id: int | None = None  # after a single token
+    forced_eos_token_id: int | Sequence[int] | None = None  # as the last token of the length
+    exponential_decay_length_penalty: Sequence[float] | None = None  # from which token, by what
+    renormalize_logits: bool = False
     num_return_sequences: int = 1  # of each row, one below the other
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: their scores are divided by their length to this
@@ -268,16 +269,17 @@ class Options:
     seed: int | Sequence[int] | None = None  # or one for each row, which alone decides its samples
     eos_token_id: int | Collection[int] | None = None  # the model's own; []: none
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None  # what an answer begins with
     stop_strings: str | Sequence[str] | None = ()
     use_cache: bool = True
     assistant_model: Model | None = None  # smaller, of the same vocabulary; it guesses ahead
     num_assistant_tokens: int = 5
 
     def __post_init__(self) -> None:
-        counts = ("max_new_tokens", "num_return_sequences", "num_beams", "num_assistant_tokens")
-        for name in counts:
-            value = getattr(self, name)
-            if (value is not None or name != counts[0]) and (type(value) is not int or value < 1):
+        counts = ("max_new_tokens", "max_length", "num_return_sequences", "num_beams")
+        for name in (*counts, "num_assistant_tokens"):
+            value, unset = getattr(self, name), name in ("max_new_tokens", "max_length")
+            if (value is not None or not unset) and (type(value) is not int or value < 1):
                 raise UsageError(f"{name}={value!r}: expected a positive number")
         if self.early_stopping not in (True, False, "never"):
             raise UsageError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
@@ -289,10 +291,15 @@ class Options:
             )
         if self.assistant_model is not None and not isinstance(self.assistant_model, Model):
             raise UsageError("assistant_model: expected a model, as zoo.load gives it")
-        stops = self.stops
+        self.stops  # noqa: B018  its own checks
+        self.sampling  # noqa: B018  likewise
+        self._constraints()
+
+    def check_together(self) -> None:
+        """What fits alone may contradict something else, from the call or from the checkpoint."""
         if self.do_sample and self.temperature == 0:
             raise UsageError("temperature=0 is greedy, and do_sample=True is not")
-        if self.num_beams > 1 and (self.sampled or self.assistant_model or stops):
+        if self.num_beams > 1 and (self.sampled or self.assistant_model or self.stops):
             raise UsageError(
                 "num_beams: beams neither sample, nor guess ahead, nor stop at strings"
             )
@@ -300,16 +307,50 @@ class Options:
             raise UsageError("num_return_sequences: all would be the same; give a temperature")
         if self.num_return_sequences > self.num_beams > 1:
             raise UsageError(f"num_return_sequences: more than {self.num_beams} beams")
-        self.sampling  # noqa: B018  its own checks
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Options:
-        known = cls.__dataclass_fields__
+    def of(cls, options: Mapping[str, Any], defaults: Defaults = NO_DEFAULTS) -> Options:
+        """The options of a call, each checked for itself; behind them what the checkpoint sets.
+
+        `ignore_generation_config` among them: True, or names of fields that shall not count.
+        """
+        known = {field.name: field.default for field in fields(cls)}
         for name in options:
-            if name not in known:
-                near = did_you_mean(name, [*known, *OUTPUTS])
+            if name not in (*known, IGNORE):
+                near = did_you_mean(name, [*known, *OUTPUTS, IGNORE])
                 raise UsageError(f"generate: no option {name!r}.{near}")
-        return cls(**options)
+        own = {
+            n: v
+            for n, v in options.items()
+            if n != IGNORE and (v is not None or known[n] is not None)
+        }
+        asked = cls(**own)
+        if defaults is NO_DEFAULTS:
+            return asked
+        file = defaults.but(options.get(IGNORE) or False)
+        merged = {n: v for n, v in file.items() if n in known and n not in NOT_FROM_FILES} | own
+        if "do_sample" not in own:
+            greedy = own.get("temperature") == 0
+            merged["do_sample"] = not greedy and (asked.sampled or merged.get("do_sample", False))
+        if merged["do_sample"] is True and file.get("do_sample") is True:
+            merged.setdefault("top_k", TOP_K)
+        idle: tuple[str, ...] = () if merged["do_sample"] else SAMPLING
+        idle += BEAMS if merged.get("num_beams", 1) == 1 else ()
+        idle += ("max_new_tokens",) if asked.max_length and not asked.max_new_tokens else ()
+        merged = {n: v for n, v in merged.items() if n in own or n not in idle}
+        try:
+            made = cls(**merged)
+            check_implemented(file, made, defaults.where)
+            made.check_together()
+            return made
+        except UsageError as error:
+            if not merged.keys() & file.keys() - own.keys():  # it set none of these
+                raise
+            asked.check_together()
+            raise ConfigError(
+                f"{defaults.where}: {error}. Arguments override what it sets; "
+                "ignore_generation_config=True (--ignore-generation-config) leaves all of it aside"
+            ) from None
 
     @property
     def sampled(self) -> bool:
@@ -320,14 +361,20 @@ class Options:
     @property
     def sampling(self) -> Sampling:
         warm = 1.0 if self.temperature is None else self.temperature
-        return Sampling(
-            temperature=warm if self.sampled else 0.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-        )
+        names = [field.name for field in fields(Sampling) if field.name != "temperature"]
+        given = {name: getattr(self, name) for name in names}
+        return Sampling(temperature=warm if self.sampled else 0.0, **given)
+
+    def constraints(self, model: Model, prompt: Tensor, most: int, bounds: Bounds) -> Constraints:
+        """Those of a call with this prompt, for `most` new tokens."""
+        length = 1 if answers(model) else prompt.shape[1]
+        made = self._constraints(prompt=length, most=most, ends=sorted(bounds.eos))
+        made.check_ids(model.config.vocab)
+        return made
+
+    def _constraints(self, **call: Any) -> Constraints:
+        names = {field.name for field in fields(Constraints)} & {f.name for f in fields(self)}
+        return Constraints(**{name: getattr(self, name) for name in names}, **call)
 
     @property
     def stops(self) -> list[str]:
@@ -337,32 +384,55 @@ class Options:
             raise UsageError(f"stop_strings={stops!r}: expected words")
         return stops
 
-    def bounds(self, model: Model) -> Bounds:
-        """Once a call: it reads the checkpoint's files."""
-        said = ends_of(model)
-        eos: Any = said.eos if self.eos_token_id is None else self.eos_token_id
+    def bounds(self, model: Model, defaults: Defaults) -> Bounds:
+        known = defaults.ends
+        eos: Any = known.eos if self.eos_token_id is None else self.eos_token_id
         eos = eos.tolist() if isinstance(eos, Tensor) else eos
         ends = tuple(eos) if isinstance(eos, Collection) else (eos,)
         _check_ids("eos_token_id", ends, model)
-        if self.pad_token_id is not None:
-            _check_ids("pad_token_id", (self.pad_token_id,), model)
-        known = (self.pad_token_id, said.pad, *sorted(ends))
-        pad = next((id for id in known if id is not None and id >= 0), 0)
-        return Bounds(frozenset(ends), pad, said.start)
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            if getattr(self, name) is not None:
+                _check_ids(name, (getattr(self, name),), model)
+        pads = (self.pad_token_id, known.pad, *ends)
+        pad = next((id for id in pads if id is not None and id >= 0), 0)
+        start = self.decoder_start_token_id
+        return Bounds(frozenset(ends), pad, known.start if start is None else start)
 
     def most(self, model: Model, input_ids: Tensor) -> int:
+        """New tokens at most, where the padding of a batch counts as in the reference."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        limit = model.config.limit_cached if self.use_cache else model.config.limit
-        if limit is None or answers(model):
-            return MAX_NEW_TOKENS
-        return max(1, min(MAX_NEW_TOKENS, limit + 1 - input_ids.shape[1]))
+        prompt = 1 if answers(model) else input_ids.shape[1]
+        if self.max_length is not None:
+            if self.max_length <= prompt:
+                raise SequenceTooLong(
+                    f"max_length={self.max_length}: the prompt has {prompt} tokens; "
+                    "pass max_new_tokens, which counts new ones alone"
+                )
+            return self.max_length - prompt
+        return up_to_positions(NEW_TOKENS, model, prompt)
+
+
+def up_to_positions(count: int, model: Model, prompt: int) -> int:
+    """So many new tokens, or as many as the model has positions for: one at least."""
+    positions = None if answers(model) else getattr(model.config, "positions", None)
+    if positions is None or (positions <= prompt and model.config.limit is None):
+        return count
+    return max(1, min(count, positions - prompt))
 
 
 def _check_ids(name: str, ids: Collection[Any], model: Model) -> None:
     last = model.config.vocab - 1
     if wrong := [id for id in ids if type(id) is not int or not 0 <= id <= last]:
         raise TokenIdError(f"{name}: {wrong[0]!r} is outside 0..{last}")
+
+
+def asked_of(model: Model, options: Mapping[str, Any]) -> tuple[Options, Bounds]:
+    """What a call asks for, and what its checkpoint says; its files are read once."""
+    Options.of(options)  # a mistake of the call before one of the files
+    defaults = defaults_of(model)
+    asked = Options.of(options, defaults)
+    return asked, asked.bounds(model, defaults)
 
 
 class Step(NamedTuple):
@@ -385,12 +455,13 @@ def generate(
 ) -> Tensor | Generated | Iterator[Step]:
     """(b, s + n): each prompt with what follows, until the model's own end or `max_new_tokens`.
 
-    `options` are those of `zoo.generation.Options`. What an encoder-decoder gives is the answer
-    alone. `stream=True` gives an iterator over tokens as they come, each with its row's number.
+    `options` are those of `zoo.generation.Options`; what they leave open, the checkpoint's
+    generation_config.json sets, unless `ignore_generation_config=True`. Where neither sets a
+    length, 20 new tokens. What an encoder-decoder gives is the answer alone. `stream=True` gives
+    an iterator over tokens as they come, each with its row's number.
     """
     check_sources(model)
-    asked = Options.of(options)
-    bounds = asked.bounds(model)
+    asked, bounds = asked_of(model, options)
     if stream:
         if asked.num_beams > 1:
             raise UsageError("stream: beams know their tokens at their end")
@@ -463,6 +534,7 @@ def steps(
         more: dict[str, Any] = {"use_cache": asked.use_cache, "start": bounds.start}
         runner = Runner(model, input_ids, attention_mask, room=most, **more)
     dice = Dice(seeds_of(asked.seed, len(input_ids), samples))
+    rules = asked.constraints(model, input_ids, most, bounds)
     logits = runner.feed()[:, -1]
     if samples > 1:
         each = torch.arange(len(input_ids), device=logits.device).repeat_interleave(samples)
@@ -471,7 +543,8 @@ def steps(
     running = dict.fromkeys(range(len(logits)))
     stops = {n: Stop(model, asked.stops, runner.rows[n]) for n in running} if asked.stops else {}
     for length in range(1, most + 1):
-        chosen = choose(logits, runner, asked.sampling, dice)
+        rows = runner.rows if rules.reads_rows else []
+        chosen = choose(rules.apply(logits.float(), rows, length - 1), asked.sampling, dice)
         likely = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1).tolist()
         tokens = chosen.tolist()
         for n in list(running):
@@ -483,10 +556,8 @@ def steps(
         logits = runner.feed(chosen[:, None].to(runner.ids.dtype))[:, -1]
 
 
-def choose(logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice) -> Tensor:
+def choose(logits: Tensor, sampling: Sampling, dice: Dice) -> Tensor:
     """(b,) tokens."""
-    rows = runner.rows if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size else []
-    logits = sampling.penalised(logits.float(), rows)
     if sampling.greedy:
         return logits.argmax(dim=-1)
     return dice.choose(sampling.warped(logits))
@@ -543,6 +614,8 @@ def generate_text(
 ) -> Any:
     """What follows a text; of several texts, or samples, a list. Options are those of `m.generate`.
 
+    Where neither they nor the checkpoint's generation_config.json set a length, 100 new tokens.
+
     `stream=True` gives an iterator over pieces of the text, each as soon as its characters are
     whole; `return_logprobs=True` gives `Text`s. Texts end before a stop string. `special`: special
     tokens in the prompt are such.
@@ -551,24 +624,33 @@ def generate_text(
     if not isinstance(prompt, Iterable):
         raise InputError(f"expected a text, or several, found {type(prompt).__name__}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    asked = Options.of(options)
+    asked, bounds = asked_of(model, options)
     if stream:
         if return_logprobs:
             raise UsageError("stream: pieces of text have no logprobs; m.generate streams tokens")
         if len(texts) != 1 or asked.num_return_sequences > 1 or asked.num_beams > 1:
             raise UsageError("stream: one text at a time, sampled once")
-        return pieces_of(model, *encoded(model, texts, special), asked)
-    written = complete(model, texts, asked, special)
+        ids, mask = encoded(model, texts, special)
+        return pieces_of(model, ids, mask, as_long_as_texts(asked, model, ids), bounds)
+    written = complete(model, texts, asked, bounds, special)
     found = written if return_logprobs else [each.text for each in written]
     return found[0] if isinstance(prompt, str) and len(found) == 1 else found
 
 
+def as_long_as_texts(asked: Options, model: Model, ids: Tensor) -> Options:
+    """With the length that a text has where nothing sets one."""
+    if asked.max_new_tokens is not None or asked.max_length is not None:
+        return asked
+    length = up_to_positions(NEW_TOKENS_OF_TEXT, model, ids.shape[1])
+    return replace(asked, max_new_tokens=length)
+
+
 def complete(
-    model: Model, texts: Sequence[str], asked: Options, special: bool = False
+    model: Model, texts: Sequence[str], asked: Options, bounds: Bounds, special: bool = False
 ) -> list[Text]:
     """Each text's samples, one after the other."""
     ids, mask = encoded(model, texts, special)
-    bounds = asked.bounds(model)
+    asked = as_long_as_texts(asked, model, ids)
     rows, numbers = written(model, ids, mask, asked, bounds)
     found, samples = [], len(rows) // len(texts)
     for n, (row, logprobs) in enumerate(zip(rows, numbers, strict=True)):
@@ -636,10 +718,10 @@ def pieces_of(
     ids: Tensor,
     mask: Tensor | None,
     asked: Options,
+    bounds: Bounds,
     runners: Sequence[Runner] = (),
 ) -> Iterator[str]:
     """The text of one row, piece by piece."""
-    bounds = asked.bounds(model)
     pieces = Pieces(model, asked.stops, prompt_of(model, ids, mask, 0))
     for step in steps(model, ids, mask, asked, bounds, runners):
         if step.token not in bounds.eos and (piece := pieces.put(step.token)):

@@ -49,6 +49,7 @@ from zoo.errors import (
     ConfigError,
     MissingShard,
     MissingTensors,
+    NonFinite,
     NotACheckpoint,
     OverflowOnCast,
     ResourceLimit,
@@ -59,6 +60,7 @@ from zoo.errors import (
     did_you_mean,
     listing,
 )
+from zoo.finite import first_where, source_of
 from zoo.registry import Architecture
 from zoo.sources import NATIVE_FILE
 
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from zoo.lora.files import Files
 
 Ref = str | PathLike[str]
+CHECKS = ("finite",)  # what load can be asked to look for in all weights
+FAULTS = 20  # that a message lists
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -292,6 +296,7 @@ def load(
     expect: type[Model] | None = None,
     modules: bool = True,
     verify: bool = False,
+    check: Literal["finite"] | None = None,
     prepare: bool = False,
     adapter: Ref | bool | None = None,
     merge: bool = False,
@@ -304,6 +309,8 @@ def load(
     on disk that win where tied ones differ. `weights="random"` initialises as the original does.
     A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
+    `check="finite"` refuses NaN and infinity among the weights, naming file and tensor; so does
+    `verify`.
     `prepare` makes it fast for inference and for nothing else, as `zoo.prepare` does. `adapter` is
     a LoRA directory of peft's: it stands beside the weights, to be trained on, or is added to them
     with `merge`. True is the adapter that lies in the checkpoint's own directory, and False says
@@ -317,13 +324,16 @@ def load(
         raise UsageError(f"mmap={mmap!r}: True, False or None")
     if weights not in ("checkpoint", "random"):
         raise UsageError(f"weights={weights!r}: either 'checkpoint' or 'random'")
+    if check not in (None, *CHECKS):
+        near = did_you_mean(str(check), CHECKS)
+        raise UsageError(f"check={check!r}: None or one of {', '.join(CHECKS)}.{near}")
     if merge and adapter in (None, False):
         raise UsageError("merge=True: there is no adapter to merge")
     if adapter is True and weights == "random":
         raise UsageError("adapter=True: random weights lie nowhere; give the adapter's directory")
     if prepare and adapter not in (None, False) and not merge:
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
-    kind = dtype_of(dtype)
+    kind, finite = dtype_of(dtype), verify or check == "finite"
     with _uncollected():
         found = locate(
             ref,
@@ -353,10 +363,12 @@ def load(
             from zoo.sentences import headless, with_steps
 
             alone = found._replace(heads=headless(found.heads, found.entry.model))
-            inner = fill(alone, config=given, dtype=kind, device=device, trust=trust)
-            model = with_steps(adapted(inner), directory)
+            how: dict[str, Any] = {"dtype": kind, "device": device, "trust": trust}
+            inner = fill(alone, config=given, finite=finite, **how)
+            model = with_steps(adapted(inner), directory, finite=finite)
         else:
-            model = adapted(fill(found, config=given, dtype=kind, device=device, trust=trust))
+            how = {"dtype": kind, "device": device, "trust": trust}
+            model = adapted(fill(found, config=given, finite=finite, **how))
     if prepare:
         from zoo.prepared import prepare as make_fast
 
@@ -759,8 +771,12 @@ def fill(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust: Collection[str] = (),
+    finite: bool = False,
 ) -> Model:
-    """The proven plan, then the weights; nothing is returned half-loaded."""
+    """The proven plan, then the weights; nothing is returned half-loaded.
+
+    `finite`: all of them are looked at, and NaN and infinity are refused.
+    """
     checkpoint = found.checkpoint()
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
@@ -769,13 +785,19 @@ def fill(
     for other, owner in plan.native.ties.items():
         names[owner].append(other)
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
+    faults: list[str] = []
     with enough(partial(_task, found, checkpoint, dtype), _WAYS_OUT):
         for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
-            parameter = nn.Parameter(_placed(name, tensor, dtype, device))
+            origin = partial(source_of, plan, checkpoint, name)
+            if finite and (index := first_where(tensor)) is not None:
+                faults.append(f"{origin()} (here {name}{index})")
+            parameter = nn.Parameter(_placed(name, tensor, dtype, device, origin))
             for each in names[name]:
                 owner, _, leaf = each.rpartition(".")
                 modules[owner]._parameters[leaf] = parameter
     provenance.check()  # nothing of it was read while it changed
+    if faults:
+        raise NonFinite("\n  ".join([f"{found.where}: not finite:", *faults[:FAULTS]]))
     return model.eval()
 
 
@@ -972,19 +994,28 @@ _FLOATS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 def _placed(
-    name: str, tensor: Tensor, dtype: torch.dtype | None, device: str | torch.device
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    origin: Callable[[Callable[[Tensor], Tensor]], str],
 ) -> Tensor:
     """On its device and in its dtype; the very same memory where that is where it is."""
     if dtype is None or dtype == tensor.dtype:
         return tensor.to(device)
     cast = tensor.to(device=device, dtype=dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-        over = torch.isinf(cast) & torch.isfinite(tensor).to(cast.device)
-        if over.any():
-            at = over.nonzero()[0].tolist()
-            value = tensor[tuple(at)].item()
-            raise OverflowOnCast(f"{name}{at}: {value:g} is beyond {dtype}; load it wider")
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and (torch.isinf(cast) & torch.isfinite(tensor).to(cast.device)).any():
+        too_large = partial(_overflows, dtype=dtype)
+        raise OverflowOnCast(
+            f"{origin(too_large)}, which is beyond {dtype} (here "
+            f"{name}{first_where(tensor, too_large)}); load it wider"
+        )
     return cast
+
+
+def _overflows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.isfinite() & x.to(dtype).isinf()
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""What turns logits into the next token: warpers, and draws that a row makes for itself.
+"""Sampling: warpers of the distribution, and draws that a row makes for itself.
 
 Each warper takes and gives (b, v) logits; what may not follow has -inf.
 """
@@ -14,22 +14,6 @@ from torch import Tensor
 from zoo.errors import UsageError
 
 _SEED = 1 << 63
-
-
-def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Tokens of (b, v) `seen` are less likely: divided where positive, multiplied where not."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def no_repeat_ngram(logits: Tensor, rows: Sequence[Sequence[int]], size: int) -> Tensor:
-    """No token ends a run of `size` that stood in its row before."""
-    out = logits.clone()
-    for n, row in enumerate(rows):
-        start = tuple(row[len(row) - size + 1 :])
-        for place in range(len(row) - size + 1):
-            if tuple(row[place : place + size - 1]) == start:
-                out[n, row[place + size - 1]] = -torch.inf
-    return out
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
@@ -57,6 +41,37 @@ def min_p(logits: Tensor, share: float) -> Tensor:
     return logits.masked_fill(probabilities < least, -torch.inf)
 
 
+def typical_p(logits: Tensor, mass: float) -> Tensor:
+    """Those whose information is nearest to its mean, until they hold `mass` together."""
+    likely = logits.log_softmax(dim=-1)
+    entropy = -(likely * likely.exp()).nansum(dim=-1, keepdim=True)
+    ordered, index = (-likely - entropy).abs().sort(dim=-1)
+    sums = logits.gather(-1, index).softmax(dim=-1).cumsum(dim=-1)
+    last = (sums < mass).sum(dim=-1, keepdim=True).clamp(max=sums.shape[-1] - 1)
+    removed = ordered > ordered.gather(-1, last)
+    removed[..., 0] = False
+    return logits.masked_fill(removed.scatter(-1, index, removed), -torch.inf)
+
+
+def epsilon_cutoff(logits: Tensor, least: float) -> Tensor:
+    """Those of this probability at least, and the likeliest."""
+    return _cut(logits, least)
+
+
+def eta_cutoff(logits: Tensor, epsilon: float) -> Tensor:
+    """The same, where less counts as little if the distribution is flat."""
+    likely, bound = logits.log_softmax(dim=-1), torch.tensor(epsilon, device=logits.device)
+    finite = likely.clamp(min=torch.finfo(likely.dtype).min)
+    entropy = -(finite * likely.exp()).sum(dim=-1, keepdim=True)
+    return _cut(logits, torch.min(bound, bound.sqrt() * torch.exp(-entropy)))
+
+
+def _cut(logits: Tensor, least: Tensor | float) -> Tensor:
+    removed = logits.softmax(dim=-1) < least
+    removed &= logits < logits.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(removed, -torch.inf)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen: the likeliest at temperature 0, else drawn from what is left.
@@ -64,28 +79,30 @@ class Sampling:
     Warpers come in the order of the fields.
     """
 
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = name in ("no_repeat_ngram_size", "top_k")
+            whole = name == "top_k"
             if type(value) is not int and (whole or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r}: expected a {'whole ' * whole}number")
         warm = self.temperature  # below the least that fp32 divides by, all logits are infinite
         wrong = [
             text
             for text, fits in (
-                ("repetition_penalty: above 0", 0 < self.repetition_penalty < float("inf")),
-                ("no_repeat_ngram_size: 0 or more", self.no_repeat_ngram_size >= 0),
                 ("temperature: 0, or 1e-30 and more", warm == 0 or 1e-30 <= warm < float("inf")),
                 ("top_k: 0 or more", self.top_k >= 0),
                 ("top_p: above 0, 1 at most", 0 < self.top_p <= 1),
                 ("min_p: from 0 to 1", 0 <= self.min_p <= 1),
+                ("typical_p: above 0, 1 at most", 0 < self.typical_p <= 1),
+                ("epsilon_cutoff: from 0 to 1", 0 <= self.epsilon_cutoff < 1),
+                ("eta_cutoff: from 0 to 1", 0 <= self.eta_cutoff < 1),
             )
             if not fits
         ]
@@ -95,17 +112,6 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
-
-    def penalised(self, logits: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
-        """By what stands in each row so far."""
-        if self.repetition_penalty != 1:
-            seen = torch.zeros_like(logits, dtype=torch.bool)
-            for n, row in enumerate(rows):
-                seen[n, list(set(row))] = True
-            logits = repetition_penalty(logits, seen, self.repetition_penalty)
-        if self.no_repeat_ngram_size:
-            logits = no_repeat_ngram(logits, rows, self.no_repeat_ngram_size)
-        return logits
 
     def warped(self, logits: Tensor) -> Tensor:
         """As far as it is drawn from."""
@@ -119,6 +125,12 @@ class Sampling:
             logits = top_p(logits, self.top_p)
         if self.min_p:
             logits = min_p(logits, self.min_p)
+        if self.typical_p < 1:
+            logits = typical_p(logits, self.typical_p)
+        if self.epsilon_cutoff:
+            logits = epsilon_cutoff(logits, self.epsilon_cutoff)
+        if self.eta_cutoff:
+            logits = eta_cutoff(logits, self.eta_cutoff)
         return logits
 
 

@@ -16,6 +16,7 @@ from zoo.components.decoder import Decoder
 from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
+from zoo.finite import check_finite
 from zoo.inference import at_rest, called, device_of, every_place, headless, model_of
 from zoo.pretrained import Ref
 
@@ -145,6 +146,7 @@ def _nll(model: Model, ids: Tensor, count: int) -> float:
     """Of the last `count` of these ids together, in nats."""
     total, at = 0.0, len(ids) - count
     for logits in _logits(model, ids[:-1], at - 1):
+        check_finite(model, logits, row=lambda n: None, again=lambda: model(ids[None, :-1]))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wanted = ids[at : at + len(wide)]
         total += F.cross_entropy(wide, wanted, reduction="none").double().sum().item()

@@ -17,7 +17,15 @@ from zoo.components.activations import ACTIVATIONS
 from zoo.components.inputs import check_mask
 from zoo.components.masks import positions_of
 from zoo.components.model import Linear, Model
-from zoo.errors import ConfigError, MissingTensors, ShapeMismatch, UnsupportedArchitecture, listing
+from zoo.errors import (
+    ConfigError,
+    MissingTensors,
+    NonFinite,
+    ShapeMismatch,
+    UnsupportedArchitecture,
+    listing,
+)
+from zoo.finite import at, first_where
 from zoo.sources import CONFIG, MODULES, SENTENCE_FILES, module_folders
 
 
@@ -128,10 +136,17 @@ def headless(heads: tuple[str, ...], kind: type[Model]) -> tuple[str, ...]:
     return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[:1]
 
 
-def with_steps(model: Model, directory: Path) -> SentenceModel:
-    """The model and every step that `directory` names; what is not known is refused by name."""
+def with_steps(model: Model, directory: Path, *, finite: bool = False) -> SentenceModel:
+    """The model and every step that `directory` names; what is not known is refused by name.
+
+    `finite`: so are NaN and infinity among their weights.
+    """
     first = next(iter(model.parameters()))
     steps, folders = read_steps(directory, model.config.dim)
+    for step, folder in zip(steps, folders, strict=True) if finite else ():
+        for name, tensor in step.named_parameters():
+            if (index := first_where(tensor)) is not None:
+                raise NonFinite(f"{directory / folder}: {name}{at(tensor, index)}")
     moved = [step.to(first.device, first.dtype) for step in steps]
     return SentenceModel(model, moved, folders).eval()
 

@@ -600,7 +600,9 @@ class _Hub:
         except (OSError, ValueError) as error:
             raise self._explain(error) from None
         if blob is not None:
-            raise type(self.unreachable)(f"{_damage(blob)}. {self.unreachable}")
+            problem = self.unreachable
+            assert problem is not None  # else the blob would be downloaded again
+            raise type(problem)(f"{_damage(blob)}. {problem}")
         return Path(found)
 
     # --- what the hub's answers mean ---

@@ -6,13 +6,15 @@ same distribution where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zoo.components.inputs import check_mask
 from zoo.components.model import Model
+from zoo.constraints import Constraints
 from zoo.errors import NotACheckpoint, UsageError, ZooError
 from zoo.generation import Bounds, Options, Runner, Step, Stop, answers
 from zoo.inference import every_place
@@ -46,9 +48,11 @@ def ahead(
         if real is not None:
             prompt = prompt[:, real[row]]
         most = asked.most(model, input_ids)
+        rules = asked.constraints(model, input_ids, most, bounds)
         large, draft = runners or _runners(model, small, prompt, most, asked.use_cache)
+        large.row = draft.row = row if len(input_ids) > 1 else None
         stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
-        for token, logprob in _row(large, draft, Dice([seeds[n]]), most, asked):
+        for token, logprob in _row(large, draft, Dice([seeds[n]]), rules, asked):
             yield Step(n, token, logprob)
             if token in bounds.eos or (stops is not None and stops.reached(token)):
                 break
@@ -89,37 +93,47 @@ def _runners(
 
 
 def _row(
-    large: Runner, draft: Runner, dice: Dice, most: int, asked: Options
+    large: Runner, draft: Runner, dice: Dice, rules: Constraints, asked: Options
 ) -> Iterator[tuple[int, float]]:
     draft.feed()
-    count, accepted = 0, _first(large.feed()[0], large, asked.sampling, dice)
+    count, accepted = 0, _first(large.feed()[0], large, rules, asked.sampling, dice)
     while True:
         for token, logprob in accepted:
             count += 1
             yield token, logprob
-            if count == most:
+            if count == rules.most:
                 return
-        guesses = min(asked.num_assistant_tokens, most - count - 1)
-        accepted = _round(draft, large, accepted[-1][0], guesses, asked, dice)
+        guesses = min(asked.num_assistant_tokens, rules.most - count - 1)
+        chances = partial(_chances, rules=rules, sampling=asked.sampling)
+        accepted = _round(draft, large, accepted[-1][0], count, guesses, chances, dice)
 
 
 def _first(
-    logits: Tensor, runner: Runner, sampling: Sampling, dice: Dice
+    logits: Tensor, runner: Runner, rules: Constraints, sampling: Sampling, dice: Dice
 ) -> list[tuple[int, float]]:
-    chances = _chances(logits, runner.rows[0], sampling)
+    chances = _chances(logits, runner.rows[0], 0, rules, sampling)
     token = int(pick(chances, dice.numbers())[0])
     return [(token, _logprob(logits, token))]
 
 
 def _round(
-    small: Runner, large: Runner, last: int, guesses: int, asked: Options, dice: Dice
+    small: Runner,
+    large: Runner,
+    last: int,
+    count: int,
+    guesses: int,
+    chances: Callable[[Tensor, list[int], int], Tensor],
+    dice: Dice,
 ) -> list[tuple[int, float]]:
-    """The guesses that hold, and a token of the large model's own behind them."""
+    """The guesses that hold, and a token of the large model's own behind them.
+
+    `last` is the last of `count` new tokens.
+    """
     length = large.ids.shape[1] + 1  # with `last`, which is certain
     token, said, guessed = last, [], []
-    for _ in range(guesses):
+    for n in range(guesses):
         logits = small.feed(_one(large, token), last=1)[0]
-        said.append(_chances(logits, small.rows[0], asked.sampling))
+        said.append(chances(logits, small.rows[0], count + n))
         token = int(pick(said[-1], dice.numbers())[0])
         guessed.append(token)
     tokens = torch.cat([_one(large, t) for t in (last, *guessed)], dim=1)
@@ -127,7 +141,7 @@ def _round(
     logits = large.feed(tokens, last=guesses + 1)[0]
     out: list[tuple[int, float]] = []
     for n in range(guesses + 1):
-        mine = _chances(logits[n : n + 1], [*before, last, *guessed[:n]], asked.sampling)
+        mine = chances(logits[n : n + 1], [*before, last, *guessed[:n]], count + n)
         if n < guesses:
             token = guessed[n]
             if _holds(mine[0, token], said[n][0, token], dice.numbers()[0, 0]):
@@ -159,9 +173,11 @@ def _one(runner: Runner, token: int) -> Tensor:
     return torch.full_like(runner.ids[:, :1], token)
 
 
-def _chances(logits: Tensor, row: list[int], sampling: Sampling) -> Tensor:
+def _chances(
+    logits: Tensor, row: list[int], new: int, rules: Constraints, sampling: Sampling
+) -> Tensor:
     """(1, v) probabilities; all of it on the likeliest where it is greedy."""
-    logits = sampling.penalised(logits.float(), [row])
+    logits = rules.apply(logits.float(), [row], new)
     if sampling.greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
     return sampling.warped(logits).double().softmax(dim=-1)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from converters.lazy import Lazy
-from zoo.errors import UsageError, did_you_mean, listing
+from zoo.errors import OverflowOnCast, UsageError, did_you_mean, listing
+from zoo.finite import first_where
 from zoo.lora import files as peft
 from zoo.lora.files import Factors, Files, Settings
 from zoo.lora.layers import Lora, put, take_off
@@ -147,15 +148,34 @@ def merge_adapter(model: Model) -> Model:
                 owner, leaf = _owner(model, name)
                 owner._parameters[leaf] = nn.Parameter(before[of].detach().clone())
                 adapter.frozen.setdefault(name, before[of].requires_grad)
+    for name, index, matrix, merged in _merged(model, adapter):  # before anything is changed
+        if (at := first_where(merged)) is not None:
+            at = at if index is None else [index, *at]
+            cause = "is too large for" if matrix[tuple(at[-2:])].isfinite() else "is not finite in"
+            raise OverflowOnCast(
+                f"{adapter.files.where}: merged, {name}{at} {cause} {merged.dtype}. "
+                "Is lora_alpha or a factor too large? Load the base wider, or another adapter"
+            )
+    for _, _, matrix, merged in _merged(model, adapter):
+        matrix.copy_(merged)
+    _leave(model, adapter)
+    return model
+
+
+def _merged(model: Model, adapter: Adapter) -> Iterator[tuple[str, int | None, Tensor, Tensor]]:
+    """(native name, which of a stack, the matrix, the matrix with the factors added)"""
     own = dict(_own(model))
     for module, pieces in adapter.pieces.items():
         factors = adapter.factors(module)
         for part, _ in pieces:
-            weight = own[part.place.native]
-            matrix = weight if part.place.at is None else weight[part.place.at]
-            matrix.copy_(matrix + Low(part, factors).whole())
-    _leave(model, adapter)
-    return model
+            weight, index = own[part.place.native].detach(), part.place.at
+            matrix = weight if index is None else weight[index]
+            yield (
+                part.place.native,
+                index,
+                matrix,
+                (matrix + Low(part, factors).whole()).to(matrix.dtype),
+            )
 
 
 def remove_adapter(model: Model) -> Model:

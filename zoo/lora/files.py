@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ USED = {
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 MERGED = "Merge it in peft (merge_and_unload) and load what that saves"
 _LONG = 200  # characters of a pattern
+_LARGEST, _LARGEST_RANK = 3e38, 1 << 31  # what fp32 holds; more rows than any matrix has
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 
 
@@ -145,11 +146,11 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         return
     rank, alpha, dropout = (config.get(n) for n in ("r", "lora_alpha", "lora_dropout"))
     if not _is_rank(rank):
-        yield f"r: expected a positive whole number, found {rank!r}"
+        yield f"r: expected a positive whole number, found {_shown(rank)}"
     if not _is_number(alpha):
-        yield f"lora_alpha: expected a number, found {alpha!r}"
+        yield f"lora_alpha: expected a number that fp32 holds, found {_shown(alpha)}"
     if dropout is not None and (not _is_number(dropout) or not 0 <= dropout < 1):
-        yield f"lora_dropout: expected a share below 1, found {dropout!r}"
+        yield f"lora_dropout: expected a share below 1, found {_shown(dropout)}"
     if not isinstance(config.get("use_rslora"), bool | None):
         yield f"use_rslora: expected true or false, found {config['use_rslora']!r}"
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
@@ -161,7 +162,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             continue
         for pattern, value in patterns.items():
             if why := "no number that fits" * (not fits(value)) or _bad_pattern(pattern):
-                yield f"{name}: {pattern!r}: {value!r}: {why}"
+                yield f"{name}: {pattern!r}: {_shown(value)}: {why}"
     beginning = config.get("init_lora_weights", True)
     if beginning not in BEGINNINGS:
         yield (
@@ -174,11 +175,18 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < _LARGEST_RANK
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
+    """Whole ones may have hundreds of digits, which no float holds."""
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
+def _shown(value: Any) -> str:
+    """Numbers of hundreds of digits by their beginning."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:30]}… ({len(text)} characters)"
 
 
 def _bad_pattern(pattern: str) -> str:
@@ -225,6 +233,8 @@ def _sorted(
             others[key] = tensor  # what the module was; nothing reads it
         else:
             plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if why := _not_finite(key, tensor):
+                problems.append(why)
             if plain in whole:
                 if not whole[plain].equal(tensor):
                     problems.append(f"{key}: differs from {keys[plain]}, and both are one tensor")
@@ -257,11 +267,16 @@ def _half_problem(
             f"expected [{rank} in] and [out {rank}] by {CONFIG}"
         )
     for end, tensor in zip(ends, (a, b), strict=True):
-        if not tensor.isfinite().all():
-            at = (~tensor.isfinite()).nonzero()[0].tolist()
-            told = f"{at} is {tensor[tuple(at)].item():g}. An earlier checkpoint may be sound"
-            return f"{PREFIX}{module}{end}: {told}"
+        if why := _not_finite(f"{PREFIX}{module}{end}", tensor):
+            return why
     return ""
+
+
+def _not_finite(key: str, tensor: Tensor) -> str:
+    if tensor.isfinite().all():
+        return ""
+    at = (~tensor.isfinite()).nonzero()[0].tolist()
+    return f"{key}: {at} is {tensor[tuple(at)].item():g}. An earlier checkpoint may be sound"
 
 
 # --- written -------------------------------------------------------------------------------------
