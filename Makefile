@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example test test-fast test-all check format lint types mutants diagnosis formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
+.PHONY: help setup demo example test test-fast test-all check stamps format lint types mutants mutate diagnosis formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -28,15 +28,18 @@ example: $(READY) ## induction heads: a small model is trained, looked into and 
 	@$(RUN) examples/induction.py
 
 test: $(READY) ## every test, of many alike the first of each architecture
-	$(PYTEST) -m "not long"
+	$(PYTEST) -m "not long and not release"
 
 test-fast: $(READY) ## the tests that take no more than a few seconds
-	$(PYTEST) -m "not slow and not long"
+	$(PYTEST) -m "not slow and not long and not release"
 
 test-all: $(READY) ## every test of every variant
 	$(PYTEST)
 
-check: format lint types test ## what CI runs
+check: format lint types test ## what CI runs, before `make stamps`
+
+stamps: $(READY) ## whether evidence.json was measured on this code, this torch and transformers
+	@$(PYTEST) -n 0 -q -m release tests/test_record.py
 
 format: $(READY)
 	$(RUN) -m ruff format --check
@@ -58,6 +61,9 @@ formats: $(READY) ## each dialect to each other and back: docs/formats.md, evide
 
 diagnosis: $(READY) ## planted bugs, located and diagnosed: docs/diagnosis.md, evidence.json
 	@$(RUN) tools/parity.py --diagnose --write docs/diagnosis.md --record
+
+mutate: $(READY) ## mutation testing of zoo's own code: named mutants and a sample; N=200, N=--all
+	@$(RUN) tools/mutate.py $(N)
 
 faults: $(READY) ## conversions killed, torn and failed at every system call that changes a file
 	@$(RUN) tools/faults.py

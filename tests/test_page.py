@@ -20,6 +20,7 @@ import torch
 from conftest import PATIENCE
 from tiny import build
 
+import zoo
 from zoo import cli, parity, record, registry
 from zoo.errors import MissingTensors
 from zoo.parity import formats, tracing
@@ -161,7 +162,7 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
     seen = texts(page(with_record(run)))
     for told in (
         # planted, killed, located, diagnosed; code that is not the one that was measured
-        "3 3 2 1 2001-02-03, changed since",
+        "3 3 2 1 2001-02-03, code and torch changed since",
         # bytes, weights, values, lossy, refused, wrong
         "1 0 0 0 1 0 2004-05-06",
         "Planted bugs: torch 9.8.",
@@ -399,13 +400,24 @@ def test_every_architecture_is_in_the_record() -> None:
 
 
 def test_the_list_of_what_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row an architecture; no checkpoint is said to be verified by what tiny models gave."""
     assert cli.main(["list", "--verified"]) == 0
-    head, first, *_ = capsys.readouterr().out.splitlines()
-    assert head.split()[-5:] == ["VERIFIED", "FP64", "FP32", "BF16", "MUTANTS"]
-    assert record.read()["parity"]["gpt2"]["date"] in first
+    out = capsys.readouterr().out
+    about, table, after = out.split("\n\n")
+    assert "tiny models of random weights" in about
+    head, *rows = table.splitlines()
+    names = ["ARCHITECTURE", "MEASURED", "VARIANTS", "FP64", "FP32", "BF16", "BUGS"]
+    assert head.split() == names
+    assert [row.split()[0] for row in rows] == [*registry.architectures()]
+    assert record.read()["parity"]["gpt2"]["date"] in rows[0]
+    assert "published weights: none yet" in after and "zoo verify NAME --record" in after
+    only_checkpoints = registry.checkpoints().keys() - registry.architectures().keys()
+    assert not only_checkpoints & set(out.split())
     assert cli.main(["list", "--verified", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert len(told) == len(registry.checkpoints()) and told[0]["fp64"]
+    assert told["checkpoints"] == [] and zoo.list(verified=True) == []
+    assert [row["architecture"] for row in told["architectures"]] == [*registry.architectures()]
+    assert all(row["fp64"] and row["variants"] for row in told["architectures"])
 
 
 @pytest.fixture
@@ -446,10 +458,10 @@ def test_a_record_of_other_code(kept: Path, capsys: pytest.CaptureFixture[str]) 
     del data["bugs"]
     kept.write_text(json.dumps(data))
     assert cli.main(["list", "--verified"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "changed since" in lines[1] and lines[1].startswith("gpt2 ")
-    assert all(line.endswith("not run") for line in lines[1:])
-    assert not any(re.match(r"bert-|falcon-", line) for line in lines)
+    _, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert "code changed since" in rows[0] and rows[0].startswith("gpt2 ")
+    assert all(row.endswith("not run") for row in rows)
+    assert not any(re.match(r"bert |falcon |gone ", row) for row in rows)
 
 
 def test_a_part_that_is_run_again_takes_its_place(kept: Path) -> None:
@@ -461,15 +473,6 @@ def test_a_part_that_is_run_again_takes_its_place(kept: Path) -> None:
     assert {**before["bugs"], **entries} == after["bugs"]
     order = [*registry.architectures()]
     assert [*after["bugs"]] == sorted(after["bugs"], key=order.index)
-
-
-def test_the_sum_of_an_architectures_code() -> None:
-    """Of what it shares with another, and of its own."""
-    known = registry.architectures()
-    sums = [record.code(entry) for entry in known.values()]
-    assert len(set(sums)) == len(sums)
-    assert record.when({"date": "d", "code": record.code(known["t5"])}, "t5") == "d"
-    assert record.when({"date": "d", "code": "other"}, "t5") == "d, changed since"
 
 
 def test_what_is_recorded_of_bugs() -> None:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry]:
-    """Every checkpoint that has a name; `verified`: of what the last full run has proven."""
+    """Every checkpoint that has a name; `verified`: those whose own weights were compared."""
     entries = registry.checkpoints().values()
-    proven = record.proven() if verified else {}
-    return [e for e in entries if not verified or e.architecture in proven]
+    names = record.verified_checkpoints() if verified else {}
+    return [entry for entry in entries if not verified or entry.name in names]
 
 
 @dataclass(frozen=True)

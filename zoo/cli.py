@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import zoo
 from converters.memory import enough
-from zoo import catalog, record
+from zoo import catalog, record, registry
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, Escaped, has_colour, paint, passing
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--verified",
         action="store_true",
-        help="those of proven architectures, and what was measured",
+        help="what was measured of each architecture, and the checkpoints whose own weights were",
     )
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_list)
@@ -346,14 +346,12 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    entries = catalog.list_checkpoints(verified=options.verified)
-    known = record.read() if options.verified else {}
-    proof = {e.architecture: _proof(e.architecture, known) for e in entries if options.verified}
+    if options.verified:
+        return _list_verified(options)
+    entries = catalog.list_checkpoints()
     if options.json:
-        print(_json([{**e.to_json(), **proof.get(e.architecture, {})} for e in entries]))
+        print(_json([entry.to_json() for entry in entries]))
         return OK
-    columns = PROOF if options.verified else ()
-    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION", *columns)
     rows = [
         (
             entry.name,
@@ -362,27 +360,74 @@ def _list(options: argparse.Namespace) -> int:
             entry.licence,
             entry.repo,
             _revision(entry.revision, entry.pinned),
-            *proof.get(entry.architecture, {}).values(),
         )
         for entry in entries
     ]
+    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION")
     print(_table([head, *rows], right={2}))
     return OK
 
 
-PROOF = ("VERIFIED", "FP64", "FP32", "BF16", "MUTANTS")
+ERRORS = ("fp64", "fp32", "bf16")
 
 
-def _proof(name: str, known: Mapping[str, record.Section]) -> dict[str, str]:
-    """When an architecture was proven, the worst that was measured, and bugs that were killed."""
-    measured, bugs = known["parity"][name], known["bugs"].get(name)
-    shown = [
-        measured["checks"].get(check, {}).get("shown", "-") for check in ("fp64", "fp32", "bf16")
+def _list_verified(options: argparse.Namespace) -> int:
+    proven, bugs = record.proven(), record.read()["bugs"]
+    architectures = [
+        {
+            "architecture": name,
+            "measured": record.when("parity", name, entry),
+            "variants": entry["variants"],
+            **_errors(entry),
+            "bugs": _killed(bugs.get(name)),
+        }
+        for name, entry in proven.items()
+        if name in registry.architectures()
     ]
-    planted = [bug for bug in (bugs["bugs"].values() if bugs else ()) if "refused" not in bug]
-    killed = f"{sum(bool(bug.get('killed')) for bug in planted)}/{len(planted)}"
-    told = (record.when(measured, name), *shown, killed if bugs else "not run")
-    return dict(zip((column.lower() for column in PROOF), told, strict=True))
+    verified = record.verified_checkpoints()
+    checkpoints = [
+        {
+            "checkpoint": name,
+            "measured": record.when("checkpoints", name, entry),
+            **_errors(entry),
+            "repo": entry["repo"],
+            "revision": entry["revision"],
+        }
+        for name, entry in verified.items()
+    ]
+    if options.json:
+        print(_json({"architectures": architectures, "checkpoints": checkpoints}))
+        return OK
+    print("Architectures: tiny models of random weights, every variant; the worst error of each")
+    print("dtype (fp32 and bf16 with its multiple of the reference's own), planted bugs killed\n")
+    print(_records(architectures))
+    print(
+        f"\nCheckpoints compared on their own published weights: {len(checkpoints) or 'none yet'}"
+    )
+    if checkpoints:
+        print(f"\n{_records(checkpoints)}")
+    else:
+        print("Load one once (it is downloaded), then run: zoo verify NAME --record")
+    return OK
+
+
+def _errors(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {name: entry["checks"].get(name, {}).get("shown", "-") for name in ERRORS}
+
+
+def _killed(entry: Mapping[str, Any] | None) -> str:
+    """12/12: of the planted bugs that a model runs with, those that parity sees."""
+    if entry is None:
+        return "not run"
+    planted = [bug for bug in entry["bugs"].values() if "refused" not in bug]
+    return f"{sum(bool(bug.get('killed')) for bug in planted)}/{len(planted)}"
+
+
+def _records(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows that have the same fields."""
+    return _table(
+        [[name.upper() for name in rows[0]], *([*map(str, row.values())] for row in rows)]
+    )
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -455,13 +500,15 @@ def _verify(options: argparse.Namespace) -> int:
         options.html.mkdir(parents=True, exist_ok=True)
     report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
     if options.html is not None or options.record:
-        from zoo.parity.evidence import gather
+        from zoo.parity.evidence import gather, of_checkpoints
         from zoo.parity.page import page
 
         run = gather(report, known, lambda name: passing(f"{name}: drawn", sys.stderr))
         passing("", sys.stderr)
     if options.record:
         record.update("parity", run.to_record()["parity"])
+        if published := of_checkpoints(report):
+            record.update("checkpoints", published)
     if options.html is not None:
         (options.html / "index.html").write_text(page(run), encoding="utf-8")
         record.write(run.to_record(), options.html / "report.json")

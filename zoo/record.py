@@ -1,39 +1,51 @@
 """evidence.json: what was measured last of each architecture, when, with what and on which code.
 
 A section is what one command measures: `parity` by make report, `bugs` by make diagnosis, `trips`
-by make formats. Each architecture in it has a date of its own.
+by make formats, all of them on tiny models of random weights, by architecture; `checkpoints` by
+zoo verify NAME --record on published weights, by checkpoint. Each entry has a stamp of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from converters.spec import SPECS
 from converters.strict_json import read_json
-from zoo import registry
+from zoo import registry, stamps
 from zoo.errors import RecordError, listing
 from zoo.registry import Architecture
 
-SECTIONS = {"parity": "make report", "bugs": "make diagnosis", "trips": "make formats"}
+# section -> the command that measures it, and the module that does
+SECTIONS = {
+    "parity": "make report",
+    "bugs": "make diagnosis",
+    "trips": "make formats",
+    "checkpoints": "zoo verify NAME --record",
+}
+MEASURED_BY = {
+    "parity": "zoo.parity",
+    "bugs": "zoo.parity.tracing",
+    "trips": "zoo.parity.formats",
+    "checkpoints": "zoo.parity",
+}
 STAMP = {"date": str, "versions": dict, "code": str}
 FIELDS: Mapping[str, Mapping[str, type]] = {
     "parity": {**STAMP, "ok": bool, "variants": int, "checks": dict, "heat": dict},
     "bugs": {**STAMP, "bugs": dict},
     "trips": {**STAMP, "counts": dict, "trips": dict, "wrong": dict},
+    "checkpoints": {**STAMP, "ok": bool, "repo": str, "revision": str, "checks": dict},
 }
 NESTED = ("checks", "heat", "bugs", "trips")  # hold an object for each of something
-_AGAIN = f"Run: {', '.join(SECTIONS.values())}"
+_AGAIN = f"Run: {', '.join(SECTIONS[name] for name in ('parity', 'bugs', 'trips'))}"
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+_DECISIVE = ("torch", "transformers")  # both sides of a comparison compute with these
 
-Section = Mapping[str, Mapping[str, Any]]  # by architecture
+Section = Mapping[str, Mapping[str, Any]]  # by architecture, or by checkpoint
 
 
 def place() -> Path:
@@ -41,7 +53,7 @@ def place() -> Path:
 
 
 def read(path: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Section -> architecture -> what was measured; a section that was never run is empty."""
+    """Section -> name -> what was measured; a section that was never run is empty."""
     path = path or place()
     if not path.is_file():
         return {name: {} for name in SECTIONS}
@@ -77,12 +89,32 @@ def proven() -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in read()["parity"].items() if entry["ok"]}
 
 
+def verified_checkpoints() -> dict[str, dict[str, Any]]:
+    """Name -> what was measured on the weights that the registry means, where all of it held."""
+    if not place().is_file():
+        raise RecordError(f"{place()}: not there, so nothing is known to be verified. {_AGAIN}")
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in read()["checkpoints"].items():
+        known = registry.checkpoints().get(name)
+        if known is None or not entry["ok"] or entry["repo"] != known.repo:
+            continue
+        if entry["revision"] == known.revision or not known.pinned:
+            found[name] = entry
+    return found
+
+
 def update(section: str, found: Section, path: Path | None = None) -> None:
-    """What was found of these architectures, in the place of what was known of them."""
+    """What was measured now, in the place of what was recorded under the same names."""
     path = path or place()
-    record, known = read(path), registry.architectures()
+    record = read(path)
     record[section] |= {name: dict(entry) for name, entry in found.items()}
-    write({s: {n: by[n] for n in known if n in by} for s, by in record.items()}, path)
+    ordered = {s: {n: by[n] for n in _names(s) if n in by} for s, by in record.items()}
+    write({s: by for s, by in ordered.items() if by or s != "checkpoints"}, path)
+
+
+def _names(section: str) -> Iterable[str]:
+    """All that a section may hold, in the order of the registry."""
+    return registry.checkpoints() if section == "checkpoints" else registry.architectures()
 
 
 def write(record: Mapping[str, Section], path: Path) -> None:
@@ -91,36 +123,40 @@ def write(record: Mapping[str, Section], path: Path) -> None:
     beside.replace(path)
 
 
-def stamp(entry: Architecture | None) -> dict[str, Any]:
-    """When, with what and on which code something is measured now."""
+def stamp(section: str, entry: Architecture | None) -> dict[str, Any]:
+    """When, with what and on which code a section of this architecture is measured now."""
     used = {name: found for name in _PACKAGES if (found := _version(name))}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": used | {"python": platform.python_version()},
-        "code": "" if entry is None else code(entry),
+        "code": "" if entry is None else stamps.digest(MEASURED_BY[section], entry),
     }
 
 
-def code(entry: Architecture) -> str:
-    """A sum of the files that are this architecture's own, and of its variants."""
-    module = Path(__file__).with_name("models") / f"{entry.module}.py"
-    texts, spec = [module.read_text(encoding="utf-8")], entry.spec
-    while spec:
-        texts.append((SPECS / f"{spec}.yaml").read_text(encoding="utf-8"))
-        below = re.search(r"(?m)^like: (\S+)", texts[-1])
-        spec = below[1] if below else ""
-    texts.append(json.dumps(entry.variants, sort_keys=True))
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+def changes(section: str, name: str, entry: Mapping[str, Any]) -> list[str]:
+    """What differs now from what an entry was measured on: "code", "torch", "transformers"."""
+    if section == "checkpoints":
+        known = registry.checkpoints().get(name)
+        name = known.architecture if known is not None else ""
+    architecture = registry.architectures().get(name)
+    changed: list[str] = []
+    if architecture is not None and entry["code"]:
+        now = stamps.digest(MEASURED_BY[section], architecture)
+        changed += ["code"] if entry["code"] != now else []
+    for package in _DECISIVE:
+        before, now = entry["versions"].get(package, ""), _version(package)
+        # +cpu and +cu130 are builds of one version; who only loads has no reference to compare with
+        if now and before.partition("+")[0] != now.partition("+")[0]:
+            changed.append(package)
+    return changed
 
 
-def when(entry: Mapping[str, Any] | None, name: str) -> str:
-    """The date, and whether the architecture changed since; or that it was not run."""
+def when(section: str, name: str, entry: Mapping[str, Any] | None) -> str:
+    """The date, and what changed since; or that it was not run."""
     if entry is None:
         return "not run"
-    known = registry.architectures().get(name)
-    if known is None or not entry["code"] or code(known) == entry["code"]:
-        return str(entry["date"])
-    return f"{entry['date']}, changed since"
+    changed = changes(section, name, entry)
+    return ", ".join([entry["date"], *([f"{' and '.join(changed)} changed since"] * bool(changed))])
 
 
 def _version(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from zoo.parity.report import Report, Row
+from zoo.parity.report import Published, Report, Row
 
 if TYPE_CHECKING:
     from zoo.parity.golden import Golden
@@ -62,6 +62,8 @@ def verify(
             progress(done, len(jobs), job.name)
         started = time.perf_counter()
         report.rows.extend(_run(job, seed))
+        if job.published is not None:
+            report.published[job.name] = job.published
         report.seconds[job.name] = time.perf_counter() - started
     if progress is not None:
         progress(len(jobs), len(jobs), "")
@@ -80,6 +82,7 @@ class Job:
     write: Callable[[Path, int], object] | None = None
     directory: Path | None = None
     golden: Golden | None = None
+    published: Published | None = None  # where its weights are those of a named checkpoint
 
 
 def variant_job(entry: Architecture, variant: str) -> Job:
@@ -145,8 +148,11 @@ def _checkpoint_jobs(source: Source, name: str) -> list[Job]:
     def write(copy: Path, seed: int) -> None:
         write_like(directory, copy, reference_class, seed=seed)
 
+    published = None
+    if (named := source.checkpoint) is not None and source.repo and source.revision:
+        published = Published(named.name, source.repo, source.revision)
     return [
-        Job(name, reference_class, directory=directory),
+        Job(name, reference_class, directory=directory, published=published),
         Job(f"{name}, hot", reference_class, write),
     ]
 

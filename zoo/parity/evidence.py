@@ -119,6 +119,31 @@ def gather(
     return Run(found)
 
 
+def of_checkpoints(report: Report) -> dict[str, dict[str, Any]]:
+    """Name -> what was measured on the weights of a checkpoint's own revision, for the record."""
+    found: dict[str, dict[str, Any]] = {}
+    for subject, published in report.published.items():
+        rows = [row for row in report.rows if row.subject == subject]
+        entry = registry.checkpoints()[published.name]
+        checks = {
+            row.check: {
+                "shown": row.shown,
+                "value": row.value if math.isfinite(row.value) else None,
+                "limit": row.limit,
+            }
+            for row in rows
+        }
+        measured = {
+            **record.stamp("checkpoints", registry.architectures()[entry.architecture]),
+            "ok": bool(rows) and all(row.ok for row in rows),
+            "repo": published.repo,
+            "revision": published.revision,
+            "checks": checks,
+        }
+        found[published.name] = _short(measured)
+    return found
+
+
 def _named(subject: str) -> tuple[str, str]:
     """Whose it is, and which variant of it. A checkpoint may be called like its architecture."""
     name, slash, variant = subject.partition("/")
@@ -136,7 +161,7 @@ def _evidence(
     checks = dict.fromkeys(row.check for row in rows)
     found = Evidence(
         name,
-        record.stamp(entry),
+        record.stamp("parity", entry),
         len(variants),
         {check: _worst(row for row in rows if row.check == check) for check in checks},
         seconds=seconds,

@@ -107,7 +107,7 @@ def evidence(trips: Iterable[Trip]) -> dict[str, dict[str, Any]]:
         for trip in mine:
             cells.setdefault(trip.source, {})[trip.to] = trip.shown
         found[name] = {
-            **record.stamp(known[name]),
+            **record.stamp("trips", known[name]),
             "counts": Counter("wrong" if not trip.ok else trip.result for trip in mine),
             "trips": cells,
             "wrong": {f"{trip.source} to {trip.to}": trip.told for trip in mine if not trip.ok},

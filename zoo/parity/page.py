@@ -138,7 +138,7 @@ def _row(each: Evidence, columns: Iterable[str]) -> Iterator[str]:
     for column in columns:
         names = [name for name in COLUMNS[column] if name in each.checks]
         yield _cell([each.checks[name] for name in names])
-    yield _date(each.stamp, each.name)
+    yield _date("parity", each.name, each.stamp)
     yield from _bugs_cells(each)
     yield from _trips_cells(each)
 
@@ -168,7 +168,7 @@ def _bugs_cells(each: Evidence) -> Iterator[str]:
     for n, name in enumerate(BUGS):
         good = counts[name] >= counts["planted"] * (0.9 if name == "diagnosed" else 1)
         yield tag("td", str(counts[name]), class_=_class(good) if n else "group")
-    yield _date(each.bugs, each.name)
+    yield _date("bugs", each.name, each.bugs)
 
 
 def counted(bugs: Mapping[str, Any]) -> dict[str, int]:
@@ -186,11 +186,11 @@ def _trips_cells(each: Evidence) -> Iterator[str]:
         count = counts.get(name, 0)
         look = _class(not count) if name == "wrong" else "" if n else "group"
         yield tag("td", str(count), class_=look)
-    yield _date(each.trips, each.name)
+    yield _date("trips", each.name, each.trips)
 
 
-def _date(entry: Mapping[str, Any], name: str) -> str:
-    told = record.when(entry, name)
+def _date(section: str, name: str, entry: Mapping[str, Any]) -> str:
+    told = record.when(section, name, entry)
     return tag("td", escape(told), class_="" if told == entry["date"] else "old")
 
 
@@ -256,9 +256,9 @@ def _chapter(each: Evidence) -> Iterator[str]:
         tag("div", "".join(_drawings(each)), class_="drawings") if each.drawings else "",
         tag("h3", "Error, by part and dtype") + _heat(each) if each.heat else "",
         tag("h3", "Checks") + _checks(each),
-        tag("h3", f"Round trips ({escape(record.when(each.trips, each.name))})"),
+        tag("h3", f"Round trips ({escape(record.when('trips', each.name, each.trips))})"),
         _trips(each) if each.trips else "",
-        tag("h3", f"Planted bugs ({escape(record.when(each.bugs, each.name))})"),
+        tag("h3", f"Planted bugs ({escape(record.when('bugs', each.name, each.bugs))})"),
         _bugs(each) if each.bugs else "",
         tag("h3", "Facts") + tag("p", " ".join(_facts(each))),
         tag("h3", "Spec") + shown_spec.shown(load_spec(known.spec)) if known else "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoo.terminal import BOLD, GREEN, RED, paint
 
@@ -37,10 +37,19 @@ class Row:
         }
 
 
+class Published(NamedTuple):
+    """The weights of a checkpoint that has a name, and where they come from."""
+
+    name: str
+    repo: str
+    revision: str  # a commit
+
+
 @dataclass
 class Report:
     rows: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # how long each subject took
+    published: dict[str, Published] = field(default_factory=dict)  # by subject
 
     @property
     def ok(self) -> bool:

@@ -200,7 +200,9 @@ def evidence(traces: Iterable[Trace], verdicts: Iterable[Verdict]) -> dict[str, 
         elif verdict.status == "killed":
             entry[verdict.mutant] = {"refused": verdict.by}  # when it is loaded: it never runs
     known = registry.architectures()
-    return {name: {**record.stamp(known[name]), "bugs": bugs} for name, bugs in found.items()}
+    return {
+        name: {**record.stamp("bugs", known[name]), "bugs": bugs} for name, bugs in found.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
