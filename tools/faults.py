@@ -1,8 +1,9 @@
 """Faults at every system call of a conversion: `python tools/faults.py [--every N]`.
 
 A preloaded shim kills the process, tears a write, or lets a call fail, at the Nth call that changes
-a file, for every N: on the way to nothing, over another directory, and when taken up again. After
-each the destination must be what it was or what it is to be, and the same command must finish it.
+a file, for every N: on the way to nothing, over another directory, over one that holds other files
+too, and when taken up again. After each the destination must be what it was or what it is to be,
+the other files included, and the same command must finish it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"kill": 1, "tear": 2, "enospc": 3, "eio": 4, "int": 5, "term": 6}
-SCENES = ("fresh", "overwrite", "resume", "last part", "last part over")
+SCENES = ("fresh", "overwrite", "over others", "resume", "last part", "last part over others")
 LAST, FIRST = "2/2", "1/2"
 
 SHIM = r"""
@@ -64,6 +65,8 @@ static void end(void) { kill(getpid(), SIGKILL); pause(); }
     REAL(int, #name, __VA_ARGS__); \
     int h = hit(); if (h < 0) return -1; if (h) end(); return real args; }
 
+PLAIN(linkat, (int d, const char *a, int e, const char *b, int f), (d, a, e, b, f),
+      int, const char *, int, const char *, int)
 PLAIN(rename, (const char *a, const char *b), (a, b), const char *, const char *)
 PLAIN(renameat2, (int d, const char *a, int e, const char *b, unsigned f), (d, a, e, b, f),
       int, const char *, int, const char *, unsigned)
@@ -131,6 +134,7 @@ class Hunt:
         self.source, self.scratch = source, scratch
         self.shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
         self.old = {"zoo.json": b"old", "model.safetensors": b"weights"}
+        self.others = {"train.py": b"mine", "notes/a.md": b"mine", "notes/deep/b.md": b"mine"}
         self.verdicts: Counter[str] = Counter()
 
     def convert(
@@ -173,14 +177,19 @@ class Hunt:
             text = pipe.read()
         return status, int(text or 0)
 
+    def before(self, scene: str) -> dict[str, bytes]:
+        """What the destination holds at first."""
+        if "over" not in scene:
+            return {}
+        return self.old | (self.others if "others" in scene else {})
+
     def prepare(self, scene: str, out: Path) -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
-        if "over" in scene:
-            out.mkdir()
-            for name, data in self.old.items():
-                (out / name).write_bytes(data)
-        elif scene == "resume":
+        for name, data in self.before(scene).items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(data)
+        if scene == "resume":
             self.convert(out, 25, MODES["kill"])
         if "part" in scene:
             self.convert(out, part=FIRST)
@@ -194,7 +203,7 @@ class Hunt:
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 4:
             return "an exception of another library"
         now = contents(out) if out.exists() else {}
-        before = self.old if "over" in scene else {}
+        before = self.before(scene)
         if now != truth and now != before:
             return "neither old nor new" if now.keys() != truth.keys() else "corrupt"
         left = [path.name for path in out.parent.iterdir() if path.name != "out"]
@@ -217,6 +226,8 @@ class Hunt:
             if status != 0:
                 raise SystemExit(f"faults: the conversion itself fails: status {status}")
             truth = contents(out)
+            if "others" in scene and not self.others.items() <= truth.items():
+                raise SystemExit("faults: the conversion itself loses files of others")
             for mode in MODES:
                 for at in range(1, calls + 1, every):
                     wrong = self.point(scene, mode, at, truth)
@@ -243,7 +254,7 @@ def made(scratch: Path) -> Path:
 def lines(hunt: Hunt, faults: list[str]) -> Iterator[str]:
     for scene in SCENES:
         counts = [f"{mode} {hunt.verdicts[f'{scene} {mode}']}" for mode in MODES]
-        yield f"{scene:15} {'  '.join(counts)}"
+        yield f"{scene:22} {'  '.join(counts)}"
     yield from faults
     yield f"{sum(hunt.verdicts.values())} faults, {len(faults)} of them not survived"
 
