@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,7 @@ from zoo.errors import (
     ResourceLimit,
     ShapeMismatch,
     UnsupportedArchitecture,
+    UnusedFieldsWarning,
     UsageError,
     did_you_mean,
     listing,
@@ -478,6 +480,9 @@ def _understand(
         raise ResourceLimit(f"{where}: {as_published(str(error))}") from None
     if problems:
         raise ConfigError("\n  ".join([f"{where}:", *problems]))
+    if unused := spec.dialect("hf").unused(reference, ignore):
+        told = f"{where}: fields that the reference never reads, so that they change nothing:"
+        warnings.warn(f"{told} {listing(unused)}", UnusedFieldsWarning, stacklevel=2)
     return found
 
 
