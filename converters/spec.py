@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from converters.language import Ref, Rule, Template, parse_name, parse_ref, parse_rule
+from converters.reference_fields import INNER, ROPE, SHARED, cannot_matter, reference_fields
 from converters.strict_yaml import read_yaml
-from zoo.errors import SpecError, did_you_mean
+from zoo.errors import SpecError, did_you_mean, listing, option
 
 SPECS = Path(__file__).parent / "specs"
+MOST_UNKNOWN = 200  # fields of one config, each of which is compared with all known ones
 
 _SECTIONS = (
     "prefix",
@@ -103,6 +105,7 @@ class Dialect:
     # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
     zeros: Mapping[str, Any] = field(default_factory=dict)
     forgets: frozenset[str] = frozenset()  # native fields that may be lost
+    reference: str = ""  # its list in reference_fields.yaml; none: every unknown field is an error
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -166,54 +169,120 @@ class Dialect:
         if self.unsaid:
             kept = reference.items()
             reference = {k: v for k, v in kept if v not in self.unsaid.get(k, ())}
+        ignore = frozenset(ignore)
         fields = dict(self.defaults)
         for name, paths in self.config.items():
-            found = (value for path in paths if (value := self._value(reference, path)) is not None)
+            found = (
+                value
+                for path in paths
+                if (value := self._value(reference, path, ignore)) is not None
+            )
             if (value := next(found, None)) is not None:
                 fields[name] = self._native(name, value)
             elif any(_is_null(reference, path) for path in paths):
                 fields[name] = None  # said, and not the same as left out
-        return fields, self._audit(reference, frozenset(ignore))
+        return fields, self._audit(reference, ignore)
 
-    def _value(self, reference: Mapping[str, Any], path: str) -> Any:
+    def _value(self, reference: Mapping[str, Any], path: str, ignore: frozenset[str]) -> Any:
         value = _look_up(reference, path)
         if not isinstance(value, dict):
             return value
         every = (other for paths in self.config.values() for other in paths)
         apart = {other[len(path) + 1 :] for other in every if other.startswith(f"{path}.")}
+        apart |= {key for key in value if f"{path}.{key}" in ignore}
+        apart |= {key for key in value if self._is_unread(path, key)}
         return {key: inner for key, inner in value.items() if key not in apart}
 
+    def _is_unread(self, path: str, key: str) -> bool:
+        """Whether the reference never looks up this key of a field that is an object."""
+        return bool(self.reference) and path in INNER and key not in reference_fields()[ROPE]
+
+    def _flat(self, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """What the audit goes over: fields, and parts of those that are objects."""
+        every = {path for paths in self.config.values() for path in paths}
+        outer = {path.partition(".")[0] for path in every}
+        flat: dict[str, Any] = {}
+        for key, value in reference.items():
+            inner = value if isinstance(value, dict) and key in outer else {}
+            # of an object of which parts are mapped, and never the whole, each part is a field
+            if isinstance(value, dict) and key in outer - every:
+                flat |= {f"{key}.{part}": each for part, each in inner.items()}
+            else:
+                unread = (part for part in inner if self._is_unread(key, part))
+                flat |= {key: value, **{f"{key}.{part}": inner[part] for part in unread}}
+        given = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
+        return flat | {key: value for key, value in given.items() if value is not None}
+
+    @cached_property
+    def _mapped(self) -> frozenset[str]:
+        """Fields that native ones are read from, and objects that hold such fields."""
+        every = {path for paths in self.config.values() for path in paths}
+        return frozenset(every | {path.partition(".")[0] for path in every})
+
+    def _fields(self) -> frozenset[str]:
+        """Every field whose meaning is known, whether zoo implements it or not."""
+        read = reference_fields() if self.reference else {}
+        names = self._mapped | set(self.require) | self.ignore
+        return names.union(*(read[name] for name in (SHARED, self.reference) if name in read))
+
+    def unused(self, reference: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+        """Fields that are neither mapped nor read by the reference: they change nothing."""
+        unknown = self._unknown(self._flat(reference), frozenset(ignore))
+        return [key for key, value in unknown if self._cannot_matter(key, value, reference)]
+
+    def _unknown(self, flat: Mapping[str, Any], ignore: frozenset[str]) -> list[tuple[str, Any]]:
+        known = self._mapped | self.ignore | ignore | self.require.keys()
+        return [(key, value) for key, value in flat.items() if key not in known]
+
+    def _scope(
+        self, key: str, reference: Mapping[str, Any]
+    ) -> tuple[str, Iterable[str], Mapping[str, Any]]:
+        """(a field's own name, names of the fields known where it stands, what stands beside it)"""
+        outer, _, inner = key.rpartition(".")
+        if self.reference and outer in INNER and key not in reference:
+            return inner, reference_fields()[ROPE], reference[outer]
+        return key, self._fields(), reference
+
+    def _cannot_matter(self, key: str, value: Any, reference: Mapping[str, Any]) -> bool:
+        if not self.reference:
+            return False
+        name, known, beside = self._scope(key, reference)
+        # an object beside rotary's own keys is a scaling for some of the layers
+        return not (beside is not reference and isinstance(value, dict)) and cannot_matter(
+            name, known, beside
+        )
+
     def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
-        mapped = {path.partition(".")[0] for paths in self.config.values() for path in paths}
         problems = []
         for names in self.exclusive:
             found = (_look_up(reference, name) for name in names)
             given = [value for value in found if value is not None]
             if any(value != given[0] for value in given):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
-        every = {path for paths in self.config.values() for path in paths}
-        flat: dict[str, Any] = {}
-        for key, value in reference.items():
-            # of an object of which parts are mapped, and never the whole, each part is a field
-            parts = isinstance(value, dict) and key in mapped and key not in every
-            flat |= {f"{key}.{inner}": v for inner, v in value.items()} if parts else {key: value}
-        mapped |= every
-        said = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
-        flat |= {key: value for key, value in said.items() if value is not None}
+        flat = self._flat(reference)
         for key, value in flat.items():
-            if key in self.require:
-                allowed = self.require[key]
-                # `True == 1`: a flag is compared with its type
-                if value is None or any(value == a and type(value) is type(a) for a in allowed):
-                    continue
-                only = " or ".join(map(repr, allowed)) or "absent"
-                problems.append(f"{key}: {value!r} is not implemented (only {only})")
-            elif key not in mapped and key not in self.ignore and key not in ignore:
-                known = mapped | set(self.require) | self.ignore
-                problems.append(
-                    f"{key}: unknown field.{did_you_mean(key, known)} If it does not change "
-                    f"inference, pass ignore_config=({key!r},)"
-                )
+            if key not in self.require:
+                continue
+            allowed = self.require[key]
+            # `True == 1`: a flag is compared with its type
+            if value is None or any(value == a and type(value) is type(a) for a in allowed):
+                continue
+            only = " or ".join(map(repr, allowed)) or "absent"
+            problems.append(f"{key}: {value!r} is not implemented (only {only})")
+        unknown = self._unknown(flat, ignore)
+        if len(unknown) > MOST_UNKNOWN:
+            names = listing((key for key, _ in unknown), 5)
+            return [*problems, f"{len(unknown)} unknown fields, no model's config: {names}"]
+        for key, value in unknown:
+            if self._cannot_matter(key, value, reference):
+                continue
+            name, fields, _ = self._scope(key, reference)
+            if name in fields:
+                told = f"{key}: the reference reads this field, and zoo does not implement it."
+            else:
+                told = f"{key}: unknown field.{did_you_mean(name, fields)}"
+            way_out = option("ignore_config", (key,))
+            problems.append(f"{told} If it does not change inference, pass {way_out}")
         return problems
 
     def reference_field(self, native: str) -> str:
@@ -343,6 +412,8 @@ def parse_spec(name: str, data: Any, where: str = "") -> Spec:
         for key in data
         if key not in _SPEC_KEYS
     }
+    if "hf" in dialects and name in reference_fields():
+        dialects["hf"] = replace(dialects["hf"], reference=name)
     return Spec(
         name,
         where,

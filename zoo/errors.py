@@ -3,8 +3,10 @@
 Messages quote names from files; `str` of an error shows their control characters escaped.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from difflib import get_close_matches
+from typing import Any
 
 
 class ZooError(Exception):
@@ -182,9 +184,38 @@ class MissingDependency(ZooError):
     """An optional package that this command needs is not installed."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+class UnusedFieldsWarning(UserWarning):
+    """Fields of config.json that the reference never reads, so that they change nothing."""
+
+
+# whether messages are read beside a shell, which the command line sets
+in_shell: ContextVar[bool] = ContextVar("in_shell", default=False)
+
+
+def option(name: str, value: Any = True) -> str:
+    """How a reader passes an option: `ignore_config=('a',)`, or `--ignore-config a` in a shell.
+
+    `...` stands for a value that the reader has to fill in.
+    """
+    if in_shell.get():
+        items = value if isinstance(value, Mapping | list | tuple) else [value]
+        if isinstance(value, Mapping):
+            items = [f"{key}={_value(each)}" for key, each in value.items()]
+        words = [] if value is True else [_value(item) for item in items]
+        return " ".join([f"--{name.replace('_', '-')}", *words])
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{key!r}: {_value(each, repr)}" for key, each in value.items())
+        return f"{name}={{{inner}}}"
+    return f"{name}={_value(value, repr)}"
+
+
+def _value(value: Any, spell: Callable[[Any], str] = str) -> str:
+    return "…" if value is ... else spell(value)
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` Did you mean a, b?` with a leading space, or nothing."""
-    near = get_close_matches(word, list(known), n=3, cutoff=0.6)
+    near = get_close_matches(word, list(known), n=3, cutoff=cutoff)
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 

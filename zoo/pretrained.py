@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ from zoo.errors import (
     ShapeMismatch,
     SourceChanged,
     UnsupportedArchitecture,
+    UnusedFieldsWarning,
     UsageError,
     did_you_mean,
     listing,
@@ -623,6 +625,9 @@ def _understand(
         raise ResourceLimit(f"{where}: {as_published(str(error))}") from None
     if problems:
         raise ConfigError("\n  ".join([f"{where}:", *problems]))
+    if unused := spec.dialect("hf").unused(reference, ignore):
+        told = f"{where}: fields that the reference never reads, so that they change nothing:"
+        warnings.warn(f"{told} {listing(unused)}", UnusedFieldsWarning, stacklevel=2)
     return found
 
 

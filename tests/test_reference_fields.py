@@ -1,0 +1,162 @@
+"""Fields of config.json that zoo does not map: which may be ignored, and which may not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build
+
+import zoo
+from converters.reference_fields import reference_fields
+from converters.spec import MOST_UNKNOWN, load_spec
+from zoo.errors import ConfigError, UnusedFieldsWarning
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def saved(place: Path, name: str = "llama", **fields: Any) -> Path:
+    """A published checkpoint whose config.json holds more fields."""
+    directory = zoo.save(build(name).eval(), place / name)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}, indent=1))
+    return directory
+
+
+def audit(name: str, **fields: Any) -> tuple[list[str], list[str]]:
+    """(problems, unused fields) of a config."""
+    dialect = load_spec(name).dialect("hf")
+    return dialect.read_config(fields)[1], dialect.unused(fields)
+
+
+def test_lists_are_those_of_the_installed_reference() -> None:
+    """`python tools/reference_fields.py` rewrites the file."""
+    import reference_fields as tool
+
+    assert {k: frozenset(v) for k, v in tool.derive().items()} == reference_fields()
+
+
+def test_fields_that_the_reference_never_reads_load_with_one_warning(tmp_path: Path) -> None:
+    directory = saved(tmp_path, is_llama_config=True, rope_interleaved=False, unsloth_fixed=True)
+    with pytest.warns(UnusedFieldsWarning) as raised:
+        zoo.load(directory)
+    told = str(raised[0].message)
+    assert len(raised) == 1 and str(directory / "config.json") in told
+    assert told.endswith(": is_llama_config, rope_interleaved, unsloth_fixed")
+
+
+def test_unused_fields_come_back_byte_for_byte(tmp_path: Path) -> None:
+    directory = saved(tmp_path, unsloth_fixed=True, author={"name": "a"})
+    with pytest.warns(UnusedFieldsWarning):
+        model = zoo.load(directory)
+    assert (zoo.save(model, tmp_path / "again") / "config.json").read_bytes() == (
+        directory / "config.json"
+    ).read_bytes()
+    with pytest.warns(UnusedFieldsWarning):
+        native = zoo.convert(directory, tmp_path / "native", to="native")
+    back = zoo.convert(native, tmp_path / "back", to="hf")
+    assert (back / "config.json").read_bytes() == (directory / "config.json").read_bytes()
+
+
+def test_unused_fields_stay_with_a_model_that_changed(tmp_path: Path) -> None:
+    directory = saved(tmp_path, unsloth_fixed=True)
+    with pytest.warns(UnusedFieldsWarning):
+        model = zoo.load(directory, dtype="bfloat16")
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    with pytest.warns(UnusedFieldsWarning):
+        bare = zoo.load(directory, head="none")
+    for n, changed in enumerate((model, bare)):
+        written = zoo.save(changed, tmp_path / str(n)) / "config.json"
+        assert json.loads(written.read_text())["unsloth_fixed"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("llama", "sliding_window", 64),
+        ("llama", "layer_types", ["full_attention"]),
+        ("gpt2", "per_layer_config", {"0": {"n_inner": 5}}),
+        ("bert", "embedding_size", 128),
+        ("neox", "attention_chunk_size", 16),
+    ],
+)
+def test_a_field_that_the_reference_reads_is_refused(name: str, field: str, value: Any) -> None:
+    problems, unused = audit(name, **{field: value})
+    assert not unused
+    assert problems == [
+        f"{field}: the reference reads this field, and zoo does not implement it. If it does not "
+        f"change inference, pass ignore_config=({field!r},)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "meant"),
+    [
+        ("llama", "rope_thetaa", "rope_theta"),
+        ("llama", "num_hidden_layer", "num_hidden_layers"),
+        ("llama", "sliding_window_size", "sliding_window"),
+        ("llama", "rms_norm_epsilon", "rms_norm_eps"),
+        ("gpt2", "n_haed", "n_head"),
+        ("gpt2", "layer_norm_eps", "layer_norm_epsilon"),
+        ("t5", "d_modl", "d_model"),
+        ("bert", "hidden_act_", "hidden_act"),
+    ],
+)
+def test_a_misspelt_field_is_refused(name: str, field: str, meant: str) -> None:
+    problems, unused = audit(name, **{field: 1})
+    assert not unused and len(problems) == 1
+    assert problems[0].startswith(f"{field}: unknown field. Did you mean {meant}")
+
+
+def test_a_name_close_to_a_field_that_is_there_is_no_misspelling() -> None:
+    """gemma-2-9b says both."""
+    assert audit("gemma2", sliding_window=64, sliding_window_size=64)[0] == []
+
+
+def test_a_key_of_rope_scaling_that_nobody_reads_is_unused(tmp_path: Path) -> None:
+    directory = saved(tmp_path, rope_parameters=None, rope_scaling={**YARN, "finetuned": True})
+    with pytest.warns(UnusedFieldsWarning, match=r": rope_scaling\.finetuned$"):
+        model = zoo.load(directory)
+    assert model.config.to_dict()["rope"] == {**model.config.rope.to_json(), **YARN}
+    zoo.load(directory, ignore_config=("rope_scaling.finetuned",))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"factr": 2.0}, r"rope_scaling.factr: unknown field. Did you mean factor"),
+        ({"full_attention": {"factor": 2.0}}, "rope_scaling.full_attention: unknown field"),
+    ],
+)
+def test_other_keys_of_rope_scaling_are_refused(more: dict[str, Any], told: str) -> None:
+    problems, _ = audit("llama", rope_scaling={"rope_type": "linear", **more})
+    assert [p for p in problems if p.startswith(told)]
+
+
+def test_an_architecture_without_a_list_refuses_every_unknown_field() -> None:
+    """MobileLLM's code lies in its repositories, and what that reads is not derived."""
+    problems, unused = audit("mobilellm", license="mit")
+    assert not unused and problems[0].startswith("license: unknown field")
+
+
+def test_thousands_of_unknown_fields_are_refused_at_once() -> None:
+    problems, _ = audit("llama", **{f"field_{n}": n for n in range(MOST_UNKNOWN + 1)})
+    assert problems == [
+        f"{MOST_UNKNOWN + 1} unknown fields, no model's config: field_0, field_1, field_2, "
+        "field_3, field_4 … and 196 more"
+    ]
+
+
+def test_other_dialects_refuse_every_unknown_field(made: Callable[..., Path]) -> None:
+    problems = load_spec("llama").dialect("meta").read_config({"moe_args": {}})[1]
+    assert problems and problems[0].startswith("moe_args: unknown field")
+
+
+def test_ignored_fields_cause_no_warning(tmp_path: Path) -> None:
+    directory = saved(tmp_path, unsloth_fixed=True, layer_types=["full_attention"])
+    with pytest.raises(ConfigError, match="layer_types: the reference reads this field"):
+        zoo.load(directory)
+    zoo.load(directory, ignore_config=("unsloth_fixed", "layer_types"))
