@@ -265,7 +265,7 @@ def _living_places() -> Iterator[tuple[str, str]]:
 def _put_right(place: Path, entries: list[dict[str, Any]]) -> None:
     """Finish a replacement that was killed after it was published; undo one killed before that."""
     notes = [*entries, *_records(_beside(place, "publish"))]
-    last = next((entry for entry in reversed(notes) if "publishing" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(notes) if "publishing" in entry), {})
     aside = _beside(place, "replaced")
     for old in (_beside(place, "partial"), aside):
         if not os.path.lexists(old):
