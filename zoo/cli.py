@@ -17,6 +17,7 @@ import zoo
 from zoo import catalog, record
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
+from zoo.sources import is_path
 from zoo.terminal import BOLD, RED, Escaped, has_colour, paint, passing
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def _guarded(arguments: Sequence[str] | None, content: TextIO) -> int:
     options = argparse.Namespace(run=None, failed=FAILED)
     try:
         options = _parsed(arguments)
+        _check_directory()
         writes = options.run in (_generate, _chat)
         with redirect_stdout(content) if writes else nullcontext():
             code: int = options.run(options)
@@ -59,6 +61,14 @@ def _guarded(arguments: Sequence[str] | None, content: TextIO) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", options.failed)
+
+
+def _check_directory() -> None:
+    """Libraries that torch loads end the process, in words of their own, where there is none."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UsageError("the current directory was deleted: cd to another one") from None
 
 
 def _fail(message: str, code: int) -> int:
@@ -523,7 +533,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _convert_optimizer(options: argparse.Namespace) -> int:
     from zoo.optimizer_files import convert_file
 
-    names = options.names and options.names.read_text(encoding="utf-8").split()
+    names = options.names and _text(str(options.names)).split()
     how = {"to": options.to, "names": names or None, "force": options.force, "head": options.head}
     written = convert_file(options.ref, options.file, options.out, **how)
     print(f"{options.file} -> {written} ({options.to})")
@@ -613,6 +623,8 @@ def _text(file: str) -> str:
     """What a file holds, or standard input."""
     if file == "-" and sys.stdin is None:
         raise InputError("standard input is closed")
+    if not is_path(file):
+        raise InputError(f"{file!r}: no file has such a name")
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     place = "standard input" if file == "-" else file
     if not data:

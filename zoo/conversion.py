@@ -51,6 +51,8 @@ from zoo.sources import (
     MODULES,
     MORE_TEMPLATES,
     NATIVE_FILE,
+    expanded,
+    is_path,
     module_folders,
 )
 
@@ -409,9 +411,9 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
 
 def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     """Where to write; no force replaces the source, or a directory of checkpoints."""
-    if not isinstance(dst, str | PathLike) or not os.fspath(dst) or "\0" in os.fsdecode(dst):
+    if not isinstance(dst, str | PathLike) or not os.fspath(dst) or not is_path(dst):
         raise UsageError(f"expected a directory to write, found {dst!r}")
-    place = Path(os.fsdecode(dst))
+    place = expanded(dst)
     if not force or not place.is_dir() or place.is_symlink():
         return place
     # what was written beside a file, or within its directory, is nothing that is read
