@@ -728,6 +728,10 @@ def repo_in_cache() -> str:
         (lambda: "hf:gpt2", UsageError, "expected hf:org/repo"),
         (lambda: "hf:o/m@", UsageError, "expected hf:org/repo"),
         (lambda: "hf:../../etc", UsageError, "expected hf:org/repo"),
+        (lambda: "hf:o/m@../../x", UsageError, "expected hf:org/repo"),
+        (lambda: f"hf:o/m@{'x' * 5000}", UsageError, "expected hf:org/repo"),
+        (lambda: "~nouser/x", NotACheckpoint, "~nouser/x: no such directory"),
+        (lambda: "\ud800/x", NotACheckpoint, "no such directory"),
         (lambda: "", UsageError, "empty"),
         (lambda: "a\0b", UsageError, "no checkpoint is called|no such"),
         (lambda: "x" * 5000, UsageError, "no checkpoint is called"),
@@ -751,6 +755,40 @@ def test_a_wrong_reference_is_told_the_next_move(
     with pytest.raises(error, match=says) as caught:
         sources.resolve(make())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", ["../../x", "", "a\0b", "x" * 300, 3, b"main", "a\nb"])
+def test_a_revision_that_is_no_name_is_refused(cache: Path, revision: Any) -> None:
+    with pytest.raises(UsageError, match="revision="):
+        sources.resolve("hf:o/m", revision=revision, cache_dir=cache, local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_ENDPOINT", "http://[::1"),
+        ("HF_ENDPOINT", "http://h:99999"),
+        ("HF_HUB_ETAG_TIMEOUT", "x"),
+    ],
+)
+def test_an_environment_that_the_client_cannot_use_is_named(
+    tmp_path: Path, root: Path, name: str, value: str
+) -> None:
+    code = (
+        "import zoo.sources as s, zoo.errors as e\n"
+        "try: s.resolve('hf:o/m')\nexcept e.SourceError as error: print(error)"
+    )
+    said = finish(user(root, tmp_path, code, **{name: value}))
+    assert re.fullmatch(rf"huggingface_hub cannot use the environment .*: check .*{name}.*", said)
+
+
+def test_a_home_is_expanded_for_reading_and_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in").symlink_to(made("gpt2"))
+    assert zoo.convert("~/in", "~/out", to="native") == tmp_path / "out"
+    assert zoo.load("~/out")
 
 
 def test_revisions_that_contradict(directory: Path) -> None:

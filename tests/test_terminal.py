@@ -119,3 +119,32 @@ def test_closed_standard_input_is_an_error(
     for command in (["score", str(made("llama")), "-"], ["embed", str(made("bert")), "--file=-"]):
         assert main(command) == 1
         assert capsys.readouterr().err == "zoo: error: standard input is closed\n"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_has_is_an_error(
+    name: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(made("bert"))
+    (tmp_path / "file").touch()
+    commands = [
+        ["score", place, name],
+        ["embed", place, "--file", name],
+        ["diagnose", place, "--text", name],
+        ["convert", place, "--out", name],
+        ["diagnose", name],
+    ]
+    for command in commands:
+        assert main(command) in (1, 2)
+        assert capsys.readouterr().err.startswith("zoo: error: ")
+
+
+def test_a_deleted_directory_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(place)
+    place.rmdir()
+    assert main(["list"]) == 2
+    assert "the current directory was deleted" in capsys.readouterr().err
+    monkeypatch.undo()

@@ -18,6 +18,7 @@ from converters.memory import enough
 from zoo import catalog, record, registry
 from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
 from zoo.progress import Shown
+from zoo.sources import is_path
 from zoo.terminal import BOLD, RED, Escaped, has_colour, paint, passing
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def _guarded(arguments: Sequence[str] | None, content: TextIO) -> int:
     options = argparse.Namespace(run=None, failed=FAILED)
     try:
         options = _parsed(arguments)
+        _check_directory()
         writes = options.run in (_generate, _chat)
         way_out = "Take a smaller model, a shorter text or another machine"
         with (
@@ -64,6 +66,14 @@ def _guarded(arguments: Sequence[str] | None, content: TextIO) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", options.failed)
+
+
+def _check_directory() -> None:
+    """Libraries that torch loads end the process, in words of their own, where there is none."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UsageError("the current directory was deleted: cd to another one") from None
 
 
 def _fail(message: str, code: int) -> int:
@@ -684,6 +694,8 @@ def _text(file: str) -> str:
     """What a file holds, or standard input."""
     if file == "-" and sys.stdin is None:
         raise InputError("standard input is closed")
+    if not is_path(file):
+        raise InputError(f"{file!r}: no file has such a name")
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     place = "standard input" if file == "-" else file
     if not data:

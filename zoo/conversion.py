@@ -53,6 +53,8 @@ from zoo.sources import (
     MODULES,
     MORE_TEMPLATES,
     NATIVE_FILE,
+    expanded,
+    is_path,
     module_folders,
 )
 
@@ -427,9 +429,9 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
 
 def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     """Where to write: nowhere that is never replaced, and not over the source."""
-    if not isinstance(dst, str | PathLike) or not os.fspath(dst) or "\0" in os.fsdecode(dst):
+    if not isinstance(dst, str | PathLike) or not os.fspath(dst) or not is_path(dst):
         raise UsageError(f"expected a directory to write, found {dst!r}")
-    place = Path(os.fsdecode(dst))
+    place = expanded(dst)
     check_place(place)
     if not force or not place.is_dir() or place.is_symlink():
         return place

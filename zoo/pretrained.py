@@ -389,7 +389,7 @@ def adapter_files(found: Located, adapter: Ref | bool | None) -> Files | None:
         return None
     from zoo.lora.files import read
 
-    return read(found.source.directory if adapter is True else Path(adapter))
+    return read(found.source.directory if adapter is True else sources.expanded(adapter))
 
 
 def _adapted(model: Model, files: Files | None, merge: bool) -> Model:

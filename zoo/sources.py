@@ -107,9 +107,13 @@ def resolve(
     repository of weights holds too.
     """
     file = None
+    if revision is not None and not _is_revision(revision):
+        raise UsageError(f"revision={revision!r}: expected a branch, a tag or a commit")
     if (entry := named(ref)) is not None:
+        _check_client()
         repo, file, revision = entry.repo, entry.file or None, revision or entry.revision
     elif isinstance(ref, str) and ref.startswith("hf:"):
+        _check_client()
         repo, file, revision = _parse_hub(ref, revision)
     elif isinstance(ref, str | os.PathLike):
         path = _local(ref, revision, config)
@@ -125,12 +129,33 @@ def resolve(
     return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself)
 
 
+def _is_revision(revision: Any) -> bool:
+    from converters.checkpoint import is_plain
+
+    return isinstance(revision, str) and len(revision) <= 255 and is_plain(revision)
+
+
+def _check_client() -> None:
+    """The hub's client reads the environment when it is imported, and trips over bad values."""
+    try:
+        from huggingface_hub import constants, file_download  # noqa: F401
+    except ValueError as error:
+        variables = listing(sorted(name for name in os.environ if name.startswith("HF_")))
+        raise SourceError(
+            f"huggingface_hub cannot use the environment ({error}): check {variables}"
+        ) from None
+
+
 def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None, str | None]:
     """(repository, file in it, revision)"""
     from converters.checkpoint import is_plain
 
     match = _HUB.fullmatch(ref)
-    if match is None or (match["file"] and not is_plain(match["file"])):
+    if (
+        match is None
+        or (match["file"] and not is_plain(match["file"]))
+        or (match["revision"] and not _is_revision(match["revision"]))
+    ):
         raise UsageError(f"{ref!r}: expected hf:org/repo, hf:org/repo@revision or hf:org/repo/file")
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -148,9 +173,26 @@ def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None, str | N
 # --- directories ---------------------------------------------------------------------------------
 
 
+def is_path(place: str | os.PathLike[str]) -> bool:
+    """Whether the system could have a file of that name."""
+    try:
+        return b"\0" not in os.fsencode(place)
+    except UnicodeEncodeError:
+        return False
+
+
+def expanded(place: str | os.PathLike[str]) -> Path:
+    """A path with the user's home for a leading ~, where there is such a user."""
+    path = Path(os.fsdecode(place))
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> Path:
     text = os.fsdecode(ref)
-    path = Path(text).expanduser()
+    path = expanded(text)
     try:
         # a loop of links or a name too long counts as not there
         is_directory, exists = os.path.isdir(path), os.path.lexists(path)

@@ -18,6 +18,7 @@ from zoo.lora.files import Factors, Files, Settings
 from zoo.lora.layers import Lora, put, take_off
 from zoo.lora.merging import Changes, Low, Part, changes, untied, wide_dtype
 from zoo.lora.places import Places, on_disk
+from zoo.sources import expanded
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -69,7 +70,7 @@ def load_adapter(model: Model, directory: str | PathLike[str]) -> Model:
     The factors are trained from here on, and nothing else is. `merge_adapter` adds them to the
     weights, `save_adapter` writes them.
     """
-    return attach(model, peft.read(Path(directory)))
+    return attach(model, peft.read(expanded(directory)))
 
 
 def add_adapter(

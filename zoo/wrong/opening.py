@@ -27,7 +27,7 @@ from zoo.errors import (
     ZooError,
 )
 from zoo.pretrained import Located, Ref, locate, native_of, prove, skeleton_of
-from zoo.sources import check_no_adapter
+from zoo.sources import check_no_adapter, expanded
 
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
@@ -227,8 +227,11 @@ def _bare(ref: Ref) -> Checkpoint | None:
 
     Files that are of a known format and damaged are an error.
     """
-    path = Path(os.fsdecode(ref)).expanduser()
-    if not path.exists():
+    path = expanded(ref)
+    try:
+        if not path.exists():
+            return None
+    except (OSError, ValueError):  # too long, not ours to see, or no path at all
         return None
     damages = list[CheckpointError]()
     for way in (_safetensors, open_checkpoint, _by_content):
