@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tiny import build
 from torch import Tensor
 
 import zoo
+from converters.formats.llama2c import Llama2cReader
 from zoo import cli, registry
 from zoo.components.model import Model
 from zoo.wrong.report import Diagnosis
@@ -179,8 +180,21 @@ def wrong_heads(w: Tensor) -> Tensor:
     return rearrange(pairs, "(h e two) i -> (h two e) i", two=2, h=8)
 
 
+def restrided(w: Tensor) -> Tensor:
+    """The transpose, row by row, under the matrix's own shape."""
+    return w.T.reshape(w.shape)
+
+
+def everything(model: Model) -> None:
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.") and parameter.dim() == 2:
+            parameter.copy_(restrided(parameter.clone()))
+
+
 Q, K, V, OUT = (f"blocks.2.attn.{leaf}.weight" for leaf in ("q", "k", "v", "out"))
 EVERY_Q, EVERY_K, EVERY_V = (each.replace("2", "*", 1) for each in (Q, K, V))
+EVERY_OUT, EVERY_GATE = "blocks.*.attn.out.weight", "blocks.*.mlp.gate.weight"
+ALL_LAYERS = "of layers 0, 1, 2, 3, 4"
 UP, NORM = "blocks.2.mlp.up.weight", "blocks.2.norm1.weight"
 
 FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
@@ -217,6 +231,28 @@ FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
         "bert",
         change(OUT.replace("2", "*"), lambda w: w.T),
         "transposed: blocks.*.attn.out.weight of layers 0, 1, 2, 3, 4",
+    ),
+    "transposed q and out, all": (
+        "llama",
+        both(change(EVERY_Q, lambda w: w.T), change(EVERY_OUT, lambda w: w.T)),
+        f"transposed: {EVERY_OUT} {ALL_LAYERS}, {EVERY_Q} {ALL_LAYERS}",
+    ),
+    "re-strided": ("gemma2", change(UP, restrided), f"transposed and re-strided: {UP}"),
+    "re-strided keys": ("llama", change(K, restrided), f"transposed and re-strided: {K}"),
+    "re-strided gate, all": (
+        "llama",
+        change(EVERY_GATE, restrided),
+        f"transposed and re-strided: {EVERY_GATE} {ALL_LAYERS}",
+    ),
+    "re-strided embedding": (
+        "neox",
+        change("embed.weight", restrided),
+        "transposed and re-strided: embed.weight",
+    ),
+    "everything re-strided": (
+        "gpt2",
+        everything,
+        "transposed and re-strided: all matrices of all layers",
     ),
     "pairs": (
         "llama",
@@ -282,6 +318,55 @@ def test_a_planted_fault_is_told_alone(fault: str, tmp_path: Path) -> None:
     assert all(each in names for each in found.findings[0].where)
     assert found.findings[0].what in found.to_text()
     json.dumps(found.to_json(), allow_nan=False)
+
+
+# --- a real file whose matrices lie transposed ---------------------------------------------------
+
+WQ, WO, W1 = ("blocks.*.attn.q.weight", "blocks.*.attn.out.weight", "blocks.*.mlp.gate.weight")
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+REAL: dict[str, tuple[tuple[str, ...], str]] = {
+    "wq": (("wq",), f"transposed: {WQ} {ALL_LAYERS}"),
+    "wo": (("wo",), f"transposed: {WO} {ALL_LAYERS}"),
+    "wq and wo": (("wq", "wo"), f"transposed: {WQ} {ALL_LAYERS}, {WO} {ALL_LAYERS}"),
+    "w1": (("w1",), f"transposed and re-strided: {W1} {ALL_LAYERS}"),
+    "all": (MATRICES, "transposed and re-strided: all matrices of all layers"),
+    "all and the embedding": (
+        (*MATRICES, "token_embedding_table"),
+        "transposed and re-strided: all matrices of all layers, embed.weight",
+    ),
+}
+
+
+def stories_with(fixtures: Path, place: Path, names: Sequence[str]) -> Path:
+    """Stories260K with each matrix of these arrays as its transpose, row by row."""
+    reader = Llama2cReader(fixtures / "stories260K" / "stories260K.bin")
+    data = bytearray(reader.path.read_bytes())
+    for name in names:
+        start, end = reader.span(name) or (0, 0)
+        data[start:end] = reader.tensor(name).mT.contiguous().numpy().tobytes()
+    file = place / "stories260K.bin"
+    file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_transposed_kinds_of_a_real_file_are_told_by_numbers_alone(
+    case: str, fixtures: Path, tmp_path: Path
+) -> None:
+    """Rows of wq and wk lie in another order in the file than in the model."""
+    names, expected = REAL[case]
+    found = zoo.diagnose(stories_with(fixtures, tmp_path, names))
+    assert [each.what for each in found.findings] == [expected], found.to_text()
+    assert set(found.findings[0].where) == set(names)
+
+
+@pytest.mark.slow
+def test_text_is_read_with_transposed_matrices_put_right(fixtures: Path, tmp_path: Path) -> None:
+    file = stories_with(fixtures, tmp_path, ("wq", "wo"))
+    shutil.copy(fixtures / "stories260K" / "tok512.bin", tmp_path / "tokenizer.bin")
+    found = zoo.diagnose(file)
+    assert [each.what for each in found.findings] == [REAL["wq and wo"][1]]
+    assert "with these matrices transposed: perplexity 6.78" in found.notes[-1]
 
 
 # --- faults of files -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cached_property
-from math import sqrt
+from math import isqrt, sqrt
 from statistics import median
 
 import torch
@@ -21,7 +21,7 @@ from zoo.wrong.opening import Opened
 
 WRITES = ("out", "down")  # to the stream: rows are its features; all others read
 _ROWS = 128  # of all arrays of a family together
-_MANY = 1 << 17  # numbers of these rows, where more of them are looked at
+_MOST_ROWS, _WORK = 1024, 1 << 28  # where more of them are compared; products that one takes
 _MOST = 0.6  # of the matrices of layers
 _OTHER = ("pooler", "head.", "summary", "nsp", "span")
 # Resemblance of independent numbers, in units of chance: 0.8 to 1, nine times in ten below 2.1; of
@@ -96,6 +96,10 @@ class Stream:
     def writes(self, n: Numbers) -> bool:
         return n.array.family in self.writing
 
+    @property
+    def _many(self) -> int:
+        return max(_ROWS, min(_MOST_ROWS, isqrt(_WORK // self.dim)))
+
     def side(self, n: Numbers, across: bool = False) -> Tensor | None:
         """(rows, dim) along the axis that lies in the stream, or across it; None where it does not.
 
@@ -107,7 +111,7 @@ class Stream:
         """The same of another matrix in its place."""
         matrix = other.whole()
         matrix = matrix.mT if self.writes(n) else matrix
-        return self._scaled(_thinned(matrix, max(_ROWS, _MANY // self.dim)))
+        return self._scaled(_thinned(matrix, self._many))
 
     def _scaled(self, rows: Tensor) -> Tensor | None:
         if rows.shape[-1] != self.dim or not len(rows):
@@ -121,7 +125,7 @@ class Stream:
 
     def pooled(self, sides: Sequence[Tensor], many: bool = False) -> Products:
         """Of some rows of each, or of many."""
-        most = max(1, (max(_ROWS, _MANY // self.dim) if many else _ROWS) // len(sides))
+        most = max(1, (self._many if many else _ROWS) // len(sides))
         return Products(torch.cat([_thinned(rows, most) for rows in sides]))
 
 

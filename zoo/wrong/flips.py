@@ -135,16 +135,20 @@ class _Search:
         self.stream = stream
         self.kinds = {family: _Kind(stream, each) for family, each in stream.families.items()}
         self.chosen = dict[str, _Choice]()
+        self._known = dict[frozenset[tuple[str, int | None]], float]()
 
     def resembles(self, family: str, way: int | None) -> float:
         """How much a kind resembles the others as they are chosen."""
-        mine, others = self.kinds[family].products(way), list[float]()
-        for name, kind in self.kinds.items():
-            if name != family:
-                choice = self.chosen.get(name)
-                other = kind.products(None if choice is None else choice.way)
-                others.append(self.stream.chances(mine, other))
-        return sum(others) / len(others)
+        names = [name for name in self.kinds if name != family]
+        ways = [self.chosen[name].way if name in self.chosen else None for name in names]
+        pairs = ({(family, way), other} for other in zip(names, ways, strict=True))
+        return sum(map(self._alike, map(frozenset, pairs))) / len(names)
+
+    def _alike(self, pair: frozenset[tuple[str, int | None]]) -> float:
+        if pair not in self._known:
+            a, b = (self.kinds[family].products(way) for family, way in pair)
+            self._known[pair] = self.stream.chances(a, b)
+        return self._known[pair]
 
     def best(self) -> _Choice | None:
         """The clearest of those that the others tell."""
