@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import zoo
 from zoo import registry
+from zoo.beams import _may_win, _Row
 from zoo.errors import ConfigError, InputError, SequenceTooLong, TokenIdError, UsageError
 from zoo.generation import Options, Pieces, Runner, generate, left_aligned
 from zoo.generation_config import defaults_of
@@ -190,6 +191,32 @@ def test_logprobs_are_the_models_own(name: str) -> None:
             logits = this.model(rows, real)
     said = logits[:, -6:-1].log_softmax(dim=-1).gather(2, new[:, :, None]).squeeze(2)
     torch.testing.assert_close(got.logprobs.double(), said, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.5, 2.0])
+@pytest.mark.parametrize("worst", [-500.0, -120.0, -60.0, -1.5, -0.7, -0.1])
+def test_a_beam_may_win_when_the_reference_goes_on(
+    early_stopping: Any, penalty: float, worst: float
+) -> None:
+    """Under "never" and a positive penalty the longest text has the best score, else the next."""
+    from transformers import GenerationMixin
+
+    asked = Options(num_beams=2, early_stopping=early_stopping, length_penalty=penalty)
+    row = _Row([[], []], [(0.0, [1]), (worst, [2])])
+    found = _may_win(row, -10.0, length=5, most=20, asked=asked)
+    want = GenerationMixin._check_early_stop_heuristic(
+        torch.tensor([True])[:, None],
+        torch.tensor([[-10.0, -11.0]]),
+        torch.tensor([[0.0, worst]]),
+        torch.tensor([[True, True]]),
+        5 + 3,
+        20 + 3,
+        3,
+        early_stopping,
+        penalty,
+    )
+    assert found is bool(want)
 
 
 def test_scores_of_beams_are_means() -> None:

@@ -334,9 +334,9 @@ class Options:
             merged["do_sample"] = not greedy and (asked.sampled or merged.get("do_sample", False))
         if merged["do_sample"] is True and file.get("do_sample") is True:
             merged.setdefault("top_k", TOP_K)
-        idle: tuple[str, ...] = () if merged["do_sample"] else SAMPLING
-        idle += BEAMS if merged.get("num_beams", 1) == 1 else ()
-        idle += ("max_new_tokens",) if asked.max_length and not asked.max_new_tokens else ()
+        idle = set[str]() if merged["do_sample"] else {*SAMPLING}
+        idle |= {*BEAMS} if merged.get("num_beams", 1) == 1 else set()
+        idle |= {"max_new_tokens"} if asked.max_length and not asked.max_new_tokens else set()
         merged = {n: v for n, v in merged.items() if n in own or n not in idle}
         try:
             made = cls(**merged)
