@@ -1,4 +1,4 @@
-"""A tokenizer.json from a stranger: steps that lengthen texts, patterns, vocabularies of nothing."""
+"""A stranger's tokenizer.json: steps that lengthen texts, slow patterns, large vocabularies."""
 
 import json
 from pathlib import Path
