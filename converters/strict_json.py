@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from converters.formats import open_regular
-from zoo.errors import ConfigError, ZooError, listing
+from zoo.errors import ConfigError, ResourceLimit, ZooError, listing
 
-MAX_BYTES = 64 << 20  # the index of a trillion-parameter model has 10 MB
+MAX_BYTES = 64 << 20  # the index of a trillion-parameter model has 10 MB, Gemma 3's tokenizer 33
+MAX_MEMORY = 64 << 20  # beyond the file itself, for its text and all objects made of it
 MAX_DEPTH = 64
+# What Python takes for what a byte may begin: a list that holds one thing; a key, its pair while
+# the object is read, and its entry; a slot in a list; half of a short text.
+_COSTS = {b"[": 88, b"{": 88, b":": 136, b",": 40, b'"': 32}
+_TWO_BYTES, _FOUR_BYTES = re.compile(rb"[\xc4-\xef]"), re.compile(rb"[\xf0-\xff]")
 
 
 class DuplicateKeys(ValueError):
@@ -24,9 +31,27 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    names = [name for name, _ in pairs]
-    twice = sorted({repr(name) for name in found if names.count(name) > 1})
-    raise DuplicateKeys(listing(twice))
+    counts = Counter(name for name, _ in pairs)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    raise DuplicateKeys(listing(repr(name) for name in twice))
+
+
+def memory_of(data: bytes) -> int:
+    """An upper bound, without building any of them, of the bytes that JSON's objects take."""
+    return sum(data.count(byte) * cost for byte, cost in _COSTS.items())
+
+
+def _check_memory(data: bytes, where: str, most: int) -> None:
+    """ResourceLimit where the text and what is parsed of it would take more than `most` bytes."""
+    width = 4 if _FOUR_BYTES.search(data) else 2 if _TWO_BYTES.search(data) else 1
+    escaped = 4 if b"\\u" in data else width
+    # the file's own bytes are gone once the text is there
+    memory = (width + escaped - 1) * len(data) + memory_of(data)
+    if memory > most:
+        raise ResourceLimit(
+            f"{where}: {len(data)} bytes of JSON that would take some {memory >> 20} MB of memory, "
+            f"of at most {most >> 20} MB"
+        )
 
 
 class _NotANumber:
@@ -38,27 +63,35 @@ class _NotANumber:
 
 def read_json(path: Path, error: type[ZooError] = ConfigError) -> dict[str, Any]:
     """The object in a JSON file; whatever a strict reading refuses is `error`, naming the field."""
-    return _as(dict, _read(path, error), str(path), error)
+    return _as(dict, _parse(_read(path, error), str(path), error), str(path), error)
 
 
 def read_json_list(path: Path, error: type[ZooError] = ConfigError) -> list[Any]:
     """Likewise, of a file that holds a list."""
-    return _as(list, _read(path, error), str(path), error)
+    return _as(list, _parse(_read(path, error), str(path), error), str(path), error)
 
 
-def parse_json(data: bytes, where: str, error: type[ZooError] = ConfigError) -> dict[str, Any]:
-    """The object that `data` spells, `where` being its name in messages."""
-    return _as(dict, _parse(data, where, error), where, error)
+def parse_json(
+    data: bytes, where: str, error: type[ZooError] = ConfigError, most: int = MAX_MEMORY
+) -> dict[str, Any]:
+    """The object that `data` spells, `where` being its name in messages.
+
+    Raises:
+        ResourceLimit: it would take more than `most` bytes of memory; nothing is built then.
+    """
+    _check_memory(data, where, most)
+    return _as(dict, _parse(_decoded(data, where, error), where, error), where, error)
 
 
-def _read(path: Path, error: type[ZooError]) -> Any:
+def _read(path: Path, error: type[ZooError]) -> str:
     fd = open_regular(path)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
         if size > MAX_BYTES:
-            raise error(f"{path}: {size} bytes, more than the {MAX_BYTES} such a file may have")
+            raise ResourceLimit(f"{path}: {size} bytes, of at most {MAX_BYTES} in such a file")
         data = file.read(MAX_BYTES + 1)
-    return _parse(data, str(path), error)
+    _check_memory(data, str(path), MAX_MEMORY)
+    return _decoded(data, str(path), error)
 
 
 def _as(kind: type, found: Any, where: str, error: type[ZooError]) -> Any:
@@ -68,15 +101,19 @@ def _as(kind: type, found: Any, where: str, error: type[ZooError]) -> Any:
     return found
 
 
-def _parse(data: bytes, where: str, error: type[ZooError]) -> Any:
+def _decoded(data: bytes, where: str, error: type[ZooError]) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: not UTF-8 at byte {problem.start}") from None
+
+
+def _parse(text: str, where: str, error: type[ZooError]) -> Any:
     found: Any = None
     try:
-        text = data.decode()
         found = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
     except DuplicateKeys as problem:
         raise error(f"{where}: keys that stand twice in one object: {problem}") from None
-    except UnicodeDecodeError as problem:
-        raise error(f"{where}: not UTF-8 at byte {problem.start}") from None
     except RecursionError:
         _too_deep(where, error)
     except ValueError as problem:  # not JSON, or an integer of thousands of digits

@@ -880,7 +880,7 @@ def test_json_that_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(value))
     assert read_json(path) == value
     os.truncate(path, 65 << 20)
-    with pytest.raises(ConfigError, match=r"config\.json.*bytes"):
+    with pytest.raises(ResourceLimit, match=r"config\.json.*bytes"):
         read_json(path)
     path.unlink()
     with pytest.raises(NotACheckpoint, match=r"config\.json"):

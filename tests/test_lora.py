@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from zoo.cli import main
 from zoo.components.moe import Experts
 from zoo.converting import dry_run
 from zoo.errors import AmbiguousCheckpoint, ConfigError, NotACheckpoint, PlanError, UsageError
+from zoo.lora import files
 from zoo.lora.layers import Lora
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Lift, Reference
@@ -371,7 +373,13 @@ def test_biases_under_two_names(tmp_path: Path) -> None:
         ("r", 0, "r: expected a positive whole number"),
         ("lora_alpha", "8", "lora_alpha: expected a number"),
         ("init_lora_weights", "pissa", "changed the base weights"),
-        ("rank_pattern", {"(a+)+": 2}, "may take for ever"),
+        ("rank_pattern", {"(a+)+": 2}, "repeats a group that itself repeats"),
+        ("rank_pattern", {"(.?){60}x": 2}, "repeats a group that itself repeats"),
+        ("rank_pattern", {".?" * 60 + "x": 2}, "may choose in more than 4096 ways"),
+        ("alpha_pattern", {"(a|a)" * 60 + "x": 2}, "may choose in more than 4096 ways"),
+        ("alpha_pattern", {"a*a*a*a*b": 2}, "may try all lengths of 4 repetitions"),
+        ("alpha_pattern", {r"(a)\1": 2}, "has an escape of an unknown kind"),
+        ("alpha_pattern", {"[[](a+)+$|x]]": 2}, "a class of characters with a bare ["),
         ("target_parameters", ["mlp.experts.gate_up_proj"], "target_parameters"),
     ],
 )
@@ -386,6 +394,34 @@ def test_configs_that_are_refused(field: str, value: Any, told: str, tmp_path: P
         model.load_adapter(tmp_path / "a")
     assert told in str(error.value)
     assert model.adapter is None
+
+
+def test_patterns_and_modules_by_the_thousand_are_refused(monkeypatch: Any) -> None:
+    settings = files.Settings(2, 4, ranks={f"a{n}": 2 for n in range(1000)})
+    (problem,) = files._too_many(settings, [f"b{n}" for n in range(2000)])
+    assert problem == f"1000 patterns for 2000 modules: more than {files.MOST_TRIES} pairs of them"
+    (problem,) = files._too_many(settings, ["b" * 1000])
+    assert "a name of 1000 characters" in problem
+    assert not list(files._too_many(files.Settings(2, 4), ["b" * 1000] * 5000))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "fits"),
+    [
+        ("q_proj", "model.layers.1.q_proj", True),
+        ("q_proj", "model.layers.1.xq_proj", False),
+        (r"layers\.\d+\.(q|v)_proj", "model.layers.12.v_proj", True),
+        (r"^model.*\.[qv]_proj", "model.layers.1.v_proj", True),
+        (r"^layers.*\.[qv]_proj", "model.layers.1.v_proj", False),
+        (r".*layers\.\d+\.mlp\..*", "model.layers.1.mlp.up_proj", True),
+        ("a|b.c", "x.b.c", True),
+        ("q_proj", "q_proj\n", True),
+    ],
+)
+def test_patterns_are_pefts(pattern: str, module: str, fits: bool) -> None:
+    assert (re.match(rf"(.*\.)?({pattern})$", module) is not None) is fits
+    assert not files._bad_pattern(pattern)
+    assert files._is_named(files._compiled(pattern), module) is fits
 
 
 def test_tensors_that_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.formats import BITS, RANK, Layout, TensorInfo, open_regular
 from converters.formats.source import SourceFile
-from converters.strict_json import DuplicateKeys, unique
+from converters.strict_json import MAX_MEMORY, DuplicateKeys, memory_of, unique
 from zoo.errors import (
     CorruptCheckpoint,
     DuplicateTensor,
@@ -92,6 +92,11 @@ def _read_header(path: Path, fd: int) -> tuple[int, bytes]:
     header = os.pread(fd, length, 8)
     if len(header) != length:
         raise CorruptCheckpoint(f"{path}: became shorter while its header was read")
+    if (memory := memory_of(header)) > MAX_MEMORY:
+        raise ResourceLimit(
+            f"{path}: a header of {length} bytes that would take some {memory >> 20} MB of memory, "
+            f"of at most {MAX_MEMORY >> 20} MB: fewer than 50000 tensors a file fit"
+        )
     return 8 + length, header
 
 

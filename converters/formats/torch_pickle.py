@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zoo.errors import CorruptCheckpoint, listing
+from zoo.errors import CorruptCheckpoint, ResourceLimit, listing
 
 MAX_RANK = 64  # torch's
 MAX_GIVEN = 8
-EXPLAINED = 1 << 20  # bytes of a pickle that are read again, to say what is wrong
+MAX_MEMORY = 64 << 20  # beyond the pickle itself, for all that is made of it
+EXPLAINED = 1 << 19  # bytes of a pickle that are read again, to say what is wrong
 # All that a dict of plain tensors needs, and numpy's numbers beside them.
 _NEEDED = re.compile(
     r"collections OrderedDict"
@@ -85,6 +86,8 @@ def read(path: Path, data: bytes) -> Any:
     """Dicts, lists, tuples, text, numbers and Arrays; whatever else is refused by its name."""
     try:
         return _run(data)
+    except ResourceLimit as error:
+        raise ResourceLimit(f"{path}: {error}. Nothing was run.") from None
     except Exception as error:  # any that malformed operands lead to
         raise CorruptCheckpoint(f"{path}: {_explained(data, error)}") from None
 
@@ -92,18 +95,23 @@ def read(path: Path, data: bytes) -> Any:
 def _explained(data: bytes, error: Exception) -> str:
     if len(data) > EXPLAINED:
         return f"its pickle is none that torch.save writes ({error}). Nothing was run."
+    odd, named, words = set[str](), set[str](), list[str]()
     try:
-        codes = [(code.name, arg) for code, arg, _ in pickletools.genops(data)]
+        for code, arg, _ in pickletools.genops(data):
+            if code.name in _HIDDEN:
+                odd.add(code.name)
+            elif code.name == "GLOBAL":
+                named.add(str(arg))
+            elif "UNICODE" in code.name:
+                words.append(str(arg))
     except Exception as why:  # likewise
         return f"data.pkl is no pickle: {why}"
-    if odd := sorted({name for name, _ in codes} & _HIDDEN):
-        words = [str(arg) for name, arg in codes if "UNICODE" in name]
+    if odd:
         return (
-            f"its pickle names what it needs by {', '.join(odd)}, as torch.save does not; "
+            f"its pickle names what it needs by {', '.join(sorted(odd))}, as torch.save does not; "
             f"among its words: {listing(words, 5)}. Nothing was run. Save the bare state_dict() "
             "again with torch.save's own protocol"
         )
-    named = {str(arg) for name, arg in codes if name == "GLOBAL"}
     if blocked := sorted(name for name in named if not _NEEDED.fullmatch(name)):
         names = listing(name.replace(" ", ".") for name in blocked)
         return (
@@ -137,6 +145,17 @@ _NEW: dict[bytes, Callable[[], Any]] = {
     b"\x89": lambda: False,
 }
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
+# Bytes that an opcode makes Python take beside a slot of the stack: a list or a dict, the entry of
+# a memo, a tuple (its items have slots already), a number, what is called, a text.
+_COSTS = {
+    **dict.fromkeys((b"}", b"]", b"\x8f"), 72),
+    **dict.fromkeys((b"q", b"r"), 100),
+    **dict.fromkeys((b"t", b"\x85", b"\x86", b"\x87"), 72),
+    **dict.fromkeys((b"J", b"M", b"G"), 32),
+    **dict.fromkeys((b"Q", b"R", b"\x81", b"c"), 100),
+    **dict.fromkeys((b"X", b"U", b"\x8a"), 64),
+}
+_SLOT = 8
 
 
 def _run(data: bytes) -> Any:
@@ -144,6 +163,7 @@ def _run(data: bytes) -> Any:
     marks: list[int] = []
     memo: dict[int, Any] = {}
     at = 0
+    left = MAX_MEMORY
 
     def above(start: int) -> list[Any]:
         if start < 0:
@@ -155,6 +175,9 @@ def _run(data: bytes) -> Any:
     while True:
         code = data[at : at + 1]
         at += 1
+        left -= _SLOT + _COSTS.get(code, 0)
+        if left < 0:
+            raise ResourceLimit(f"its pickle takes more than {MAX_MEMORY >> 20} MB of memory")
         if (number := _NUMBERS.get(code)) is not None:
             (value,) = number.unpack_from(data, at)
             at += number.size
@@ -178,7 +201,8 @@ def _run(data: bytes) -> Any:
             held = data[at - size : at]
             if len(held) != size:
                 raise ValueError("it ends within a text")
-            stack.append(_said(code, held))
+            left -= 2 * size if held.isascii() else 5 * size
+            stack.append(_said(code, held) if left >= 0 else None)
         elif code == b"Q":
             stack.append(_storage(*stack.pop()))
         elif code in (b"R", b"\x81"):
@@ -186,6 +210,7 @@ def _run(data: bytes) -> Any:
             stack.append(_made(function, given))
         elif code in (b"s", b"u"):
             pairs = above(marks.pop() if code == b"u" else len(stack) - 2)
+            left -= 50 * len(pairs)  # entries, of two each
             _put(stack[-1], pairs)
         elif code in (b"a", b"e", b"\x90"):
             stack[-2 if code == b"a" else marks[-1] - 1].extend(

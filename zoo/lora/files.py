@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from converters.output import Item, Output, Shard
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
+from zoo.patterns import why_slow
 from zoo.sources import ADAPTER as CONFIG
 from zoo.sources import ADAPTER_WEIGHTS as WEIGHTS
 
@@ -45,9 +46,10 @@ USED = {
 # Beginnings that leave the base weights as they are; others take from them what they put in.
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 MERGED = "Merge it in peft (merge_and_unload) and load what that saves"
-_LONG = 200  # characters of a pattern
 _LARGEST, _LARGEST_RANK = 3e38, 1 << 31  # what fp32 holds; more rows than any matrix has
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
+MOST_TRIES = 1 << 20  # of a pattern with a module
+LONGEST_NAME = 256  # characters of a module's name, where patterns are tried with it
+_UNBOUNDED = 3  # repetitions in a pattern: names are short
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,19 @@ class Settings:
 
 def _first(patterns: Mapping[str, float], module: str, default: float) -> float:
     """Of the first pattern that is the module's name or an end of it."""
-    found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
+    found = (v for p, v in patterns.items() if _is_named(_compiled(p), module))
     return next(found, default)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"({pattern})$")
+
+
+def _is_named(pattern: re.Pattern[str], module: str) -> bool:
+    """Whether it is `(.*\\.)?(pattern)$`, without a repetition more for the matcher to try."""
+    starts = [0, *(dot.end() for dot in re.finditer(r"\.", module))]
+    return any(pattern.match(module, start) for start in starts)
 
 
 class Factors(NamedTuple):
@@ -191,17 +204,22 @@ def _shown(value: Any) -> str:
 
 def _bad_pattern(pattern: str) -> str:
     """A pattern comes from a file: none is tried that could take for ever."""
-    if (
-        len(pattern) > _LONG
-        or _REPEATED_GROUP.search(pattern)
-        or sum(map(pattern.count, "*+{")) > 4
-    ):
-        return "such a pattern is not tried: it may take for ever"
+    if why := why_slow(pattern, _UNBOUNDED, nested=False):
+        return f"a pattern that is not tried: it {why}"
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         return f"no pattern: {error}"
     return ""
+
+
+def _too_many(settings: Settings, modules: Collection[str]) -> Iterator[str]:
+    """Why patterns are not tried with so many modules, or with such names."""
+    count = len(settings.ranks) + len(settings.alphas)
+    if count * len(modules) > MOST_TRIES:
+        yield f"{count} patterns for {len(modules)} modules: more than {MOST_TRIES} pairs of them"
+    if count and (long := [name for name in modules if len(name) > LONGEST_NAME]):
+        yield f"{long[0][:40]}…: a name of {len(long[0])} characters, of at most {LONGEST_NAME}"
 
 
 def _sorted(
@@ -242,6 +260,8 @@ def _sorted(
             else:
                 whole[plain], keys[plain] = tensor, key
     factors: dict[str, Factors] = {}
+    if too_many := list(_too_many(settings, {module for module, _ in halves})):
+        return Files(where, config, settings, {}, {}), too_many
     for (module, embedding), found in halves.items():
         if why := _half_problem(module, found, settings, ENDS[embedding]):
             problems.append(why)

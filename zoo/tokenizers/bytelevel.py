@@ -11,10 +11,9 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from converters.strict_json import parse_json
 from zoo.errors import BadTokenizer, listing
 from zoo.tokenizers.engines import Added, Pieces, Splitter, Stream, place, refusing
-from zoo.tokenizers.settings import read_bytes, read_text
+from zoo.tokenizers.settings import parse_vocabulary, read_bytes, read_text
 
 # what one step of merging never crosses, as each was trained
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -198,7 +197,7 @@ def from_merges(
 
 def read_ids(path: Path) -> dict[str, int]:
     """token -> id, each id once and none far beyond their number."""
-    found = parse_json(read_bytes(path), str(path), BadTokenizer)
+    found = parse_vocabulary(read_bytes(path), path)
     odd = [f"{text!r}: {id!r}" for text, id in found.items() if type(id) is not int or id < 0]
     if odd or not found:
         raise BadTokenizer(f"{path}: expected tokens with their ids, found {listing(odd, 5)}")

@@ -101,10 +101,13 @@ class Splitter:
         pattern = self._all if special else self._plain
         start = 0
         for match in pattern.finditer(text) if pattern else ():
-            if start < match.start():
-                yield text[start : match.start()]
             found = self._added[match[match.lastindex or 0]]
             assert found.id is not None
+            before = text[start : match.start()]
+            if found.lstrip:  # here, as a pattern would look for it from each space on
+                before = before.rstrip()
+            if before:
+                yield before
             yield found.id
             start = match.end()
         if start < len(text):
@@ -119,12 +122,11 @@ def _pattern(tokens: Iterable[Added]) -> re.Pattern[str] | None:
     parts = []
     for token in sorted(tokens, key=lambda t: -len(t.text)):
         part = re.escape(token.text)
-        if token.lstrip or token.rstrip:
+        if token.rstrip:
             part = f"({part})"
         if token.single_word:
             part = rf"(?<!\w){part}(?!\w)"
-        before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
-        parts.append(f"{before}{part}{after}")
+        parts.append(part + (r"\s*" if token.rstrip else ""))
     return re.compile("|".join(parts)) if parts else None
 
 

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.strict_json import parse_json
 from zoo.errors import BadTokenizer
+from zoo.tokenizers.bounds import check_steps
 from zoo.tokenizers.engines import Added, Stream, place, refusing
 from zoo.tokenizers.replacing import check_replacements, tables_in
-from zoo.tokenizers.settings import KINDS, Settings, read_bytes, read_text
+from zoo.tokenizers.settings import KINDS, Settings, parse_vocabulary, read_bytes, read_text
 
 STRAYS = 0.01
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -148,11 +148,12 @@ def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
     from tokenizers import Tokenizer
 
     data = read_bytes(path)
-    said = parse_json(data, str(path), BadTokenizer)
+    said = parse_vocabulary(data, path)
     with refusing(path):
         # a vocabulary has no tables, and half a million entries
         for table in tables_in({key: value for key, value in said.items() if key != "model"}):
             check_replacements(table)
+        check_steps(said)
         backend = Tokenizer.from_str(data.decode())
     return Fast(backend, wanted, path)
 

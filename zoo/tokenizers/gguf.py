@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.formats.gguf import Value
-from converters.strict_json import read_json
 from zoo.errors import BadTokenizer, LossyExport
 from zoo.tokenizers import bytelevel, llama2c
 from zoo.tokenizers.bytelevel import PATTERNS
 from zoo.tokenizers.fast import lower_case, words_of
-from zoo.tokenizers.settings import SETTINGS, Settings
+from zoo.tokenizers.settings import SETTINGS, Settings, parse_vocabulary, read_bytes
 from zoo.tokenizers.unigrams import BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_model
 
 if TYPE_CHECKING:
@@ -382,7 +381,7 @@ def _of_ranks(path: Path) -> dict[str, Any]:
 
 
 def _of_json(path: Path) -> dict[str, Any]:
-    data = read_json(path, BadTokenizer)
+    data = parse_vocabulary(read_bytes(path), path)
     model = data.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if kind == "WordPiece":
@@ -435,7 +434,7 @@ def _of_merges(
 def _of_words(path: Path) -> dict[str, Any]:
     """llama.cpp makes letters small and takes accents away, whatever the file says."""
     if path.suffix == ".json":
-        normal = read_json(path, BadTokenizer).get("normalizer") or {}
+        normal = parse_vocabulary(read_bytes(path), path).get("normalizer") or {}
         lower = normal.get("type") == "BertNormalizer" and normal.get("lowercase")
         lower = lower and normal.get("strip_accents") is not False
     else:

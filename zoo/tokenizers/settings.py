@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from converters.checkpoint import confined
 from converters.formats import open_regular
-from converters.strict_json import MAX_BYTES, read_json
+from converters.strict_json import MAX_BYTES, MAX_MEMORY, parse_json, read_json
 from zoo.errors import BadTokenizer
 from zoo.sources import CONFIG, MORE_TEMPLATES, NATIVE_FILE
 from zoo.tokenizers.engines import Added
 
 SETTINGS, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
+MAX_VOCABULARY = 512 << 20  # bytes of memory for its JSON; Gemma 3's tokenizer.json takes 450
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -213,6 +214,12 @@ def _optional(directory: Path, name: str) -> dict[str, Any]:
     if not os.path.lexists(directory / name):
         return {}
     return read_json(confined(directory, name), BadTokenizer)
+
+
+def parse_vocabulary(data: bytes, path: Path) -> dict[str, Any]:
+    """JSON that may take much more memory than its bytes, as the short texts of a vocabulary do."""
+    most = min(MAX_MEMORY + 24 * len(data), MAX_VOCABULARY)
+    return parse_json(data, str(path), BadTokenizer, most)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.strict_json import parse_json
 from zoo.errors import BadTokenizer
+from zoo.patterns import why_slow
 from zoo.tokenizers.bytelevel import ByteLevel, ranked
 from zoo.tokenizers.engines import MOST_ADDED, Added, place
-from zoo.tokenizers.settings import read_bytes
+from zoo.tokenizers.settings import parse_vocabulary, read_bytes
 
 # what a file of these versions means that lists none
 _UNLISTED = ("v1", "v2", "v3", "v7")
@@ -27,7 +27,7 @@ _PROBE = "It's Él, 12345 ways… (漢字)\n\n\tif x_1 != '😀':  \r\n"
 
 
 def from_tekken(path: Path, wanted: Iterable[Added]) -> ByteLevel:
-    found = parse_json(read_bytes(path), str(path), BadTokenizer)
+    found = parse_vocabulary(read_bytes(path), path)
     config: dict[str, Any] = found["config"] if isinstance(found.get("config"), dict) else {}
     vocab = found["vocab"] if isinstance(found.get("vocab"), list) else []
     size: Any = config.get("default_vocab_size")
@@ -63,6 +63,8 @@ def _refuse(path: Path, problems: Iterable[str]) -> None:
 def _shape_problems(pattern: Any, vocab: Sequence[Any], size: Any, special: Any) -> Iterator[str]:
     if not isinstance(pattern, str) or not pattern:
         yield f"config.pattern: expected a pattern, found {pattern!r}"
+    elif why := why_slow(pattern):
+        yield f"config.pattern: {pattern[:60]!r} {why}"
     if not vocab:
         yield "vocab: expected a list of tokens"
     if type(special) is not int or not 0 <= special <= MOST_ADDED:

@@ -1,0 +1,114 @@
+"""What a tokenizer.json may ask for: steps that lengthen a text or try patterns, within bounds.
+
+Normalizer, pre-tokenizer and decoder are chains of steps, and each may make a text longer: thirty
+that double it make a billion characters of one. So the growth of each is multiplied, at its worst,
+before `tokenizers` is given the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from zoo.patterns import why_slow
+
+MOST_GROWTH = 256  # of published ones some have 8
+MOST_STEPS = 64
+MOST_TEMPLATE = 1024  # special tokens around a text
+LONGEST_WORD = (
+    1000  # characters that WordPiece looks for pieces in, all pairs of places; 100 usually
+)
+_CHAINS = ("normalizers", "pretokenizers", "decoders", "processors")
+# what writes a character as several: one such step grows as much as Unicode does, others after it
+# may do so again
+_FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Precompiled": 18, "Lowercase": 2}
+_SPELLINGS = {"BertNormalizer": 3, "ByteLevel": 2, "Metaspace": 2}
+_CERTAIN = re.compile(
+    r"(?:\\[sSdDwW]|\\p\{\w+\}|\[\^?[^\]\[\\]+\]|[^\\.*+?{}()|\[\]^$])(?:\+|\{[1-9],?\d?\})?"
+)
+
+
+def check_steps(data: Mapping[str, Any]) -> None:
+    """ValueError where a text could grow without bounds, or a pattern take for ever."""
+    for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        growth, seen = 1.0, set[str]()
+        for name in names:
+            steps = list(_steps(data.get(name)))
+            if len(steps) > MOST_STEPS:
+                raise ValueError(f"{name}: {len(steps)} steps, of at most {MOST_STEPS}")
+            for step in steps:
+                growth *= _growth(step, name, seen)
+                if growth > MOST_GROWTH:
+                    raise ValueError(f"{name}: makes a text more than {MOST_GROWTH} times as long")
+    for step in _steps(data.get("post_processor")):
+        _check_template(step)
+    model = data.get("model")
+    word = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    if isinstance(word, int) and word > LONGEST_WORD:
+        raise ValueError(f"model.max_input_chars_per_word: {word}, of at most {LONGEST_WORD}")
+
+
+def _steps(step: Any) -> Iterator[Mapping[str, Any]]:
+    """Each step of a chain, in order."""
+    if not isinstance(step, dict):
+        return
+    inner = [each for key in _CHAINS if isinstance(step.get(key), list) for each in step[key]]
+    if not inner:
+        yield step
+    for each in inner:
+        yield from _steps(each)
+
+
+def _growth(step: Mapping[str, Any], name: str, seen: set[str]) -> float:
+    """How many times as long a text may be after a step; its pattern, if any, is checked."""
+    kind, pattern = str(step.get("type")), step.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(regex, str) and (why := why_slow(regex)):
+        raise ValueError(f"{name}: the pattern {regex[:60]!r} {why}")
+    content = step.get("content")
+    if kind == "Replace" and isinstance(content, str):
+        literal = pattern.get("String") if isinstance(pattern, dict) else None
+        if isinstance(literal, str) and literal:
+            return max(
+                1.0,
+                len(content.encode("utf-8", "replace")) / len(literal.encode("utf-8", "replace")),
+            )
+        return max(1, len(content)) if regex and _CERTAIN.fullmatch(regex) else 1 + len(content)
+    if kind == "Prepend":
+        return 1 + len(str(step.get("prepend")))
+    if kind not in _FORMS and kind not in _SPELLINGS:
+        return 1
+    first = "form" if kind in _FORMS else "spelling"
+    growth: float = 1 if first not in seen else (_FORMS | _SPELLINGS)[kind]
+    seen.add(first)
+    if kind == "Precompiled":
+        growth = max(growth, _longest_text(step.get("precompiled_charsmap")) / 64)
+    return growth
+
+
+def _longest_text(table: Any) -> int:
+    """Bytes of the longest text that a table writes for a character."""
+    data = base64.b64decode(table) if isinstance(table, str) else b""
+    texts = data[4 + int.from_bytes(data[:4], "little") :]
+    return max(map(len, texts.split(b"\0")))
+
+
+def _check_template(step: Mapping[str, Any]) -> None:
+    special = step.get("special_tokens")
+    if not isinstance(special, dict):
+        return
+    sizes = {
+        name: len(token["ids"])
+        for name, token in special.items()
+        if isinstance(token, dict) and isinstance(token.get("ids"), list)
+    }
+    for key in ("single", "pair"):
+        pieces = step.get(key)
+        named = [p.get("SpecialToken") for p in pieces or () if isinstance(p, dict)]
+        ids = sum(sizes.get(str(p.get("id")), 1) for p in named if isinstance(p, dict))
+        if ids > MOST_TEMPLATE:
+            raise ValueError(
+                f"post_processor.{key}: {ids} special tokens, of at most {MOST_TEMPLATE}"
+            )
