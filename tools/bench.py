@@ -38,7 +38,7 @@ ENV = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | 
 }
 
 # What one process does, phase by phase: seconds, and MB of anonymous memory that it adds to a bare
-# `import torch`. Both sides import the class of the architecture; what else a side imports only when
+# `import torch`. Both sides import the class of the architecture; what else a side imports when
 # it loads counts as its load.
 PHASES = """
 import sys, time
