@@ -162,7 +162,7 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
     seen = texts(page(with_record(run)))
     for told in (
         # planted, killed, located, diagnosed; code that is not the one that was measured
-        "3 3 2 1 2001-02-03, code and torch changed since",
+        "3 3 2 1 2001-02-03, changed since: code, torch, transformers",
         # bytes, weights, values, lossy, refused, wrong
         "1 0 0 0 1 0 2004-05-06",
         "Planted bugs: torch 9.8.",
@@ -459,7 +459,7 @@ def test_a_record_of_other_code(kept: Path, capsys: pytest.CaptureFixture[str]) 
     kept.write_text(json.dumps(data))
     assert cli.main(["list", "--verified"]) == 0
     _, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
-    assert "code changed since" in rows[0] and rows[0].startswith("gpt2 ")
+    assert "changed since: code" in rows[0] and rows[0].startswith("gpt2 ")
     assert all(row.endswith("not run") for row in rows)
     assert not any(re.match(r"bert |falcon |gone ", row) for row in rows)
 

@@ -111,12 +111,12 @@ def test_what_changed_is_named() -> None:
     digest = stamps.digest("zoo.parity", GPT2)
     entry = {"date": "d", "versions": record.stamp("parity", None)["versions"], "code": digest}
     assert record.when("parity", "gpt2", entry) == "d"
-    assert record.when("bugs", "gpt2", entry) == "d, code changed since"
+    assert record.when("bugs", "gpt2", entry) == "d, changed since: code"
     plain = {**entry["versions"], "torch": entry["versions"]["torch"].partition("+")[0]}
     assert record.when("parity", "gpt2", {**entry, "versions": plain}) == "d"
     older = {**entry["versions"], "torch": "1.0", "transformers": "4.0"}
     told = record.when("parity", "gpt2", {**entry, "versions": older, "code": "other"})
-    assert told == "d, code and torch and transformers changed since"
+    assert told == "d, changed since: code, torch, transformers"
     assert record.when("trips", "gpt2", None) == "not run"
 
 

@@ -21,7 +21,9 @@ CASES = {  # registry name, dtype, reference class
     "bert-base-fp32": ("bert-base-uncased", "float32", "BertForMaskedLM"),
     "llama-1.1b-bf16": ("tinyllama-1.1b", "bfloat16", "LlamaForCausalLM"),
 }
+MODULES = {"GPT2LMHeadModel": "gpt2", "BertForMaskedLM": "bert", "LlamaForCausalLM": "llama"}
 SIZED = {  # a case above with other layers
+    "gpt2-2-layers-fp32": ("gpt2-124m-fp32", 2),
     "gpt2-0.5b-fp32": ("gpt2-124m-fp32", 72),
     "gpt2-1.7b-fp32": ("gpt2-124m-fp32", 237),
     "llama-0.3b-bf16": ("llama-1.1b-bf16", 3),
@@ -35,7 +37,9 @@ ENV = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | 
     "HF_HUB_OFFLINE": "1",
 }
 
-# What one process does: seconds by phase, and anonymous memory over a bare `import torch`.
+# What one process does, phase by phase: seconds, and MB of anonymous memory that it adds to a bare
+# `import torch`. Both sides import the class of the architecture; what else a side imports when
+# it loads counts as its load.
 PHASES = """
 import sys, time
 t0 = time.perf_counter()
@@ -43,26 +47,28 @@ import torch
 def anonymous():
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
-t1, before = time.perf_counter(), anonymous()
+t1, a1 = time.perf_counter(), anonymous()
 {imports}
-t2 = time.perf_counter()
+t2, a2 = time.perf_counter(), anonymous()
 {load}
-t3, after = time.perf_counter(), anonymous()
+t3, a3 = time.perf_counter(), anonymous()
 with torch.no_grad():
     m(torch.tensor([[1, 5, 9, 40, 2, 17, 300, 8]]))
-t4 = time.perf_counter()
+t4, a4 = time.perf_counter(), anonymous()
 m = None
 t5 = time.perf_counter()
 {load}
 t6 = time.perf_counter()
 import json
 print(json.dumps({{"torch": t1 - t0, "import": t2 - t1, "load": t3 - t2, "first": t4 - t3,
-                   "again": t6 - t5, "anonymous": after - before}}))
+                   "again": t6 - t5, "import_mb": a2 - a1, "load_mb": a3 - a2,
+                   "first_mb": a4 - a3}}))
 """
 
 
-def zoo_script(directory: Path) -> str:
-    return PHASES.format(imports="from zoo import load", load=f"m = load({str(directory)!r})")
+def zoo_script(directory: Path, module: str) -> str:
+    imports = f"import zoo.models.{module}; from zoo import load"
+    return PHASES.format(imports=imports, load=f"m = load({str(directory)!r})")
 
 
 def reference_script(directory: Path, name: str) -> str:
@@ -110,11 +116,12 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def bench_load(pairs: int, where: Path) -> list[dict[str, float | str]]:
+def bench_load(pairs: int, where: Path, only: str = "") -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
-    for name, (_, _, reference) in CASES.items():
+    for name in CASES if not only else (only,):
+        reference = CASES[SIZED.get(name, (name,))[0]][2]
         directory = made(name, where)
-        scripts = zoo_script(directory), reference_script(directory, reference)
+        scripts = zoo_script(directory, MODULES[reference]), reference_script(directory, reference)
         for script in scripts:
             run(script)  # warm up
         for cold in (False, True):
@@ -125,38 +132,44 @@ def bench_load(pairs: int, where: Path) -> list[dict[str, float | str]]:
                     if cold:
                         evict(directory)
                     out.append(run(script))
-            rows.append({"case": name, "cache": "cold" if cold else "warm", **ratios(ours, theirs)})
+            rows.append({"case": name, "cache": "cold" if cold else "warm", **phases(ours, theirs)})
             print_row(rows[-1])
     return rows
 
 
-def ratios(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+STEPS = ("import", "load", "first")
+
+
+def phases(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+    """Each step of both sides apart, in ms and MB, and the ratios of the whole."""
+
     def library(run: dict[str, float]) -> float:
-        return run["import"] + run["load"] + run["first"]
+        return sum(run[step] for step in STEPS)
 
     pairs = list(zip(ours, theirs, strict=True))
-    return {
+    out = {
         "library_ratio": median([library(b) / library(a) for a, b in pairs]),
         "process_ratio": median([b["wall"] / a["wall"] for a, b in pairs]),
-        "library_ms": 1e3 * median([library(a) for a in ours]),
-        "reference_ms": 1e3 * median([library(b) for b in theirs]),
-        "import_ms": 1e3 * median([a["import"] for a in ours]),
-        "load_ms": 1e3 * median([a["load"] for a in ours]),
-        "first_ms": 1e3 * median([a["first"] for a in ours]),
-        "again_ms": 1e3 * median([a["again"] for a in ours]),
-        "anonymous_mb": median([a["anonymous"] for a in ours]),
-        "reference_anonymous_mb": median([b["anonymous"] for b in theirs]),
     }
+    for side, runs in (("zoo", ours), ("reference", theirs)):
+        for step in (*STEPS, "again"):
+            out[f"{side}_{step}_ms"] = 1e3 * median([each[step] for each in runs])
+        for step in STEPS:
+            out[f"{side}_{step}_mb"] = median([each[f"{step}_mb"] for each in runs])
+    return out
 
 
 def print_row(row: dict[str, float | str]) -> None:
-    cells = [f"{row['case']:<18}{row['cache']:<6}"]
-    for key in ("library_ratio", "process_ratio"):
-        cells.append(f"{key.removesuffix('_ratio')} {row[key]:5.2f}x")
-    for key in ("library_ms", "reference_ms", "import_ms", "load_ms", "first_ms", "again_ms"):
-        cells.append(f"{key.removesuffix('_ms')} {row[key]:.1f} ms")
-    cells.append(f"anonymous {row['anonymous_mb']:.1f} MB ({row['reference_anonymous_mb']:.0f})")
-    print("  ".join(cells), flush=True)
+    """Two lines a case, one a side: never one side's load beside the other's import."""
+    ratios = f"library {row['library_ratio']:.1f}x, process {row['process_ratio']:.1f}x faster"
+    print(f"{row['case']}, {row['cache']} cache: {ratios}")
+    for side in ("zoo", "reference"):
+        cells = [
+            f"{step} {row[f'{side}_{step}_ms']:8.1f} ms {row[f'{side}_{step}_mb']:7.1f} MB"
+            for step in STEPS
+        ]
+        again = f"load again {row[f'{side}_again_ms']:.1f} ms"
+        print(f"  {side:<11}{' | '.join((*cells, again))}", flush=True)
 
 
 IMPORTS = {
@@ -342,7 +355,9 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
     )
-    parser.add_argument("--only", default="", help="cases whose label has this")
+    parser.add_argument(
+        "--only", default="", help="cases whose label has this; of load, one by name"
+    )
     parser.add_argument("--section", action="append", help="of generate: decode, prefill, …")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
@@ -366,8 +381,11 @@ def main() -> None:
         )
     else:
         args.dir.mkdir(parents=True, exist_ok=True)
-        figures["import"] = bench_import(3 * args.pairs)
-        figures["load"] = bench_load(args.pairs, args.dir)
+        if args.only and args.only not in (*CASES, *SIZED):
+            parser.error(f"--only {args.only}: load has {', '.join((*CASES, *SIZED))}")
+        if not args.only:
+            figures["import"] = bench_import(3 * args.pairs)
+        figures["load"] = bench_load(args.pairs, args.dir, args.only)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

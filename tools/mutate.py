@@ -85,6 +85,7 @@ class Mutant:
     end: int
     text: str
     what: str
+    test: str = ""  # of a named mutant: what must fail under it
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.text.encode() + source[self.end :]
@@ -305,6 +306,9 @@ class Cases:
     named: tuple[Mutant, ...]
     equivalent: dict[tuple[str, str], str]  # (file, the edit in words) -> reason
 
+    def covering(self, mutant: Mutant) -> tuple[str, ...]:
+        return (mutant.test,) if mutant.test else self.tests[mutant.file]
+
 
 class CasesError(Exception):
     """tools/mutants.yaml does not fit the code."""
@@ -321,15 +325,18 @@ def read_cases(root: Path = ROOT) -> Cases:
             continue
         start = source.index(old.encode())
         line = source.count(b"\n", 0, start) + 1
-        named.append(Mutant(file, line, start, start + len(old.encode()), new, case["why"]))
-    for file in {*data["tests"], *(test for tests in data["tests"].values() for test in tests)}:
+        end = start + len(old.encode())
+        named.append(Mutant(file, line, start, end, new, case["why"], case["test"]))
+    tests = {test for names in data["tests"].values() for test in names}
+    tests |= {case["test"].partition("::")[0] for case in data["named"]}
+    for file in sorted({*data["tests"], *tests}):
         if not (root / file).is_file():
             problems.append(f"{file}: no such file")
     if problems:
         raise CasesError("\n".join(["tools/mutants.yaml does not fit the code:", *problems]))
-    tests = {file: tuple(names) for file, names in data["tests"].items()}
+    by_file = {file: tuple(names) for file, names in data["tests"].items()}
     equivalent = {(case["file"], case["edit"]): case["reason"] for case in data["equivalent"]}
-    return Cases(tests, tuple(named), equivalent)
+    return Cases(by_file, tuple(named), equivalent)
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -351,10 +358,10 @@ class Journal:
             file.write(json.dumps({"key": key, "verdict": verdict, "mutant": told}) + "\n")
 
 
-def key(mutant: Mutant, source: bytes, tests: Iterable[Path]) -> str:
+def key(mutant: Mutant, source: bytes, tests: Iterable[str]) -> str:
     digest = hashlib.sha256(mutant.apply(source))
-    for path in tests:
-        digest.update(path.read_bytes())
+    for test in tests:
+        digest.update(test.encode() + (ROOT / test.partition("::")[0]).read_bytes())
     return digest.hexdigest()[:24]
 
 
@@ -441,7 +448,7 @@ def run(mutants: Sequence[Mutant], cases: Cases, jobs: int) -> Iterator[tuple[Mu
         if (mutant.file, mutant.describe(source)) in cases.equivalent:
             yield mutant, EQUIVALENT
             continue
-        name = key(mutant, source, (ROOT / test for test in cases.tests[mutant.file]))
+        name = key(mutant, source, cases.covering(mutant))
         if verdict := journal.entries.get(name):
             yield mutant, verdict
         else:
@@ -451,7 +458,7 @@ def run(mutants: Sequence[Mutant], cases: Cases, jobs: int) -> Iterator[tuple[Mu
     with TemporaryDirectory(prefix="zoo-mutate-") as scratch, ThreadPoolExecutor(jobs) as pool:
         runner = Runner(copy_checkout(Path(scratch, str(n))) for n in range(jobs))
         verdicts = {
-            pool.submit(runner.judge, mutant, cases.tests[mutant.file]): name
+            pool.submit(runner.judge, mutant, cases.covering(mutant)): name
             for name, mutant in todo.items()
         }
         try:

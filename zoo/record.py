@@ -156,7 +156,8 @@ def when(section: str, name: str, entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "not run"
     changed = changes(section, name, entry)
-    return ", ".join([entry["date"], *([f"{' and '.join(changed)} changed since"] * bool(changed))])
+    date = str(entry["date"])
+    return f"{date}, changed since: {', '.join(changed)}" if changed else date
 
 
 def _version(name: str) -> str:
