@@ -220,10 +220,12 @@ class Dialect:
         return frozenset(every | {path.partition(".")[0] for path in every})
 
     def _fields(self) -> frozenset[str]:
-        """Every field whose meaning is known, whether zoo implements it or not."""
-        read = reference_fields() if self.reference else {}
-        names = self._mapped | set(self.require) | self.ignore
-        return names.union(*(read[name] for name in (SHARED, self.reference) if name in read))
+        """Every field that may change the function, whether zoo implements it or not."""
+        names = self._mapped | self.require.keys()
+        if not self.reference:
+            return names | self.ignore
+        read = reference_fields()
+        return names | ((read[SHARED] | read[self.reference]) - self.ignore)
 
     def unused(self, reference: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
         """Fields that are neither mapped nor read by the reference: they change nothing."""

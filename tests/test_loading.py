@@ -146,7 +146,7 @@ def test_a_head_can_be_left_out_and_none_is_invented(published: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"chunk_size_feed_forwar": 1}, ConfigError, "chunk_size_feed_forwar: unknown field"),
+        ({"pruned_head": 1}, ConfigError, "pruned_head: unknown field"),
         ({"architectures": ...}, ConfigError, "'architectures' names no class"),
         ({"architectures": ["NoSuchModel"]}, UnsupportedArchitecture, "NoSuchModel"),
         ({"model_type": "mamba"}, UnsupportedArchitecture, "mamba.*bert, .*llama"),
@@ -161,8 +161,8 @@ def test_a_config_that_cannot_be_read(
 
 
 def test_an_unknown_field_passes_when_told(published: Path) -> None:
-    edit(published / "config.json", chunk_size_feed_forwar=1)
-    assert zoo.load(published, ignore_config=["chunk_size_feed_forwar"]) is not None
+    edit(published / "config.json", pruned_head=1)
+    assert zoo.load(published, ignore_config=["pruned_head"]) is not None
 
 
 @pytest.mark.parametrize(

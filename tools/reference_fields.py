@@ -73,7 +73,7 @@ def _read_by(path: Path) -> set[str]:
         for node in ast.walk(tree)
         if id(node) not in called  # a method is no field
         for name in _names(node, own)
-        if name.isidentifier() and not name.startswith("__")
+        if name.isidentifier() and not name.startswith("_")  # the library's own, and no field
     }
 
 

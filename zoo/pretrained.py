@@ -35,7 +35,7 @@ from converters.execute import carry_out
 from converters.formats import BITS, TensorInfo, open_regular
 from converters.formats.source import Stamp, stamp
 from converters.memory import enough, size
-from converters.plan import Native, Plan, identity_plan, make_plan
+from converters.plan import Native, Plan, identity_plan, make_plan, target_names
 from converters.quantisation import FIELD as QUANTISED
 from converters.quantisation import Quantisation
 from converters.quantised import DTYPES as CONFIG_DTYPES
@@ -616,13 +616,15 @@ def _understand(
     problems += more
     found = Located(source, entry, spec, heads, fields, named, text, quantised=quantised)
     as_published = partial(_as_published, spec.dialect("hf"))
-
-    try:
-        found.config(heads[0], {})
-    except ConfigError as error:
-        problems[:0] = map(as_published, error.problems)
-    except ResourceLimit as error:
-        raise ResourceLimit(f"{where}: {as_published(str(error))}") from None
+    for name in heads:
+        try:
+            found.config(name, {})
+        except ConfigError as error:
+            if name == heads[0]:
+                problems[:0] = map(as_published, error.problems)
+            found = found._replace(heads=tuple(other for other in found.heads if other != name))
+        except ResourceLimit as error:
+            raise ResourceLimit(f"{where}: {as_published(str(error))}") from None
     if problems:
         raise ConfigError("\n  ".join([f"{where}:", *problems]))
     if unused := spec.dialect("hf").unused(reference, ignore):
@@ -875,10 +877,13 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
     """A model on meta and the plan that fills it, for the first head that the weights fill."""
     where = found.where
     lacking: list[MissingTensors] = []
+    wanted = set[str]()  # what heads before this one need
     for head in found.heads:
         model = on_meta(found, found.config(head, changes))
         _check_count(found, model, changes)
         native = native_of(model)
+        if lacking and (wanted - _names(found, model, native)) & checkpoint.tensors.keys():
+            continue  # of an earlier head that is there in part: it is damaged, not another
         try:
             if found.native is not None:
                 return model, identity_plan(native, checkpoint.tensors, where)
@@ -892,11 +897,20 @@ def prove(found: Located, checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
             return model, replace(plan, dropped={**plan.dropped, **checkpoint.outside})
         except MissingTensors as error:
             lacking.append(error)
+            if len(found.heads) > 1:
+                wanted |= _names(found, model, native)
     least = min(lacking, key=lambda error: len(str(error)))  # of the head that lacks least
     if not checkpoint.unlisted:
         raise least
     told = f"{listing(checkpoint.unlisted)} lie there too, and the index does not name them"
     raise MissingTensors(f"{least}\n  {told}")
+
+
+def _names(found: Located, model: Model, native: Native) -> set[str]:
+    """What the files of such a model call its tensors, with and without the prefix."""
+    dialect = found.spec.dialects[found.dialect]
+    names = target_names(found.spec, found.dialect, model.config.to_dict(), native, bare=True)
+    return {*names, *(dialect.prefix + name for name in names)}
 
 
 def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, where: str) -> Plan:

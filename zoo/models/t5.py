@@ -1,7 +1,7 @@
 """T5: an encoder, a decoder that reads it, and places that show as learned biases by distance."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -37,6 +37,7 @@ class Config(config.Config):
     eps: float = 1e-6
     dropout: float = 0.1
     tied: bool = True  # and the states scaled before it, which an untied head's are not
+    may_share: bool = True  # the embedding is the head where files hold no other
     init_std: float = 1.0
     pad: int | None = 0
     start: int | None = config.DERIVED  # what answers begin with: pad
@@ -51,6 +52,11 @@ class Config(config.Config):
             "gated": gated,
             "start": self.pad,
         }
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.head == "shared_lm" and not self.may_share:
+            yield "may_share: false, so the head is a matrix of its own"
 
 
 class Distances(nn.Module):
