@@ -320,7 +320,7 @@ def load(
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
     kind, files = dtype_of(dtype), None if adapter is None else _adapter(adapter)
     adapted = partial(_adapted, files=files, merge=merge)
-    with _uncollected():
+    with _uncollected(), enough(str(ref), _WAYS_OUT):
         found = locate(
             ref,
             head=head,
