@@ -27,6 +27,12 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {n: zoo.save(tiny.build(n, **said.get(n, {})), place / n) for n in names}
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("large") / "m"
+    return zoo.save(tiny.build("gpt2", dim=512, heads=8, hidden=2048, layers=8), place)
+
+
 @pytest.fixture
 def directory(hf: Any, tmp_path: Path) -> Path:
     """A checkpoint of safetensors that may be written to."""
@@ -211,3 +217,137 @@ def test_random_weights_are_those_of_a_default_dtype(
     for mine, theirs in zip(found.parameters(), wanted.parameters(), strict=True):
         assert mine.dtype == theirs.dtype == kind
         assert torch.equal(mine, theirs)
+
+
+# --- conversions ---------------------------------------------------------------------------------
+
+CUT = """
+import os, shutil, sys, zoo
+source, out, other = sys.argv[1:]
+path, seen = os.path.join(source, "model.safetensors"), []
+
+def tell(event):
+    seen.append(event)
+    if len(seen) == 8:
+        os.truncate(path, 5000)
+
+shutil.copy(path, other)
+try:
+    zoo.convert(source, out, to="native", threads=1, tell=tell)
+except zoo.errors.SourceChanged as error:
+    assert "model.safetensors: changed" in str(error) and "goes on" in str(error), error
+    sys.exit(3)
+"""
+
+
+def test_a_conversion_whose_source_was_cut_goes_on_when_it_is_back(
+    directory: Path, tmp_path: Path
+) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    done = run(CUT, directory, out, kept)
+    assert done.returncode == 3, done.stderr
+    assert not out.exists()
+    (directory / "model.safetensors").write_bytes(kept.read_bytes())
+    events: list[dict[str, Any]] = []
+    zoo.convert(directory, out, to="native", tell=events.append)
+    assert events[-1]["resumed"] > 0
+    assert not [event for event in events if event["event"] == "anew"]
+    assert_as_fresh(directory, out, tmp_path)
+
+
+def test_what_was_written_from_other_bytes_is_written_again(
+    directory: Path, tmp_path: Path
+) -> None:
+    """The same names and shapes in the place of the source that was cut."""
+    out = tmp_path / "out"
+    assert run(CUT, directory, out, tmp_path / "kept").returncode == 3
+    other = tiny.build("gpt2", act="gelu", eps=1e-5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    zoo.save(other, tmp_path / "other")
+    os.replace(tmp_path / "other" / "model.safetensors", directory / "model.safetensors")
+    zoo.convert(directory, out, to="native")
+    assert_as_fresh(directory, out, tmp_path)
+
+
+def assert_as_fresh(source: Path, out: Path, place: Path) -> None:
+    zoo.convert(source, place / "fresh", to="native")
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (place / "fresh" / name).read_bytes()
+
+
+MEASURED = """
+import sys, threading
+from pathlib import Path
+from converters.engine import Options, run
+from converters.store import Stage
+from zoo.converting import plan_output
+from zoo.pretrained import locate
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+*sources, out = sys.argv[1:]
+for n, (to, dtype) in enumerate([("native", d) for d in (None, "float64", "bfloat16")]):
+    for source in sources:  # the first so that what is imported is no part of it
+        output = plan_output(locate(source, mmap=False), to, dtype=dtype)
+        place = Path(out, f"{n} {Path(source).parent.name}")
+        place.mkdir()
+        before, peak, over = anonymous(), [0], threading.Event()
+
+        def look(event=None):
+            peak[0] = max(peak[0], anonymous() - before)
+
+        def watch():
+            while not over.wait(0.002):
+                look()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        run(output, Stage(place), Options(threads=2, tell=look))
+        over.set()
+        watcher.join()
+    print(to, dtype, peak[0])
+    assert 0 < peak[0] < 10 << 20
+"""
+
+
+def test_a_conversion_takes_ten_megabytes_of_its_own(hf: Any, large: Path, tmp_path: Path) -> None:
+    assert (large / "model.safetensors").stat().st_size > 100e6
+    done = run(MEASURED, hf["gpt2"], large, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- out of memory -------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys, torch, zoo
+from zoo.cli import main
+zoo.load(sys.argv[1])
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[3:]) if sys.argv[3:] else bool(zoo.load(sys.argv[2], mmap=False)))
+"""
+
+
+def test_out_of_memory_while_loading_is_named(hf: Any, large: Path) -> None:
+    done = run(LIMITED, hf["gpt2"], large)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"zoo.errors.ResourceLimit: {large}: weights of 0.10 GB")
+    assert "out of memory (" in last
+    assert "mmap=True" in last
+
+
+@pytest.mark.parametrize("options", [["generate", "--no-mmap"], ["convert", "--memory", "400M"]])
+def test_out_of_memory_in_the_shell_is_one_line(
+    hf: Any, large: Path, tmp_path: Path, options: list[str]
+) -> None:
+    more = ["a"] if options[0] == "generate" else ["--out", tmp_path / "out", "--quiet"]
+    done = run(LIMITED, hf["gpt2"], large, options[0], large, *more, *options[1:])
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "out of memory (" in line

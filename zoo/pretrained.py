@@ -336,7 +336,7 @@ def load(
     if prepare and adapter not in (None, False) and not merge:
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
     kind, finite = dtype_of(dtype), verify or check == "finite"
-    with _uncollected():
+    with _uncollected(), enough(str(ref), _WAYS_OUT):
         found = locate(
             ref,
             head=head,

@@ -18,6 +18,7 @@ from converters.formats import itemsize, open_regular, torch_dtype
 from zoo.errors import SourceChanged
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from converters.lazy import Read
@@ -77,17 +78,17 @@ class SourceFile:
         self, start: int, dtype: str, shape: tuple[int, ...], rows: slice, columns: slice
     ) -> Tensor:
         """(rows, columns) of a tensor, all axes but the last being rows; no other byte is kept."""
-        import torch
-
         width = shape[-1] if shape else 1
         if self.mapped:
             return self.tensor(start, dtype, shape).view(-1, width)[rows, columns]
         height, across = rows.stop - rows.start, columns.stop - columns.start
         size, row = itemsize(dtype), width * itemsize(dtype)
         start += rows.start * row
+        out = _apart(height, across, torch_dtype(dtype))
+        memory, wide = _memory_of(out), across * size
         if across == width:
-            return self.tensor(start, dtype, (height, width))
-        out = torch.empty(height, across, dtype=torch_dtype(dtype))
+            self._read(start, memory)
+            return out
         if 2 * across >= width:  # to read what lies between is faster than to leave it out
             step = max(1, _CHUNK // row)
             for top in range(0, height, step):
@@ -95,7 +96,6 @@ class SourceFile:
                 whole = self.tensor(start + top * row, dtype, (end - top, width))
                 out[top:end] = whole[:, columns]
             return out
-        memory, wide = _memory_of(out), across * size
         start += columns.start * size
         for at in range(0, height * wide, wide):
             self._read(start, memory[at : at + wide])
@@ -153,6 +153,21 @@ class SourceFile:
             os.close(fd)
             raise SourceChanged(f"{self.path}: changed after its header was read. Load it again")
         return fd
+
+
+def _apart(height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory that goes back to the system with the tensor.
+
+    An allocator keeps what it is given back for the next that asks: of a few megabytes at a time,
+    taken and left by several threads, several times as many.
+    """
+    import torch
+
+    size = height * width * dtype.itemsize
+    if size < _CHUNK:
+        return torch.empty(height, width, dtype=dtype)
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(room, dtype=dtype).view(height, width)
 
 
 def _memory_of(tensor: Tensor) -> memoryview:
