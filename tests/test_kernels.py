@@ -241,3 +241,20 @@ def test_who_goes_through_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> No
     x = drawn(rows, 64)
     torch.testing.assert_close(layer(x), F.silu(x @ drawn(128, 64).T + drawn(128)))
     assert calls == ([rows] if rows <= layer.few else [])
+
+
+def test_without_a_temporary_directory_torch_computes_it_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nowhere(*args: object, **options: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels.tempfile, "TemporaryDirectory", nowhere)
+    assert kernels.library() is None
+    model = build("llama").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids)
+    assert torch.allclose(zoo.prepare(model)(ids), expected, atol=1e-5)
+    monkeypatch.undo()
+    kernels.library.cache_clear()

@@ -12,8 +12,16 @@ from typing import Any
 import pytest
 from test_sources import CONFIG, FIRST, SMALL, Hub, holds
 
-from zoo import sources
-from zoo.errors import ChecksumMismatch, GatedRepo, Offline, SourceError, ZooError
+import zoo
+from zoo import downloads, sources
+from zoo.errors import (
+    ChecksumMismatch,
+    CorruptCheckpoint,
+    GatedRepo,
+    Offline,
+    SourceError,
+    ZooError,
+)
 
 WEIGHTS = SMALL["model.safetensors"]
 Answer = tuple[int, dict[str, str], bytes]
@@ -377,6 +385,32 @@ def test_a_damaged_file_in_the_cache_is_named_where_nobody_can_be_asked(
     with pytest.raises(Offline, match=rf"{blob} is damaged \(3 bytes.*: delete it"):
         resolve(cache, local_files_only=True)
     assert blob.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "x.gguf"])
+def test_a_large_damaged_file_in_the_cache_is_named_when_it_is_read(
+    hub: OddHub, cache: Path, tmp_path: Path, made: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "_SMALL", 1 << 10)  # what is larger is not hashed at each load
+    place = made("gpt2")
+    if name == "x.gguf":
+        place = zoo.convert(place, tmp_path / "gguf", to="gguf")
+    hub.add(
+        "o/n",
+        {
+            p.name if p.suffix != ".gguf" else name: p.read_bytes()
+            for p in place.iterdir()
+            if p.name != "zoo-manifest.json"
+        },
+    )
+    resolve(cache, "hf:o/n")
+    (path,) = cache.glob(f"models--o--n/snapshots/*/{name}")
+    blob = Path(os.path.realpath(path))
+    blob.write_bytes(blob.read_bytes()[:-2000])
+    with pytest.raises(CorruptCheckpoint, match=rf"{blob} is damaged .*: delete it"):
+        zoo.load("hf:o/n", cache_dir=cache, local_files_only=True)
+    blob.unlink()
+    assert zoo.load("hf:o/n", cache_dir=cache)
 
 
 def test_a_gated_file_is_not_a_damaged_one(hub: OddHub, cache: Path) -> None:

@@ -44,15 +44,15 @@ def library() -> Any:
     found = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if not given and found is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="zoo-kernels-") as directory:
-        out = os.path.join(directory, "kernels.so")
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        try:
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    try:  # where no temporary directory can be written, torch does it all, too
+        with tempfile.TemporaryDirectory(prefix="zoo-kernels-") as directory:
+            out = os.path.join(directory, "kernels.so")
             command = [*(given or [str(found)]), *flags, "-o", out, os.fspath(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             made = ctypes.CDLL(out)
-        except (OSError, subprocess.SubprocessError):
-            return None
+    except (OSError, subprocess.SubprocessError):
+        return None
     for name, arguments in _ARGUMENTS.items():
         getattr(made, name).argtypes = arguments
         getattr(made, name).restype = c_int

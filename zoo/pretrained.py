@@ -246,7 +246,8 @@ class Located(NamedTuple):
     def _checkpoint(self) -> Checkpoint:
         if self.foreign is not None:
             return self.foreign.checkpoint
-        found = open_checkpoint(self.source.directory, self.mmap)
+        with sources.naming_damaged_blobs(self.source.directory):
+            found = open_checkpoint(self.source.directory, self.mmap)
         if self.quantised is None:
             return found
         config = json.loads(self.config_text)
@@ -652,7 +653,8 @@ def _read_foreign(
     mmap: bool | None,
 ) -> Located:
     """A file, or the one checkpoint in a directory, whose dialect shows by its content."""
-    found = find(place, mmap)
+    with sources.naming_damaged_blobs(source.directory):
+        found = find(place, mmap)
     if found is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
     if found.container.wide:  # by custom; elsewhere what was stored in F32 was meant so

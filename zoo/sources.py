@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
     ConfigError,
+    CorruptCheckpoint,
     GatedRepo,
     MissingShard,
     NotACheckpoint,
@@ -717,6 +719,19 @@ class _Hub:
             f"{self.repo}@{self.revision} is not, or not wholly, in the cache {self._cache()}, "
             f"and {reason}: fetch it once with the network on, or pass a directory"
         )
+
+
+@contextmanager
+def naming_damaged_blobs(directory: Path) -> Iterator[None]:
+    """Say of a corrupt checkpoint which files of the hub's cache are not what their names say."""
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        blobs = [damaged_blob(path, whole=True) for path in sorted(directory.iterdir())]
+        lines = [f"{_damage(blob)}, and load again" for blob in blobs if blob is not None]
+        if not lines:
+            raise
+        raise CorruptCheckpoint("\n  ".join([str(error), *lines])) from None
 
 
 def _damage(blob: Path) -> str:
