@@ -244,6 +244,11 @@ FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
         change(EVERY_GATE, restrided),
         f"transposed and re-strided: {EVERY_GATE} {ALL_LAYERS}",
     ),
+    "read by columns": (
+        "llama",
+        change(EVERY_GATE, lambda w: w.reshape(w.T.shape).T),
+        f"transposed and re-strided: {EVERY_GATE} {ALL_LAYERS}",
+    ),
     "re-strided embedding": (
         "neox",
         change("embed.weight", restrided),

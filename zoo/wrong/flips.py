@@ -1,8 +1,8 @@
 """Matrices that hold the numbers of their transpose: in all layers at once, then one by one.
 
-A square matrix is transposed then. A rectangular one keeps its shape, and holds its transpose row
-by row: a buffer in column-major order that was written as one in row-major order. The residual
-stream tells: in the right order a matrix resembles the others along it.
+A square matrix is transposed then. A rectangular one keeps its shape: a buffer in column-major
+order that was taken for one in row-major order, or the reverse. The residual stream tells: in the
+right order a matrix resembles the others along it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,19 @@ _MOST = 1 << 28  # numbers of a matrix: more are not flipped
 
 
 class Flip(NamedTuple):
-    """A matrix as it is read and put right, and how much each resembles the others."""
+    """A matrix as it is read and in which way it is not, and how much each resembles the others."""
 
     read: Numbers
     right: Numbers
+    order: str
     before: float
     after: float
+
+    @classmethod
+    def of(cls, n: Numbers, way: int, before: float, after: float) -> Flip:
+        made = n.array.flips[way]
+        right = numbers_of(replace(n.array, made=made, flips=()))
+        return cls(n, right, made.keywords["order"], before, after)
 
 
 def put_right(
@@ -59,22 +66,22 @@ def _findings(stream: Stream, flips: Sequence[Flip]) -> Iterator[Finding]:
         f"{first.read.name}: transposed, it {does} the residual stream as other matrices do "
         f"({first.after:.0f} times chance); as it is, it does not ({first.before:.1f})"
     )
-    happened, fix = "transposed", "transpose them"
-    if (long := next((n for n in arrays if len(set(n.array.shape)) > 1), None)) is not None:
-        rows, columns = long.array.shape
+    happened, fix = "transposed", f"transpose {'them' if len(flips) > 1 else 'it'}"
+    if (long := next((f for f in flips if len(set(f.read.array.shape)) > 1), None)) is not None:
+        (rows, columns), by_rows = long.read.array.shape, long.order == "rows"
         happened = "transposed and re-strided"
-        seen += f". The shape of {long.name} is right: it holds its transpose row by row"
-        fix = f"reshape each to its transpose's shape and transpose that: ({columns}, {rows})"
+        how = "written" if by_rows else "read"
+        seen += f". {long.read.name} has the right shape: its numbers were {how} column by column"
+        other = f"its transpose's shape, here ({columns}, {rows}),"
+        fix = f"reshape each to {other} and transpose that"
+        if not by_rows:
+            fix = f"transpose each and reshape that to its shape, here ({rows}, {columns})"
     inner = {n for each in stream.families.values() for n in each if n.array.layer is not None}
     what = called(arrays)
     if len(stream.families) > 2 and inner <= {flip.right for flip in flips}:
         outer = [n.name for n in arrays if n.array.layer is None]
         what = ", ".join(("all matrices of all layers", *outer))
     yield Finding(f"{happened}: {what}", files_of(arrays), seen, 0.96, fix)
-
-
-def _flipped(n: Numbers, way: int) -> Numbers:
-    return numbers_of(replace(n.array, made=n.array.flips[way], flips=()))
 
 
 def _ways(n: Numbers) -> range:
@@ -193,7 +200,7 @@ def _kinds(stream: Stream) -> Iterator[Flip]:
     for family, arrays in stream.families.items():
         if (choice := search.chosen.get(family)) is not None:
             for n in arrays:
-                yield Flip(n, _flipped(n, choice.way), choice.before, choice.after)
+                yield Flip.of(n, choice.way, choice.before, choice.after)
 
 
 # --- one alone -----------------------------------------------------------------------------------
@@ -214,7 +221,7 @@ def _single(stream: Stream) -> Iterator[Flip]:
             ways = ((_resembles(stream, n, way, against), way) for way in _ways(n))
             after, way = max(ways, default=(0.0, 0))
             if after > max(_CHANCE, _CLEARLY * before):
-                yield Flip(n, _flipped(n, way), before, after)
+                yield Flip.of(n, way, before, after)
 
 
 def _resembles(stream: Stream, n: Numbers, way: int | None, others: Sequence[Products]) -> float:

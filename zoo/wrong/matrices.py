@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from torch import Tensor, nn
@@ -64,10 +64,12 @@ def transposed(model: Model) -> Iterator[Hypothesis]:
         square = tuple(p for p in every if _is_square(attn, f"{p}.weight"))
         sets: list[tuple[str, ...]] = [(p,) for p in every]
         sets += [square, ("q", "k", "v"), ("q", "k"), ("q", "out"), ("v", "out"), every]
-        yield from (_turned(attn, parts) for parts in dict.fromkeys(sets) if parts)
+        for parts in dict.fromkeys(sets):
+            yield from _turned(attn, parts)
     for mlp in kinds(model, MLP, GatedMLP):
         parts = tuple(p for p in ("gate", "up", "down") if mlp.has(f"{p}.weight"))
-        yield from (_turned(mlp, s) for s in dict.fromkeys((*((p,) for p in parts), parts)))
+        for some in dict.fromkeys((*((p,) for p in parts), parts)):
+            yield from _turned(mlp, some)
         if not mlp.has("up.bias"):
             flipped = {
                 f"{name}.{a}.weight": mlp.taken(f"{name}.{b}.weight", lambda x: x.mT)
@@ -86,25 +88,27 @@ def transposed(model: Model) -> Iterator[Hypothesis]:
             and kind.name.startswith("head.")
             and _is_square(kind, "weight")
         ):
-            yield _turned(kind, ("",))
+            yield from _turned(kind, ("",))
 
 
 def _is_square(kind: Kind, leaf: str) -> bool:
     return kind.has(leaf) and len(set(kind.shape(leaf))) == 1 and len(kind.shape(leaf)) == 2
 
 
-def _turned(kind: Kind, parts: tuple[str, ...]) -> Hypothesis:
+def _turned(kind: Kind, parts: tuple[str, ...]) -> Iterator[Hypothesis]:
     leaves = [f"{part}.weight".removeprefix(".") for part in parts]
     said = " and ".join(f"{kind.name}.{leaf}" for leaf in leaves)
     are = "are" if len(leaves) > 1 else "is"
-    how = "[i o]: [o i], or no longer so"
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"[i o]: [o i], or no longer so": lambda x: x.mT}
     if not all(_is_square(kind, leaf) for leaf in leaves):
-        how = "the transpose, row by row, of what should be there"
-    return Hypothesis(
-        f"{said} {are} transposed",
-        f"{said} {are} read as {how}",
-        kind.all(leaves, lambda x: x.reshape(x.mT.shape).mT),
-    )
+        ways = {
+            "written column by column": lambda x: x.reshape(x.mT.shape).mT,
+            "written row by row, and read by columns": lambda x: x.mT.reshape(x.shape),
+        }
+    for how, change in ways.items() if leaves else ():
+        yield Hypothesis(
+            f"{said} {are} transposed", f"{said} {are} read as {how}", kind.all(leaves, change)
+        )
 
 
 def offset(model: Model) -> Iterator[Hypothesis]:

@@ -48,7 +48,7 @@ class Array:
     made: partial[Lazy] = field(repr=False)
     native: bool = True
     coarse: str = ""  # what its numbers stand in, where they are decoded
-    # the same, if the matrix in the file, or the one made of it, holds its transpose row by row
+    # the same, if the matrix in the file, or the one made of it, is transposed in its own shape
     flips: tuple[partial[Lazy], ...] = field(default=(), repr=False)
 
     @cached_property
@@ -176,9 +176,10 @@ def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
             shape = tuple(_shape_of(step, n))
         made, flips = partial(_made, step, checkpoint, n), tuple[partial[Lazy], ...]()
         if len(shape) == 2 and not coarse:
-            flips = (partial(_flipped, made),)
+            flips = _flips(made, shape)
             if step.transform is not None:
-                flips = (partial(_made, step, checkpoint, n, True), *flips)
+                each = (partial(_made, step, checkpoint, n, **flip.keywords) for flip in flips)
+                flips = (*each, *flips)
         yield Array(target, files, shape, info.dtype, made, True, coarse, flips)
 
 
@@ -191,22 +192,36 @@ def _shape_of(step: Step, n: int) -> Sequence[int]:
     return turned.targets_of(metas)[n].shape
 
 
-def _made(step: Step, checkpoint: Checkpoint, n: int, flip: bool = False) -> Lazy:
+def _made(step: Step, checkpoint: Checkpoint, n: int, order: str = "") -> Lazy:
     if step.transform is None:
         return checkpoint.lazy(step.sources[n])
     sources = [checkpoint.lazy(name) for name in step.sources]
-    if flip:
-        sources = [_flipped(partial(checkpoint.lazy, name)) for name in step.sources]
+    if order:
+        sources = [flipped(source, order=order) for source in sources]
     return step.transform.targets_of(sources)[n]
 
 
-def _flipped(made: partial[Lazy]) -> Lazy:
-    """Undo that each matrix, of the last two axes, was written as its transpose row by row."""
-    x = made().whole()
+def _flips(made: partial[Lazy], shape: Sequence[int]) -> tuple[partial[Lazy], ...]:
+    """Of a square matrix both orders are one."""
+    orders = ("rows", "columns") if shape[0] != shape[1] else ("rows",)
+    return tuple(partial(_flipped, made, order=order) for order in orders)
+
+
+def _flipped(made: partial[Lazy], order: str) -> Lazy:
+    return flipped(made(), order)
+
+
+def flipped(array: Lazy, order: str) -> Lazy:
+    """Undo that matrices, of the last two axes, hold their transposes in their own shape.
+
+    Row by row: the right matrix was written by columns. By "columns": it was read so.
+    """
+    x = array.whole()
     if x.dim() < 2:
-        return Lazy.of(x)
-    *above, rows, columns = x.shape
-    return Lazy.of(x.reshape(*above, columns, rows).mT)
+        return array
+    if order == "rows":
+        return Lazy.of(x.reshape(x.mT.shape).mT)
+    return Lazy.of(x.mT.reshape(x.shape))
 
 
 def _loose(checkpoint: Checkpoint, taken: Collection[str]) -> Iterator[Array]:
@@ -215,7 +230,7 @@ def _loose(checkpoint: Checkpoint, taken: Collection[str]) -> Iterator[Array]:
         if name not in taken and name not in checkpoint.shared and info.dtype in FLOATS:
             coarse = checkpoint.quantised.get(name, "")
             made = partial(checkpoint.lazy, name)
-            flips = () if coarse or len(info.shape) != 2 else (partial(_flipped, made),)
+            flips = () if coarse or len(info.shape) != 2 else _flips(made, info.shape)
             yield Array(name, (name,), info.shape, info.dtype, made, False, coarse, flips)
 
 
