@@ -10,7 +10,7 @@ from typing import Any
 
 from converters.language import Ref, Rule, Template, parse_name, parse_ref, parse_rule
 from converters.strict_yaml import read_yaml
-from zoo.errors import SpecError, did_you_mean
+from zoo.errors import SUGGESTED, SpecError, did_you_mean
 
 SPECS = Path(__file__).parent / "specs"
 
@@ -210,8 +210,9 @@ class Dialect:
                 problems.append(f"{key}: {value!r} is not implemented (only {only})")
             elif key not in mapped and key not in self.ignore and key not in ignore:
                 known = mapped | set(self.require) | self.ignore
+                near = did_you_mean(key, known) if len(problems) < SUGGESTED else ""
                 problems.append(
-                    f"{key}: unknown field.{did_you_mean(key, known)} If it does not change "
+                    f"{key}: unknown field.{near} If it does not change "
                     f"inference, pass ignore_config=({key!r},)"
                 )
         return problems

@@ -38,7 +38,6 @@ from converters.strict_json import parse_json, read_json
 from zoo.errors import (
     BadIndex,
     CheckpointError,
-    ConfigError,
     CorruptCheckpoint,
     DtypeMismatch,
     DuplicateTensor,

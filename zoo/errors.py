@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from heapq import nlargest
+from os.path import commonprefix
 
 
 class ZooError(Exception):
@@ -172,10 +174,25 @@ class MissingDependency(ZooError):
     """An optional package that this command needs is not installed."""
 
 
+SUGGESTED = 20  # problems of one message that get a suggestion: each is compared with all names
+_COMPARED, _LONGEST = 500, 256  # names, and characters of one, that are compared in full
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean a, b?` with a leading space, or nothing."""
-    near = get_close_matches(word, list(known), n=3, cutoff=0.6)
+    if len(word) > _LONGEST:
+        return ""
+    names = [name for name in known if len(name) <= _LONGEST]
+    if len(names) > _COMPARED:
+        names = nlargest(_COMPARED, names, key=lambda name: _shared(word, name))
+    near = get_close_matches(word, names, n=3, cutoff=0.6)
     return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters with which both begin, and with which both end."""
+    begin = len(commonprefix((a, b)))  # noqa: RUF071 - characters are what counts
+    return begin + len(commonprefix((a[begin:][::-1], b[begin:][::-1])))  # noqa: RUF071
 
 
 def listing(items: Iterable[str], limit: int = 20) -> str:
