@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 from converters.checkpoint import confined, open_checkpoint
 from converters.packing import UNITS
 from converters.strict_json import read_json
-from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, did_you_mean, listing
+from zoo.errors import (
+    SUGGESTED,
+    CheckpointError,
+    ConfigError,
+    NotACheckpoint,
+    did_you_mean,
+    listing,
+)
 
 FIELD = "quantization_config"
 # files that say it where config.json does not: the first programs' own
@@ -127,8 +134,9 @@ def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation |
         elif key not in read | _IGNORED[method] | {"quant_method"}:
             name, known = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
             if name not in ignore:
+                near = did_you_mean(key, known) if len(problems) < SUGGESTED else ""
                 problems.append(
-                    f"{name}: unknown field.{did_you_mean(key, known)} If it does not change what "
+                    f"{name}: unknown field.{near} If it does not change what "
                     f"the numbers stand for, pass ignore_config=({name!r},)"
                 )
     understand = _integers if method in ("gptq", "awq") else _floats

@@ -1,5 +1,6 @@
 """Files that would take much more memory or time than their bytes are worth."""
 
+import difflib
 import json
 import struct
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import build
 
+import zoo
 from converters.formats.safetensors import SafetensorsReader
 from converters.formats.torch_zip import TorchZipReader
 from converters.strict_json import DuplicateKeys, memory_of, parse_json, read_json, unique
+from zoo import errors
 from zoo.errors import ConfigError, ResourceLimit
 
 MANY, MOST = 1 << 20, 8 << 20  # bytes of each file; of memory, an eighth of what there really is
@@ -66,7 +70,8 @@ from converters.formats.torch_zip import TorchZipReader
 from zoo.errors import ResourceLimit
 for module in (strict_json, safetensors, torch_pickle):
     module.MAX_MEMORY //= 8
-readers = {".json": strict_json.read_json, ".safetensors": SafetensorsReader, ".bin": TorchZipReader}
+readers = {".json": strict_json.read_json, ".safetensors": SafetensorsReader}
+readers[".bin"] = TorchZipReader
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     try:
@@ -145,3 +150,34 @@ def test_duplicate_keys_by_the_ten_thousand_are_counted_once() -> None:
     data = ("{" + ",".join(f'"k{n // 2}":{n}' for n in range(40_000)) + "}").encode()
     with pytest.raises(ConfigError, match="keys that stand twice in one object: 'k0', 'k1'"):
         parse_json(data, "here")
+
+
+def test_suggestions_compare_few_names_and_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"model.layers.{n // 100}.experts.{n % 100}.gate_proj.weight" for n in range(20_000)]
+    compared: list[int] = []
+
+    def matches(word: str, names: list[str], **options: object) -> list[str]:
+        compared.append(len(names))
+        return difflib.get_close_matches(word, names, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(errors, "get_close_matches", matches)
+    told = errors.did_you_mean("model.layers.7.experts.11.gate_pro.weight", names)
+    assert "model.layers.7.experts.11.gate_proj.weight" in told and compared == [500]
+    assert errors.did_you_mean("a" * 10**6, ["a" * 10**6 + "b"]) == ""
+
+
+def test_fields_by_the_ten_thousand_have_few_suggestions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = zoo.save(build("llama"), tmp_path / "x", to="hf")
+    config = json.loads((place / "config.json").read_text())
+    config |= {f"hidden_sise{n}": n for n in range(10_000)}
+    (place / "config.json").write_text(json.dumps(config))
+    words: list[str] = []
+    near = errors.get_close_matches
+    monkeypatch.setattr(
+        errors, "get_close_matches", lambda word, *a, **k: words.append(word) or near(word, *a, **k)
+    )
+    with pytest.raises(ConfigError, match=r"hidden_sise0: unknown field\. Did you mean hidden_si"):
+        zoo.load(place)
+    assert len(words) < 100

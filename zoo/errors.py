@@ -6,6 +6,8 @@ Messages quote names from files; `str` of an error shows their control character
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from difflib import get_close_matches
+from heapq import nlargest
+from os.path import commonprefix
 from typing import Any
 
 
@@ -213,10 +215,25 @@ def _value(value: Any, spell: Callable[[Any], str] = str) -> str:
     return "…" if value is ... else spell(value)
 
 
+SUGGESTED = 20  # problems of one message that get a suggestion: each is compared with all names
+_COMPARED, _LONGEST = 500, 256  # names, and characters of one, that are compared in full
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` Did you mean a, b?` with a leading space, or nothing."""
-    near = get_close_matches(word, list(known), n=3, cutoff=cutoff)
+    if len(word) > _LONGEST:
+        return ""
+    names = [name for name in known if len(name) <= _LONGEST]
+    if len(names) > _COMPARED:
+        names = nlargest(_COMPARED, names, key=lambda name: _shared(word, name))
+    near = get_close_matches(word, names, n=3, cutoff=cutoff)
     return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters with which both begin, and with which both end."""
+    begin = len(commonprefix((a, b)))  # noqa: RUF071 - characters are what counts
+    return begin + len(commonprefix((a[begin:][::-1], b[begin:][::-1])))  # noqa: RUF071
 
 
 def listing(items: Iterable[str], limit: int = 20) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
+from itertools import zip_longest
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from zoo.components.activations import unknown
-from zoo.errors import ConfigError, ResourceLimit, ZooError, did_you_mean
+from zoo.errors import SUGGESTED, ConfigError, ResourceLimit, ZooError, did_you_mean
 
 MAX_LAYERS = 512  # four times the deepest there is; as many are built in well under a second
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
@@ -26,10 +27,11 @@ class _Named(type):
 
     def __call__(cls, **given: Any) -> Any:
         known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = [name for name in given if name not in known]
+        nears = [did_you_mean(name, known) for name in unknown[:SUGGESTED]]
         problems = [
-            f"{name}: no such field.{did_you_mean(name, known)}"
-            for name in given
-            if name not in known
+            f"{name}: no such field.{near}"
+            for name, near in zip_longest(unknown, nears, fillvalue="")
         ]
         problems += [
             f"{name}: missing"
