@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
@@ -282,17 +283,18 @@ class Sites(ast.NodeVisitor):
 
 
 def sites(file: str, source: bytes) -> list[Mutant]:
-    """Every mutant of a file that still compiles and is no copy of another."""
-    unique: dict[bytes, Mutant] = {}
-    for mutant in Sites(file, source).mutants:
-        changed = mutant.apply(source)
-        try:
-            compile(changed, file, "exec")
-        except SyntaxError:  # continue -> break outside a loop, for one
-            continue
-        unique.setdefault(changed, mutant)
-    unique.pop(source, None)
-    return sorted(unique.values(), key=lambda mutant: (mutant.start, mutant.end, mutant.text))
+    """Every mutant of a file, in the order of its text."""
+    unique = {(m.start, m.end, m.text): m for m in Sites(file, source).mutants}
+    return [unique[place] for place in sorted(unique)]
+
+
+def compiles(mutant: Mutant) -> bool:
+    """Else it would be killed for nothing."""
+    try:
+        compile(mutant.apply((ROOT / mutant.file).read_bytes()), mutant.file, "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 # --- named mutants -------------------------------------------------------------------------------
@@ -471,13 +473,13 @@ def run(mutants: Sequence[Mutant], cases: Cases, jobs: int) -> Iterator[tuple[Mu
             pool.shutdown(cancel_futures=True)
 
 
-def chosen(cases: Cases, count: int, seed: int, only: Sequence[str]) -> list[Mutant]:
+def chosen(cases: Cases, count: int, seed: int, only: Sequence[str]) -> Iterator[Mutant]:
     """`count` mutants, of all files together; all of them if `count` is negative."""
-    files = [file for file in cases.tests if not only or file in only]
+    files = [file for file in cases.tests if not only or file in only] if count else []
     pool = [m for file in files for m in sites(file, (ROOT / file).read_bytes())]
-    if count < 0 or count >= len(pool):
-        return pool
-    return random.Random(seed).sample(pool, count)
+    if count >= 0:
+        random.Random(seed).shuffle(pool)
+    return islice(filter(compiles, pool), count if count >= 0 else None)
 
 
 def main() -> int:
