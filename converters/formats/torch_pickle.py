@@ -74,9 +74,14 @@ class Name(NamedTuple):
 def read(path: Path, data: bytes) -> Any:
     """Dicts, lists, tuples, text, numbers and Arrays; whatever else is refused by its name."""
     try:
-        return _run(data)
+        return run(data)[0]
     except Exception as error:  # any that malformed operands lead to
-        raise CorruptCheckpoint(f"{path}: {_explained(data, error)}") from None
+        raise refusal(path, data, error) from None
+
+
+def refusal(path: Path, data: bytes, error: Exception) -> CorruptCheckpoint:
+    """Why a pickle is not read."""
+    return CorruptCheckpoint(f"{path}: {_explained(data, error)}")
 
 
 def _explained(data: bytes, error: Exception) -> str:
@@ -85,7 +90,7 @@ def _explained(data: bytes, error: Exception) -> str:
     try:
         codes = [(code.name, arg) for code, arg, _ in pickletools.genops(data)]
     except Exception as why:  # likewise
-        return f"data.pkl is no pickle: {why}"
+        return f"its pickle is damaged: {why}"
     if odd := sorted({name for name, _ in codes} & _HIDDEN):
         words = [str(arg) for name, arg in codes if "UNICODE" in name]
         return (
@@ -129,11 +134,11 @@ _NEW: dict[bytes, Callable[[], Any]] = {
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
 
 
-def _run(data: bytes) -> Any:
+def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) -> tuple[Any, int]:
+    """(what the pickle at a byte holds, the byte behind it); storages are noted where asked for."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    at = 0
 
     def above(start: int) -> list[Any]:
         if start < 0:
@@ -170,7 +175,9 @@ def _run(data: bytes) -> Any:
                 raise ValueError("it ends within a text")
             stack.append(_said(code, held))
         elif code == b"Q":
-            stack.append(_storage(*stack.pop()))
+            stack.append(storage := _storage(*stack.pop()))
+            if storages is not None and storages.setdefault(storage.key, storage) != storage:
+                raise ValueError(f"storage {storage.key} of two sizes")
         elif code in (b"R", b"\x81"):
             function, given = above(len(stack) - 2)
             stack.append(_made(function, given))
@@ -188,7 +195,7 @@ def _run(data: bytes) -> Any:
             stack.append(_named(data[at:end].decode()))
             at = end + 1
         elif code == b".":
-            return stack.pop()
+            return stack.pop(), at
         else:
             raise ValueError(f"opcode {code!r}")
 
@@ -215,8 +222,15 @@ def _put(into: Any, pairs: list[Any]) -> None:
         into[key] = value
 
 
-def _storage(kind: str, of: Name, key: str, device: str, numel: int) -> Storage:
-    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None = None) -> Storage:
+    """`view` of another storage stood in files from before 1.6, and nothing wrote one since 0.4."""
+    if (
+        kind != "storage"
+        or view is not None
+        or type(key) is not str
+        or type(numel) is not int
+        or numel < 0
+    ):
         raise ValueError("a storage that is none")
     name = of.last.removesuffix("Storage")
     return Storage(key, _STORED.get(name, name), numel)
