@@ -285,7 +285,9 @@ def _read_index(path: Path) -> dict[str, str]:
             for name, file in weight_map.items()
             if not isinstance(file, str) or not file
         ]
-    metadata = data.get("metadata", {})
+    metadata = data.get("metadata")
+    if metadata is None:  # some writers leave it empty, and nothing depends on it
+        metadata = {}
     if not isinstance(metadata, dict):
         problems.append(f"field metadata is {_kind(metadata)} where an object is expected")
     else:

@@ -58,8 +58,8 @@ FORMATS: dict[str, Format] = {
     "torch": Format(
         "torch_zip",
         lambda module, path, mmap: [(path, module.TorchZipReader(path, mmap, nested=True))],
-        "a zip of torch.save",
-        lambda head, tail, size: head.startswith(b"PK\x03\x04"),
+        "a file of torch.save",
+        lambda head, tail, size: head.startswith((b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF")),
     ),
     "gguf": Format(
         "gguf",

@@ -184,7 +184,7 @@ def test_a_shard_that_the_index_leaves_out_is_told(sharded: Path) -> None:
         ),
         ('{"metadata": {"total_size": "9"}, "weight_map": {"a": "x"}}', r"metadata\.total_size"),
         ('{"metadata": {"total_size": -1}, "weight_map": {"a": "x"}}', r"metadata\.total_size"),
-        ('{"metadata": null, "weight_map": {"a": "x"}}', "field metadata is null"),
+        ('{"metadata": [], "weight_map": {"a": "x"}}', r"field metadata is \[\]"),
         ('{"metadata": 1, "weight_map": []}', "weight_map is .*metadata is 1"),
         ('{"weight_map": ' + "[" * 5000 + "]" * 5000 + "}", "nested deeper"),
     ],
@@ -200,6 +200,12 @@ def test_a_total_may_be_a_float(sharded: Path) -> None:
     data = json.loads((sharded / INDEX).read_text())
     data["metadata"] = {"total_size": 24.0, "total_parameters": 6, "note": "published so"}
     (sharded / INDEX).write_text(json.dumps(data))
+    assert len(open_checkpoint(sharded).tensors) == 3
+
+
+def test_an_index_whose_metadata_is_null_is_read(sharded: Path) -> None:
+    data = json.loads((sharded / INDEX).read_text())
+    (sharded / INDEX).write_text(json.dumps({**data, "metadata": None}))
     assert len(open_checkpoint(sharded).tensors) == 3
 
 

@@ -141,7 +141,7 @@ def test_info_of_a_file_loads_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "words"),
     [
-        ("meta", "a zip of torch.save, 1 file"),
+        ("meta", "a file of torch.save, 1 file"),
         ("gguf", "GGUF, 1 file"),
         ("llama2c", "llama2.c's .bin, 1 file"),
         ("llama2c-q8", "int8 in groups of "),

@@ -666,7 +666,7 @@ def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_files_that_nothing_knows(tmp_path: Path, gpt2: Any) -> None:
     (tmp_path / "noise.bin").write_bytes(b"GIF89a" * 100)
     with pytest.raises(
-        NotACheckpoint, match=r"expected a directory .* zip of torch.save, .*llama2"
+        NotACheckpoint, match=r"expected a directory .* file of torch.save, .*llama2"
     ):
         zoo.load(tmp_path / "noise.bin")
     torch.save({"a.b": torch.ones(2)}, tmp_path / "odd.pt")

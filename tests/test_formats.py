@@ -727,8 +727,6 @@ def test_zips_that_cannot_be_trusted(tmp_path: Path) -> None:
     fails(UnsupportedZip, "compressed", repacked(saved(tmp_path, state), method=8))
     bomb = {"a": torch.zeros(20 << 20)}
     fails(ResourceLimit, "claims to unpack", repacked(saved(tmp_path, bomb), method=8))
-    old = saved(tmp_path, state, zipped=False)
-    fails(UnsupportedZip, r"before 1\.6", old)
     fails(
         UnsupportedZip,
         "code/x.py",

@@ -147,7 +147,6 @@ def test_a_head_can_be_left_out_and_none_is_invented(published: Path) -> None:
     ("changes", "error", "said"),
     [
         ({"pruned_head": 1}, ConfigError, "pruned_head: unknown field"),
-        ({"architectures": ...}, ConfigError, "'architectures' names no class"),
         ({"architectures": ["NoSuchModel"]}, UnsupportedArchitecture, "NoSuchModel"),
         ({"model_type": "mamba"}, UnsupportedArchitecture, "mamba.*bert, .*llama"),
     ],
@@ -158,6 +157,15 @@ def test_a_config_that_cannot_be_read(
     edit(published / "config.json", **changes)
     with pytest.raises(error, match=said):
         zoo.load(published)
+
+
+def test_the_tensors_tell_the_head_where_no_class_is_named(published: Path) -> None:
+    """deberta-v3-base and Bio_ClinicalBERT say no `architectures`."""
+    named = zoo.load(published)
+    edit(published / "config.json", architectures=...)
+    model = zoo.load(published)
+    assert model.config == named.config
+    assert model.provenance.origin.reference_class == named.provenance.origin.reference_class
 
 
 def test_an_unknown_field_passes_when_told(published: Path) -> None:

@@ -1,14 +1,18 @@
 """config.json as published: each loads, or is refused for a field that changes the function."""
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from zoo.errors import UnusedFieldsWarning, ZooError
+import zoo
+from zoo.errors import ConfigError, UnusedFieldsWarning, ZooError
 from zoo.pretrained import locate
 
 PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -23,16 +27,43 @@ def config(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_understood(name: str, tmp_path: Path) -> None:
-    fields = config(name)
+    fields = {"architectures": None, **config(name)}
     refused = fields.pop("refused", "")
-    fields = {
-        key: value for key, value in fields.items() if (key, value) != ("architectures", None)
-    }
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnusedFieldsWarning)
-        if refused:
+        if fields["architectures"] is None:
+            with pytest.raises(ConfigError, match="no class, and there are no tensors to tell"):
+                locate(tmp_path)
+        elif refused:
             with pytest.raises(ZooError, match=refused):
                 locate(tmp_path)
         else:
             locate(tmp_path)
+
+
+def test_older_names_of_falcon_are_read(made: Callable[..., Path], tmp_path: Path) -> None:
+    """RefinedWeb's own code took `new_decoder_architecture` for granted, and published no class."""
+    source = made("falcon", "grouped")
+    written = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    older = {
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "num_kv_heads": "n_head_kv",
+    }
+    fields = {older.get(name, name): value for name, value in written.items()}
+    del fields["new_decoder_architecture"]
+    fields |= {"model_type": "RefinedWeb", "architectures": ["RWForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    shutil.copy(source / "model.safetensors", tmp_path)
+    model, expected = zoo.load(tmp_path), zoo.load(source)
+    ids = torch.tensor([[5, 9, 40, 2, 17]])
+    assert model.config == expected.config and torch.equal(model(ids), expected(ids))
+    kept = zoo.save(model, tmp_path / "kept") / "config.json"
+    assert kept.read_text(encoding="utf-8") == (tmp_path / "config.json").read_text(
+        encoding="utf-8"
+    )
+    changed = zoo.save(zoo.load(tmp_path, head="none"), tmp_path / "changed") / "config.json"
+    now = json.loads(changed.read_text(encoding="utf-8"))
+    assert now["model_type"] == "falcon" and now["architectures"] == ["FalconModel"]
+    assert zoo.load(tmp_path / "changed").config.layers == model.config.layers

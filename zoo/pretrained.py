@@ -61,6 +61,7 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
     listing,
+    option,
 )
 from zoo.finite import first_where, source_of
 from zoo.registry import Architecture
@@ -263,12 +264,11 @@ class Located(NamedTuple):
         given = {**self.fields, **dialect.native_names(changes, kind.__dataclass_fields__)}
         if lacking := [name for name in dialect.needs if given.get(name) is None]:
             words = [dialect.reference_field(name) for name in lacking]
-            example = ", ".join(f"{word}=…" for word in words)
             odd = sorted(given.keys() - kind.__dataclass_fields__.keys())
             raise ConfigError(
                 f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
                 f"nothing says {listing(words)} (looked in {self.foreign.config_from} and at the "
-                f"shapes of the tensors). Pass config={{{words[0]!r}: …}} (--config {example})"
+                f"shapes of the tensors). Pass {option('config', dict.fromkeys(words, ...))}"
                 f"{f', and not {listing(odd)}' if odd else ''}"
             )
         try:
@@ -594,6 +594,7 @@ def _read(
         return _read_foreign(source, directory, head, ignore, mmap)
     reference = read_json(confined(directory, path.name), ConfigError)
     entry, _ = registry.architecture_for(reference, str(path))
+    reference = entry.modern(reference)
     text, where = path.read_text(encoding="utf-8"), str(path)
     if reference.get(QUANTISED) is None and (found := quantisation.beside(directory)) is not None:
         where, reference[QUANTISED] = f"{where} and {found[0]}", found[1]
@@ -612,7 +613,7 @@ def _understand(
     """Native fields, or everything that is wrong with a config at once."""
     spec = load_spec(entry.spec)
     _, named = registry.architecture_for({"model_type": entry.model_type, **reference}, where)
-    heads = _heads(entry, named, head, where)
+    heads = _heads(entry, named, head)
     quantised, more = None, list[str]()
     if reference.get(QUANTISED) is not None:  # what is read from now on, and written, are weights
         quantised, more = quantisation.read_config(reference[QUANTISED], ignore)
@@ -636,7 +637,38 @@ def _understand(
     if unused := spec.dialect("hf").unused(reference, ignore):
         told = f"{where}: fields that the reference never reads, so that they change nothing:"
         warnings.warn(f"{told} {listing(unused)}", UnusedFieldsWarning, stacklevel=2)
+    if named is None and head is None:
+        named = _class_by_tensors(found, where)
+        return found._replace(heads=entry.heads[named], reference_class=named)
     return found
+
+
+def _class_by_tensors(found: Located, where: str) -> str:
+    """The reference class that most of the tensors are of, where a config names none."""
+    told = f"{where}: 'architectures' names no class"
+    asked = f"{option('head', ...)} with one of {listing(found.heads)}"
+    try:
+        tensors = found.checkpoint().tensors.keys()
+    except NotACheckpoint:
+        raise ConfigError(f"{told}, and there are no tensors to tell. Pass {asked}") from None
+    scores = {}
+    for head in found.heads:
+        model = on_meta(found, found.config(head, {}))
+        names = _names(found, model, native_of(model))
+        scores[head] = (len(names & tensors), -len(names))
+    classes = {
+        name: max(scores[head] for head in heads if head in scores)
+        for name, heads in found.entry.heads.items()
+    }
+    best = [name for name, score in classes.items() if score == max(classes.values())]
+    hidden = {*found.entry.model.headless, "pooler"}
+    # a tied head has no tensor of its own, and does more than the class without it
+    best = [name for name in best if not hidden >= {*found.entry.heads[name]}] or best
+    if len(best) > 1:
+        raise ConfigError(
+            f"{told}, and the tensors are those of {' and '.join(best)}. Pass {asked}"
+        )
+    return best[0]
 
 
 def _as_published(dialect: Dialect, problem: str) -> str:
@@ -663,9 +695,9 @@ def _read_foreign(
     if head is None and len(found.heads) > 1:
         raise ConfigError(
             f"{place} ({entry.name} of {found.container.about}): its tensors are those of a "
-            f"{' or a '.join(found.heads)} head, and nothing tells. Pass head= one of these"
+            f"{' or a '.join(found.heads)} head, and nothing tells. Pass {option('head', ...)}"
         )
-    heads = _heads(entry, None, head or found.heads[0], str(place))
+    heads = _heads(entry, None, head or found.heads[0])
     named = next((c for c, each in entry.heads.items() if heads[0] in each), None)
     fields, problems = found.fields(ignore)
     try:
@@ -704,20 +736,15 @@ def told_by_tables(
     return told
 
 
-def _heads(
-    entry: Architecture, named: str | None, asked: str | None, where: str
-) -> tuple[str, ...]:
+def _heads(entry: Architecture, named: str | None, asked: str | None) -> tuple[str, ...]:
     known = entry.model.heads
     if asked is not None:
         if asked not in known:
             near = did_you_mean(asked, known)
             raise UsageError(f"head={asked!r}: {entry.name} has {', '.join(known)}.{near}")
         return (asked,)
-    if named is None:
-        raise ConfigError(
-            f"{where}: 'architectures' names no class, so the head is unknown. "
-            f"Pass head= one of {', '.join(known)}"
-        )
+    if named is None:  # the tensors tell
+        return tuple(dict.fromkeys(head for heads in entry.heads.values() for head in heads))
     return entry.heads[named]
 
 

@@ -39,6 +39,14 @@ class Architecture(NamedTuple):
     module: str
     spec: str
     oracle: Mapping[str, Any] = {}  # what the reference library has instead of it
+    # of code from before the reference had it: model types with their own defaults, and classes
+    former_types: Mapping[str, Mapping[str, Any]] = {}
+    former_classes: Mapping[str, str] = {}
+
+    def modern(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config as the reference's own class has it; the names of fields are the spec's."""
+        assumed = self.former_types.get(str(config.get("model_type")), {})
+        return {**assumed, **config, "model_type": self.model_type}
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -146,7 +154,9 @@ def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architectur
         # configs of the first years name only the class
         found = next((a for a in known.values() if reference_class in a.heads), None)
     else:
-        found = next((a for a in known.values() if a.model_type == model_type), None)
+        found = next(
+            (a for a in known.values() if model_type in (a.model_type, *a.former_types)), None
+        )
     if found is None:
         asked = f"model_type {model_type!r}" if model_type else "no model_type"
         if reference_class:
@@ -154,6 +164,7 @@ def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architectur
         types = sorted(a.model_type for a in known.values())
         near = did_you_mean(model_type or "", types)
         raise UnsupportedArchitecture(f"{where}: {asked}; zoo implements {', '.join(types)}.{near}")
+    reference_class = found.former_classes.get(reference_class or "", reference_class)
     if reference_class is not None and reference_class not in found.heads:
         raise UnsupportedArchitecture(
             f"{where}: architectures: {reference_class} is not implemented for "
@@ -200,6 +211,14 @@ _ARCHITECTURE = {
     "model": _TEXT,
     "spec": _TEXT,
     "oracle": _MAPPING,
+    "former": (
+        lambda v: (
+            _is_mapping(v)
+            and v.keys() == {"types", "classes"}
+            and all(map(_is_mapping, v.values()))
+        ),
+        "types: with their fields, and classes:",
+    ),
 }
 _CHECKPOINT = {
     "architecture": _TEXT,
@@ -216,7 +235,9 @@ _VARIANT = {"class": _TEXT, "config": _MAPPING, "untied": _FLAG}
 
 
 def parse_architectures(data: Any) -> dict[str, Architecture]:
-    entries = _entries("architectures", data, _ARCHITECTURE, optional=("model", "spec", "oracle"))
+    entries = _entries(
+        "architectures", data, _ARCHITECTURE, optional=("model", "spec", "oracle", "former")
+    )
     return {
         name: Architecture(
             name,
@@ -225,6 +246,8 @@ def parse_architectures(data: Any) -> dict[str, Architecture]:
             module=entry.get("model", name),
             spec=entry.get("spec", name),
             oracle=entry.get("oracle", {}),
+            former_types=entry.get("former", {}).get("types", {}),
+            former_classes=entry.get("former", {}).get("classes", {}),
         )
         for name, entry in entries.items()
     }

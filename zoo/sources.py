@@ -303,21 +303,15 @@ def _real(path: Path) -> Path:
 def _found(path: Path) -> str:
     """What a file is instead, and the next move, as far as its first bytes tell."""
     from converters.formats import open_regular
-    from converters.formats.torch_zip import LEGACY
 
     try:
         fd = open_regular(path)
     except ZooError as error:
         return f"nothing to read: {str(error).removeprefix(f'{path}: ')}"
     try:
-        head = os.pread(fd, len(LEGACY), 0)
+        head = os.pread(fd, 16, 0)
     finally:
         os.close(fd)
-    if head == LEGACY:
-        return (
-            "torch's format from before 1.6. Load it once with torch.load(..., weights_only=True) "
-            "and save it again"
-        )
     if head[8:9] == b"{":
         return f"what looks like safetensors: give the directory that it and its {CONFIG} are in"
     if head[:1] == b"{":

@@ -85,11 +85,16 @@ class Name(NamedTuple):
 def read(path: Path, data: bytes) -> Any:
     """Dicts, lists, tuples, text, numbers and Arrays; whatever else is refused by its name."""
     try:
-        return _run(data)
+        return run(data)[0]
     except ResourceLimit as error:
         raise ResourceLimit(f"{path}: {error}. Nothing was run.") from None
     except Exception as error:  # any that malformed operands lead to
-        raise CorruptCheckpoint(f"{path}: {_explained(data, error)}") from None
+        raise refusal(path, data, error) from None
+
+
+def refusal(path: Path, data: bytes, error: Exception) -> CorruptCheckpoint:
+    """Why a pickle is not read."""
+    return CorruptCheckpoint(f"{path}: {_explained(data, error)}")
 
 
 def _explained(data: bytes, error: Exception) -> str:
@@ -105,7 +110,7 @@ def _explained(data: bytes, error: Exception) -> str:
             elif "UNICODE" in code.name:
                 words.append(str(arg))
     except Exception as why:  # likewise
-        return f"data.pkl is no pickle: {why}"
+        return f"its pickle is damaged: {why}"
     if odd:
         return (
             f"its pickle names what it needs by {', '.join(sorted(odd))}, as torch.save does not; "
@@ -158,11 +163,11 @@ _COSTS = {
 _SLOT = 8
 
 
-def _run(data: bytes) -> Any:
+def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) -> tuple[Any, int]:
+    """(what the pickle at a byte holds, the byte behind it); storages are noted where asked for."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    at = 0
     left = MAX_MEMORY
 
     def above(start: int) -> list[Any]:
@@ -204,7 +209,9 @@ def _run(data: bytes) -> Any:
             left -= 2 * size if held.isascii() else 5 * size
             stack.append(_said(code, held) if left >= 0 else None)
         elif code == b"Q":
-            stack.append(_storage(*stack.pop()))
+            stack.append(storage := _storage(*stack.pop()))
+            if storages is not None and storages.setdefault(storage.key, storage) != storage:
+                raise ValueError(f"storage {storage.key} of two sizes")
         elif code in (b"R", b"\x81"):
             function, given = above(len(stack) - 2)
             stack.append(_made(function, given))
@@ -225,7 +232,7 @@ def _run(data: bytes) -> Any:
             stack.append(_named(data[at:end].decode()))
             at = end + 1
         elif code == b".":
-            return stack.pop()
+            return stack.pop(), at
         else:
             raise ValueError(f"opcode {code!r}")
 
@@ -252,8 +259,15 @@ def _put(into: Any, pairs: list[Any]) -> None:
         into[key] = value
 
 
-def _storage(kind: str, of: Name, key: str, device: str, numel: int) -> Storage:
-    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None = None) -> Storage:
+    """`view` of another storage stood in files from before 1.6, and nothing wrote one since 0.4."""
+    if (
+        kind != "storage"
+        or view is not None
+        or type(key) is not str
+        or type(numel) is not int
+        or numel < 0
+    ):
         raise ValueError("a storage that is none")
     name = of.last.removesuffix("Storage")
     return Storage(key, _STORED.get(name, name), numel)

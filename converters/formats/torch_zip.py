@@ -21,6 +21,7 @@ from converters.formats import (
     named_dtype,
     open_regular,
     stored_zip,
+    torch_legacy,
     torch_pickle,
 )
 from converters.formats.source import SourceFile
@@ -49,15 +50,13 @@ MAX_RECORDS = 1 << 20
 MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
 _BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
 
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
-
 
 @dataclass(frozen=True, slots=True)
 class _Record:
     name: str
     start: int
     size: int
-    crc: int
+    crc: int | None  # none before torch 1.6
 
 
 class TorchZipReader:
@@ -76,9 +75,8 @@ class TorchZipReader:
         self.metadata: dict[str, str] = {}
         fd = open_regular(path)
         with open(fd, "rb") as file:
-            records, data = _records(path, file)
+            records, found = _legacy(path, file) or _zipped(path, file)
             self._file = SourceFile(path, fd, mmap is True)
-        found = torch_pickle.read(path, data)
         if not isinstance(found, dict):
             kind = "Tensor" if isinstance(found, Array) else type(found).__name__
             raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
@@ -90,7 +88,7 @@ class TorchZipReader:
             self._arrays = _only_tensors(path, found)
         self.tensors = {name: _info(path, name, array) for name, array in self._arrays.items()}
         self._records = _pair(path, self._arrays, records)
-        self._unchecked = set(self._records)
+        self._unchecked = {key for key, record in self._records.items() if record.crc is not None}
         names = Counter(array.storage.key for array in self._arrays.values())
         self._shared = {key for key, count in names.items() if count > 1}
         self._whole: dict[tuple[str, str], torch.Tensor] = {}
@@ -170,11 +168,25 @@ class TorchZipReader:
         return whole
 
 
+def _legacy(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], Any] | None:
+    """(records that hold weights, what was saved), of a file from before torch 1.6."""
+    if os.pread(file.fileno(), len(torch_legacy.MAGIC), 0) != torch_legacy.MAGIC:
+        return None
+    found, places = torch_legacy.read(path, file)
+    return {key: _Record(key, *place, None) for key, place in places.items()}, found
+
+
+def _zipped(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], Any]:
+    """Likewise of a zip."""
+    records, data = _records(path, file)
+    return records, torch_pickle.read(path, data)
+
+
 def _records(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], bytes]:
     """(records that hold weights, the pickle), once everything about the zip is checked."""
     fd = file.fileno()
     size = os.fstat(fd).st_size
-    _check_kind(path, file.read(len(LEGACY)), size)
+    _check_kind(path, file.read(len(MAGIC)), size)
     try:
         with zipfile.ZipFile(file) as archive:
             entries, comment = archive.infolist(), archive.comment
@@ -193,11 +205,6 @@ def _records(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], bytes]:
 
 
 def _check_kind(path: Path, head: bytes, size: int) -> None:
-    if head == LEGACY:
-        raise UnsupportedZip(
-            f"{path}: torch's format from before 1.6, which cannot be mapped. Load it once with "
-            "torch.load(..., weights_only=True) and save it again as safetensors."
-        )
     if not head.startswith(MAGIC) or size < 22:
         raise CorruptCheckpoint(
             f"{path}: {size} bytes that are no zip file of torch.save. Truncated, or a Git LFS "
