@@ -273,8 +273,8 @@ class Dialect:
             problems.append(f"{key}: {value!r} is not implemented (only {only})")
         unknown = self._unknown(flat, ignore)
         if len(unknown) > MOST_UNKNOWN:
-            names = listing((key for key, _ in unknown), 5)
-            return [*problems, f"{len(unknown)} unknown fields, no model's config: {names}"]
+            some = listing((key for key, _ in unknown), 5)
+            return [*problems, f"{len(unknown)} unknown fields, no model's config: {some}"]
         for key, value in unknown:
             if self._cannot_matter(key, value, reference):
                 continue
