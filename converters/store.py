@@ -545,7 +545,9 @@ class Shared(Stage):
                 publish.keep = False
                 raise
             if publish.done:
+                publish.done, publish.keep = False, True  # until the journals of all parts are gone
                 _tidy(self.place, [])
+                publish.done = True
 
 
 @contextmanager
