@@ -546,8 +546,13 @@ class Shared(Stage):
             except OutputExists:
                 publish.keep = False
                 raise
+            except BaseException:
+                publish.done, publish.keep = False, True
+                raise
             if publish.done:
+                publish.done, publish.keep = False, True  # until the journals of all parts are gone
                 _tidy(self.place, [])
+                publish.done = True
 
 
 @contextmanager

@@ -208,6 +208,24 @@ def test_a_kill_while_replacing_loses_no_file(
     assert beside(project) == ["project"]
 
 
+def test_an_interrupt_after_the_exchange_loses_no_file(
+    model: Model, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(old: Path, place: Path, replaced: Any) -> None:
+        (old / "late.log").write_text("late")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_retire", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            zoo.save(model, project, force=True)
+    assert beside(project) != ["project"]
+    with pytest.warns(UserWarning, match=r"late\.log"):
+        zoo.save(model, project, force=True)
+    assert (project / "late.log").read_text() == "late"
+    assert beside(project) == ["project"]
+
+
 # --- never replaced ------------------------------------------------------------------------------
 
 
@@ -321,6 +339,22 @@ def test_a_training_loop_saves_where_it_loaded(model: Model, tmp_path: Path) -> 
         assert "mine" in (place / "tokenizer_config.json").read_text()
         (place / "tokenizer_config.json").write_text(text)
     assert json.loads((place / "tokenizer_config.json").read_text()) == {"mine": 2}
+
+
+def test_a_tokenizer_that_was_changed_beside_an_output_is_kept(
+    model: Model, tmp_path: Path
+) -> None:
+    source = zoo.save(model, tmp_path / "source")
+    (source / "tokenizer_config.json").write_text("{}")
+    trained = zoo.load(source)
+    place = zoo.save(trained, tmp_path / "out")
+    assert (place / "tokenizer_config.json").read_text() == "{}"
+    (place / "tokenizer_config.json").write_text('{"mine": 1}')
+    zoo.save(trained, place)
+    assert (place / "tokenizer_config.json").read_text() == '{"mine": 1}'
+    assert list(manifest.check(place)) == []
+    zoo.save(trained, place, force=True)
+    assert (place / "tokenizer_config.json").read_text() == "{}"
 
 
 def flipped(place: Path) -> None:
