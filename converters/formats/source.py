@@ -90,11 +90,13 @@ class SourceFile:
             self._read(start, memory)
             return out
         if 2 * across >= width:  # to read what lies between is faster than to leave it out
-            step = max(1, _CHUNK // row)
+            step = min(height, max(1, _CHUNK // row))
+            whole = _apart(step, width, out.dtype)
+            room = _memory_of(whole)
             for top in range(0, height, step):
-                end = min(height, top + step)
-                whole = self.tensor(start + top * row, dtype, (end - top, width))
-                out[top:end] = whole[:, columns]
+                count = min(step, height - top)
+                self._read(start + top * row, room[: count * row])
+                out[top : top + count] = whole[:count, columns]
             return out
         start += columns.start * size
         for at in range(0, height * wide, wide):
@@ -164,7 +166,7 @@ def _apart(height: int, width: int, dtype: torch.dtype) -> Tensor:
     import torch
 
     size = height * width * dtype.itemsize
-    if size < _CHUNK:
+    if size < _CHUNK // 2:
         return torch.empty(height, width, dtype=dtype)
     room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(room, dtype=dtype).view(height, width)
