@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     content, out, err = sys.stdout, Escaped(sys.stdout), Escaped(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+    with redirect_stdout(out), redirect_stderr(err):
         return _guarded(arguments, content)
 
 

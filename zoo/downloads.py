@@ -115,7 +115,7 @@ def _download(entry: Entry, token: str | bool | None, progress: Any, stopped: Ev
             with _Bounded(part, entry.size, stopped) as file:
                 http_get(
                     entry.url,
-                    file,  # type: ignore[arg-type]
+                    file,
                     headers=headers,
                     expected_size=entry.size,
                     displayed_filename=entry.name,

@@ -644,7 +644,7 @@ class _Hub:
         except (OSError, ValueError) as error:
             raise self._explain(error) from None
         if blob is not None:
-            raise type(self.unreachable)(f"{_damage(blob)}. {self.unreachable}")
+            raise SourceError(f"{_damage(blob)}. {self.unreachable}")
         return Path(found)
 
     # --- what the hub's answers mean ---
