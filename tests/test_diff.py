@@ -274,3 +274,9 @@ def test_the_command(
     assert "blocks.1.attn.out" in capsys.readouterr().out
     assert cli.main(["diff", str(changed), "--way", "padde"]) == 2
     assert "padded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [10**25, -1, 1.5, None])
+def test_a_seed_that_no_generator_takes_is_refused(made: Any, seed: Any) -> None:
+    with pytest.raises(UsageError, match="seed="):
+        zoo.diff(made("gpt2"), seed=seed)

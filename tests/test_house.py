@@ -44,7 +44,11 @@ ARROWS = {
     "zoo.models": {"zoo.components", "zoo.errors", "torch", "einops"},
     "zoo.components": {"zoo.errors", "torch", "einops"},
     "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
-    "zoo.sources": {"zoo.errors", "zoo.registry", "converters", "huggingface_hub"},
+    "zoo.downloads": {"zoo.errors", "huggingface_hub"},
+    "zoo.sources": {
+        *("zoo.errors", "zoo.registry", "zoo.downloads"),
+        *("converters", "huggingface_hub"),
+    },
     "zoo.tokenizers": {
         *("zoo", "converters", "torch"),
         *("tiktoken", "sentencepiece", "tokenizers", "jinja2"),

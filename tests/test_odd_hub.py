@@ -18,7 +18,6 @@ from zoo.errors import (
     ChecksumMismatch,
     CorruptCheckpoint,
     GatedRepo,
-    Offline,
     SourceError,
     ZooError,
 )
@@ -382,7 +381,7 @@ def test_a_damaged_file_in_the_cache_is_named_where_nobody_can_be_asked(
 ) -> None:
     resolve(cache)
     blob = shortened(cache, name)
-    with pytest.raises(Offline, match=rf"{blob} is damaged \(3 bytes.*: delete it"):
+    with pytest.raises(SourceError, match=rf"{blob} is damaged \(3 bytes.*: delete it"):
         resolve(cache, local_files_only=True)
     assert blob.exists()
 

@@ -638,9 +638,7 @@ class _Hub:
         except (OSError, ValueError) as error:
             raise self._explain(error) from None
         if blob is not None:
-            problem = self.unreachable
-            assert problem is not None  # else the blob would be downloaded again
-            raise type(problem)(f"{_damage(blob)}. {problem}")
+            raise SourceError(f"{_damage(blob)}. {self.unreachable}")
         return Path(found)
 
     # --- what the hub's answers mean ---

@@ -47,6 +47,8 @@ def diff(
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
     if backward and way == "cached":
         raise UsageError("backward and way='cached': no gradient goes through a cache")
+    if type(seed) is not int or not 0 <= seed < 1 << 62:
+        raise UsageError(f"seed={seed!r}: expected a whole number from 0 to {(1 << 62) - 1}")
     kind = dtype_of(dtype) or torch.float64
     model = _native(ours, kind)
     if way == "cached" and not _remembers(model):
