@@ -73,7 +73,9 @@ def check_finite(
     `row` is the number that a row of `values` has for the caller, `again` repeats the computation.
     Weights are looked through only then: a check that holds costs one pass over `values`.
     """
-    if values.is_meta or bool(values.isfinite().all()):
+    wide = torch.promote_types(values.dtype, torch.float32)
+    # a sum is finite if all of its terms are, but for a few that are too large together
+    if values.is_meta or bool(values.sum(dtype=wide).isfinite()) or bool(values.isfinite().all()):
         return
     n = first_where(values)
     number = row(n[0]) if n else None
