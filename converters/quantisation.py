@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from converters.checkpoint import confined, open_checkpoint
 from converters.packing import UNITS
 from converters.strict_json import read_json
-from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, did_you_mean, listing
+from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, did_you_mean, listing, option
 
 FIELD = "quantization_config"
 # files that say it where config.json does not: the first programs' own
@@ -127,9 +127,10 @@ def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation |
         elif key not in read | _IGNORED[method] | {"quant_method"}:
             name, known = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
             if name not in ignore:
+                # programs beside the reference read these, so it does not tell which count
                 problems.append(
                     f"{name}: unknown field.{did_you_mean(key, known)} If it does not change what "
-                    f"the numbers stand for, pass ignore_config=({name!r},)"
+                    f"the numbers stand for, pass {option('ignore_config', (name,))}"
                 )
     understand = _integers if method in ("gptq", "awq") else _floats
     how, more = understand(method, said)

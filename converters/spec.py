@@ -273,16 +273,16 @@ class Dialect:
             problems.append(f"{key}: {value!r} is not implemented (only {only})")
         unknown = self._unknown(flat, ignore)
         if len(unknown) > MOST_UNKNOWN:
-            names = listing((key for key, _ in unknown), 5)
-            return [*problems, f"{len(unknown)} unknown fields, no model's config: {names}"]
+            told = listing((key for key, _ in unknown), 5)
+            return [*problems, f"{len(unknown)} unknown fields, no model's config: {told}"]
         for key, value in unknown:
             if self._cannot_matter(key, value, reference):
                 continue
-            name, fields, _ = self._scope(key, reference)
-            if name in fields:
+            field_name, fields, _ = self._scope(key, reference)
+            if field_name in fields:
                 told = f"{key}: the reference reads this field, and zoo does not implement it."
             else:
-                told = f"{key}: unknown field.{did_you_mean(name, fields)}"
+                told = f"{key}: unknown field.{did_you_mean(field_name, fields)}"
             way_out = option("ignore_config", (key,))
             problems.append(f"{told} If it does not change inference, pass {way_out}")
         return problems

@@ -60,7 +60,7 @@ def _of_model(model_type: str) -> set[str]:
 def _declared(kind: type) -> set[str]:
     """Fields of the class, and both names of each alias."""
     aliases: dict[str, str] = getattr(kind, "attribute_map", {})
-    return {field.name for field in dataclasses.fields(kind)} | {*aliases, *aliases.values()}  # type: ignore[arg-type]
+    return {field.name for field in dataclasses.fields(kind)} | {*aliases, *aliases.values()}
 
 
 def _read_by(path: Path) -> set[str]:

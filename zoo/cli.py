@@ -7,14 +7,24 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zoo
 from zoo import catalog, record
-from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
+from zoo.errors import (
+    InputError,
+    UnusedFieldsWarning,
+    UsageError,
+    ZooError,
+    did_you_mean,
+    in_shell,
+    listing,
+)
 from zoo.progress import Shown
 from zoo.terminal import BOLD, RED, has_colour, paint, passing
 
@@ -32,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     options = _parsed(arguments)
     try:
-        code: int = options.run(options)
+        with _beside_a_shell():
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -48,6 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", options.failed)
+
+
+@contextmanager
+def _beside_a_shell() -> Iterator[None]:
+    """Messages name options as a shell has them, and a warning is one line on standard error."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if not issubclass(category, UnusedFieldsWarning):
+            return before(message, category, *rest)
+        passing("", sys.stderr)
+        print("zoo: warning:", message, file=sys.stderr)
+
+    token = in_shell.set(True)
+    try:
+        with warnings.catch_warnings():
+            before, warnings.showwarning = warnings.showwarning, show  # type: ignore[assignment]
+            warnings.simplefilter("default", UnusedFieldsWarning)
+            yield
+    finally:
+        in_shell.reset(token)
 
 
 def _fail(message: str, code: int) -> int:
@@ -67,10 +98,31 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _add_ref(command: argparse.ArgumentParser) -> None:
+def _add_ref(command: argparse.ArgumentParser, metavar: str = "NAME|PATH") -> None:
     command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+        "ref", metavar=metavar, help="a name, hf:org/repo@rev, a directory or a file"
     )
+    _add_reading(command)
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    """How a checkpoint is read, in every command that takes one."""
+    group = command.add_argument_group("reading the checkpoint")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit  [main]")
+    group.add_argument("--head", help="use this head  [the one that the checkpoint names]")
+    does = "set fields of the config, under native names"
+    group.add_argument("--config", metavar="FIELD=VALUE", type=_pair, help=does, **several)
+    does = "accept these unknown fields of config.json"
+    group.add_argument("--ignore-config", metavar="FIELD", help=does, **several)
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of these, as `zoo.load` takes it."""
+    names = ("revision", "head", "ignore_config")
+    asked = {name: getattr(options, name) for name in names}
+    asked["config"] = None if options.config is None else dict(options.config)
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("ref", metavar="NAME|DIR", nargs="?", help="a name or a directory")
     which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
+    _add_reading(command)
     does = "published outputs, of a file or a name, beside the reference or in its place"
     command.add_argument("--golden", metavar="NAME|FILE", help=does)
     command.add_argument(
@@ -140,16 +193,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_ref(command)
     command.add_argument("--text", metavar="FILE", help="that it should foresee; - is stdin")
-    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
-    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
     command.add_argument("--tensors", action="store_true", help="a line each, not each kind")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_diagnose, failed=USAGE)
 
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
-    command.add_argument(
-        "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command, "SRC")
     command.add_argument(
         "--to",
         metavar="DIALECT",
@@ -158,11 +207,9 @@ def _parser() -> argparse.ArgumentParser:
         help="hf, meta, gguf, nanogpt, onnx, pt2 … [native]",
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
-    command.add_argument("--head", help="in the place of the one that the checkpoint names")
     command.add_argument("--adapter", metavar="DIR", type=_place, help="of peft's LoRA, merged in")
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
-    command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
-    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
+    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace DIR")
@@ -182,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert-optimizer",
         help="what a torch optimizer keeps of SRC's weights, as SRC is converted",
     )
-    command.add_argument("ref", metavar="SRC", help="the checkpoint that it was saved with")
+    _add_ref(command, "SRC")
     command.add_argument("file", metavar="FILE", type=_place, help="optimizer.pt, ckpt.pt …")
     command.add_argument(
         "--to", metavar="DIALECT", default="native", help="native, or what SRC becomes  [native]"
@@ -190,7 +237,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE", type=_place, required=True)
     does = "of the side that is not native, a name a line, as its optimizer has them"
     command.add_argument("--names", metavar="FILE", type=_place, help=does)
-    command.add_argument("--head", help="in the place of the one that the checkpoint names")
     command.add_argument("--force", action="store_true", help="replace the file")
     command.set_defaults(run=_convert_optimizer)
 
@@ -347,7 +393,7 @@ def _proof(name: str, known: Mapping[str, record.Section]) -> dict[str, str]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    found = catalog.info(options.ref)
+    found = catalog.info(options.ref, **_reading(options))
     if options.json:
         print(_json(found.to_json()))
         return OK
@@ -388,7 +434,7 @@ def _info(options: argparse.Namespace) -> int:
         from zoo.pretrained import skeleton
 
         print("  modules")
-        print(_indent("\n".join(catalog.tree(skeleton(options.ref))), 4))
+        print(_indent("\n".join(catalog.tree(skeleton(options.ref, **_reading(options)))), 4))
     return OK
 
 
@@ -410,7 +456,8 @@ def _verify(options: argparse.Namespace) -> int:
     known = record.read() if options.html is not None or options.record else {}
     if options.html is not None:
         options.html.mkdir(parents=True, exist_ok=True)
-    report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
+    how = {"all": options.all, "golden": options.golden, "progress": _progress}
+    report = zoo.verify(options.ref, **how, **_reading(options))
     if options.html is not None or options.record:
         from zoo.parity.evidence import gather
         from zoo.parity.page import page
@@ -431,7 +478,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     names = ("dtype", "way", "backward", "text", "seed", "diagnose")
-    found = zoo.diff(options.ref, options.other, **{name: getattr(options, name) for name in names})
+    how = {name: getattr(options, name) for name in names}
+    found = zoo.diff(options.ref, options.other, **how, **_reading(options))
     print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
     return OK if found.ok else FAILED
 
@@ -440,8 +488,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     """0 where nothing looks wrong, 1 where something does, 2 where nothing can be read."""
     text = None if options.text is None else _text(options.text)
     try:
-        config = dict(options.config or ())
-        found = zoo.diagnose(options.ref, text=text, config=config, progress=_progress)
+        found = zoo.diagnose(options.ref, text=text, progress=_progress, **_reading(options))
     finally:
         passing("", sys.stderr)
     if options.json:
@@ -457,16 +504,11 @@ def _progress(done: int, count: int, name: str) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    asked = {
-        name: value
-        for name in ("head", "trust", "ignore_config")
-        if (value := getattr(options, name)) is not None
-    }
-    asked |= {
-        name: dict(value)
-        for name in ("config", "layout")
-        if (value := getattr(options, name)) is not None
-    }
+    asked = _reading(options)
+    if options.trust is not None:
+        asked["trust"] = options.trust
+    if options.layout is not None:
+        asked["layout"] = dict(options.layout)
     if options.dry_run:
         from zoo.converting import dry_run
 
@@ -505,8 +547,8 @@ def _convert_optimizer(options: argparse.Namespace) -> int:
     from zoo.optimizer_files import convert_file
 
     names = options.names and options.names.read_text(encoding="utf-8").split()
-    how = {"to": options.to, "names": names or None, "force": options.force, "head": options.head}
-    written = convert_file(options.ref, options.file, options.out, **how)
+    how = {"to": options.to, "names": names or None, "force": options.force}
+    written = convert_file(options.ref, options.file, options.out, **how, **_reading(options))
     print(f"{options.file} -> {written} ({options.to})")
     return OK
 
@@ -528,7 +570,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    tokenizer = zoo.tokenizer(options.ref)
+    tokenizer = zoo.tokenizer(options.ref, **_reading(options))
     ids = tokenizer.encode(options.text, special=options.special)
     tokens = [tokenizer.token(id) for id in ids]
     seen = map(_seen, tokens)
@@ -545,7 +587,7 @@ def _seen(token: str) -> str:
 
 def _score(options: argparse.Namespace) -> int:
     text = _text(options.file)
-    asked = {"window": options.window, "stride": options.stride}
+    asked = {"window": options.window, "stride": options.stride, **_reading(options)}
     try:
         score = zoo.perplexity(options.ref, text, progress=_scored, **asked)
     finally:
@@ -565,7 +607,7 @@ def _scored(done: int, count: int) -> None:
 
 
 def _fill(options: argparse.Namespace) -> int:
-    gaps = zoo.fill(options.ref, options.text, top=options.top)
+    gaps = zoo.fill(options.ref, options.text, top=options.top, **_reading(options))
     if options.json:
         print(_json([[guess._asdict() for guess in gap] for gap in gaps]))
         return OK
@@ -580,7 +622,7 @@ def _embed(options: argparse.Namespace) -> int:
     if bool(options.texts) == bool(options.file):
         raise UsageError("embed: either texts or --file")
     texts = options.texts or _lines(_text(options.file))
-    asked = {"normalize": options.normalize, "truncate": options.truncate}
+    asked = {"normalize": options.normalize, "truncate": options.truncate, **_reading(options)}
     vectors = zoo.embed(options.ref, texts, pooling=options.pooling, **asked).tolist()
     for text, vector in zip(texts, vectors, strict=True):
         if options.json:
@@ -619,7 +661,7 @@ def _generate(options: argparse.Namespace) -> int:
     asked = Options.of(_asked(options))  # before weights are looked at
     if options.assistant and asked.num_beams > 1:
         raise UsageError("--assistant: beams do not guess ahead")
-    model = zoo.load(options.ref)
+    model = zoo.load(options.ref, **_reading(options))
     more = {**_asked(options), **_assistant(options, model)}
     asked = Options.of(more)
     several = asked.num_return_sequences > 1 or asked.num_beams > 1
@@ -649,7 +691,7 @@ def _chat(options: argparse.Namespace) -> int:
     from zoo.generation import Options
 
     Options.of(_asked(options))
-    model = zoo.load(options.ref)
+    model = zoo.load(options.ref, **_reading(options))
     talk(model, {**_asked(options), **_assistant(options, model)})
     return OK
 

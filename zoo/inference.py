@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 
 from zoo.components.model import Model
-from zoo.errors import UsageError
+from zoo.errors import UsageError, listing
 from zoo.pretrained import Ref, load
 
 
-def model_of(model: Model | Ref) -> Model:
-    """The model itself, or the one that `zoo.load` finds under a reference."""
+def model_of(model: Model | Ref, **reading: Any) -> Model:
+    """The model itself, or the one that `zoo.load` finds under a reference, read as it is told."""
     if isinstance(model, str | PathLike):
-        return load(model)
+        return load(model, **reading)
+    if reading:
+        raise UsageError(f"{listing(reading)}: the model is loaded already")
     if not isinstance(model, Model):
         raise UsageError(f"expected a model or a reference, found {type(model).__name__}")
     return model

@@ -45,13 +45,15 @@ def convert_file(
     to: str = "native",
     names: Sequence[str] | None = None,
     force: bool = False,
+    config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """The state in `file`, an optimizer's over `src`'s weights, as one over theirs in `to`.
 
     `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
     it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
-    by names in the state, by torch's own file of the weights or by the reference's module.
+    by names in the state, by torch's own file of the weights or by the reference's module. `config`
+    and `options` are as `zoo.load` has them.
     """
     place, found = Path(out), locate(src, **options)
     if place.exists() and not force:
@@ -62,7 +64,7 @@ def convert_file(
         raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
     state = read(Path(file))
     checkpoint = found.checkpoint()
-    model, plan = prove(found, checkpoint, {})
+    model, plan = prove(found, checkpoint, config or {})
     told = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
     if to == "native":
         other = _theirs(found, checkpoint, plan, names or told, Path(file))

@@ -17,7 +17,14 @@ from zoo.components.activations import ACTIVATIONS
 from zoo.components.inputs import check_mask
 from zoo.components.masks import positions_of
 from zoo.components.model import Linear, Model
-from zoo.errors import ConfigError, MissingTensors, ShapeMismatch, UnsupportedArchitecture, listing
+from zoo.errors import (
+    ConfigError,
+    MissingTensors,
+    ShapeMismatch,
+    UnsupportedArchitecture,
+    listing,
+    option,
+)
 from zoo.sources import CONFIG, MODULES, SENTENCE_FILES, module_folders
 
 
@@ -180,7 +187,7 @@ def _step(kind: str, root: Path, folder: str, width: int) -> tuple[nn.Module, in
     if kind not in ("Pooling", "Dense"):
         raise UnsupportedArchitecture(
             f"{root / MODULES}: module {kind!r} is not implemented (only Transformer, Pooling, "
-            "Dense and Normalize). Pass head= for the model without its modules"
+            f"Dense and Normalize). Pass {option('head', ...)} for the model without its modules"
         )
     path = confined(root, f"{folder}/{CONFIG}")
     config = read_json(path, ConfigError)

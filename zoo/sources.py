@@ -26,6 +26,7 @@ from zoo.errors import (
     UsageError,
     ZooError,
     listing,
+    option,
 )
 from zoo.registry import CheckpointEntry, architecture_for, find, named
 
@@ -168,7 +169,7 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
     if config and not named and (path / ADAPTER).exists():
         raise NotACheckpoint(
-            f"{text}: an adapter, and no model. Give its base, and it as adapter= (--adapter)"
+            f"{text}: an adapter, and no model. Give its base, and {option('adapter', str(text))}"
         )
     if config and not named and not any(map(_is_weights, sorted(path.glob("[!.]*")))):
         raise NotACheckpoint(
