@@ -17,6 +17,7 @@ from zoo.errors import (
     NotACheckpoint,
     did_you_mean,
     listing,
+    option,
 )
 
 FIELD = "quantization_config"
@@ -134,10 +135,11 @@ def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation |
         elif key not in read | _IGNORED[method] | {"quant_method"}:
             name, known = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
             if name not in ignore:
+                # programs beside the reference read these, so it does not tell which count
                 near = did_you_mean(key, known) if len(problems) < SUGGESTED else ""
                 problems.append(
                     f"{name}: unknown field.{near} If it does not change what "
-                    f"the numbers stand for, pass ignore_config=({name!r},)"
+                    f"the numbers stand for, pass {option('ignore_config', (name,))}"
                 )
     understand = _integers if method in ("gptq", "awq") else _floats
     how, more = understand(method, said)

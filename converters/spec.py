@@ -278,11 +278,11 @@ class Dialect:
         for key, value in unknown:
             if self._cannot_matter(key, value, reference):
                 continue
-            name, fields, _ = self._scope(key, reference)
-            if name in fields:
+            field_name, fields, _ = self._scope(key, reference)
+            if field_name in fields:
                 told = f"{key}: the reference reads this field, and zoo does not implement it."
             else:
-                told = f"{key}: unknown field.{did_you_mean(name, fields)}"
+                told = f"{key}: unknown field.{did_you_mean(field_name, fields)}"
             way_out = option("ignore_config", (key,))
             problems.append(f"{told} If it does not change inference, pass {way_out}")
         return problems

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import record, registry, sources
-from zoo.errors import ConfigError, NotACheckpoint, ZooError, listing
+from zoo.errors import (
+    ConfigError,
+    NotACheckpoint,
+    UsageError,
+    ZooError,
+    did_you_mean,
+    listing,
+)
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -70,14 +77,26 @@ class Info:
         return asdict(self)
 
 
-def info(ref: str | os.PathLike[str], **where: Any) -> Info:
+def info(
+    ref: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    ignore_config: Sequence[str] = (),
+    **where: Any,
+) -> Info:
     """Of a name what the registry says, offline; of a directory what config and headers say.
 
     Further arguments are those of `zoo.load` that say where from: revision, token, cache_dir …
     """
     if (entry := registry.named(ref)) is not None and not where:
-        return _of_entry(entry)
-    return _of_directory(sources.resolve(ref, weights=False, **where))
+        found = _of_entry(entry)
+    else:
+        found = _of_directory(sources.resolve(ref, weights=False, **where), ignore_config)
+    if head is not None and head not in found.heads:
+        near = did_you_mean(head, found.heads)
+        raise UsageError(f"head={head!r}: {found.architecture} has {listing(found.heads)}.{near}")
+    return replace(found, head=head or found.head, config={**found.config, **(config or {})})
 
 
 def _of_entry(entry: registry.CheckpointEntry) -> Info:
@@ -116,7 +135,7 @@ def _mismatch(source: sources.Source) -> tuple[str, ...]:
         return tuple(error.problems)
 
 
-def _of_directory(source: sources.Source) -> Info:
+def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
     from converters import manifest
     from converters.checkpoint import open_checkpoint
     from converters.strict_json import read_json
@@ -125,7 +144,7 @@ def _of_directory(source: sources.Source) -> Info:
     if source.file is not None or not (
         native.exists() or (source.directory / sources.CONFIG).exists()
     ):
-        return _of_files(source)
+        return _of_files(source, ignore)
     dialect = "native" if native.is_file() else "hf"
     quantised = ""
     if native.is_file():
@@ -187,7 +206,7 @@ def _quantised(config: Mapping[str, Any], directory: Path) -> str:
     return f"not read: {'; '.join(problems)}" if found is None else found.about
 
 
-def _of_files(source: sources.Source) -> Info:
+def _of_files(source: sources.Source, ignore: Sequence[str]) -> Info:
     """Of files without a config.json, whose content says what they are."""
     from converters import manifest
     from converters.dialects import find
@@ -196,7 +215,7 @@ def _of_files(source: sources.Source) -> Info:
     found = find(place)
     if found is None:
         raise NotACheckpoint(f"{place}: no file in it says what it is")
-    fields, problems = found.fields()
+    fields, problems = found.fields(ignore)
     if problems:
         raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))
     said, _ = found.dialect.read_config(found.reference)

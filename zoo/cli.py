@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 import zoo
 from converters.memory import enough
 from zoo import catalog, record, registry
-from zoo.errors import InputError, UsageError, ZooError, did_you_mean, listing
+from zoo.errors import (
+    InputError,
+    UnusedFieldsWarning,
+    UsageError,
+    ZooError,
+    did_you_mean,
+    in_shell,
+    listing,
+)
 from zoo.progress import Shown
 from zoo.sources import is_path
 from zoo.terminal import BOLD, RED, Escaped, has_colour, paint, passing
@@ -47,6 +56,7 @@ def _guarded(arguments: Sequence[str] | None, content: TextIO) -> int:
         writes = options.run in (_generate, _chat)
         way_out = "Take a smaller model, a shorter text or another machine"
         with (
+            _beside_a_shell(),
             enough(options.name, way_out),
             redirect_stdout(content) if writes else nullcontext(),
         ):
@@ -76,6 +86,26 @@ def _check_directory() -> None:
         raise UsageError("the current directory was deleted: cd to another one") from None
 
 
+@contextmanager
+def _beside_a_shell() -> Iterator[None]:
+    """Messages name options as a shell has them, and a warning is one line on standard error."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if not issubclass(category, UnusedFieldsWarning):
+            return before(message, category, *rest)
+        passing("", sys.stderr)
+        print("zoo: warning:", message, file=sys.stderr)
+
+    token = in_shell.set(True)
+    try:
+        with warnings.catch_warnings():
+            before, warnings.showwarning = warnings.showwarning, show  # type: ignore[assignment]
+            warnings.simplefilter("default", UnusedFieldsWarning)
+            yield
+    finally:
+        in_shell.reset(token)
+
+
 def _fail(message: str, code: int) -> int:
     title = paint("zoo: error:", BOLD + RED, has_colour(sys.stderr))
     print(title, message, file=sys.stderr)
@@ -93,10 +123,31 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _add_ref(command: argparse.ArgumentParser) -> None:
+def _add_ref(command: argparse.ArgumentParser, metavar: str = "NAME|PATH") -> None:
     command.add_argument(
-        "ref", metavar="NAME|PATH", help="a name, hf:org/repo@rev, a directory or a file"
+        "ref", metavar=metavar, help="a name, hf:org/repo@rev, a directory or a file"
     )
+    _add_reading(command)
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    """How a checkpoint is read, in every command that takes one."""
+    group = command.add_argument_group("reading the checkpoint")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit  [main]")
+    group.add_argument("--head", help="use this head  [the one that the checkpoint names]")
+    does = "set fields of the config, under native names"
+    group.add_argument("--config", metavar="FIELD=VALUE", type=_pair, help=does, **several)
+    does = "accept these unknown fields of config.json"
+    group.add_argument("--ignore-config", metavar="FIELD", help=does, **several)
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of these, as `zoo.load` takes it."""
+    names = ("revision", "head", "ignore_config")
+    asked = {name: getattr(options, name) for name in names}
+    asked["config"] = None if options.config is None else dict(options.config)
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _add_mmap(command: argparse.ArgumentParser) -> None:
@@ -106,7 +157,7 @@ def _add_mmap(command: argparse.ArgumentParser) -> None:
 
 
 def _loaded(options: argparse.Namespace) -> Model:
-    return zoo.load(options.ref, mmap=options.mmap)
+    return zoo.load(options.ref, mmap=options.mmap, **_reading(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("ref", metavar="NAME|DIR", nargs="?", help="a name or a directory")
     which.add_argument("--all", action="store_true", help="every architecture's tiny variants")
+    _add_reading(command)
     does = "published outputs, of a file or a name, beside the reference or in its place"
     command.add_argument("--golden", metavar="NAME|FILE", help=does)
     command.add_argument(
@@ -176,16 +228,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_ref(command)
     command.add_argument("--text", metavar="FILE", help="that it should foresee; - is stdin")
-    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
-    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
     command.add_argument("--tensors", action="store_true", help="a line each, not each kind")
     command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=_diagnose, failed=USAGE)
 
     command = commands.add_parser("convert", help="write a checkpoint in another layout")
-    command.add_argument(
-        "ref", metavar="SRC", help="a name, hf:org/repo@rev, a directory or a file"
-    )
+    _add_ref(command, "SRC")
     command.add_argument(
         "--to",
         metavar="DIALECT",
@@ -194,15 +242,13 @@ def _parser() -> argparse.ArgumentParser:
         help="hf, meta, gguf, nanogpt, onnx, pt2 … [native]",
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
-    command.add_argument("--head", help="in the place of the one that the checkpoint names")
     how = command.add_mutually_exclusive_group()
     does = "merge in a LoRA of peft's: the one in DIR; without DIR, the one that lies in SRC"
     how.add_argument("--adapter", metavar="DIR", nargs="?", const=True, type=_place, help=does)
     does = "ignore the adapter that lies in SRC: its weights have it merged in already"
     how.add_argument("--no-adapter", dest="adapter", action="store_const", const=False, help=does)
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
-    command.add_argument("--ignore-config", metavar="FIELD", nargs="*", help="let fields pass")
-    command.add_argument("--config", **pair, help="what the files do not say")  # type: ignore[arg-type]
+    pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
     command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     does = "replace the checkpoint in DIR; other files there are kept (default: refuse)"
@@ -223,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert-optimizer",
         help="what a torch optimizer keeps of SRC's weights, as SRC is converted",
     )
-    command.add_argument("ref", metavar="SRC", help="the checkpoint that it was saved with")
+    _add_ref(command, "SRC")
     command.add_argument("file", metavar="FILE", type=_place, help="optimizer.pt, ckpt.pt …")
     command.add_argument(
         "--to", metavar="DIALECT", default="native", help="native, or what SRC becomes  [native]"
@@ -231,7 +277,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE", type=_place, required=True)
     does = "of the side that is not native, a name a line, as its optimizer has them"
     command.add_argument("--names", metavar="FILE", type=_place, help=does)
-    command.add_argument("--head", help="in the place of the one that the checkpoint names")
     does = "replace the optimizer's state in FILE (default: refuse)"
     command.add_argument("--force", action="store_true", help=does)
     command.set_defaults(run=_convert_optimizer)
@@ -441,7 +486,7 @@ def _records(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _info(options: argparse.Namespace) -> int:
-    found = catalog.info(options.ref)
+    found = catalog.info(options.ref, **_reading(options))
     if options.json:
         print(_json(found.to_json()))
         return OK
@@ -486,7 +531,7 @@ def _info(options: argparse.Namespace) -> int:
         from zoo.pretrained import skeleton
 
         print("  modules")
-        print(_indent("\n".join(catalog.tree(skeleton(options.ref))), 4))
+        print(_indent("\n".join(catalog.tree(skeleton(options.ref, **_reading(options)))), 4))
     return OK
 
 
@@ -508,7 +553,8 @@ def _verify(options: argparse.Namespace) -> int:
     known = record.read() if options.html is not None or options.record else {}
     if options.html is not None:
         options.html.mkdir(parents=True, exist_ok=True)
-    report = zoo.verify(options.ref, all=options.all, golden=options.golden, progress=_progress)
+    how = {"all": options.all, "golden": options.golden, "progress": _progress}
+    report = zoo.verify(options.ref, **how, **_reading(options))
     if options.html is not None or options.record:
         from zoo.parity.evidence import gather, of_checkpoints
         from zoo.parity.page import page
@@ -531,7 +577,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     names = ("dtype", "way", "backward", "text", "seed", "diagnose")
-    found = zoo.diff(options.ref, options.other, **{name: getattr(options, name) for name in names})
+    how = {name: getattr(options, name) for name in names}
+    found = zoo.diff(options.ref, options.other, **how, **_reading(options))
     print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
     return OK if found.ok else FAILED
 
@@ -540,8 +587,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     """0 where nothing looks wrong, 1 where something does, 2 where nothing can be read."""
     text = None if options.text is None else _text(options.text)
     try:
-        config = dict(options.config or ())
-        found = zoo.diagnose(options.ref, text=text, config=config, progress=_progress)
+        found = zoo.diagnose(options.ref, text=text, progress=_progress, **_reading(options))
     finally:
         passing("", sys.stderr)
     if options.json:
@@ -557,16 +603,11 @@ def _progress(done: int, count: int, name: str) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    asked = {
-        name: value
-        for name in ("head", "trust", "ignore_config")
-        if (value := getattr(options, name)) is not None
-    }
-    asked |= {
-        name: dict(value)
-        for name in ("config", "layout")
-        if (value := getattr(options, name)) is not None
-    }
+    asked = _reading(options)
+    if options.trust is not None:
+        asked["trust"] = options.trust
+    if options.layout is not None:
+        asked["layout"] = dict(options.layout)
     if options.dry_run:
         from zoo.converting import dry_run
 
@@ -605,8 +646,8 @@ def _convert_optimizer(options: argparse.Namespace) -> int:
     from zoo.optimizer_files import convert_file, read_names
 
     names = options.names and read_names(options.names)
-    how = {"to": options.to, "names": names or None, "force": options.force, "head": options.head}
-    written = convert_file(options.ref, options.file, options.out, **how)
+    how = {"to": options.to, "names": names or None, "force": options.force}
+    written = convert_file(options.ref, options.file, options.out, **how, **_reading(options))
     print(f"{options.file} -> {written} ({options.to})")
     return OK
 
@@ -628,7 +669,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    tokenizer = zoo.tokenizer(options.ref)
+    tokenizer = zoo.tokenizer(options.ref, **_reading(options))
     ids = tokenizer.encode(options.text, special=options.special)
     tokens = [tokenizer.token(id) for id in ids]
     seen = map(_seen, tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,16 @@ def embed(
     normalize: bool = False,
     batch_size: int = 32,
     truncate: bool = False,
+    **reading: Any,
 ) -> Tensor:
     """(texts, d), in their order; what is embedded together does not change it.
 
     The states of real tokens, special ones included, are pooled (`mean`), in fp32 at least. A
     checkpoint with a modules.json has steps of its own, which nothing is added to. A text of more
-    tokens than the model takes is an error; `truncate` cuts it, and keeps its end token.
+    tokens than the model takes is an error; `truncate` cuts it, and keeps its end token. `reading`
+    is as `zoo.load` has it: head, config, ignore_config, revision …
     """
-    model = model_of(model)
+    model = model_of(model, **reading)
     _check(model, texts, pooling, normalize, batch_size)
     body, limit = model, model.config.limit
     if not isinstance(model, SentenceModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,13 +20,14 @@ class Guess(NamedTuple):
     probability: float
 
 
-def fill(model: Model | Ref, text: str, *, top: int = 5) -> list[list[Guess]]:
+def fill(model: Model | Ref, text: str, *, top: int = 5, **reading: Any) -> list[list[Guess]]:
     """For each mask in a text, in order, the `top` tokens for it, the likeliest first.
 
     Masks are written as the checkpoint's tokenizer names them ([MASK], <mask>); other special
     tokens in the text are such too. Each mask is filled for itself, as the others stay hidden.
+    `reading` is as `zoo.load` has it: head, config, ignore_config, revision …
     """
-    model = model_of(model)
+    model = model_of(model, **reading)
     if not any(isinstance(part, MaskedLMHead) for part in model.children()):
         more = ". Load it with head='masked_lm'" if "masked_lm" in model.heads else ""
         raise UsageError(f"{called(model)}: only a masked LM fills gaps{more}")

@@ -603,6 +603,9 @@ class Text(NamedTuple):
     logprobs: list[float]
 
 
+READING = ("head", "config", "ignore_config", "revision")  # options that are zoo.load's
+
+
 def generate_text(
     model: Model | str | PathLike[str],
     prompt: str | Sequence[str],
@@ -615,12 +618,13 @@ def generate_text(
     """What follows a text; of several texts, or samples, a list. Options are those of `m.generate`.
 
     Where neither they nor the checkpoint's generation_config.json set a length, 100 new tokens.
+    Of a reference also head, config, ignore_config and revision, as `zoo.load` has them.
 
     `stream=True` gives an iterator over pieces of the text, each as soon as its characters are
     whole; `return_logprobs=True` gives `Text`s. Texts end before a stop string. `special`: special
     tokens in the prompt are such.
     """
-    model = model_of(model)
+    model = model_of(model, **{name: options.pop(name) for name in READING if name in options})
     if not isinstance(prompt, Iterable):
         raise InputError(f"expected a text, or several, found {type(prompt).__name__}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)

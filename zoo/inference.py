@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,12 @@ from zoo.errors import SourceChanged, UsageError, listing
 from zoo.pretrained import Ref, load
 
 
-def model_of(model: Model | Ref) -> Model:
-    """The model itself, its files as they were; or the one that `zoo.load` finds."""
+def model_of(model: Model | Ref, **reading: Any) -> Model:
+    """The model itself, its files as they were; or the one that `zoo.load` finds, read as told."""
     if isinstance(model, str | PathLike):
-        return load(model)
+        return load(model, **reading)
+    if reading:
+        raise UsageError(f"{listing(reading)}: the model is loaded already")
     if not isinstance(model, Model):
         raise UsageError(f"expected a model or a reference, found {type(model).__name__}")
     check_sources(model)

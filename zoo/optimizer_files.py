@@ -49,6 +49,7 @@ def convert_file(
     to: str = "native",
     names: Sequence[str] | None = None,
     force: bool = False,
+    config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """The state in `file`, an optimizer's over `src`'s weights, as one over theirs in `to`.
@@ -56,7 +57,8 @@ def convert_file(
     `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
     it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
     by names in the state, by torch's own file of the weights or by the reference's module. `force`
-    replaces an optimizer's state that is at `out`, and no other file.
+    replaces an optimizer's state that is at `out`, and no other file. `config` and `options` are
+    as `zoo.load` has them.
     """
     file, place = _path(file, "file"), _path(out, "out")
     if names is not None:
@@ -64,7 +66,7 @@ def convert_file(
     if not file.is_file():
         read(file)  # which says what it is instead
     with staged_file(place, partial(_replaced, file, force), size=file.stat().st_size) as stream:
-        _save(_converted(src, file, to, names, options), stream)
+        _save(_converted(src, file, to, names, config, options), stream)
     return place
 
 
@@ -94,7 +96,12 @@ def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
 
 
 def _converted(
-    src: Ref, file: Path, to: str, names: Sequence[str] | None, options: Mapping[str, Any]
+    src: Ref,
+    file: Path,
+    to: str,
+    names: Sequence[str] | None,
+    config: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     found = locate(src, **options)
     if to not in ("native", *found.spec.dialects):
@@ -103,7 +110,7 @@ def _converted(
         raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
     state = read(file)
     checkpoint = found.checkpoint()
-    model, plan = prove(found, checkpoint, {})
+    model, plan = prove(found, checkpoint, config or {})
     told = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
     if to == "native":
         other = _theirs(found, checkpoint, plan, names or told, file)

@@ -456,9 +456,15 @@ def load_directory(
     return fill(found._replace(entry=entry, spec=spec or found.spec), **changes)
 
 
-def skeleton(ref: Ref, *, head: str | None = None, **where: Any) -> Model:
+def skeleton(
+    ref: Ref,
+    *,
+    head: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    **where: Any,
+) -> Model:
     """The model on the meta device: names and shapes, no weights."""
-    return skeleton_of(locate(ref, head=head, weights=False, **where))
+    return skeleton_of(locate(ref, head=head, weights=False, **where), config)
 
 
 def skeleton_of(found: Located, changes: Mapping[str, Any] | None = None) -> Model:

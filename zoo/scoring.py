@@ -60,14 +60,16 @@ def perplexity(
     stride: int | None = None,
     bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **reading: Any,
 ) -> Score:
     """Of a text, or of ids as they are, of any length; each token is scored once.
 
     A `window` of tokens (all positions of the model) moves on by `stride` (half of it), and what
     is new in it is scored: after at least `window - stride` tokens. The first token of all has
     nothing before it and is not scored, unless the tokenizer puts one there, or `bos=True` does.
+    `reading` is as `zoo.load` has it: head, config, ignore_config, revision …
     """
-    model = model_of(model)
+    model = model_of(model, **reading)
     if not isinstance(model, Decoder) or model.config.head != "lm":
         raise UsageError(
             f"{called(model)}: only a decoder with head 'lm' gives each token a probability "

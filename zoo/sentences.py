@@ -24,6 +24,7 @@ from zoo.errors import (
     ShapeMismatch,
     UnsupportedArchitecture,
     listing,
+    option,
 )
 from zoo.finite import at, first_where
 from zoo.sources import CONFIG, MODULES, SENTENCE_FILES, module_folders
@@ -195,7 +196,7 @@ def _step(kind: str, root: Path, folder: str, width: int) -> tuple[nn.Module, in
     if kind not in ("Pooling", "Dense"):
         raise UnsupportedArchitecture(
             f"{root / MODULES}: module {kind!r} is not implemented (only Transformer, Pooling, "
-            "Dense and Normalize). Pass head= for the model without its modules"
+            f"Dense and Normalize). Pass {option('head', ...)} for the model without its modules"
         )
     path = confined(root, f"{folder}/{CONFIG}")
     config = read_json(path, ConfigError)

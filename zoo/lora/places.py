@@ -12,7 +12,7 @@ from converters.execute import backward
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, Step, make_plan, target_names
 from converters.spec import Dialect
-from zoo.errors import PlanError, SpecError, did_you_mean
+from zoo.errors import PlanError, SpecError, did_you_mean, option
 from zoo.fitting import spec_of
 
 
@@ -65,7 +65,7 @@ class Places:
         if found is None:
             near = did_you_mean(bare, self._at)
             if any(rule.source.name.match(bare) is not None for rule in self.dialect.heads):
-                near = f" It is of another head than {self.head}: pass head="
+                near = f" It is of another head than {self.head}: pass {option('head', ...)}"
             raise PlanError(f"{name}: the model has nothing of that name.{near}")
         plan, step, n = found
         return plan.header[step.sources[n]], step, n

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoo.parity.report import Published, Report, Row
 
@@ -31,6 +31,8 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
     golden: str | PathLike[str] | None = None,
+    revision: str | None = None,
+    **reading: Any,
 ) -> Report:
     """The whole protocol: an architecture by its variants, a checkpoint as it is and redrawn hot.
 
@@ -38,6 +40,8 @@ def verify(
     `all` is every architecture; `variants` picks some of them by name. `golden` is a file of
     outputs that a checkpoint's authors published, or the name of the checkpoint that the registry
     has one for: it is held against the model too, or alone where no reference reads the checkpoint.
+    `revision` and `reading` (head, config, ignore_config) say how a checkpoint is read, as
+    `zoo.load` has them; a head's reference class is read beside it.
     """
     from zoo.errors import UsageError, did_you_mean
     from zoo.parity.golden import find
@@ -50,7 +54,9 @@ def verify(
     published = find(golden, ref)
     if published is None:
         transformers()  # the fix for its absence is said before anything else
-    jobs = _jobs(ref, published)
+    if (reading or revision) and ref is None:
+        raise UsageError("head, config, ignore_config, revision: of one checkpoint, and not of all")
+    jobs = _jobs(ref, published, revision, reading)
     if variants is not None:
         known = [job.name.rpartition("/")[2] for job in jobs]
         if odd := [name for name in variants if name not in known]:
@@ -83,6 +89,7 @@ class Job:
     directory: Path | None = None
     golden: Golden | None = None
     published: Published | None = None  # where its weights are those of a named checkpoint
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads `directory`
 
 
 def variant_job(entry: Architecture, variant: str) -> Job:
@@ -94,7 +101,12 @@ def variant_job(entry: Architecture, variant: str) -> Job:
     return Job(f"{entry.name}/{variant}", entry.variants[variant]["class"], write)
 
 
-def _jobs(ref: str | PathLike[str] | None, golden: Golden | None) -> list[Job]:
+def _jobs(
+    ref: str | PathLike[str] | None,
+    golden: Golden | None,
+    revision: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+) -> list[Job]:
     from zoo import registry, sources
     from zoo.errors import Offline
 
@@ -105,7 +117,7 @@ def _jobs(ref: str | PathLike[str] | None, golden: Golden | None) -> list[Job]:
         return jobs
     try:
         # a proof never downloads gigabytes unasked
-        source = sources.resolve(ref, local_files_only=True)
+        source = sources.resolve(ref, local_files_only=True, revision=revision)
         sources.check_no_adapter(source)
     except Offline as error:
         if entries:
@@ -116,13 +128,14 @@ def _jobs(ref: str | PathLike[str] | None, golden: Golden | None) -> list[Job]:
         ) from error
     name = str(ref) if source.repo else (source.file or source.directory.resolve()).name
     if golden is not None:
-        jobs.append(Job(name, "", directory=source.file or source.directory, golden=golden))
+        place = source.file or source.directory
+        jobs.append(Job(name, "", directory=place, golden=golden, reading=reading or {}))
         if not (source.directory / "config.json").is_file() or source.file is not None:
             return jobs  # it stands in the place of the reference
-    return jobs + _checkpoint_jobs(source, name)
+    return jobs + _checkpoint_jobs(source, name, reading or {})
 
 
-def _checkpoint_jobs(source: Source, name: str) -> list[Job]:
+def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> list[Job]:
     from converters.checkpoint import read_json
     from zoo import registry
     from zoo.errors import ConfigError, UsageError
@@ -141,7 +154,9 @@ def _checkpoint_jobs(source: Source, name: str) -> list[Job]:
             f"{directory}: quantised, and the reference computes in other numbers than those it "
             f"stands for. Run: zoo convert {directory} --to hf --out DIR, and verify DIR"
         )
-    _, reference_class = registry.architecture_for(config, str(path))
+    entry, reference_class = registry.architecture_for(config, str(path))
+    if (head := reading.get("head")) is not None:
+        reference_class = next((c for c, heads in entry.heads.items() if head in heads), None)
     if reference_class is None:
         raise ConfigError(f"{path}: 'architectures' names no class for the reference to load")
 
@@ -149,10 +164,11 @@ def _checkpoint_jobs(source: Source, name: str) -> list[Job]:
         write_like(directory, copy, reference_class, seed=seed)
 
     published = None
-    if (named := source.checkpoint) is not None and source.repo and source.revision:
+    named = None if reading else source.checkpoint  # read otherwise, it is another model
+    if named is not None and source.repo and source.revision:
         published = Published(named.name, source.repo, source.revision)
     return [
-        Job(name, reference_class, directory=directory, published=published),
+        Job(name, reference_class, directory=directory, reading=reading, published=published),
         Job(f"{name}, hot", reference_class, write),
     ]
 
@@ -167,7 +183,7 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
     with _checkpoint(job, seed) as directory:
         if job.golden is not None:
             try:
-                yield job.golden.row(job.name, load(directory, modules=False))
+                yield job.golden.row(job.name, load(directory, modules=False, **job.reading))
             except Exception as error:
                 yield _broken(job.name, "golden", error)
             return
@@ -179,7 +195,9 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
             yield _broken(job.name, "reference", error)
             return
         subject = Subject(
-            job.name, truth, lambda dtype: load(directory, dtype=dtype, modules=False)
+            job.name,
+            truth,
+            lambda dtype: load(directory, dtype=dtype, modules=False, **job.reading),
         )
         try:
             subject.model(None)

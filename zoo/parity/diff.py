@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ def diff(
     text: str | None = None,
     seed: int = 0,
     diagnose: bool = True,
+    **reading: Any,
 ) -> Difference:
     """Both models on the same tokens; the first module whose output leaves the noise, and why.
 
@@ -41,7 +43,8 @@ def diff(
     in its own form (by default of the one that `ours` was read from), another native model, or any
     module whose parameters have the names of some dialect. `way` is "whole", "padded", "cached"
     or "unmasked": with padding tokens that no mask hides. Where they part, `diagnose` looks for
-    the causes: in fp64, where rounding hides none.
+    the causes: in fp64, where rounding hides none. `reading` says how `ours` is read, as
+    `zoo.load` has it: head, config, ignore_config, revision …
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -50,7 +53,7 @@ def diff(
     if type(seed) is not int or not 0 <= seed < 1 << 62:
         raise UsageError(f"seed={seed!r}: expected a whole number from 0 to {(1 << 62) - 1}")
     kind = dtype_of(dtype) or torch.float64
-    model = _native(ours, kind)
+    model = _native(ours, kind, **reading)
     if way == "cached" and not _remembers(model):
         told = f"a {model.architecture} with head {model.config.head!r} keeps no cache"
         raise UsageError(f"way='cached': {told}. Leave the way out, or ask for 'padded'")
@@ -80,9 +83,11 @@ def _causes(comparison: Comparison, difference: Difference) -> list[Cause]:
     return diagnosed(comparison, in_full)
 
 
-def _native(ref: Ref | Model, dtype: torch.dtype) -> Model:
+def _native(ref: Ref | Model, dtype: torch.dtype, **reading: Any) -> Model:
     if not isinstance(ref, nn.Module):
-        return load(ref, dtype=dtype, modules=False)
+        return load(ref, dtype=dtype, modules=False, **reading)
+    if reading:
+        raise UsageError(f"{listing(reading)}: the first model is loaded already")
     if not isinstance(ref, Model):
         raise UsageError(
             f"{type(ref).__name__}: the first model is native; hold it against this one"

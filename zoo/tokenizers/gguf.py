@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.formats.gguf import Value
-from zoo.errors import BadTokenizer, LossyExport
+from zoo.errors import BadTokenizer, LossyExport, option
 from zoo.tokenizers import bytelevel, llama2c
 from zoo.tokenizers.bytelevel import PATTERNS
 from zoo.tokenizers.fast import lower_case, words_of
@@ -291,7 +291,7 @@ def _unsayable(where: Any, why: str) -> LossyExport:
     path = next(iter(where.values())).parent if isinstance(where, Mapping) else where
     return LossyExport(
         f"{path}: a vocabulary that GGUF cannot say: {why}. To write the weights without it: "
-        'layout={"vocabulary": 0} (--layout vocabulary=0)'
+        f"{option('layout', {'vocabulary': 0})}"
     )
 
 

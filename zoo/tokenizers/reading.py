@@ -39,12 +39,16 @@ TEKKEN = "tekken.json"
 QWEN = "qwen.tiktoken"
 T5_EXTRA_IDS = 100  # where the config says nothing else
 
+_OF_MODELS = ("head", "config", "ignore_config")  # options of zoo.load
+
 
 def tokenizer(ref: Ref, **where: Any) -> Tokenizer:
     """The tokenizer behind a registry name, `hf:org/repo@revision` or a directory.
 
-    `where` is as `zoo.load` has it: revision, token, cache_dir, local_files_only.
+    `where` is as `zoo.load` has it: revision, token, cache_dir, local_files_only; no tokenizer
+    depends on head, config and ignore_config.
     """
+    where = {name: value for name, value in where.items() if name not in _OF_MODELS}
     found = sources.resolve(ref, weights=False, config=False, **where)
     return read(found.file or found.directory)
 
