@@ -47,6 +47,7 @@ _PAGE = 4 << 10
 _TURN = 512 << 10  # and turned at a time
 _SLAB = 6 << 20  # read at a time, by all threads together: the wider, the longer the runs of a
 # matrix that is turned while it is read
+_FEW = 16 << 10
 _LARGE = 64 << 10  # bytes of a tensor that no other is like by chance
 
 Tell = Callable[[dict[str, Any]], None]
@@ -479,7 +480,9 @@ class _Look:
             return
         # a sum is finite if all of its terms are, but for a few that are too large together
         wide = torch.float64 if piece.dtype == torch.float64 else torch.float32
-        total = piece.sum(dtype=wide).item()
+        # torch widens all of what it sums before it does, so narrow numbers go by a few at a time
+        parts = (piece,) if piece.dtype == wide else piece.reshape(-1).split(_FEW)
+        total = sum(part.sum(dtype=wide).item() for part in parts)
         if total != 0 or (self.zero and piece.any().item()):
             self.zero = False
         if total - total != 0:

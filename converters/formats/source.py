@@ -29,6 +29,8 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 
 _CHUNK = 256 << 10  # bytes read at a time where they are not kept: they stay in the cache
 
+_GAP = 16 << 10  # bytes that are read sooner than a further call is made that leaves them out
+
 Stamp = tuple[int, int, int, int]
 
 
@@ -89,7 +91,7 @@ class SourceFile:
         if across == width:
             self._read(start, memory)
             return out
-        if 2 * across >= width:  # to read what lies between is faster than to leave it out
+        if row - wide <= _GAP:
             step = min(height, max(1, _CHUNK // row))
             whole = _apart(step, width, out.dtype)
             room = _memory_of(whole)
