@@ -240,7 +240,7 @@ def test_a_shard_that_lacks_a_replicated_tensor_is_refused(
 def test_meta_without_params(fixtures: Path, tmp_path: Path) -> None:
     """Meta's names and shapes as others made them, and nothing beside."""
     source = fixtures / "meta" / "tiny_fair_checkpoint.pt"
-    with pytest.raises(ConfigError, match=r"nothing says n_heads .*--config n_heads=…"):
+    with pytest.raises(ConfigError, match=r"nothing says n_heads .*config=\{'n_heads': …"):
         zoo.load(source)
     model = zoo.load(source, config={"n_heads": 4})
     c = model.config
@@ -451,7 +451,7 @@ def test_book(gpt2: Any, tmp_path: Path, biased: bool, nested: bool) -> None:
             state[f"{mine}norm{k}.shift"] = tensors[f"{theirs}ln_{k}.bias"]
     path = tmp_path / "gpt.pth"
     torch.save({"model_state_dict": state, "optimizer_state_dict": {}} if nested else state, path)
-    with pytest.raises(ConfigError, match=r"nothing says n_heads .*--config n_heads=…"):
+    with pytest.raises(ConfigError, match=r"nothing says n_heads .*config=\{'n_heads': …"):
         zoo.load(path)
     model = zoo.load(path, config={"n_heads": 4})
     expected = zoo.load(hf)
@@ -932,7 +932,7 @@ def test_heads_are_never_guessed(tmp_path: Path) -> None:
     torch.save(held, path)
     with pytest.raises(ConfigError, match=r"nothing says n_head .*model_args"):
         zoo.load(path)
-    with pytest.raises(ConfigError, match=r"--config n_head=…\), and not n_heda"):
+    with pytest.raises(ConfigError, match=r"config=\{'n_head': …\}, and not n_heda"):
         zoo.load(path, config={"n_heda": 4})
     assert zoo.load(path, config={"n_head": 4}).config.heads == 4
 
@@ -953,7 +953,6 @@ def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path
     ("data", "told"),
     [
         (b"", "found an empty file"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "found torch's format from befo"),
         (struct.pack("<Q", 2) + b"{}", "found what looks like safetensors: give the directory"),
         (b'{"dim": 8}', "found what looks like JSON"),
         (b"\xff" * 64, r"found a file that begins with b'\\xff"),

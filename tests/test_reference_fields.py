@@ -136,6 +136,22 @@ def test_other_keys_of_rope_scaling_are_refused(more: dict[str, Any], told: str)
     assert [p for p in problems if p.startswith(told)]
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *((name, "rope_theta") for name in ("llama", "mistral", "mixtral", "qwen2", "gemma2")),
+        *(("falcon", "rope_theta"), ("neox", "rotary_emb_base"), ("neox", "rope_theta")),
+    ],
+)
+def test_two_bases_of_rotary_that_differ_are_refused(name: str, field: str) -> None:
+    """The reference takes one of them without a word."""
+    said = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    problems, _ = audit(name, **said, **{field: 10000.0})
+    assert len(problems) == 1 and "differ, and only one of them can count" in problems[0]
+    assert field in problems[0] and "rope_parameters.rope_theta" in problems[0]
+    assert audit(name, **said, **{field: 500000})[0] == []
+
+
 def test_an_architecture_without_a_list_refuses_every_unknown_field() -> None:
     """MobileLLM's code lies in its repositories, and what that reads is not derived."""
     problems, unused = audit("mobilellm", license="mit")

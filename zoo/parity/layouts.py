@@ -29,7 +29,8 @@ def layouts(subject: Subject) -> Iterator[Row]:
     truth, model = subject.truth, subject.model(None)
     checkpoint = open_checkpoint(truth.directory)
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.tensors}
-    forms = dict(renamings(tensors, model.provenance.plan, truth.reference_class))
+    head = model.config.head
+    forms = dict(renamings(tensors, model.provenance.plan, truth.reference_class, head))
     problems = []
     with TemporaryDirectory() as scratch:
         places = {form: Path(scratch, form) for form in (*forms, "shards", "bin")}
@@ -62,7 +63,9 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def renamings(tensors: Tensors, plan: Any, reference_class: str) -> Iterator[tuple[str, Tensors]]:
+def renamings(
+    tensors: Tensors, plan: Any, reference_class: str, head: str
+) -> Iterator[tuple[str, Tensors]]:
     """The same tensors under the other names that the spec says they may have."""
     dialect: Dialect = plan.dialect
     prefix = dialect.prefix
@@ -80,11 +83,13 @@ def renamings(tensors: Tensors, plan: Any, reference_class: str) -> Iterator[tup
         if second is not None and owner in disk and second not in tensors:
             both[second] = tensors[disk[owner]]
             other[second] = other.pop(disk[owner])
+    every = registry.architectures().values()
+    heads = next(e.heads[reference_class] for e in every if reference_class in e.heads)
     if both.keys() != tensors.keys():
         yield "tied-both", both
-        yield "tied-other", other
-    heads = next(e.heads for e in registry.architectures().values() if reference_class in e.heads)
-    if len(heads[reference_class]) > 1:
+        if head == heads[0]:  # of a head that may also be untied, the other name alone is that one
+            yield "tied-other", other
+    if len(heads) > 1:
         spare = {
             name
             for step in plan.steps
