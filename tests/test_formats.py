@@ -27,6 +27,7 @@ from converters.formats import (
     open_regular,
     torch_dtype,
     torch_pickle,
+    torch_zip,
 )
 from converters.formats.safetensors import (
     SafetensorsReader,
@@ -695,6 +696,22 @@ def test_one_element_past_a_storage_is_refused(tmp_path: Path, offset: int, fits
     else:
         with pytest.raises(CorruptCheckpoint, match=rf"from {offset} on, .* beyond the 48 bytes"):
             TorchZipReader(odd)
+
+
+def test_a_nested_checkpoint_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many values and levels as the limits say, and not one more."""
+
+    def nested(levels: int) -> dict[object, object]:
+        return {"a": nested(levels - 1)} if levels else {}
+
+    monkeypatch.setattr(torch_zip, "MAX_VALUES", 5)
+    monkeypatch.setattr(torch_zip, "MAX_DEPTH", 3)
+    at_limit: dict[object, object] = {"a": [1, 2, 3], "b": 4}
+    assert torch_zip._flattened(tmp_path, at_limit) == ({}, at_limit)
+    assert torch_zip._flattened(tmp_path, nested(3)) == ({}, nested(3))
+    for value in ({"a": [1, 2, 3, 4], "b": 5}, nested(4)):
+        with pytest.raises(ResourceLimit, match="deeper than 3 levels, or over 5 values"):
+            torch_zip._flattened(tmp_path, value)
 
 
 def test_values_that_are_no_tensors_are_named(tmp_path: Path) -> None:
