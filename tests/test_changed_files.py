@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -157,6 +158,16 @@ def test_a_model_saved_where_it_was_loaded_goes_on(directory: Path) -> None:
         model.generate(IDS, max_new_tokens=1)
         assert model.provenance.hashes != hashes
         assert torch.equal(zoo.load(directory)(IDS), model(IDS))
+
+
+def test_a_model_whose_directory_is_gone_can_be_saved(directory: Path, tmp_path: Path) -> None:
+    model = zoo.load(directory)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shutil.rmtree(directory)
+    with pytest.warns(UserWarning, match="gone since the model was loaded"):
+        zoo.save(model, tmp_path / "out")
+    again = dict(zoo.load(tmp_path / "out").named_parameters())
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("dialect", ["hf", "gguf", "nanogpt"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -247,6 +248,10 @@ def _with_zeros(
 
 def _carried(model: Model) -> dict[str, Path]:
     if (provenance := model.provenance) is None:
+        return {}
+    if not (place := provenance.file or provenance.directory).exists():
+        told = "gone since the model was loaded. Weights and config are written, no tokenizer"
+        warnings.warn(f"{place}: {told}", stacklevel=4)
         return {}
     dialect = load_spec(_entry(model).spec).dialects.get(provenance.origin.dialect)
     container = None if dialect is None else dialect.container
