@@ -90,7 +90,7 @@ def _explained(data: bytes, error: Exception) -> str:
     try:
         codes = [(code.name, arg) for code, arg, _ in pickletools.genops(data)]
     except Exception as why:  # likewise
-        return f"its pickle is damaged: {why}"
+        return f"it holds no pickle, or a damaged one: {why}"
     if odd := sorted({name for name, _ in codes} & _HIDDEN):
         words = [str(arg) for name, arg in codes if "UNICODE" in name]
         return (
