@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from converters.strict_yaml import read_yaml
 from zoo.errors import SpecError, did_you_mean
@@ -14,6 +13,13 @@ PATH = Path(__file__).with_suffix(".yaml")
 SHARED, ROPE = "every model", "rope"  # lists that belong to no single architecture
 INNER = ("rope_parameters", "rope_scaling")  # objects whose keys the list `rope` holds
 _ALIKE = 0.8  # of a name's letters: n_haed for n_head
+# published names that are close to a field which is read, and are no misspelling of it
+_NOISE = frozenset(
+    {
+        "sliding_window_size",  # gemma-2-9b says it beside sliding_window
+        *("attention_probs_dropout_prob", "hidden_dropout_prob"),  # gpt-neox-20b, in BERT's words
+    }
+)
 
 
 @cache
@@ -21,10 +27,6 @@ def reference_fields() -> dict[str, frozenset[str]]:
     return {name: frozenset(fields) for name, fields in read_yaml(PATH, SpecError).items()}
 
 
-def cannot_matter(field: str, known: Iterable[str], beside: Mapping[str, Any]) -> bool:
-    """Whether a field is neither one of the `known` nor one of them misspelt.
-
-    A name that is close to a known field which stands `beside` it is no misspelling of that.
-    """
-    known = set(known)
-    return field not in known and not did_you_mean(field, known - beside.keys(), _ALIKE)
+def cannot_matter(field: str, known: Collection[str]) -> bool:
+    """Whether a field is neither one of the `known` nor one of them misspelt."""
+    return field not in known and (field in _NOISE or not did_you_mean(field, known, _ALIKE))

@@ -236,23 +236,20 @@ class Dialect:
         known = self._mapped | self.ignore | ignore | self.require.keys()
         return [(key, value) for key, value in flat.items() if key not in known]
 
-    def _scope(
-        self, key: str, reference: Mapping[str, Any]
-    ) -> tuple[str, Iterable[str], Mapping[str, Any]]:
-        """(a field's own name, names of the fields known where it stands, what stands beside it)"""
+    def _scope(self, key: str, reference: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
+        """(a field's own name, names of the fields known where it stands)"""
         outer, _, inner = key.rpartition(".")
         if self.reference and outer in INNER and key not in reference:
-            return inner, reference_fields()[ROPE], reference[outer]
-        return key, self._fields(), reference
+            return inner, reference_fields()[ROPE]
+        return key, self._fields()
 
     def _cannot_matter(self, key: str, value: Any, reference: Mapping[str, Any]) -> bool:
         if not self.reference:
             return False
-        name, known, beside = self._scope(key, reference)
-        # an object beside rotary's own keys is a scaling for some of the layers
-        return not (beside is not reference and isinstance(value, dict)) and cannot_matter(
-            name, known, beside
-        )
+        name, known = self._scope(key, reference)
+        if name != key and isinstance(value, dict):
+            return False  # beside rotary's own keys, a scaling for some of the layers
+        return cannot_matter(name, known)
 
     def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
         problems = []
@@ -278,7 +275,7 @@ class Dialect:
         for key, value in unknown:
             if self._cannot_matter(key, value, reference):
                 continue
-            field_name, fields, _ = self._scope(key, reference)
+            field_name, fields = self._scope(key, reference)
             if field_name in fields:
                 told = f"{key}: the reference reads this field, and zoo does not implement it."
             else:

@@ -458,7 +458,7 @@ def test_what_does_not_load_is_looked_at_nevertheless(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_hidden_layers", 6), ("vocab_size", 500), ("num_attention_heads", 7), ("no_such", 1)],
+    [("num_hidden_layers", 6), ("vocab_size", 500), ("num_attention_heads", 7), ("pruned_head", 1)],
 )
 def test_a_config_that_contradicts_the_tensors(field: str, value: int, tmp_path: Path) -> None:
     directory = edited(tmp_path, lambda tensors, config: config.update({field: value}))

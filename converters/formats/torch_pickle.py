@@ -110,7 +110,7 @@ def _explained(data: bytes, error: Exception) -> str:
             elif "UNICODE" in code.name:
                 words.append(str(arg))
     except Exception as why:  # likewise
-        return f"its pickle is damaged: {why}"
+        return f"it holds no pickle, or a damaged one: {why}"
     if odd:
         return (
             f"its pickle names what it needs by {', '.join(sorted(odd))}, as torch.save does not; "
