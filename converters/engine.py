@@ -209,10 +209,10 @@ class _Run:
         self.left = {shard.name: len(shard.items) for shard in output.shards}
         self.sums: dict[str, dict[str, int]] = {shard.name: {} for shard in output.shards}
         self.buffers = threading.local()
-        share = options.memory // (2 * options.workers)
-        self.turn = max(64 << 10, min(_TURN, share))
+        each = options.memory // options.workers  # for two buffers, and what is read at a time
+        self.turn = max(64 << 10, min(_TURN, each // 3 // _PAGE * _PAGE))
         self.copy = min(_COPY, self.turn)
-        self.slab = max(self.turn, min(_SLAB // options.workers, share))
+        self.slab = max(self.turn, min(_SLAB // options.workers, each - 2 * self.turn))
 
     def run(self) -> Report:
         try:

@@ -175,7 +175,7 @@ SPECS_READ_WRONG = [
             ("init_std: initializer_factor", "init_std: layer_norm_epsilon"),
         ),
         r"out encoder\.blocks\.0\.norm1$",
-        r"restored if eps is 0\.001. It is read by line 42 .* as layer_norm_epsilon",
+        r"restored if eps is 0\.001. It is read by line 41 .* as layer_norm_epsilon",
         "gated-own-head",
     ),
     Case(
