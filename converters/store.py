@@ -135,15 +135,17 @@ def resumable(
     job: str,
     replaces: Replaces = refuse_all,
     *,
+    sources: str = "",
     restart: bool = False,
     size: int = 0,
 ) -> Iterator[Stage]:
     """As `staged`, but a run that is killed or interrupted or whose disk fails leaves what it has.
 
-    The next run of the same `job` is given it. A run that is refused leaves what others have.
+    The next run of the same `job` is given it. Where that was killed after it published, it is
+    done if its `sources` are the same too. A run that is refused leaves what others have.
     """
     place, made, said = _place(destination), list[Path](), _Said(_place(destination))
-    partial = _beside(place, "partial")
+    partial, of = _beside(place, "partial"), f"{job} {sources}"
     with said, _parents(place, made), _locked(place) as lock:
         entries = lock.read()
         lock.keep = _begun(entries)
@@ -151,10 +153,12 @@ def resumable(
         _beside(place, "publish").unlink(missing_ok=True)  # of parts, of which none runs now
         if _is_published(place, entries):  # killed after the last rename
             _remove(partial)
-            stage = Stage(place, lock, entries)
-            stage.published = lock.done = True
-            yield stage
-            return
+            if entries[-1].get("of") == of:
+                stage = Stage(place, lock, entries)
+                stage.published = lock.done = True
+                yield stage
+                return
+            entries = []  # of another job, which is done
         _check_replaced(place, replaces)
         _clear_parts(place, _journals(place), restart)
         mine = not restart and bool(entries) and entries[0].get("job") == job
@@ -172,7 +176,7 @@ def resumable(
         try:
             yield stage
             _sync(partial)
-            _publish(partial, place, lock, replaces)
+            _publish(partial, place, lock, replaces, of)
         except RESUMED:
             raise
         except BaseException:  # the same command would fail again
@@ -344,11 +348,13 @@ def _check_replaced(place: Path, replaces: Replaces) -> None:
     for name, is_directory in _kept(place, _replaced(place, replaces)):
         path = place / name
         try:
-            if not is_directory:
-                os.link(path, trial, follow_symlinks=False)
+            if is_directory:
+                status = os.lstat(path)
+                if status.st_uid != os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
+                    raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            elif os.lstat(path).st_nlink == 1:  # else it can be linked, and may be a source too,
+                os.link(path, trial, follow_symlinks=False)  # whose ctime a link would move
                 os.unlink(trial)
-            elif os.lstat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
-                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             problems.append(f"{name} ({error.strerror})")
     if problems:
@@ -542,7 +548,7 @@ class Shared(Stage):
             _sync(self.path)
             publish.keep = True
             try:
-                _publish(self.path, self.place, publish, replaces)
+                _publish(self.path, self.place, publish, replaces, job)
             except OutputExists:
                 publish.keep = False
                 raise
@@ -584,7 +590,7 @@ def shared(
         with _locked(place, "publish", fcntl.LOCK_EX) as publish:
             begun = publish.read()
             publish.keep = bool(begun)
-            if _is_published(place, begun):  # killed after the last rename
+            if _is_published(place, begun) and begun[-1].get("of") == job:  # killed after it
                 _tidy(place, begun)
                 stage.published = whole.done = lock.done = True
             elif not restart and same(place):
@@ -724,14 +730,14 @@ def _fsync(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def _publish(partial: Path, place: Path, lock: _Lock, replaces: Replaces) -> None:
+def _publish(partial: Path, place: Path, lock: _Lock, replaces: Replaces, of: str = "") -> None:
     """`lock` notes which directories change places, so that a run after a kill knows them."""
     replaced, aside = _replaced(place, replaces), _beside(place, "replaced")
     if _is_directory(place):
         _link_kept(place, partial, replaced)
     old = place.lstat().st_ino if os.path.lexists(place) else None
     note = {"publishing": partial.lstat().st_ino, "old": old, "replaced": sorted(replaced)}
-    lock.append(note)
+    lock.append({**note, "of": of})
     os.fsync(lock.fd)
     lock.keep = True
     if not os.path.lexists(place) or _is_empty(place):

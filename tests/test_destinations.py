@@ -1,5 +1,6 @@
 """What a new checkpoint replaces at its destination, and what it never does."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -404,3 +405,35 @@ def test_what_another_writer_made_needs_force(model: Model, source: Path, tmp_pa
     ):
         with pytest.raises(OutputExists, match="force=True"):
             again()
+
+
+@pytest.mark.parametrize("part", [None, "1/1"])
+def test_a_conversion_that_was_published_is_not_taken_for_another(
+    part: str | None,
+    model: Model,
+    source: Path,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was replaced could not be removed, so the journal of the first conversion is there."""
+    other = zoo.save(build("gpt2", layers=1).eval(), tmp_path / "other")
+
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_retire", busy)
+        zoo.convert(source, project, to="native", force=True, part=part)
+    assert zoo.load(project).config.layers == model.config.layers
+    zoo.convert(other, project, to="native", force=True, part=part, restart=part is not None)
+    assert zoo.load(project).config.layers == 1
+    assert beside(project) == ["project"]
+
+
+def test_a_kept_file_that_is_a_link_of_the_source_is_no_change_of_it(
+    source: Path, project: Path
+) -> None:
+    os.link(source / "model.safetensors", project / "notes" / "copy.safetensors")
+    zoo.convert(source, project, to="native", force=True)
+    assert (project / "notes" / "copy.safetensors").samefile(source / "model.safetensors")

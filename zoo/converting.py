@@ -123,13 +123,13 @@ def convert(
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
-    job = digest([output.job(), sha256])
+    job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
     way_out = "A smaller memory (--memory 16M) and fewer threads need less; the same call goes on"
     if share is None:
         with (
             enough(f"{dst}: not written", way_out),
-            resumable(dst, job, replaces, restart=restart, size=output.size) as stage,
+            resumable(dst, job, replaces, sources=seen, restart=restart, size=output.size) as stage,
         ):
             if stage.anew:
                 tell({"event": "anew"})
@@ -138,7 +138,7 @@ def convert(
                 tell(finished(output, stage.path, report))
         return Path(dst)
     number, parts = share
-    job = digest([job, output.identity()])  # others read the same sources, and know no more of them
+    job = digest([job, seen])  # others read the same sources, and know no more of them
     mine, same = output.part(number, parts), partial(_is, output, force)
     how: dict[str, Any] = {"restart": restart, "size": mine.size, "same": same}
     with (
