@@ -134,7 +134,8 @@ def test_bytes_of_what_is_not_finite(value: float) -> None:
     x[0, 3] = value
     assert not layer(x).isfinite().any()
     assert (layer(torch.zeros(1, 64)) == 0).all()
-    assert (layer(torch.full((1, 64), 1e-42)) == 0).all()
+    # zero, or the product itself, which is as small: that depends on the processor's instructions
+    assert (layer(torch.full((1, 64), 1e-42)).abs() < 1e-37).all()
 
 
 @NONE
