@@ -15,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from converters.formats import open_regular, torch_dtype
 from converters.memory import is_shortage
 from converters.output import ZEROS, Item, Output, Shard, hash_file, identity
 from converters.store import Stage
+from converters.threads import one_thread_each
 from zoo.errors import (
     CorruptCheckpoint,
     NonFinite,
@@ -109,7 +109,7 @@ class Report:
 
 def run(output: Output, stage: Stage, options: Options) -> Report:
     """Every file of tensors in the stage, all of it on the disk."""
-    with _one_thread_each():
+    with one_thread_each():  # the threads here are the parallelism
         return _Run(output, stage, options).run()
 
 
@@ -177,19 +177,6 @@ def _fresh(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     return path
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """The threads here are the parallelism."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _largest_first(item: Item) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from converters.lazy import Decoded, Read
+from converters.threads import one_thread_each
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +30,8 @@ class Matrix(NamedTuple):
     parts: tuple[str, ...]  # names on disk
 
     def whole(self) -> Tensor:
-        import torch
-
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # pieces are small: to share them takes several times as long
-        try:
+        with one_thread_each():  # pieces are small: to share them takes several times as long
             return Decoded(self.shape, self.dtype, self.box).whole()
-        finally:
-            torch.set_num_threads(before)
 
 
 def turned(box: Read) -> Read:

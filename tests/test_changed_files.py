@@ -15,6 +15,7 @@ import tiny
 import torch
 
 import zoo
+from converters.threads import one_thread_each
 from zoo.errors import SourceChanged
 
 IDS = torch.tensor([[1, 5, 9, 4]])
@@ -210,6 +211,21 @@ def test_random_weights_in_threads_leave_the_default_dtype(hf: Any) -> None:
     over.set()
     watcher.join()
     assert seen == {torch.float32}
+
+
+def test_conversions_that_overlap_leave_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first, second = one_thread_each(), one_thread_each()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])

@@ -257,7 +257,7 @@ from zoo.converting import plan_output
 from zoo.pretrained import locate
 source, changes, options, rounds, durable = json.loads(sys.argv[1])
 source = Path(source)
-output = plan_output(locate(source), "native", **changes)
+output = plan_output(locate(source, mmap=False), "native", **changes)
 files = sorted(source.glob("*.safetensors"))
 place = source.parent / "convert"
 class Journal:
