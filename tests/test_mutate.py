@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mutate
 import pytest
-from mutate import EQUIVALENT, KILLED, SURVIVED, Cases, sites
+from mutate import EQUIVALENT, KILLED, ROOT, SURVIVED, Cases, read_cases, sites
 
 SOURCE = b'''"""A docstring with 1 and "words"."""
 from typing import TYPE_CHECKING
@@ -76,6 +76,13 @@ def test_the_named_mutants_fit_the_code() -> None:
         for mutant in sites(file, (mutate.ROOT / file).read_bytes())
     ]
     assert not cases.equivalent.keys() - {*edits}
+
+
+def test_every_file_of_the_folders_that_are_mutated_has_tests() -> None:
+    """Files of one `__init__` line hold no code to be mutated."""
+    paths = [*(ROOT / "converters").rglob("*.py"), *(ROOT / "zoo" / "tokenizers").glob("*.py")]
+    names = {p.relative_to(ROOT).as_posix() for p in paths if p.name != "__init__.py"}
+    assert names <= read_cases().tests.keys()
 
 
 def test_a_sample_is_the_same_each_time() -> None:
