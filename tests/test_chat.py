@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,14 @@ import zoo
 from zoo import speculative
 from zoo.chat import Dialogue
 from zoo.cli import main
-from zoo.errors import InputError, OutputExists, SequenceTooLong, TemplateError, UsageError
+from zoo.errors import (
+    InputError,
+    OutputExists,
+    SequenceTooLong,
+    SourceChanged,
+    TemplateError,
+    UsageError,
+)
 from zoo.generation import generate
 from zoo.tokenizers import CharTokenizer
 
@@ -245,6 +253,21 @@ def test_templates(model: Any) -> None:
     vars(model.tokenizer)["special_tokens"] = {"<|end|>": 3}
     with pytest.raises(InputError, match=r"<\|end\|> is a special token"):
         told(dialogue, "what does <|end|> mean")
+
+
+@pytest.mark.parametrize("role", ["model", "assistant"])
+def test_a_file_that_changed_between_two_turns_is_refused(
+    place: Path, tmp_path: Path, role: str
+) -> None:
+    shutil.copytree(place, tmp_path / "x")
+    changed, other = zoo.load(tmp_path / "x"), zoo.load(place)
+    model, guesser = (changed, None) if role == "model" else (other, changed)
+    dialogue = Dialogue(model, max_new_tokens=3, assistant_model=guesser)
+    list(dialogue.answer("abc"))
+    os.utime(tmp_path / "x" / "model.safetensors", ns=(0, 0))
+    with pytest.raises(SourceChanged, match=r"model\.safetensors: was written to"):
+        list(dialogue.answer("abc"))
+    assert len(dialogue.messages) == 2
 
 
 def test_a_dialogue_ends_with_the_positions() -> None:

@@ -1,6 +1,7 @@
 """NaN and infinity: refused with the file, the tensor and the index that they come from."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build, hot
 
 import zoo
-from zoo.errors import ConfigError, NonFinite, OverflowOnCast, PlanError, UsageError
+from zoo.errors import ConfigError, NonFinite, OverflowOnCast, PlanError, UsageError, ZooError
 from zoo.tokenizers import CharTokenizer
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzAU:.\n"
@@ -83,6 +84,42 @@ def test_nan_in_every_kind_of_model(nan: Path, tmp_path: Path, kind: str) -> Non
             model.blocks[1].mlp.up.weight[5, 2] = float("nan")
     with pytest.raises(NonFinite, match=told):
         model.generate(IDS)
+
+
+@pytest.mark.parametrize("options", [{"adapter": False}, {"ignore_config": ["pruned_head"]}], ids=str)
+def test_nan_is_traced_to_its_file_by_the_options_of_loading(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    place = broken(tmp_path / "x")
+    if "adapter" in options:
+        (place / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+        save_file({"a": torch.zeros(1)}, place / "adapter_model.safetensors")
+    else:
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, "pruned_head": [1]}))
+    with pytest.raises(ZooError):
+        zoo.load(place)
+    model = zoo.load(place, **options)
+    with pytest.raises(NonFinite, match=NAMED):
+        model.generate(IDS)
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("change", ["written to", "gone"])
+def test_the_cause_is_left_open_where_files_cannot_be_opened_again(
+    tmp_path: Path, prepare: bool, change: str
+) -> None:
+    place = broken(tmp_path / "x")
+    model = zoo.load(place, mmap=False, prepare=prepare)
+    if change == "written to":
+        os.utime(place / "model.safetensors", ns=(0, 0))
+    else:
+        (place / "model.safetensors").unlink()
+    with pytest.raises(
+        NonFinite, match=r"could not be opened again: .*model\.safetensors"
+    ) as error:
+        model.generate(IDS)
+    assert "training" not in str(error.value) and "all weights are finite" not in str(error.value)
 
 
 def test_the_row_is_named(tmp_path: Path) -> None:

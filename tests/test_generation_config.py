@@ -249,6 +249,13 @@ def test_neutral_values_of_what_is_not_implemented_pass(gpt2: Pair, name: str) -
     assert gpt2.written(idle).tolist() == plain
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [{}, {"num_beams": 1}], ids=str)
+def test_fields_of_beams_alone_pass_without_beams(gpt2: Pair, more: dict[str, Any]) -> None:
+    fields = {"max_new_tokens": 5, "diversity_penalty": 0.5, "num_beam_groups": 2, **more}
+    assert gpt2.written(fields).tolist() == gpt2.wanted(fields).tolist()
+
+
 def test_ignored_fields_are_fields_of_the_file(gpt2: Pair) -> None:
     for wrong, told in (
         (["guidance_scal"], "does not set 'guidance_scal'. Did you mean guidance_scale"),

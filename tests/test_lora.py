@@ -378,6 +378,11 @@ def test_biases_under_two_names(tmp_path: Path) -> None:
         ("rank_pattern", {".?" * 60 + "x": 2}, "may choose in more than 4096 ways"),
         ("alpha_pattern", {"(a|a)" * 60 + "x": 2}, "may choose in more than 4096 ways"),
         ("alpha_pattern", {"a*a*a*a*b": 2}, "may try all lengths of 4 repetitions"),
+        ("rank_pattern", {"a*" * 10: 2}, "may try all lengths of 10 repetitions"),
+        ("rank_pattern", {"(?i)c_attn": 2}, "no pattern: global flags not at the start"),
+        ("rank_pattern", {"q_proj.*|a*a*a*": 2}, "may try all lengths of 3 repetitions"),
+        ("rank_pattern", {r"a*a*\.*": 2}, "may try all lengths of 3 repetitions"),
+        ("rank_pattern", {"a)|(b": 2}, "closes a group that it does not open"),
         ("alpha_pattern", {r"(a)\1": 2}, "has an escape of an unknown kind"),
         ("alpha_pattern", {"[[](a+)+$|x]]": 2}, "a class of characters with a bare ["),
         ("target_parameters", ["mlp.experts.gate_up_proj"], "target_parameters"),
@@ -402,6 +407,8 @@ def test_patterns_and_modules_by_the_thousand_are_refused(monkeypatch: Any) -> N
     assert problem == f"1000 patterns for 2000 modules: more than {files.MOST_TRIES} pairs of them"
     (problem,) = files._too_many(settings, ["b" * 1000])
     assert "a name of 1000 characters" in problem
+    (problem,) = files._too_many(settings, ["b\nc"])
+    assert "a name of several lines" in problem
     assert not list(files._too_many(files.Settings(2, 4), ["b" * 1000] * 5000))
 
 

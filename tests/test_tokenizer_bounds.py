@@ -1,5 +1,6 @@
 """A stranger's tokenizer.json: steps that lengthen texts, slow patterns, large vocabularies."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ SPACES = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
 
 def replace(content: str, **pattern: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern or {"String": "a"}, "content": content}
+
+
+def table(*texts: str) -> dict[str, Any]:
+    """A table that finds none of its texts, which stand in it all the same."""
+    data = (1024).to_bytes(4, "little") + bytes(1024) + b"".join(t.encode() + b"\0" for t in texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
 
 def split(pattern: str) -> dict[str, Any]:
@@ -60,6 +67,8 @@ HOSTILE = {
         {"normalizer": several(NORMAL, [{"type": "NFKD"}, replace("ﷺ"), {"type": "NFKC"}] * 9)},
         "256 times as long",
     ),
+    "one table": ({"normalizer": table("b", "a" * 300)}, "256 times as long"),
+    "tables": ({"normalizer": several(NORMAL, [table("é" * 19)] * 2)}, "256 times as long"),
     "bytes": ({"pre_tokenizer": several(CUT, [BYTES] * 30)}, "256 times as long"),
     "spaces": ({"pre_tokenizer": several(CUT, [SPACES] * 30)}, "256 times as long"),
     "decoder": ({"decoder": several(SHOWN, TWICE)}, "decoder: makes a text more than 256"),
@@ -116,7 +125,8 @@ def test_steps_as_published_ones_have_them(tmp_path: Path) -> None:
             replace(" ", Regex=" {2,}"),
         ],
     )
-    for normalizer in (llama, albert, None):
+    xlnet = several(NORMAL, [albert, table("ص" * 18)])
+    for normalizer in (llama, albert, xlnet, None):
         cut = several(CUT, [split(r"\p{N}{1,3}"), split(r"\s?\p{L}+"), BYTES])
         assert read(tmp_path, normalizer=normalizer, pre_tokenizer=cut).encode("a")
 

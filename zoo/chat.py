@@ -16,6 +16,7 @@ import torch
 from zoo.components.model import Model
 from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
 from zoo.generation import Runner, answers, asked_of, check_writes, pieces_of
+from zoo.inference import check_sources
 from zoo.terminal import BOLD, DIM, RED, has_colour, paint
 
 HELP = '''\
@@ -50,6 +51,8 @@ class Dialogue:
 
     def answer(self, text: str) -> Iterator[str]:
         """Piece by piece. One that is left in the middle is remembered as far as it came."""
+        for model in self._models:  # their files may have changed since the last turn
+            check_sources(model)
         tokenizer = self.model.tokenizer
         if tokenizer.templates and (named := [t for t in tokenizer.special_tokens if t in text]):
             raise InputError(f"{named[0]} is a special token, and would end or begin a turn")

@@ -16,6 +16,7 @@ from zoo.errors import NonFinite, ZooError, listing
 
 Bad = Callable[[Tensor], Tensor]  # which values are meant
 _BLOCK = 1 << 20  # values looked at together
+_UNOPENED = "The files that the model was loaded from could not be opened again"
 _AGAIN = "The file is damaged, or was saved by a training run that diverged: take another one"
 
 
@@ -86,10 +87,16 @@ def check_finite(
 def _cause(model: Model, dtype: torch.dtype, again: Callable[[], Any] | None) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and (index := first_where(tensor)) is not None:
-            return _traced(model, name, tensor, index)
-    packed = _opened(model) if hasattr(model, "prepared") else None
-    if packed is not None and (fault := next(faults_of(*packed), None)) is not None:
-        return f"{packed[1].root}: {fault}. {_AGAIN}"
+            try:
+                return _traced(model, name, tensor, index)
+            except (ZooError, OSError) as error:
+                return f"{name}{at(tensor, index)}. {_UNOPENED}: {error}"
+    try:
+        packed = _opened(model) if hasattr(model, "prepared") else None
+        if packed is not None and (fault := next(faults_of(*packed), None)) is not None:
+            return f"{packed[1].root}: {fault}. {_AGAIN}"
+    except (ZooError, OSError) as error:
+        return f"either a weight is not, or the model overflows. {_UNOPENED}: {error}"
     first = _first_module(model, again) if again is not None else ""
     first = f"; the first module to give such values is {first}" if first else ""
     wider = {torch.float16: "bfloat16' or 'float32"}.get(dtype, "float64")
@@ -121,17 +128,22 @@ def _traced(model: Model, name: str, tensor: Tensor, index: list[int]) -> str:
 
 
 def _opened(model: Model) -> tuple[Plan, Checkpoint] | None:
-    """The plan that a model was loaded by, and its files, opened again."""
+    """The plan that a model was loaded by, and its files, opened again as they were then.
+
+    None for a model of no files; an error where they are gone, or changed.
+    """
     from zoo.pretrained import locate
 
     if (known := model.provenance) is None:
         return None
-    try:
-        return known.plan, locate(
-            known.file or known.directory, head=model.config.head
-        ).checkpoint()
-    except (ZooError, OSError):  # gone, or changed; the native name is all there is
-        return None
+    known.check()
+    found = locate(
+        known.file or known.directory,
+        head=model.config.head,
+        ignore_config=known.ignore_config,
+        adapter=False,  # its factors are in memory, and are looked at there
+    )
+    return known.plan, found.checkpoint()
 
 
 def _first_module(model: Model, again: Callable[[], Any]) -> str:

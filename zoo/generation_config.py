@@ -121,7 +121,9 @@ def check_implemented(fields: Mapping[str, Any], asked: Options, where: str) -> 
     """Refuse what would change the reference's output, and would not change zoo's."""
     idle = set[str]()
     if not asked.sampled:
-        idle.add("top_h")
+        idle.update(SAMPLING)
+    if asked.num_beams == 1:
+        idle.update(BEAMS)
     if asked.sampled or asked.num_beams > 1 or fields.get("top_k") in (0, 1):
         idle.add("penalty_alpha")  # contrastive search
     if asked.assistant_model is None:

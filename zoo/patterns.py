@@ -40,6 +40,8 @@ class _Part:
     least: int = 1
     most: int = 1
     many: bool = field(init=False, default=False)
+    any: bool = False  # character of a line
+    takes_line: bool = field(init=False, default=False)  # all that is left of it
 
     def may_be_empty(self) -> bool:
         if self.asserts:
@@ -52,12 +54,15 @@ def _may_be_empty(sequence: list[_Part]) -> bool:
     return all(part.may_be_empty() for part in sequence)
 
 
-def why_slow(pattern: str, unbounded: int = 2, *, nested: bool = True) -> str:
+def why_slow(
+    pattern: str, unbounded: int = 2, *, nested: bool = True, to_the_end: bool = False
+) -> str:
     """Why a pattern is not used, or nothing.
 
     Args:
         unbounded: after so many unbounded repetitions nothing may fail; more do for short texts.
         nested: whether `[` in a class opens another one, as in all engines but Python's.
+        to_the_end: whether it has to match all of a text of one line: `$` behind it may fail.
     """
     try:
         if len(pattern) > LONGEST:
@@ -67,6 +72,8 @@ def why_slow(pattern: str, unbounded: int = 2, *, nested: bool = True) -> str:
         if reader.at < len(pattern):
             raise _Slow("closes a group that it does not open")
         for sequence in alternatives:
+            if to_the_end and not (sequence and sequence[-1].takes_line):
+                sequence.append(_Part(asserts=True))
             _check(sequence, 0, True, unbounded)
     except _Slow as why:
         return str(why)
@@ -116,7 +123,7 @@ class _Reader:
         if character == "\\":
             return _Part(asserts=self.escape() in _ASSERTED)
         self.at += 1
-        return _Part(asserts=character in "^$")
+        return _Part(asserts=character in "^$", any=character == ".")
 
     def escape(self) -> str:
         escape = _ESCAPES.match(self.pattern, self.at)
@@ -156,6 +163,7 @@ class _Reader:
         else:
             return
         part.many = most is None or most > _FEW
+        part.takes_line = part.any and most is None
         part.most = _FEW + 1 if most is None else most
         if character != "{" and self.next() and self.next() in "?+":
             self.at += 1  # as few as possible, or without going back

@@ -133,6 +133,7 @@ class Provenance:
     repo: str | None = None
     revision: str | None = None
     file: Path | None = None  # where one was given and not its directory
+    ignore_config: tuple[str, ...] = ()  # as it was loaded with
     # native name -> what its numbers stood in before they were decoded, here or in an earlier round
     quantised: Mapping[str, str] = field(default_factory=dict)
     stamps: dict[Path, Stamp] = field(default_factory=dict, repr=False)  # of files, as they were
@@ -225,6 +226,7 @@ class Located(NamedTuple):
     adapter: Files | None = None  # what its arrays are changed by
     brought: Mapping[str, Tensor] = {}  # tensors of the adapter's that the files lack
     mmap: bool | None = None  # whether weights are mapped; None: as their format is
+    ignore_config: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -493,7 +495,8 @@ def locate(
         source = sources.resolve(ref, weights=weights, adapter=adapter is True, **where)
         if weights and adapter is None:
             sources.check_no_adapter(source)
-        found = _read(source, head, ignore_config, ref, mmap)._replace(mmap=mmap)
+        found = _read(source, head, ignore_config, ref, mmap)
+        found = found._replace(mmap=mmap, ignore_config=tuple(ignore_config))
         _check_name(found, head)
     if expect is not None and found.entry.model is not expect:
         raise UnsupportedArchitecture(
@@ -890,6 +893,7 @@ def provenance_of(
         repo=found.source.repo,
         revision=found.source.revision,
         file=found.source.file,
+        ignore_config=found.ignore_config,
         quantised=_quantised(found, checkpoint, plan),
         stamps={path: stamp(os.stat(path)) for path in checkpoint.files},
     )

@@ -204,10 +204,10 @@ def _shown(value: Any) -> str:
 
 def _bad_pattern(pattern: str) -> str:
     """A pattern comes from a file: none is tried that could take for ever."""
-    if why := why_slow(pattern, _UNBOUNDED, nested=False):
+    if why := why_slow(pattern, _UNBOUNDED, nested=False, to_the_end=True):
         return f"a pattern that is not tried: it {why}"
     try:
-        re.compile(pattern)
+        _compiled(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return f"no pattern: {error}"
     return ""
@@ -220,6 +220,8 @@ def _too_many(settings: Settings, modules: Collection[str]) -> Iterator[str]:
         yield f"{count} patterns for {len(modules)} modules: more than {MOST_TRIES} pairs of them"
     if count and (long := [name for name in modules if len(name) > LONGEST_NAME]):
         yield f"{long[0][:40]}…: a name of {len(long[0])} characters, of at most {LONGEST_NAME}"
+    if count and (broken := [name for name in modules if "\n" in name]):
+        yield f"{broken[0][:40]!r}: a name of several lines, which no pattern is tried with"
 
 
 def _sorted(

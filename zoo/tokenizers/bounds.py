@@ -84,15 +84,17 @@ def _growth(step: Mapping[str, Any], name: str, seen: set[str]) -> float:
     growth: float = 1 if first not in seen else (_FORMS | _SPELLINGS)[kind]
     seen.add(first)
     if kind == "Precompiled":
-        growth = max(growth, _longest_text(step.get("precompiled_charsmap")) / 64)
+        longest = _longest_text(step.get("precompiled_charsmap"))
+        if longest > _FORMS[kind]:  # no table of Unicode's, which the first step has for nothing
+            growth = longest
     return growth
 
 
 def _longest_text(table: Any) -> int:
-    """Bytes of the longest text that a table writes for a character."""
+    """Characters of the longest text that a table writes for one."""
     data = base64.b64decode(table) if isinstance(table, str) else b""
     texts = data[4 + int.from_bytes(data[:4], "little") :]
-    return max(map(len, texts.split(b"\0")))
+    return max(len(text.decode("utf-8", "replace")) for text in texts.split(b"\0"))
 
 
 def _check_template(step: Mapping[str, Any]) -> None:
