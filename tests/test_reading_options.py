@@ -78,6 +78,7 @@ def test_python_is_told_pythons_syntax(odd: Path) -> None:
     ("name", "value", "python", "shell"),
     [
         ("force", True, "force=True", "--force"),
+        ("mmap", False, "mmap=False", "--no-mmap"),
         ("head", ..., "head=…", "--head …"),
         ("ignore_config", ("a", "b"), "ignore_config=('a', 'b')", "--ignore-config a b"),
         ("config", {"n": 2, "m": ...}, "config={'n': 2, 'm': …}", "--config n=2 m=…"),

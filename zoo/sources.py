@@ -30,6 +30,7 @@ from zoo.errors import (
     UsageError,
     ZooError,
     listing,
+    option,
 )
 from zoo.registry import CheckpointEntry, architecture_for, find, named
 
@@ -229,16 +230,20 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     return path
 
 
-def check_no_adapter(source: Source) -> None:
-    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged."""
+def check_no_adapter(source: Source, applied: bool = True) -> None:
+    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged.
+
+    `applied`: the caller can apply it, and not only ignore it.
+    """
     place = source.directory
     if not os.path.lexists(place / ADAPTER):
         return
+    ways = [option("adapter")] * applied
+    ways += [f"`zoo convert {source.ref} --adapter --to hf --out DIR`, and then DIR"]
     raise AmbiguousCheckpoint(
         f"{place}: holds weights and an adapter ({ADAPTER}{_base_of(place)[0]}), and nothing says "
-        "whether the weights have it merged in already. To apply it: adapter=True, or "
-        f"`zoo convert {source.ref} --adapter --to hf --out DIR`, and then DIR. If it is merged "
-        "already: adapter=False, or --no-adapter, or move its file away"
+        f"whether the weights have it merged in already. To apply it: {', or '.join(ways)}. "
+        f"If it is merged already: {option('adapter', False)}, or move its file away"
     )
 
 
@@ -246,7 +251,8 @@ def adapter_beside(place: Path) -> str:
     """The adapter that lies beside weights, in words; empty where there is none."""
     if not os.path.lexists(place / ADAPTER):
         return ""
-    return f"{ADAPTER}{_base_of(place)[0]}: adapter=True applies it, adapter=False ignores it"
+    how = f"{option('adapter')} applies it, {option('adapter', False)} ignores it"
+    return f"{ADAPTER}{_base_of(place)[0]}: {how}"
 
 
 def _adapter_alone(place: Path) -> NotACheckpoint:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from zoo.parity.report import Published, Report, Row
@@ -56,6 +57,11 @@ def verify(
         transformers()  # the fix for its absence is said before anything else
     if (reading or revision) and ref is None:
         raise UsageError("head, config, ignore_config, revision: of one checkpoint, and not of all")
+    if reading.get("adapter") not in (None, False):
+        raise UsageError(
+            f"adapter={reading['adapter']!r}: the reference reads the weights alone. "
+            "Merge it in first: zoo convert DIR --adapter ADAPTER --to hf --out OUT, and verify OUT"
+        )
     jobs = _jobs(ref, published, revision, reading)
     if variants is not None:
         known = [job.name.rpartition("/")[2] for job in jobs]
@@ -105,7 +111,7 @@ def _jobs(
     ref: str | PathLike[str] | None,
     golden: Golden | None,
     revision: str | None = None,
-    reading: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Job]:
     from zoo import registry, sources
     from zoo.errors import Offline
@@ -118,7 +124,8 @@ def _jobs(
     try:
         # a proof never downloads gigabytes unasked
         source = sources.resolve(ref, local_files_only=True, revision=revision)
-        sources.check_no_adapter(source)
+        if reading.get("adapter") is None:
+            sources.check_no_adapter(source, applied=False)
     except Offline as error:
         if entries:
             return jobs
@@ -129,10 +136,10 @@ def _jobs(
     name = str(ref) if source.repo else (source.file or source.directory.resolve()).name
     if golden is not None:
         place = source.file or source.directory
-        jobs.append(Job(name, "", directory=place, golden=golden, reading=reading or {}))
+        jobs.append(Job(name, "", directory=place, golden=golden, reading=reading))
         if not (source.directory / "config.json").is_file() or source.file is not None:
             return jobs  # it stands in the place of the reference
-    return jobs + _checkpoint_jobs(source, name, reading or {})
+    return jobs + _checkpoint_jobs(source, name, reading)
 
 
 def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> list[Job]:
@@ -164,7 +171,8 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
         write_like(directory, copy, reference_class, seed=seed)
 
     published = None
-    named = None if reading else source.checkpoint  # read otherwise, it is another model
+    # read with other fields or another head, it is another model
+    named = None if {"head", "config", "ignore_config"} & reading.keys() else source.checkpoint
     if named is not None and source.repo and source.revision:
         published = Published(named.name, source.repo, source.revision)
     return [

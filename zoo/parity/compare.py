@@ -17,6 +17,7 @@ from converters import manifest
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
+from zoo import sources
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.conversion import save
@@ -364,7 +365,8 @@ def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list
     for path in sorted(source.glob("*.json")):
         other = copy / path.name
         # these follow from the tensors, the files they are in, and where those came from
-        if path.name.endswith(".index.json") or path.name == manifest.NAME:
+        # and an adapter beside the weights was left out
+        if path.name.endswith(".index.json") or path.name in (manifest.NAME, sources.ADAPTER):
             continue
         if not other.is_file():
             out.append(f"{path.name}: missing")
@@ -377,6 +379,8 @@ def _tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], b
     """Name -> dtype, shape, bytes."""
     out = {}
     for path in sorted(directory.glob("*.safetensors")):
+        if path.name in sources.ADAPTER_WEIGHTS:
+            continue
         with safe_open(path, "pt") as file:
             out.update({name: _content(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
     if not out:
