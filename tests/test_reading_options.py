@@ -107,6 +107,18 @@ def test_unused_fields_are_one_line_on_standard_error(
     )
 
 
+def test_verify_reads_every_copy_alike_and_warns_once(
+    odd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = odd / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "unsloth_fixed": True}), encoding="utf-8")
+    assert cli.main(["verify", str(odd), "--ignore-config", "attention_chunk_size"]) == 0
+    out, told = capsys.readouterr()
+    assert "odd, hot" in out
+    assert told.count("unsloth_fixed") == 1 and f"zoo: warning: {path}: " in told
+
+
 def test_info_shows_the_head_that_is_asked_for(
     odd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from zoo.errors import UnusedFieldsWarning
 from zoo.parity.report import Published, Report, Row
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class Job:
     directory: Path | None = None
     golden: Golden | None = None
     published: Published | None = None  # where its weights are those of a named checkpoint
-    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads `directory`
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads it
 
 
 def variant_job(entry: Architecture, variant: str) -> Job:
@@ -177,7 +179,7 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
         published = Published(named.name, source.repo, source.revision)
     return [
         Job(name, reference_class, directory=directory, reading=reading, published=published),
-        Job(f"{name}, hot", reference_class, write),
+        Job(f"{name}, hot", reference_class, write, reading=reading),
     ]
 
 
@@ -188,7 +190,9 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
     from zoo.parity.truth import Truth
     from zoo.pretrained import load
 
-    with _checkpoint(job, seed) as directory:
+    with _checkpoint(job, seed) as directory, warnings.catch_warnings():
+        if job.write is not None:  # a user's own config is read, and warned of, where it lies
+            warnings.simplefilter("ignore", UnusedFieldsWarning)
         if job.golden is not None:
             try:
                 yield job.golden.row(job.name, load(directory, modules=False, **job.reading))
@@ -206,12 +210,14 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
             job.name,
             truth,
             lambda dtype: load(directory, dtype=dtype, modules=False, **job.reading),
+            job.reading,
         )
         try:
             subject.model(None)
         except Exception as error:
             yield _broken(job.name, "load", error)
             return
+        warnings.simplefilter("ignore", UnusedFieldsWarning)  # the other loads repeat the first
         for check in (*CHECKS, layouts):
             try:
                 yield from check(subject)

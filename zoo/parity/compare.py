@@ -49,6 +49,7 @@ class Subject:
     name: str
     truth: Truth
     load: Load
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads its directory
     _models: dict[torch.dtype | None, Any] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype | None) -> Any:
@@ -119,7 +120,7 @@ def headless(subject: Subject) -> Iterator[Row]:
     truth, model = subject.truth, subject.model(torch.float64)
     if model.config.head in model.headless:
         return
-    bare = load(truth.directory, head="none", dtype=torch.float64)
+    bare = load(truth.directory, dtype=torch.float64, **{**subject.reading, "head": "none"})
     error = distance(call(bare, truth.batch)[0], truth.hidden)
     yield Row(subject.name, "headless", error, FP64, f"{error:.1e}")
 
