@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +32,10 @@ from zoo.errors import (
     ZooError,
     listing,
     option,
+    printable,
 )
 from zoo.registry import CheckpointEntry, architecture_for, find, named
+from zoo.terminal import unescaped
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of peft's
@@ -612,8 +615,7 @@ class _Hub:
             entry = ask(self.repo, name, self.revision, self._folder, self.token)
             if dry_run:
                 return entry.pointer
-            progress = None if self.progress else _silent()
-            return fetch(entry, self.token, progress, self._stopped)
+            return fetch(entry, self.token, _bar(self.progress), self._stopped)
         except Exception as error:
             if self._is_absent(error):
                 return None
@@ -762,11 +764,17 @@ def _shards(index: Path, where: str) -> list[str]:
     return shards
 
 
-def _silent() -> Any:
+def _bar(shown: bool) -> Any:
+    """The class of the progress bars of downloads."""
     from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, desc: str | None = None, **kwargs: Any) -> None:
+            kwargs["file"] = unescaped(sys.stderr)
+            super().__init__(*args, desc=desc and printable(desc), **kwargs)
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    return Silent
+    return Bar if shown else Silent
