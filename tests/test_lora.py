@@ -506,7 +506,7 @@ def both(place: Path) -> Made:
     return made
 
 
-WAYS_OUT = r"adapter \(adapter_config\.json of org/base\).*adapter=True.*--adapter.*adapter=False"
+WAYS_OUT = r"adapter \(adapter_config\.json of org/base\).*--adapter --to hf.*: adapter=False"
 
 
 def test_weights_with_an_adapter_beside_them_need_a_decision(tmp_path: Path) -> None:
@@ -581,8 +581,14 @@ def test_an_adapter_alone_names_its_base(base: Any, says: str, tmp_path: Path) -
 def test_the_shell_says_which_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = both(tmp_path)
     base = str(made.base)
-    assert main(["generate", base, "a"]) == 1
-    assert "--no-adapter" in capsys.readouterr().err
+    (made.base / "text").write_text("ab", encoding="utf-8")
+    for command in (["score", base, f"{base}/text"], ["verify", base], ["diff", base]):
+        assert main(command) != 0
+        error = capsys.readouterr().err
+        assert "is merged already: --no-adapter" in error and "adapter=" not in error
+        assert ("To apply it: --adapter, or" in error) == (command[0] != "verify")
+        assert main([*command, "--no-adapter"]) == (command[0] == "score")  # without a tokenizer
+        assert "is merged already" not in capsys.readouterr().err
     assert main(["info", base]) == 0
     assert "adapter_config.json of org/base" in capsys.readouterr().out
     for n, how in enumerate((["--adapter"], ["--adapter", base], ["--no-adapter"])):

@@ -78,6 +78,7 @@ def test_python_is_told_pythons_syntax(odd: Path) -> None:
     ("name", "value", "python", "shell"),
     [
         ("force", True, "force=True", "--force"),
+        ("mmap", False, "mmap=False", "--no-mmap"),
         ("head", ..., "head=…", "--head …"),
         ("ignore_config", ("a", "b"), "ignore_config=('a', 'b')", "--ignore-config a b"),
         ("config", {"n": 2, "m": ...}, "config={'n': 2, 'm': …}", "--config n=2 m=…"),
@@ -104,6 +105,18 @@ def test_unused_fields_are_one_line_on_standard_error(
         f"zoo: warning: {path}: fields that the reference never reads, so that they change "
         "nothing: unsloth_fixed\n"
     )
+
+
+def test_verify_reads_every_copy_alike_and_warns_once(
+    odd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = odd / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "unsloth_fixed": True}), encoding="utf-8")
+    assert cli.main(["verify", str(odd), "--ignore-config", "attention_chunk_size"]) == 0
+    out, told = capsys.readouterr()
+    assert "odd, hot" in out
+    assert told.count("unsloth_fixed") == 1 and f"zoo: warning: {path}: " in told
 
 
 def test_info_shows_the_head_that_is_asked_for(

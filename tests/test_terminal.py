@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.cli import main
 from zoo.errors import ZooError
+from zoo.sources import _bar
 from zoo.terminal import Escaped
 
 SLOW = """
@@ -110,6 +112,20 @@ def test_what_a_model_writes_is_printed_as_it_is() -> None:
     print("a\x1b[31mb\u00a0\u3000c\td", file=escaped)
     assert out.getvalue() == "a\\x1b[31mb\u00a0\u3000c\td\n"
     assert escaped.unescaped is out
+
+
+def test_the_bar_of_a_download_stays_on_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    states = sys.modules[tqdm.__module__]
+    monkeypatch.setattr(states, "progress_bar_states", {})  # other tests switch bars off
+    monkeypatch.setattr(states, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    with contextlib.redirect_stderr(Escaped(out)):
+        bar = _bar(True)(total=2, desc="a\x1b[31mb", mininterval=0)
+        bar.update(1)
+        bar.close()
+    assert out.getvalue().startswith("\ra\\x1b[31mb:")
+    assert "\\r" not in out.getvalue() and "\r" in out.getvalue()[1:]
 
 
 def test_closed_standard_input_is_an_error(

@@ -144,8 +144,8 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 def _reading(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of these, as `zoo.load` takes it."""
-    names = ("revision", "head", "ignore_config")
-    asked = {name: getattr(options, name) for name in names}
+    names = ("revision", "head", "ignore_config", "adapter", "mmap")
+    asked = {name: getattr(options, name, None) for name in names}  # not every command has all
     asked["config"] = None if options.config is None else dict(options.config)
     return {name: value for name, value in asked.items() if value is not None}
 
@@ -156,8 +156,24 @@ def _add_mmap(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mmap", action=how, default=None, help=does)
 
 
+def _add_adapter(command: argparse.ArgumentParser, applied: bool = True) -> None:
+    """What is made of an adapter; `applied`: it may be applied, and not only ignored."""
+    how = command.add_mutually_exclusive_group()
+    if applied:
+        does = "apply a LoRA of peft's: the one in DIR; without DIR, the one beside the weights"
+        how.add_argument("--adapter", metavar="DIR", nargs="?", const=True, type=_place, help=does)
+    does = "ignore the adapter beside the weights: they have it merged in already"
+    how.add_argument("--no-adapter", dest="adapter", action="store_const", const=False, help=does)
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    """How weights are loaded, in every command that computes with them."""
+    _add_adapter(command)
+    _add_mmap(command)
+
+
 def _loaded(options: argparse.Namespace) -> Model:
-    return zoo.load(options.ref, mmap=options.mmap, **_reading(options))
+    return zoo.load(options.ref, **_reading(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--record", action="store_true", help="into evidence.json")
     command.add_argument("--json", action="store_true", help="for programs")
+    _add_adapter(command, applied=False)
+    _add_mmap(command)
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("diff", help="where two models part: the first module that does")
@@ -221,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-diagnose", dest="diagnose", action="store_false", help="the place, and not the cause"
     )
     command.add_argument("--json", action="store_true", help="for programs")
+    _add_weights(command)
     command.set_defaults(run=_diff, failed=USAGE)  # 1 is an answer
 
     command = commands.add_parser(
@@ -242,11 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hf, meta, gguf, nanogpt, onnx, pt2 … [native]",
     )
     command.add_argument("--out", metavar="DIR", type=_place, help="[SRC's name and the layout's]")
-    how = command.add_mutually_exclusive_group()
-    does = "merge in a LoRA of peft's: the one in DIR; without DIR, the one that lies in SRC"
-    how.add_argument("--adapter", metavar="DIR", nargs="?", const=True, type=_place, help=does)
-    does = "ignore the adapter that lies in SRC: its weights have it merged in already"
-    how.add_argument("--no-adapter", dest="adapter", action="store_const", const=False, help=does)
+    _add_adapter(command)
     command.add_argument("--trust", metavar="TENSOR", nargs="*", help="which of tied names wins")
     pair = {"metavar": "FIELD=VALUE", "nargs": "*", "type": _pair}
     command.add_argument("--layout", **pair, help="shards=2, version=1 …, as the dialect offers")  # type: ignore[arg-type]
@@ -299,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--window", type=int, metavar="TOKENS", help="[all positions]")
     command.add_argument("--stride", type=int, metavar="TOKENS", help="[half the window]")
     command.add_argument("--json", action="store_true", help="for programs")
-    _add_mmap(command)
+    _add_weights(command)
     command.set_defaults(run=_score)
 
     command = commands.add_parser("fill", help="what a masked LM puts in a text's gaps")
@@ -307,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("text", metavar="TEXT", help='such as "The capital of [MASK] is"')
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each [5]")
     command.add_argument("--json", action="store_true", help="for programs")
-    _add_mmap(command)
+    _add_weights(command)
     command.set_defaults(run=_fill)
 
     command = commands.add_parser("embed", help="a vector for each text")
@@ -318,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--normalize", action="store_true", help="to length one")
     command.add_argument("--truncate", action="store_true", help="cut what is too long")
     command.add_argument("--json", action="store_true", help="an object with its text each line")
-    _add_mmap(command)
+    _add_weights(command)
     command.set_defaults(run=_embed)
 
     command = commands.add_parser("generate", help="go on with a text")
@@ -333,13 +348,13 @@ def _parser() -> argparse.ArgumentParser:
     told = "each piece as soon as it is written; so it is, unless there are several or --json"
     how.add_argument("--stream", action="store_true", help=told)
     how.add_argument("--no-stream", action="store_true", help="nothing before all is written")
-    _add_mmap(command)
+    _add_weights(command)
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("chat", help="a dialogue; /help tells more there")
     _add_ref(command)
     _add_sampling(command)
-    _add_mmap(command)
+    _add_weights(command)
     command.set_defaults(run=_chat)
     for name, command in commands.choices.items():
         command.set_defaults(command=command, name=name)
@@ -612,7 +627,6 @@ def _convert(options: argparse.Namespace) -> int:
         from zoo.converting import dry_run
 
         asked |= {"dtype": options.dtype, "max_shard_size": options.shard, "part": options.part}
-        asked["adapter"] = options.adapter
         print(dry_run(options.ref, to=options.to, **asked))
         return OK
     out = options.out or Path(f"{_stem(options.ref)}-{options.to}")
@@ -628,7 +642,6 @@ def _convert(options: argparse.Namespace) -> int:
         restart=options.restart,
         part=options.part,
         allow_nonfinite=options.allow_nonfinite,
-        adapter=options.adapter,
         sha256=not options.no_sha256,
         tell=show,
         **more,

@@ -197,9 +197,12 @@ in_shell: ContextVar[bool] = ContextVar("in_shell", default=False)
 def option(name: str, value: Any = True) -> str:
     """How a reader passes an option: `ignore_config=('a',)`, or `--ignore-config a` in a shell.
 
+    False is `mmap=False`, or `--no-mmap`.
     `...` stands for a value that the reader has to fill in.
     """
     if in_shell.get():
+        if value is False:
+            return f"--no-{name.replace('_', '-')}"
         items = value if isinstance(value, Mapping | list | tuple) else [value]
         if isinstance(value, Mapping):
             items = [f"{key}={_value(each)}" for key, each in value.items()]

@@ -103,7 +103,8 @@ def _converted(
     config: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    found = locate(src, **options)
+    # an adapter beside the weights changes neither their names nor their shapes
+    found = locate(src, **{"adapter": False, **options})
     if to not in ("native", *found.spec.dialects):
         raise UsageError(f"to={to!r}: {found.spec.name} has {listing(found.spec.dialects)}")
     if (found.dialect == "native") == (to == "native"):

@@ -339,7 +339,7 @@ def load(
     if prepare and adapter not in (None, False) and not merge:
         raise UsageError("prepare=True: an adapter beside the weights is not prepared. merge=True")
     kind, finite = dtype_of(dtype), verify or check == "finite"
-    with _uncollected(), enough(str(ref), _WAYS_OUT):
+    with _uncollected(), enough(str(ref), _ways_out()):
         found = locate(
             ref,
             head=head,
@@ -836,7 +836,7 @@ def fill(
         names[owner].append(other)
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan, dtype)
     faults: list[str] = []
-    with enough(partial(_task, found, checkpoint, dtype), _WAYS_OUT):
+    with enough(partial(_task, found, checkpoint, dtype), _ways_out()):
         for name, tensor in carry_out(plan, checkpoint.tensor, trust=trust):
             origin = partial(source_of, plan, checkpoint, name)
             if finite and (index := first_where(tensor)) is not None:
@@ -851,10 +851,11 @@ def fill(
     return model.eval()
 
 
-_WAYS_OUT = (
-    "mmap=True (--mmap) leaves weights in their file; else take a narrower dtype, a smaller model "
-    "or another machine"
-)
+def _ways_out() -> str:
+    return (
+        f"{option('mmap')} leaves weights in their file; else take a narrower dtype, a smaller "
+        "model or another machine"
+    )
 
 
 def _task(found: Located, checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:

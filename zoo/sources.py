@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,8 +31,11 @@ from zoo.errors import (
     UsageError,
     ZooError,
     listing,
+    option,
+    printable,
 )
 from zoo.registry import CheckpointEntry, architecture_for, find, named
+from zoo.terminal import unescaped
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of peft's
@@ -229,16 +233,20 @@ def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> P
     return path
 
 
-def check_no_adapter(source: Source) -> None:
-    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged."""
+def check_no_adapter(source: Source, applied: bool = True) -> None:
+    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged.
+
+    `applied`: the caller can apply it, and not only ignore it.
+    """
     place = source.directory
     if not os.path.lexists(place / ADAPTER):
         return
+    ways = [option("adapter")] * applied
+    ways += [f"`zoo convert {source.ref} --adapter --to hf --out DIR`, and then DIR"]
     raise AmbiguousCheckpoint(
         f"{place}: holds weights and an adapter ({ADAPTER}{_base_of(place)[0]}), and nothing says "
-        "whether the weights have it merged in already. To apply it: adapter=True, or "
-        f"`zoo convert {source.ref} --adapter --to hf --out DIR`, and then DIR. If it is merged "
-        "already: adapter=False, or --no-adapter, or move its file away"
+        f"whether the weights have it merged in already. To apply it: {', or '.join(ways)}. "
+        f"If it is merged already: {option('adapter', False)}, or move its file away"
     )
 
 
@@ -246,7 +254,8 @@ def adapter_beside(place: Path) -> str:
     """The adapter that lies beside weights, in words; empty where there is none."""
     if not os.path.lexists(place / ADAPTER):
         return ""
-    return f"{ADAPTER}{_base_of(place)[0]}: adapter=True applies it, adapter=False ignores it"
+    how = f"{option('adapter')} applies it, {option('adapter', False)} ignores it"
+    return f"{ADAPTER}{_base_of(place)[0]}: {how}"
 
 
 def _adapter_alone(place: Path) -> NotACheckpoint:
@@ -606,8 +615,7 @@ class _Hub:
             entry = ask(self.repo, name, self.revision, self._folder, self.token)
             if dry_run:
                 return entry.pointer
-            progress = None if self.progress else _silent()
-            return fetch(entry, self.token, progress, self._stopped)
+            return fetch(entry, self.token, _bar(self.progress), self._stopped)
         except Exception as error:
             if self._is_absent(error):
                 return None
@@ -756,11 +764,17 @@ def _shards(index: Path, where: str) -> list[str]:
     return shards
 
 
-def _silent() -> Any:
+def _bar(shown: bool) -> Any:
+    """The class of the progress bars of downloads."""
     from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, desc: str | None = None, **kwargs: Any) -> None:
+            kwargs["file"] = unescaped(sys.stderr)
+            super().__init__(*args, desc=desc and printable(desc), **kwargs)
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    return Silent
+    return Bar if shown else Silent

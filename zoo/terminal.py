@@ -30,6 +30,11 @@ class Escaped:
         return getattr(self.unescaped, name)
 
 
+def unescaped(stream: Any) -> Any:
+    """The stream below `Escaped`, for what moves the cursor and escapes names itself."""
+    return stream.unescaped if isinstance(stream, Escaped) else stream
+
+
 def has_colour(stream: TextIO) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
@@ -41,5 +46,4 @@ def paint(text: str, style: str, colour: bool = True) -> str:
 def passing(text: str, stream: TextIO) -> None:
     """A line that the next one replaces; nothing where nobody watches."""
     if stream.isatty():
-        unescaped = getattr(stream, "unescaped", stream)
-        print(f"{_WIPE}{printable(text)}", end="", file=unescaped, flush=True)
+        print(f"{_WIPE}{printable(text)}", end="", file=unescaped(stream), flush=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from zoo.errors import UnusedFieldsWarning
 from zoo.parity.report import Published, Report, Row
 
 if TYPE_CHECKING:
@@ -56,6 +59,11 @@ def verify(
         transformers()  # the fix for its absence is said before anything else
     if (reading or revision) and ref is None:
         raise UsageError("head, config, ignore_config, revision: of one checkpoint, and not of all")
+    if reading.get("adapter") not in (None, False):
+        raise UsageError(
+            f"adapter={reading['adapter']!r}: the reference reads the weights alone. "
+            "Merge it in first: zoo convert DIR --adapter ADAPTER --to hf --out OUT, and verify OUT"
+        )
     jobs = _jobs(ref, published, revision, reading)
     if variants is not None:
         known = [job.name.rpartition("/")[2] for job in jobs]
@@ -89,7 +97,7 @@ class Job:
     directory: Path | None = None
     golden: Golden | None = None
     published: Published | None = None  # where its weights are those of a named checkpoint
-    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads `directory`
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads it
 
 
 def variant_job(entry: Architecture, variant: str) -> Job:
@@ -105,7 +113,7 @@ def _jobs(
     ref: str | PathLike[str] | None,
     golden: Golden | None,
     revision: str | None = None,
-    reading: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Job]:
     from zoo import registry, sources
     from zoo.errors import Offline
@@ -118,7 +126,8 @@ def _jobs(
     try:
         # a proof never downloads gigabytes unasked
         source = sources.resolve(ref, local_files_only=True, revision=revision)
-        sources.check_no_adapter(source)
+        if reading.get("adapter") is None:
+            sources.check_no_adapter(source, applied=False)
     except Offline as error:
         if entries:
             return jobs
@@ -129,10 +138,10 @@ def _jobs(
     name = str(ref) if source.repo else (source.file or source.directory.resolve()).name
     if golden is not None:
         place = source.file or source.directory
-        jobs.append(Job(name, "", directory=place, golden=golden, reading=reading or {}))
+        jobs.append(Job(name, "", directory=place, golden=golden, reading=reading))
         if not (source.directory / "config.json").is_file() or source.file is not None:
             return jobs  # it stands in the place of the reference
-    return jobs + _checkpoint_jobs(source, name, reading or {})
+    return jobs + _checkpoint_jobs(source, name, reading)
 
 
 def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> list[Job]:
@@ -164,12 +173,13 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
         write_like(directory, copy, reference_class, seed=seed)
 
     published = None
-    named = None if reading else source.checkpoint  # read otherwise, it is another model
+    # read with other fields or another head, it is another model
+    named = None if {"head", "config", "ignore_config"} & reading.keys() else source.checkpoint
     if named is not None and source.repo and source.revision:
         published = Published(named.name, source.repo, source.revision)
     return [
         Job(name, reference_class, directory=directory, reading=reading, published=published),
-        Job(f"{name}, hot", reference_class, write),
+        Job(f"{name}, hot", reference_class, write, reading=reading),
     ]
 
 
@@ -180,7 +190,9 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
     from zoo.parity.truth import Truth
     from zoo.pretrained import load
 
-    with _checkpoint(job, seed) as directory:
+    with _checkpoint(job, seed) as directory, warnings.catch_warnings():
+        if job.write is not None:  # a user's own config is read, and warned of, where it lies
+            warnings.simplefilter("ignore", UnusedFieldsWarning)
         if job.golden is not None:
             try:
                 yield job.golden.row(job.name, load(directory, modules=False, **job.reading))
@@ -198,12 +210,14 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
             job.name,
             truth,
             lambda dtype: load(directory, dtype=dtype, modules=False, **job.reading),
+            job.reading,
         )
         try:
             subject.model(None)
         except Exception as error:
             yield _broken(job.name, "load", error)
             return
+        warnings.simplefilter("ignore", UnusedFieldsWarning)  # the other loads repeat the first
         for check in (*CHECKS, layouts):
             try:
                 yield from check(subject)

@@ -17,6 +17,7 @@ from converters import manifest
 from converters.execute import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
+from zoo import sources
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.conversion import save
@@ -48,6 +49,7 @@ class Subject:
     name: str
     truth: Truth
     load: Load
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads its directory
     _models: dict[torch.dtype | None, Any] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype | None) -> Any:
@@ -118,7 +120,7 @@ def headless(subject: Subject) -> Iterator[Row]:
     truth, model = subject.truth, subject.model(torch.float64)
     if model.config.head in model.headless:
         return
-    bare = load(truth.directory, head="none", dtype=torch.float64)
+    bare = load(truth.directory, dtype=torch.float64, **{**subject.reading, "head": "none"})
     error = distance(call(bare, truth.batch)[0], truth.hidden)
     yield Row(subject.name, "headless", error, FP64, f"{error:.1e}")
 
@@ -364,7 +366,8 @@ def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list
     for path in sorted(source.glob("*.json")):
         other = copy / path.name
         # these follow from the tensors, the files they are in, and where those came from
-        if path.name.endswith(".index.json") or path.name == manifest.NAME:
+        # and an adapter beside the weights was left out
+        if path.name.endswith(".index.json") or path.name in (manifest.NAME, sources.ADAPTER):
             continue
         if not other.is_file():
             out.append(f"{path.name}: missing")
@@ -377,6 +380,8 @@ def _tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], b
     """Name -> dtype, shape, bytes."""
     out = {}
     for path in sorted(directory.glob("*.safetensors")):
+        if path.name in sources.ADAPTER_WEIGHTS:
+            continue
         with safe_open(path, "pt") as file:
             out.update({name: _content(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118
     if not out:

@@ -44,7 +44,7 @@ def diff(
     module whose parameters have the names of some dialect. `way` is "whole", "padded", "cached"
     or "unmasked": with padding tokens that no mask hides. Where they part, `diagnose` looks for
     the causes: in fp64, where rounding hides none. `reading` says how `ours` is read, as
-    `zoo.load` has it: head, config, ignore_config, revision …
+    `zoo.load` has it: head, config, ignore_config, revision …; an adapter is merged in.
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -85,7 +85,8 @@ def _causes(comparison: Comparison, difference: Difference) -> list[Cause]:
 
 def _native(ref: Ref | Model, dtype: torch.dtype, **reading: Any) -> Model:
     if not isinstance(ref, nn.Module):
-        return load(ref, dtype=dtype, modules=False, **reading)
+        merge = reading.get("adapter") not in (None, False)
+        return load(ref, dtype=dtype, modules=False, **{"merge": merge, **reading})
     if reading:
         raise UsageError(f"{listing(reading)}: the first model is loaded already")
     if not isinstance(ref, Model):

@@ -41,16 +41,16 @@ def layouts(subject: Subject) -> Iterator[Row]:
             try:
                 # legacy names are read and never written: those come back as the source has them
                 expected = truth.directory if form == "legacy" else place
-                problems += [f"{form}: {line}" for line in _check(model, place, expected)]
+                problems += [f"{form}: {line}" for line in _check(subject, place, expected)]
             except Exception as error:
                 problems.append(f"{form}: {type(error).__name__}: {error}")
     shown = f"{len(places)} forms" if not problems else f"{len(problems)} differ"
     yield Row(subject.name, "layouts", len(problems), 0, shown, "; ".join(problems[:8]))
 
 
-def _check(model: Any, directory: Path, expected: Path) -> list[str]:
-    again: Any = load(directory, modules=False)
-    mine = dict(model.named_parameters(remove_duplicate=False))
+def _check(subject: Subject, directory: Path, expected: Path) -> list[str]:
+    again: Any = load(directory, modules=False, **subject.reading)
+    mine = dict(subject.model(None).named_parameters(remove_duplicate=False))
     theirs = dict(again.named_parameters())
     # a form may lack what the class can do without; it has nothing besides
     problems = [f"{name}: differs" for name in theirs if not _same(theirs[name], mine.get(name))]
