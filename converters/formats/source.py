@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import sys
+import threading
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class SourceFile:
         self.size = self.stamp[2]
         self._mapping: mmap.mmap | None = None
         self._fd: int | None = None
+        self._opening = threading.Lock()
 
     def bytes(self, start: int, end: int) -> Tensor:
         """(end - start,) bytes of the file; never none at all."""
@@ -130,9 +132,10 @@ class SourceFile:
             yield piece
 
     def _read(self, start: int, out: memoryview) -> None:
-        if self._fd is None:
-            self._fd = self._opened()
-            weakref.finalize(self, os.close, self._fd)
+        with self._opening:  # a conversion reads in several threads
+            if self._fd is None:
+                self._fd = self._opened()
+                weakref.finalize(self, os.close, self._fd)
         while len(out):
             count = os.preadv(self._fd, [out], start)
             if not count:
