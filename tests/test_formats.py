@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -804,6 +805,22 @@ def test_zips_that_cannot_be_trusted(tmp_path: Path) -> None:
         reader.tensor("a")
     with pytest.raises(CorruptCheckpoint, match=r"tensor a .*CRC"):
         reader.tensor("a")
+
+
+def test_a_record_that_is_read_whole_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"a": torch.arange(12.0), "b": torch.arange(6).to(torch.bfloat16)}
+    reader = TorchZipReader(saved(tmp_path, state))
+    asked, of = [], os.preadv
+
+    def preadv(fd: int, buffers: Any, start: int) -> int:
+        asked.append(start)
+        return of(fd, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in state.items())
+    assert len(asked) == len(set(asked)) == 2
 
 
 def test_threads_that_read_a_file_open_it_once(
