@@ -24,7 +24,7 @@ from converters.formats import (
     torch_legacy,
     torch_pickle,
 )
-from converters.formats.source import SourceFile
+from converters.formats.source import SourceFile, memory_of
 from converters.formats.stored_zip import END, LOCAL, MAGIC, WIDE
 from converters.formats.torch_pickle import Array, Name
 from zoo.errors import (
@@ -143,15 +143,13 @@ class TorchZipReader:
 
     def _check(self, name: str, whole: torch.Tensor | None = None) -> None:
         """The CRC of the record that a tensor lies in, once; of `whole` where it is read."""
-        import torch
-
         key = self._arrays[name].storage.key
         if key in self._unchecked:
             record = self._records[key]
             if whole is None:
                 found = self._file.crc32(record.start, record.start + record.size)
             else:
-                found = zlib.crc32(whole.view(torch.uint8).numpy())
+                found = zlib.crc32(memory_of(whole))
             if found != record.crc:
                 raise CorruptCheckpoint(
                     f"{self.path}: tensor {name} (record {record.name}): CRC {found:08x}, "
