@@ -105,7 +105,7 @@ class Dialect:
     # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
     zeros: Mapping[str, Any] = field(default_factory=dict)
     forgets: frozenset[str] = frozenset()  # native fields that may be lost
-    reference: str = ""  # its list in reference_fields.yaml; none: every unknown field is an error
+    reference: str = ""  # its list in reference_fields.yaml, if there is one
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -195,7 +195,7 @@ class Dialect:
 
     def _is_unread(self, path: str, key: str) -> bool:
         """Whether the reference never looks up this key of a field that is an object."""
-        return bool(self.reference) and path in INNER and key not in reference_fields()[ROPE]
+        return path in INNER and self._is_listed and key not in reference_fields()[ROPE]
 
     def _flat(self, reference: Mapping[str, Any]) -> dict[str, Any]:
         """What the audit goes over: fields, and parts of those that are objects."""
@@ -213,6 +213,11 @@ class Dialect:
         given = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
         return flat | {key: value for key, value in given.items() if value is not None}
 
+    @property
+    def _is_listed(self) -> bool:
+        """Whether the fields that the reference reads are known; else each unknown is an error."""
+        return bool(self.reference) and self.reference in reference_fields()
+
     @cached_property
     def _mapped(self) -> frozenset[str]:
         """Fields that native ones are read from, and objects that hold such fields."""
@@ -222,7 +227,7 @@ class Dialect:
     def _fields(self) -> frozenset[str]:
         """Every field that may change the function, whether zoo implements it or not."""
         names = self._mapped | self.require.keys()
-        if not self.reference:
+        if not self._is_listed:
             return names | self.ignore
         read = reference_fields()
         return names | ((read[SHARED] | read[self.reference]) - self.ignore)
@@ -239,12 +244,12 @@ class Dialect:
     def _scope(self, key: str, reference: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
         """(a field's own name, names of the fields known where it stands)"""
         outer, _, inner = key.rpartition(".")
-        if self.reference and outer in INNER and key not in reference:
+        if outer in INNER and self._is_listed and key not in reference:
             return inner, reference_fields()[ROPE]
         return key, self._fields()
 
     def _cannot_matter(self, key: str, value: Any, reference: Mapping[str, Any]) -> bool:
-        if not self.reference:
+        if not self._is_listed:
             return False
         name, known = self._scope(key, reference)
         if name != key and isinstance(value, dict):
@@ -411,7 +416,7 @@ def parse_spec(name: str, data: Any, where: str = "") -> Spec:
         for key in data
         if key not in _SPEC_KEYS
     }
-    if "hf" in dialects and name in reference_fields():
+    if "hf" in dialects:
         dialects["hf"] = replace(dialects["hf"], reference=name)
     return Spec(
         name,

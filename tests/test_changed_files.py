@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -126,6 +127,22 @@ def test_a_mapped_file_that_was_replaced_is_refused(directory: Path) -> None:
     (directory / "other").write_bytes(path.read_bytes())
     os.replace(directory / "other", path)
     with pytest.raises(SourceChanged, match="was replaced by another file"):
+        model.generate(IDS, max_new_tokens=1)
+
+
+def test_a_mapped_file_that_cannot_be_looked_at_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.load(directory)
+    of, weights = os.stat, directory / "model.safetensors"
+
+    def denied(path: Any, **options: Any) -> os.stat_result:
+        if path == weights:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return of(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(SourceChanged, match=r"cannot be looked at any more \(Permission denied"):
         model.generate(IDS, max_new_tokens=1)
 
 

@@ -8,9 +8,11 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from converters.formats.safetensors import (
     header_order,
     lay_out,
 )
+from converters.formats.source import SourceFile
 from converters.formats.torch_zip import TorchZipReader
 from converters.strict_json import parse_json, read_json
 from zoo.errors import (
@@ -802,6 +805,43 @@ def test_zips_that_cannot_be_trusted(tmp_path: Path) -> None:
         reader.tensor("a")
     with pytest.raises(CorruptCheckpoint, match=r"tensor a .*CRC"):
         reader.tensor("a")
+
+
+def test_a_record_that_is_read_whole_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"a": torch.arange(12.0), "b": torch.arange(6).to(torch.bfloat16)}
+    reader = TorchZipReader(saved(tmp_path, state))
+    asked, of = [], os.preadv
+
+    def preadv(fd: int, buffers: Any, start: int) -> int:
+        asked.append(start)
+        return of(fd, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in state.items())
+    assert len(asked) == len(set(asked)) == 2
+
+
+def test_threads_that_read_a_file_open_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(8))
+    with path.open("rb") as header:
+        file = SourceFile(path, header.fileno(), mapped=False)
+    opened, of = [], file._opened
+
+    def slow() -> int:
+        time.sleep(0.05)  # the others come to it meanwhile
+        opened.append(of())
+        return opened[-1]
+
+    monkeypatch.setattr(file, "_opened", slow)
+    with ThreadPoolExecutor(4) as pool:
+        read = [pool.submit(file.tensor, 0, "F32", (2,)) for _ in range(4)]
+    assert all(each.result().tolist() == [0, 0] for each in read)
+    assert len(opened) == 1
 
 
 def test_headers_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

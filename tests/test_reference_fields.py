@@ -38,6 +38,21 @@ def test_lists_are_those_of_the_installed_reference() -> None:
     assert {k: frozenset(v) for k, v in tool.derive().items()} == reference_fields()
 
 
+def test_lists_are_read_where_a_field_is_unknown_and_no_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = saved(tmp_path, "gpt2")
+    asked = []
+    monkeypatch.setattr(
+        "converters.spec.reference_fields", lambda: asked.append(1) or reference_fields()
+    )
+    load_spec.cache_clear()
+    zoo.load(directory)
+    assert not asked
+    audit("gpt2", unsloth_fixed=True)
+    assert asked
+
+
 def test_fields_that_the_reference_never_reads_load_with_one_warning(tmp_path: Path) -> None:
     directory = saved(tmp_path, is_llama_config=True, rope_interleaved=False, unsloth_fixed=True)
     with pytest.warns(UnusedFieldsWarning) as raised:

@@ -23,20 +23,20 @@ from converters.strict_json import read_json
 from zoo.errors import OutputExists, ZooError, listing
 from zoo.sources import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     COMPANIONS,
     CONFIG,
     MODULE_WEIGHTS,
     MORE_TEMPLATES,
     NATIVE_FILE,
+    PUBLISHED,
     SENTENCE_FILES,
+    WEIGHTS,
     module_folders,
 )
 
-_WEIGHTS = re.compile(
-    r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?"
-)
-_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = re.compile(rf"({PUBLISHED.pattern})(\.index\.json)?")
+_INDEXES = [index for _, index in WEIGHTS]
 _CONFIGS = {CONFIG: ("model_type", "architectures"), NATIVE_FILE: ("architecture",)}  # with a key
 _USUAL = {*_CONFIGS, ADAPTER, MANIFEST, *COMPANIONS, *SENTENCE_FILES}
 _AGAIN = "Use force=True (--force) to replace the checkpoint; other files are kept"
@@ -133,7 +133,7 @@ class Replacing:
         if loaded or not listed:
             kinds.append(_WEIGHTS.pattern)
         if not listed:
-            kinds.append(_ADAPTER.pattern)
+            kinds += map(re.escape, ADAPTER_WEIGHTS)
         weights = {name for name in below if any(re.fullmatch(kind, name) for kind in kinds)}
         usual = weights | self._made | _USUAL | _of_modules(place)
         usual |= {name for name in below if re.fullmatch(rf"{MORE_TEMPLATES}/[^/]+\.jinja", name)}

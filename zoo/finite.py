@@ -38,8 +38,8 @@ def first_where(x: Tensor, bad: Bad = nonfinite) -> list[int] | None:
 
 
 def at(x: Tensor, index: list[int]) -> str:
-    """[3, 7] is nan"""
-    return f"{index} is {x[tuple(index)].item():g}"
+    """[3, 7] is nan; of a scalar: is nan"""
+    return f"{index or ''} is {x[tuple(index)].item():g}"
 
 
 def source_of(plan: Plan, checkpoint: Checkpoint, name: str, bad: Bad = nonfinite) -> str:

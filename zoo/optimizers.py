@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from converters.execute import backward, forward
 from converters.formats import TensorInfo
 from converters.plan import Plan, Step
+from zoo import finite
 from zoo.components.model import Model
 from zoo.errors import NonFinite, PlanError, UsageError, listing
 from zoo.fitting import fitted
@@ -187,10 +188,8 @@ def _check_finite(held: Mapping[str, State]) -> None:
                 faults.append(f"{name}: {key} is {value}")
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            finite = value.isfinite()
-            if not finite.all():
-                at = (~finite).nonzero()[0].tolist()
-                faults.append(f"{name}: {key}{at if at else ''} is {value[tuple(at)].item()}")
+            if (index := finite.first_where(value)) is not None:
+                faults.append(f"{name}: {key}{finite.at(value, index)}")
     if faults:
         raise NonFinite(f"the optimizer's state is not finite: {listing(faults)}")
 

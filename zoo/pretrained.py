@@ -178,9 +178,13 @@ class Provenance:
         """What is no longer as it was loaded, by file; one that is gone is none of these."""
         found = list[str]()
         for path, before in self.stamps.items():
-            with suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 if (now := stamp(os.stat(path))) != before:
                     found.append(f"{path}: {_difference(before, now)}")
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                found.append(f"{path}: cannot be looked at any more ({error.strerror})")
         return found
 
     def check(self) -> None:

@@ -67,15 +67,17 @@ COMPANIONS = (
     MODULES,
     ADAPTER,  # weights beside which it lies are not loaded without a decision
 )
-# and where it has modules; these lie in folders of their own
+# and where it has modules; their weights lie in folders of their own
 SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
-MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # (whole file, index of shards), the preferred format first
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_PUBLISHED = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
+MODULE_WEIGHTS = tuple(whole for whole, _ in WEIGHTS)
+PUBLISHED = re.compile(  # files of weights by the names above, whole or a shard
+    "|".join(r"{}(-\d+-of-\d+)?\.{}".format(*whole.split(".")) for whole, _ in WEIGHTS)
+)
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@\s]+))?(@(?P<revision>[^@\s]+))?")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -286,7 +288,7 @@ def _base_of(place: Path) -> tuple[str, str]:
 def _is_published(path: Path) -> bool:
     """Whether a file is one of those that a config beside it is of."""
     named = any((path.parent / name).exists() for name in (CONFIG, NATIVE_FILE))
-    return named and _PUBLISHED.fullmatch(path.name) is not None
+    return named and PUBLISHED.fullmatch(path.name) is not None
 
 
 def _is_weights(path: Path) -> bool:
@@ -418,7 +420,7 @@ class _Hub:
 
         Config first, so that an unknown model costs no download.
         """
-        if file and _PUBLISHED.fullmatch(file):
+        if file and PUBLISHED.fullmatch(file):
             file = None  # its config says the same
         config = None if file else self._config()
         if config is None:

@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import sys
+import threading
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class SourceFile:
         self.size = self.stamp[2]
         self._mapping: mmap.mmap | None = None
         self._fd: int | None = None
+        self._opening = threading.Lock()
 
     def bytes(self, start: int, end: int) -> Tensor:
         """(end - start,) bytes of the file; never none at all."""
@@ -69,7 +71,7 @@ class SourceFile:
         kind, size, count = torch_dtype(dtype), itemsize(dtype), math.prod(shape)
         if not count or not self.mapped:
             out = torch.empty(shape, dtype=kind)
-            self._read(start, _memory_of(out))
+            self._read(start, memory_of(out))
             return out
         if start % size:  # kernels may assume alignment, so this tensor alone is copied
             return self.bytes(start, start + count * size).clone().view(kind).view(shape)
@@ -87,14 +89,14 @@ class SourceFile:
         size, row = itemsize(dtype), width * itemsize(dtype)
         start += rows.start * row
         out = _apart(height, across, torch_dtype(dtype))
-        memory, wide = _memory_of(out), across * size
+        memory, wide = memory_of(out), across * size
         if across == width:
             self._read(start, memory)
             return out
         if row - wide <= _GAP:
             step = min(height, max(1, _CHUNK // row))
             whole = _apart(step, width, out.dtype)
-            room = _memory_of(whole)
+            room = memory_of(whole)
             for top in range(0, height, step):
                 count = min(step, height - top)
                 self._read(start + top * row, room[: count * row])
@@ -130,9 +132,10 @@ class SourceFile:
             yield piece
 
     def _read(self, start: int, out: memoryview) -> None:
-        if self._fd is None:
-            self._fd = self._opened()
-            weakref.finalize(self, os.close, self._fd)
+        with self._opening:  # a conversion reads in several threads
+            if self._fd is None:
+                self._fd = self._opened()
+                weakref.finalize(self, os.close, self._fd)
         while len(out):
             count = os.preadv(self._fd, [out], start)
             if not count:
@@ -174,7 +177,7 @@ def _apart(height: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(room, dtype=dtype).view(height, width)
 
 
-def _memory_of(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's own bytes, to be written to while the tensor is there."""
     if not tensor.nbytes:
         return memoryview(b"")
@@ -182,4 +185,4 @@ def _memory_of(tensor: Tensor) -> memoryview:
     return memoryview(held).cast("B")
 
 
-__all__ = ["SourceFile", "Stamp", "stamp"]
+__all__ = ["SourceFile", "Stamp", "memory_of", "stamp"]

@@ -24,7 +24,7 @@ from converters.formats import (
     torch_legacy,
     torch_pickle,
 )
-from converters.formats.source import SourceFile
+from converters.formats.source import SourceFile, memory_of
 from converters.formats.stored_zip import END, LOCAL, MAGIC, WIDE
 from converters.formats.torch_pickle import Array, Name
 from zoo.errors import (
@@ -126,10 +126,9 @@ class TorchZipReader:
         if array is None:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
-        self._check(name)
-        return self._storage(array.storage.key, self.tensors[name].dtype).as_strided(
-            array.shape, array.stride, array.offset
-        )
+        whole = self._storage(array.storage.key, self.tensors[name].dtype)
+        self._check(name, whole)
+        return whole.as_strided(array.shape, array.stride, array.offset)
 
     def decoder(self, name: str) -> Read | None:
         """What reads a box of a tensor; None where a view of its storage shows it."""
@@ -142,12 +141,15 @@ class TorchZipReader:
         self._check(name)
         return self._file.boxes(record.start + array.offset * itemsize(dtype), dtype, shape)
 
-    def _check(self, name: str) -> None:
-        """The CRC of the record that a tensor lies in, once."""
+    def _check(self, name: str, whole: torch.Tensor | None = None) -> None:
+        """The CRC of the record that a tensor lies in, once; of `whole` where it is read."""
         key = self._arrays[name].storage.key
         if key in self._unchecked:
             record = self._records[key]
-            found = self._file.crc32(record.start, record.start + record.size)
+            if whole is None:
+                found = self._file.crc32(record.start, record.start + record.size)
+            else:
+                found = zlib.crc32(memory_of(whole))
             if found != record.crc:
                 raise CorruptCheckpoint(
                     f"{self.path}: tensor {name} (record {record.name}): CRC {found:08x}, "

@@ -22,6 +22,7 @@ from converters.output import Item, Output, Shard
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
+from zoo.finite import at, first_where
 from zoo.patterns import why_slow
 from zoo.sources import ADAPTER as CONFIG
 from zoo.sources import ADAPTER_WEIGHTS as WEIGHTS
@@ -295,10 +296,9 @@ def _half_problem(
 
 
 def _not_finite(key: str, tensor: Tensor) -> str:
-    if tensor.isfinite().all():
+    if (index := first_where(tensor)) is None:
         return ""
-    at = (~tensor.isfinite()).nonzero()[0].tolist()
-    return f"{key}: {at} is {tensor[tuple(at)].item():g}. An earlier checkpoint may be sound"
+    return f"{key}: {at(tensor, index)}. An earlier checkpoint may be sound"
 
 
 # --- written -------------------------------------------------------------------------------------
