@@ -86,7 +86,9 @@ def test_nan_in_every_kind_of_model(nan: Path, tmp_path: Path, kind: str) -> Non
         model.generate(IDS)
 
 
-@pytest.mark.parametrize("options", [{"adapter": False}, {"ignore_config": ["pruned_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"adapter": False}, {"ignore_config": ["pruned_head"]}], ids=str
+)
 def test_nan_is_traced_to_its_file_by_the_options_of_loading(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -120,6 +122,22 @@ def test_the_cause_is_left_open_where_files_cannot_be_opened_again(
     ) as error:
         model.generate(IDS)
     assert "training" not in str(error.value) and "all weights are finite" not in str(error.value)
+
+
+ATTENTION = "transformer.h.0.attn.c_attn.weight"  # q of the first head lies first in it
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("prepare", [False, True])
+def test_what_attention_hides_is_refused(prepare: bool, value: float, tmp_path: Path) -> None:
+    """torch's fused attention makes zeros of a row of NaN: logits are finite, and wrong."""
+    place = broken(tmp_path / "x", ATTENTION, (1, 0), value)
+    says = rf"model\.safetensors: {ATTENTION}\[1, 0\] is (nan|inf)"
+    for name in ("greedy", "beams", "text", "perplexity", "embed"):
+        model = zoo.load(place, prepare=prepare)
+        with pytest.raises(NonFinite, match=says):
+            CALLS[name](model)
+        assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_row_is_named(tmp_path: Path) -> None:

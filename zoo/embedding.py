@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError, did_you_mean, listing
-from zoo.finite import check_finite
+from zoo.finite import check_finite, watched
 from zoo.inference import at_rest, device_of, headless, model_of
 from zoo.pretrained import Ref
 from zoo.sentences import WAYS, SentenceModel, manner
@@ -55,14 +56,11 @@ def embed(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             ids = [rows[n] for n in numbers]
-            found.append(_vectors(body, ids, pooling or "mean"))
-            check_finite(
-                model,
-                found[-1],
-                "the embedding",
-                row=numbers.__getitem__,
-                again=partial(_vectors, body, ids, pooling or "mean"),
-            )
+            again = partial(_vectors, body, ids, pooling or "mean")
+            with nullcontext() if found else watched(model):
+                found.append(again())
+                row = numbers.__getitem__
+                check_finite(model, found[-1], "the embedding", row=row, again=again)
     vectors = torch.cat(found)
     vectors = vectors[torch.tensor(order, device=vectors.device).argsort()]
     return F.normalize(vectors, dim=-1) if normalize else vectors

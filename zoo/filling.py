@@ -9,7 +9,7 @@ import torch
 from zoo.components.heads import MaskedLMHead
 from zoo.components.model import Model
 from zoo.errors import InputError, UsageError
-from zoo.finite import check_finite
+from zoo.finite import check_finite, watched
 from zoo.inference import at_rest, called, device_of, model_of
 from zoo.pretrained import Ref
 
@@ -41,10 +41,10 @@ def fill(model: Model | Ref, text: str, *, top: int = 5, **reading: Any) -> list
     gaps = ids[0] == tokenizer.mask
     if not gaps.any():
         raise InputError(f"no {tokenizer.token(tokenizer.mask)} in the text")
-    with at_rest(model):
+    with at_rest(model), watched(model):
         out = model(ids)
-    logits = (out[0] if isinstance(out, tuple) else out)[0, gaps]
-    check_finite(model, logits, row=lambda n: None, again=lambda: model(ids))
+        logits = (out[0] if isinstance(out, tuple) else out)[0, gaps]
+        check_finite(model, logits, row=lambda n: None, again=lambda: model(ids))
     shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     best = shares[:, :most].topk(top)  # rows beyond the vocabulary make a table's size round
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,17 +85,66 @@ def check_finite(
     raise NonFinite(f"{what}{of} not finite: {_cause(model, values.dtype, again)}")
 
 
-def _cause(model: Model, dtype: torch.dtype, again: Callable[[], Any] | None) -> str:
+@contextmanager
+def watched(model: Model) -> Iterator[None]:
+    """Raise NonFinite where a weight in use is not finite, whatever the model gives.
+
+    torch's fused attention makes zeros of a row of NaN: with NaN in q or k, logits may be finite
+    and wrong. So what each layer gives is summed, which is little beside computing it. Compiled
+    models are not watched: a hook would have them compiled again.
+    """
+    sums: list[Tensor] = []
+
+    def look(_: nn.Module, given: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.is_floating_point() and not out.is_meta:
+            sums.append(out.sum(dtype=torch.promote_types(out.dtype, torch.float32)))
+
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    layers = [] if compiled else filter(_is_layer, model.modules())
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if all(bool(total.isfinite()) for total in sums):
+        return
+    try:
+        fault = _fault(model)
+    except (
+        ZooError,
+        OSError,
+    ):  # prepared, and its files are gone: what it gives counts
+        return
+    if fault:
+        raise NonFinite(f"a weight is not finite: {fault}")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it holds weights of its own, and no other modules."""
+    held = (module.parameters(recurse=False), module.buffers(recurse=False))
+    weighty = any(next(each, None) is not None for each in held) or hasattr(module, "packed")
+    return weighty and next(module.children(), None) is None
+
+
+def _fault(model: Model) -> str:
+    """The first weight that is not finite, and where it comes from; empty where all are."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and (index := first_where(tensor)) is not None:
             try:
                 return _traced(model, name, tensor, index)
             except (ZooError, OSError) as error:
                 return f"{name}{at(tensor, index)}. {_UNOPENED}: {error}"
+    packed = _opened(model) if hasattr(model, "prepared") else None
+    if packed is not None and (fault := next(faults_of(*packed), None)) is not None:
+        return f"{packed[1].root}: {fault}. {_AGAIN}"
+    return ""
+
+
+def _cause(model: Model, dtype: torch.dtype, again: Callable[[], Any] | None) -> str:
     try:
-        packed = _opened(model) if hasattr(model, "prepared") else None
-        if packed is not None and (fault := next(faults_of(*packed), None)) is not None:
-            return f"{packed[1].root}: {fault}. {_AGAIN}"
+        if fault := _fault(model):
+            return fault
     except (ZooError, OSError) as error:
         return f"either a weight is not, or the model overflows. {_UNOPENED}: {error}"
     first = _first_module(model, again) if again is not None else ""

@@ -31,7 +31,7 @@ from zoo.errors import (
     UsageError,
     did_you_mean,
 )
-from zoo.finite import check_finite
+from zoo.finite import check_finite, watched
 from zoo.generation_config import (
     BEAMS,
     NO_DEFAULTS,
@@ -144,13 +144,14 @@ class Runner:
         known = 0 if self.cache is None or self.fresh else self.cache.length
         ids = self.ids[:, known:]
         mask = None if self.mask is None else self.mask[:, known:]
-        self.fresh = False
+        first, self.fresh = self.fresh, False
         try:
-            with _last_only(self.model, last), _without_dropout(self.model):
-                logits: Tensor = self._forward(ids, mask, self.cache)
-            each = max(1, len(self.ids) // max(1, self.prompts))
-            again = partial(self._forward, self.ids, self.mask, None)
-            check_finite(self.model, logits, row=lambda n: self._row(n // each), again=again)
+            with watched(self.model) if first else nullcontext():
+                with _last_only(self.model, last), _without_dropout(self.model):
+                    logits: Tensor = self._forward(ids, mask, self.cache)
+                each = max(1, len(self.ids) // max(1, self.prompts))
+                again = partial(self._forward, self.ids, self.mask, None)
+                check_finite(self.model, logits, row=lambda n: self._row(n // each), again=again)
             return logits
         except BaseException:
             if self.cache is not None:  # places were taken that not every layer has filled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from zoo.components.decoder import Decoder
 from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
-from zoo.finite import check_finite
+from zoo.finite import check_finite, watched
 from zoo.inference import at_rest, called, device_of, every_place, headless, model_of
 from zoo.pretrained import Ref
 
@@ -81,7 +82,8 @@ def perplexity(
     total = 0.0
     with at_rest(model):
         for start, new, end in _windows(len(ids), window, stride):
-            total += _nll(model, ids[start:end], end - new)
+            with nullcontext() if start else watched(model):
+                total += _nll(model, ids[start:end], end - new)
             if progress:
                 progress(end, len(ids))
     return Score(len(ids) - 1, total / (len(ids) - 1), size)
