@@ -86,7 +86,9 @@ def test_nan_in_every_kind_of_model(nan: Path, tmp_path: Path, kind: str) -> Non
         model.generate(IDS)
 
 
-@pytest.mark.parametrize("options", [{"adapter": False}, {"ignore_config": ["pruned_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"adapter": False}, {"ignore_config": ["pruned_head"]}], ids=str
+)
 def test_nan_is_traced_to_its_file_by_the_options_of_loading(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
