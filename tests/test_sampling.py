@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from torch.overrides import TorchFunctionMode
 
 from zoo import sampling, speculative
 from zoo.components.cache import Cache
@@ -150,6 +151,40 @@ def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
 def test_constraints_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(wrong))}=.*expected"):
         Constraints(**wrong)
+
+
+def test_single_bad_words_and_biases_are_applied_together() -> None:
+    """However many there are; with longer ones beside them."""
+
+    def applied(count: int) -> tuple[torch.Tensor, int]:
+        biases = [[[n], 0.5 * n] for n in range(count, 2 * count)]
+        rules = Constraints(
+            bad_words_ids=[[n] for n in range(count)] + [[7, 2 * count]],
+            sequence_bias=[*biases, [[3, 7, count], -2.0]],
+            ends=(0,),
+        )
+        rules.check_ids(5000)
+        calls = 0
+
+        class Counting(TorchFunctionMode):
+            def __torch_function__(
+                self, call: Any, _: Any, args: Any = (), more: Any = None
+            ) -> Any:
+                nonlocal calls
+                calls += 1
+                return call(*args, **(more or {}))
+
+        with Counting():
+            return rules.apply(torch.zeros(2, 5000), [[3, 7], [7, 3]], 0), calls
+
+    (_, few), (found, many) = applied(2), applied(1000)
+    assert many == few
+    want = torch.zeros(2, 5000)
+    want[:, 1000:2000] = torch.arange(1000, 2000) * 0.5
+    want[:, 1:1000] = -torch.inf
+    want[0, 1000] -= 2.0
+    want[0, 2000] = -torch.inf
+    assert torch.equal(found, want)
 
 
 # --- draws ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,15 +33,27 @@ def no_repeat_ngram(logits: Tensor, rows: Sequence[Sequence[int]], size: int) ->
     return out
 
 
-def sequence_bias(
-    logits: Tensor, rows: Sequence[Sequence[int]], biases: Mapping[tuple[int, ...], float]
-) -> Tensor:
+class Biases:
+    """By sequence of tokens, what is added to the last of them; those of one token are together."""
+
+    def __init__(self, biases: Mapping[tuple[int, ...], float]) -> None:
+        self.ids = [id for ids in biases for id in ids]
+        self.longer = {ids: bias for ids, bias in biases.items() if len(ids) > 1}
+        self._single = {ids[0]: bias for ids, bias in biases.items() if len(ids) == 1}
+
+    @cached_property
+    def single(self) -> tuple[Tensor, Tensor]:
+        """(ids, what is added); made when the ids are known to be such."""
+        ids, values = [*self._single], [*self._single.values()]
+        return torch.tensor(ids, dtype=torch.long), torch.tensor(values, dtype=torch.float64)
+
+
+def sequence_bias(logits: Tensor, rows: Sequence[Sequence[int]], biases: Biases) -> Tensor:
     """Added to the last token of a sequence in rows that end with the tokens before it."""
     total = torch.zeros_like(logits)
-    for (*start, last), bias in biases.items():
-        if not start:
-            total[:, last] += bias
-            continue
+    ids, values = biases.single
+    total[:, ids.to(logits.device)] = values.to(logits)
+    for (*start, last), bias in biases.longer.items():
         for n, row in enumerate(rows):
             if list(row[-len(start) :]) == start:
                 total[n, last] += bias
@@ -100,37 +113,37 @@ class Constraints:
         """Tokens that are to be biased or forced exist; suppressing one that does not is idle."""
         forced = {"forced_bos_token_id": _ids(self.forced_bos_token_id)}
         forced["forced_eos_token_id"] = _ids(self.forced_eos_token_id)
-        forced["sequence_bias"] = [id for ids in self._biases for id in ids]
+        forced["sequence_bias"] = self._biases.ids
         forced["bad_words_ids"] = [id for ids in self.bad_words_ids or () for id in ids]
         for name, ids in forced.items():
             if wrong := [id for id in ids if not 0 <= id < vocab]:
                 raise TokenIdError(f"{name}: {wrong[0]} is outside 0..{vocab - 1}")
 
-    @property
-    def _biases(self) -> dict[tuple[int, ...], float]:
+    @cached_property
+    def _biases(self) -> Biases:
         given = self.sequence_bias or {}
         pairs = given.items() if isinstance(given, Mapping) else given
-        return {tuple(ids): float(bias) for ids, bias in pairs}
+        return Biases({tuple(ids): float(bias) for ids, bias in pairs})
 
-    @property
-    def _banned(self) -> dict[tuple[int, ...], float]:
+    @cached_property
+    def _banned(self) -> Biases:
         """An end is no bad word."""
-        words = (tuple(ids) for ids in self.bad_words_ids or ())
-        return {ids: -torch.inf for ids in words if ids not in {(end,) for end in self.ends}}
+        words, ends = map(tuple, self.bad_words_ids or ()), {(end,) for end in self.ends}
+        return Biases({ids: -torch.inf for ids in words if ids not in ends})
 
     @property
     def reads_rows(self) -> bool:
-        sequences = [*self._biases, *self._banned]
         return bool(
             self.repetition_penalty != 1
             or self.no_repeat_ngram_size
-            or any(len(ids) > 1 for ids in sequences)
+            or self._biases.longer
+            or self._banned.longer
         )
 
     def apply(self, logits: Tensor, rows: Sequence[Sequence[int]], new: int) -> Tensor:
         """(b, v) in fp32, after `new` tokens; `rows` are all real tokens of each row so far."""
-        if biases := self._biases:
-            logits = sequence_bias(logits, rows, biases)
+        if self._biases.ids:
+            logits = sequence_bias(logits, rows, self._biases)
         if self.repetition_penalty != 1:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for n, row in enumerate(rows):
@@ -138,8 +151,8 @@ class Constraints:
             logits = repetition_penalty(logits, seen, self.repetition_penalty)
         if self.no_repeat_ngram_size:
             logits = no_repeat_ngram(logits, rows, self.no_repeat_ngram_size)
-        if banned := self._banned:
-            logits = sequence_bias(logits, rows, banned)
+        if self._banned.ids:
+            logits = sequence_bias(logits, rows, self._banned)
         return self._by_length(logits, new)
 
     def _by_length(self, logits: Tensor, new: int) -> Tensor:
