@@ -120,6 +120,8 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
     """How the files in the hub's cache differ from the entry; empty where there are none."""
     try:
+        if not sources.is_cached(entry.repo):  # known before all of the hub's client is imported
+            return ()
         source = sources.resolve(entry.name, weights=False, local_files_only=True)
     except ZooError:
         return ()
