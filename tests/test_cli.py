@@ -15,7 +15,7 @@ from conftest import PATIENCE
 import zoo
 from zoo import catalog, registry
 from zoo.cli import main
-from zoo.errors import OutputExists, ParityError
+from zoo.errors import ConfigError, OutputExists, ParityError
 from zoo.tokenizers import CharTokenizer
 
 Result = tuple[int, str, str]
@@ -86,6 +86,24 @@ def test_info_of_a_name_is_answered_offline(run: Any, no_sockets: None) -> None:
         "num_key_value_heads      8",
     ):
         assert line in out
+
+
+def test_info_of_a_name_that_is_not_cached_imports_no_client(tmp_path: Path) -> None:
+    code = (
+        "import sys, zoo; zoo.info('gpt2'); print('huggingface_hub.file_download' in sys.modules)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert told.stdout == "False\n"
+
+
+def test_info_with_other_fields_is_of_that_model() -> None:
+    whole, less = catalog.info("gpt2"), catalog.info("gpt2", config={"layers": 1})
+    assert (whole.parameters, less.parameters) == (124_439_808, 46_473_216)
+    with pytest.raises(ConfigError, match="nonsense: no such field"):
+        catalog.info("gpt2", config={"nonsense": 3})
 
 
 def test_a_pinned_revision_is_not_called_unpinned() -> None:

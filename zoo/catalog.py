@@ -96,7 +96,15 @@ def info(
     if head is not None and head not in found.heads:
         near = did_you_mean(head, found.heads)
         raise UsageError(f"head={head!r}: {found.architecture} has {listing(found.heads)}.{near}")
-    return replace(found, head=head or found.head, config={**found.config, **(config or {})})
+    found = replace(found, head=head or found.head)
+    if not config:
+        return found
+    from zoo.pretrained import skeleton
+
+    # fields that the model has not are refused, and the others may change how large it is
+    model = skeleton(ref, head=head, config=config, ignore_config=ignore_config, **where)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return replace(found, config={**found.config, **config}, parameters=count)
 
 
 def _of_entry(entry: registry.CheckpointEntry) -> Info:
@@ -120,6 +128,8 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
     """How the files in the hub's cache differ from the entry; empty where there are none."""
     try:
+        if not sources.is_cached(entry.repo):  # known before all of the hub's client is imported
+            return ()
         source = sources.resolve(entry.name, weights=False, local_files_only=True)
     except ZooError:
         return ()

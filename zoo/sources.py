@@ -143,6 +143,20 @@ def _is_revision(revision: Any) -> bool:
     return isinstance(revision, str) and len(revision) <= 255 and is_plain(revision)
 
 
+def is_cached(repo: str) -> bool:
+    """Whether the hub's cache has a folder for the repository, whatever lies in it."""
+    try:
+        return _repo_folder(repo).is_dir()
+    except ValueError:  # of the environment, which _check_client names where the client is needed
+        return False
+
+
+def _repo_folder(repo: str, cache: Path | None = None) -> Path:
+    from huggingface_hub import constants
+
+    return (cache or Path(constants.HF_HUB_CACHE)) / f"models--{repo.replace('/', '--')}"
+
+
 def _check_client() -> None:
     """The hub's client reads the environment when it is imported, and trips over bad values."""
     try:
@@ -626,7 +640,7 @@ class _Hub:
     @property
     def _folder(self) -> Path:
         """Of the repository, in the cache."""
-        return self._cache() / f"models--{self.repo.replace('/', '--')}"
+        return _repo_folder(self.repo, self.cache_dir)
 
     def _cached(self, name: str) -> Path | None:
         return self._look_up(name) or None
