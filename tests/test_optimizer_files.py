@@ -519,12 +519,29 @@ def test_damaged_and_deflated_files_are_refused(
     file.write_bytes(whole[: moment + 3] + bytes([whole[moment + 3] ^ 64]) + whole[moment + 4 :])
     with pytest.raises(CorruptCheckpoint, match="CRC"):
         read(file)
-    torch.save(native[1], file, _use_new_zipfile_serialization=False)
-    with pytest.raises(ZooError):
-        convert_file(native[0], file, tmp_path / "out", to="hf", names=native[2])
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UnsafePath, match="regular"):
         read(tmp_path / "fifo")
+
+
+def test_a_file_from_before_torch_1_6_converts_as_any_other(
+    native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    model, state, names = native
+    for name, as_zip in (("zip", True), ("old", False)):
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=as_zip)
+        convert_file(model, tmp_path / name, tmp_path / f"{name}.pt", to="hf", names=names)
+    assert (tmp_path / "old.pt").read_bytes() == (tmp_path / "zip.pt").read_bytes()
+
+
+def test_paths_begin_at_the_users_home_where_they_say_so(
+    native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, state, names = native
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(state, tmp_path / "o.pt")
+    out = convert_file(model, "~/o.pt", "~/out.pt", to="hf", names=names)
+    assert out == tmp_path / "out.pt" and out.is_file()
 
 
 def test_force_replaces_an_optimizers_state_and_no_other_file(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +432,7 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
 
 def checked_destination(dst: Ref, source: Path | None, force: bool) -> Path:
     """Where to write: nowhere that is never replaced, and not over the source."""
-    if not isinstance(dst, str | PathLike) or not os.fspath(dst) or not is_path(dst):
+    if not is_path(dst):
         raise UsageError(f"expected a directory to write, found {dst!r}")
     place = expanded(dst)
     check_place(place)

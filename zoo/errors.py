@@ -99,7 +99,7 @@ class AmbiguousCheckpoint(CheckpointError):
 
 
 class UnsupportedZip(CheckpointError):
-    """A torch zip that stores its entries in a way that cannot be mapped."""
+    """A torch zip that is not read: compressed, encrypted, big-endian or TorchScript."""
 
 
 class UnsupportedFormat(CheckpointError):

@@ -28,9 +28,10 @@ def model_of(model: Model | Ref, **reading: Any) -> Model:
 
 
 def check_sources(model: Model) -> None:
-    """Refuse weights that are views of a file which has changed: its next reader may be killed.
+    """Refuse to compute with mapped weights where one of the model's files has changed.
 
-    That takes microseconds where nothing did. A file that is gone leaves its pages where they are.
+    Reading a map beyond the end of a file that was cut kills the process. A file that is gone is no
+    change: the map keeps its pages. Without a change this takes one stat a file.
     """
     if model.provenance is None or not (changes := model.provenance.changes()):
         return

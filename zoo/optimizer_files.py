@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +29,7 @@ from zoo.errors import (
 )
 from zoo.optimizers import NAMES, check_names, check_state, convert_optimizer
 from zoo.pretrained import Located, Ref, locate, native_of, prove
+from zoo.sources import expanded, is_path
 
 ORDER = (
     "an optimizer numbers parameters in the order in which it was given them, and {} does not say "
@@ -71,9 +71,9 @@ def convert_file(
 
 
 def _path(value: Any, what: str) -> Path:
-    if not isinstance(value, str | PathLike) or not os.fspath(value) or "\0" in os.fsdecode(value):
+    if not is_path(value):
         raise UsageError(f"{what}: expected a path, found {value!r}")
-    return Path(os.fsdecode(value))
+    return expanded(value)
 
 
 def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:

@@ -458,7 +458,7 @@ def load_directory(
 ) -> Model:
     """A local HF directory of a known architecture, through the caller's own spec if given."""
     source = sources.resolve(Path(directory))
-    found = _read(source, None, (), None)
+    found = _read(source)
     return fill(found._replace(entry=entry, spec=spec or found.spec), **changes)
 
 
@@ -499,7 +499,7 @@ def locate(
         source = sources.resolve(ref, weights=weights, adapter=adapter is True, **where)
         if weights and adapter is None:
             sources.check_no_adapter(source)
-        found = _read(source, head, ignore_config, ref, mmap)
+        found = _read(source, head, ignore_config, mmap)
         found = found._replace(mmap=mmap, ignore_config=tuple(ignore_config))
         _check_name(found, head)
     if expect is not None and found.entry.model is not expect:
@@ -523,7 +523,7 @@ def name_problems(source: sources.Source) -> list[str]:
     """How a checkpoint under a registry name differs from the registry's entry."""
     if source.checkpoint is None:
         return []
-    return list(_name_problems(_read(source, None, (), None), source.checkpoint, None))
+    return list(_name_problems(_read(source), source.checkpoint, None))
 
 
 def _check_name(found: Located, head: str | None) -> None:
@@ -592,9 +592,8 @@ def _not_the_named(
 
 def _read(
     source: sources.Source,
-    head: str | None,
-    ignore: Sequence[str],
-    ref: Ref | None,
+    head: str | None = None,
+    ignore: Sequence[str] = (),
     mmap: bool | None = None,
 ) -> Located:
     directory = source.directory

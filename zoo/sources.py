@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from threading import Event
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeGuard
 
 from converters.listed import Group, groups
 from zoo.downloads import COMMIT, ask, damaged_blob, fetch
@@ -195,10 +195,12 @@ def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None, str | N
 # --- directories ---------------------------------------------------------------------------------
 
 
-def is_path(place: str | os.PathLike[str]) -> bool:
-    """Whether the system could have a file of that name."""
+def is_path(place: object) -> TypeGuard[str | os.PathLike[str]]:
+    """Whether it is a path, and the system could have a file of that name."""
+    if not isinstance(place, str | os.PathLike):
+        return False
     try:
-        return b"\0" not in os.fsencode(place)
+        return bool(name := os.fsencode(place)) and b"\0" not in name
     except UnicodeEncodeError:
         return False
 

@@ -1,4 +1,4 @@
-"""safetensors: a JSON header held to the letter, then bytes that stay mapped."""
+"""safetensors: a JSON header held to the letter, then bytes, mapped or read."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def _header(path: Path, value: bytes) -> int:
         )
     if header.get("endianness", 0) != 0:
         raise UnsupportedFormat(
-            f"{path}: saved in big-endian byte order; only little is mapped. "
+            f"{path}: saved in big-endian byte order; only little-endian is read. "
             "Save it again on the machine that it will be used on."
         )
     shards: int = header.get("num_shards", 0)

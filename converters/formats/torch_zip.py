@@ -232,7 +232,7 @@ def _check_directory(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> N
             )
     if packed := [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]:
         raise UnsupportedZip(
-            f"{path}: only stored records can be mapped; compressed are {listing(packed, 5)}. "
+            f"{path}: only stored records are read; compressed are {listing(packed, 5)}. "
             "Save it again with torch.save, or as safetensors."
         )
     if (total := sum(entry.file_size for entry in entries)) > size:
@@ -302,7 +302,9 @@ def _checked(path: Path, fd: int, root: str, record: _Record) -> bytes:
     if zlib.crc32(data) != record.crc:
         raise CorruptCheckpoint(f"{path}: record {record.name}: wrong CRC. Download it again.")
     if record.name == f"{root}/byteorder" and data != b"little":
-        raise UnsupportedZip(f"{path}: saved in byte order {data[:20]!r}; only little is mapped")
+        raise UnsupportedZip(
+            f"{path}: saved in byte order {data[:20]!r}; only little-endian is read"
+        )
     return data
 
 
