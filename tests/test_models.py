@@ -207,7 +207,6 @@ def test_a_null_is_said_and_not_left_out() -> None:
         ("bert", {"is_decoder": True}),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}),
         ("llama", {"sliding_window": 8}),
-        ("llama", {"pooler_type": "first_token_transform"}),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(name: str, fields: dict[str, Any]) -> None:

@@ -186,7 +186,10 @@ def test_what_does_not_convert_is_said(tmp_path: Path) -> None:
     refused(lambda s: s["state"][place].update(step=torch.tensor(9.0)), "step: one array there")
     refused(lambda s: s["state"].pop(place), "kept other things")
     refused(lambda s: s["state"][place].update(exp_avg=torch.ones(3)), "several shapes", UsageError)
-    refused(lambda s: s["param_groups"][0]["params"].pop(), "Pass names=", UsageError)
+    few = "state of parameters that no group has: "
+    refused(lambda s: s["param_groups"][0]["params"].pop(), few, UsageError)
+    without = lambda s: s["state"].pop(s["param_groups"][0]["params"].pop())  # noqa: E731
+    refused(without, "Pass names=", UsageError)
     refused(lambda s: s.pop("state"), "no state_dict of a torch optimizer", UsageError)
     refused(lambda s: None, "of the optimizer's", UsageError, names=names[:3])
     wrong = ["nothing", *names[1:]]
