@@ -190,7 +190,7 @@ def test_what_does_not_convert_is_said(tmp_path: Path) -> None:
     refused(lambda s: s["param_groups"][0]["params"].pop(), few, UsageError)
     without = lambda s: s["state"].pop(s["param_groups"][0]["params"].pop())  # noqa: E731
     refused(without, "Pass names=", UsageError)
-    refused(lambda s: s.pop("state"), "no state_dict of a torch optimizer", UsageError)
+    refused(lambda s: s.pop("state"), "not a state_dict of a torch optimizer", UsageError)
     refused(lambda s: None, "of the optimizer's", UsageError, names=names[:3])
     wrong = ["nothing", *names[1:]]
     refused(lambda s: None, "nothing: no parameter", UsageError, names=wrong)
