@@ -105,12 +105,47 @@ def test_a_published_checkpoint_is_replaced_with_its_index_and_companions(
     """Without a manifest: by its index and by the usual names, and by no others."""
     place = zoo.save(model, tmp_path / "out", max_shard_size=60_000)
     (place / manifest.NAME).unlink()
-    names = ("tokenizer.json", "vocab.json", "generation_config.json", "pytorch_model.bin")
+    names = ("tokenizer.json", "vocab.json", "generation_config.json")
     for name in (*names, "notes.json", "notes.txt", "LICENSE", "optimizer.pt"):
         (place / name).write_text("{}")
+    torch.save({"x": torch.ones(2)}, place / "pytorch_model.bin")
     zoo.save(model, place, force=True)
     mine = {"notes.json", "notes.txt", "LICENSE", "optimizer.pt"}
     assert set(os.listdir(place)) == mine | {"config.json", WEIGHTS, manifest.NAME}
+
+
+def test_an_adapter_and_a_model_do_not_replace_each_other(source: Path, tmp_path: Path) -> None:
+    base = zoo.load(source)
+    base.add_adapter(["c_attn"])
+    before = state(source)
+    with pytest.raises(OutputExists, match=r"holds a model, .*: model\.safetensors"):
+        base.save_adapter(source, force=True)
+    assert state(source) == before
+    adapter = tmp_path / "adapter"
+    for _ in range(2):
+        base.save_adapter(adapter)
+    before = state(adapter)
+    for write in (zoo.save, lambda model, out, **how: zoo.convert(source, out, to="hf", **how)):
+        with pytest.raises(OutputExists, match=r"holds an adapter, .*adapter_config\.json"):
+            write(zoo.load(source), adapter, force=True)
+    assert state(adapter) == before
+
+
+def test_files_with_the_names_of_weights_that_hold_something_else_are_kept(
+    model: Model, tmp_path: Path
+) -> None:
+    place = zoo.save(model, tmp_path / "out")
+    (place / manifest.NAME).unlink()
+    (place / "config.json").write_text('{"port": 8080}')
+    before = state(place)
+    with pytest.raises(OutputExists, match=r"would overwrite .*: config\.json"):
+        zoo.save(model, place, force=True)
+    zoo.save(model, place, force=True, to="native")
+    assert (place / "config.json").read_text() == '{"port": 8080}'
+    (place / "pytorch_model.bin").write_text("notes")
+    zoo.save(model, place, force=True, to="native")
+    assert (place / "pytorch_model.bin").read_text() == "notes"
+    assert before["config.json"] == state(place)["config.json"]
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS + "/inner", "zoo.json"])

@@ -59,6 +59,7 @@ class Replacing:
             self._check_single(place)
             return frozenset()
         below = {name for name, is_directory in files_below(place) if not is_directory}
+        self._check_kind(place, below)
         replaced = self._forced(place, below) if self.force else self._own(place, below)
         replaced |= {name for name in below & self._names - replaced if self._is_same(place, name)}
         self._check_names(place, below - replaced)
@@ -90,6 +91,19 @@ class Replacing:
         if not place.is_symlink() and not is_checkpoint_file(place):
             told = "a file that is no whole checkpoint, which is never replaced"
             raise OutputExists(f"{place}: {told}. Move it away, or write elsewhere")
+
+    def _check_kind(self, place: Path, below: set[str]) -> None:
+        """An adapter and a model's weights do not replace each other, nor lie in one directory."""
+        if any(name in ADAPTER_WEIGHTS for name in self._made):
+            what, other = "a model", {name for name in below if _WEIGHTS.fullmatch(name)}
+            other |= below & {NATIVE_FILE}
+        else:
+            what, other = "an adapter", below & {ADAPTER, *ADAPTER_WEIGHTS}
+        if other:
+            raise OutputExists(
+                f"{place}: holds {what}, which this does not replace: {listing(sorted(other))}. "
+                "Write to another directory, or move it away"
+            )
 
     def _check_names(self, place: Path, kept: set[str]) -> None:
         names = self._names
@@ -132,10 +146,11 @@ class Replacing:
         loaded = any(_WEIGHTS.fullmatch(shard.name) for shard in self.output.shards)
         if loaded or not listed:
             kinds.append(_WEIGHTS.pattern)
-        if not listed:
-            kinds += map(re.escape, ADAPTER_WEIGHTS)
-        weights = {name for name in below if any(re.fullmatch(kind, name) for kind in kinds)}
-        usual = weights | self._made | _USUAL | _of_modules(place)
+        named = {name for name in below if any(re.fullmatch(kind, name) for kind in kinds)}
+        weights = {name for name in named if name in listed or _is_of_weights(place / name)}
+        usual = weights | (self._made - named) | _USUAL | _of_modules(place)
+        if CONFIG not in listed and not _is_config(place, CONFIG):  # of something else
+            usual -= {CONFIG}
         usual |= {name for name in below if re.fullmatch(rf"{MORE_TEMPLATES}/[^/]+\.jinja", name)}
         replaced = {MANIFEST, *weights, *_indexed(place)}
         replaced |= {
@@ -144,8 +159,9 @@ class Replacing:
             if name in usual or "tensors" in listed[name] or _is_intact(place, name, listed)
         }
         if listed:  # what was put beside its files stays, unless it would be loaded with new ones
-            return replaced | (usual & self._names) | ({*_CONFIGS} if loaded else set())
-        return replaced | usual if weights or _is_config(place) else replaced
+            return replaced | (usual & self._names) | (usual & {*_CONFIGS} if loaded else set())
+        is_one = bool(weights) or any(_is_config(place, name) for name in _CONFIGS)
+        return replaced | usual if is_one else replaced
 
     def _is_same(self, place: Path, name: str) -> bool:
         """Whether the bytes to be written are there already."""
@@ -202,11 +218,18 @@ def _indexed(place: Path) -> set[str]:
     return names
 
 
-def _is_config(place: Path) -> bool:
-    for name, keys in _CONFIGS.items():
+def _is_of_weights(path: Path) -> bool:
+    """Whether a file with the name of weights, or of their index, holds what its name says."""
+    if path.name in _INDEXES:
         with suppress(ZooError):
-            if read_json(place / name).keys() & set(keys):
-                return True
+            return "weight_map" in read_json(path)
+        return False
+    return is_checkpoint_file(path)
+
+
+def _is_config(place: Path, name: str) -> bool:
+    with suppress(ZooError):
+        return bool(read_json(place / name).keys() & set(_CONFIGS[name]))
     return False
 
 
