@@ -34,6 +34,7 @@ from zoo.errors import (
     SourceChanged,
     ZooError,
     listing,
+    option,
 )
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class _Run:
             for fd in files.values():
                 os.close(fd)
         if self.faults:
-            told = "; pass allow_nonfinite (--allow-nonfinite) to keep such values"
+            told = f"; pass {option('allow_nonfinite')} to keep such values"
             raise NonFinite(f"not finite: {listing(self.faults)}{told}")
         if self.overflows:
             raise OverflowOnCast(f"too large for the dtype asked for: {listing(self.overflows)}")

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from zoo.errors import OutputExists, SourceChanged, UsageError, ZooError, listing
+from zoo.errors import OutputExists, SourceChanged, UsageError, ZooError, listing, option
 
 # what the same command may get past, so that what there is of its work is kept
 RESUMED = (KeyboardInterrupt, OSError, MemoryError, OutputExists, SourceChanged)
@@ -39,7 +39,7 @@ Replaces = Callable[[Path], Collection[str]]
 
 def refuse_all(place: Path) -> Collection[str]:
     """The `Replaces` of a destination that has to be new."""
-    raise OutputExists(f"{place}: exists already. Use force=True (--force) to replace it.")
+    raise OutputExists(f"{place}: exists already. Use {option('force')} to replace it.")
 
 
 @contextmanager
@@ -677,7 +677,7 @@ def _clear_parts(place: Path, journals: list[Path], restart: bool) -> None:
         names = ", ".join(path.name.partition("zoo-")[2] for path in journals[:5])
         raise OutputExists(
             f"{place}: {names} were begun from another source, spec, options or number of parts. "
-            "Finish those, or give them up with restart (--restart)"
+            f"Finish those, or give them up with {option('restart')}"
         )
     for path in journals:
         with _locked(place, path.name.partition("zoo-")[2]) as lock:  # refused while it runs
@@ -688,7 +688,7 @@ def _refuse_begun(place: Path, begun: bool) -> None:
     if begun:
         raise OutputExists(
             f"{place}: a conversion of the whole was begun here and not finished. Finish it with "
-            "the same command, or give it up with restart (--restart)"
+            f"the same command, or give it up with {option('restart')}"
         )
 
 

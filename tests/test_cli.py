@@ -249,11 +249,10 @@ def test_convert_passes_on_what_was_asked(run: Any, monkeypatch: pytest.MonkeyPa
     asked = ("--dtype", "bfloat16", "--memory", "8M", "--shard", "2GB", "--restart")
     run("convert", "x", *asked, "--allow-nonfinite", "--no-sha256", "--quiet")
     assert others[0].pop("tell") and others[-1].pop("tell")
-    names = ("adapter", "dtype", "max_shard_size", "part")
+    names = ("dtype", "max_shard_size", "part")
     nothing = {**dict.fromkeys(names), "restart": False}
     assert others[0] == {**nothing, "allow_nonfinite": False, "sha256": True}
     assert others[-1] == {
-        "adapter": None,
         "dtype": "bfloat16",
         "max_shard_size": 2 << 30,
         "memory": 8 << 20,

@@ -216,7 +216,7 @@ def test_the_last_looks_at_what_the_others_wrote(harm: str, source: Path, out: P
 def test_whole_and_parts_keep_apart(source: Path, out: Path) -> None:
     part(source, out, "1/2")
     for other in ({}, {"part": "1/3"}, {"part": "2/2", "dtype": "bfloat16"}):
-        with pytest.raises(OutputExists, match=r"part-1-of-2 were begun .*--restart"):
+        with pytest.raises(OutputExists, match=r"part-1-of-2 were begun .*restart=True"):
             zoo.convert(source, out, to="native", max_shard_size=SHARDS, **other)
     part(source, out, "2/2")  # nothing of it was touched
     assert contents(out) == fresh(source, max_shard_size=SHARDS)

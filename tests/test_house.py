@@ -46,7 +46,7 @@ ARROWS = {
     "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
     "zoo.downloads": {"zoo.errors", "huggingface_hub"},
     "zoo.sources": {
-        *("zoo.errors", "zoo.registry", "zoo.downloads"),
+        *("zoo.errors", "zoo.registry", "zoo.downloads", "zoo.terminal"),
         *("converters", "huggingface_hub"),
     },
     "zoo.tokenizers": {

@@ -272,7 +272,7 @@ def test_where_a_file_holds_it(
     torch.save(held, tmp_path / "o.pt")
     out = convert_file(source, tmp_path / "o.pt", tmp_path / "out.pt")
     assert len(torch.load(out, weights_only=True)["state"]) == len(state["state"])
-    with pytest.raises(OutputExists, match="--force"):
+    with pytest.raises(OutputExists, match="force=True"):
         convert_file(source, tmp_path / "o.pt", out)
     convert_file(source, tmp_path / "o.pt", out, force=True)
     assert not list(tmp_path.glob(".*partial"))
@@ -318,7 +318,7 @@ def test_orders_without_the_reference(
         raise zoo.errors.MissingDependency("transformers")
 
     monkeypatch.setattr("zoo.parity.reference.transformers", lacking)
-    with pytest.raises(UsageError, match=r"--names FILE\), or install transformers"):
+    with pytest.raises(UsageError, match=r"order: names=…, or install transformers"):
         convert_file(source, tmp_path / "o.pt", tmp_path / "2")
     (tmp_path / "names").write_text("\n".join(order))
     asked = ["convert-optimizer", str(source), str(tmp_path / "o.pt"), "--out", str(tmp_path / "2")]

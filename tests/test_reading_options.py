@@ -10,7 +10,7 @@ from tiny import build
 
 import zoo
 from zoo import cli
-from zoo.errors import ConfigError, UsageError, in_shell, option
+from zoo.errors import ConfigError, OutputExists, UsageError, in_shell, option
 
 COMMANDS = (
     *("info", "convert", "convert-optimizer", "tokenize", "score", "fill", "embed", "generate"),
@@ -91,6 +91,19 @@ def test_an_option_is_named_as_its_reader_types_it(
     token = in_shell.set(True)
     assert option(name, value) == shell
     in_shell.reset(token)
+
+
+def test_a_file_that_exists_is_refused_in_the_readers_syntax(
+    odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ignore = "attention_chunk_size"
+    with pytest.raises(OutputExists, match=r"Use force=True to replace the checkpoint") as raised:
+        zoo.convert(odd, odd.parent, to="native", ignore_config=(ignore,))
+    assert "--force" not in str(raised.value)
+    command = ["convert", str(odd), "--out", str(tmp_path), "--quiet", "--ignore-config", ignore]
+    assert cli.main(command) == 1
+    told = capsys.readouterr().err
+    assert "Use --force to replace the checkpoint" in told and "force=True" not in told
 
 
 def test_unused_fields_are_one_line_on_standard_error(

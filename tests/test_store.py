@@ -67,7 +67,7 @@ def test_parents_are_made_and_unmade(tmp_path: Path) -> None:
 def test_what_exists_needs_force(tmp_path: Path) -> None:
     place = tmp_path / "out"
     publish(place, "old")
-    with pytest.raises(OutputExists, match=r"out.*--force"):
+    with pytest.raises(OutputExists, match=r"out.*force=True"):
         publish(place)
     assert (place / "a").read_text() == "old"
     publish(place, force=True)

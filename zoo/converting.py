@@ -45,7 +45,7 @@ from zoo.conversion import (
     unpacked,
 )
 from zoo.destinations import Replacing
-from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing
+from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing, option
 from zoo.exporting import QUANTISED, export, with_zeros
 from zoo.graphs import GRAPHS
 from zoo.lora.bases import based
@@ -125,7 +125,7 @@ def convert(
     engine = Options(memory, threads, sha256, allow_nonfinite, tell)
     job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
-    way_out = "A smaller memory (--memory 16M) and fewer threads need less; the same call goes on"
+    way_out = f"{option('memory', 1 << 24)} and fewer threads need less; the same call goes on"
     if share is None:
         with (
             enough(f"{dst}: not written", way_out),

@@ -20,7 +20,7 @@ from converters.formats.safetensors import SafetensorsReader
 from converters.output import Identity, Output, identity
 from converters.store import files_below
 from converters.strict_json import read_json
-from zoo.errors import OutputExists, ZooError, listing
+from zoo.errors import OutputExists, ZooError, listing, option
 from zoo.sources import (
     ADAPTER,
     ADAPTER_WEIGHTS,
@@ -39,7 +39,11 @@ _WEIGHTS = re.compile(rf"({PUBLISHED.pattern})(\.index\.json)?")
 _INDEXES = [index for _, index in WEIGHTS]
 _CONFIGS = {CONFIG: ("model_type", "architectures"), NATIVE_FILE: ("architecture",)}  # with a key
 _USUAL = {*_CONFIGS, ADAPTER, MANIFEST, *COMPANIONS, *SENTENCE_FILES}
-_AGAIN = "Use force=True (--force) to replace the checkpoint; other files are kept"
+
+
+def _exists(what: str) -> OutputExists:
+    way_out = f"Use {option('force')} to replace the checkpoint; other files are kept"
+    return OutputExists(f"{what}. {way_out}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Replacing:
 
     def _check_single(self, place: Path) -> None:
         if not self.force:
-            raise OutputExists(f"{place}: exists already. {_AGAIN}")
+            raise _exists(f"{place}: exists already")
         if not place.is_symlink() and not is_checkpoint_file(place):
             told = "a file that is no whole checkpoint, which is never replaced"
             raise OutputExists(f"{place}: {told}. Move it away, or write elsewhere")
@@ -126,7 +130,7 @@ class Replacing:
         if "writer" not in said or any(
             written.get(key) != said.get(key) for key in ("writer", "to", "architecture")
         ):
-            raise OutputExists(f"{place}: exists already. {_AGAIN}")
+            raise _exists(f"{place}: exists already")
         changed = {n for n in below & listed.keys() if not _is_intact(place, n, listed)}
         weights = {n for n in listed if "tensors" in listed[n]} | self._made
         problems = [f"{name} was changed since" for name in sorted(changed & weights)]
@@ -136,7 +140,7 @@ class Replacing:
             problems += [f"{name} was not written with the others" for name in more]
         if problems:
             told = f"{place}: not as {said['writer']} left it: {listing(problems)}"
-            raise OutputExists(f"{told}. {_AGAIN}")
+            raise _exists(told)
         return {MANIFEST, *listed} - changed
 
     def _forced(self, place: Path, below: set[str]) -> set[str]:

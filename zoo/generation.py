@@ -30,6 +30,7 @@ from zoo.errors import (
     TokenIdError,
     UsageError,
     did_you_mean,
+    option,
 )
 from zoo.finite import check_finite, watched
 from zoo.generation_config import (
@@ -350,7 +351,7 @@ class Options:
             asked.check_together()
             raise ConfigError(
                 f"{defaults.where}: {error}. Arguments override what it sets; "
-                "ignore_generation_config=True (--ignore-generation-config) leaves all of it aside"
+                f"{option('ignore_generation_config')} leaves all of it aside"
             ) from None
 
     @property

@@ -13,7 +13,7 @@ from converters.checkpoint import confined
 from converters.formats.gguf import open_gguf
 from converters.strict_json import read_json
 from zoo.components.model import Model
-from zoo.errors import ConfigError, UsageError, did_you_mean
+from zoo.errors import ConfigError, UsageError, did_you_mean, option
 from zoo.tokenizers.gguf import GENERATION, ends
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def check_implemented(fields: Mapping[str, Any], asked: Options, where: str) -> 
     if problems:
         raise ConfigError(
             "\n  ".join([f"{where}: not implemented, and the reference obeys it:", *problems])
-            + "\nTo generate without: ignore_generation_config=True, or the names of these fields "
-            "(--ignore-generation-config)",
+            + f"\nTo generate without: {option('ignore_generation_config')}; in Python the names "
+            "of these fields will do",
             problems,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components.model import Model
-from zoo.errors import SourceChanged, UsageError, listing
+from zoo.errors import SourceChanged, UsageError, listing, option
 from zoo.pretrained import Ref, load
 
 
@@ -38,8 +38,7 @@ def check_sources(model: Model) -> None:
     if any(_is_mapped(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise SourceChanged(
             f"{listing(changes)}, while the model's weights are views of it. Load it again; "
-            "zoo.load(..., mmap=False) (--no-mmap) reads weights into memory, and then a file may "
-            "change"
+            f"{option('mmap', False)} reads weights into memory, and then a file may change"
         )
 
 

@@ -26,15 +26,12 @@ from zoo.errors import (
     UsageError,
     ZooError,
     listing,
+    option,
 )
 from zoo.optimizers import NAMES, check_names, check_state, convert_optimizer
 from zoo.pretrained import Located, Ref, locate, native_of, prove
 from zoo.sources import expanded, is_path
 
-ORDER = (
-    "an optimizer numbers parameters in the order in which it was given them, and {} does not say "
-    "it. Give their names in that order, one a line (--names FILE){}"
-)
 SHARDED = (
     "of one process among several (DeepSpeed, FSDP). Gather them first: all parameters' states "
     "in one state_dict"
@@ -81,7 +78,7 @@ def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
     if os.path.abspath(place) == os.path.abspath(file):
         raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
     if not force:
-        raise OutputExists(f"{place}: exists already. Use force=True (--force) to replace it.")
+        raise OutputExists(f"{place}: exists already. Use {option('force')} to replace it.")
     if place.is_symlink():
         return ()  # the link is replaced, and not what it leads to
     if place.samefile(file):
@@ -209,7 +206,7 @@ def _theirs(
         rest = (name for name in held if name not in {*told})
         return {name: held[name] for name in (*told, *rest)}
     if found.foreign is not None:
-        raise UsageError(ORDER.format(found.where, ""))
+        raise _no_order(found.where)
     return _reference(found.reference_class, json.loads(found.config_text), str(file))
 
 
@@ -226,7 +223,7 @@ def _targets(
         rest = [name for name in header if name not in {*names}]
         return _empty({name: header[name] for name in (*names, *rest)})
     if to != "hf":
-        raise UsageError(ORDER.format(f"the dialect {to}", ""))
+        raise _no_order(f"the dialect {to}")
     origin = origin_of(model, state)
     return _reference(origin.reference_class, json.loads(origin.config), "a checkpoint")
 
@@ -238,13 +235,20 @@ def _empty(header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     }
 
 
+def _no_order(what: str, more: str = "") -> UsageError:
+    return UsageError(
+        "an optimizer numbers parameters in the order in which it was given them, and "
+        f"{what} does not say it. Give their names in that order: {option('names', ...)}{more}"
+    )
+
+
 def _reference(named: str | None, config: Mapping[str, Any], what: str) -> nn.Module:
     from zoo.parity.reference import on_meta
 
     if named is None:
-        raise UsageError(ORDER.format(what, ""))
+        raise _no_order(what)
     try:
         return on_meta(named, config)
     except MissingDependency:
         more = ", or install transformers, whose module has it"
-        raise UsageError(ORDER.format(what, more)) from None
+        raise _no_order(what, more) from None
