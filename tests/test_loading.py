@@ -168,6 +168,15 @@ def test_the_tensors_tell_the_head_where_no_class_is_named(published: Path) -> N
     assert model.provenance.origin.reference_class == named.provenance.origin.reference_class
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_the_tensors_tell_a_classifier_whose_config_names_no_class(
+    name: str, tmp_path: Path
+) -> None:
+    place = zoo.save(build(name, head="sequence_classification"), tmp_path / "x")
+    edit(place / "config.json", architectures=...)
+    assert zoo.load(place).config.head == "sequence_classification"
+
+
 def test_an_unknown_field_passes_when_told(published: Path) -> None:
     edit(published / "config.json", pruned_head=1)
     assert zoo.load(published, ignore_config=["pruned_head"]) is not None

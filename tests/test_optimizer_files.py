@@ -450,6 +450,16 @@ STATES: dict[str, tuple[Change, type[ZooError], str]] = {
         UsageError,
         r"state\[0\]\['exp_avg'\] is a dict",
     ),
+    "a number as moment": (
+        lambda s: s["state"][0].update(exp_avg=torch.tensor(0.5)),
+        UsageError,
+        r"state\[0\]\['exp_avg'\] is no array",
+    ),
+    "nothing as moment": (
+        lambda s: s["state"][0].update(exp_avg_sq=None),
+        UsageError,
+        r"state\[0\]\['exp_avg_sq'\] is no array",
+    ),
     "numbers as names": (
         lambda s: s["param_groups"][0].update(param_names=[1]),
         UsageError,

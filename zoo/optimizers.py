@@ -24,6 +24,11 @@ from zoo.pretrained import native_of
 Weights = nn.Module | Mapping[str, Tensor]
 State = dict[str, Any]  # of one parameter: exp_avg, exp_avg_sq, step …
 NAMES = "param_names"  # what torch calls them in a group
+# what torch's optimizers call what they keep for each number of a parameter
+MOMENTS = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+    *("square_avg", "grad_avg", "acc_delta", "sum"),
+)
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -170,6 +175,9 @@ def check_state(state: Any, where: str = "") -> None:
         for key, value in entry.items():
             if not isinstance(value, Tensor | int | float | str | None):
                 refuse(f"state[{number!r}][{key!r}] is a {type(value).__name__}")
+            shape = value.shape if isinstance(value, Tensor) else ()
+            if key in MOMENTS and not shape and not (value is None and key == "momentum_buffer"):
+                refuse(f"state[{number!r}][{key!r}] is no array of numbers, as a moment is")
 
 
 def check_names(names: Any) -> None:

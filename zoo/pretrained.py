@@ -671,6 +671,7 @@ def _class_by_tensors(found: Located, where: str) -> str:
     classes = {
         name: max(scores[head] for head in heads if head in scores)
         for name, heads in found.entry.heads.items()
+        if scores.keys() & {*heads}
     }
     best = [name for name, score in classes.items() if score == max(classes.values())]
     hidden = {*found.entry.model.headless, "pooler"}

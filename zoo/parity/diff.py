@@ -12,6 +12,7 @@ from torch import nn
 
 from zoo.components.model import Model
 from zoo.errors import UsageError, did_you_mean, listing
+from zoo.inference import check_sources
 from zoo.parity import sides
 from zoo.parity.diagnosis import Cause, diagnosed
 from zoo.parity.difference import Difference
@@ -53,6 +54,9 @@ def diff(
     if type(seed) is not int or not 0 <= seed < 1 << 62:
         raise UsageError(f"seed={seed!r}: expected a whole number from 0 to {(1 << 62) - 1}")
     kind = dtype_of(dtype) or torch.float64
+    for each in (ours, theirs):
+        if isinstance(each, Model):
+            check_sources(each)
     model = _native(ours, kind, **reading)
     if way == "cached" and not _remembers(model):
         told = f"a {model.architecture} with head {model.config.head!r} keeps no cache"
