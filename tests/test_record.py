@@ -191,9 +191,11 @@ def test_only_weights_from_the_hub_under_a_name_are_a_checkpoints(
     place = made("gpt2")
     known = registry.checkpoints()["gpt2"]
     named = sources.Source(place, "gpt2", known, known.repo, COMMIT)
-    own, hot = parity._checkpoint_jobs(named, "gpt2")
+    own, hot = parity._checkpoint_jobs(named, "gpt2", {})
     assert own.published == Published("gpt2", known.repo, COMMIT) and hot.published is None
-    own, _ = parity._checkpoint_jobs(sources.Source(place, str(place)), "x")
+    own, _ = parity._checkpoint_jobs(sources.Source(place, str(place)), "x", {})
+    assert own.published is None
+    own, _ = parity._checkpoint_jobs(named, "gpt2", {"config": {"eps": 1e-3}})
     assert own.published is None
 
 
