@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as as_bytes
 
 import zoo
 from converters.engine import Options, _Look, _Run, run
@@ -422,7 +423,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     for at in points:
         out = tmp_path / f"{at}" / "out"
         out.parent.mkdir()
-        old = {"zoo.json": b"old", "model.safetensors": b"weights"}
+        old = {"zoo.json": b"old", "model.safetensors": as_bytes({"x": torch.ones(1)})}
         if before == "another":
             out.mkdir()
             for name, data in old.items():
