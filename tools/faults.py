@@ -133,7 +133,9 @@ class Hunt:
     def __init__(self, source: Path, scratch: Path) -> None:
         self.source, self.scratch = source, scratch
         self.shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
-        self.old = {"zoo.json": b"old", "model.safetensors": b"weights"}
+        head = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        weights = len(head).to_bytes(8, "little") + head + bytes(4)
+        self.old = {"zoo.json": b"old", "model.safetensors": weights}
         self.others = {"train.py": b"mine", "notes/a.md": b"mine", "notes/deep/b.md": b"mine"}
         self.verdicts: Counter[str] = Counter()
 
