@@ -942,3 +942,13 @@ def test_json_that_is_read(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(UnsafePath):
         read_json(path)
+
+
+def test_a_name_with_a_line_break_is_refused(tmp_path: Path) -> None:
+    """It could show a line of its own in any message."""
+    tensors = {"a\nzoo: all is well": torch.ones(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    torch.save(tensors, tmp_path / "x.bin")
+    for read, name in ((SafetensorsReader, "x.safetensors"), (TorchZipReader, "x.bin")):
+        with pytest.raises(CorruptCheckpoint, match=r"line breaks: 'a\\nzoo: all is well'"):
+            read(tmp_path / name)

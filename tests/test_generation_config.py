@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import build
 from torch import Tensor
 
 import zoo
 from zoo import registry
 from zoo.chat import Dialogue
 from zoo.cli import main
-from zoo.errors import ConfigError, SequenceTooLong, TokenIdError, UsageError
+from zoo.errors import ConfigError, SequenceTooLong, TokenIdError, UsageError, ZooError
 from zoo.generation import asked_of
 from zoo.generation_config import NOT_IMPLEMENTED, defaults_of
 from zoo.parity.fixtures import hot_checkpoint
@@ -362,3 +363,27 @@ def test_a_dialogue_obeys_the_file(speller: Path) -> None:
     file.write_text('{"num_beams": 2}')
     with pytest.raises(UsageError, match="one answer at a time"):
         Dialogue(zoo.load(speller))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_beams": 10**30},
+        {"repetition_penalty": 10**30},
+        {"stop_strings": 5},
+        {"eos_token_id": [None]},
+        {"do_sample": True, "temperature": 10**30},
+        {"sequence_bias": [[[1], 10**400]]},
+        {"exponential_decay_length_penalty": [1, 10**400]},
+        {"do_sample": True, "num_return_sequences": 10**9},
+        {"do_sample": True, "top_p": "x"},
+    ],
+    ids=lambda fields: next(iter(reversed(fields))),
+)
+def test_values_that_no_generation_can_have_are_refused(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    place = zoo.save(build("gpt2").eval(), tmp_path / "x")
+    (place / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ZooError):
+        zoo.load(place).generate(torch.tensor([[3, 4]]), max_new_tokens=1)

@@ -134,6 +134,8 @@ class Dialogue:
 
 def talk(model: Model, options: Mapping[str, Any]) -> None:
     """Until the input ends."""
+    if sys.stdin is None:
+        raise UsageError("chat: standard input is closed, and a dialogue is read from it")
     dialogue, watched = Dialogue(model, **options), sys.stdin.isatty()
     if watched:
         import readline  # noqa: F401  input() then knows arrows and earlier lines

@@ -48,6 +48,8 @@ from zoo.sampling import Dice, Sampling, seeds_of
 NEW_TOKENS, NEW_TOKENS_OF_TEXT = 20, 100  # where nothing sets a length; the first as the reference
 OUTPUTS = ("return_logprobs", "stream")  # options that say what is given back
 IGNORE = "ignore_generation_config"
+LARGEST, MOST_ROWS = 3e38, 1 << 12  # of a float; of beams, or samples, of each row
+NESTED = "sequence_bias, exponential_decay_length_penalty"
 NOT_FROM_FILES = (  # of tokens `Defaults.ends` tells
     *("seed", "assistant_model", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
 )
@@ -235,6 +237,16 @@ def _last_only(model: Model, count: int) -> Iterator[None]:
 # --- many steps ----------------------------------------------------------------------------------
 
 
+def _numbers_in(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from _numbers_in([*value.values()])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _numbers_in(each)
+    else:
+        yield value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How to go on: greedily, unless there is a temperature or another sign of sampling.
@@ -278,6 +290,7 @@ class Options:
     num_assistant_tokens: int = 5
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         counts = ("max_new_tokens", "max_length", "num_return_sequences", "num_beams")
         for name in (*counts, "num_assistant_tokens"):
             value, unset = getattr(self, name), name in ("max_new_tokens", "max_length")
@@ -296,6 +309,24 @@ class Options:
         self.stops  # noqa: B018  its own checks
         self.sampling  # noqa: B018  likewise
         self._constraints()
+
+    def _check_numbers(self) -> None:
+        """What arithmetic would raise of itself: words as numbers, and numbers beyond fp32."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        for name, value in numbers.items():
+            if value is not None and type(value) not in (int, float):
+                raise UsageError(f"{name}={value!r}: expected a number")
+        numbers |= {"repetition_penalty": self.repetition_penalty, "num_beams": self.num_beams}
+        more = (self.sequence_bias, self.exponential_decay_length_penalty)
+        for name, value in (*numbers.items(), *((NESTED, each) for each in _numbers_in(more))):
+            most = 1 << 53 if type(value) is int else LARGEST
+            if type(value) in (int, float) and abs(value) > most:
+                raise UsageError(f"{name}: a number beyond those that are computed with")
+        for name in ("num_beams", "num_return_sequences"):
+            if type(value := getattr(self, name)) is int and value > MOST_ROWS:
+                raise UsageError(f"{name}={value:.3g}: {MOST_ROWS} at most")
+        if not isinstance(self.stop_strings, str | list | tuple | None):
+            raise UsageError(f"stop_strings={self.stop_strings!r}: expected words")
 
     def check_together(self) -> None:
         """What fits alone may contradict something else, from the call or from the checkpoint."""

@@ -110,7 +110,9 @@ def _ends(fields: Mapping[str, Any], model: Model, where: str) -> Ends:
     named = {"eos_token_id": many, "pad_token_id": (pad,), "decoder_start_token_id": (start,)}
     for name, ids in named.items():
         for id in ids:
-            if id is not None and (type(id) is not int or id >= model.config.vocab):
+            if id is None and name != "eos_token_id":
+                continue
+            if type(id) is not int or id >= model.config.vocab:
                 raise ConfigError(
                     f"{where}: {name}: {id!r} is no id of {model.config.vocab} tokens"
                 )

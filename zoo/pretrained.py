@@ -648,7 +648,9 @@ def _understand(
         raise ConfigError("\n  ".join([f"{where}:", *problems]))
     if unused := spec.dialect("hf").unused(reference, ignore):
         told = f"{where}: fields that the reference never reads, so that they change nothing:"
-        warnings.warn(f"{told} {listing(unused)}", UnusedFieldsWarning, stacklevel=2)
+        warnings.warn(
+            f"{told} {listing(name[:100] for name in unused)}", UnusedFieldsWarning, stacklevel=2
+        )
     if named is None and head is None:
         named = _class_by_tensors(found, where)
         return found._replace(heads=entry.heads[named], reference_class=named)

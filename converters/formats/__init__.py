@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from zoo.errors import DtypeMismatch, NotACheckpoint, UnsafePath
+from zoo.errors import CorruptCheckpoint, DtypeMismatch, NotACheckpoint, UnsafePath, listing
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,12 @@ def itemsize(code: str) -> int:
     if bits is None or bits % 8:
         raise DtypeMismatch(f"dtype {code}: its elements are not whole bytes")
     return bits // 8
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuse names of tensors that a message could not show in its own line."""
+    if broken := [repr(name)[:100] for name in names if len(name.splitlines()) > 1]:
+        raise CorruptCheckpoint(f"{path}: names of tensors with line breaks: {listing(broken, 5)}")
 
 
 def open_regular(path: Path) -> int:

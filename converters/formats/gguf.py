@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.formats import Layout, TensorInfo, open_regular
+from converters.formats import Layout, TensorInfo, check_names, open_regular
 from converters.formats.quants import KINDS, UNREAD, WRITTEN, Kind, dequantise
 from converters.formats.source import SourceFile
 from zoo.errors import (
@@ -146,6 +146,7 @@ class GGUFReader:
             name: TensorInfo(name, place.shape, place.kind.dtype)
             for name, place in self._places.items()
         }
+        check_names(path, self.tensors)
         self.quantised = {n: p.kind.name for n, p in self._places.items() if p.kind.decode}
 
     def span(self, name: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.formats import BITS, RANK, Layout, TensorInfo, open_regular
+from converters.formats import BITS, RANK, Layout, TensorInfo, check_names, open_regular
 from converters.formats.source import SourceFile
 from converters.strict_json import MAX_MEMORY, DuplicateKeys, memory_of, unique
 from zoo.errors import (
@@ -49,6 +49,7 @@ class SafetensorsReader:
         self.metadata, self.tensors, self._spans = _parse(
             path, header, self._file.size - self._start
         )
+        check_names(path, self.tensors)
 
     def span(self, name: str) -> tuple[int, int]:
         """(start, end) of a tensor's bytes in the file."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from converters.checkpoint import confined, is_plain
-from converters.formats import BITS, TensorInfo, open_regular, torch_dtype
+from converters.formats import BITS, TensorInfo, check_names, open_regular, torch_dtype
 from converters.formats.crc32c import crc32c_read, masked
 from converters.formats.source import SourceFile
 from converters.formats.sstable import read_table
@@ -145,6 +145,7 @@ class TFBundleReader:
         self.tensors: dict[str, TensorInfo] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         self._sort_out(entries)
+        check_names(path, self.tensors)
         self._unchecked = {piece.part for pieces in self._pieces.values() for piece in pieces}
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from converters.formats import (
     Layout,
     TensorInfo,
+    check_names,
     itemsize,
     named_dtype,
     open_regular,
@@ -87,6 +88,7 @@ class TorchZipReader:
         else:
             self._arrays = _only_tensors(path, found)
         self.tensors = {name: _info(path, name, array) for name, array in self._arrays.items()}
+        check_names(path, self.tensors)
         self._records = _pair(path, self._arrays, records)
         self._unchecked = {key for key, record in self._records.items() if record.crc is not None}
         names = Counter(array.storage.key for array in self._arrays.values())
