@@ -321,13 +321,15 @@ def test_a_directory_that_was_being_renamed_is_published_only_if_it_is_that_one(
     place = tmp_path / "out"
     publish(place, "whole")
     inode = place.stat().st_ino
-    journal(place, {"job": "j"}, {"publishing": inode})
-    with resumable(place, "j") as stage:
+    journal(place, {"job": "j"}, {"publishing": inode, "of": "j s"})
+    with resumable(place, "j", sources="s") as stage:
         assert stage.published
     assert tree(tmp_path).keys() == {"out", "out/a", "out/sub", "out/sub/b"}
-    journal(place, {"job": "j"}, {"publishing": inode + 1})
-    with pytest.raises(OutputExists, match="exists already"), resumable(place, "j"):
-        pass
+    for note in ({"publishing": inode + 1, "of": "j s"}, {"publishing": inode, "of": "j t"}):
+        journal(place, {"job": "j"}, note)
+        again = resumable(place, "j", sources="s")
+        with pytest.raises(OutputExists, match="exists already"), again:
+            pass
     assert (place / "a").read_text() == "whole"
 
 
