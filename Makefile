@@ -38,8 +38,8 @@ test-all: $(READY) ## every test of every variant
 
 check: format lint types test ## what CI runs, before `make stamps`
 
-stamps: $(READY) ## whether evidence.json was measured on this code, this torch and transformers
-	@$(PYTEST) -n 0 -q -m release tests/test_record.py
+stamps: $(READY) ## whether zoo/evidence.json was measured on this code, this torch and transformers
+	@$(PYTEST) -n 0 -q -m release tests/test_evidence.py
 
 format: $(READY)
 	$(RUN) -m ruff format --check
@@ -53,13 +53,13 @@ types: $(READY)
 mutants: $(READY) ## planted bugs × architectures: every one must be killed
 	@$(RUN) tools/parity.py --mutants
 
-report: $(READY) ## all that parity measures, as a page in report/ and into evidence.json
+report: $(READY) ## all that parity measures, as a page in report/ and into zoo/evidence.json
 	@$(RUN) -m zoo verify --all --html report --record
 
-formats: $(READY) ## each dialect to each other and back: docs/formats.md, evidence.json
+formats: $(READY) ## each dialect to each other and back: docs/formats.md, zoo/evidence.json
 	@$(RUN) tools/parity.py --formats --write docs/formats.md --record
 
-diagnosis: $(READY) ## planted bugs, located and diagnosed: docs/diagnosis.md, evidence.json
+diagnosis: $(READY) ## planted bugs, located and diagnosed: docs/diagnosis.md, zoo/evidence.json
 	@$(RUN) tools/parity.py --diagnose --write docs/diagnosis.md --record
 
 mutate: $(READY) ## mutation testing of zoo's own code: named mutants and a sample; N=200, N=--all
@@ -69,7 +69,7 @@ faults: $(READY) ## conversions killed, torn and failed at every system call tha
 	@$(RUN) tools/faults.py
 
 graphs: $(READY) ## every variant of every architecture as ONNX and .pt2, run and compared
-	ZOO_GRAPHS=all $(PYTEST) tests/test_export_graphs.py
+	ZOO_GRAPHS=all $(PYTEST) tests/saving/test_export_graphs.py
 
 fuzz: $(READY) ## 100,000 damaged inputs of each kind that is read, and a million headers
 	@$(RUN) tools/fuzz.py

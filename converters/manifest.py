@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import xxhash
 
 from converters.checkpoint import MANIFEST, confined
-from converters.engine import Report, write_small_files
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Item, Output, Shard, digest
 from converters.store import prune
 from converters.strict_json import read_json
+from converters.writer import Report, write_small_files
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
 NAME = MANIFEST

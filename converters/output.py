@@ -14,7 +14,7 @@ from converters.formats import Layout, TensorInfo
 from converters.formats.safetensors import lay_out
 
 if TYPE_CHECKING:
-    from converters.coding import Coding
+    from converters.block_codes import Coding
     from converters.lazy import Lazy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -44,26 +44,26 @@ ARROWS = {
     "zoo.models": {"zoo.components", "zoo.errors", "torch", "einops"},
     "zoo.components": {"zoo.errors", "torch", "einops"},
     "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
-    "zoo.downloads": {"zoo.errors", "huggingface_hub"},
-    "zoo.sources": {
-        *("zoo.errors", "zoo.registry", "zoo.downloads", "zoo.terminal"),
+    "zoo.checkpoints.downloads": {"zoo.errors", "huggingface_hub"},
+    "zoo.checkpoints.sources": {
+        *("zoo.errors", "zoo.registry", "zoo.checkpoints.downloads", "zoo.terminal"),
         *("converters", "huggingface_hub"),
     },
     "zoo.tokenizers": {
         *("zoo", "converters", "torch"),
         *("tiktoken", "sentencepiece", "tokenizers", "jinja2"),
     },
-    "zoo.graphs": {"zoo", "converters", "torch", "onnx_ir"},
+    "zoo.saving.graphs": {"zoo", "converters", "torch", "onnx_ir"},
     "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
     "zoo": {"zoo", "converters", "torch"},
     "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml", "xxhash"},
 }
 # (file, what it imports): why it may
 EXCEPTIONS = {
-    ("zoo/components/model.py", "zoo.pretrained"): "from_pretrained on the class, when called",
-    ("zoo/components/model.py", "zoo.conversion"): "save_pretrained on the class, when called",
-    ("zoo/components/model.py", "zoo.generation"): "generate on the model, when called",
-    ("zoo/components/model.py", "zoo.inside"): "looking inside, on the model, when called",
+    ("zoo/components/model.py", "zoo.loading"): "from_pretrained on the class, when called",
+    ("zoo/components/model.py", "zoo.saving.save"): "save_pretrained on the class, when called",
+    ("zoo/components/model.py", "zoo.text.generate"): "generate on the model, when called",
+    ("zoo/components/model.py", "zoo.interpret"): "looking inside, on the model, when called",
     ("zoo/components/model.py", "zoo.lora"): "adapters on the model, when asked for",
     ("zoo/components/model.py", "zoo.tokenizers"): "the tokenizer beside the weights, when asked",
 }
@@ -236,7 +236,7 @@ LOADED = f"import sys; print([m for m in {HEAVY} if m in sys.modules])"
 
 def test_importing_zoo_loads_nothing_heavy() -> None:
     assert output("-c", f"import zoo; {LOADED}").strip() == "[]"
-    assert "torch" not in output("-c", f"import zoo.cli; zoo.cli.main(['list']); {LOADED}")
+    assert "torch" not in output("-c", f"import zoo.cli.app; zoo.cli.app.main(['list']); {LOADED}")
 
 
 def test_loading_brings_in_neither_reference_nor_hub() -> None:
@@ -265,7 +265,7 @@ def test_nothing_needs_numpy_or_warns_that_it_is_absent(tmp_path: Path) -> None:
     """torch does, as soon as it is imported: before every output of an installed wheel."""
     zoo.save(build("llama", dim=64, hidden=96, heads=4).eval(), tmp_path / "hf")
     script = f"""{WITHOUT_NUMPY}
-import zoo, zoo.cli
+import zoo, zoo.cli.app
 model = zoo.load("hf")
 import torch
 print(model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2).shape[1])
@@ -273,7 +273,7 @@ zoo.save(model, "saved", to="native")
 for to, dtype in (("native", None), ("hf", "float16"), ("gguf", None), ("gguf", "q8_0")):
     zoo.convert("hf", f"{{to}}-{{dtype}}", to=to, dtype=dtype)
     zoo.load(f"{{to}}-{{dtype}}")
-assert zoo.cli.main(["check", "gguf-q8_0"]) == 0
+assert zoo.cli.app.main(["check", "gguf-q8_0"]) == 0
 assert "numpy" not in sys.modules
 """
     done = subprocess.run(

@@ -8,7 +8,7 @@ import yaml
 
 from zoo import registry
 from zoo.errors import ConfigError, UnknownName, UnsupportedArchitecture
-from zoo.pretrained import skeleton
+from zoo.loading import skeleton
 from zoo.registry import RegistryError
 
 NAMED = {

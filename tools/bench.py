@@ -251,10 +251,10 @@ CONVERSIONS = {
 CONVERT = """
 import json, os, random, shutil, subprocess, sys, threading, time
 from pathlib import Path
-from converters.engine import Options, run
+from converters.writer import Options, run
 from converters.store import Stage
-from zoo.converting import plan_output
-from zoo.pretrained import locate
+from zoo.saving.convert import plan_output
+from zoo.loading import locate
 source, changes, options, rounds, durable = json.loads(sys.argv[1])
 source = Path(source)
 output = plan_output(locate(source, mmap=False), "native", **changes)

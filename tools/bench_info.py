@@ -28,8 +28,8 @@ def make(where: Path) -> dict[str, Path]:
     from converters.checkpoint import shard
     from converters.formats import safetensors, torch_zip
     from converters.plan import target_names
-    from zoo.converting import plan_output
-    from zoo.pretrained import locate, native_of, skeleton
+    from zoo.loading import locate, native_of, skeleton
+    from zoo.saving.convert import plan_output
 
     where.mkdir(parents=True, exist_ok=True)
     cases = {

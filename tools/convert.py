@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from zoo.cli import main
+from zoo.cli.app import main
 
 sys.exit(main(["convert", *sys.argv[1:]]))

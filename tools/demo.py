@@ -18,12 +18,12 @@ import zoo
 from converters.checkpoint import open_checkpoint
 from zoo import registry
 from zoo.components.model import Model
-from zoo.parity.compare import Subject, bf16, differences, fp32, fp64
+from zoo.loading import locate, prove
+from zoo.parity.checks import Subject, bf16, differences, fp32, fp64
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import transformers
-from zoo.parity.report import Report, Row
+from zoo.parity.result import Report, Row
 from zoo.parity.truth import Truth
-from zoo.pretrained import locate, prove
 from zoo.registry import Architecture
 from zoo.terminal import BOLD, DIM, GREEN, has_colour, paint, passing
 

@@ -16,13 +16,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import scaffold  # noqa: E402
 import yaml  # noqa: E402
+from scaffold.lines import elementary  # noqa: E402
 
 from converters.language import Rule  # noqa: E402
 from converters.spec import Dialect, load_spec, parse_spec  # noqa: E402
-from zoo import registry, scaffold  # noqa: E402
+from zoo import registry  # noqa: E402
 from zoo.errors import ZooError  # noqa: E402
-from zoo.scaffold.lines import elementary  # noqa: E402
 
 FAMILIES = {  # name: what it is most like, the reference's class
     "qwen2": ("llama", "Qwen2ForCausalLM"),

@@ -272,7 +272,7 @@ def main() -> int:
             return subprocess.run(command, env=env, cwd=ROOT).returncode
     sys.path.insert(0, str(ROOT))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    import zoo.converting  # noqa: F401  what every fork needs is here before the first
+    import zoo.saving.convert  # noqa: F401  what every fork needs is here before the first
 
     with tempfile.TemporaryDirectory(prefix="zoo-faults-") as name:
         place = Path(name)

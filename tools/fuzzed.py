@@ -31,9 +31,9 @@ from plainly import sound_gguf, sound_safetensors
 import zoo
 from converters.checkpoint import open_checkpoint
 from converters.formats import TensorInfo, dtype_code, gguf, safetensors
-from converters.formats.quants import KINDS, WRITTEN
 from converters.formats.sstable import read_table
 from converters.formats.tf_bundle import TFBundleReader
+from converters.quantized.blocks import KINDS, WRITTEN
 from zoo.errors import ZooError
 from zoo.tokenizers.llama2c import model_of
 

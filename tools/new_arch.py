@@ -10,8 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from scaffold import Draft, draft
+
 from zoo.errors import UsageError, ZooError
-from zoo.scaffold import Draft, draft
 
 
 def main(arguments: list[str] | None = None) -> int:

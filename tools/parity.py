@@ -1,6 +1,6 @@
 """Parity from a checkout: `NAME|DIR` or `--all`; `--mutants`, the gate; `--formats`, the trips.
 
-`--diagnose` traces the planted bugs. With `--record` the last two go into evidence.json.
+`--diagnose` traces the planted bugs. With `--record` the last two go into zoo/evidence.json.
 """
 
 import sys
@@ -10,19 +10,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if __name__ == "__main__":
     if "--mutants" in sys.argv[1:]:
-        from zoo.parity.mutants import main
+        from zoo.parity.gates.mutants import main
 
         sys.exit(main())
     if "--formats" in sys.argv[1:]:
-        from zoo.parity.formats import main as formats
+        from zoo.parity.gates.formats import main as formats
 
         files = Path(__file__).parents[1] / "tests" / "data"
         given = [word for word in sys.argv[1:] if word != "--formats"]
         sys.exit(formats(["--files", str(files), *given]))
     if "--diagnose" in sys.argv[1:]:
-        from zoo.parity.tracing import main as trace
+        from zoo.diagnosis.diff.planted import main as trace
 
         sys.exit(trace([word for word in sys.argv[1:] if word != "--diagnose"]))
-    from zoo.cli import main as zoo
+    from zoo.cli.app import main as zoo
 
     sys.exit(zoo(["verify", *sys.argv[1:]]))

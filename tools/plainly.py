@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 from converters.formats import BITS
-from converters.formats.quants import KINDS
+from converters.quantized.blocks import KINDS
 
 
 def sound_safetensors(data: bytes) -> bool:

@@ -21,41 +21,41 @@ if TYPE_CHECKING:
     from typing import Any
 
     from zoo import models as models
-    from zoo.catalog import info as info
-    from zoo.catalog import list_checkpoints as list
+    from zoo.checkpoints.info import info as info
+    from zoo.checkpoints.info import list_checkpoints as list
     from zoo.components.cache import Cache as Cache
-    from zoo.conversion import save as save
-    from zoo.converting import convert as convert
-    from zoo.embedding import embed as embed
+    from zoo.diagnosis.checkup.diagnose import diagnose as diagnose
+    from zoo.diagnosis.diff.diff import diff as diff
     from zoo.errors import ZooError as ZooError
-    from zoo.filling import fill as fill
-    from zoo.generation import generate_text as generate
-    from zoo.optimizers import convert_optimizer as convert_optimizer
+    from zoo.loading import load as load
     from zoo.parity import verify as verify
-    from zoo.parity.diff import diff as diff
-    from zoo.prepared import prepare as prepare
-    from zoo.pretrained import load as load
-    from zoo.scoring import perplexity as perplexity
+    from zoo.prepared.prepare import prepare as prepare
+    from zoo.saving.convert import convert as convert
+    from zoo.saving.optimizers import convert_optimizer as convert_optimizer
+    from zoo.saving.save import save as save
+    from zoo.text.embed import embed as embed
+    from zoo.text.fill import fill as fill
+    from zoo.text.generate import generate_text as generate
+    from zoo.text.perplexity import perplexity as perplexity
     from zoo.tokenizers import tokenizer as tokenizer
-    from zoo.wrong.diagnosing import diagnose as diagnose
 
 _HOMES = {
-    "load": ("zoo.pretrained", "load"),
-    "prepare": ("zoo.prepared", "prepare"),
-    "convert": ("zoo.converting", "convert"),
-    "convert_optimizer": ("zoo.optimizers", "convert_optimizer"),
-    "save": ("zoo.conversion", "save"),
-    "generate": ("zoo.generation", "generate_text"),
+    "load": ("zoo.loading", "load"),
+    "prepare": ("zoo.prepared.prepare", "prepare"),
+    "convert": ("zoo.saving.convert", "convert"),
+    "convert_optimizer": ("zoo.saving.optimizers", "convert_optimizer"),
+    "save": ("zoo.saving.save", "save"),
+    "generate": ("zoo.text.generate", "generate_text"),
     "Cache": ("zoo.components.cache", "Cache"),
-    "diff": ("zoo.parity.diff", "diff"),
-    "diagnose": ("zoo.wrong.diagnosing", "diagnose"),
+    "diff": ("zoo.diagnosis.diff.diff", "diff"),
+    "diagnose": ("zoo.diagnosis.checkup.diagnose", "diagnose"),
     "verify": ("zoo.parity", "verify"),
     "tokenizer": ("zoo.tokenizers", "tokenizer"),
-    "perplexity": ("zoo.scoring", "perplexity"),
-    "fill": ("zoo.filling", "fill"),
-    "embed": ("zoo.embedding", "embed"),
-    "list": ("zoo.catalog", "list_checkpoints"),
-    "info": ("zoo.catalog", "info"),
+    "perplexity": ("zoo.text.perplexity", "perplexity"),
+    "fill": ("zoo.text.fill", "fill"),
+    "embed": ("zoo.text.embed", "embed"),
+    "list": ("zoo.checkpoints.info", "list_checkpoints"),
+    "info": ("zoo.checkpoints.info", "info"),
     "ZooError": ("zoo.errors", "ZooError"),
     "models": ("zoo.models", None),
 }

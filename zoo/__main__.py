@@ -16,8 +16,8 @@ def main() -> int:
         ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # or it is ignored
         if ours:
             signal.signal(signal.SIGINT, _interrupt)
-        from zoo.cli import INTERRUPTED
-        from zoo.cli import main as run
+        from zoo.cli.app import INTERRUPTED
+        from zoo.cli.app import main as run
 
         code = run()
         if ours:

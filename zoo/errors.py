@@ -175,7 +175,7 @@ class LossyExport(ZooError):
 
 
 class RecordError(ZooError):
-    """evidence.json is missing, damaged, or written by another version."""
+    """zoo/evidence.json is missing, damaged, or written by another version."""
 
 
 class ParityError(ZooError):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, check_names, open_regular
-from converters.formats.quants import KINDS, UNREAD, WRITTEN, Kind, dequantise
 from converters.formats.source import SourceFile
+from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, Kind, dequantise
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from os import PathLike
 
-    from zoo.inside import Kept
+    from zoo.interpret import Kept
+    from zoo.loading import Provenance
     from zoo.lora import Adapter
-    from zoo.pretrained import Provenance
     from zoo.tokenizers import Tokenizer
 
 
@@ -39,13 +39,13 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(cls, ref: str | PathLike[str], **options: Any) -> Self:
         """`zoo.load` that accepts this architecture only."""
-        from zoo.pretrained import load
+        from zoo.loading import load
 
         return load(ref, expect=cls, **options)  # type: ignore[return-value]
 
     def save_pretrained(self, directory: str | PathLike[str], **options: Any) -> None:
         """`zoo.save`: a directory that the reference loads as it is."""
-        from zoo.conversion import save
+        from zoo.saving.save import save
 
         save(self, directory, **options)
 
@@ -82,8 +82,8 @@ class Model(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Any:
-        """Each prompt with what follows it; options are those of `zoo.generation.Options`."""
-        from zoo.generation import generate
+        """Each prompt with what follows it; options are those of `zoo.text.generate.Options`."""
+        from zoo.text.generate import generate
 
         return generate(self, input_ids, attention_mask, **options)
 
@@ -94,14 +94,14 @@ class Model(nn.Module):
         names: str | Iterable[str] = "*",
         **options: Any,
     ) -> tuple[Any, Kept]:
-        """Its output, and what flowed by at the places of these names (`zoo.inside`)."""
-        from zoo.inside import run_with_cache
+        """Its output, and what flowed by at the places of these names (`zoo.interpret`)."""
+        from zoo.interpret import run_with_cache
 
         return run_with_cache(self, input_ids, attention_mask, names, **options)
 
     def patch(self, changes: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Within it other values flow inside: `{name: a tensor, or a function of what was}`."""
-        from zoo.inside import patch
+        from zoo.interpret import patch
 
         return patch(self, changes)
 
@@ -109,7 +109,7 @@ class Model(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Any:
         """(layers + 1, b, s, v): what the head says of the stream before and after each block."""
-        from zoo.inside import logit_lens
+        from zoo.interpret import logit_lens
 
         return logit_lens(self, input_ids, attention_mask, **options)
 

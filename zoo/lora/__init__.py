@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from converters.lazy import Lazy
+from zoo.checkpoints.finite import first_where
+from zoo.checkpoints.sources import expanded
 from zoo.errors import OverflowOnCast, UsageError, did_you_mean, listing
-from zoo.finite import first_where
 from zoo.lora import files as peft
 from zoo.lora.files import Factors, Files, Settings
 from zoo.lora.layers import Lora, put, take_off
 from zoo.lora.merging import Changes, Low, Part, changes, untied, wide_dtype
 from zoo.lora.places import Places, on_disk
-from zoo.sources import expanded
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -194,7 +194,7 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
 
     An adapter may be saved again over its own earlier output; see `zoo.save` for that and `force`.
     """
-    from zoo.conversion import checked_destination, write
+    from zoo.saving.save import checked_destination, write
 
     adapter = _adapter(model)
     factors, whole = dict[str, Factors](), dict[str, Tensor]()
@@ -243,7 +243,7 @@ def _put(model: Model, adapter: Adapter, factors: Factors, parts: list[Part]) ->
 
 def _check(model: Model) -> None:
     from zoo.components.model import Model as Kind
-    from zoo.prepared import is_prepared
+    from zoo.prepared.prepare import is_prepared
 
     if not isinstance(model, Kind):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
@@ -270,7 +270,7 @@ def _own(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _native(model: Model) -> Any:
-    from zoo.pretrained import native_of
+    from zoo.loading import native_of
 
     return native_of(model)
 

@@ -18,7 +18,7 @@ from zoo.lora.places import Places
 
 if TYPE_CHECKING:
     from converters.lazy import Read
-    from zoo.pretrained import Located
+    from zoo.loading import Located
 
 # peft's word for what a model is trained to do -> the head that does it
 TASKS = {
@@ -36,7 +36,7 @@ def based(
     A classifier is trained beside the factors of a base that has none, or one of other labels.
     `asked`: the head was.
     """
-    from zoo.pretrained import native_of, on_meta
+    from zoo.loading import native_of, on_meta
 
     head = TASKS.get(files.settings.task, "")
     heads = found.heads
@@ -72,7 +72,7 @@ def based(
 
 def _is_complete(found: Located, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Whether a base has all of the model without what an adapter brings."""
-    from zoo.pretrained import prove
+    from zoo.loading import prove
 
     try:
         prove(found, checkpoint, config)

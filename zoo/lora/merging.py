@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from converters.lazy import Decoded, Lazy
 from converters.plan import Step
+from zoo.checkpoints.foreign import spec_of
 from zoo.components.moe import Experts
 from zoo.errors import PlanError, ShapeMismatch, UsageError, listing
-from zoo.fitting import spec_of
 from zoo.lora.files import Factors, Files
 from zoo.lora.places import Place, Places
 

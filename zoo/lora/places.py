@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from converters.execute import backward
+from converters.carry_out import backward
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, Step, make_plan, target_names
 from converters.spec import Dialect
+from zoo.checkpoints.foreign import spec_of
 from zoo.errors import PlanError, SpecError, did_you_mean, option
-from zoo.fitting import spec_of
 
 
 class Place(NamedTuple):

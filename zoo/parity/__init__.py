@@ -14,12 +14,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import UnusedFieldsWarning
-from zoo.parity.report import Published, Report, Row
+from zoo.parity.result import Published, Report, Row
 
 if TYPE_CHECKING:
+    from zoo.checkpoints.sources import Source
     from zoo.parity.golden import Golden
     from zoo.registry import Architecture
-    from zoo.sources import Source
 
 __all__ = ["Report", "Row", "verify"]
 
@@ -115,7 +115,8 @@ def _jobs(
     revision: str | None = None,
     reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Job]:
-    from zoo import registry, sources
+    from zoo import registry
+    from zoo.checkpoints import sources
     from zoo.errors import Offline
 
     known = registry.architectures()
@@ -185,10 +186,10 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
 
 def _run(job: Job, seed: int) -> Iterator[Row]:
     """Every check; one that breaks is a failure of that check and not the end of the others."""
-    from zoo.parity.compare import CHECKS, Subject
+    from zoo.loading import load
+    from zoo.parity.checks import CHECKS, Subject
     from zoo.parity.layouts import layouts
     from zoo.parity.truth import Truth
-    from zoo.pretrained import load
 
     with _checkpoint(job, seed) as directory, warnings.catch_warnings():
         if job.write is not None:  # a user's own config is read, and warned of, where it lies

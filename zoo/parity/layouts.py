@@ -16,10 +16,10 @@ from torch import Tensor
 from converters.checkpoint import open_checkpoint
 from converters.spec import Dialect
 from zoo import registry
-from zoo.conversion import save
-from zoo.parity.compare import Subject, differences
-from zoo.parity.report import Row
-from zoo.pretrained import load
+from zoo.loading import load
+from zoo.parity.checks import Subject, differences
+from zoo.parity.result import Row
+from zoo.saving.save import save
 
 Tensors = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from converters.checkpoint import confined
 from converters.containers import kind_of
 from converters.formats.gguf import open_gguf
-from zoo import sources
+from zoo.checkpoints import sources
 from zoo.errors import BadTokenizer, NotACheckpoint, listing
 from zoo.tokenizers import bytelevel, fast, gguf, llama2c, pieces, tekken, unigrams
 from zoo.tokenizers.characters import FILE as CHARACTERS
@@ -30,7 +30,7 @@ from zoo.tokenizers.settings import (
 )
 
 if TYPE_CHECKING:
-    from zoo.pretrained import Ref
+    from zoo.loading import Ref
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 MODELS = ("tokenizer.model", "spiece.model", "spm.model")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import BadTokenizer
-from zoo.patterns import why_slow
 from zoo.tokenizers.bytelevel import ByteLevel, ranked
 from zoo.tokenizers.engines import MOST_ADDED, Added, place
+from zoo.tokenizers.patterns import why_slow
 from zoo.tokenizers.settings import parse_vocabulary, read_bytes
 
 # what a file of these versions means that lists none

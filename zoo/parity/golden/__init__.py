@@ -19,7 +19,7 @@ from torch import Tensor
 from converters.strict_json import read_json
 from zoo import registry
 from zoo.errors import ConfigError, NotACheckpoint, did_you_mean
-from zoo.parity.report import Row
+from zoo.parity.result import Row
 
 TOP = 20
 FIELDS = ("about", "tolerance", "tokens", "ids", "logits")

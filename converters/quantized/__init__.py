@@ -1,0 +1,1 @@
+"""Quantized tensors: the settings, the packed layouts and their decoding."""

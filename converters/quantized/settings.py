@@ -1,0 +1,197 @@
+"""What a checkpoint says of how its matrices are held: GPTQ, AWQ, FP8, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters.checkpoint import confined, open_checkpoint
+from converters.quantized.packing import UNITS
+from converters.strict_json import read_json
+from zoo.errors import (
+    SUGGESTED,
+    CheckpointError,
+    ConfigError,
+    NotACheckpoint,
+    did_you_mean,
+    listing,
+    option,
+)
+
+FIELD = "quantization_config"
+# files that say it where config.json does not: the first programs' own
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}  # of AutoAWQ's file
+_INSTEAD = (
+    "Take the weights that it was made of, or have the program that made it write what they "
+    "stand for"
+)
+
+# What a method's config may hold: fields of which only these values are read,
+_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gptq": {
+        "bits": tuple(UNITS),
+        "checkpoint_format": ("gptq", "gptq_v2"),
+        "format": ("gptq", "gptq_v2"),
+        "is_marlin_format": (False,),
+        "pack_dtype": ("int32",),
+        "dynamic": ({},),
+        "sym": (True, False),
+        "desc_act": (True, False),
+    },
+    "awq": {"bits": (4,), "version": ("gemm", "GEMM"), "zero_point": (True,)},
+    "fp8": {"fmt": ("e4m3", "float8_e4m3fn"), "scale_fmt": ("ue8m0", "float")},
+    "compressed-tensors": {
+        "format": ("float-quantized",),
+        "quantization_status": ("compressed",),
+        "kv_cache_scheme": (),
+        "sparsity_config": ({},),
+        "transform_config": ({},),
+    },
+}
+# fields that are read beside these,
+_READ = {
+    "gptq": {"group_size"},
+    "awq": {"group_size"},
+    "fp8": {"weight_block_size"},
+    "compressed-tensors": {"config_groups"},
+}
+# and fields that say how the numbers were found, which layers were left alone (the files tell), and
+# what programs for inference should do.
+_IGNORED = {
+    "gptq": {
+        *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "dataset"),
+        *("model_name_or_path", "model_file_base_name", "meta", "model_seqlen", "batch_size"),
+        *("block_name_to_quantize", "module_name_preceding_first_block", "pad_token_id"),
+        *("use_exllama", "disable_exllama", "exllama_config", "max_input_length", "backend"),
+        *("cache_block_outputs", "modules_in_block_to_quantize", "tokenizer", "use_cuda_fp16"),
+        *("lm_head", "modules_to_not_convert", "act_group_aware", "mse"),
+    },
+    "awq": {
+        *("modules_to_not_convert", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "backend"),
+        *("exllama_config", "desc_act", "sym"),
+    },
+    "fp8": {
+        *("activation_scheme", "modules_to_not_convert", "ignored_layers", "dequantize"),
+    },
+    "compressed-tensors": {"ignore", "global_compression_ratio", "version", "run_compressed"},
+}
+
+
+class Quantisation(NamedTuple):
+    """What a config says of how matrices are held."""
+
+    method: str
+    bits: int = 8
+    group: int = -1  # -1: all inputs
+    less_one: bool = False
+    ordered: bool = False  # the inputs of a group need not stand side by side
+    block: tuple[int, int] | None = None
+
+    @property
+    def about(self) -> str:
+        if self.method in ("gptq", "awq"):
+            groups = "a scale a column" if self.group < 0 else f"groups of {self.group}"
+            return f"{self.method}, {self.bits} bits, {groups}"
+        if self.block is None:
+            return f"{self.method}, float8_e4m3fn, a scale a matrix or a row"
+        return f"{self.method}, float8_e4m3fn, blocks of {self.block[0]}x{self.block[1]}"
+
+
+def beside(directory: Path) -> tuple[str, dict[str, Any]] | None:
+    """(a file's name, what it says) of packed weights about which config.json says nothing.
+
+    Beside plain weights such a file means nothing: it is what is left of another checkpoint.
+    """
+    for name, method in _BESIDE.items():
+        if not (directory / name).is_file():
+            continue
+        with suppress(CheckpointError, NotACheckpoint):  # faults of weights are for who reads them
+            if any(tensor.endswith(".qweight") for tensor in open_checkpoint(directory).tensors):
+                said = read_json(confined(directory, name), ConfigError)
+                said = {_WORDS.get(key, key): value for key, value in said.items()}
+                return name, {"quant_method": method, **said}
+    return None
+
+
+def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation | None, list[str]]:
+    """What `quantization_config` means, and everything in it that is not read."""
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if not isinstance(method, str) or method not in _ALLOWED:
+        found = f"quant_method {method!r}" if isinstance(said, dict) else type(said).__name__
+        only = ", ".join(_ALLOWED)
+        return None, [f"{FIELD}: {found} is not implemented (only {only}). {_INSTEAD}"]
+    allowed, read = _ALLOWED[method], _READ[method]
+    problems = []
+    for key, value in said.items():
+        if key in allowed:
+            if value is None or any(value == a and type(value) is type(a) for a in allowed[key]):
+                continue
+            only = " or ".join(map(repr, allowed[key])) or "absent"
+            told = f"{value!r} is not implemented (only {only}). {_INSTEAD}"
+            problems.append(f"{FIELD}.{key}: {told}")
+        elif key not in read | _IGNORED[method] | {"quant_method"}:
+            name, known = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
+            if name not in ignore:
+                # programs beside the reference read these, so it does not tell which count
+                near = did_you_mean(key, known) if len(problems) < SUGGESTED else ""
+                problems.append(
+                    f"{name}: unknown field.{near} If it does not change what "
+                    f"the numbers stand for, pass {option('ignore_config', (name,))}"
+                )
+    understand = _integers if method in ("gptq", "awq") else _floats
+    how, more = understand(method, said)
+    return (None if problems or more else how), problems + more
+
+
+def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[str]]:
+    group, problems = said.get("group_size"), list[str]()
+    if type(group) is not int or (group < 1 and group != -1):
+        problems.append(f"{FIELD}.group_size: {group!r}, expected a number of inputs, or -1")
+    if type(said.get("bits")) is not int:
+        problems.append(f"{FIELD}.bits: {said.get('bits')!r}, expected a whole number")
+    if method == "awq":
+        if said.get("version") is None:
+            problems.append(f"{FIELD}.version: missing, and the order of numbers depends on it")
+        return Quantisation(method, 4, group or -1), problems
+    told = (said.get(key) for key in ("checkpoint_format", "format"))
+    formats = {each for each in told if isinstance(each, str)}
+    if len(formats) > 1:
+        problems.append(f"{FIELD}.checkpoint_format and .format differ: {listing(sorted(formats))}")
+    first = formats != {"gptq_v2"}
+    bits, ordered = said.get("bits") or 4, bool(said.get("desc_act"))
+    return Quantisation(method, bits, group or -1, first, ordered), problems
+
+
+def _floats(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[str]]:
+    if method == "fp8":
+        blocks = [said.get("weight_block_size")]
+        where = f"{FIELD}.weight_block_size"
+    else:
+        where = f"{FIELD}.config_groups"
+        groups = said.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            return Quantisation(method), [f"{where}: expected groups by name"]
+        blocks = []
+        for name, group in groups.items():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            held = weights if isinstance(weights, dict) else {}
+            kind, strategy = (held.get("num_bits"), held.get("type")), held.get("strategy")
+            if kind != (8, "float") or strategy not in ("tensor", "channel", "block"):
+                return Quantisation(method), [
+                    f"{where}.{name}.weights: num_bits, type and strategy {(*kind, strategy)} are "
+                    "not implemented (only 8, 'float' and 'tensor', 'channel' or 'block')"
+                ]
+            blocks.append(held.get("block_structure") if strategy == "block" else None)
+    if any(block != blocks[0] for block in blocks):
+        return Quantisation(method), [f"{where}: blocks of several sizes, {blocks}"]
+    if blocks[0] is None:
+        return Quantisation(method), []
+    size = blocks[0]
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)):
+        return Quantisation(method), [f"{where}: {size!r}, expected rows and columns"]
+    if min(size) < 1:
+        return Quantisation(method), [f"{where}: {size!r} is not positive"]
+    return Quantisation(method, block=(size[0], size[1])), []

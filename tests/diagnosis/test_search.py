@@ -1,0 +1,447 @@
+"""A text under other readings of a file: what is wrong is told, and nothing of healthy ones."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny import build, hot
+from torch import Tensor
+from trained import MASK, MODELS, characters, trained
+
+import zoo
+from converters.spec import load_spec
+from converters.spec_lines import rule_line
+from zoo import registry
+from zoo.components.decoder import Decoder
+from zoo.diagnosis.checkup.hypotheses import hypotheses, inside, without
+from zoo.diagnosis.checkup.likelihood import EVERY, TEXT, chance, ids_of, nats
+from zoo.diagnosis.checkup.search import HEATS, Reading, readings
+from zoo.diagnosis.edits import Edit, applied, order
+from zoo.errors import InputError, UsageError
+from zoo.loading import load_directory
+from zoo.parity.gates.mutants import MUTANTS, NotApplicable, planted
+
+ARCHITECTURES = list(registry.architectures())
+OTHER = """\
+It had rained all night. Tom put on his boots and ran out into the garden, where the grass was wet
+and the path was full of mud. There was a frog on a stone, green and very still. Tom sat down in
+front of it and waited. "Will you be my friend?" he asked. The frog looked at him, and then it
+jumped right over his boots and into the pond. Tom laughed so much that his mother came to the
+door. "What is so funny?" she said. He told her, and she laughed too, and they went inside to dry.
+"""
+
+
+# --- without anything trained --------------------------------------------------------------------
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Everything about a model that an edit may touch."""
+    held = {f"{n} of": p.data_ptr() for n, p in model.named_parameters(remove_duplicate=False)}
+    own = {f"{n}.": dict(m.__dict__) for n, m in model.named_modules()}
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {**held, **own, **{n: hash(p.numpy().tobytes()) for n, p in kept.items()}}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_edit_leaves_nothing_behind(name: str) -> None:
+    model = hot(build(name))
+    before = state(model)
+    some = list(hypotheses(model))
+    assert len(some) > 30
+    branches = list(without(model))
+    some += [h for _, h in branches] + list(inside(model, branches[0][0]))
+    assert len({(h.what, h.fix) for h in some}) == len(some)
+    for hypothesis in some:
+        try:
+            with applied(model, hypothesis.edit()) as edited:
+                assert edited is model or hypothesis.config
+        except (RuntimeError, zoo.ZooError):
+            assert hypothesis.config  # a field that other parameters belong to
+        assert state(model) == before, hypothesis.fix
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "falcon"])
+def test_what_is_read_otherwise_can_be_read_back(name: str) -> None:
+    """Each mistake with parameters is undone, bit by bit, by some hypothesis."""
+    model = hot(build(name))
+    true = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def restores(hypothesis: Any) -> bool:
+        with applied(model, hypothesis.edit()):
+            return all(torch.equal(p, true[n]) for n, p in model.named_parameters())
+
+    mistakes = [h for h in hypotheses(model) if h.parameters]
+    lost = ("is left out", "head.weight is embed", "embed.weight is head", "stored", "1 + what")
+    # of what nobody mistakes one way alone, the other is not tried
+    other = ("off by one", "and has")
+    for mistake in mistakes:
+        if any(word in mistake.fix for word in lost) or any(word in mistake.what for word in other):
+            continue
+        edit = mistake.edit()
+        edit = type(edit)(parameters={n: x.clone() for n, x in edit.parameters.items()})
+        with applied(model, edit):
+            if all(torch.equal(p, true[n]) for n, p in model.named_parameters()):
+                continue  # at these sizes it is none
+            assert any(restores(h) for h in hypotheses(model) if h.parameters), mistake.fix
+
+
+def test_rows_in_another_order() -> None:
+    rows = order("h e two", "h two e", 12, h=2, two=2)
+    assert rows.tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    back = order("h two e", "h e two", 12, h=2, two=2)
+    assert torch.equal(rows[back], torch.arange(12))
+
+
+def test_each_token_costs_what_it_should() -> None:
+    ids = torch.arange(10, 33)
+    model = hot(build("gpt2"))
+    with torch.no_grad():
+        (costs,) = nats(model, ids)
+        logits = model(ids[None])[0].log_softmax(-1)
+        assert torch.allclose(costs.float(), -logits[:-1].gather(1, ids[1:, None])[:, 0], atol=1e-5)
+        limit = model.config.limit
+        long = torch.arange(limit + 9) % 100
+        assert (
+            len(nats(model, long)[0]) == limit - 1 + 8
+        )  # cut, and the first of each part is given
+
+        encoder = hot(build("bert"))
+        (costs,) = nats(encoder, ids, MASK)
+        assert len(costs) == len(ids) and len(nats(encoder, ids, MASK, times=1)[0]) == 4
+        for n, at in ((0, 0), (3, 3 * EVERY), (4, 1), (22, 2 * EVERY + 6)):
+            shown = torch.where(torch.arange(23) % EVERY == at % EVERY, MASK, ids)
+            logits = encoder(shown[None])[0, at].log_softmax(-1)
+            assert math.isclose(costs[n], -logits[ids[at]], rel_tol=1e-4)
+
+
+def test_an_untrained_model_is_said_to_know_nothing() -> None:
+    model = build("gpt2").eval()
+    told = list[tuple[int, int]]()
+    (found,) = readings(model, torch.arange(40), progress=lambda n, of: told.append((n, of)))
+    assert "no likelier than chance" in found.what and "untrained" in found.fix
+    assert told[-1][0] <= told[-1][1] and [n for n, _ in told] == list(range(1, len(told) + 1))
+
+
+def test_a_model_that_gives_no_numbers_is_said_to_know_nothing() -> None:
+    model = build("gpt2").eval()
+    with torch.no_grad():
+        model.norm.weight[3] = torch.nan
+    assert "no likelier than chance" in readings(model, torch.arange(40))[0].what
+
+
+def test_a_text_too_short_is_refused() -> None:
+    with pytest.raises(InputError, match="9 tokens tell nothing"):
+        readings(build("gpt2"), torch.arange(9))
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_what_gives_no_likelihood_is_refused(name: str) -> None:
+    model = build(name, **({"head": "none"} if name == "bert" else {}))
+    with pytest.raises(UsageError, match="likelihood"):
+        readings(model, torch.arange(40))
+
+
+# --- a published model ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stories(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K as a directory of HF's, its tokenizer beside it."""
+    directory = tmp_path_factory.mktemp("stories") / "hf"
+    zoo.convert(fixtures / "stories260K" / "stories260K.bin", directory, to="hf")
+    shutil.copy(fixtures / "stories260K" / "tok512.model", directory / "tokenizer.model")
+    return directory
+
+
+@pytest.fixture
+def wrong(stories: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], None]], Any]:
+    """The model in a file that somebody else wrote down otherwise."""
+
+    def make(change: Callable[[dict[str, Tensor]], None]) -> Any:
+        directory = tmp_path / "wrong"
+        shutil.copytree(stories, directory)
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file({n: x.contiguous() for n, x in tensors.items()}, directory / "model.safetensors")
+        return zoo.load(directory)
+
+    return make
+
+
+def each(tensors: dict[str, Tensor], part: str, change: Callable[[Tensor], Tensor]) -> None:
+    for name in tensors:
+        if part in name:
+            tensors[name] = change(tensors[name])
+
+
+def swap(tensors: dict[str, Tensor], a: str, b: str) -> None:
+    for name in [n for n in tensors if a in n]:
+        other = name.replace(a, b)
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def pairs(heads: int) -> Callable[[Tensor], Tensor]:
+    """Rows in halves, as they are here, side by side as Meta has them."""
+    return lambda x: x[order("h two e", "h e two", len(x), h=heads, two=2)]
+
+
+@pytest.mark.parametrize("text", [TEXT, pytest.param(OTHER, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_nothing_is_wrong_in_a_healthy_model(stories: Path, text: str) -> None:
+    model = zoo.load(stories)
+    ids = ids_of(model, text)
+    assert float(nats(model, ids).mean()) < 0.4 * chance(model)
+    assert readings(model, ids) == []
+
+
+def test_rows_of_rotary_pairs_are_named_with_their_line(wrong: Any) -> None:
+    model = wrong(lambda tensors: each(tensors, "k_proj", pairs(4)))
+    found = readings(model, ids_of(model))
+    assert found[0].what == (
+        "rows of blocks.*.attn.k lie as [(g e two)], and are read as [(g two e)]"
+    )
+    assert "if blocks.*.attn.k is read as [(g e two) i]: [(g two e) i]" in found[0].seen
+    assert found[0].where == ("model.layers.*.self_attn.k_proj.weight",)
+    assert found[0].likely > 0.9
+    line = rule_line(load_spec("llama"), "blocks.0.attn.k.weight")
+    assert found[0].fix == f"It is read by {line}."
+    assert [f.likely for f in found] == sorted((f.likely for f in found), reverse=True)
+
+
+def test_one_matrix_of_one_layer(wrong: Any) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        each(tensors, "layers.2.self_attn.o_proj", lambda x: x.T)
+
+    model = wrong(change)
+    found = readings(model, ids_of(model))[0]
+    assert found.what == "blocks.2.attn.out.weight is transposed"
+    assert found.where == ("model.layers.2.self_attn.o_proj.weight",)
+
+
+def test_two_faults_are_told_together(wrong: Any) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        each(tensors, "q_proj", pairs(8))
+        swap(tensors, "gate_proj", "up_proj")
+
+    model = wrong(change)
+    found = readings(model, ids_of(model))[0]
+    assert "mlp.gate and blocks.*.mlp.up are exchanged" in found.seen
+    assert "blocks.*.attn.q is read as [(h e two) i]" in found.seen
+
+
+def backwards(tensors: dict[str, Tensor]) -> None:
+    held = dict(tensors)
+    for name in held:
+        for n in range(5):
+            if f".layers.{n}." in name:
+                tensors[name.replace(f".{n}.", f".{4 - n}.")] = held[name]
+
+
+def both_in_pairs(tensors: dict[str, Tensor]) -> None:
+    each(tensors, "q_proj", pairs(8))
+    each(tensors, "k_proj", pairs(4))
+
+
+def both_transposed(tensors: dict[str, Tensor]) -> None:
+    each(tensors, "q_proj", lambda x: x.T)
+    each(tensors, "o_proj", lambda x: x.T)
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "q and k in pairs": (
+        both_in_pairs,
+        "blocks.*.attn.q and blocks.*.attn.k are read as [(h e two) i]",
+    ),
+    "k turned with the queries' heads": (
+        lambda t: each(t, "k_proj", pairs(8)),
+        "blocks.*.attn.k is read as [(h e two) i]: [(h two e) i] with 8 heads",
+    ),
+    "norms": (
+        lambda t: swap(t, "input_layernorm", "post_attention_layernorm"),
+        "norm1 and blocks.*.norm2 are exchanged",
+    ),
+    "k and v": (lambda t: swap(t, "k_proj", "v_proj"), "attn.k is read from what v is read from"),
+    "an offset": (
+        lambda t: each(t, "norm", lambda x: x - 1),
+        "the weight of each norm is 1 + what is stored",
+    ),
+    "a vocabulary": (
+        lambda t: each(t, "embed", lambda x: x.roll(1, 0)),
+        "embed.weight is read 1 row",
+    ),
+    "layers": (backwards, "blocks.* are put in order"),
+    "two layers": (lambda t: swap(t, ".1.", ".3."), "blocks.* are put in order"),
+    "q and out transposed": (
+        both_transposed,
+        "blocks.*.attn.q.weight and blocks.*.attn.out.weight are read as [i o]",
+    ),
+    "heads of values": (
+        lambda t: each(t, "v_proj", lambda x: x[order("g e", "e g", 32, g=4)]),
+        "blocks.*.attn.v is read as [(e g) i]: [(g e) i]",
+    ),
+}
+
+
+def test_being_less_sure_is_no_better_knowledge(stories: Path) -> None:
+    """The same knowledge, twice as sure of itself, costs more and is as good."""
+    model = zoo.load(stories)
+    ids = ids_of(model)
+    with torch.no_grad():
+        plain = Reading((), nats(model, ids, None, HEATS))
+        sure = Edit(settings={"head": {"forward": lambda x: 2 * F.linear(x, model.embed.weight)}})
+        with applied(model, sure):
+            hot = Reading((), nats(model, ids, None, HEATS))
+    assert hot.plain > plain.plain + 0.1
+    assert abs(plain.gain(hot)[0]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_file(fault: str, wrong: Any) -> None:
+    change, fix = FAULTS[fault]
+    model = wrong(change)
+    assert fix in readings(model, ids_of(model))[0].seen
+
+
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [
+        ({"act": "relu"}, "act is 'silu'"),
+        pytest.param({"rope_base": 500.0}, "rope_base is 10000", marks=pytest.mark.slow),
+    ],
+)
+def test_fields_of_a_config(stories: Path, fields: dict[str, Any], fix: str) -> None:
+    model = zoo.load(stories, config=fields)
+    found = readings(model, ids_of(model))[0]
+    assert fix in found.seen and "converters/specs/llama.yaml" in found.fix
+
+
+def test_what_a_text_cannot_tell_is_not_claimed(stories: Path) -> None:
+    """Another eps changes no likelihood that could be seen."""
+    model = zoo.load(stories, config={"eps": 1e-6})
+    assert readings(model, ids_of(model)) == []
+
+
+def test_a_tokenizer_of_another_model(stories: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "other"
+    shutil.copytree(stories, directory)
+    model = zoo.load(directory)
+    object.__setattr__(model.config, "vocab", 200)
+    with pytest.raises(InputError, match="another model's tokenizer"):
+        ids_of(model)
+
+
+# --- others, trained here ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shakespeare(fixtures: Path) -> tuple[Tensor, Tensor, int]:
+    """What is learnt, what is looked at, and how many characters there are."""
+    text, vocab = characters(fixtures / "tinyshakespeare" / "input.txt")
+    return text[:-20000], text[-15000:-14680], vocab
+
+
+# a bug of the mutation gate, planted in the spec or the config: how the text is likelier
+RIGHT = {
+    "norm1 and norm2 swapped": "norm1 and .*norm2 are exchanged",
+    "norms before and after a branch swapped": "norm1 and .*norm1_out are exchanged",
+    "norm after attention taken for that before the MLP": "norm1_out and .*norm2 are exchanged",
+    "first norm taken for the final one": r"blocks\.0\.norm1 and norm are exchanged",
+    "gate and up swapped": "gate and .*up are exchanged",
+    "q and k swapped": "q is read from what k",
+    "k and v swapped": "k is read from what v",
+    "q, k, v read as v, q, k": "q is read from what v .*k is read from what q",
+    "layers shifted by one": "put in order",
+    "embeddings and head swapped": "embed and head are exchanged",
+    "a square read transposed": r"blocks\.0\.attn\.out\.weight is read as \[i o\]",
+    "q un-permuted for rotary": "q is read as",
+    "k un-permuted for rotary": "k is read as",
+    "k permuted by the query heads": "k is read as .* heads",
+    "v heads interleaved": "v is read as",
+    "out reads its heads interleaved": "out is read as",
+    "fused q, k, v read as interleaved": "q, k and v are read as",
+    "theta left at its default": "rope_base is",
+    "silu for gelu, or gelu for silu": "act is",
+    "parallel branches run in turn, or the other way about": "parallel is",
+    "shared layers run once, or others twice": "twice is",
+    "soft cap left out": "score_cap is",
+    "norms read as an offset from one": r"norm1 is what is stored - 1",
+    "vocabulary off by one": r"embed\.weight.* read 1 row earlier",
+    "first two layers exchanged": "put in order",
+    "two experts exchanged": "experts of .* are put in order",
+}
+FEW = ["q and k swapped", "layers shifted by one", "fused q, k, v read as interleaved"]
+SEEN = 0.15  # nats a token: less is not to be told from noise with so short a text
+
+
+class Planted:
+    """A trained model as a file, and what is told of it when it is read with a bug."""
+
+    def __init__(self, model: Any, ids: Tensor, directory: Path) -> None:
+        self.ids, self.mask = ids, None if isinstance(model, Decoder) else MASK
+        self.entry = registry.architectures()[model.architecture]
+        zoo.save(model, directory)
+        self.load = functools.partial(load_directory, directory, self.entry)
+        self.healthy = self.nll(self.load())
+
+    def nll(self, model: Any) -> float:
+        with torch.no_grad():
+            return float(nats(model, self.ids, self.mask).mean())
+
+    def told(self, bug: str) -> tuple[float, str] | None:
+        """By how much the text is less likely with it, and what would mend that."""
+        try:
+            model = planted(self.load, MUTANTS[bug], self.entry, torch.float32)
+        except (NotApplicable, zoo.ZooError):
+            return None
+        found = readings(model, self.ids, mask=self.mask)
+        return self.nll(model) - self.healthy, found[0].seen if found else "nothing"
+
+
+@pytest.fixture(scope="session")
+def of(
+    shakespeare: tuple[Tensor, Tensor, int], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Planted]:
+    text, looked_at, vocab = shakespeare
+
+    @functools.cache
+    def make(name: str) -> Planted:
+        directory = tmp_path_factory.mktemp("trained") / name
+        return Planted(trained(name, text, vocab), looked_at, directory)
+
+    return make
+
+
+@pytest.mark.slow
+def test_nothing_is_wrong_in_what_was_just_trained(of: Callable[[str], Planted]) -> None:
+    gpt2 = of("gpt2")
+    assert readings(gpt2.load(), gpt2.ids) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", FEW)
+def test_a_planted_bug(bug: str, of: Callable[[str], Planted]) -> None:
+    told = of("gpt2").told(bug)
+    assert told is not None and re.search(RIGHT[bug], told[1]), told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_every_planted_bug(name: str, of: Callable[[str], Planted]) -> None:
+    """What a text shows is the first to be named in nine of ten; a healthy one is left alone."""
+    model = of(name)
+    assert readings(model.load(), model.ids, mask=model.mask) == []
+    told = {bug: found for bug in RIGHT if (found := model.told(bug)) is not None}
+    shown = {bug: said for bug, (worse, said) in told.items() if worse > SEEN}
+    wrong = {bug: said for bug, said in shown.items() if not re.search(RIGHT[bug], said)}
+    assert len(shown) >= 4 and len(wrong) <= len(shown) / 10, wrong

@@ -1,0 +1,512 @@
+"""The page of what was measured, what is drawn on it, and the record of the last full run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import PATIENCE
+from tiny import build
+
+import zoo
+from zoo import evidence, parity, registry
+from zoo.cli import app
+from zoo.diagnosis.diff import planted
+from zoo.diagnosis.diff.planted import Trace
+from zoo.errors import MissingTensors
+from zoo.parity.gates import formats
+from zoo.parity.gates.mutants import Verdict
+from zoo.parity.gates.trips import Trip
+from zoo.parity.result import Report, Row
+from zoo.report.gather import Run, _by_layer, gather
+from zoo.report.page import COLUMNS, counted, page
+from zoo.report.wiring import about, layers_joined, svg, wiring
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# a page of our own, from a file: nothing is fetched
+ALONE = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-quic"),
+)
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return gather(parity.verify("gpt2", variants=["base"]), {})
+
+
+KNOWN: dict[str, Any] = {
+    "bugs": {
+        "gpt2": {
+            "date": "2001-02-03",
+            "versions": {"torch": "9.8"},
+            "code": "other",
+            "bugs": {
+                "q and k swapped": {"killed": "base: fp64 1", "located": True, "diagnosed": True},
+                "k lost": {"killed": "x", "located": True, "diagnosed": False, "said": "v <lost>"},
+                "lost": {"killed": "x", "located": False, "place": "in norm", "said": "nothing"},
+                "a shape": {"refused": "base: ShapeMismatch"},
+            },
+        }
+    },
+    "trips": {
+        "gpt2": {
+            "date": "2004-05-06",
+            "versions": {"torch": "7.6"},
+            "code": "",
+            "counts": {"bytes": 1, "refused": 1},
+            "trips": {"hf": {"native": "bytes"}, "hf: base": {"native": "no: act"}},
+            "wrong": {},
+        }
+    },
+}
+
+
+def with_record(run: Run, known: dict[str, Any] = KNOWN) -> Run:
+    (each,) = run.architectures
+    return Run([replace(each, bugs=known["bugs"].get("gpt2"), trips=known["trips"].get("gpt2"))])
+
+
+def texts(html: str) -> str:
+    """What a reader sees."""
+    return " ".join(re.sub(r"<style>.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL).split())
+
+
+def drawn(name: str, part: str = "") -> list[str]:
+    """Each node with what it reads."""
+    model = build(name).eval()
+    ids = torch.full((1, 5), 7)
+    more = {"decoder_input_ids": ids} if name == "t5" else {}
+    module = model.get_submodule(part)
+    nodes = wiring(model, module, lambda: model(ids, **more))
+    nodes = layers_joined(nodes)
+    return [" ".join(map(str, (node.label, *node.reads))) for node in nodes]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "nodes"),
+    [
+        ("gpt2", "", "in, embed 0, positions, + 1 2, blocks × 3 3, norm 4, head 5"),
+        ("gpt2", "blocks.0", "in, norm1 0, attn 1, + 0 2, norm2 3, mlp 4, + 3 5"),
+        ("bert", "blocks.0", "in, attn 0, + 0 1, norm1 2, mlp 3, + 3 4, norm2 5"),
+        ("neox", "blocks.0", "in, norm1 0, attn 1, + 0 2, norm2 0, mlp 4, + 3 5"),
+        (
+            "gemma2",
+            "blocks.0",
+            "in, norm1 0, attn 1, norm1_out 2, + 0 3, norm2 4, mlp 5, norm2_out 6, + 4 7",
+        ),
+        ("t5", "", "in, embed 0, encoder 1, embed 0, decoder 3 2, head 4"),
+    ],
+)
+def test_wiring_is_found_by_running(name: str, part: str, nodes: str) -> None:
+    assert ", ".join(drawn(name, part)) == nodes
+
+
+class Tags(HTMLParser):
+    """What is open, and all names there are; meta and the like are never closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.add(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_it_is_one_page_without_scripts(run: Run) -> None:
+    text = page(run)
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert not tags.seen & {"script", "link", "img", "iframe"}
+    assert "http" not in text.replace("http-equiv", "")
+    for said in (
+        "fp64",
+        "gradients",
+        "bfloat16",
+        "blocks.1",
+        "nanogpt",
+        "{layer}",
+        "prefers-color",
+    ):
+        assert said in text
+    assert 'class="bad"' not in text and "NOT all" not in text
+
+
+def test_what_was_not_run_says_so(run: Run) -> None:
+    seen = texts(page(run))
+    assert seen.count("not run") == 6  # cells, what it was measured with, the chapter's titles
+    assert "make diagnosis does" in seen and "make formats does" in seen
+
+
+def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
+    seen = texts(page(with_record(run)))
+    for told in (
+        # planted, killed, located, diagnosed; code that is not the one that was measured
+        "3 3 2 1 2001-02-03, changed since: code, torch, transformers",
+        # bytes, weights, values, lossy, refused, wrong
+        "1 0 0 0 1 0 2004-05-06",
+        "Planted bugs: torch 9.8.",
+        "Round trips: torch 7.6.",
+        "k lost x yes no v &lt;lost&gt;",
+        "lost x no no nothing (seen at in norm)",
+        "a shape refused, base: ShapeMismatch",
+        "1 variants as the reference writes them",
+        "all within their limits",
+    ):
+        assert told in seen, told
+    assert "not run" not in seen and "NOT all" not in seen
+
+
+def test_what_was_run_of_some_says_so(run: Run) -> None:
+    one, other = with_record(run).architectures[0], replace(run.architectures[0], name="another")
+    assert "Planted bugs: torch 9.8; not run of 1 architectures." in texts(page(Run([one, other])))
+
+
+def test_every_cell_says_what_was_measured(run: Run) -> None:
+    (each,) = run.architectures
+    seen = texts(page(run))
+    assert "1 of 1" in seen and each.stamp["date"] in seen and "supported" not in seen
+    for measured in each.checks.values():
+        assert f"{measured.shown} {measured.limit:g} {measured.variant} 1 0" in seen
+
+
+def test_the_spec_is_read_from_the_page(run: Run) -> None:
+    seen = texts(page(run))
+    for told in (
+        "h.{layer}.attn.c_attn.weight [i (n o)] blocks.{layer}.attn.{n=q,k,v}.weight [o i]",
+        "dropped: causal mask",
+        "lm_head.weight transformer.wte.weight tied",
+        "n_embd dim",
+        "transformer.… before names, or not",
+    ):
+        assert told in seen, told
+
+
+def failing(row: Row) -> Run:
+    return gather(Report([row, replace(row, check="fp32", value=0.5, shown="fine")]), {})
+
+
+def test_what_fails_is_named_and_lies_open() -> None:
+    """Whatever it says; and what cannot be loaded is no end of the page."""
+    why = 'a <b>"tensor"</b> & more'
+    row = Row("gpt2/base", "fp64", 0.5, 1e-10, "5.0e-01", why)
+    text = page(failing(row))
+    seen = texts(text)
+    assert "<b>" not in text.replace("<b>fp", "").replace("<b>loads", "") and "NOT all" in seen
+    assert seen.count("fp64 of base: a &lt;b&gt;") == 2 and "(at most 1e-10)" in seen
+    assert "5.0e-01 base" in seen and '<details open="open"' in text
+
+
+@pytest.mark.parametrize("check", ["load", "reference"])
+def test_what_does_not_load(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MissingTensors("2 tensors: <a>, b")
+
+    monkeypatch.setattr("zoo.report.gather.load", refuse)
+    run = failing(Row("gpt2/base", check, math.nan, 0, "MissingTensors", "2 tensors: <a>, b"))
+    seen = texts(page(run))
+    assert "0 of 1" in seen and "not drawn, base: MissingTensors: 2 tensors: &lt;a&gt;, b" in seen
+    assert not run.ok and json.loads(json.dumps(run.to_record()))["parity"]["gpt2"]["ok"] is False
+
+
+def test_a_check_that_breaks_is_in_its_column() -> None:
+    """Under the name of its function, where it gave none."""
+    from zoo.parity.checks import CHECKS
+    from zoo.parity.layouts import layouts
+
+    known = {name for names in COLUMNS.values() for name in names}
+    assert {check.__name__ for check in (*CHECKS, layouts)} <= known
+
+
+def test_survivors_and_wrong_trips_fail_the_page(run: Run) -> None:
+    known = copy.deepcopy(KNOWN)
+    known["bugs"]["gpt2"]["bugs"]["k lost"]["killed"] = ""
+    assert "planted and not killed: k lost" in texts(page(with_record(run, known)))
+    known = copy.deepcopy(KNOWN)
+    known["trips"]["gpt2"] |= {"wrong": {"hf to <b>": "differs"}, "counts": {"wrong": 1}}
+    seen = texts(page(with_record(run, known)))
+    assert "round trip, hf to &lt;b&gt;: differs" in seen and "NOT all" in seen
+
+
+def test_heat_shows_what_is_no_number(run: Run) -> None:
+    match = SimpleNamespace(native="blocks.1.attn")
+    readings = [SimpleNamespace(match=match, error=e, limit=1e-3) for e in (1e-5, math.nan, 1e-4)]
+    heat = {"float64": {**_by_layer(readings), "head": (0.1, 1e-3)}}
+    assert heat["float64"]["blocks.1"] == (None, 1e-3)
+    (each,) = run.architectures
+    seen = texts(page(Run([replace(each, heat=heat)])))
+    assert "no number, limit 1.0e-03" in seen and "1.0e-01, limit 1.0e-03" in seen
+
+
+def test_a_page_of_nothing() -> None:
+    assert "Nothing was measured" in page(gather(Report(), {}))
+    assert not Run([]).ok
+
+
+def test_a_cell_is_the_worst_of_its_column(run: Run) -> None:
+    report = parity.verify("gpt2", variants=["base", "untied"])
+    (found,) = gather(report, {}).architectures
+    rows = [row for row in report.rows if row.check == "fp32"]
+    assert found.checks["fp32"].value == max(row.value for row in rows)
+    assert found.variants == 2 and found.checks["fp32"].count == 2
+    assert found.loaded == 2 and found.seconds.keys() == {"base", "untied"}
+
+
+def test_checkpoints_have_a_page_too() -> None:
+    """Apart from an architecture's variants, also where it has its name, as gpt2."""
+    names = ("gpt2/base", "gpt2", "gpt2, hot", "other")
+    rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in names]
+    run = gather(Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0}), KNOWN)
+    known = {each.name: each for each in run.architectures}
+    assert {name: each.variants for name, each in known.items()} == {
+        **dict.fromkeys(("gpt2", "other"), 1),
+        "gpt2, the checkpoint": 2,
+    }
+    one = known["gpt2, the checkpoint"]
+    assert one.seconds == {"as it is": 2.0, "redrawn": 3.0} and not one.bugs and known["gpt2"].bugs
+    assert "redrawn, 3.0 s" in texts(page(run))
+
+
+def test_what_holds_much_says_how_much() -> None:
+    model = build("t5")
+    assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
+    count = sum(p.numel() for p in model.encoder.parameters())
+    assert about(model.encoder) == f"Stack, {count:,} parameters"
+
+
+def test_marks_in_names_are_escaped() -> None:
+    model = build("gpt2").eval()
+    nodes = wiring(model, model.blocks[0], lambda: model(torch.full((1, 5), 7)))
+    text = svg([replace(nodes[1], about='<b>"')], "a<b")
+    assert "<b>" not in text and "&lt;b&gt;" in text
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = parity.verify("mobilellm", variants=["base"])
+    monkeypatch.setattr("zoo.verify", lambda *_, **__: report)
+    place = tmp_path / "report"
+    assert app.main(["verify", "mobilellm", "--html", str(place), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
+    assert "mobilellm" in (place / "index.html").read_text()
+    told = evidence.read(place / "report.json")
+    assert told["parity"]["mobilellm"]["ok"]
+    assert told["bugs"].keys() == {"mobilellm"} & evidence.read()["bugs"].keys()
+
+
+def test_one_architecture_is_recorded_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = evidence.read()["parity"]
+    rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in ("bert/masked-lm", "a file")]
+    monkeypatch.setattr("zoo.verify", lambda *_, **__: Report(rows))
+    assert app.main(["verify", "bert", "--record"]) == 0
+    after = evidence.read()["parity"]
+    assert after.keys() == before.keys() and after["bert"]["checks"].keys() == {"fp64"}
+    assert {**after, "bert": 0} == {**before, "bert": 0}
+
+
+def test_published_outputs_have_a_page(fixtures: Path, tmp_path: Path) -> None:
+    file = str(fixtures / "stories260K" / "stories260K.bin")
+    asked = ["verify", file, "--golden", "stories260k", "--html", str(tmp_path)]
+    assert app.main(asked) == 0
+    assert "stories260K.bin" in texts((tmp_path / "index.html").read_text())
+
+
+@pytest.mark.parametrize("wrong", ["place", "record"])
+def test_what_cannot_be_written_is_said_before_the_work(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("zoo.verify", lambda *_, **__: pytest.fail("too late"))
+    file = tmp_path / "zoo/evidence.json"
+    file.write_text("[]")
+    if wrong == "record":
+        monkeypatch.setattr("zoo.evidence.place", lambda: file)
+    place = tmp_path / "report" if wrong == "record" else file
+    assert app.main(["verify", "gpt2", "--html", str(place)]) == 1
+    assert "zoo/evidence.json" in capsys.readouterr().err
+
+
+def rendered(place: Path, scratch: Path, fragment: str = "") -> str:
+    """The page as a browser has it in the end."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    own = (f"--user-data-dir={scratch / 'profile'}", "--window-size=1500,900", "--dump-dom")
+    command = [browser, *ALONE, *own, place.as_uri() + fragment]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_link_opens_its_chapter(run: Run, tmp_path: Path) -> None:
+    place = tmp_path / "index.html"
+    place.write_text(page(run), encoding="utf-8")
+    chapter = r'<details open="">(?:(?!<details).)*<div id="of-gpt2">'
+    for fragment, opened in (("", False), ("#of-gpt2", True)):
+        assert bool(re.search(chapter, rendered(place, tmp_path, fragment))) == opened
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_browser_shows_it(run: Run, kind: str, width: int, tmp_path: Path) -> None:
+    shown = with_record(run)
+    if kind == "bad":
+        shown.architectures += failing(
+            Row("gpt2/base", "fp64", math.nan, 1e-10, "Error", "x" * 500 + " " + "long " * 50)
+        ).architectures
+    # a page that is wider than its window has a scroll bar; only its tables may. No window is as
+    # narrow as a phone, but a frame is; all that can be folded lies open in it
+    inner = escape(page(shown).replace("<details", "<details open"))
+    outer = (
+        f"<iframe style='width:{width}px; border:0' srcdoc=\"{inner}\"></iframe><script>onload = "
+        "() => document.title = frames[0].document.documentElement.scrollWidth</script>"
+    )
+    place = tmp_path / "index.html"
+    place.write_text(f"<!doctype html><meta charset='utf-8'>{outer}", encoding="utf-8")
+    title = rendered(place, tmp_path).partition("<title>")[2].partition("</title>")[0]
+    assert 300 < int(title) <= width
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def test_every_architecture_is_in_the_record() -> None:
+    known = evidence.read()
+    assert known["parity"].keys() == registry.architectures().keys()
+    assert all(known[name].keys() <= registry.architectures().keys() for name in known)
+    for name, measured in known["parity"].items():
+        assert measured["ok"], name
+        assert measured["variants"] == len(registry.architectures()[name].variants)
+
+
+def test_the_list_of_what_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row an architecture; no checkpoint is said to be verified by what tiny models gave."""
+    assert app.main(["list", "--verified"]) == 0
+    out = capsys.readouterr().out
+    about, table, after = out.split("\n\n")
+    assert "tiny models of random weights" in about
+    head, *rows = table.splitlines()
+    names = ["ARCHITECTURE", "MEASURED", "VARIANTS", "FP64", "FP32", "BF16", "BUGS"]
+    assert head.split() == names
+    assert [row.split()[0] for row in rows] == [*registry.architectures()]
+    assert evidence.read()["parity"]["gpt2"]["date"] in rows[0]
+    assert "published weights: none yet" in after and "zoo verify NAME --record" in after
+    only_checkpoints = registry.checkpoints().keys() - registry.architectures().keys()
+    assert not only_checkpoints & set(out.split())
+    assert app.main(["list", "--verified", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["checkpoints"] == [] and zoo.list(verified=True) == []
+    assert [row["architecture"] for row in told["architectures"]] == [*registry.architectures()]
+    assert all(row["fp64"] and row["variants"] for row in told["architectures"])
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A record of our own, a copy of what there is."""
+    place = tmp_path / "zoo/evidence.json"
+    shutil.copy(evidence.place(), place)
+    monkeypatch.setattr("zoo.evidence.place", lambda: place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "not JSON"),
+        ("[1]", "list where an object is expected"),
+        ('{"date": "2026-11-21", "architectures": []}', "date is no section.* make report"),
+        ('{"parity": 3}', "expected an object"),
+        ('{"parity": {"gpt2": {"date": "2026-11-21"}}}', r"parity\.gpt2\.versions: missing"),
+        ('{"bugs": {"gpt2": {"bugs": {"a": 1}}}}', r"bugs\.gpt2\.bugs: missing or malformed"),
+        (None, "not there, so nothing is known to be verified. Run: make report"),
+    ],
+)
+def test_a_record_that_is_none(
+    text: str | None, told: str, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.unlink() if text is None else kept.write_text(text)
+    assert app.main(["list", "--verified"]) == 1
+    assert re.search(told, capsys.readouterr().err)
+    assert app.main(["list"]) == 0
+
+
+def test_a_record_of_other_code(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(kept.read_text())
+    data["parity"]["gpt2"]["code"] = "another"
+    data["parity"]["bert"]["ok"] = False
+    data["parity"]["gone"] = data["parity"].pop("falcon")
+    del data["bugs"]
+    kept.write_text(json.dumps(data))
+    assert app.main(["list", "--verified"]) == 0
+    _, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert "changed since: code" in rows[0] and rows[0].startswith("gpt2 ")
+    assert all(row.endswith("not run") for row in rows)
+    assert not any(re.match(r"bert |falcon |gone ", row) for row in rows)
+
+
+def test_a_part_that_is_run_again_takes_its_place(kept: Path) -> None:
+    before = evidence.read()
+    entries = {name: {**KNOWN["bugs"]["gpt2"], "date": "2009-09-09"} for name in ("t5", "gpt2")}
+    evidence.update("bugs", entries)
+    after = evidence.read()
+    assert after["parity"] == before["parity"]
+    assert {**before["bugs"], **entries} == after["bugs"]
+    order = [*registry.architectures()]
+    assert [*after["bugs"]] == sorted(after["bugs"], key=order.index)
+
+
+def test_what_is_recorded_of_bugs() -> None:
+    traces = [
+        Trace("gpt2", "a", True, True, "base, whole", "out x", ("the cause",)),
+        Trace("gpt2", "b", True, False, "base, whole", "out y", ("another", "the cause")),
+        Trace("gpt2", "c", False, False),
+    ]
+    verdicts = [
+        *(Verdict("gpt2", bug, "names", "killed", f"base: {bug}") for bug in "ab"),
+        Verdict("gpt2", "c", "names", "SURVIVED"),
+        Verdict("gpt2", "d", "names", "killed", "base: ShapeMismatch"),
+        Verdict("gpt2", "e", "names", "n.a."),
+    ]
+    (found,) = planted.to_record(traces, verdicts).values()
+    assert found["bugs"]["b"]["said"] == "another" and found["bugs"]["c"]["said"] == "nothing"
+    assert found["bugs"].keys() == {*"abcd"}
+    assert counted(found) == {"planted": 3, "killed": 2, "located": 2, "diagnosed": 1}
+
+
+def test_what_is_recorded_of_trips() -> None:
+    trips = [
+        Trip("gpt2", "hf", "native", "bytes"),
+        Trip("gpt2", "hf", "gguf", "refused", "act", told="no word for act"),
+        Trip("gpt2", "hf", "gguf q8_0", "lossy", "Q8_0", error=0.9, told="logits"),
+        Trip("gpt2", "native", "hf", "WRONG", "differs", told="head.weight"),
+    ]
+    (found,) = formats.to_record(trips).values()
+    assert found["trips"]["hf"] == {
+        "native": "bytes",
+        "gguf": "no: act",
+        "gguf q8_0": "9.0e-01 (Q8_0)",
+    }
+    assert found["wrong"] == {"hf to gguf q8_0": "logits", "native to hf": "head.weight"}
+    assert found["counts"] == {"bytes": 1, "refused": 1, "wrong": 2}

@@ -1,0 +1,301 @@
+"""What names and shapes tell of an architecture, as the text of its spec, model and entry."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from converters.language import Rule, parse_rule
+from converters.plan import Native, make_plan
+from converters.spec import SPECS, Spec, load_spec, parse_spec
+from converters.strict_yaml import read_yaml
+from scaffold.fields import Fields
+from scaffold.lines import Line, collapse, elementary, reads
+from scaffold.names import ALIKE, Family, alike, families, fits, fused, plain
+from scaffold.text import MARK, flow, inserted, quoted
+from zoo import registry
+from zoo.errors import ConfigError, SpecError, ZooError
+from zoo.registry import Architecture
+
+if TYPE_CHECKING:
+    from scaffold.reference import Probe, Survey
+
+
+class Guess:
+    """What names and shapes tell, gathered over every tiny checkpoint of the reference."""
+
+    def __init__(self, like: Architecture, found: Survey) -> None:
+        self.like, self.found = like, found
+        self.spec = load_spec(like.spec)
+        self.fields = Fields(like, self.spec.dialect("hf"), found)
+        self.raw = read_yaml(SPECS / f"{like.spec}.yaml", SpecError)["hf"]
+        # the kindred's rules, taken apart: which of them read something here?
+        self.kept: dict[tuple[str, str], dict[Rule, bool]] = {
+            (section, source): dict.fromkeys(elementary(parse_rule(source, targets)), False)
+            for section in ("weights", "heads")
+            for source, targets in (self.raw.get(section) or {}).items()
+        }
+        self.guessed: list[Line] = []
+        self.proposed: dict[str, tuple[Family, str]] = {}  # on disk; what the model should call it
+        self.unmapped: dict[str, Family] = {}  # in the model, on no disk
+        self.owned: set[str] = set()  # families that the model held in some checkpoint
+        for probe in found.probes:
+            self._learn(probe)
+
+    @property
+    def misses(self) -> list[str]:
+        """What keeps this from being the kindred's model with other names."""
+        return [
+            *(f"on disk alone: {disk}" for disk, _ in self.proposed.values()),
+            *(f"in the model alone: {native}" for native in self.unmapped.values()),
+        ]
+
+    def _learn(self, probe: Probe) -> None:
+        native = self._native(probe)
+        disk = {name: (shape, head) for name, shape, head in self._disk(probe)}
+        taken: set[str] = set()
+        filled: set[str] = set()
+        for rules in self.kept.values():
+            for rule in rules:
+                rules[rule] |= reads(rule, disk, native, taken, filled)
+        for line in self.guessed:
+            for rule in elementary(line.rule):
+                reads(rule, disk, native, taken, filled)
+        held = families((name, shape, False) for name, shape in native.shapes.items())
+        self.owned.update(family.name for family in held)
+        here = [f for f in held if f.name not in {plain(n) for n in filled}]
+        there = families((n, s, h) for n, (s, h) in disk.items() if n not in taken)
+        self._match([f for f in there if f.name not in self.proposed], here)
+
+    def _native(self, probe: Probe) -> Native:
+        import torch
+
+        from zoo.loading import native_of
+
+        # of several heads the fullest: that is the one whose tensors the reference writes
+        head = self.like.heads[self.found.classes[probe.reference_class]][0]
+        with torch.device("meta"):
+            return native_of(self.like.model(self.fields.native(probe.config, head)))
+
+    def _disk(self, probe: Probe) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Names less their prefix; one that lacks what its neighbours carry belongs to a head."""
+        prefix = self.found.prefix
+        some = bool(prefix) and any(name.startswith(prefix) for name in probe.header)
+        for name, info in probe.header.items():
+            under = some and name.startswith(prefix)
+            yield name.removeprefix(prefix) if under else name, info.shape, some and not under
+
+    def _match(self, disk: list[Family], native: list[Family]) -> None:
+        """Pairs by name and shape, then several natives fused into one; the rest is noted."""
+        scored = [(alike(d, n), d, n) for d in disk for n in native if fits(d, n)]
+        for score, d, n in sorted(scored, key=lambda s: -s[0]):
+            if score >= ALIKE and d in disk and n in native:
+                disk.remove(d)
+                native.remove(n)
+                self._pair(d, n)
+        for d in disk:
+            if parts := fused(d, native):
+                self._fuse(d, parts)
+                native = [n for n in native if n not in parts]
+            else:
+                self.proposed[d.name] = (d, self._native_name(d))
+        wanted = {name for _, name in self.proposed.values()}
+        for n in native:
+            if n.name not in wanted:
+                self.unmapped.setdefault(n.name, n)
+
+    def _pair(self, disk: Family, native: Family) -> None:
+        if disk.shape == native.shape:
+            self.guessed.append(Line(disk.name, native.name, disk.head))
+        else:
+            note = "guessed: the file holds the transpose"
+            texts = (f"{disk.name} [i o]", f"{native.name} [o i]")
+            self.guessed.append(Line(*texts, disk.head, note))
+
+    def _fuse(self, disk: Family, parts: Sequence[Family]) -> None:
+        across = disk.shape[0] != sum(p.shape[0] for p in parts)
+        names = [p.path[-1] for p in parts]
+        same = len({p.shape for p in parts}) == 1
+        sides = ["o"] * len(parts) if same else names
+        group = "(n o)" if same else f"({' | '.join(names)})"
+        bias = len(disk.shape) == 1
+        left = f"[{group}]" if bias else f"[i {group}]" if across else f"[{group} i]"
+        targets: str | list[str] = [
+            f"{part.name} [{side}]" if bias else f"{part.name} [{side} i]"
+            for part, side in zip(parts, sides, strict=True)
+        ]
+        if same:
+            path = [*parts[0].path[:-1], f"{{n={','.join(names)}}}", parts[0].leaf]
+            targets = f"{'.'.join(path)} {'[o]' if bias else '[o i]'}"
+        note = f"guessed: {', '.join(names)} one behind the other"
+        if "q" in names:
+            heads = "h n e" if same else "g (r | one | one) e"
+            note += f"; interleaved by head it is [({heads}){'' if bias else ' i'}]"
+        self.guessed.append(Line(f"{disk.name} {left}", targets, disk.head, note))
+
+    def _native_name(self, disk: Family) -> str:
+        """Where its neighbours went, and then the name as it is."""
+        known: dict[tuple[str, ...], list[str]] = {}
+        for rule in self._rules():
+            here, there = (str(r.name).split(".")[:-1] for r in (rule.source, rule.targets[0]))
+            while here and there and here[-1].startswith("{") == there[-1].startswith("{"):
+                known.setdefault(tuple(here), there)
+                here, there = here[:-1], there[:-1]
+        for cut in range(len(disk.path), 0, -1):
+            if (start := known.get(tuple(disk.path[:cut]))) is not None:
+                return ".".join([*start, *disk.path[cut:], disk.leaf])
+        return ".".join([*disk.path, disk.leaf])
+
+    def _rules(self) -> Iterator[Rule]:
+        """The rules that hold, one for each enumerated name."""
+        for rules in self.kept.values():
+            yield from (rule for rule, reads in rules.items() if reads)
+        for line in self.guessed:
+            yield from elementary(line.rule)
+
+    # --- the spec as text ---
+
+    def lines(self) -> list[Line]:
+        out: list[Line] = []
+        for (section, source), rules in self.kept.items():
+            head = section == "heads"
+            stale = [r for r, reads in rules.items() if not reads and self._owns(r)]
+            if not stale and (any(rules.values()) or head):
+                out.append(Line(source, self.raw[section][source], head))
+            else:
+                pairs = [r for r, reads in rules.items() if reads]
+                out += [Line(s, t, head) for s, t in collapse(pairs)]
+        for head in (False, True):
+            plain = [x.rule for x in self.guessed if not x.note and x.head == head]
+            out += [Line(s, t, head, "guessed by name") for s, t in collapse(plain)]
+        out += [line for line in self.guessed if line.note]
+        for head in (False, True):
+            new = [(d, n) for d, n in self.proposed.values() if d.head == head]
+            pairs = [parse_rule(d.name, n) for d, n in new]
+            for source, target in collapse(pairs):
+                note = f"guessed: named as its neighbours are; {self.like.name}'s model has none"
+                out.append(Line(source, target, head, note))
+        return out
+
+    def _owns(self, rule: Rule) -> bool:
+        names = {plain(str(t.name)) for t in rule.targets}
+        return any(t in self.owned for t in names)
+
+    def spec_text(self, name: str) -> str:
+        lines = self.lines()
+        out = [
+            f"# {name}: drafted from {self.found.reference_class} beside {self.like.name}.",
+            f"axes: {flow(self._axes())}",
+            "hf:",
+        ]
+        if self.found.prefix:
+            out.append(f"  prefix: {self.found.prefix}")
+        for section, head in (("weights", False), ("heads", True)):
+            mine = [line for line in lines if line.head == head]
+            out += [f"  {section}:"] if mine else []
+            for before, line in zip([None, *mine], mine, strict=False):
+                out += line.text()[before is not None and before.note == line.note != "" :]
+        for section in ("optional", "tied", "aliases", "drop"):
+            if carried := self._carried(section):
+                out.append(f"  {section}:")
+                out += [f"    {quoted(key)}: {flow(value)}" for key, value in carried.items()]
+        return "\n".join([*out, *self.fields.text()]) + "\n"
+
+    def _axes(self) -> dict[str, str]:
+        known = set(self.fields.paths)
+        return {axis: field for axis, field in self.spec.axes.items() if field in known}
+
+    def _carried(self, section: str) -> dict[str, Any]:
+        """The kindred's further names, where the module that they belong to is here too."""
+        if section == "optional":
+            here = {str(rule.targets[0].name).partition(".")[0] for rule in self._rules()}
+        else:
+            here = {plain(n) for probe in self.found.probes for n, _, _ in self._disk(probe)}
+        return {k: v for k, v in (self.raw.get(section) or {}).items() if _beside(k, here)}
+
+    # --- the model and the proof ---
+
+    def model_text(self, name: str, source: str) -> str:
+        """The kindred's code under a docstring that says what it lacks and has too much."""
+        tree = ast.parse(source)
+        end = tree.body[0].end_lineno if ast.get_docstring(tree) is not None else 0
+        code = source.splitlines()[end:]
+        proposed = self.proposed.values()
+        head = [
+            f'"""{name}: {MARK} what sets it apart. Below stands {self.like.name} as it is."""',
+            "",
+            *(f"# {MARK} not here yet: {name}, {disk} on disk" for disk, name in proposed),
+            *(f"# {MARK} here and on no disk: {native}" for native in self.unmapped.values()),
+            *(f"# {MARK} no field of config.json sets {field}" for field in self.fields.idle),
+        ]
+        return "\n".join([*head, *code]) + "\n"
+
+    def verdict(self, name: str, text: str) -> list[str]:
+        """What is wrong with the spec beside the kindred's model, as loading would say it."""
+        spec = _parsed(name, text)
+        dialect = spec.dialect("hf")
+        said: dict[str, str] = {}
+        for probe in self.found.probes:
+            fields, problems = dialect.read_config(probe.config)
+            try:
+                self.like.config_class(**fields)
+            except ConfigError as error:
+                problems.append(str(error))
+            try:
+                sizes = {k: v for k, v in fields.items() if isinstance(v, int)}
+                make_plan(spec, "hf", sizes, self._native(probe), probe.header, probe.name)
+            except ZooError as error:
+                first, *rest = str(error).split("\n  ")
+                problems += rest or [first]
+            for problem in problems:
+                kind = re.sub(r"\d+", "", problem.partition(": ")[0])
+                said.setdefault(kind, f"{probe.name}: {problem}")
+        return list(said.values())
+
+
+def _beside(name: str, here: set[str]) -> bool:
+    """Is there a name in `here` below the module that holds what `name` names?"""
+    rules = elementary(parse_rule(name, name))
+    paths = [str(rule.source.name).split(".")[:-2] or [str(rule.source.name)] for rule in rules]
+    return any(known.split(".")[: len(p)] == p for p in paths for known in here)
+
+
+def _parsed(name: str, text: str) -> Spec:
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / f"{name}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return parse_spec(name, read_yaml(path, SpecError), f"converters/specs/{name}.yaml")
+
+
+def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
+    """The registry with an entry more; not a letter of the others changes."""
+    found, like = guess.found, guess.like
+    heads = {new: like.heads[old] for new, old in found.classes.items()}
+    entry = [f"  {name}:", f"    model_type: {found.model_type}"]
+    entry += [f"    model: {module}"] if module else []
+    entry += ["    heads:"]
+    entry += [f"      {c}: {h[0] if len(h) == 1 else flow(list(h))}" for c, h in heads.items()]
+    covered = {head for several in heads.values() for head in several}
+    missing = [h for several in like.heads.values() for h in several if h not in covered]
+    if missing:
+        entry.append(f"      # {MARK} heads of {like.name} that {name} has no class for: {missing}")
+    variants = [f"  {name}:"]
+    for probe in found.probes:
+        if probe.name == "base":
+            config = f"&{name}-config {flow(found.fields)}"
+        elif probe.changes:
+            config = f"{{<<: *{name}-config, {flow(dict(probe.changes))[1:]}"
+        else:
+            config = f"*{name}-config"
+        variants.append(f"    {probe.name}: {{class: {probe.reference_class}, config: {config}}}")
+    mark = f"  # {MARK} {name}: a published checkpoint, with all that its neighbours say"
+    blocks = {"architectures": entry, "checkpoints": [mark], "variants": variants}
+    for section, block in blocks.items():
+        text = inserted(text, section, name, block)
+    known = registry.parse_architectures(registry.parse_section(text, "architectures"))
+    registry.parse_variants(registry.parse_section(text, "variants"), known)
+    return text

@@ -1,0 +1,1 @@
+"""A reference becomes a proven plan and a filled model."""

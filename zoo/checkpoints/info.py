@@ -1,0 +1,324 @@
+"""What zoo can say of a checkpoint without loading it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo import evidence, registry
+from zoo.checkpoints import sources
+from zoo.errors import (
+    ConfigError,
+    NotACheckpoint,
+    UsageError,
+    ZooError,
+    did_you_mean,
+    listing,
+)
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+
+
+def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry]:
+    """Every checkpoint that has a name; `verified`: those whose own weights were compared."""
+    entries = registry.checkpoints().values()
+    names = evidence.verified_checkpoints() if verified else {}
+    return [entry for entry in entries if not verified or entry.name in names]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the headers of a checkpoint's files say."""
+
+    format: str
+    about: str  # what kind of file that is
+    files: tuple[str, ...]
+    size: int  # of the files
+    tensors: int
+    dtypes: Mapping[str, int]  # dtype -> number of values
+    dtype_bytes: Mapping[str, int]  # and what they take
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.dtype_bytes.values())
+
+
+@dataclass(frozen=True)
+class Info:
+    """A checkpoint's description: of a named one its registry entry, of a directory its files."""
+
+    ref: str
+    architecture: str
+    reference_class: str | None
+    head: str | None  # None where the config names no class
+    heads: tuple[str, ...]
+    config: Mapping[str, Any]  # as the checkpoint has it
+    parameters: int | None = None  # None where nobody has counted
+    licence: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    pinned: bool | None = None
+    directory: str | None = None
+    stored: Stored | None = None
+    dialect: str | None = None  # of files; None where none were looked at
+    about: str = ""  # what such files are
+    quantised: str = ""  # how matrices are held; they are read as what these stand for
+    inferred: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # native fields, from shapes and names
+    adapter: str = ""  # what lies beside the weights
+    mismatch: tuple[str, ...] = ()  # how files under a registry name differ from what it stands for
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def info(
+    ref: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    ignore_config: Sequence[str] = (),
+    **where: Any,
+) -> Info:
+    """Of a name what the registry says, offline; of a directory what config and headers say.
+
+    Further arguments are those of `zoo.load` that say where from: revision, token, cache_dir …
+    """
+    if (entry := registry.named(ref)) is not None and not where:
+        found = _of_entry(entry)
+    else:
+        found = _of_directory(sources.resolve(ref, weights=False, **where), ignore_config)
+    if head is not None and head not in found.heads:
+        near = did_you_mean(head, found.heads)
+        raise UsageError(f"head={head!r}: {found.architecture} has {listing(found.heads)}.{near}")
+    found = replace(found, head=head or found.head)
+    if not config:
+        return found
+    from zoo.loading import skeleton
+
+    # fields that the model has not are refused, and the others may change how large it is
+    model = skeleton(ref, head=head, config=config, ignore_config=ignore_config, **where)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return replace(found, config={**found.config, **config}, parameters=count)
+
+
+def _of_entry(entry: registry.CheckpointEntry) -> Info:
+    architecture = registry.architectures()[entry.architecture]
+    return Info(
+        ref=entry.name,
+        architecture=entry.architecture,
+        reference_class=entry.reference_class,
+        head=architecture.heads[entry.reference_class][0],
+        heads=_heads(architecture),
+        config=entry.reference_config,
+        parameters=entry.parameters,
+        licence=entry.licence,
+        repo=entry.repo,
+        revision=entry.revision,
+        pinned=entry.pinned,
+        mismatch=_cached_mismatch(entry),
+    )
+
+
+def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
+    """How the files in the hub's cache differ from the entry; empty where there are none."""
+    try:
+        if not sources.is_cached(entry.repo):  # known before all of the hub's client is imported
+            return ()
+        source = sources.resolve(entry.name, weights=False, local_files_only=True)
+    except ZooError:
+        return ()
+    return _mismatch(source)
+
+
+def _mismatch(source: sources.Source) -> tuple[str, ...]:
+    from zoo.loading import name_problems
+
+    try:
+        return tuple(name_problems(source))
+    except ConfigError as error:
+        return tuple(error.problems)
+
+
+def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
+    from converters import manifest
+    from converters.checkpoint import open_checkpoint
+    from converters.strict_json import read_json
+
+    native = source.directory / sources.NATIVE_FILE
+    if source.file is not None or not (
+        native.exists() or (source.directory / sources.CONFIG).exists()
+    ):
+        return _of_files(source, ignore)
+    dialect = "native" if native.is_file() else "hf"
+    quantised = ""
+    if native.is_file():
+        data = read_json(native)
+        try:
+            architecture = registry.architectures()[data["architecture"]]
+            config, named = dict(data["config"]), data["origin"]["class"]
+            head = config.pop("head")
+            quantised = _decoded(data.get("quantised") or {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
+    else:
+        path = source.directory / sources.CONFIG
+        config = read_json(path)
+        architecture, named = registry.architecture_for(config, str(path))
+        head = architecture.heads[named][0] if named else None
+        quantised = _quantised(config, source.directory)
+    known = source.checkpoint
+    mismatch = () if known is None else _mismatch(source)
+    checkpoint = None if source.repo else open_checkpoint(source.directory)
+    if checkpoint is not None and not quantised:
+        quantised = _decoded(manifest.decoded(source.directory, checkpoint.files))
+    return Info(
+        ref=source.ref,
+        architecture=architecture.name,
+        reference_class=named,
+        head=head,
+        heads=_heads(architecture),
+        config=config,
+        parameters=known.parameters if known and not mismatch else None,
+        licence=known.licence if known else None,
+        repo=source.repo,
+        revision=source.revision,
+        pinned=known.pinned if known else None,
+        directory=str(source.directory),
+        stored=None if checkpoint is None else _stored(checkpoint),
+        dialect=dialect,
+        quantised=quantised,
+        adapter=sources.adapter_beside(source.directory),
+        mismatch=mismatch,
+    )
+
+
+def _decoded(quantised: Mapping[str, str]) -> str:
+    kinds = listing(sorted(set(quantised.values())))
+    return f"it was, and is decoded: {kinds}" if kinds else ""
+
+
+def _quantised(config: Mapping[str, Any], directory: Path) -> str:
+    """How a config says that matrices are held, or a file beside it."""
+    from converters.quantized.settings import FIELD, beside, read_config
+
+    said = config.get(FIELD)
+    if said is None and (found_beside := beside(directory)) is not None:
+        _, said = found_beside
+    if said is None:
+        return ""
+    found, problems = read_config(said)
+    return f"not read: {'; '.join(problems)}" if found is None else found.about
+
+
+def _of_files(source: sources.Source, ignore: Sequence[str]) -> Info:
+    """Of files without a config.json, whose content says what they are."""
+    from converters import manifest
+    from converters.dialects import find
+
+    place = source.file or source.directory
+    found = find(place)
+    if found is None:
+        raise NotACheckpoint(f"{place}: no file in it says what it is")
+    fields, problems = found.fields(ignore)
+    if problems:
+        raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))
+    said, _ = found.dialect.read_config(found.reference)
+    known = registry.architectures().values()
+    architecture = next(entry for entry in known if entry.spec == found.spec.name)
+    checkpoint = found.checkpoint
+    arrays = [
+        info
+        for name, info in checkpoint.tensors.items()
+        if name not in checkpoint.shared and found.dialect.dropped(name) is None
+    ]
+    return Info(
+        ref=source.ref,
+        architecture=architecture.name,
+        reference_class=None,
+        head=" or ".join(found.heads),
+        heads=_heads(architecture),
+        config=found.reference,
+        parameters=sum(info.numel for info in arrays) if found.shards == 1 else None,
+        directory=str(source.directory),
+        stored=_stored(checkpoint),
+        dialect=found.dialect.name,
+        about=found.container.about,
+        quantised=listing(sorted(set(checkpoint.quantised.values())))
+        or _decoded(manifest.decoded(source.directory, checkpoint.files)),
+        inferred={name: value for name, value in fields.items() if name not in said},
+    )
+
+
+def _stored(checkpoint: Checkpoint) -> Stored:
+    from converters.containers import FORMATS
+
+    values, sizes = Counter[str](), Counter[str]()
+    for name, tensor in checkpoint.tensors.items():
+        if name in checkpoint.shared:  # a second name of what is counted
+            continue
+        kind = checkpoint.quantised.get(name, tensor.dtype)
+        values[kind] += tensor.numel
+        sizes[kind] += _size(checkpoint, name)
+    known = FORMATS.get(checkpoint.format)
+    return Stored(
+        format=checkpoint.format,
+        about=known.about if known else checkpoint.format,
+        files=tuple(path.name for path in checkpoint.files),
+        size=sum(path.stat().st_size for path in checkpoint.files),
+        tensors=len(checkpoint.tensors),
+        dtypes=dict(values),
+        dtype_bytes=dict(sizes),
+    )
+
+
+def _size(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a tensor in its file."""
+    reader: Any = checkpoint.readers[checkpoint.where[name]]
+    return int(reader.size(name)) if hasattr(reader, "size") else checkpoint.tensors[name].nbytes
+
+
+def _heads(architecture: registry.Architecture) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(head for heads in architecture.heads.values() for head in heads))
+
+
+# --- the module tree -----------------------------------------------------------------------------
+
+
+def tree(model: Any) -> list[str]:
+    """A model's modules with the shapes of what they hold; equal neighbours share a line."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(id(parameter), name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return [f"{type(model).__module__}.Model  {total:,} parameters", *_branches(model, "", first)]
+
+
+def _branches(module: Any, path: str, first: Mapping[int, str]) -> list[str]:
+    lines = []
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        owner = first[id(parameter)]
+        shape = " ".join(map(str, parameter.shape))
+        lines.append(f"  {name} [{shape}]" if owner == path + name else f"  {name} = {owner}")
+    groups: list[tuple[list[str], list[str], bool]] = []  # names, what is below each, is it a leaf
+    for name, child in module.named_children():
+        below = _branches(child, f"{path}{name}.", first)
+        if groups and name.isdigit() and groups[-1][1] == below:
+            groups[-1][0].append(name)
+        else:
+            groups.append(([name], below, next(child.children(), None) is None))
+    for names, below, leaf in groups:
+        label = "  " + (names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}")
+        if leaf and below:
+            lines.append(f"{label}: {', '.join(line.strip() for line in below)}")
+        else:
+            lines += [label, *("  " + line for line in below)]
+    return lines

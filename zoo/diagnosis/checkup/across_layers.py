@@ -1,0 +1,149 @@
+"""What the same array of other layers tells: never trained, out of scale, coarser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import exp, log, sqrt
+from statistics import median
+
+from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.orientation import Stream
+from zoo.diagnosis.checkup.statistics import MANTISSA, Numbers
+from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
+
+# Deviations that chance alone hardly reaches. Of matrices as initialised none was beyond 4, of
+# trained ones of the smallest models one at least of the two sides is.
+_CHANCE, _ALONE = 4.5, 3.0  # of a whole checkpoint's, of one among trained ones
+_SMALL = 1024  # fewer numbers tell nothing
+_ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one beside the residual stream
+_SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
+_FRESH, _MUCH = 0.9, 0.35  # of all matrices
+# how many times the size of its neighbours' a layer's numbers may be, within and outermost: of
+# matrices 2.2 and 4.8 were measured; norms grow with depth of themselves
+_SCALE, _OUTER, _NORM = 5.0, 8.0, 2.0
+_BITS = 3  # fewer of a mantissa than the other layers'
+
+
+def fresh(n: Numbers, chance: float = _CHANCE) -> bool | None:
+    """Whether a matrix is independent numbers of one distribution; None where nothing tells.
+
+    Rows and columns of trained matrices differ in size by more than chance.
+    """
+    if not n.matrix or n.constant or not n.finite or n.count < _SMALL:
+        return None
+    if min(n.array.shape[-2:]) < 16 or n.array.coarse:
+        return None
+    for axis in (0, 1):
+        uneven, deviation = n.unevenness(axis)
+        if not uneven < 1 + chance * deviation:
+            return False
+    there = max(n.count - n.zeros, 1)
+    if abs(n.mean) > _CHANCE * n.std / sqrt(there) or n.peak > _SMOOTH:
+        return False
+    return n.kurtosis < 3 + chance * sqrt(24 / there) + 0.03
+
+
+def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding], bool]:
+    """What looks as initialised, and whether all does: then layers tell nothing of each other."""
+    known = [(n, verdict) for n in numbers if (verdict := fresh(n)) is not None]
+    random = [n for n, verdict in known if verdict]
+    share = len(random) / max(len(known), 1)
+    if share < _FRESH:
+        # what resembles others is trained, however little
+        random = [n for n in random if fresh(n, _ALONE) and stream.is_like_none(n)]
+        random = [n for n in random if n.count >= (_ENOUGH if stream.knows(n) else _LOOSE)]
+        share = len(random) / max(len(known), 1)
+    if not random:
+        return [], False
+    n, of = random[0], f"{len(random)} of {len(known)} matrices"
+    seen = f"{n.name}: independent {_shape(n)} numbers with a deviation of {n.std:.3g}"
+    if share >= _FRESH:
+        fix = "if it should be trained: load it again where it came from, and heed warnings there"
+        what = "nothing of it looks trained: its matrices are as initialised"
+        told = f"{of} are independent random numbers; {seen}"
+        return [Finding(what, files_of(random), told, 0.97, fix)], True
+    if share > _MUCH:
+        what = f"hardly trained: {of} are as initialised"
+        fix = (
+            "if it should be trained: its layers may have been initialised anew where it was saved"
+        )
+        return [Finding(what, files_of(random), seen, 0.8, fix)], False
+    what = f"never trained, as initialised: {called(random)}"
+    fix = "it was missing where this was saved from, or its name was not known there"
+    told = f"{seen}; {len(known) - len(random)} other matrices have structure"
+    return [Finding(what, files_of(random), told, 0.93, fix)], False
+
+
+def _shape(n: Numbers) -> str:
+    return "uniform" if n.kurtosis < 2.1 else "normal"
+
+
+def between_layers(numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    families = families_of(n for n in numbers if n.finite and not n.constant).values()
+    ordered = [sorted(each, key=lambda n: n.array.layer or 0) for each in families]
+    yield from _scales(ordered)
+    yield from _coarse(ordered)
+
+
+def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
+    odd = list[tuple[float, Numbers]]()
+    for each in families:
+        if len(each) < 3 or each[0].array.name.endswith("bias"):
+            continue
+        sizes = [log(n.size) for n in each]
+        spread = median(abs(size - median(sizes)) for size in sizes)
+        for at, n in enumerate(each):
+            near = [sizes[m] for m in range(max(0, at - 2), min(len(each), at + 3)) if m != at]
+            away = sizes[at] - median(near)
+            most = _SCALE if 0 < at < len(each) - 1 else _OUTER
+            most *= 1.0 if n.matrix else _NORM
+            if abs(away) > max(log(most), 5 * spread):
+                odd.append((exp(away), n))
+    if odd:
+        times, n = max(odd, key=lambda pair: abs(log(pair[0])))
+        told = f"{times:.3g} times" if times > 1 else f"a {1 / times:.3g}th of"
+        seen = f"{n.name}: its numbers are {told} the size of the neighbouring layers'"
+        arrays = [n for _, n in odd]
+        what = f"out of scale: {called(arrays)}"
+        fix = "a scale was applied twice or left out: convert the original again"
+        yield Finding(what, files_of(arrays), seen, 0.8, fix)
+
+
+def _coarse(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
+    odd, usual = list[Numbers](), dict[str, int]()
+    for each in families:
+        known = [n.bits for n in each if n.bits is not None]
+        if len(known) < 3:
+            continue
+        middle = median(known)
+        for n in each:
+            fewer = n.bits is not None and n.bits <= middle - _BITS
+            whole = bool(n.grid) and sum(bool(m.grid) for m in each) < len(each) / 2
+            if (fewer or whole) and not n.array.coarse:
+                odd.append(n)
+                usual[n.name] = int(middle)
+    if odd:
+        n = odd[0]
+        held = n.grid or _named(n.bits or 0)
+        seen = f"{n.name}: its numbers are {held}; the other layers' use {usual[n.name]} bits"
+        what = f"precision was lost: {called(odd)}"
+        fix = "convert the original again: these went through a narrower type"
+        yield Finding(what, files_of(odd), seen, 0.85, fix)
+
+
+def _named(bits: int) -> str:
+    """The narrowest type that holds a mantissa of so many bits."""
+    for most, name in ((2, "fp8 (e5m2)"), (3, "fp8 (e4m3)"), (7, "bfloat16"), (10, "float16")):
+        if bits <= most:
+            return f"exact in {name}"
+    return f"of {bits} bits"
+
+
+def precision(numbers: Sequence[Numbers]) -> str:
+    """The narrowest type that all numbers are exact in, if it is narrower than theirs."""
+    known = [n for n in numbers if n.bits is not None and n.matrix]
+    wide = max((MANTISSA[n.array.dtype] for n in known), default=0)
+    most = max((n.bits or 0 for n in known), default=wide)
+    if not known or most >= wide - _BITS + 1:
+        return ""
+    return _named(most)

@@ -1,0 +1,102 @@
+"""What norms tell: which of a block's two a vector is, and whether one was taken from it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.components.norm import OffsetRMSNorm
+from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.opened import Opened
+from zoo.diagnosis.checkup.statistics import Numbers
+from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
+
+_NEARER = 0.6  # of the distance to its neighbours is that to the other norm's
+_BELOW = 0.1  # of all scales: as good as none is negative in trained models
+_AROUND = 0.5  # how far the mean is from what is expected
+
+
+def between_norms(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    yield from _exchanged(numbers)
+    yield from _offset(found, numbers)
+
+
+def _values(n: Numbers) -> Tensor:
+    return n.array.made().whole().double().flatten()
+
+
+def _norms(numbers: Sequence[Numbers]) -> list[Numbers]:
+    return [
+        n
+        for n in numbers
+        if len(n.array.shape) == 1
+        and n.array.native
+        and n.finite
+        and n.name.endswith(".weight")
+        and n.count > 1
+    ]
+
+
+def _exchanged(numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Two norms of one block that are each like the other one of the blocks around it."""
+    blocks = defaultdict[str, list[list[Numbers]]](list)
+    for family, each in families_of(_norms(numbers)).items():
+        if len(each) >= 3 and not any(n.constant for n in each):
+            ordered = sorted(each, key=lambda n: n.array.layer or 0)
+            blocks[family.partition("*")[0]].append(ordered)
+    for families in blocks.values():
+        held = [torch.stack([_values(n) for n in each]) for each in families]
+        for a in range(len(families)):
+            for b in range(a + 1, len(families)):
+                if held[a].shape != held[b].shape:
+                    continue
+                # the outermost are like none
+                odd = [n for n in range(1, len(held[a]) - 1) if _crossed(held[a], held[b], n)]
+                if odd and len(odd) < len(held[a]) / 2:
+                    arrays = [families[k][n] for n in odd for k in (a, b)]
+                    first = [each.name for each in arrays[:2]]
+                    seen = f"{' and '.join(first)}: each is nearer to the other one's neighbours"
+                    what = f"two norms are exchanged: {called(arrays)}"
+                    yield Finding(what, files_of(arrays), seen, 0.85, "exchange them")
+
+
+def _crossed(first: Tensor, second: Tensor, at: int) -> bool:
+    """Whether each is much nearer to the other one's neighbours than to its own."""
+
+    def distance(x: Tensor, others: Tensor) -> float:
+        near = [n for n in (at - 2, at - 1, at + 1, at + 2) if 0 <= n < len(others)]
+        return float((others[near].median(0).values - x).square().mean())
+
+    straight = distance(first[at], first) + distance(second[at], second)
+    across = distance(first[at], second) + distance(second[at], first)
+    return across < _NEARER**2 * straight
+
+
+def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Scales around zero where they multiply, or all around one where one is added to them."""
+    norms = [n for n in _norms(numbers) if "norm" in n.name and not n.constant]
+    if len(norms) < 3 or found.model is None:
+        return
+    every = torch.cat([_values(n) for n in norms])
+    mean, below = float(every.mean()), float((every < 0).double().mean())
+    if _adds_one(found):
+        odd, usual = below == 0 and abs(mean - 1) < _AROUND, 0.0
+        what, fix = "one is added to norms that hold it already", "take one from each"
+    else:
+        odd, usual = below > _BELOW and abs(mean) < _AROUND, 1.0
+        what, fix = "norms lack the one that is added to them elsewhere", "add one to each"
+    if odd:
+        seen = (
+            f"scales are {mean:.2g} on average and {below:.0%} of them are negative; about "
+            f"{usual:g} were expected"
+        )
+        yield Finding(what, files_of(norms), seen, 0.85, fix)
+
+
+def _adds_one(found: Opened) -> bool:
+    """Whether the model adds one to what its norms hold."""
+    assert found.model is not None
+    return any(isinstance(module, OffsetRMSNorm) for module in found.model.modules())

@@ -1,0 +1,247 @@
+"""How rotary rows lie: both members of a pair turn at one frequency, and are about as large.
+
+So the sizes of a head's rows follow one profile of its frequencies, in all heads and layers, twice
+in a row where the rows stand in halves. Values are not turned and have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.components.rotary import Rotated
+from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.opened import Opened
+from zoo.diagnosis.checkup.statistics import Numbers
+from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
+
+# Of sizes of rows, the share that other layers' profile foretells: 0.16 to 0.38 of trained queries
+# and keys that are read as they lie, below 0.04 of those that are not, and of values.
+_TOLD, _SHARE = 0.08, 0.3
+# How far the halves of a profile are apart, 2 where each is the other upside down: 0.03 to 0.43
+# where they are read as they lie, above 1.3 where not.
+_APART, _ALIKE = 1.2, 0.5
+# What chance makes of that share, times the root of how many rows there are: of all layers, of one
+_NOISE, _ALONE = 2.0, 3.6
+_TIE = 0.9  # of readings that explain as much, the one with the smoothest profile counts
+_NAMES = {"q": "queries", "k": "keys", "v": "values"}
+_FEW = 4  # rows of a head that are turned; less shows no profile
+
+
+@dataclass(frozen=True)
+class Rows:
+    """(layers, rows) logarithms of sizes, and how many heads and rows of each are turned."""
+
+    arrays: tuple[Numbers, ...]
+    sizes: Tensor
+    heads: int
+    turned: int
+
+    def read(self, order: Tensor | None = None, heads: int = 0) -> Tensor:
+        """(layers, heads, turned), each head's around its own mean."""
+        sizes = self.sizes if order is None else self.sizes[:, order]
+        by_head = sizes.unflatten(1, (heads or self.heads, -1))
+        by_head = by_head[:, :, : by_head.shape[-1] if heads else self.turned]
+        return by_head - by_head.mean(-1, keepdim=True)
+
+
+def told(read: Tensor) -> Tensor:
+    """(layers,), the share of each that the profile of the other layers' pairs foretells."""
+    return 1 - _left(read) / read.square().mean((1, 2)).clamp_min(1e-30)
+
+
+def _left(read: Tensor) -> Tensor:
+    """(layers,), mean squares of what it does not foretell."""
+    pairs = read.unflatten(-1, (2, -1)).mean((1, 2))
+    others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
+    return (read - torch.cat([others, others], -1)[:, None]).square().mean((1, 2))
+
+
+def apart(read: Tensor) -> float:
+    """Between the two halves of the mean profile."""
+    profile = read.mean((0, 1))
+    first, second = profile.chunk(2)
+    return float((first - second).square().sum() / profile.square().sum().clamp_min(1e-30))
+
+
+def rough(read: Tensor) -> float:
+    """How far apart neighbouring frequencies are, which differ little; of a straight line 1.3."""
+    profile = torch.stack(read.mean((0, 1)).chunk(2)).mean(0)
+    steps = profile.diff().square().sum() / profile.square().sum().clamp_min(1e-30)
+    return float(steps) * len(profile)
+
+
+def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    config = found.config
+    if not isinstance(config, Rotated) or getattr(config, "alibi", False):
+        return
+    rows = {leaf: held for leaf in ("q", "k", "v") if (held := _rows(config, numbers, leaf))}
+    turned = [leaf for leaf in ("q", "k") if leaf in rows]
+    yield from _together([each for leaf in turned for each in _layout(config, leaf, rows[leaf])])
+    yield from _heads(rows)
+    yield from _exchanged(rows)
+
+
+def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> Rows | None:
+    families = families_of(numbers)
+    held = next((v for f, v in families.items() if f.endswith(f".attn.{leaf}.weight")), [])
+    held = [n for n in held if n.finite and not n.constant and float(n.rows.min()) > 0]
+    heads: int = config.heads  # type: ignore[attr-defined]
+    if leaf != "q":
+        heads = getattr(config, "kv_heads", heads) or heads
+    if len(held) < 2 or len(held[0].rows) % heads or config.turned < _FEW:
+        return None
+    if config.turned % 2 or len(held[0].rows) // heads < config.turned:
+        return None
+    return Rows(tuple(held), torch.stack([n.rows.log() / 2 for n in held]), heads, config.turned)
+
+
+# --- the order of rows ---------------------------------------------------------------------------
+
+
+def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
+    """(what happened, how to read it, which row is which) of the usual mistakes."""
+    count = rows.sizes.shape[1]
+    pairs = _interleaved(count, rows.heads, rows.turned)
+    how = f"(h={rows.heads} e two) -> (h two e)"
+    yield "pairs stand side by side and are read as halves", how, pairs
+    how = f"(h={rows.heads} two e) -> (h e two)"
+    yield "pairs were brought into halves twice", how, _undone(rows)
+    heads: int = config.heads  # type: ignore[attr-defined]
+    for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
+        width = count // other
+        if count % other or width % 2 or rows.turned * rows.heads != count:
+            continue
+        there = torch.empty(count, dtype=torch.long)
+        there[_interleaved(count, other, width)] = torch.arange(count)
+        what = f"pairs were brought into halves as those of {other} heads"
+        yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", there[pairs]
+
+
+def _undone(rows: Rows) -> Tensor:
+    """The order before pairs were brought into halves."""
+    count = rows.sizes.shape[1]
+    back = torch.empty(count, dtype=torch.long)
+    back[_interleaved(count, rows.heads, rows.turned)] = torch.arange(count)
+    return back
+
+
+def _interleaved(count: int, heads: int, turned: int) -> Tensor:
+    """Where each row stands whose pair is beside it."""
+    by_head = torch.arange(count).reshape(heads, -1).clone()
+    by_head[:, :turned] = by_head[:, :turned].unflatten(1, (-1, 2)).mT.flatten(1)
+    return by_head.flatten()
+
+
+def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
+    as_read = rows.read()
+    whole = float(told(as_read).mean())
+    others = [(what, fix, rows.read(order)) for what, fix, order in _orders(config, rows)]
+    share = max(float(told(read).mean()) for _, _, read in others)
+    near = [other for other in others if float(told(other[2]).mean()) > _TIE * share]
+    what, fix, _ = min(near, key=lambda other: rough(other[2]), default=others[0])
+    beyond = _NOISE / as_read.numel() ** 0.5
+    clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
+    if clear and apart(as_read) > _APART:
+        seen = (
+            f"one profile of pairs explains {share:.0%} of the rows' sizes if they are put right, "
+            f"and {max(whole, 0):.0%} as they lie"
+        )
+        fix = f"put rows in order: {fix}"
+        files = files_of(rows.arrays)
+        yield Finding(f"rotary rows of all {_NAMES[leaf]}: {what}", files, seen, 0.93, fix)
+        return
+    if len(rows.arrays) < 3 or whole < _TOLD:
+        return
+    for what, fix, other in others:
+        odd = list[int]()
+        for layer in range(len(rows.arrays)):
+            mixed = as_read.clone()
+            mixed[layer] = other[layer]
+            mine, theirs = float(told(as_read)[layer]), float(told(mixed)[layer])
+            far = apart(as_read[layer : layer + 1]) > _APART
+            clear = theirs > _TOLD and theirs - mine > _ALONE / as_read[0].numel() ** 0.5
+            if clear and far:
+                odd.append(layer)
+        if odd and len(odd) < len(rows.arrays) / 2:
+            arrays = [rows.arrays[n] for n in odd]
+            seen = (
+                f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
+            )
+            named = f"rotary rows of {called(arrays)}: {what}"
+            yield Finding(named, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
+            return
+
+
+def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
+    """Of queries and keys what happened to both."""
+    if len(findings) < 2:
+        return findings
+    q, k = findings
+    happened = q.what.removeprefix("rotary rows of all queries: ")
+    if k.what != f"rotary rows of all keys: {happened}":
+        return findings
+    what = f"rotary rows of all queries and keys: {happened}"
+    seen = f"queries: {q.seen}; keys: {k.seen}"
+    fix = q.fix if q.fix == k.fix else f"{q.fix}; keys: {k.fix}"
+    return [Finding(what, (*q.where, *k.where), seen, max(q.likely, k.likely), fix)]
+
+
+# --- how many heads, and which of three ----------------------------------------------------------
+
+
+def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
+    """Halves of halves that are alike are heads half as wide, or pairs brought there twice."""
+    held = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
+    if len(held) < 2 or held[0].turned % 4:
+        return
+    if any(each.turned * each.heads != each.sizes.shape[1] for each in held):
+        return
+    narrow = [each.read(heads=2 * each.heads) for each in held]
+    if any(float(told(read).mean()) < _TOLD or apart(read) > _ALIKE for read in narrow):
+        return
+    back = [each.read(_undone(each)) for each in held]
+    files = files_of(n for each in held for n in each.arrays)
+    seen = f"both halves of each half have one profile ({apart(narrow[0]):.2f} apart)"
+    queries, keys = (2 * each.heads for each in held)
+    reorder = (
+        f"put rows in order: (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
+    )
+    count = f"set the number of heads to {queries}, of keys to {keys}"
+    if sum(map(_by_chance, back)) < sum(map(_by_chance, narrow)):
+        what = "rotary rows of all queries and keys: pairs were brought into halves twice"
+        yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
+    else:
+        what = f"more heads than the config says: {queries}, and not {queries // 2}"
+        yield Finding(what, files, seen, 0.85, f"{count}; or {reorder}")
+
+
+def _by_chance(read: Tensor) -> float:
+    """What is left of a row; each head's mean, which is taken from it, has its part in that."""
+    return float(_left(read).mean()) / (1 - 1 / read.shape[-1])
+
+
+def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
+    """Values that have pairs, and queries or keys of their shape that have none."""
+    if "v" not in rows:
+        return
+    values = rows["v"].read()
+    share = float(told(values).mean())
+    if share < _TOLD or apart(values) > _ALIKE:
+        return
+    for leaf, name in (("k", "keys"), ("q", "queries")):
+        held = rows.get(leaf)
+        if held is None or held.sizes.shape != rows["v"].sizes.shape:
+            continue
+        other = float(told(held.read()).mean())
+        if other < _SHARE * share:
+            seen = (
+                f"the values' rows have the profile of rotary pairs ({share:.0%} of their sizes "
+                f"follow it) and the {name}' have not ({max(other, 0):.0%})"
+            )
+            arrays = (*held.arrays, *rows["v"].arrays)
+            what = f"values and {name} are exchanged"
+            yield Finding(what, files_of(arrays), seen, 0.9, f"read one as the other: {leaf} and v")

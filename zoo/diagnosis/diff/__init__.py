@@ -1,0 +1,1 @@
+"""Two models compared module by module, and the mistakes that explain the first difference."""

@@ -1,0 +1,106 @@
+"""What goes into `down`: what was made of the projections before it, which agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.components.activations import ACTIVATIONS
+from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
+from zoo.diagnosis.edits import stars
+
+PLAIN = "linear"  # the activation that is none
+
+
+@dataclass(frozen=True)
+class Made:
+    act: str
+    of: str  # what it is applied to
+
+
+def ideas(scene: Scene) -> Iterator[Idea]:
+    """Each side is a known function of `gate` and `up`, or there is no idea."""
+    name = scene.name.rpartition(".")[0]
+    gate, up = (scene.known(f"{name}.{part}") for part in ("gate", "up"))
+    if up is None or scene.flow.ours is None or scene.flow.theirs is None:
+        return
+    parts = {"up": up.ours} | ({} if gate is None else {"gate": gate.ours})
+    own = _own(scene)
+    ours, theirs = (
+        _fitted(parts, x, own, getattr(scene.model.config, "act", ""))  # type: ignore[arg-type]
+        for x in (scene.flow.ours, scene.flow.theirs)
+    )
+    if theirs is None or ours is None or ours == theirs:
+        return
+    here = [n.rpartition(".")[0] for n in scene.alike()]
+    if PLAIN in (ours.act, theirs.act) and {ours.of, theirs.of} == {"gate", "up"}:
+        # a product without any is the same whichever it is on
+        ours, theirs = (replace(x, of="gate") for x in (ours, theirs))
+    if {ours.of, theirs.of} == {"gate", "up"}:
+        what = f"{stars(name)}: the other model's activation is on {theirs.of}, here on {ours.of}"
+        yield _exchanged(scene, name, here, what, ours.act == theirs.act)
+    elif ours.of != theirs.of:
+        yield Idea(
+            f"{stars(name)}: the activation is taken of {ours.of} here, and of {theirs.of} there"
+        )
+    else:
+        what = f"{stars(name)}: the activation is {ours.act} here and {theirs.act} there"
+        said = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
+        if scene.steady and said is ACTIVATIONS.get(ours.act, ""):
+            yield Idea(what, f"act is {theirs.act}", config={"act": theirs.act})
+        elif theirs.act in ACTIVATIONS:
+            settings = {one: {"act": ACTIVATIONS[theirs.act]} for one in here}
+            yield Idea(what, f"{stars(name)} takes {theirs.act}", settings=settings)
+        else:
+            yield Idea(what)
+
+
+def _exchanged(scene: Scene, name: str, here: list[str], what: str, alone: bool) -> Idea:
+    """What is read as gate and as up; `alone`: nothing else is otherwise."""
+    held = scene.held
+    exchanged = {
+        f"{one}.{a}.{leaf}": held[f"{one}.{b}.{leaf}"]
+        for one in here
+        for a, b in (("gate", "up"), ("up", "gate"))
+        for leaf in ("weight", "bias")
+        if f"{one}.{a}.{leaf}" in held
+    }
+    where = tuple(n for n in exchanged if n.startswith(f"{name}."))
+    fix = f"{stars(name)}.gate and {stars(name)}.up are exchanged"
+    return Idea(what, fix, parameters=exchanged, where=where, moved=True) if alone else Idea(what)
+
+
+def _own(scene: Scene) -> Any:
+    return getattr(scene.fresh.get_submodule(scene.name.rpartition(".")[0]), "act", None)
+
+
+def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, said: str) -> Made | None:
+    """The one that fits best: some differ by little."""
+    named = {a: f for a, f in ACTIVATIONS.items() if a == said} | ACTIVATIONS
+    if own is not None and own not in ACTIVATIONS.values():
+        named["the class's own"] = own
+    best, found = FITS, None
+    with torch.no_grad():
+        for act, function in named.items():
+            for of, made in _forms(parts, function):
+                if (off := error(made, wanted)) <= best and (found is None or off < best / 2):
+                    best, found = off, Made(act, of)
+    return found
+
+
+def _forms(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[str, Tensor]]:
+    up, gate = parts["up"], parts.get("gate")
+    if gate is None:
+        yield "up", act(up)
+        return
+    yield "gate", act(gate) * up
+    yield "up", act(up) * gate
+    yield "the product of gate and up", act(gate * up)
+    yield "gate, and up is added", act(gate) + up
+    yield "up, and gate is added", act(up) + gate
+    yield "gate, and up is not used", act(gate)
+    yield "up, and gate is not used", act(up)

@@ -1,0 +1,357 @@
+"""What is known where two models part: all that flowed before agrees, so it is told once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.model import Model
+from zoo.diagnosis import edits
+from zoo.diagnosis.diff.comparison import Comparison
+from zoo.diagnosis.diff.difference import Difference
+from zoo.diagnosis.diff.flows import Flow, Place, Way
+from zoo.diagnosis.diff.hooks import Side
+from zoo.diagnosis.diff.matching import Matching
+from zoo.diagnosis.edits import Changes, Edit, rebuilt
+from zoo.errors import ZooError
+from zoo.parity.checks import call, rms
+
+# What a fit may be off by, in units of the root mean square: its inputs agree to 1e-10 only.
+FITS = 1e-8
+
+
+@dataclass(frozen=True)
+class Idea(Edit):
+    """A cause to be tried. Of what undoes it, at most one is given; none: the numbers themselves.
+
+    `where` are native parameters whose rules are to be changed. `moved`: they hold other numbers
+    then, and what flows through their modules is no longer compared with what it was.
+    """
+
+    what: str
+    fix: str = ""  # parity is restored if …
+    factors: Mapping[str, float] = field(default_factory=dict)  # module -> of what comes out of it
+    where: tuple[str, ...] = ()
+    moved: bool = False
+
+    @property
+    def undoes(self) -> bool:
+        return bool(self.parameters or self.config or self.settings or self.factors)
+
+    @property
+    def touched(self) -> set[str]:
+        """The modules that hold or give other numbers when it is undone."""
+        return {name.rpartition(".")[0] for name in self.parameters if self.moved} | {*self.factors}
+
+
+class Reached(Exception):
+    """Nothing after this place is needed."""
+
+
+@dataclass
+class Scene:
+    """The first place that differs, what both made there, and what they had to make it of."""
+
+    comparison: Comparison
+    difference: Difference
+
+    def __post_init__(self) -> None:
+        first = self.difference.first
+        assert first is not None
+        self.first, self.reading = first, first.reading
+        self.model: Model = self.comparison.matching.model
+        self.flow = by_tokens(self.comparison.flows[self.reading.place], self.model, self.module)
+
+    @property
+    def name(self) -> str:
+        return self.reading.match.native
+
+    @property
+    def side(self) -> Side:
+        return self.reading.side
+
+    @property
+    def matching(self) -> Matching:
+        return self.comparison.matching
+
+    @cached_property
+    def module(self) -> nn.Module | None:
+        """The one at the place; None where the model has none of that name."""
+        return dict(self.model.named_modules()).get(self.name)
+
+    @cached_property
+    def above(self) -> nn.Module:
+        """The one that holds it."""
+        return self.model.get_submodule(self.name.rpartition(".")[0])
+
+    @cached_property
+    def held(self) -> dict[str, Tensor]:
+        """The native model's parameters, tied ones by each of their names."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: p.data for name, p in named}
+
+    @cached_property
+    def fresh(self) -> Model:
+        """What its class makes of its config, with the same parameters."""
+        return self.rebuilt({})
+
+    def rebuilt(self, changes: Changes) -> Model:
+        """With other config fields; ConfigError or RuntimeError where they do not fit."""
+        model = rebuilt(self.model, changes, self.matching.expected)
+        return model.requires_grad_(self.difference.back)
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether a new model of the class parts from the other just here, as this one does."""
+        try:
+            error = self.error_of(self.fresh)
+        except (RuntimeError, ZooError):
+            return False
+        told = self.reading.error
+        return error == told or abs(error - told) <= 1e-6 * told
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """The other model's own config, where it has one."""
+        config: Any = getattr(self.comparison.other.module, "config", None)
+        return config.to_dict() if hasattr(config, "to_dict") else {}
+
+    @cached_property
+    def numbers(self) -> list[float]:
+        """Every number in it."""
+        return list(dict.fromkeys(float(x) for x in _leaves(self.said) if type(x) in (int, float)))
+
+    @cached_property
+    def scalings(self) -> list[dict[str, Any]]:
+        """Every scaling of a rope in it."""
+        found = [value for value in self.said.values() if isinstance(value, dict)]
+        return [value for value in found if {"type", "rope_type"} & value.keys()]
+
+    def known(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
+        """What flowed there, where it agrees."""
+        place = (name, side, self.reading.call if call is None else call)
+        return self.agreed.get(place)
+
+    def made(self, name: str) -> Tensor | None:
+        """What this model gave there: it agrees, or there is nothing to compare it with."""
+        place = (name, "out", self.reading.call)
+        if place in self.comparison.flows:
+            return None if (flow := self.known(name)) is None else flow.ours
+        calls = self.comparison.heard.get(name, [])
+        if len(calls) <= self.reading.call:
+            return None
+        return self.comparison.way.tokens(
+            [calls[self.reading.call].values["out"]], self.flow.counts
+        )
+
+    @cached_property
+    def agreed(self) -> dict[Place, Flow]:
+        found = dict[Place, Flow]()
+        for reading in self.difference.readings:
+            if reading.place == self.reading.place:
+                break
+            # of what is healed, one is a multiple of the other
+            fine = reading.ok or reading.place in self.difference.healed
+            if fine and self.comparison.flows[reading.place].comparable:
+                found[reading.place] = self.comparison.flows[reading.place]
+        return found
+
+    def error_of(self, model: Model) -> float:
+        """What the place's error is in another native model; it runs no further than that."""
+        comparison, module = self.comparison, dict(model.named_modules()).get(self.name)
+        if self.flow.theirs is None:
+            again = comparison.again(model, self.difference.healed, ())
+            return 0.0 if again.first is None or self.later(again) else float("inf")
+        if module is None or not self.flow.counts or comparison.way.name == "cached":
+            return self.comparison.again(model, self.difference.healed, ()).error(
+                self.reading.place
+            )
+        found = list[Tensor]()
+        left = self.reading.call
+
+        def hear(_: nn.Module, args: Any, out: Any = None) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                x = out if self.side == "out" else args[0]
+                found.append(x if isinstance(x, Tensor) else next(iter(x)))
+                raise Reached
+
+        handle = (
+            module.register_forward_hook(hear)
+            if self.side == "out"
+            else module.register_forward_pre_hook(hear)
+        )
+        with handle, suppress(Reached), torch.no_grad():
+            for given, more in comparison.way.native():
+                call(model, given, **more)
+        ours = comparison.way.tokens(found, self.flow.counts) if found else None
+        theirs = comparison.flows[self.reading.place].theirs
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            return float("inf")
+        return error(ours, theirs)
+
+    def error_with(self, idea: Idea) -> float:
+        """Likewise once it is undone."""
+        try:
+            with applied(self.model, idea, self) as model:
+                return self.error_of(model)
+        except (RuntimeError, ZooError):
+            return float("inf")
+
+    def later(self, again: Difference) -> bool:
+        """Whether another run parts later than this one did."""
+        assert again.first is not None
+        flow = self.comparison.flows.get(again.first.reading.place)
+        return flow is not None and flow.at > self.flow.at
+
+    def restores(self, idea: Idea) -> bool:
+        """Whether nothing differs once it is undone."""
+        with applied(self.model, idea, self) as model:
+            return self.comparison.again(model, self.difference.healed, idea.touched).first is None
+
+    def alike(self, name: str | None = None) -> list[str]:
+        """Every module whose name is this one's but for the layer's number."""
+        kind = re.sub(r"\.\d+\.", r".\\d+.", re.escape(name or self.name).replace(r"\.", "."))
+        return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
+
+    def in_stacks(self) -> list[str]:
+        """Likewise, in an encoder and in a decoder."""
+        found = self.alike()
+        for a, b in (("encoder.", "decoder."), ("decoder.", "encoder.")):
+            if self.name.startswith(a):
+                found += self.alike(b + self.name.removeprefix(a))
+        return found
+
+    def everywhere(self) -> list[Place]:
+        """This place wherever the same code runs; of a norm's output, that of every such norm."""
+        modules = dict(self.model.named_modules())
+        weight = getattr(self.module, "weight", None)
+        norm = self.side == "out" and weight is not None and weight.dim() == 1
+
+        def done_by(name: str) -> tuple[Any, str]:
+            above, _, leaf = name.rpartition(".")
+            return type(modules.get(above)), leaf
+
+        return [
+            (name, side, call)
+            for (name, side, call), flow in self.comparison.flows.items()
+            if side == self.side and flow.comparable and name
+            if done_by(name) == done_by(self.name)
+            or (norm and type(modules.get(name)) is type(self.module))
+        ]
+
+    def rows(self, x: Tensor) -> list[Tensor] | None:
+        """(s, features) of each row, of (tokens, features); None if they are no tokens."""
+        for inputs in (self.comparison.way.inputs, self.comparison.way.inputs.answer):
+            if inputs is None:
+                continue
+            mask = torch.ones_like(inputs.ids) if inputs.mask is None else inputs.mask
+            counts = mask.sum(1).tolist()
+            if sum(counts) == len(x):
+                return list(x.split(counts))
+        return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def by_tokens(flow: Flow, model: Model, module: nn.Module | None) -> Flow:
+    """What a convolution is given as (b, d, s) lies there as (b d, s): here it is (b s, d)."""
+    dim = model.config.dim
+    if not isinstance(module, nn.Conv1d) or not flow.comparable:
+        return flow
+    values = (x.unflatten(0, (-1, dim)).mT.flatten(0, 1) for x in (flow.ours, flow.theirs))  # type: ignore[union-attr]
+    return replace(flow, **dict(zip(("ours", "theirs"), values, strict=True)))
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, in units of the root mean square of theirs."""
+    scale = rms(theirs).clamp(min=torch.finfo(torch.float64).tiny)
+    return float((ours.detach().double() - theirs.detach().double()).abs().max() / scale)
+
+
+def fits(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and error(ours, theirs) <= FITS
+
+
+@contextmanager
+def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
+    """The model with what undoes a cause: changed for as long as it is looked at."""
+    if idea.config:
+        yield scene.rebuilt(idea.config)
+        return
+    with ExitStack() as stack:
+        if idea.factors:
+            for name, by in idea.factors.items():
+                module = model.get_submodule(name)
+                stack.enter_context(
+                    module.register_forward_hook(lambda _, args, out, by=by: out * by)
+                )
+        elif idea.undoes:
+            stack.enter_context(edits.applied(model, idea))
+        else:
+            stack.enter_context(put(model, scene, [scene.reading.place]))
+        yield model
+
+
+@contextmanager
+def put(model: Model, scene: Scene, places: Sequence[Place]) -> Iterator[Model]:
+    """The model with what the other has at these places, instead of what this one made."""
+    if not places:
+        raise RuntimeError("no place to put it")
+    with ExitStack() as stack:
+        for name, side, number in places:
+            module, theirs = model.get_submodule(name), scene.comparison.flows[name, side, number]
+            if theirs.theirs is None or not name:
+                raise RuntimeError("nothing to put there")
+            hook = _Put(scene.comparison.way, theirs.theirs, number)
+            stack.enter_context(
+                module.register_forward_hook(lambda _, args, out, hook=hook: hook(out))
+                if side == "out"
+                else module.register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0]))
+            )
+        yield model
+
+
+@dataclass
+class _Put:
+    """(tokens, features) in the place of what a module is given, or gives, the k-th time."""
+
+    way: Way
+    theirs: Tensor
+    left: int
+    before: int = 0  # tokens of each row that came in an earlier part
+
+    def __call__(self, given: Any) -> Any:
+        if self.way.name != "cached":  # there each part is given once
+            self.left -= 1
+            if self.left != -1:
+                return None
+        if isinstance(given, Tensor):
+            return self.changed(given)
+        return (self.changed(given[0]), *given[1:])
+
+    def changed(self, x: Tensor) -> Tensor:
+        theirs, mask = self.theirs, self.way.inputs.mask
+        if x.numel() == theirs.numel():
+            return theirs.reshape(x.shape).to(x.dtype)
+        if self.way.name == "cached" and x.dim() == 3 and not len(theirs) % len(x):
+            rows = theirs.reshape(len(x), -1, x.shape[-1])[:, self.before :][:, : x.shape[1]]
+            self.before += x.shape[1]
+            return rows.reshape(x.shape).to(x.dtype)
+        if mask is None or mask.numel() != x.shape[:-1].numel() or int(mask.sum()) != len(theirs):
+            raise RuntimeError("another shape")
+        return x.masked_scatter(mask.bool()[..., None], theirs.to(x.dtype))

@@ -1,0 +1,235 @@
+"""What may be done otherwise with scores: terms, the softmax, and how heads are merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from zoo.components.alibi import Alibi
+from zoo.components.attention import Biased, Explicit, attend
+from zoo.components.masks import Mask
+from zoo.diagnosis.diff.causes.attention_trial import PARTS, Bench, Look, Turn
+
+ROUGH = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def terms(own: Look, bench: Bench) -> Iterator[Turn]:
+    """What is done to scores, and which keys a query meets."""
+    heads = bench.heads
+    if 1 < heads["k"] < heads["q"]:
+        times = (1, heads["q"] // heads["k"], 1, 1)
+
+        def tiled(attend: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            out: Tensor = attend(q, k.repeat(times), v.repeat(times), *rest)
+            return out
+
+        yield Turn(
+            "kv",
+            "key and value heads are tiled over the queries', not repeated",
+            lambda look: replace(look, attend=partial(tiled, look.attend)),
+        )
+    kept = own.attend
+    if isinstance(kept, Explicit) and kept.bend is not None:
+        plain = Explicit(kept.upcast)
+        yield Turn("sum", "scores have no soft cap", lambda look: replace(look, attend=plain))
+    elif isinstance(kept, Biased):
+        yield from _biases(kept, own.scale)
+    elif getattr(kept, "__self__", None) is not None:
+        yield from _disentangled(kept.__self__)
+
+
+def _biases(kept: Biased, scale: float) -> Iterator[Turn]:
+    yield Turn(
+        "sum",
+        "no bias by distance is added to the scores",
+        lambda look: replace(look, attend=attend),
+    )
+    term: Any = kept.term
+
+    def backwards(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+        out: Tensor = term(q, k, Mask(mask.allowed, -mask.positions, mask.causal, -mask.keys))
+        return out
+
+    yield Turn(
+        "sum",
+        "distances are counted the other way",
+        lambda look: replace(look, attend=Biased(backwards)),
+    )
+    if hasattr(term, "both_ways"):
+        other = copy.copy(term)
+        other.both_ways = not term.both_ways
+        what = (
+            "distances ahead and behind are told apart"
+            if other.both_ways
+            else "distances ahead are not told from those behind"
+        )
+        yield Turn("sum", what, lambda look: replace(look, attend=Biased(other)))
+    if isinstance(term, Alibi):
+        yield from _paces(term, scale)
+
+
+def _paces(term: Alibi, scale: float) -> Iterator[Turn]:
+    count = len(term.slopes)
+    even = [2 ** (-8 * n / count) for n in range(1, count + 1)]
+    whole = 2 ** (count.bit_length() - 1)
+    usual = [2 ** (-8 * n / whole) for n in range(1, whole + 1)]
+    usual += [2 ** (-4 * n / whole) for n in range(1, 2 * (count - whole), 2)]
+    now, powers = Pace(tuple(term.slopes), term.scale, term.dtype), "the next lower power of two"
+    kinds = {
+        f"slopes are those of {powers}, and such halfway between": replace(
+            now, slopes=tuple(usual)
+        ),
+        "slopes fall evenly whatever the number of heads": replace(now, slopes=tuple(even)),
+        "slopes are the other way about": replace(now, slopes=now.slopes[::-1]),
+        "the bias by distance is not scaled": replace(now, scale=1.0),
+        "the bias by distance is scaled as the scores are": replace(now, scale=scale),
+        "the bias by distance is not rounded": replace(now, dtype=None),
+        "the bias by distance is rounded to bfloat16": replace(now, dtype=torch.bfloat16),
+    }
+    kinds = {what: pace for what, pace in kinds.items() if pace != now}
+    for what, pace in ({"the bias by distance is as slopes and scale say": now} | kinds).items():
+        yield Turn("sum", what, partial(_with_term, pace), lone=True)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Scores that fall with distance, whatever the class makes of it."""
+
+    slopes: tuple[float, ...]
+    scale: float
+    dtype: torch.dtype | None
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+        """(b, h, 1, t), each product rounded once."""
+        wide = self.dtype or q.dtype
+        pace = torch.tensor(self.slopes, dtype=wide).to(q.dtype)[:, None, None]
+        term = pace * mask.keys[:, None, None, :].to(wide).to(q.dtype)
+        return term.to(wide).to(q.dtype) * self.scale
+
+
+def _with_term(term: Any, look: Look) -> Look:
+    return replace(look, attend=Biased(term))
+
+
+# --- slips ---------------------------------------------------------------------------------------
+
+
+def merges() -> Iterator[Turn]:
+    """What comes out of the heads, put together otherwise."""
+
+    def turn(what: str, merge: Callable[[Tensor], Tensor]) -> Turn:
+        def changed(kept: Any, *given: Any) -> Tensor:
+            y: Tensor = kept(*given)
+            return rearrange(merge(y), "b s (h e) -> b h s e", h=y.shape[1])
+
+        return Turn("merge", what, lambda look: replace(look, attend=partial(changed, look.attend)))
+
+    yield turn(
+        "heads are interleaved where they are put together",
+        lambda y: rearrange(y, "b h s e -> b s (e h)"),
+    )
+    for n, part in enumerate(PARTS):
+        what = f"heads of {part} are the other way about"
+        yield Turn("merge", what, partial(_flipped, n), lone=True)
+    yield turn(
+        "heads are put together without being brought behind the tokens first",
+        lambda y: y.reshape(y.shape[0], y.shape[2], -1),
+    )
+
+
+def _flipped(part: int, look: Look) -> Look:
+    def flipped(kept: Any, *given: Any) -> Tensor:
+        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(given)))
+        return out
+
+    return replace(look, attend=partial(flipped, look.attend))
+
+
+def softmaxes(own: Look) -> Iterator[Turn]:
+    """Scores and what is made of them, step by step; DeBERTa's are its own."""
+    kept = own.attend
+    if kept is not attend and not isinstance(kept, Explicit | Biased):
+        return
+    kinds: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        ("the softmax is taken over queries, not keys", lambda s: s.softmax(-2)),
+        ("a sigmoid is taken of scores, not a softmax", torch.sigmoid),
+        ("the softmax has one more in its sum", lambda s: s.exp() / (1 + s.exp().sum(-1, True))),
+        ("no softmax is taken of scores", lambda s: s.masked_fill(s == -torch.inf, 0)),
+    ]
+    for dtype in ROUGH:
+        name = str(dtype)[6:]
+        kinds += [
+            (f"the softmax is computed in {name}", partial(_softmax_in, dtype)),
+            (
+                f"attention weights are rounded to {name}",
+                lambda s, d=dtype: s.softmax(-1).to(d).to(s.dtype),  # type: ignore[misc]
+            ),
+        ]
+    for what, soft in kinds:
+        yield Turn("soft", what, partial(_stepwise, soft), lone=True)
+
+
+def _softmax_in(dtype: torch.dtype, scores: Tensor) -> Tensor:
+    return scores.to(dtype).softmax(-1).to(scores.dtype)
+
+
+def _stepwise(soft: Callable[[Tensor], Tensor], look: Look) -> Look:
+    kept = look.attend
+
+    def steps(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
+        k, v = (repeat(x, "b g t e -> b (g r) t e", r=q.shape[1] // x.shape[1]) for x in (k, v))
+        scores = (q @ k.mT) * scale
+        if isinstance(kept, Biased):
+            scores = scores + kept.term(q, k, mask)
+        elif isinstance(kept, Explicit) and kept.bend is not None:
+            scores = kept.bend(scores)
+        if (allowed := mask.dense(q.shape[2])) is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        return soft(scores) @ v
+
+    return replace(look, attend=steps)
+
+
+# --- DeBERTa -------------------------------------------------------------------------------------
+
+
+LOOKS: tuple[tuple[str, ...], ...] = ((), ("c2p",), ("p2c",), ("c2p", "p2c"))
+
+
+def places_said(looks: Sequence[str]) -> str:
+    names = {"c2p": "contents look at places", "p2c": "places look at contents"}
+    return " and ".join(names[look] for look in looks) or "places are not looked at"
+
+
+def _disentangled(attn: nn.Module) -> Iterator[Turn]:
+    """DeBERTa's, whose contents and places look at each other."""
+
+    def turn(what: str, **changed: Any) -> Turn:
+        other: Any = copy.copy(attn)
+        for name, value in changed.items():
+            setattr(other, name, value)
+        return Turn("sum", what, lambda look: replace(look, attend=other.look))
+
+    given: Any = attn
+    if not given.looks or given.distances is None:
+        return
+    for looks in LOOKS:
+        if set(looks) != set(given.looks):
+            yield turn(f"{places_said(looks)}, not as the config says", looks=looks)
+    distances: Any = given.distances.__self__
+    other = copy.copy(distances)
+    other._modules = dict(distances._modules)
+    other.norm = None
+    if distances.norm is not None:
+        yield turn("vectors of distances are not normed", distances=other.once)
+    back = copy.copy(distances)
+    back._modules = dict(distances._modules)
+    back.rows = lambda positions: distances.rows(-positions)
+    yield turn("distances are counted the other way", distances=back.once)

@@ -1,0 +1,231 @@
+"""Planted bugs, traced: where each is first seen, and what is said to be its cause."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from zoo import evidence, registry
+from zoo.components.model import Model
+from zoo.diagnosis.diff import sides
+from zoo.diagnosis.diff.comparison import Comparison
+from zoo.diagnosis.diff.diff import inputs_of, pad_of
+from zoo.diagnosis.diff.difference import Difference
+from zoo.diagnosis.diff.explain import diagnosed
+from zoo.diagnosis.diff.flows import Way
+from zoo.diagnosis.diff.matching import Matching
+from zoo.errors import ZooError, did_you_mean
+from zoo.loading import load_directory
+from zoo.parity.fixtures import hot_checkpoint
+from zoo.parity.gates.mutants import MUTANTS, Mutant, NotApplicable, Verdict, planted
+from zoo.parity.gates.mutants import run as gate
+from zoo.parity.reference import Reference
+from zoo.registry import Architecture
+from zoo.terminal import passing
+
+# whether gradients are taken, and how tokens are fed
+WAYS = ((False, "whole"), (False, "padded"), (False, "unmasked"), (True, "unmasked"))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What became of a bug in an architecture that it can be planted in."""
+
+    architecture: str
+    mutant: str
+    located: bool
+    diagnosed: bool
+    where: str = ""  # variant and way in which it was seen; empty: in none
+    place: str = ""
+    said: tuple[str, ...] = ()  # the causes, the first one first
+
+    @property
+    def ok(self) -> bool:
+        return self.located and self.diagnosed
+
+    @property
+    def restored(self) -> bool:
+        """Whether the first cause was undone, and nothing differed then."""
+        return self.diagnosed and any("Parity is restored" in said for said in self.said[:1])
+
+
+class Tracer:
+    """The variants of one architecture, each with the reference's reading of it."""
+
+    def __init__(self, entry: Architecture, scratch: Path) -> None:
+        self.entry, self.scratch = entry, scratch
+        self._references: dict[str, Reference] = {}
+
+    def reference(self, variant: str) -> Reference:
+        if variant not in self._references:
+            directory = self.scratch / "traced" / self.entry.name / variant
+            named = hot_checkpoint(self.entry, variant, directory)
+            self._references[variant] = Reference(directory, named, torch.float64, lifted=True)
+        return self._references[variant]
+
+    def trace(self, bug: Mutant) -> Trace | None:
+        """In the first variant and way that shows it; None where it cannot be planted."""
+        there = False
+        for variant in self.entry.variants:
+            reference = self.reference(variant)
+            load = functools.partial(load_directory, reference.directory, self.entry)
+            try:
+                model = planted(load, bug, self.entry, torch.float64)
+            except NotApplicable:
+                continue
+            except ZooError:
+                continue  # refused: it never runs
+            there = True
+            for back, way in WAYS:
+                comparison = compared(model, reference, way)
+                difference = comparison.run(back)
+                if not difference.ok:
+                    said = tuple(str(cause) for cause in diagnosed(comparison, difference))
+                    return self.traced(bug, f"{variant}, {way}", difference, said)
+        if not there:
+            return None
+        return Trace(self.entry.name, bug.name, False, False)
+
+    def traced(
+        self, bug: Mutant, where: str, difference: Difference, said: tuple[str, ...]
+    ) -> Trace:
+        place = placed(difference)
+        located = re.search(bug.at, place) is not None
+        right = bool(said) and re.search(bug.cause, said[0]) is not None
+        return Trace(self.entry.name, bug.name, located, right, where, place, said)
+
+
+def compared(model: Model, reference: Reference, way: str) -> Comparison:
+    other = sides.read_by(model, reference)
+    matching = Matching(model, other.module, other.planned, other.fold)
+    inputs = inputs_of(model, way, pad=pad_of(other))
+    return Comparison(matching, other, Way(way, inputs), torch.float64)
+
+
+def placed(difference: Difference) -> str:
+    """`in` or `out`, and a module; or what else shows it."""
+    if (first := difference.first) is not None:
+        return f"{first.reading.side} {first.reading}"
+    ties = [f"tie {' and '.join(names)}" for names in difference.untied]
+    return "; ".join([*ties, *difference.idle])
+
+
+def run(
+    architectures: Iterable[Architecture] | None = None,
+    bugs: Iterable[Mutant] | None = None,
+    seen: Callable[[str, str], None] = lambda architecture, bug: None,
+) -> Iterator[Trace]:
+    torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+    chosen = list(MUTANTS.values() if bugs is None else bugs)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="zoo-traces-")))
+        for entry in architectures or registry.architectures().values():
+            tracer = Tracer(entry, scratch)
+            for bug in chosen:
+                seen(entry.name, bug.name)
+                if (found := tracer.trace(bug)) is not None:
+                    yield found
+
+
+Killed = Collection[tuple[str, str]]  # (architecture, bug) that the gate noticed
+
+
+def table(traces: Iterable[Trace], killed: Killed) -> str:
+    """A line for each architecture, as Markdown; below it what fell short."""
+    traces = list(traces)
+    names = list(dict.fromkeys(trace.architecture for trace in traces))
+    heads = ("architecture", "planted", "killed", "located", "diagnosed", "restored")
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|"]
+    for name in [*names, ""]:
+        mine = [t for t in traces if not name or t.architecture == name]
+        counts = [
+            len(mine),
+            sum((t.architecture, t.mutant) in killed for t in mine),
+            sum(t.located for t in mine),
+            sum(t.diagnosed for t in mine),
+            sum(t.restored for t in mine),
+        ]
+        lines.append(f"| {name or 'all'} | {' | '.join(map(str, counts))} |")
+    short = [t for t in traces if not t.ok]
+    if short:
+        lines += ["", "| fell short | in | seen at | said first |", "|---|---|---|---|"]
+    for t in short:
+        said = t.said[0].replace("|", "\\|") if t.said else "nothing"
+        lines.append(f"| {t.mutant} | {t.architecture} | {t.place or 'nowhere'} | {said} |")
+    return "\n".join(lines)
+
+
+def page(traces: Iterable[Trace], killed: Killed) -> str:
+    """The table as it stands in docs/diagnosis.md."""
+    traces = list(traces)
+    refused = len(set(killed) - {(t.architecture, t.mutant) for t in traces})
+    return (
+        "# Planted bugs, located and diagnosed\n\n"
+        f"Measured {date.today()} by `make diagnosis`: each of the {len(MUTANTS)} bugs of the "
+        "mutation gate, planted alone\nin every architecture that it applies to; "
+        f"{refused} more never run, since they are refused when loaded. *Killed*: a check of\n"
+        "`zoo verify` fails. *Located*: the place that is named is the one written beside the "
+        "bug. *Diagnosed*: the first cause\nthat is named is the one written there. *Restored*: "
+        "undone, nothing differs.\n\n" + table(traces, killed) + "\n"
+    )
+
+
+def to_record(traces: Iterable[Trace], verdicts: Iterable[Verdict]) -> dict[str, dict[str, Any]]:
+    """Architecture -> what became of each bug that can be planted there, for the record."""
+    traced = {(t.architecture, t.mutant): t for t in traces}
+    found: dict[str, dict[str, Any]] = {}
+    for verdict in verdicts:
+        trace = traced.get((verdict.architecture, verdict.mutant))
+        entry = found.setdefault(verdict.architecture, {})
+        if trace is not None:
+            killed = verdict.by if verdict.status == "killed" else ""
+            short = {} if trace.ok else {"place": trace.place, "said": (*trace.said, "nothing")[0]}
+            entry[verdict.mutant] = {
+                "killed": killed,
+                "located": trace.located,
+                "diagnosed": trace.diagnosed,
+                **short,
+            }
+        elif verdict.status == "killed":
+            entry[verdict.mutant] = {"refused": verdict.by}  # when it is loaded: it never runs
+    known = registry.architectures()
+    return {
+        name: {**evidence.stamp("bugs", known[name]), "bugs": bugs} for name, bugs in found.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`parity.py --diagnose`: measure, print, and keep."""
+    parser = ArgumentParser(prog="parity.py --diagnose", description=__doc__)
+    parser.add_argument("names", metavar="ARCHITECTURE", nargs="*", help="[all]")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
+    parser.add_argument("--record", action="store_true", help="into zoo/evidence.json")
+    options = parser.parse_args(arguments)
+    known = registry.architectures()
+    if odd := [name for name in options.names if name not in known]:
+        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    if options.record:
+        evidence.read()  # what is wrong with it is said before hours of work
+    chosen = [known[name] for name in options.names] or None
+    verdicts = gate(chosen, lambda v: passing(f"{v.architecture}: {v.mutant}", sys.stderr))
+    killed = {(v.architecture, v.mutant) for v in verdicts if v.status == "killed"}
+    traces = list(run(chosen, seen=lambda *names: passing(": ".join(names), sys.stderr)))
+    passing("", sys.stderr)
+    print(table(traces, killed))
+    if options.write:
+        options.write.write_text(page(traces, killed), encoding="utf-8")
+    if options.record:
+        evidence.update("bugs", to_record(traces, verdicts))
+    located = all(trace.located for trace in traces)
+    return 0 if located and sum(t.diagnosed for t in traces) >= 0.9 * len(traces) else 1

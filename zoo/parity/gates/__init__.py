@@ -1,0 +1,1 @@
+"""The gates that the proof must pass: planted bugs and round trips."""

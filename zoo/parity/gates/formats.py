@@ -1,0 +1,158 @@
+"""The report of round trips: tables for a person, JSON for a machine, a page that is kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from argparse import ArgumentParser
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zoo
+from zoo import evidence, registry
+from zoo.errors import did_you_mean
+from zoo.parity.gates.trips import OWN, Trip, run, sources
+from zoo.terminal import GREEN, RED, has_colour, paint, passing
+
+LEGEND = """\
+Files in the dialect of a row, converted to that of a column, read, and converted back:
+
+- **bytes**: every file came back byte for byte. **weights**: those of the weights did, and what
+  says the config has other words. **values**: equal tensors and equal logits, in other bytes; so
+  it is where nothing is written back (what is only read: openai, google).
+- *without* …: fields that the dialect has no word for and that inference does not need, or a head
+  that it has no place for.
+- **a number**: how far logits were off, as a share of their root mean square, and the type that
+  numbers were rounded to on the way: eight bits with a scale for each 32 (Q8_0) or so many (int8).
+- **no**: refused before anything was written; the fields or tensors that cannot be said there.
+
+Models are small and random, every parameter drawn to matter; what goes from row to column is of a
+config that both have words for. Below that, what the reference itself writes of each variant.
+"""
+
+
+def markdown(trips: Iterable[Trip]) -> str:
+    """Tables: dialects by dialects, variants by dialects, and who has no dialects but two."""
+    trips, parts = list(trips), [LEGEND]
+    few = []
+    for name in dict.fromkeys(trip.architecture for trip in trips):
+        mine = [trip for trip in trips if trip.architecture == name]
+        if {trip.to for trip in mine} <= {*OWN}:
+            few.append([name, *map(_counted, _by_way(mine))])
+            continue
+        parts.append(f"## {name}\n\n{_table(mine)}")
+    if few:
+        head = ["", *WAYS]
+        parts.append(f"## hf and native alone\n\n{_aligned([head, *few])}")
+    return "\n".join(parts)
+
+
+WAYS = ("hf to native", "native to hf", "variants, hf to hf", "variants, hf to native")
+
+
+def _by_way(trips: list[Trip]) -> Iterator[list[Trip]]:
+    for way in (("hf", "native"), ("native", "hf")):
+        yield [trip for trip in trips if (trip.source, trip.to) == way]
+    for to in OWN:
+        yield [trip for trip in trips if trip.source.startswith("hf: ") and trip.to == to]
+
+
+def _counted(trips: list[Trip]) -> str:
+    counts = Counter(trip.shown for trip in trips)
+    return ", ".join(f"{n} × {shown}" if n > 1 else shown for shown, n in counts.items())
+
+
+def _table(trips: list[Trip]) -> str:
+    """A row for each source, a column for each target."""
+    cells = {(trip.source, trip.to): trip.shown for trip in trips}
+    targets = list(dict.fromkeys(trip.to for trip in trips))
+    rows = dict.fromkeys(trip.source for trip in trips)
+    lines = [[row, *(cells.get((row, to), "") for to in targets)] for row in rows]
+    return _aligned([["from, to", *targets], *lines])
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *rest = (
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    )
+    return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rest]) + "\n"
+
+
+def summary(trips: Iterable[Trip]) -> str:
+    trips = list(trips)
+    counts = Counter(trip.result for trip in trips)
+    said = ", ".join(f"{n} {result}" for result, n in counts.most_common())
+    return (
+        f"{len(trips)} round trips of {len({t.architecture for t in trips})} architectures: {said}"
+    )
+
+
+def to_record(trips: Iterable[Trip]) -> dict[str, dict[str, Any]]:
+    """Architecture -> what came of each trip, for the record."""
+    trips, known = list(trips), registry.architectures()
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(trip.architecture for trip in trips):
+        mine = [trip for trip in trips if trip.architecture == name]
+        cells: dict[str, dict[str, str]] = {}
+        for trip in mine:
+            cells.setdefault(trip.source, {})[trip.to] = trip.shown
+        found[name] = {
+            **evidence.stamp("trips", known[name]),
+            "counts": Counter("wrong" if not trip.ok else trip.result for trip in mine),
+            "trips": cells,
+            "wrong": {f"{trip.source} to {trip.to}": trip.told for trip in mine if not trip.ok},
+        }
+    return found
+
+
+def made_with() -> str:
+    names = ("torch", "transformers")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"zoo {zoo.__version__}, {packages}, Python {platform.python_version()}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`parity.py --formats`: measure, print, and keep."""
+    parser = ArgumentParser(prog="parity.py --formats", description=__doc__)
+    parser.add_argument("names", metavar="ARCHITECTURE", nargs="*", help="[all]")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
+    parser.add_argument("--record", action="store_true", help="into zoo/evidence.json")
+    parser.add_argument("--files", metavar="DIR", type=Path, help="files of what is only read")
+    options = parser.parse_args(arguments)
+    known = registry.architectures()
+    if odd := [name for name in options.names if name not in known]:
+        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    if options.record:
+        evidence.read()  # what is wrong with it is said before the work
+    entries = [known[name] for name in options.names or known]
+    torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+    found = sources(options.files) if options.files else {}
+    trips = list(run(entries, found, lambda name: passing(name, sys.stderr)))
+    passing("", sys.stderr)
+    ok = all(trip.ok for trip in trips)
+    told = f"{summary(trips)} ({made_with()}, {date.today()})"
+    if options.json:
+        print(json.dumps({"ok": ok, "told": told, "trips": [asdict(t) for t in trips]}, indent=2))
+    else:
+        print(markdown(trips))
+        for trip in (trip for trip in trips if not trip.ok):
+            line = f"WRONG {trip.architecture}, {trip.source} to {trip.to}: {trip.told}"
+            print(paint(line, RED, has_colour(sys.stdout)))
+        print(paint(told, GREEN if ok else RED, has_colour(sys.stdout)))
+    if options.write:
+        text = f"# Formats: round trips\n\nMeasured by `make formats`: {told}.\n\n{markdown(trips)}"
+        options.write.write_text(text, encoding="utf-8")
+    if options.record:
+        evidence.update("trips", to_record(trips))
+    return 0 if ok else 1

@@ -1,0 +1,1 @@
+"""Models prepared for fast inference: fused projections, packed weights, compiled kernels."""

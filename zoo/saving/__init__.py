@@ -1,0 +1,1 @@
+"""Models and checkpoints written back: directories, dialects, graphs, optimizer states."""

@@ -1,0 +1,423 @@
+"""`zoo.convert`: files to files, tensor by tensor, in a memory that does not grow with them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters import manifest
+from converters.carry_out import agreed
+from converters.formats import TensorInfo, dtype_code
+from converters.memory import enough
+from converters.output import Item, Output, digest, hash_file, identity, index_of
+from converters.plan import Plan, Step
+from converters.store import Shared, resumable, shared
+from converters.writer import MEMORY, Options, Report, Tell, damages, run
+from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.sentences import SentenceModel, headless, read_steps
+from zoo.checkpoints.sources import CONFIG, MODULES, NATIVE_FILE
+from zoo.components.model import Model
+from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing, option
+from zoo.loading import (
+    Located,
+    Origin,
+    Ref,
+    adapter_files,
+    check_adapter,
+    check_trust,
+    dtype_of,
+    locate,
+    native_of,
+    on_meta,
+    prove,
+    provenance_of,
+)
+from zoo.lora.bases import based
+from zoo.lora.merging import changes, untied
+from zoo.saving.arrays import ADAPTED, Arrays, span_of
+from zoo.saving.export import QUANTISED, export, with_zeros
+from zoo.saving.graphs import GRAPHS
+from zoo.saving.save import (
+    OWN_FILES,
+    check_dialect,
+    check_graph,
+    check_no_layout,
+    check_whole,
+    checked_destination,
+    companions_of,
+    export_plan,
+    exported_files,
+    finished,
+    graph_files,
+    in_order,
+    is_of_a_step,
+    item_of,
+    lossy_of,
+    native_record,
+    origin_of,
+    said_of,
+    split,
+    unpacked,
+)
+
+MOST_PARTS = 10_000
+READING = (  # those of zoo.load that say what is read, and how
+    "head",
+    "config",
+    "ignore_config",
+    "trust",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+)
+
+
+def convert(
+    src: Ref,
+    dst: Ref,
+    *,
+    to: str = "hf",
+    force: bool = False,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    memory: int = MEMORY,
+    threads: int = 0,
+    restart: bool = False,
+    part: str | tuple[int, int] | None = None,
+    layout: Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = False,
+    sha256: bool = True,
+    tell: Tell = lambda event: None,
+    adapter: Ref | bool | None = None,
+    **options: Any,
+) -> Path:
+    """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
+
+    It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
+    where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
+    of processes, on machines that share the disk, write the others, and the last publishes.
+    `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
+    offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
+    for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
+    happens. Further options are those of `zoo.load` that say what is read: head, config, trust …
+    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
+    `force` replaces a checkpoint that is at `dst` and keeps all other files there. An
+    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written;
+    True and False are as `zoo.load` has them.
+    """
+    check_dialect(to)
+    _check_sizes(memory, threads, max_shard_size)
+    share = None if part is None else _part(part)
+    found, chosen = _located(src, to, adapter, options)
+    dst = checked_destination(dst, found.source.directory, force)
+    if to in GRAPHS:
+        check_graph(to, dst, layout, max_shard_size)
+    chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
+    output = plan_output(found, to, **chosen)
+    engine = Options(memory, threads, sha256, allow_nonfinite, tell)
+    job, seen = digest([output.job(), sha256]), digest(output.identity())
+    replaces = Replacing(output, force)
+    way_out = f"{option('memory', 1 << 24)} and fewer threads need less; the same call goes on"
+    if share is None:
+        with (
+            enough(f"{dst}: not written", way_out),
+            resumable(dst, job, replaces, sources=seen, restart=restart, size=output.size) as stage,
+        ):
+            if stage.anew:
+                tell({"event": "anew"})
+            if not stage.published:
+                report = run(output, stage, engine)
+                tell(finished(output, stage.path, report))
+        return Path(dst)
+    number, parts = share
+    job = digest([job, seen])  # others read the same sources, and know no more of them
+    mine, same = output.part(number, parts), partial(_is, output, force)
+    how: dict[str, Any] = {"restart": restart, "size": mine.size, "same": same}
+    with (
+        enough(f"{dst}: not written", way_out),
+        shared(dst, job, number, parts, replaces, **how) as place,
+    ):
+        if place.anew:
+            tell({"event": "anew"})
+        if not place.published:
+            report = run(mine, place, engine)
+            place.record({"finished": report.to_json()})
+            verify = partial(_still_there, output, place)
+            with place.publishing(job, replaces, verify) as records:
+                if records:
+                    whole = Report.joined((r[-1]["finished"] for r in records), output)
+                    tell(finished(output, place.path, whole))
+    return Path(dst)
+
+
+def dry_run(
+    src: Ref,
+    *,
+    to: str = "native",
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    part: str | tuple[int, int] | None = None,
+    layout: Mapping[str, Any] | None = None,
+    adapter: Ref | bool | None = None,
+    **options: Any,
+) -> str:
+    """The plan of a conversion for a person, with no byte of weights read."""
+    check_dialect(to)
+    _check_sizes(MEMORY, 0, max_shard_size)
+    share = None if part is None else _part(part)
+    found, chosen = _located(src, to, adapter, options)
+    checkpoint = found.checkpoint()
+    model, plan = prove(found, checkpoint, chosen.get("config") or {})
+    if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
+        text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
+    else:
+        text = plan.describe()
+    if to in GRAPHS:
+        check_graph(to, Path(), layout, max_shard_size)
+    chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
+    output = plan_output(found, to, **chosen)
+    output = output if share is None else output.part(*share)
+    items = [item for shard in output.shards for item in shard.items]
+    casts = Counter(
+        (item.stored, item.coding.name if item.coding else item.info.dtype)
+        for item in items
+        if item.stored
+    )
+    lines = [f"{name}: {size:,} bytes" for name, size in output.sizes().items()]
+    lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
+    if merged := sum(item.rule.endswith(ADAPTED) for item in items):
+        lines.append(f"changed by the adapter: {merged} tensors")
+    if quantised := provenance_of(found, checkpoint, model, plan).lossy:
+        decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
+        text = "\n".join([text, f"lossy: {quantised}", *decoded])
+    return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
+
+
+def _located(
+    src: Ref, to: str, adapter: Ref | bool | None, options: Mapping[str, Any]
+) -> tuple[Located, dict[str, Any]]:
+    """(what is to be read, what `plan_output` is told of how)"""
+    for name in options:
+        if name not in READING:
+            raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
+    chosen = {name: options[name] for name in ("config", "trust") if name in options}
+    check_adapter(adapter)
+    how = {k: v for k, v in options.items() if k not in chosen}
+    # read and not mapped: who writes to a source then meets an error, and no signal
+    found = locate(src, adapter=adapter, mmap=False, **how)
+    if (files := adapter_files(found, adapter)) is not None:
+        asked = options.get("head") is not None
+        found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)
+    whole = to in GRAPHS and options.get("head") is None
+    if whole and (found.source.directory / MODULES).is_file():
+        found = found._replace(heads=headless(found.heads, found.entry.model))
+        chosen["steps"] = True
+    return found, chosen
+
+
+def _is(output: Output, force: bool, place: Path) -> bool:
+    """Whether a directory is what this makes, of sources that did not change after it.
+
+    Who would replace it anyway does so if it is damaged.
+    """
+    path = place / manifest.NAME
+    try:
+        same = json.loads(path.read_bytes())["job"] == output.job()
+        written = path.stat().st_ctime_ns
+        same = same and all(p.stat().st_ctime_ns < written for p in output.sources)
+        return same and not (force and any(manifest.check(place)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ZooError):
+        return False
+
+
+def _still_there(output: Output, place: Shared, part: int, records: list[dict[str, Any]]) -> None:
+    """Whether another part's files are as its journal has them; bytes that lie may be lost."""
+    again = f"run it again: --part {part}/{place.parts}"
+    try:
+        finished = records[-1]["finished"]
+        damaged = list(damages(output.part(part, place.parts), place.path, finished))
+        Report.joined([records[-1]["finished"]], output.part(part, place.parts))
+    except (KeyError, TypeError, AttributeError):
+        damaged = ["its journal is not what it wrote"]
+    if damaged:
+        raise CorruptCheckpoint(
+            f"{place.path}: part {part} of {place.parts}: {listing(damaged)}; {again}"
+        )
+
+
+def _check_sizes(memory: Any, threads: Any, max_shard_size: Any) -> None:
+    for name, value, least in (
+        ("memory", memory, 1),
+        ("threads", threads, 0),
+        ("max_shard_size", 1 if max_shard_size is None else max_shard_size, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise UsageError(f"{name}={value!r}: expected a whole number, {least} at least")
+
+
+def _part(part: str | tuple[int, int]) -> tuple[int, int]:
+    """(3, 16) of "3/16"."""
+    if not isinstance(part, str | tuple | list):
+        raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
+    words = part.split("/") if isinstance(part, str) else [str(n) for n in part]
+    if len(words) == 2 and all(w.isascii() and w.isdigit() for w in words):
+        number, parts = int(words[0]), int(words[1])
+        if 1 <= number <= parts <= MOST_PARTS:
+            return number, parts
+    raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
+
+
+# --- what is to be written -----------------------------------------------------------------------
+
+
+def plan_output(
+    found: Located,
+    to: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust: Collection[str] = (),
+    layout: Mapping[str, Any] | None = None,
+    steps: bool = False,
+) -> Output:
+    """Files, headers and recipes, proven complete; no byte of weights is read.
+
+    `steps`: a graph goes on to the vector that the checkpoint's modules.json makes of the states.
+    """
+    checkpoint = found.checkpoint()
+    check_trust(trust, checkpoint)
+    model, plan = prove(found, checkpoint, config or {})
+    provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
+    arrays = Arrays(checkpoint, plan, trust, provenance.quantised)
+    if found.adapter is not None:
+        arrays.changes = changes(model, plan.native, found.adapter, arrays.own)
+        arrays.adapter = found.adapter.where
+        if arrays.changes.apart:
+            model = on_meta(found, untied(model, plan.native.ties))
+            model.provenance = provenance
+    quantised = isinstance(dtype, str) and dtype.lower() == QUANTISED
+    kind = None if quantised else dtype_of(dtype)
+    state = dict(arrays.state(native_of(model), kind))
+    said = {
+        **said_of(found.entry.name, to, found.spec),
+        "dropped": dict(sorted(plan.dropped.items())),
+        **lossy_of(provenance),
+    }
+    sources = checkpoint.files
+    if found.adapter is not None:
+        sources += found.adapter.paths
+        said["adapter"] = {path.name: hash_file(path) for path in found.adapter.paths}
+    zeros: dict[str, tuple[int, ...]] = {}
+    if to != "native" and to in found.spec.dialects:
+        model, zeros = with_zeros(model, found.spec.dialect(to))
+        like = next(iter(state.values()))
+        state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
+        arrays.zeros = zeros
+    container = None if found.foreign is None else found.foreign.container
+    carried = companions_of(found.source.directory, found.source.file, container)
+    inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
+    seen = {path: identity(path.stat()) for path in sources}
+    if to not in (*OWN_FILES, *GRAPHS):
+        check_whole(to, max_shard_size)
+        dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
+        origin = provenance.origin
+        before = json.loads(origin.config) if origin.dialect == to else None
+        made = export(found.spec, to, model.config, native_of(model), dtypes, layout, before)
+        if quantised and made.container.format != "gguf":
+            raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
+        held = {info.dtype for info in made.plan.header.values()}
+        if kind is not None and dtype_code(kind) not in held:
+            raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
+        items = list(arrays.backward(made.plan))
+        how = {"lossy": kind is not None or quantised, "quantised": quantised}
+        vocab = model.config.vocab
+        shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
+        said["layout"] = dict(made.options)
+        return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
+    check_no_layout(to, layout)
+    if quantised:
+        raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
+    texts, metadata, where = dict[str, bytes](), {"format": "pt"}, dict[str, str]()
+    if to == "hf":
+        origin = origin_of(model, state)
+        texts[CONFIG] = origin.config.encode()
+        items = list(_to_hf(found, arrays, model, origin))
+        metadata, where = dict(origin.metadata), dict(origin.where)
+    else:
+        items = list(arrays.forward(native_of(model)))
+    if kind is not None:
+        items = [item.cast(dtype_code(kind)) for item in items]
+    if to in GRAPHS:
+        of_steps = {name: path for name, path in carried.items() if is_of_a_step(name)}
+        carried = {name: path for name, path in carried.items() if name not in of_steps}
+        if steps:
+            said["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
+            model, items = _with_steps(model, items, found.source.directory)
+        weights, texts = graph_files(model, to, {item.name: item for item in items})
+        shards = [weights]
+    else:
+        if to == "native":
+            texts[NATIVE_FILE] = native_record(model, state)
+        shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
+        texts |= index_of(shards)
+    if inside is not None:
+        carried, more = unpacked(inside, carried, said)
+        texts |= more
+    return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
+
+
+def _with_steps(
+    model: Model, items: Sequence[Item], directory: Path
+) -> tuple[SentenceModel, list[Item]]:
+    """The model that gives a text's vector, and its arrays; those of the steps as the first is."""
+    layers, folders = read_steps(directory, model.config.dim)
+    whole, kind = SentenceModel(model, layers, folders), items[0].info.dtype
+    held = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
+    for name, parameter in whole.steps.named_parameters():
+        held.append(item_of(f"steps.{name}", parameter.detach()).cast(kind))
+    return whole, held
+
+
+def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
+    """Tensors as a directory for the reference has them."""
+    inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
+    plain = found.native is None and found.foreign is None and found.adapter is None
+    if plain and not arrays.trust:
+        disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
+        written = {name for step in inverse.steps for name in _names(step)}
+        if written <= disk.keys():
+            for step in plan.steps:
+                if step.also:
+                    agreed(step, checkpoint.lazy, arrays.trust)  # before a byte is written
+            yield from _as_they_are(arrays, inverse, disk)
+            return
+    yield from in_order(arrays.backward(inverse), inverse)
+
+
+def _names(step: Step) -> list[str]:
+    return [*step.sources, *(name for names in step.also for name in names)]
+
+
+def _as_they_are(arrays: Arrays, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
+    """Names on disk to names on disk: nothing is turned."""
+    checkpoint = arrays.checkpoint
+    rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
+    decoded = {n for s in inverse.steps if arrays.coarse(s.targets) for n in _names(s)}
+    for name in inverse.header:
+        if name not in rules:
+            continue
+        info = checkpoint.tensors[disk[name]]
+        made, span = partial(checkpoint.lazy, disk[name]), span_of(checkpoint, info.name)
+        of = TensorInfo(name, info.shape, info.dtype)
+        source = f"{checkpoint.where[info.name]}: {info.name}"
+        item = Item(of, rules[name], made, span, decoded=name in decoded, source=source)
+        yield item.cast(inverse.header[name].dtype)

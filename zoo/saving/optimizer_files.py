@@ -1,0 +1,254 @@
+"""Files of optimizers' states: the one beside a checkpoint, for the checkpoint's other dialect."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from converters.checkpoint import Checkpoint
+from converters.formats import TensorInfo, open_regular, torch_dtype
+from converters.formats.torch_zip import TorchZipReader
+from converters.plan import Plan, target_names
+from converters.store import staged_file
+from zoo.checkpoints.sources import expanded, is_path
+from zoo.errors import (
+    MissingDependency,
+    NotACheckpoint,
+    OutputExists,
+    UsageError,
+    ZooError,
+    listing,
+    option,
+)
+from zoo.loading import Located, Ref, locate, native_of, prove
+from zoo.saving.optimizers import NAMES, check_names, check_state, convert_optimizer
+from zoo.saving.save import origin_of
+
+SHARDED = (
+    "of one process among several (DeepSpeed, FSDP). Gather them first: all parameters' states "
+    "in one state_dict"
+)
+
+
+def convert_file(
+    src: Ref,
+    file: Ref,
+    out: Ref,
+    *,
+    to: str = "native",
+    names: Sequence[str] | None = None,
+    force: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """The state in `file`, an optimizer's over `src`'s weights, as one over theirs in `to`.
+
+    `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
+    it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
+    by names in the state, by torch's own file of the weights or by the reference's module. `force`
+    replaces an optimizer's state that is at `out`, and no other file. `config` and `options` are
+    as `zoo.load` has them.
+    """
+    file, place = _path(file, "file"), _path(out, "out")
+    if names is not None:
+        check_names(names)
+    if not file.is_file():
+        read(file)  # which says what it is instead
+    with staged_file(place, partial(_replaced, file, force), size=file.stat().st_size) as stream:
+        _save(_converted(src, file, to, names, config, options), stream)
+    return place
+
+
+def _path(value: Any, what: str) -> Path:
+    if not is_path(value):
+        raise UsageError(f"{what}: expected a path, found {value!r}")
+    return expanded(value)
+
+
+def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
+    """Refuse a destination that is no optimizer's state alone, or is the one to be read."""
+    if os.path.abspath(place) == os.path.abspath(file):
+        raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
+    if not force:
+        raise OutputExists(f"{place}: exists already. Use {option('force')} to replace it.")
+    if place.is_symlink():
+        return ()  # the link is replaced, and not what it leads to
+    if place.samefile(file):
+        raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
+    if place.is_file() and not place.stat().st_size:
+        return ()
+    with suppress(ZooError):
+        if TorchZipReader(place, nested=True).keys == {"state", "param_groups"}:
+            return ()
+    told = "not a whole optimizer's state alone, and nothing else is replaced"
+    raise OutputExists(f"{place}: {told}. Write elsewhere, or move it away")
+
+
+def _converted(
+    src: Ref,
+    file: Path,
+    to: str,
+    names: Sequence[str] | None,
+    config: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    # an adapter beside the weights changes neither their names nor their shapes
+    found = locate(src, **{"adapter": False, **options})
+    if to not in ("native", *found.spec.dialects):
+        raise UsageError(f"to={to!r}: {found.spec.name} has {listing(found.spec.dialects)}")
+    if (found.dialect == "native") == (to == "native"):
+        raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
+    state = read(file)
+    checkpoint = found.checkpoint()
+    model, plan = prove(found, checkpoint, config or {})
+    told = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
+    if to == "native":
+        other = _theirs(found, checkpoint, plan, names or told, file)
+        return convert_optimizer(state, other, model, names=names)
+    return convert_optimizer(state, model, _targets(found, model, to, names))
+
+
+class _Stream:
+    """A file whose errors torch hides behind its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    stream = _Stream(file)
+    try:
+        torch.save(state, stream)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise stream.error or error from None
+
+
+def read_names(file: Path) -> list[str]:
+    """Names of parameters, one a line."""
+    try:
+        with open(open_regular(file), encoding="utf-8") as text:
+            return text.read().split()
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: not UTF-8; expected names of parameters, one a line") from None
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A torch optimizer's state_dict, wherever in the file it is."""
+    if file.is_dir():
+        raise NotACheckpoint(f"{file}: a directory, as states have it that are {SHARDED}")
+    held = TorchZipReader(file, nested=True).tree()
+    found = dict(_states(held, ""))
+    if len(found) == 1:
+        ((name, state),) = found.items()
+        check_state(state, f"{file}: {f'{name}: ' if name else ''}")
+        return state
+    if found:
+        raise UsageError(f"{file}: holds several optimizers' states: {listing(found)}. Save one")
+    if _is_sharded(held):
+        raise UsageError(f"{file}: {SHARDED}")
+    keys = listing(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
+    raise NotACheckpoint(f"{file}: no torch optimizer's state in it; found {keys}")
+
+
+def _states(held: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the state) of each."""
+    if isinstance(held, Mapping) and {"state", "param_groups"} <= held.keys():
+        groups = held["param_groups"]
+        if isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
+            yield name, dict(held)
+    elif depth and isinstance(held, Mapping | list):
+        parts = held.items() if isinstance(held, Mapping) else enumerate(held)
+        for key, value in parts:
+            yield from _states(value, f"{name}.{key}".strip("."), depth - 1)
+
+
+def _is_sharded(held: Any, depth: int = 2) -> bool:
+    if not isinstance(held, Mapping):
+        return False
+    if held.keys() & {"zero_stage", "base_optimizer_state", "single_partition_of_fp32_groups"}:
+        return True
+    return depth > 0 and any(_is_sharded(value, depth - 1) for value in held.values())
+
+
+# --- the side that is not native -----------------------------------------------------------------
+
+
+def _theirs(
+    found: Located, checkpoint: Checkpoint, plan: Plan, told: Sequence[str], file: Path
+) -> nn.Module | dict[str, Tensor]:
+    known = {*told} <= checkpoint.tensors.keys() if told else checkpoint.format == "torch"
+    if known:  # torch's own files hold a state_dict, in the order of the module
+        held = _empty(checkpoint.tensors)
+        for step in plan.steps:
+            for names in step.also:
+                held |= {name: held[own] for name, own in zip(names, step.sources, strict=True)}
+        if not told:
+            return held
+        rest = (name for name in held if name not in {*told})
+        return {name: held[name] for name in (*told, *rest)}
+    if found.foreign is not None:
+        raise _no_order(found.where)
+    return _reference(found.reference_class, json.loads(found.config_text), str(file))
+
+
+def _targets(
+    found: Located, model: Any, to: str, names: Sequence[str] | None
+) -> nn.Module | dict[str, Tensor]:
+    native = native_of(model)
+    state = {name: torch.empty(shape, device="meta") for name, shape in native.shapes.items()}
+    if names is not None:
+        bare = model.config.head in ("none", "pooler")
+        header = target_names(found.spec, to, model.config.to_dict(), native, bare=bare)
+        if unknown := [name for name in names if name not in header]:
+            raise UsageError(f"names: {listing(unknown)}: no parameter of the checkpoint in {to}")
+        rest = [name for name in header if name not in {*names}]
+        return _empty({name: header[name] for name in (*names, *rest)})
+    if to != "hf":
+        raise _no_order(f"the dialect {to}")
+    origin = origin_of(model, state)
+    return _reference(origin.reference_class, json.loads(origin.config), "a checkpoint")
+
+
+def _empty(header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+        for name, info in header.items()
+    }
+
+
+def _no_order(what: str, more: str = "") -> UsageError:
+    return UsageError(
+        "an optimizer numbers parameters in the order in which it was given them, and "
+        f"{what} does not say it. Give their names in that order: {option('names', ...)}{more}"
+    )
+
+
+def _reference(named: str | None, config: Mapping[str, Any], what: str) -> nn.Module:
+    from zoo.parity.reference import on_meta
+
+    if named is None:
+        raise _no_order(what)
+    try:
+        return on_meta(named, config)
+    except MissingDependency:
+        more = ", or install transformers, whose module has it"
+        raise _no_order(what, more) from None
