@@ -63,6 +63,6 @@ def int8_groups(unit: int) -> tuple[Coding, Coding]:
 
 def q8_0() -> Coding:
     """GGUF's: of each 32 numbers a scale in half precision, and 32 whole ones of eight bits."""
-    from converters.quantized.blocks import quantise_q8_0
+    from converters.quantized.blocks import quantize_q8_0
 
-    return Coding("Q8_0", 32, 34, quantise_q8_0)
+    return Coding("Q8_0", 32, 34, quantize_q8_0)

@@ -69,7 +69,7 @@ class Checkpoint:
     shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
     outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
-    quantised: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stands in
+    quantized: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stands in
     made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # if of several
     split: dict[str, str] | None = field(default=None, repr=False)  # files to be; None: as it is
     biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
@@ -84,7 +84,7 @@ class Checkpoint:
     def spare(self, name: str) -> str:
         """Why a tensor that no rule maps may be left out; empty where it may not."""
         if name in self.biases and not self.tensor(name).any():
-            return "zeros, which some programs write beside every quantised matrix"
+            return "zeros, which some programs write beside every quantized matrix"
         return ""
 
     def lazy(self, name: str) -> Lazy:
@@ -93,7 +93,7 @@ class Checkpoint:
         if read is None:
             return Lazy.of(self.tensor(name))
         info = self.tensors[name]
-        kind = Decoded if name in self.quantised else Stored
+        kind = Decoded if name in self.quantized else Stored
         return kind(info.shape, torch_dtype(info.dtype), read)
 
 

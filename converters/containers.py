@@ -36,7 +36,7 @@ class Format(NamedTuple):
 
     `open` gives the readers of a file and of those that it says belong to it, mapped or not. Beside
     what every reader has they may offer `values` (what else the file says), `span` (where a
-    tensor's bytes lie as they are; None if they do not), `quantised` (what stands in other
+    tensor's bytes lie as they are; None if they do not), `quantized` (what stands in other
     numbers), `size` (a tensor's bytes), `place` (the same of two names of one array) and `files`
     (all that they read).
     """
@@ -49,9 +49,9 @@ class Format(NamedTuple):
 
 
 def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
-    from converters.formats.llama2c import recognises
+    from converters.formats.llama2c import recognizes
 
-    return recognises(head, size)
+    return recognizes(head, size)
 
 
 FORMATS: dict[str, Format] = {
@@ -125,7 +125,7 @@ class Opened(NamedTuple):
         shared: dict[str, str] = {}
         outside: dict[str, str] = {}
         readers: dict[str, Reader] = {}
-        quantised: dict[str, str] = {}
+        quantized: dict[str, str] = {}
         for number, (path, reader) in enumerate(self.readers):
             key = _key(container.within, reader.tensors)
             if key is None:
@@ -145,8 +145,8 @@ class Opened(NamedTuple):
                 info = reader.tensors[inner]
                 tensors[name] = TensorInfo(name, info.shape, info.dtype)
                 where[name] = path.name
-            coarse = getattr(reader, "quantised", {})
-            quantised |= {name: coarse[inner] for name, inner in names.items() if inner in coarse}
+            coarse = getattr(reader, "quantized", {})
+            quantized |= {name: coarse[inner] for name, inner in names.items() if inner in coarse}
             shared |= _shared(reader, names)
         return Checkpoint(
             root=self.readers[0][0].parent,
@@ -158,7 +158,7 @@ class Opened(NamedTuple):
             readers=readers,
             shared=shared,
             outside=outside,
-            quantised=quantised,
+            quantized=quantized,
         )
 
 
@@ -207,7 +207,7 @@ class _Renamed:
 
     def span(self, name: str) -> tuple[int, int] | None:
         span = getattr(self._reader, "span", None)
-        if self._names[name] in getattr(self._reader, "quantised", ()):
+        if self._names[name] in getattr(self._reader, "quantized", ()):
             return None
         found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
         return found

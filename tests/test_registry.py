@@ -28,7 +28,7 @@ def test_every_promised_name_is_there() -> None:
 @pytest.mark.parametrize("entry", registry.checkpoints().values(), ids=lambda e: e.name)
 def test_a_name_says_where_it_comes_from(entry: registry.CheckpointEntry) -> None:
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo)
-    assert entry.licence
+    assert entry.license
     assert entry.pinned or entry.revision == "main"
     found, named = registry.architecture_for(entry.reference_config, entry.name)
     assert (found.name, named) == (entry.architecture, entry.reference_class)
@@ -135,7 +135,7 @@ C = {
     "architecture": "a",
     "repo": "o/n",
     "revision": "main",
-    "licence": "MIT",
+    "license": "MIT",
     "parameters": 3,
     "class": "AModel",
     "config": {},
@@ -171,7 +171,7 @@ def test_a_bad_architecture_is_named(entry: Any, says: str) -> None:
         ({"parameters": "3"}, r"checkpoints\.c: parameters: expected a positive whole number"),
         ({"parameters": True}, "parameters"),
         ({"revision": 3}, "revision: expected some text"),
-        ({"licence": None}, "licence: expected some text"),
+        ({"license": None}, "license: expected some text"),
         ({"config": [1]}, "config: expected a mapping"),
         ({"architecture": "aa"}, r"checkpoints\.c: no architecture is called 'aa'.*a\?"),
         ({"class": "AModels"}, r"a has no class 'AModels'.*AModel\?"),

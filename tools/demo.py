@@ -25,9 +25,9 @@ from zoo.parity.reference import transformers
 from zoo.parity.result import Report, Row
 from zoo.parity.truth import Truth
 from zoo.registry import Architecture
-from zoo.terminal import BOLD, DIM, GREEN, has_colour, paint, passing
+from zoo.terminal import BOLD, DIM, GREEN, has_color, paint, passing
 
-COLOUR = has_colour(sys.stdout)
+COLOR = has_color(sys.stdout)
 
 
 def main() -> int:
@@ -38,10 +38,10 @@ def main() -> int:
     with TemporaryDirectory(prefix="zoo-demo-") as scratch:
         for number, entry in enumerate(known.values(), 1):
             passing("", sys.stdout)
-            print(paint(f"{entry.name} ({number} of {len(known)})", BOLD, COLOUR))
+            print(paint(f"{entry.name} ({number} of {len(known)})", BOLD, COLOR))
             report.rows += demonstrate(entry, Path(scratch, entry.name))
     print("\nerror against the reference in fp64, and in fp32 and bf16 as a multiple of its own")
-    print(report.to_text(colour=COLOUR))
+    print(report.to_text(color=COLOR))
     return 0 if report.ok else 1
 
 
@@ -93,12 +93,12 @@ class Clock:
 
     def start(self, name: str, text: str) -> None:
         self.name, self.began = name, time.perf_counter()
-        passing(paint(f"  {name:<9}{text} …", DIM, COLOUR), sys.stdout)
+        passing(paint(f"  {name:<9}{text} …", DIM, COLOR), sys.stdout)
 
     def done(self, text: str) -> None:
-        took = paint(f"{time.perf_counter() - self.began:.2f} s", DIM, COLOUR)
+        took = paint(f"{time.perf_counter() - self.began:.2f} s", DIM, COLOR)
         passing("", sys.stdout)
-        print(f"  {paint(f'{self.name:<9}', GREEN, COLOUR)}{text}  {took}", flush=True)
+        print(f"  {paint(f'{self.name:<9}', GREEN, COLOR)}{text}  {took}", flush=True)
 
 
 def size(directory: Path) -> str:

@@ -58,9 +58,9 @@ VICTIMS: dict[str, tuple[str, Callable[[Path], fuzzed.Kind]]] = {
     "gguf": ("GGUF: header, tensors of all kinds", fuzzed.Gguf),
     "gguf-models": ("GGUF, loaded", models.GgufModels),
     "gguf-words": ("GGUF: vocabularies", fuzzed.GgufVocabularies),
-    "gptq": ("GPTQ, loaded", partial(models.Quantised, said=models.GPTQ)),
-    "awq": ("AWQ, loaded", partial(models.Quantised, said=models.AWQ)),
-    "fp8": ("FP8, loaded", partial(models.Quantised, said=models.FP8)),
+    "gptq": ("GPTQ, loaded", partial(models.Quantized, said=models.GPTQ)),
+    "awq": ("AWQ, loaded", partial(models.Quantized, said=models.AWQ)),
+    "fp8": ("FP8, loaded", partial(models.Quantized, said=models.FP8)),
     "sentencepiece": ("tokenizer.model", fuzzed.SentencePiece),
 }
 

@@ -137,7 +137,7 @@ class Trainers(Models):
             yield Sample(dialect, {name: zip_of(state, place)}, {name: rezipped}, told)
 
 
-class Quantised(Models):
+class Quantized(Models):
     """Packed matrices, and the part of config.json that says how."""
 
     def __init__(self, place: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
@@ -158,7 +158,7 @@ class Quantised(Models):
                     tensors[info.name] = data.half()
             config = {**json.loads(files["config.json"]), "quantization_config": said}
             about = {"config.json": json.dumps(config).encode()}
-            damage = {"model.safetensors": relaid, "config.json": requantised}
+            damage = {"model.safetensors": relaid, "config.json": requantized}
             yield Sample(name, {**about, "model.safetensors": packed(tensors)}, damage)
 
 
@@ -186,7 +186,7 @@ def parts(stem: str, weight: torch.Tensor, said: Mapping[str, Any]) -> dict[str,
     return {f"{stem}.{part}": tensor for part, tensor in made.items()}
 
 
-def requantised(data: bytes, chance: Chance) -> bytes:
+def requantized(data: bytes, chance: Chance) -> bytes:
     """A config, in the part that says how numbers are held or in any other."""
     config = json.loads(data)
     if chance.random() < 0.2:

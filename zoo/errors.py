@@ -35,7 +35,7 @@ class RepoNotFound(SourceError):
 
 
 class GatedRepo(SourceError):
-    """The repository exists; its licence has to be accepted first."""
+    """The repository exists; its license has to be accepted first."""
 
 
 class Offline(SourceError):

@@ -37,9 +37,9 @@ from converters.memory import enough, size
 from converters.plan import Native, Plan, identity_plan, make_plan, target_names
 from converters.quantized import settings
 from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
-from converters.quantized.dequantize import dequantised, stands_turned
+from converters.quantized.dequantize import dequantized, stands_turned
 from converters.quantized.settings import FIELD as QUANTISED
-from converters.quantized.settings import Quantisation
+from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec, load_spec
 from converters.strict_json import parse_json
 from zoo import registry
@@ -136,16 +136,16 @@ class Provenance:
     file: Path | None = None  # where one was given and not its directory
     ignore_config: tuple[str, ...] = ()  # as it was loaded with
     # native name -> what its numbers stood in before they were decoded, here or in an earlier round
-    quantised: Mapping[str, str] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
     stamps: dict[Path, Stamp] = field(default_factory=dict, repr=False)  # of files, as they were
 
     @property
     def lossy(self) -> str:
-        """The quantisations that weights were decoded from; empty where all are as published.
+        """The quantizations that weights were decoded from; empty where all are as published.
 
         Their bytes cannot be given back.
         """
-        return listing(sorted(set(self.quantised.values())))
+        return listing(sorted(set(self.quantized.values())))
 
     @property
     def rules(self) -> dict[str, str]:
@@ -227,7 +227,7 @@ class Located(NamedTuple):
     config_text: str
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
     foreign: Found | None = None  # files of a dialect that has no config.json
-    quantised: Quantisation | None = None  # how matrices are held, if not as they are
+    quantized: Quantization | None = None  # how matrices are held, if not as they are
     adapter: Files | None = None  # what its arrays are changed by
     brought: Mapping[str, Tensor] = {}  # tensors of the adapter's that the files lack
     mmap: bool | None = None  # whether weights are mapped; None: as their format is
@@ -256,12 +256,12 @@ class Located(NamedTuple):
             return self.foreign.checkpoint
         with sources.naming_damaged_blobs(self.source.directory):
             found = open_checkpoint(self.source.directory, self.mmap)
-        if self.quantised is None:
+        if self.quantized is None:
             return found
         config = json.loads(self.config_text)
         said = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
         turns = partial(stands_turned, self.spec.dialect("hf"))
-        return dequantised(found, self.quantised, turns, CONFIG_DTYPES.get(said))
+        return dequantized(found, self.quantized, turns, CONFIG_DTYPES.get(said))
 
     def config(self, head: str, changes: Mapping[str, Any]) -> Any:
         kind = self.entry.config_class
@@ -316,7 +316,7 @@ def load(
 
     `head` replaces the head that the checkpoint names ("none": hidden states). `config` changes
     native fields, `ignore_config` lets unknown fields of config.json pass, `trust` names tensors
-    on disk that win where tied ones differ. `weights="random"` initialises as the original does.
+    on disk that win where tied ones differ. `weights="random"` initializes as the original does.
     A checkpoint with a modules.json gives sentence embeddings; `modules=False` or a `head` gives
     the model alone. `verify` reads every byte and compares it with its recorded digest first.
     `check="finite"` refuses NaN and infinity among the weights, naming file and tensor; so does
@@ -627,14 +627,14 @@ def _understand(
     spec = load_spec(entry.spec)
     _, named = registry.architecture_for({"model_type": entry.model_type, **reference}, where)
     heads = _heads(entry, named, head)
-    quantised, more = None, list[str]()
+    quantized, more = None, list[str]()
     if reference.get(QUANTISED) is not None:  # what is read from now on, and written, are weights
-        quantised, more = settings.read_config(reference[QUANTISED], ignore)
+        quantized, more = settings.read_config(reference[QUANTISED], ignore)
         reference = {name: value for name, value in reference.items() if name != QUANTISED}
         text = json.dumps(reference, indent=2) + "\n"
     fields, problems = spec.dialect("hf").read_config(reference, ignore)
     problems += more
-    found = Located(source, entry, spec, heads, fields, named, text, quantised=quantised)
+    found = Located(source, entry, spec, heads, fields, named, text, quantized=quantized)
     as_published = partial(_as_published, spec.dialect("hf"))
     for name in heads:
         try:
@@ -781,11 +781,11 @@ def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
     known = registry.architectures()
     if data.get("architecture") not in known:
         yield f"architecture: {data.get('architecture')!r} is not known"
-    config, origin, quantised = (data.get(name) for name in ("config", "origin", "quantised"))
-    if quantised is not None and not (
-        isinstance(quantised, dict) and all(isinstance(kind, str) for kind in quantised.values())
+    config, origin, quantized = (data.get(name) for name in ("config", "origin", "quantised"))
+    if quantized is not None and not (
+        isinstance(quantized, dict) and all(isinstance(kind, str) for kind in quantized.values())
     ):
-        yield f"quantised: expected words by name, found {quantised!r}"
+        yield f"quantized: expected words by name, found {quantized!r}"
     if not isinstance(config, dict) or not isinstance(config.get("head"), str):
         yield "config: expected an object with a head"
     if not isinstance(origin, dict):
@@ -902,12 +902,12 @@ def provenance_of(
         revision=found.source.revision,
         file=found.source.file,
         ignore_config=found.ignore_config,
-        quantised=_quantised(found, checkpoint, plan),
+        quantized=_quantized(found, checkpoint, plan),
         stamps={path: stamp(os.stat(path)) for path in checkpoint.files},
     )
 
 
-def _quantised(found: Located, checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+def _quantized(found: Located, checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     """What each native array's numbers stood in, by its files or a manifest beside them."""
     if found.native is not None:
         return dict(found.native.get("quantised") or {})
@@ -917,7 +917,7 @@ def _quantised(found: Located, checkpoint: Checkpoint, plan: Plan) -> dict[str, 
 
         known = decoded(found.source.directory, checkpoint.files)
     for step in plan.steps:
-        held = [checkpoint.quantised.get(name, "") for name in step.sources]
+        held = [checkpoint.quantized.get(name, "") for name in step.sources]
         for n, target in enumerate(step.targets):
             mine = held[n : n + 1] if step.transform is None else held
             if kinds := sorted({*mine} - {""}):

@@ -73,7 +73,7 @@ class CheckpointEntry(NamedTuple):
     architecture: str
     repo: str
     revision: str
-    licence: str
+    license: str
     parameters: int
     reference_class: str
     config: Mapping[str, Any]
@@ -99,7 +99,7 @@ class CheckpointEntry(NamedTuple):
             "name": self.name,
             "architecture": self.architecture,
             "parameters": self.parameters,
-            "licence": self.licence,
+            "license": self.license,
             "repo": self.repo,
             "revision": self.revision,
             "pinned": self.pinned,
@@ -224,7 +224,7 @@ _CHECKPOINT = {
     "architecture": _TEXT,
     "repo": _REPO_ID,
     "revision": _TEXT,
-    "licence": _TEXT,
+    "license": _TEXT,
     "parameters": _COUNT,
     "class": _TEXT,
     "config": _MAPPING,
@@ -268,7 +268,7 @@ def parse_checkpoints(data: Any, known: Mapping[str, Architecture]) -> dict[str,
             entry["architecture"],
             entry["repo"],
             entry["revision"],
-            entry["licence"],
+            entry["license"],
             entry["parameters"],
             reference_class=entry["class"],
             config=entry["config"],

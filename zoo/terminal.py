@@ -1,4 +1,4 @@
-"""Colour and progress where a person looks on; plain lines where a file or a program does."""
+"""Color and progress where a person looks on; plain lines where a file or a program does."""
 
 import os
 import re
@@ -21,7 +21,7 @@ class Escaped:
         if text.isprintable() or text == "\n":
             return self.unescaped.write(text)
         # nothing but our own colors passes, and only where they are shown
-        parts = _STYLE.split(text) if has_colour(self.unescaped) else [text]
+        parts = _STYLE.split(text) if has_color(self.unescaped) else [text]
         kept = (part if n % 2 else printable(part) for n, part in enumerate(parts))
         self.unescaped.write("".join(kept))
         return len(text)
@@ -35,12 +35,12 @@ def unescaped(stream: Any) -> Any:
     return stream.unescaped if isinstance(stream, Escaped) else stream
 
 
-def has_colour(stream: TextIO) -> bool:
+def has_color(stream: TextIO) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def paint(text: str, style: str, colour: bool = True) -> str:
-    return f"{style}{text}{_OFF}" if colour and style else text
+def paint(text: str, style: str, color: bool = True) -> str:
+    return f"{style}{text}{_OFF}" if color and style else text
 
 
 def passing(text: str, stream: TextIO) -> None:

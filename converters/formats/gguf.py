@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, check_names, open_regular
 from converters.formats.source import SourceFile
-from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, Kind, dequantise
+from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, Kind, dequantize
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -111,10 +111,10 @@ class Array:
 class GGUFReader:
     """One file: its header, checked when opened; its tensors, when asked for.
 
-    They are views of the mapped file, or read; quantised ones are decoded.
+    They are views of the mapped file, or read; quantized ones are decoded.
 
     A file of a split holds a part of the tensors, so it has to be asked for by `part`; `open_gguf`
-    reads all of them as one. `tensors` says what is read; what was stored is in `quantised` where
+    reads all of them as one. `tensors` says what is read; what was stored is in `quantized` where
     that is not the same.
     """
 
@@ -147,10 +147,10 @@ class GGUFReader:
             for name, place in self._places.items()
         }
         check_names(path, self.tensors)
-        self.quantised = {n: p.kind.name for n, p in self._places.items() if p.kind.decode}
+        self.quantized = {n: p.kind.name for n, p in self._places.items() if p.kind.decode}
 
     def span(self, name: str) -> tuple[int, int]:
-        """(start, end) of a tensor's bytes in the file, quantised or not."""
+        """(start, end) of a tensor's bytes in the file, quantized or not."""
         place = self._places[name]
         return place.start, place.end
 
@@ -160,14 +160,14 @@ class GGUFReader:
         return end - start
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file, or of a quantised tensor its numbers in F32."""
+        """A view of the mapped file, or of a quantized tensor its numbers in F32."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
         if place.kind.decode is None:
             return self._file.tensor(place.start, info.dtype, info.shape)
         out = torch.empty(info.numel)
-        dequantise(place.kind, self._file.bytes(place.start, place.end), out)
+        dequantize(place.kind, self._file.bytes(place.start, place.end), out)
         return out.view(info.shape)
 
     def decoder(self, name: str) -> Read | None:
@@ -178,7 +178,7 @@ class GGUFReader:
         return self._file.boxes(place.start, info.dtype, info.shape)
 
     def numbers(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) of what is quantised, all axes but the last being rows."""
+        """(rows, columns) of what is quantized, all axes but the last being rows."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
@@ -188,7 +188,7 @@ class GGUFReader:
         shape = info.numel // width, width // block * size
         raw = self._file.box(place.start, "U8", shape, rows, slice(first * size, last * size))
         out = torch.empty(len(raw), (last - first) * block)
-        dequantise(place.kind, raw.reshape(-1), out.view(-1))
+        dequantize(place.kind, raw.reshape(-1), out.view(-1))
         return out[:, columns.start - first * block : columns.stop - first * block]
 
     def _place(self, name: str) -> _Place:
@@ -558,7 +558,7 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
     if unread:
         raise UnsupportedFormat(
             f"{path}: has types that are not decoded: {listing(unread)}. "
-            "Quantise the model to another, or take one that is not quantised."
+            "Quantize the model to another, or take one that is not quantized."
         )
     return places
 

@@ -119,7 +119,7 @@ class Header(NamedTuple):
         return starts, at
 
 
-def recognises(head: bytes, size: int) -> bool:
+def recognizes(head: bytes, size: int) -> bool:
     """Whether a file begins as llama2.c's do; version 0 has no magic, so its sizes must make sense.
 
     `size` is the file's.
@@ -180,7 +180,7 @@ class Llama2cReader:
         self.values: dict[str, Any] = self.header.values
         self.tensors = {n: TensorInfo(n, shape, "F32") for n, shape in self.header.arrays()}
         coarse = f"int8 in groups of {self.header.group}"
-        self.quantised = {n: coarse for n in self.tensors if self.header.groups(n)}
+        self.quantized = {n: coarse for n in self.tensors if self.header.groups(n)}
 
     def size(self, name: str) -> int:
         """Bytes that an array takes in the file."""
@@ -264,4 +264,4 @@ def rotary_tables(header: Header, base: float = 10000.0) -> dict[str, torch.Tens
     return {"freq_cis_real": angles.cos(), "freq_cis_imag": angles.sin()}
 
 
-__all__ = ["Header", "Llama2cReader", "header_for", "lay_out", "recognises"]
+__all__ = ["Header", "Llama2cReader", "header_for", "lay_out", "recognizes"]

@@ -237,7 +237,7 @@ UNREAD = {
 WRITTEN = {KINDS[number].name: number for number in (0, 1, 8, 30)}
 
 
-def dequantise(kind: Kind, raw: Tensor, out: Tensor) -> None:
+def dequantize(kind: Kind, raw: Tensor, out: Tensor) -> None:
     """Fills (numbers,) F32 with what (bytes,) stand for."""
     assert kind.decode is not None
     blocks, step = raw.view(-1, kind.size), _PIECE // kind.block
@@ -246,7 +246,7 @@ def dequantise(kind: Kind, raw: Tensor, out: Tensor) -> None:
         out[start * kind.block :][: piece.numel()] = piece.view(-1)
 
 
-def quantise_q8_0(tensor: Tensor) -> Tensor:
+def quantize_q8_0(tensor: Tensor) -> Tensor:
     """(..., numbers) -> (..., bytes): of each 32 a half-precision scale, then 32 of eight bits.
 
     Halves are rounded away from zero.
@@ -282,5 +282,5 @@ def pieces_of_q8_0(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         whole = len(numbers) // 32 * 32
         kept = numbers[whole:].clone()  # whoever gives the piece may use its memory again
         if whole:
-            yield quantise_q8_0(numbers[:whole])
+            yield quantize_q8_0(numbers[:whole])
     assert kept is None or not len(kept), "rows that are no whole blocks are refused before"

@@ -15,7 +15,7 @@ from converters.formats import TensorInfo, torch_dtype
 from converters.lazy import Read
 from converters.plan import FLOATS
 from converters.quantized.packing import AWQ_SHIFTS, UNITS, Blocks, Groups, Matrix, turned
-from converters.quantized.settings import FIELD, Quantisation
+from converters.quantized.settings import FIELD, Quantization
 from converters.spec import Dialect
 from zoo.errors import (
     CorruptCheckpoint,
@@ -55,8 +55,8 @@ def stands_turned(dialect: Dialect, disk: str) -> bool:
 # --- the tensors ---------------------------------------------------------------------------------
 
 
-def dequantised(
-    checkpoint: Checkpoint, how: Quantisation, turns: Callable[[str], bool], dtype: str | None
+def dequantized(
+    checkpoint: Checkpoint, how: Quantization, turns: Callable[[str], bool], dtype: str | None
 ) -> Checkpoint:
     """The same checkpoint with one plain matrix in the place of each group of tensors.
 
@@ -72,7 +72,7 @@ class _Groups:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        how: Quantisation,
+        how: Quantization,
         turns: Callable[[str], bool],
         dtype: str | None,
     ) -> None:
@@ -332,7 +332,7 @@ class _Groups:
             readers=readers,
             outside=dict(self.needless),
             made_of={name: matrix.parts for name, matrix in self.matrices.items()},
-            quantised=dict.fromkeys(self.matrices, self.how.about),
+            quantized=dict.fromkeys(self.matrices, self.how.about),
             split=split,
             biases=frozenset(f"{name.removesuffix('weight')}bias" for name in self.matrices),
         )

@@ -80,7 +80,7 @@ _IGNORED = {
 }
 
 
-class Quantisation(NamedTuple):
+class Quantization(NamedTuple):
     """What a config says of how matrices are held."""
 
     method: str
@@ -116,7 +116,7 @@ def beside(directory: Path) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation | None, list[str]]:
+def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantization | None, list[str]]:
     """What `quantization_config` means, and everything in it that is not read."""
     method = said.get("quant_method") if isinstance(said, dict) else None
     if not isinstance(method, str) or method not in _ALLOWED:
@@ -146,7 +146,7 @@ def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantisation |
     return (None if problems or more else how), problems + more
 
 
-def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[str]]:
+def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     group, problems = said.get("group_size"), list[str]()
     if type(group) is not int or (group < 1 and group != -1):
         problems.append(f"{FIELD}.group_size: {group!r}, expected a number of inputs, or -1")
@@ -155,17 +155,17 @@ def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[
     if method == "awq":
         if said.get("version") is None:
             problems.append(f"{FIELD}.version: missing, and the order of numbers depends on it")
-        return Quantisation(method, 4, group or -1), problems
+        return Quantization(method, 4, group or -1), problems
     told = (said.get(key) for key in ("checkpoint_format", "format"))
     formats = {each for each in told if isinstance(each, str)}
     if len(formats) > 1:
         problems.append(f"{FIELD}.checkpoint_format and .format differ: {listing(sorted(formats))}")
     first = formats != {"gptq_v2"}
     bits, ordered = said.get("bits") or 4, bool(said.get("desc_act"))
-    return Quantisation(method, bits, group or -1, first, ordered), problems
+    return Quantization(method, bits, group or -1, first, ordered), problems
 
 
-def _floats(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[str]]:
+def _floats(method: str, said: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     if method == "fp8":
         blocks = [said.get("weight_block_size")]
         where = f"{FIELD}.weight_block_size"
@@ -173,25 +173,25 @@ def _floats(method: str, said: Mapping[str, Any]) -> tuple[Quantisation, list[st
         where = f"{FIELD}.config_groups"
         groups = said.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            return Quantisation(method), [f"{where}: expected groups by name"]
+            return Quantization(method), [f"{where}: expected groups by name"]
         blocks = []
         for name, group in groups.items():
             weights = group.get("weights") if isinstance(group, dict) else None
             held = weights if isinstance(weights, dict) else {}
             kind, strategy = (held.get("num_bits"), held.get("type")), held.get("strategy")
             if kind != (8, "float") or strategy not in ("tensor", "channel", "block"):
-                return Quantisation(method), [
+                return Quantization(method), [
                     f"{where}.{name}.weights: num_bits, type and strategy {(*kind, strategy)} are "
                     "not implemented (only 8, 'float' and 'tensor', 'channel' or 'block')"
                 ]
             blocks.append(held.get("block_structure") if strategy == "block" else None)
     if any(block != blocks[0] for block in blocks):
-        return Quantisation(method), [f"{where}: blocks of several sizes, {blocks}"]
+        return Quantization(method), [f"{where}: blocks of several sizes, {blocks}"]
     if blocks[0] is None:
-        return Quantisation(method), []
+        return Quantization(method), []
     size = blocks[0]
     if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)):
-        return Quantisation(method), [f"{where}: {size!r}, expected rows and columns"]
+        return Quantization(method), [f"{where}: {size!r}, expected rows and columns"]
     if min(size) < 1:
-        return Quantisation(method), [f"{where}: {size!r} is not positive"]
-    return Quantisation(method, block=(size[0], size[1])), []
+        return Quantization(method), [f"{where}: {size!r} is not positive"]
+    return Quantization(method, block=(size[0], size[1])), []

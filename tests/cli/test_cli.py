@@ -58,7 +58,7 @@ def test_list_for_programs(run: Any) -> None:
         "name": "gpt2",
         "architecture": "gpt2",
         "parameters": 124439808,
-        "licence": "MIT",
+        "license": "MIT",
         "repo": "openai-community/gpt2",
         "revision": "main",
         "pinned": False,
@@ -81,7 +81,7 @@ def test_info_of_a_name_is_answered_offline(run: Any, no_sockets: None) -> None:
         "class         LlamaForCausalLM",
         "head          lm",
         "parameters    1,235,814,400",
-        "licence       Llama 3.2 Community",
+        "license       Llama 3.2 Community",
         "repository    meta-llama/Llama-3.2-1B",
         "revision      main (unpinned)",
         "num_key_value_heads      8",
@@ -212,15 +212,15 @@ def test_verify_fails_where_parity_does(run: Any, monkeypatch: pytest.MonkeyPatc
     def verify(ref: str | None, *, all: bool, **more: Any) -> Any:
         return SimpleNamespace(
             ok=ref == "gpt2",
-            to_text=lambda colour: f"{ref} all={all} colour={colour}",
+            to_text=lambda color: f"{ref} all={all} color={color}",
             to_json=lambda: {"ok": False},
         )
 
     monkeypatch.setattr(zoo, "verify", verify, raising=False)
-    assert run("verify", "gpt2") == (0, "gpt2 all=False colour=False\n", "")
-    assert run("verify", "llama") == (1, "llama all=False colour=False\n", "")
+    assert run("verify", "gpt2") == (0, "gpt2 all=False color=False\n", "")
+    assert run("verify", "llama") == (1, "llama all=False color=False\n", "")
     assert run("verify", "--all", "--json") == (1, '{\n  "ok": false\n}\n', "")
-    assert run("verify", "--all") == (1, "None all=True colour=False\n", "")
+    assert run("verify", "--all") == (1, "None all=True color=False\n", "")
 
 
 def test_verify_wants_one_thing(run: Any) -> None:

@@ -542,7 +542,7 @@ def test_stories_text_and_logits(stories: Path, tmp_path: Path) -> None:
     assert 0.01 < (rough - logits).abs().max() < 1
 
 
-def quantised(group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantized(group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(count // group, group, generator=torch.Generator().manual_seed(3))
     x[2] = 0
     scale = x.abs().amax(1) / 127
@@ -551,7 +551,7 @@ def quantised(group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_groups_of_int8_however_the_pieces_are_cut() -> None:
-    x, whole, scale = quantised(8, 80)
+    x, whole, scale = quantized(8, 80)
     first, second = int8_groups(8)
     for step in (1, 7, 8, 13, 80):
         pieces = [x.view(-1)[at : at + step] for at in range(0, 80, step)]
@@ -802,7 +802,7 @@ def test_files_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts
             found = [p.reshape(-1) for p in checkpoint.lazy(name).pieces(100)]
             assert torch.equal(torch.cat(found).nan_to_num(), whole.reshape(-1).nan_to_num())
     ((_, reader), *_) = opened.readers
-    assert reader.quantised
+    assert reader.quantized
 
 
 # --- the engine ----------------------------------------------------------------------------------
@@ -1021,7 +1021,7 @@ def test_what_was_in_groups_is_said_of_it(
     assert stored is not None and stored.bytes + 256 == (tmp_path / "q/model.bin").stat().st_size
     zoo.convert(tmp_path / "q", tmp_path / "native", to="native")
     assert zoo.load(tmp_path / "native").provenance.lossy == lossy
-    assert lossy in zoo.info(tmp_path / "native").quantised
+    assert lossy in zoo.info(tmp_path / "native").quantized
 
 
 def test_zeros_that_a_dialect_asks_for_are_no_surprise(

@@ -41,7 +41,7 @@ from converters.formats.gguf import (
 )
 from converters.lazy import Lazy
 from converters.output import Item, Output, Shard
-from converters.quantized.blocks import KINDS, UNREAD, pieces_of_q8_0, quantise_q8_0
+from converters.quantized.blocks import KINDS, UNREAD, pieces_of_q8_0, quantize_q8_0
 from converters.store import Stage
 from converters.writer import Options, run
 from zoo.errors import (
@@ -164,7 +164,7 @@ def test_plain_types_are_views(tmp_path: Path, name: str, shape: tuple[int, ...]
     path = written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", values))
     reader = GGUFReader(path)
     assert reader.tensors == {"a": TensorInfo("a", shape, name)}
-    assert reader.quantised == {}
+    assert reader.quantized == {}
     assert same(reader.tensor("a"), values)
     assert reader.tensor("a").data_ptr() == reader.tensor("a").data_ptr()
     start, end = reader.span("a")
@@ -194,14 +194,14 @@ def blocks(name: str, *shape: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("shape", [(256,), (7, 512), (3, 5, 256), (400, 1024)])
-def test_quantised_types_are_decoded_as_the_library_does(
+def test_quantized_types_are_decoded_as_the_library_does(
     tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
     stored = blocks(name, *shape)
     path = written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", stored, raw_dtype=Type[name]))
     reader = GGUFReader(path)
     assert reader.tensors == {"a": TensorInfo("a", shape, "F32")}
-    assert reader.quantised == {"a": name}
+    assert reader.quantized == {"a": name}
     with np.errstate(all="ignore"):
         expected = dequantize(stored, Type[name])
     assert np.isfinite(expected).any()
@@ -214,7 +214,7 @@ def test_quantised_types_are_decoded_as_the_library_does(
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"])
-def test_what_the_library_quantises_comes_back(tmp_path: Path, name: str) -> None:
+def test_what_the_library_quantizes_comes_back(tmp_path: Path, name: str) -> None:
     values = chance.standard_normal((6, 512), np.float32)
     stored = quantize(values, Type[name])
     path = written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", stored, raw_dtype=Type[name]))
@@ -382,7 +382,7 @@ def test_headers_need_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path;"
         "from converters.formats.gguf import GGUFReader as R;"
-        f"assert R(Path({str(path)!r})).quantised == {{'a.weight': 'Q8_0'}};"
+        f"assert R(Path({str(path)!r})).quantized == {{'a.weight': 'Q8_0'}};"
         "assert 'torch' not in sys.modules"
     )
     root = Path(__file__).parents[2]
@@ -840,7 +840,7 @@ def test_mutated_files_never_fail_otherwise(
     for tensor in library.tensors:
         found = reader.tensor(tensor.name)
         with np.errstate(all="ignore"):
-            if tensor.name in reader.quantised or tensor.tensor_type == Type.BF16:
+            if tensor.name in reader.quantized or tensor.tensor_type == Type.BF16:
                 assert same(found.float(), dequantize(tensor.data, tensor.tensor_type))
             else:
                 assert same(found, tensor.data)
@@ -964,7 +964,7 @@ def save(path: Path, tensors: dict[str, tuple[str, torch.Tensor]], said: dict[st
         for about in reversed(infos):
             kind, tensor = tensors[about.name]
             if kind == "Q8_0":
-                bits = quantise_q8_0(tensor)
+                bits = quantize_q8_0(tensor)
             else:
                 bits = tensor.contiguous().reshape(-1).view(torch.uint8)
             assert bits.nbytes == stored_bytes(about)
@@ -1181,31 +1181,31 @@ def test_a_conversion_writes_it_in_any_order_and_in_pieces(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 1e-20, 1e5])
-def test_quantised_as_the_library_does(scale: float) -> None:
+def test_quantized_as_the_library_does(scale: float) -> None:
     values = torch.randn(17, 3, 96) * scale
     values[0, 0, :32] = 0
-    found = quantise_q8_0(values)
+    found = quantize_q8_0(values)
     assert found.shape == (17, 3, 102)
     assert same(found, quantize(values.numpy(), Type.Q8_0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_quantised_from_any_dtype(dtype: torch.dtype) -> None:
+def test_quantized_from_any_dtype(dtype: torch.dtype) -> None:
     values = torch.randn(5, 64).to(dtype)
-    assert same(quantise_q8_0(values), quantize(values.float().numpy(), Type.Q8_0))
+    assert same(quantize_q8_0(values), quantize(values.float().numpy(), Type.Q8_0))
 
 
 def test_halves_are_rounded_away_from_zero() -> None:
     values = torch.zeros(32)
     values[:8] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
-    found = quantise_q8_0(values)
+    found = quantize_q8_0(values)
     assert found[:2].view(torch.float16).item() == 1
     assert found[2:10].view(torch.int8).tolist() == [127, 1, 2, 3, -1, -2, -3, 127]
     assert same(found, quantize(values.numpy(), Type.Q8_0))
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 96, 100, 512])
-def test_pieces_quantise_as_the_whole(size: int) -> None:
+def test_pieces_quantize_as_the_whole(size: int) -> None:
     values, shared = torch.randn(4, 128), torch.empty(size)
 
     def pieces() -> Iterator[torch.Tensor]:
@@ -1213,20 +1213,20 @@ def test_pieces_quantise_as_the_whole(size: int) -> None:
             yield shared[: len(piece)].copy_(piece)
 
     found = [piece.clone() for piece in pieces_of_q8_0(pieces())]
-    assert torch.equal(torch.cat(found), quantise_q8_0(values).view(-1))
+    assert torch.equal(torch.cat(found), quantize_q8_0(values).view(-1))
 
 
-def test_turned_tensors_quantise_as_they_read() -> None:
+def test_turned_tensors_quantize_as_they_read() -> None:
     values = torch.randn(64, 3).t()
-    assert torch.equal(quantise_q8_0(values), quantise_q8_0(values.contiguous()))
+    assert torch.equal(quantize_q8_0(values), quantize_q8_0(values.contiguous()))
 
 
 def test_numbers_too_small_for_any_scale_are_zeros() -> None:
     for tiny in (1e-44, 1e-40, 1e-38):
         values = torch.full((32,), tiny)
         values[3] = 0
-        assert not quantise_q8_0(values)[:2].any()
-    assert not quantise_q8_0(torch.full((32,), 1e-40)).any()
+        assert not quantize_q8_0(values)[:2].any()
+    assert not quantize_q8_0(torch.full((32,), 1e-40)).any()
 
 
 def test_what_q8_0_cannot_hold() -> None:
@@ -1234,12 +1234,12 @@ def test_what_q8_0_cannot_hold() -> None:
     for odd in (float("nan"), float("inf"), -float("inf")):
         values[5] = odd
         with pytest.raises(NonFinite, match="Q8_0"):
-            quantise_q8_0(values)
+            quantize_q8_0(values)
     values[5] = 8.4e6
     with pytest.raises(OverflowOnCast, match=r"8\.4e\+06"):
-        quantise_q8_0(values)
+        quantize_q8_0(values)
     values[5] = 8.3e6
-    quantise_q8_0(values)
+    quantize_q8_0(values)
 
 
 # --- the reference --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from converters.formats import TensorInfo
 from converters.formats.gguf import GGUFReader, Value, lay_out
 from converters.formats.llama2c import Llama2cReader
 from converters.manifest import check, read
-from converters.quantized.blocks import quantise_q8_0
+from converters.quantized.blocks import quantize_q8_0
 from zoo import registry
 from zoo.cli.app import main
 from zoo.errors import BadTokenizer, ConfigError, LossyExport, NotACheckpoint, UsageError
@@ -84,7 +84,7 @@ def test_weights_and_config_come_back(hf: Any, tmp_path: Path, name: str) -> Non
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.gguf", "zoo-manifest.json"]
     again = zoo.load(path)
     assert torch.equal(logits(again), logits(model))
-    assert again.provenance.origin.dialect == "gguf" and not again.provenance.quantised
+    assert again.provenance.origin.dialect == "gguf" and not again.provenance.quantized
     assert zoo.info(path).architecture == name
     assert list(check(path.parent, sha256=True)) == []
     # and is the same from a model in memory, byte for byte
@@ -121,7 +121,7 @@ def test_the_formats_own_package_reads_it(hf: Any, tmp_path: Path, name: str) ->
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     for part, count in heads.items():
         wanted = theirs[f"model.layers.{layer}.self_attn.{part}_proj.weight"]
-        if name == "llama":  # llama.cpp turns neighbours there, and halves in qwen2
+        if name == "llama":  # llama.cpp turns neighbors there, and halves in qwen2
             rows, dim = wanted.shape
             wanted = wanted.view(count, 2, rows // count // 2, dim).transpose(1, 2)
             wanted = wanted.reshape(rows, dim)
@@ -199,7 +199,7 @@ def test_narrow_matrices(hf: Any, tmp_path: Path, dtype: str) -> None:
 
 
 def test_q8_0(tmp_path: Path) -> None:
-    """Rows that divide into blocks are quantised as the format's own package does it."""
+    """Rows that divide into blocks are quantized as the format's own package does it."""
     gguf = pytest.importorskip("gguf")
     source = published(
         "llama",
@@ -223,20 +223,20 @@ def test_q8_0(tmp_path: Path) -> None:
     assert ours["blk.0.ffn_down.weight"].tensor_type == kinds.F32  # rows of 72
     assert ours["blk.0.attn_norm.weight"].tensor_type == kinds.F32
     model = zoo.load(path)
-    assert model.provenance.quantised["blocks.0.mlp.up.weight"] == "Q8_0"
+    assert model.provenance.quantized["blocks.0.mlp.up.weight"] == "Q8_0"
     again = gguf.quants.dequantize(wanted, kinds.Q8_0)
     assert np.array_equal(model.blocks[0].mlp.up.weight.detach().numpy(), again)
     # the manifest of what is made of it says so, and that of the file itself
     zoo.convert(path, tmp_path / "native", to="native")
     assert read(tmp_path / "native")["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
-    assert read(tmp_path / "native")["lossy"] == "dequantised: Q8_0"
-    assert "Q8_0" in zoo.info(path).quantised
+    assert read(tmp_path / "native")["lossy"] == "dequantized: Q8_0"
+    assert "Q8_0" in zoo.info(path).quantized
     assert zoo.info(path).stored.dtypes["Q8_0"] > 0
     zoo.save(model, tmp_path / "saved")
-    assert read(tmp_path / "saved")["quantised"] == model.provenance.quantised
+    assert read(tmp_path / "saved")["quantised"] == model.provenance.quantized
     native = zoo.load(tmp_path / "native")
     assert torch.equal(logits(native), logits(model))
-    # quantised again from what it stands for, in another order of pieces: the same bytes
+    # quantized again from what it stands for, in another order of pieces: the same bytes
     converted(tmp_path / "native", tmp_path / "again", dtype="q8_0", memory=1 << 16)
     assert (tmp_path / "again" / "model.gguf").read_bytes() == path.read_bytes()
     with pytest.raises(UsageError, match="hf has no such type"):
@@ -670,7 +670,7 @@ def test_llama_cpp_reads_it(fixtures: Path, stories: Path, tmp_path: Path) -> No
     for dtype, most in ((None, 1e-5), ("bfloat16", 2e-2), ("q8_0", 2e-2)):
         path = stories if dtype is None else converted(stories, tmp_path / str(dtype), dtype=dtype)
         found = theirs_of(package, path, ids)
-        # what they quantise beside the weights is theirs alone
+        # what they quantize beside the weights is theirs alone
         distance = (found - logits_of(zoo.load(path), ids)).abs().max().item() / floor
         assert distance < most, (dtype, distance)
     theirs = package.Llama(str(stories), vocab_only=True, verbose=False)
@@ -735,13 +735,13 @@ def test_info(stories: Path, capsys: Any) -> None:
 
 
 def test_q8_0_is_what_the_format_layer_makes() -> None:
-    """A tensor in pieces is quantised as the whole is."""
+    """A tensor in pieces is quantized as the whole is."""
     from converters.block_codes import in_units, q8_0
 
     numbers = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     pieces = [numbers.view(-1)[:50], numbers.view(-1)[50:51], numbers.view(-1)[51:]]
     made = torch.cat([coded.reshape(-1) for _, coded in in_units(iter(pieces), q8_0())])
-    assert torch.equal(made, quantise_q8_0(numbers).reshape(-1))
+    assert torch.equal(made, quantize_q8_0(numbers).reshape(-1))
 
 
 def test_every_file_of_a_vocabulary_is_made_of_values() -> None:

@@ -20,8 +20,8 @@ import zoo
 from converters import lazy
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.manifest import NAME, check
-from converters.quantized.dequantize import dequantised, stands_turned
-from converters.quantized.settings import Quantisation, read_config
+from converters.quantized.dequantize import dequantized, stands_turned
+from converters.quantized.settings import Quantization, read_config
 from converters.spec import load_spec
 from zoo import registry
 from zoo.cli.app import main
@@ -217,7 +217,7 @@ def split_up(way: str, dense: Tensor, turned: bool) -> tuple[dict[str, Tensor], 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """(a quantised checkpoint, the same with plain weights)"""
+    """(a quantized checkpoint, the same with plain weights)"""
 
     @cache
     def make(model: str = "llama", way: str = "gptq") -> tuple[Path, Path]:
@@ -226,16 +226,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         reference_class, fields = MODELS[model]
         write(reference_class, fields, root / "plain", dtype=dtype)
         plain = load_file(root / "plain" / "model.safetensors")
-        quantised = dict(plain)
+        quantized = dict(plain)
         for name, tensor in plain.items():
             if name.endswith(LINEAR):
                 stem = name.removesuffix(".weight")
-                del quantised[name]
+                del quantized[name]
                 parts, meant = split_up(way, tensor, turned=model == "gpt2")
-                quantised |= {f"{stem}.{part}": t.contiguous() for part, t in parts.items()}
+                quantized |= {f"{stem}.{part}": t.contiguous() for part, t in parts.items()}
                 plain[name] = meant.to(dtype).contiguous()
         save_file(plain, root / "plain" / "model.safetensors", metadata={"format": "pt"})
-        copied(root / "plain", root / "held", quantised, {"quantization_config": WAYS[way]})
+        copied(root / "plain", root / "held", quantized, {"quantization_config": WAYS[way]})
         return root / "held", root / "plain"
 
     return make
@@ -256,7 +256,7 @@ def opened(
 ) -> Checkpoint:
     how, problems = read_config(said)
     assert how is not None, problems
-    return dequantised(open_checkpoint(directory), how, lambda name: turned, dtype)
+    return dequantized(open_checkpoint(directory), how, lambda name: turned, dtype)
 
 
 def one(
@@ -509,7 +509,7 @@ def test_every_architecture_in_eight_bits(tmp_path: Path, name: str) -> None:
         assert same(zoo.load(out), wanted)
     again = zoo.load(zoo.convert(tmp_path / "native", tmp_path / "again", to="hf"))
     assert same(again, wanted)
-    assert set() < again.provenance.quantised.keys() < dict(wanted.named_parameters()).keys()
+    assert set() < again.provenance.quantized.keys() < dict(wanted.named_parameters()).keys()
 
 
 def test_a_stack_of_experts_is_loaded(
@@ -532,7 +532,7 @@ def test_a_stack_of_experts_is_loaded(
             tensors[f"{after}.experts.{kind}_proj_scale_inv"] = scale
     said = {"quantization_config": WAYS["fp8"]}
     m, wanted = zoo.load(copied(plain, tmp_path / "held", tensors, said)), zoo.load(plain)
-    assert "blocks.1.mlp.up" in m.provenance.quantised
+    assert "blocks.1.mlp.up" in m.provenance.quantized
     for mine, other in zip(m.parameters(), wanted.parameters(), strict=True):
         assert torch.allclose(mine.float(), other.float(), rtol=0.1, atol=1e-3)
 
@@ -558,7 +558,7 @@ def test_a_file_of_its_own_may_say_how(
     odd = copied(held, tmp_path / "held", tensors, {"quantization_config": None})
     (odd / name).write_text(json.dumps(said))
     assert same(zoo.load(odd), zoo.load(plain))
-    assert zoo.info(odd).quantised == zoo.info(held).quantised
+    assert zoo.info(odd).quantized == zoo.info(held).quantized
     out = zoo.convert(odd, tmp_path / "out", to="hf")
     assert not (out / name).exists() and same(zoo.load(out), zoo.load(plain))
     (out / name).write_text(json.dumps({"bits": "many"}))
@@ -578,7 +578,7 @@ def test_what_is_written_says_that_it_was_decoded(
     for to in ("hf", "native", "meta"):
         out = zoo.convert(held, tmp_path / to, to=to, dtype="float32" if to == "meta" else None)
         said = json.loads((out / NAME).read_text())
-        assert said["lossy"].startswith(f"dequantised: {method}") and not list(check(out))
+        assert said["lossy"].startswith(f"dequantized: {method}") and not list(check(out))
         lossy = lossy_in(said)
         assert len(lossy) == 2 * 7 and all("norm" not in name for name in lossy)
         assert to != "hf" or projection in lossy
@@ -587,7 +587,7 @@ def test_what_is_written_says_that_it_was_decoded(
     native = zoo.load(tmp_path / "native")
     assert native.provenance.lossy.startswith(method)
     back = zoo.convert(tmp_path / "native", tmp_path / "back", to="hf")
-    assert json.loads((back / NAME).read_text())["lossy"].startswith(f"dequantised: {method}")
+    assert json.loads((back / NAME).read_text())["lossy"].startswith(f"dequantized: {method}")
     assert (back / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
     assert (
         load_file(back / "model.safetensors").keys()
@@ -603,7 +603,7 @@ def lossy_in(manifest: dict[str, Any]) -> set[str]:
 
 
 def in_files(kind: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Path:
-    """Quantised in safetensors, or by ourselves in another dialect's file."""
+    """Quantized in safetensors, or by ourselves in another dialect's file."""
     if kind in WAYS:
         return made("llama", kind)[0]
     dtype = "q8_0" if kind == "gguf" else "float32"
@@ -616,25 +616,25 @@ def test_every_round_says_what_weights_were_decoded_from(
 ) -> None:
     held = in_files(kind, made, tmp_path)
     first = zoo.load(held).provenance
-    assert first is not None and "blocks.1.mlp.down.weight" in first.quantised
-    assert "blocks.0.norm1.weight" not in first.quantised
-    assert first.lossy and first.lossy in zoo.info(held).quantised
+    assert first is not None and "blocks.1.mlp.down.weight" in first.quantized
+    assert "blocks.0.norm1.weight" not in first.quantized
+    assert first.lossy and first.lossy in zoo.info(held).quantized
     rounds = [("native", None), ("hf", None), ("native", "float32"), ("meta", None), ("hf", None)]
     for n, (to, dtype) in enumerate([*rounds, ("gguf", None), ("llama2c", None)]):
         held = zoo.convert(held, tmp_path / str(n), to=to, dtype=dtype)
         said = json.loads((held / NAME).read_text())
-        assert said["quantised"] == first.quantised
-        assert said["lossy"] == f"dequantised: {first.lossy}"
+        assert said["quantised"] == first.quantized
+        assert said["lossy"] == f"dequantized: {first.lossy}"
         lossy = lossy_in(said)
-        assert lossy and (to != "native" or lossy == first.quantised.keys())
+        assert lossy and (to != "native" or lossy == first.quantized.keys())
         m = zoo.load(held)
-        assert m.provenance.quantised == first.quantised
-        assert zoo.info(held).quantised == f"it was, and is decoded: {first.lossy}"
+        assert m.provenance.quantized == first.quantized
+        assert zoo.info(held).quantized == f"it was, and is decoded: {first.lossy}"
         zoo.save(m, tmp_path / f"{n}, saved", to=to)
         again = json.loads((tmp_path / f"{n}, saved" / NAME).read_text())
-        assert again["quantised"] == first.quantised and lossy_in(again) == lossy
+        assert again["quantised"] == first.quantized and lossy_in(again) == lossy
     (held / NAME).write_text("{}")  # damaged: nothing that loading would refuse
-    assert not zoo.load(held).provenance.quantised
+    assert not zoo.load(held).provenance.quantized
 
 
 def test_a_record_of_it_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -643,7 +643,7 @@ def test_a_record_of_it_that_is_none_is_refused(tmp_path: Path) -> None:
     said = json.loads(path.read_text())
     for odd in ("gptq", {"norm.weight": 4}):
         path.write_text(json.dumps({**said, "quantised": odd}))
-        with pytest.raises(ConfigError, match="quantised: expected words by name"):
+        with pytest.raises(ConfigError, match="quantized: expected words by name"):
             zoo.load(tmp_path / "native")
 
 
@@ -658,7 +658,7 @@ def test_saving_writes_plain_weights(
             "quantization_config"
             not in (out / "config.json" if to == "hf" else out / NAME).read_text()
         )
-        assert json.loads((out / NAME).read_text())["lossy"].startswith("dequantised: gptq")
+        assert json.loads((out / NAME).read_text())["lossy"].startswith("dequantized: gptq")
         assert same(zoo.load(out), zoo.load(plain))
 
 
@@ -710,11 +710,11 @@ def test_info_says_how_numbers_are_held(
     assert main(["info", str(held)]) == 0
     assert "gptq, 4 bits, groups of 16" in capsys.readouterr().out
     zoo.convert(held, tmp_path / "native", to="native")
-    assert zoo.info(tmp_path / "native").quantised.endswith("gptq, 4 bits, groups of 16")
+    assert zoo.info(tmp_path / "native").quantized.endswith("gptq, 4 bits, groups of 16")
     config = json.loads((held / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "hqq"}
     odd = copied(held, tmp_path / "odd", {}, config)
-    assert "hqq" in zoo.info(odd).quantised
+    assert "hqq" in zoo.info(odd).quantized
 
 
 def test_verify_says_what_to_do(made: Callable[..., tuple[Path, Path]]) -> None:
@@ -977,10 +977,10 @@ def test_which_way_a_matrix_stands_is_in_the_spec() -> None:
 
 
 def test_headers_cost_no_weights(made: Callable[..., tuple[Path, Path]]) -> None:
-    how = Quantisation("gptq", 4, 16, True)
+    how = Quantization("gptq", 4, 16, True)
     tracemalloc.start()
     try:
-        dequantised(open_checkpoint(made()[0]), how, lambda name: False, None)
+        dequantized(open_checkpoint(made()[0]), how, lambda name: False, None)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -988,7 +988,7 @@ def test_headers_cost_no_weights(made: Callable[..., tuple[Path, Path]]) -> None
 
 @pytest.mark.parametrize("way", ["gptq", "fp8"])
 @torch.no_grad()
-def test_an_adapter_on_a_quantised_base(
+def test_an_adapter_on_a_quantized_base(
     way: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """Decoded, with what the adapter adds, in the dtype that the config names."""

@@ -72,7 +72,7 @@ def test_of_a_new_model_one_thing_is_told(name: str, tmp_path: Path) -> None:
     zoo.save(build(name), tmp_path / "new")
     found = zoo.diagnose(tmp_path / "new")
     assert [each.what for each in found.findings] == [
-        "nothing of it looks trained: its matrices are as initialised"
+        "nothing of it looks trained: its matrices are as initialized"
     ]
 
 
@@ -215,11 +215,11 @@ FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
         copied("blocks.1.attn.v.weight", V),
         "the same numbers in blocks.*.attn.v.weight of layers 1, 2",
     ),
-    "random": ("llama", change(UP, drawn), f"never trained, as initialised: {UP}"),
+    "random": ("llama", change(UP, drawn), f"never trained, as initialized: {UP}"),
     "random head": (
         "llama",
         change("head.weight", drawn),
-        "never trained, as initialised: head.weight",
+        "never trained, as initialized: head.weight",
     ),
     "ten times": ("llama", change(OUT, lambda w: 10 * w), f"out of scale: {OUT}"),
     "a tenth": ("gpt2", change(UP, lambda w: w / 10), f"out of scale: {UP}"),

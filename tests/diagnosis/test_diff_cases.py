@@ -717,7 +717,7 @@ class Own(nn.Module):
     ("bug", "place", "cause"),
     [
         ("theta", OUT, "in the other model theta is 10000"),
-        ("pairs", OUT, "neighbours are turned against each other"),
+        ("pairs", OUT, "neighbors are turned against each other"),
         ("tiled", OUT, "key and value heads are tiled"),
         ("scale", OUT, "in the other model scores are not scaled"),
         ("gelu", DOWN, "activation is silu here and gelu there"),

@@ -93,8 +93,8 @@ def test_dropout_in_training_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_initialised_as_the_original(name: str, tmp_path: Path) -> None:
-    """Each tensor's mean and spread, against the reference's own initialisation of it."""
+def test_initialized_as_the_original(name: str, tmp_path: Path) -> None:
+    """Each tensor's mean and spread, against the reference's own initialization of it."""
     entry = registry.architectures()[name]
     variant = next(iter(entry.variants.values()))
     torch.manual_seed(0)

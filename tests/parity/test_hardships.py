@@ -310,7 +310,7 @@ def test_an_index_of_one_file(source: Path, out: Path, tmp_path: Path) -> None:
         assert (tmp_path / place / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_weights_are_no_licence(source: Path, out: Path) -> None:
+def test_weights_are_no_license(source: Path, out: Path) -> None:
     save_file({"x": torch.zeros(3)}, source / "LICENSE.safetensors")
     zoo.convert(source, out, to="native", dtype="bfloat16")
     assert not (out / "LICENSE.safetensors").exists()

@@ -239,7 +239,7 @@ def test_report() -> None:
     text = Report([GOOD, BAD]).to_text()
     assert "FAILED b: fp64: what happened" in text
     assert "\x1b" not in text
-    assert "\x1b[31m" in Report([GOOD, BAD]).to_text(colour=True)
+    assert "\x1b[31m" in Report([GOOD, BAD]).to_text(color=True)
     data = json.loads(json.dumps(Report([GOOD, BAD]).to_json()))
     assert [row["ok"] for row in data["rows"]] == [True, False]
     assert not data["ok"]

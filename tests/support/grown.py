@@ -12,7 +12,7 @@ from zoo.components.rotary import Rotated
 def grown(model: Model, seed: int = 0) -> Model:
     """What reads the residual stream and what writes to it share its directions.
 
-    Rows are of several sizes, those of a rotary pair alike; norms of neighbouring layers differ
+    Rows are of several sizes, those of a rotary pair alike; norms of neighboring layers differ
     little.
     """
     random = torch.Generator().manual_seed(seed)

@@ -30,7 +30,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> No
 
 
 def build(name: str, **changes: Any) -> Any:
-    """The model of an architecture's first tiny config, freshly initialised."""
+    """The model of an architecture's first tiny config, freshly initialized."""
     torch.manual_seed(0)
     entry = registry.architectures()[name]
     published = next(iter(entry.variants.values()))["config"]

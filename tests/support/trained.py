@@ -69,7 +69,7 @@ def trained(name: str, text: Tensor, vocab: int, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def look_around(model: Any) -> None:
-    """An encoder begins with heads that look at neighbours and hand on what they see.
+    """An encoder begins with heads that look at neighbors and hand on what they see.
 
     By itself it had not found out, after 500 steps, that a gap is told by what is beside it.
     """

@@ -82,7 +82,7 @@ class Guess:
             return native_of(self.like.model(self.fields.native(probe.config, head)))
 
     def _disk(self, probe: Probe) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Names less their prefix; one that lacks what its neighbours carry belongs to a head."""
+        """Names less their prefix; one that lacks what its neighbors carry belongs to a head."""
         prefix = self.found.prefix
         some = bool(prefix) and any(name.startswith(prefix) for name in probe.header)
         for name, info in probe.header.items():
@@ -138,7 +138,7 @@ class Guess:
         self.guessed.append(Line(f"{disk.name} {left}", targets, disk.head, note))
 
     def _native_name(self, disk: Family) -> str:
-        """Where its neighbours went, and then the name as it is."""
+        """Where its neighbors went, and then the name as it is."""
         known: dict[tuple[str, ...], list[str]] = {}
         for rule in self._rules():
             here, there = (str(r.name).split(".")[:-1] for r in (rule.source, rule.targets[0]))
@@ -177,7 +177,7 @@ class Guess:
             new = [(d, n) for d, n in self.proposed.values() if d.head == head]
             pairs = [parse_rule(d.name, n) for d, n in new]
             for source, target in collapse(pairs):
-                note = f"guessed: named as its neighbours are; {self.like.name}'s model has none"
+                note = f"guessed: named as its neighbors are; {self.like.name}'s model has none"
                 out.append(Line(source, target, head, note))
         return out
 
@@ -292,7 +292,7 @@ def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
         else:
             config = f"*{name}-config"
         variants.append(f"    {probe.name}: {{class: {probe.reference_class}, config: {config}}}")
-    mark = f"  # {MARK} {name}: a published checkpoint, with all that its neighbours say"
+    mark = f"  # {MARK} {name}: a published checkpoint, with all that its neighbors say"
     blocks = {"architectures": entry, "checkpoints": [mark], "variants": variants}
     for section, block in blocks.items():
         text = inserted(text, section, name, block)

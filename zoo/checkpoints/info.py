@@ -59,7 +59,7 @@ class Info:
     heads: tuple[str, ...]
     config: Mapping[str, Any]  # as the checkpoint has it
     parameters: int | None = None  # None where nobody has counted
-    licence: str | None = None
+    license: str | None = None
     repo: str | None = None
     revision: str | None = None
     pinned: bool | None = None
@@ -67,7 +67,7 @@ class Info:
     stored: Stored | None = None
     dialect: str | None = None  # of files; None where none were looked at
     about: str = ""  # what such files are
-    quantised: str = ""  # how matrices are held; they are read as what these stand for
+    quantized: str = ""  # how matrices are held; they are read as what these stand for
     inferred: Mapping[str, Any] = field(
         default_factory=dict
     )  # native fields, from shapes and names
@@ -118,7 +118,7 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
         heads=_heads(architecture),
         config=entry.reference_config,
         parameters=entry.parameters,
-        licence=entry.licence,
+        license=entry.license,
         repo=entry.repo,
         revision=entry.revision,
         pinned=entry.pinned,
@@ -157,14 +157,14 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
     ):
         return _of_files(source, ignore)
     dialect = "native" if native.is_file() else "hf"
-    quantised = ""
+    quantized = ""
     if native.is_file():
         data = read_json(native)
         try:
             architecture = registry.architectures()[data["architecture"]]
             config, named = dict(data["config"]), data["origin"]["class"]
             head = config.pop("head")
-            quantised = _decoded(data.get("quantised") or {})
+            quantized = _decoded(data.get("quantised") or {})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
@@ -172,12 +172,12 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         config = read_json(path)
         architecture, named = registry.architecture_for(config, str(path))
         head = architecture.heads[named][0] if named else None
-        quantised = _quantised(config, source.directory)
+        quantized = _quantized(config, source.directory)
     known = source.checkpoint
     mismatch = () if known is None else _mismatch(source)
     checkpoint = None if source.repo else open_checkpoint(source.directory)
-    if checkpoint is not None and not quantised:
-        quantised = _decoded(manifest.decoded(source.directory, checkpoint.files))
+    if checkpoint is not None and not quantized:
+        quantized = _decoded(manifest.decoded(source.directory, checkpoint.files))
     return Info(
         ref=source.ref,
         architecture=architecture.name,
@@ -186,25 +186,25 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         heads=_heads(architecture),
         config=config,
         parameters=known.parameters if known and not mismatch else None,
-        licence=known.licence if known else None,
+        license=known.license if known else None,
         repo=source.repo,
         revision=source.revision,
         pinned=known.pinned if known else None,
         directory=str(source.directory),
         stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
-        quantised=quantised,
+        quantized=quantized,
         adapter=sources.adapter_beside(source.directory),
         mismatch=mismatch,
     )
 
 
-def _decoded(quantised: Mapping[str, str]) -> str:
-    kinds = listing(sorted(set(quantised.values())))
+def _decoded(quantized: Mapping[str, str]) -> str:
+    kinds = listing(sorted(set(quantized.values())))
     return f"it was, and is decoded: {kinds}" if kinds else ""
 
 
-def _quantised(config: Mapping[str, Any], directory: Path) -> str:
+def _quantized(config: Mapping[str, Any], directory: Path) -> str:
     """How a config says that matrices are held, or a file beside it."""
     from converters.quantized.settings import FIELD, beside, read_config
 
@@ -250,7 +250,7 @@ def _of_files(source: sources.Source, ignore: Sequence[str]) -> Info:
         stored=_stored(checkpoint),
         dialect=found.dialect.name,
         about=found.container.about,
-        quantised=listing(sorted(set(checkpoint.quantised.values())))
+        quantized=listing(sorted(set(checkpoint.quantized.values())))
         or _decoded(manifest.decoded(source.directory, checkpoint.files)),
         inferred={name: value for name, value in fields.items() if name not in said},
     )
@@ -263,7 +263,7 @@ def _stored(checkpoint: Checkpoint) -> Stored:
     for name, tensor in checkpoint.tensors.items():
         if name in checkpoint.shared:  # a second name of what is counted
             continue
-        kind = checkpoint.quantised.get(name, tensor.dtype)
+        kind = checkpoint.quantized.get(name, tensor.dtype)
         values[kind] += tensor.numel
         sizes[kind] += _size(checkpoint, name)
     known = FORMATS.get(checkpoint.format)
@@ -292,7 +292,7 @@ def _heads(architecture: registry.Architecture) -> tuple[str, ...]:
 
 
 def tree(model: Any) -> list[str]:
-    """A model's modules with the shapes of what they hold; equal neighbours share a line."""
+    """A model's modules with the shapes of what they hold; equal neighbors share a line."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         first.setdefault(id(parameter), name)

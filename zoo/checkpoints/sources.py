@@ -686,7 +686,7 @@ class _Hub:
         if isinstance(error, errors.GatedRepoError):
             known = self.token if isinstance(self.token, str) else get_token()
             return GatedRepo(
-                f"{self.repo} is gated: accept its licence at {page}, then "
+                f"{self.repo} is gated: accept its license at {page}, then "
                 + (
                     "use a token of the account that did"
                     if known

@@ -29,7 +29,7 @@ from zoo.errors import (
     in_shell,
     listing,
 )
-from zoo.terminal import BOLD, RED, Escaped, has_colour, paint, passing
+from zoo.terminal import BOLD, RED, Escaped, has_color, paint, passing
 
 if TYPE_CHECKING:
     from zoo.components.model import Model
@@ -108,7 +108,7 @@ def _beside_a_shell() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> int:
-    title = paint("zoo: error:", BOLD + RED, has_colour(sys.stderr))
+    title = paint("zoo: error:", BOLD + RED, has_color(sys.stderr))
     print(title, message, file=sys.stderr)
     return code
 
@@ -428,7 +428,7 @@ def _list(options: argparse.Namespace) -> int:
             entry.name,
             entry.architecture,
             _short(entry.parameters),
-            entry.licence,
+            entry.license,
             entry.repo,
             _revision(entry.revision, entry.pinned),
         )
@@ -518,8 +518,8 @@ def _info(options: argparse.Namespace) -> int:
     rows.append(("head", f"{found.head or 'not named'}, of {', '.join(found.heads)}"))
     if found.parameters is not None:
         rows.append(("parameters", f"{found.parameters:,}"))
-    if found.licence:
-        rows.append(("licence", found.licence))
+    if found.license:
+        rows.append(("license", found.license))
     if found.repo:
         rows.append(("repository", found.repo))
         rows.append(("revision", _revision(found.revision or "", found.pinned)))
@@ -527,8 +527,8 @@ def _info(options: argparse.Namespace) -> int:
         rows.append(("adapter", found.adapter))
     if found.mismatch:
         rows.append(("in the cache", f"not this checkpoint: {'; '.join(found.mismatch)}"))
-    if found.quantised:
-        rows.append(("quantised", found.quantised))
+    if found.quantized:
+        rows.append(("quantized", found.quantized))
     if stored:
         rows.append(("tensors", f"{stored.tensors:,}"))
         for dtype, count in stored.dtypes.items():
@@ -587,7 +587,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(_json(report.to_json()))
     else:
-        print(report.to_text(colour=has_colour(sys.stdout)))
+        print(report.to_text(color=has_color(sys.stdout)))
     return OK if report.ok else FAILED
 
 
@@ -595,7 +595,7 @@ def _diff(options: argparse.Namespace) -> int:
     names = ("dtype", "way", "backward", "text", "seed", "diagnose")
     how = {name: getattr(options, name) for name in names}
     found = zoo.diff(options.ref, options.other, **how, **_reading(options))
-    print(_json(found.to_json()) if options.json else found.to_text(has_colour(sys.stdout)))
+    print(_json(found.to_json()) if options.json else found.to_text(has_color(sys.stdout)))
     return OK if found.ok else FAILED
 
 
@@ -609,7 +609,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     if options.json:
         print(_json(found.to_json()))
     else:
-        print(found.to_text(has_colour(sys.stdout), tensors=options.tensors))
+        print(found.to_text(has_color(sys.stdout), tensors=options.tensors))
     return OK if found.ok else FAILED
 
 

@@ -15,7 +15,7 @@ import torch
 
 from zoo.components.model import Model
 from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
-from zoo.terminal import BOLD, DIM, RED, has_colour, paint
+from zoo.terminal import BOLD, DIM, RED, has_color, paint
 from zoo.text.generate import Runner, answers, asked_of, check_writes, pieces_of
 from zoo.text.inference import check_sources
 
@@ -140,7 +140,7 @@ def talk(model: Model, options: Mapping[str, Any]) -> None:
     if watched:
         import readline  # noqa: F401  input() then knows arrows and earlier lines
 
-        print(paint("/help tells more, Ctrl-D leaves", DIM, has_colour(sys.stdout)))
+        print(paint("/help tells more, Ctrl-D leaves", DIM, has_color(sys.stdout)))
     while True:
         try:
             text = _read("> " if watched else "", "… " if watched else "")
@@ -153,7 +153,7 @@ def talk(model: Model, options: Mapping[str, Any]) -> None:
         except KeyboardInterrupt:
             print(flush=True)
         except ZooError as error:
-            title = paint("zoo: error:", BOLD + RED, has_colour(sys.stderr))
+            title = paint("zoo: error:", BOLD + RED, has_color(sys.stderr))
             print(title, error, file=sys.stderr, flush=True)
 
 

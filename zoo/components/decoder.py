@@ -20,7 +20,7 @@ class Decoder(Model):
     embed: Embedding
 
     def add_head(self) -> None:
-        """The last line of a constructor: the head that the config names, then initialisation."""
+        """The last line of a constructor: the head that the config names, then initialization."""
         c = self.config
         if c.head == "lm":
             self.head = Linear(c.dim, c.vocab, bias=False)

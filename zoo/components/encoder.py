@@ -77,7 +77,7 @@ class Encoder(Model):
     embed: Embedding
 
     def add_head(self) -> None:
-        """The last line of a constructor: the head that the config names, then initialisation."""
+        """The last line of a constructor: the head that the config names, then initialization."""
         c = self.config
         dropout = c.dropout if c.head_dropout is None else c.head_dropout
         head = "summary" if c.head == "sequence_classification" and c.summary_act else c.head

@@ -1,4 +1,4 @@
-"""The base of every model: config, heads, initialisation, and the factory users expect."""
+"""The base of every model: config, heads, initialization, and the factory users expect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Model(nn.Module):
-    """A plain module. On the meta device it has shapes only; elsewhere it is initialised."""
+    """A plain module. On the meta device it has shapes only; elsewhere it is initialized."""
 
     heads: ClassVar[tuple[str, ...]] = ()
     headless: ClassVar[tuple[str, ...]] = ("none",)  # those of them that give hidden states
@@ -123,7 +123,7 @@ class Model(nn.Module):
         return read(self.provenance.tokenizer_at)
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Normal weights, zero biases, unit norms; a padding token's embedding is zero."""
         std = self.config.init_std
         for module in self.modules():
@@ -140,11 +140,11 @@ class Model(nn.Module):
     def finish(self) -> None:
         """To be called at the end of a model's constructor."""
         if not any(p.is_meta for p in self.parameters()):
-            self.initialise()
+            self.initialize()
 
 
 class Linear(nn.Linear):
-    """Left as allocated: the model initialises, and a loaded one never needs it."""
+    """Left as allocated: the model initializes, and a loaded one never needs it."""
 
     def reset_parameters(self) -> None:
         pass

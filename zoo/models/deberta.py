@@ -171,7 +171,7 @@ class Block(nn.Module):
 
 
 class Conv(nn.Module):
-    """Beside the first layer, what the neighbours were before it."""
+    """Beside the first layer, what the neighbors were before it."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()

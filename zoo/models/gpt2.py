@@ -79,8 +79,8 @@ class Model(decoder.Decoder):
         self.add_head()
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        super().initialise()
+    def initialize(self) -> None:
+        super().initialize()
         std = self.config.init_std * (2 * self.config.layers) ** -0.5  # two branches add up a layer
         for name, parameter in self.blocks.named_parameters():
             if name.endswith(("attn.out.weight", "mlp.down.weight")):

@@ -142,9 +142,9 @@ class Model(model.Model):
         self.finish()
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """The spread that the config says, of embeddings; of what follows them by its fan-in."""
-        super().initialise()
+        super().initialize()
         for name, weight in self.named_parameters():
             if name.endswith("distances.weight"):
                 weight.mul_(self.config.dim**-0.5)

@@ -161,7 +161,7 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
     config = read_json(path, ConfigError)
     if config.get("quantization_config") is not None:
         raise UsageError(
-            f"{directory}: quantised, and the reference computes in other numbers than those it "
+            f"{directory}: quantized, and the reference computes in other numbers than those it "
             f"stands for. Run: zoo convert {directory} --to hf --out DIR, and verify DIR"
         )
     entry, reference_class = registry.architecture_for(config, str(path))

@@ -59,7 +59,7 @@ def write(
 ) -> None:
     """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer.
 
-    Without a seed it stays as initialised. `untied` gives it a head of its own where the reference
+    Without a seed it stays as initialized. `untied` gives it a head of its own where the reference
     knows no config for that. `model_type` is needed where the registry does not know the class.
     """
     library, oracle = transformers(), Oracle(reference_class)

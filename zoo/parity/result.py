@@ -60,7 +60,7 @@ class Report:
     def failures(self) -> list[Row]:
         return [row for row in self.rows if not row.ok]
 
-    def to_text(self, colour: bool = False) -> str:
+    def to_text(self, color: bool = False) -> str:
         """A line for each subject and a column for each check; below it, why anything failed."""
         checks = list(dict.fromkeys(row.check for row in self.rows))
         subjects = list(dict.fromkeys(row.subject for row in self.rows))
@@ -76,20 +76,20 @@ class Report:
             for k, (word, width) in enumerate(zip(line, widths, strict=True)):
                 padded = word.ljust(width) if k == 0 else word.rjust(width)
                 row = cells.get((subjects[n - 1], checks[k - 1])) if n and k else None
-                words.append(paint(padded, _style(n, row), colour))
+                words.append(paint(padded, _style(n, row), color))
             lines.append("  ".join(words).rstrip())
         lines += [
-            paint(f"FAILED {row.subject}: {row.check}: {row.detail or row.shown}", RED, colour)
+            paint(f"FAILED {row.subject}: {row.check}: {row.detail or row.shown}", RED, color)
             for row in self.failures
         ]
-        return "\n".join([*lines, self.summary(colour)])
+        return "\n".join([*lines, self.summary(color)])
 
-    def summary(self, colour: bool = False) -> str:
+    def summary(self, color: bool = False) -> str:
         subjects = len({row.subject for row in self.rows})
         said = f"{len(self.rows)} measurements of {subjects} checkpoints"
         if self.ok:
-            return paint(f"parity: {said}, all within their limits", GREEN, colour)
-        return paint(f"NO parity: {said}, {len(self.failures)} beyond their limits", RED, colour)
+            return paint(f"parity: {said}, all within their limits", GREEN, color)
+        return paint(f"NO parity: {said}, {len(self.failures)} beyond their limits", RED, color)
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, "rows": [row.to_json() for row in self.rows]}

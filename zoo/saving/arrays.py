@@ -30,7 +30,7 @@ class Arrays:
     checkpoint: Checkpoint
     plan: Plan
     trust: Collection[str]
-    quantised: Collection[str]  # those that no longer are what was published
+    quantized: Collection[str]  # those that no longer are what was published
     changes: Changes | None = None  # by an adapter
     adapter: str = ""  # the file that it is in
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # that no file holds
@@ -63,7 +63,7 @@ class Arrays:
 
     def coarse(self, names: Iterable[str]) -> bool:
         ties = self.plan.native.ties
-        return any(ties.get(name, name) in self.quantised for name in names)
+        return any(ties.get(name, name) in self.quantized for name in names)
 
     def rule(self, rule: Rule, names: Sequence[str]) -> str:
         return f"{rule}{ADAPTED}" if self.changed(names) else str(rule)

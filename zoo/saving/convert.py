@@ -195,9 +195,9 @@ def dry_run(
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
     if merged := sum(item.rule.endswith(ADAPTED) for item in items):
         lines.append(f"changed by the adapter: {merged} tensors")
-    if quantised := provenance_of(found, checkpoint, model, plan).lossy:
+    if quantized := provenance_of(found, checkpoint, model, plan).lossy:
         decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
-        text = "\n".join([text, f"lossy: {quantised}", *decoded])
+        text = "\n".join([text, f"lossy: {quantized}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
 
 
@@ -297,15 +297,15 @@ def plan_output(
     check_trust(trust, checkpoint)
     model, plan = prove(found, checkpoint, config or {})
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
-    arrays = Arrays(checkpoint, plan, trust, provenance.quantised)
+    arrays = Arrays(checkpoint, plan, trust, provenance.quantized)
     if found.adapter is not None:
         arrays.changes = changes(model, plan.native, found.adapter, arrays.own)
         arrays.adapter = found.adapter.where
         if arrays.changes.apart:
             model = on_meta(found, untied(model, plan.native.ties))
             model.provenance = provenance
-    quantised = isinstance(dtype, str) and dtype.lower() == QUANTISED
-    kind = None if quantised else dtype_of(dtype)
+    quantized = isinstance(dtype, str) and dtype.lower() == QUANTISED
+    kind = None if quantized else dtype_of(dtype)
     state = dict(arrays.state(native_of(model), kind))
     said = {
         **said_of(found.entry.name, to, found.spec),
@@ -332,19 +332,19 @@ def plan_output(
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
         made = export(found.spec, to, model.config, native_of(model), dtypes, layout, before)
-        if quantised and made.container.format != "gguf":
+        if quantized and made.container.format != "gguf":
             raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
         held = {info.dtype for info in made.plan.header.values()}
         if kind is not None and dtype_code(kind) not in held:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
         items = list(arrays.backward(made.plan))
-        how = {"lossy": kind is not None or quantised, "quantised": quantised}
+        how = {"lossy": kind is not None or quantized, "quantised": quantized}
         vocab = model.config.vocab
         shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
         said["layout"] = dict(made.options)
         return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
     check_no_layout(to, layout)
-    if quantised:
+    if quantized:
         raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
     texts, metadata, where = dict[str, bytes](), {"format": "pt"}, dict[str, str]()
     if to == "hf":

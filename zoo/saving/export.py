@@ -59,7 +59,7 @@ class Export:
         items: Iterable[Item],
         *,
         lossy: bool = False,
-        quantised: bool = False,
+        quantized: bool = False,
         values: Mapping[str, Any] | None = None,
     ) -> tuple[list[Shard], dict[str, bytes]]:
         """(files of tensors, other files); a narrower dtype has to have been asked for.
@@ -74,7 +74,7 @@ class Export:
                 f"{self.dialect.name} holds {kinds}, and {listing(wide, 5)} hold more"
             )
         if self.container.format == "gguf":
-            return [self._gguf(items, quantised, values or {})], {}
+            return [self._gguf(items, quantized, values or {})], {}
         make = {"torch": self._torch, "llama2c": self._llama2c}[self.container.format]
         texts = {}
         if self.container.config.endswith(".json"):
@@ -104,13 +104,13 @@ class Export:
             shards.append(Shard(container.file.format(shard=shard), tuple(mine), layout))
         return shards
 
-    def _gguf(self, items: Sequence[Item], quantised: bool, values: Mapping[str, Any]) -> Shard:
+    def _gguf(self, items: Sequence[Item], quantized: bool, values: Mapping[str, Any]) -> Shard:
         tables = [
             Item(TensorInfo(name, tuple(t.shape), "F32"), "of the config", partial(Lazy.of, t))
             for name, t in self.tables.items()
         ]
         items = written = [*tables, *items]
-        if quantised:  # as far as rows divide into its blocks
+        if quantized:  # as far as rows divide into its blocks
             coding = q8_0()
             written = [
                 _coded(item, item.info, coding)
@@ -130,7 +130,7 @@ class Export:
         architecture = self.dialect.is_["general.architecture"][0]
         said = {"general.architecture": architecture, "general.type": "model"}
         said |= {"general.file_type": _FILE_TYPES.get(kind, 0)}
-        said |= {"general.quantization_version": 2} if quantised else {}
+        said |= {"general.quantization_version": 2} if quantized else {}
         said |= {f"{architecture}.{key}": value for key, value in _flat(self.reference).items()}
         said |= {**self.beside, **values}
         layout = gguf.lay_out(infos, said, f"to={self.dialect.name!r}")

@@ -194,14 +194,14 @@ def _output(
         model, state = _with_zeros(model, state, to)
     if to == "native":
         texts = {NATIVE_FILE: native_record(model, state)}
-        coarse = _quantised(model)
+        coarse = _quantized(model)
         items = [item_of(name, tensor, name in coarse) for name, tensor in state.items()]
         metadata, where = {"format": "pt"}, {}
     else:
         origin = origin_of(model, state)
         texts = {CONFIG: origin.config.encode()}
         plan = export_plan(model, origin)
-        items = in_order(_exported(plan, state, _quantised(model)), plan)
+        items = in_order(_exported(plan, state, _quantized(model)), plan)
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
@@ -226,7 +226,7 @@ def _exported_output(
     origin = model.provenance.origin if model.provenance is not None else None
     said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
     made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
-    exported = _exported(made.plan, state, _quantised(model))
+    exported = _exported(made.plan, state, _quantized(model))
     items = [item.cast(made.plan.header[item.name].dtype) for item in exported]
     carried, inside, told = _carried(model), _values_within(model), _said(model, to)
     shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
@@ -341,7 +341,7 @@ def item_of(name: str, tensor: Tensor, decoded: bool = False) -> Item:
 
 
 def _exported(
-    plan: Plan, state: Mapping[str, Tensor], quantised: Collection[str]
+    plan: Plan, state: Mapping[str, Tensor], quantized: Collection[str]
 ) -> Iterator[Item]:
     """Tensors under their names on disk, from those of the model."""
 
@@ -353,7 +353,7 @@ def _exported(
 
     for step in plan.steps:
         dtype = dtype_code(state[step.targets[0]].dtype)
-        coarse = any(name in quantised for name in step.targets)
+        coarse = any(name in quantized for name in step.targets)
         for names in (step.sources, *step.also):
             for n, name in enumerate(names):
                 info = TensorInfo(plan.modern.get(name, name), plan.header[name].shape, dtype)
@@ -396,14 +396,14 @@ def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
 
     "quantised" names those of the model that are no more exact than what they stood in.
     """
-    if provenance is None or not provenance.quantised:
+    if provenance is None or not provenance.quantized:
         return {}
-    named = dict(sorted(provenance.quantised.items()))
-    return {"lossy": f"dequantised: {provenance.lossy}", "quantised": named}
+    named = dict(sorted(provenance.quantized.items()))
+    return {"lossy": f"dequantized: {provenance.lossy}", "quantised": named}
 
 
-def _quantised(model: Model) -> Mapping[str, str]:
-    return {} if model.provenance is None else model.provenance.quantised
+def _quantized(model: Model) -> Mapping[str, str]:
+    return {} if model.provenance is None else model.provenance.quantized
 
 
 def versions() -> dict[str, str]:
@@ -426,8 +426,8 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
         "config": model.config.to_dict(),
         "origin": origin.to_json(),
     }
-    if quantised := _quantised(model):
-        record["quantised"] = dict(sorted(quantised.items()))
+    if quantized := _quantized(model):
+        record["quantised"] = dict(sorted(quantized.items()))
     return _json(record).encode()
 
 

@@ -11,14 +11,14 @@ from zoo.diagnosis.checkup.orientation import Stream
 from zoo.diagnosis.checkup.statistics import MANTISSA, Numbers
 from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
 
-# Deviations that chance alone hardly reaches. Of matrices as initialised none was beyond 4, of
+# Deviations that chance alone hardly reaches. Of matrices as initialized none was beyond 4, of
 # trained ones of the smallest models one at least of the two sides is.
 _CHANCE, _ALONE = 4.5, 3.0  # of a whole checkpoint's, of one among trained ones
 _SMALL = 1024  # fewer numbers tell nothing
 _ENOUGH, _LOOSE = 4096, 8192  # of one among trained ones; of one beside the residual stream
 _SMOOTH = 1.15  # the largest singular value, beside that of independent numbers: 0.9 to 1.05
 _FRESH, _MUCH = 0.9, 0.35  # of all matrices
-# how many times the size of its neighbours' a layer's numbers may be, within and outermost: of
+# how many times the size of its neighbors' a layer's numbers may be, within and outermost: of
 # matrices 2.2 and 4.8 were measured; norms grow with depth of themselves
 _SCALE, _OUTER, _NORM = 5.0, 8.0, 2.0
 _BITS = 3  # fewer of a mantissa than the other layers'
@@ -44,7 +44,7 @@ def fresh(n: Numbers, chance: float = _CHANCE) -> bool | None:
 
 
 def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding], bool]:
-    """What looks as initialised, and whether all does: then layers tell nothing of each other."""
+    """What looks as initialized, and whether all does: then layers tell nothing of each other."""
     known = [(n, verdict) for n in numbers if (verdict := fresh(n)) is not None]
     random = [n for n, verdict in known if verdict]
     share = len(random) / max(len(known), 1)
@@ -59,16 +59,16 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     seen = f"{n.name}: independent {_shape(n)} numbers with a deviation of {n.std:.3g}"
     if share >= _FRESH:
         fix = "if it should be trained: load it again where it came from, and heed warnings there"
-        what = "nothing of it looks trained: its matrices are as initialised"
+        what = "nothing of it looks trained: its matrices are as initialized"
         told = f"{of} are independent random numbers; {seen}"
         return [Finding(what, files_of(random), told, 0.97, fix)], True
     if share > _MUCH:
-        what = f"hardly trained: {of} are as initialised"
+        what = f"hardly trained: {of} are as initialized"
         fix = (
-            "if it should be trained: its layers may have been initialised anew where it was saved"
+            "if it should be trained: its layers may have been initialized anew where it was saved"
         )
         return [Finding(what, files_of(random), seen, 0.8, fix)], False
-    what = f"never trained, as initialised: {called(random)}"
+    what = f"never trained, as initialized: {called(random)}"
     fix = "it was missing where this was saved from, or its name was not known there"
     told = f"{seen}; {len(known) - len(random)} other matrices have structure"
     return [Finding(what, files_of(random), told, 0.93, fix)], False
@@ -102,7 +102,7 @@ def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
     if odd:
         times, n = max(odd, key=lambda pair: abs(log(pair[0])))
         told = f"{times:.3g} times" if times > 1 else f"a {1 / times:.3g}th of"
-        seen = f"{n.name}: its numbers are {told} the size of the neighbouring layers'"
+        seen = f"{n.name}: its numbers are {told} the size of the neighboring layers'"
         arrays = [n for _, n in odd]
         what = f"out of scale: {called(arrays)}"
         fix = "a scale was applied twice or left out: convert the original again"

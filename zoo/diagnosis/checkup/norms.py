@@ -14,7 +14,7 @@ from zoo.diagnosis.checkup.opened import Opened
 from zoo.diagnosis.checkup.statistics import Numbers
 from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
 
-_NEARER = 0.6  # of the distance to its neighbours is that to the other norm's
+_NEARER = 0.6  # of the distance to its neighbors is that to the other norm's
 _BELOW = 0.1  # of all scales: as good as none is negative in trained models
 _AROUND = 0.5  # how far the mean is from what is expected
 
@@ -58,13 +58,13 @@ def _exchanged(numbers: Sequence[Numbers]) -> Iterator[Finding]:
                 if odd and len(odd) < len(held[a]) / 2:
                     arrays = [families[k][n] for n in odd for k in (a, b)]
                     first = [each.name for each in arrays[:2]]
-                    seen = f"{' and '.join(first)}: each is nearer to the other one's neighbours"
+                    seen = f"{' and '.join(first)}: each is nearer to the other one's neighbors"
                     what = f"two norms are exchanged: {called(arrays)}"
                     yield Finding(what, files_of(arrays), seen, 0.85, "exchange them")
 
 
 def _crossed(first: Tensor, second: Tensor, at: int) -> bool:
-    """Whether each is much nearer to the other one's neighbours than to its own."""
+    """Whether each is much nearer to the other one's neighbors than to its own."""
 
     def distance(x: Tensor, others: Tensor) -> float:
         near = [n for n in (at - 2, at - 1, at + 1, at + 2) if 0 <= n < len(others)]

@@ -164,7 +164,7 @@ def _dropped(located: Located, checkpoint: Checkpoint) -> set[str]:
 
 
 def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
-    kinds = {checkpoint.quantised.get(name, "") for name in step.sources}
+    kinds = {checkpoint.quantized.get(name, "") for name in step.sources}
     coarse = next((kind for kind in sorted(kinds) if kind), "")
     for n, target in enumerate(step.targets):
         files = step.sources if step.transform is not None else step.sources[n : n + 1]
@@ -228,7 +228,7 @@ def _loose(checkpoint: Checkpoint, taken: Collection[str]) -> Iterator[Array]:
     """What no rule maps; whole numbers among it are tables, and no weights."""
     for name, info in checkpoint.tensors.items():
         if name not in taken and name not in checkpoint.shared and info.dtype in FLOATS:
-            coarse = checkpoint.quantised.get(name, "")
+            coarse = checkpoint.quantized.get(name, "")
             made = partial(checkpoint.lazy, name)
             flips = () if coarse or len(info.shape) != 2 else _flips(made, info.shape)
             yield Array(name, (name,), info.shape, info.dtype, made, False, coarse, flips)

@@ -14,7 +14,7 @@ from zoo.components.moe import Experts
 from zoo.diagnosis.checkup.parts import Hypothesis, Made, blocks, kinds
 
 OFF = (1, -1, 2, -2, 3, -3)
-MOST = 12  # of which any two may be exchanged; of more, neighbours
+MOST = 12  # of which any two may be exchanged; of more, neighbors
 
 
 def tables(model: Model) -> Iterator[Hypothesis]:

@@ -44,30 +44,30 @@ class Diagnosis:
             "tensors": [n.to_json() for n in self.numbers],
         }
 
-    def to_text(self, colour: bool = False, *, tensors: bool = False) -> str:
-        parts = ["\n".join(self._head(colour))]
+    def to_text(self, color: bool = False, *, tensors: bool = False) -> str:
+        parts = ["\n".join(self._head(color))]
         if self.findings:
             count = len(self.findings)
             title = "1 finding" if count == 1 else f"{count} findings, the most likely first"
-            told = [self._told(n, each, colour) for n, each in enumerate(self.findings, 1)]
-            parts += [paint(title, BOLD + RED, colour), *told]
+            told = [self._told(n, each, color) for n, each in enumerate(self.findings, 1)]
+            parts += [paint(title, BOLD + RED, color), *told]
         else:
-            parts.append(paint("Nothing looks wrong.", BOLD + GREEN, colour))
+            parts.append(paint("Nothing looks wrong.", BOLD + GREEN, color))
         if self.notes:
             notes = ["Noted:", *(f"  {note}" for note in self.notes)]
-            parts.append(paint("\n".join(notes), DIM, colour))
+            parts.append(paint("\n".join(notes), DIM, color))
         parts.append("\n".join(self._each() if tensors else self._families()))
         return "\n\n".join(parts)
 
-    def _head(self, colour: bool) -> Iterator[str]:
+    def _head(self, color: bool) -> Iterator[str]:
         held = self.opened.checkpoint
         count = sum(info.numel for name, info in held.tensors.items() if name not in held.shared)
-        kinds = sorted({held.quantised.get(n, i.dtype) for n, i in held.tensors.items()})
+        kinds = sorted({held.quantized.get(n, i.dtype) for n, i in held.tensors.items()})
         named = self.opened.architecture or "no architecture that zoo knows"
         loads = "; it loads" if self.loads else "; it does not load"
         if self.opened.unknown:
             loads = ""
-        yield paint(self.ref, BOLD, colour)
+        yield paint(self.ref, BOLD, color)
         looked = sum(n.count for n in self.numbers)
         all_of = "all" if looked == count else f"{looked:,}"
         yield (
@@ -75,13 +75,13 @@ class Diagnosis:
             f"{all_of} of them looked at{loads}"
         )
 
-    def _told(self, number: int, finding: Finding, colour: bool) -> str:
+    def _told(self, number: int, finding: Finding, color: bool) -> str:
         sure = next(word for least, word in _SURE if finding.likely >= least)
-        lines = [f"{number}  {paint(finding.what, BOLD, colour)}  ({sure})"]
+        lines = [f"{number}  {paint(finding.what, BOLD, color)}  ({sure})"]
         lines += _wrapped(finding.seen)
         if finding.where:
             where = listing(_starred(finding.where), _NAMES)
-            lines += [paint(line, DIM, colour) for line in _wrapped(where)]
+            lines += [paint(line, DIM, color) for line in _wrapped(where)]
         if finding.fix:
             lines += _wrapped(f"-> {finding.fix}")
         return "\n".join(lines)

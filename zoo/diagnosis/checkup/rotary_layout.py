@@ -68,7 +68,7 @@ def apart(read: Tensor) -> float:
 
 
 def rough(read: Tensor) -> float:
-    """How far apart neighbouring frequencies are, which differ little; of a straight line 1.3."""
+    """How far apart neighboring frequencies are, which differ little; of a straight line 1.3."""
     profile = torch.stack(read.mean((0, 1)).chunk(2)).mean(0)
     steps = profile.diff().square().sum() / profile.square().sum().clamp_min(1e-30)
     return float(steps) * len(profile)

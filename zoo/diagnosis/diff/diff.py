@@ -124,7 +124,7 @@ def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> 
     if reference_class is not None and plain:
         return sides.reference(model, directory, reference_class, dtype)
     if theirs is None:
-        why = f"quantised ({known.lossy})" if known.lossy else "not as the reference has it"
+        why = f"quantized ({known.lossy})" if known.lossy else "not as the reference has it"
         raise UsageError(f"{directory}: {why}. Say what to hold it against: zoo diff A B")
     return sides.native(model, held, dtype, str(theirs))
 

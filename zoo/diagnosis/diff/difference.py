@@ -104,7 +104,7 @@ class Divergence:
             shared += 1
         return ".".join(mine[:shared])
 
-    def lines(self, back: bool, colour: bool) -> list[str]:
+    def lines(self, back: bool, color: bool) -> list[str]:
         """What is known of it, for a person."""
         reading, match = self.reading, self.reading.match
         what = "gradient of what" if back else "what"
@@ -114,7 +114,7 @@ class Divergence:
         told = reading.why or f"error {reading.error:.1e}, limit {reading.limit:.1e}"
         lines = [
             paint(
-                f"first difference in {self.place or 'the model'}: {where} {reading}", RED, colour
+                f"first difference in {self.place or 'the model'}: {where} {reading}", RED, color
             ),
             f"  there: {', '.join(match.others)}",
             f"  {told}",
@@ -173,19 +173,19 @@ class Difference:
         """What it is there; none where nothing is compared."""
         return next((r.error for r in self.readings if r.place == place), math.inf)
 
-    def to_text(self, colour: bool = False) -> str:
+    def to_text(self, color: bool = False) -> str:
         head = f"{self.names[0]} against {self.names[1]}, {str(self.dtype)[6:]}, {self.way}"
-        lines = [paint(head + (", gradients" if self.back else ""), BOLD, colour)]
+        lines = [paint(head + (", gradients" if self.back else ""), BOLD, color)]
         count = len(self.readings)
         if self.ok:
             worst = max(self.readings, key=lambda r: r.error / r.limit)
             told = f"no difference: {count} places agree; most at {worst}: {worst.error:.1e}"
-            return "\n".join([*lines, paint(told, GREEN, colour)])
+            return "\n".join([*lines, paint(told, GREEN, color)])
         if (first := self.first) is not None:
-            lines += first.lines(self.back, colour)
+            lines += first.lines(self.back, color)
         lines += [f"runs in the other model alone: {name}" for name in self.idle]
         lines += [f"no longer one array: {' and '.join(names)}" for names in self.untied]
-        lines += [paint(f"cause: {cause}", BOLD, colour) for cause in self.causes[:1]]
+        lines += [paint(f"cause: {cause}", BOLD, color) for cause in self.causes[:1]]
         lines += [f"or: {cause}" for cause in self.causes[1:]]
         return "\n".join(lines)
 

@@ -20,7 +20,7 @@ import zoo
 from zoo import evidence, registry
 from zoo.errors import did_you_mean
 from zoo.parity.gates.trips import OWN, Trip, run, sources
-from zoo.terminal import GREEN, RED, has_colour, paint, passing
+from zoo.terminal import GREEN, RED, has_color, paint, passing
 
 LEGEND = """\
 Files in the dialect of a row, converted to that of a column, read, and converted back:
@@ -148,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(trips))
         for trip in (trip for trip in trips if not trip.ok):
             line = f"WRONG {trip.architecture}, {trip.source} to {trip.to}: {trip.told}"
-            print(paint(line, RED, has_colour(sys.stdout)))
-        print(paint(told, GREEN if ok else RED, has_colour(sys.stdout)))
+            print(paint(line, RED, has_color(sys.stdout)))
+        print(paint(told, GREEN if ok else RED, has_color(sys.stdout)))
     if options.write:
         text = f"# Formats: round trips\n\nMeasured by `make formats`: {told}.\n\n{markdown(trips)}"
         options.write.write_text(text, encoding="utf-8")

@@ -30,7 +30,7 @@ from zoo.parity.checks import NUMERIC, Subject
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.truth import Truth
 from zoo.registry import Architecture
-from zoo.terminal import DIM, GREEN, RED, has_colour, paint, passing
+from zoo.terminal import DIM, GREEN, RED, has_color, paint, passing
 
 
 class NotApplicable(Exception):
@@ -897,7 +897,7 @@ def _(model: Any) -> None:
     turning(model, back)
 
 
-@mutant("neighbours turned, not halves", "model", at=LOOK, cause=r"here neighbours are turned")
+@mutant("neighbors turned, not halves", "model", at=LOOK, cause=r"here neighbors are turned")
 def _(model: Any) -> None:
     def apart(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 2)).mT.flatten(-2)
@@ -905,11 +905,11 @@ def _(model: Any) -> None:
     def together(x: Tensor) -> Tensor:
         return x.unflatten(-1, (2, -1)).mT.flatten(-2)
 
-    def neighbours(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    def neighbors(rotary: Any, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         q, k = rotary(apart(q), apart(k), mask)
         return together(q), together(k)
 
-    turning(model, neighbours)
+    turning(model, neighbors)
 
 
 @mutant(
@@ -1177,7 +1177,7 @@ def run(
 _STYLES = {"killed": GREEN, "SURVIVED": RED, "n.a.": DIM}
 
 
-def table(verdicts: Iterable[Verdict], colour: bool = False) -> str:
+def table(verdicts: Iterable[Verdict], color: bool = False) -> str:
     """Mutants down, architectures across."""
     verdicts = list(verdicts)
     names = list(dict.fromkeys(v.architecture for v in verdicts))
@@ -1189,7 +1189,7 @@ def table(verdicts: Iterable[Verdict], colour: bool = False) -> str:
         for name in names:
             found = cells[bug.name, name]
             text = f"{found.status} {found.by}".strip()[:34].ljust(34)
-            line += paint(text, _STYLES[found.status], colour) + "  "
+            line += paint(text, _STYLES[found.status], color) + "  "
         lines.append(line.rstrip())
     counts = {s: sum(v.status == s for v in verdicts) for s in ("killed", "n.a.", "SURVIVED")}
     lines.append(
@@ -1202,7 +1202,7 @@ def table(verdicts: Iterable[Verdict], colour: bool = False) -> str:
 def main() -> int:
     verdicts = run(seen=lambda v: passing(f"{v.architecture}: {v.mutant}", sys.stderr))
     passing("", sys.stderr)
-    print(table(verdicts, colour=has_colour(sys.stdout)))
+    print(table(verdicts, color=has_color(sys.stdout)))
     return 1 if any(v.status == "SURVIVED" for v in verdicts) else 0
 
 

@@ -241,7 +241,7 @@ def _trip(
     problems = [line for line in odd if line.partition(": ")[0] not in forgets]
     truth, *outputs = (_outputs(model) for model in models)
     error = max(_off(x, y) for each in outputs for x, y in zip(each, truth, strict=True))
-    held = [each.provenance.quantised for each in models if each.provenance is not None]
+    held = [each.provenance.quantized for each in models if each.provenance is not None]
     coarse = {kind for kinds in held for kind in kinds.values()}
     if problems or error:
         told_so = listing(problems) or "the logits differ"
@@ -286,7 +286,7 @@ def _alike(source: Path, back: Path) -> Literal["bytes", "weights", "values"]:
 
 @torch.no_grad()
 def _outputs(model: Any) -> list[Tensor]:
-    """Of weights as they lie when initialised: of a turned view, sums come in another order."""
+    """Of weights as they lie when initialized: of a turned view, sums come in another order."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     config = model.config

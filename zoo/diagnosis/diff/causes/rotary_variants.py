@@ -51,10 +51,10 @@ def rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
     )
     yield turn("queries and keys are turned backwards", partial(backwards, standard))
     yield turn(
-        "neighbours are turned against each other, not halves", partial(_neighbours, standard)
+        "neighbors are turned against each other, not halves", partial(_neighbours, standard)
     )
     yield turn(
-        "neighbours are turned against each other in all of a head, not halves of its part",
+        "neighbors are turned against each other in all of a head, not halves of its part",
         partial(_neighbours, standard, whole=True),
     )
     exact = partial(_coarse, standard, torch.float64, True)
