@@ -692,7 +692,7 @@ def test_the_example_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> N
     assert found.lens[-1] == found.plain
     for way in ("zero", "mean"):
         assert found.without["induction", way] > found.plain + 1.5
-        assert found.without["one back", way] > found.plain + 1.5
+        assert found.without["previous token", way] > found.plain + 1.5
     assert found.recovered[1].max() > 0.15 > found.recovered[0].max()
     assert "loss without heads" in capsys.readouterr().out
 
