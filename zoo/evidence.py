@@ -50,7 +50,7 @@ Section = Mapping[str, Mapping[str, Any]]  # by architecture, or by checkpoint
 
 
 def place() -> Path:
-    return registry.beside("zoo/evidence.json")
+    return registry.beside("evidence.json")
 
 
 def read(path: Path | None = None) -> dict[str, dict[str, dict[str, Any]]]:

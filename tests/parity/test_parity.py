@@ -40,7 +40,16 @@ def test_variant(entry: Architecture, variant: str) -> None:
     report = parity.verify(entry.name, variants=[variant])
     assert report.ok, report.to_text()
     measured = {row.check for row in report.rows}
-    assert {"fp64", "fp32", "bf16", "gradients", "padding", "batch", "export", "anew"} <= measured
+    assert {
+        "fp64",
+        "fp32",
+        "bf16",
+        "gradients",
+        "padding",
+        "batch",
+        "export",
+        "from scratch",
+    } <= measured
 
 
 @every_architecture

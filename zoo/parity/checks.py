@@ -354,7 +354,7 @@ def _fresh(subject: Subject, directory: Path) -> Row:
     error = max(distance(x, y) for _, x, y in pairs)
     value = float("inf") if named.problems else error
     detail = "; ".join(named.problems)
-    return Row(subject.name, "anew", value, FP64, f"{error:.1e}", detail)
+    return Row(subject.name, "from scratch", value, FP64, f"{error:.1e}", detail)
 
 
 def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list[str]:
