@@ -91,7 +91,7 @@ def test_what_a_row_measures() -> None:
     assert not found.row("x", Model(logits.where(logits != logits[2, first], torch.nan))).ok
     assert not found.row("x", Model(logits[:4])).ok
     beyond = replace(found, ids=found.ids.clone().fill_(40)).row("x", Model(logits))
-    assert "ids up to 40 behind them; the model's outputs are [5, 40]" in beyond.detail
+    assert "with ids up to 40; the model's outputs are [5, 40]" in beyond.detail
     assert not found.row("x", Model(logits[:, :10])).ok
 
 
