@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from converters.lazy import Lazy, equal
-from converters.plan import Plan, Step
+from converters.plan import Plan, PlanStep
 from zoo.errors import MissingTensors, TieConflict, listing
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def carry_out(
         yield from zip(step.targets, forward(step, read, trust), strict=True)
 
 
-def forward(step: Step, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
+def forward(step: PlanStep, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
     held: dict[str, Tensor] = {}  # no name is read twice
 
     def once(name: str) -> Tensor:
@@ -39,7 +39,7 @@ def forward(step: Step, read: Read, trust: Collection[str] = ()) -> Sequence[Ten
     return tensors if step.transform is None else step.transform.forward(tensors)
 
 
-def agreed(step: Step, read: Callable[[str], Lazy], trust: Collection[str]) -> tuple[str, ...]:
+def agreed(step: PlanStep, read: Callable[[str], Lazy], trust: Collection[str]) -> tuple[str, ...]:
     """The names to read where several hold one array: equal ones, or the ones that are trusted."""
     if not step.also:
         return step.sources
@@ -74,6 +74,6 @@ def invert(plan: Plan, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {plan.modern.get(name, name): out[name] for name in order}
 
 
-def backward(step: Step, native: Mapping[str, Tensor]) -> Sequence[Tensor]:
+def backward(step: PlanStep, native: Mapping[str, Tensor]) -> Sequence[Tensor]:
     tensors = [native[name] for name in step.targets]
     return tensors if step.transform is None else step.transform.backward(tensors)

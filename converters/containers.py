@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.checkpoint import Checkpoint, Reader, confined
+from converters.checkpoint import Checkpoint, Reader
 from converters.formats import TensorInfo, open_regular
+from converters.paths import confined
 from zoo.errors import (
     AmbiguousCheckpoint,
     CheckpointError,
@@ -106,7 +107,7 @@ def kind_of(path: Path) -> str | None:
     return next((name for name, known in FORMATS.items() if known.is_(head, tail, size)), None)
 
 
-class Opened(NamedTuple):
+class FileSet(NamedTuple):
     """Files of one format that are one checkpoint."""
 
     kind: str
@@ -292,7 +293,7 @@ def known_files(root: Path) -> dict[str, str]:
     return kinds
 
 
-def open_place(place: Path, mmap: bool | None = None) -> Opened | None:
+def open_place(place: Path, mmap: bool | None = None) -> FileSet | None:
     """The checkpoint that a file belongs to or a directory holds; None where there is none."""
     single = not place.is_dir()
     root = place.parent if single else place
@@ -308,13 +309,13 @@ def open_place(place: Path, mmap: bool | None = None) -> Opened | None:
     if set(kinds.values()) == {kind} and _SPLIT.search(first):  # which names the others itself
         together = known.open(module, confined(root, first), mmap)
         if kinds.keys() <= {path.name for path, _ in together}:
-            return Opened(kind, tuple(together))
+            return FileSet(kind, tuple(together))
     if known.meant is not None and set(kinds.values()) == {kind}:
         names = [known.meant(module, place).name]
     else:
         names = _shards(root, sorted(kinds))
     every = [pair for name in names for pair in known.open(module, confined(root, name), mmap)]
-    return Opened(kind, tuple(every))
+    return FileSet(kind, tuple(every))
 
 
 def _shards(root: Path, names: list[str]) -> list[str]:

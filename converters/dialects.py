@@ -8,10 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.checkpoint import Checkpoint, confined
-from converters.containers import FORMATS, Opened, open_place
+from converters.checkpoint import Checkpoint
+from converters.containers import FORMATS, FileSet, open_place
 from converters.formats import TensorInfo
 from converters.language import NUMBER_WORDS, Rule, Sizes, solve
+from converters.paths import confined
 from converters.spec import Container, Dialect, Spec, load_spec, spec_names
 from converters.strict_json import read_json
 from zoo.errors import AmbiguousCheckpoint, ConfigError, NotACheckpoint, listing
@@ -109,7 +110,7 @@ def _unknown(dialect: Dialect, container: Container, checkpoint: Checkpoint) -> 
 
 
 def _reference(
-    container: Container, opened: Opened, checkpoint: Checkpoint
+    container: Container, opened: FileSet, checkpoint: Checkpoint
 ) -> tuple[dict[str, Any], str]:
     """(the config in the dialect's own words, where it lies); empty where there is none."""
     values, file = opened.values, opened.readers[0][0]

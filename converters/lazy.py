@@ -18,7 +18,7 @@ _ENOUGH = 1 << 14  # so many take longer to decode than to ask for
 _Axis = tuple[int, int, int]  # how far apart, how many, which one
 
 
-class Part(NamedTuple):
+class Patch(NamedTuple):
     """What stands in a box of an array: a view of another."""
 
     box: Box
@@ -33,12 +33,12 @@ class Lazy:
     turned; row by row both hold the same numbers in the same order.
     """
 
-    def __init__(self, shape: Sequence[int], space: Sequence[int], parts: Sequence[Part]) -> None:
+    def __init__(self, shape: Sequence[int], space: Sequence[int], parts: Sequence[Patch]) -> None:
         self.shape, self.space, self.parts = tuple(shape), tuple(space), tuple(parts)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Lazy:
-        return cls(tensor.shape, tensor.shape, [Part(_whole(tensor.shape), tensor)])
+        return cls(tensor.shape, tensor.shape, [Patch(_whole(tensor.shape), tensor)])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,7 +168,7 @@ class Decoded(Lazy):
         return out
 
 
-class Stored(Decoded):
+class FileBacked(Decoded):
     """An array that lies in a file: `read` reads what is asked for, straight into its place."""
 
     def matrix(self, rows: slice, columns: slice) -> Tensor:
@@ -222,7 +222,7 @@ def _in_rows(view: Tensor, width: int) -> bool:
     return end < width and not any(s % width for s in odd)
 
 
-def _inside(part: Part, box: Box) -> Tensor:
+def _inside(part: Patch, box: Box) -> Tensor:
     view = part.view if part.box == box else part.view[_relative(box, part.box)]
     return view if part.of is None else part.of.window(view)
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.checkpoint import MANIFEST, confined
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Item, Output, Shard, digest
-from converters.store import prune
+from converters.paths import confined
+from converters.staging.destination import prune
 from converters.strict_json import read_json
-from converters.writer import Report, write_small_files
+from converters.weight_files import MANIFEST
+from converters.writer import WriteReport, write_small_files
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
 NAME = MANIFEST
@@ -39,7 +40,7 @@ class Damage(NamedTuple):
         return f"{self.file}: {f'{self.tensor}: ' if self.tensor else ''}{self.what}"
 
 
-def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
+def manifest(output: Output, report: WriteReport, versions: dict[str, str]) -> bytes:
     """No times and no places in it: the same conversion gives the same bytes."""
     files: dict[str, Any] = {}
     for shard in output.shards:
@@ -87,7 +88,7 @@ def _place(shard: Shard, item: Item) -> dict[str, Any]:
     return {"at": [shard.start(item), item.nbytes]}
 
 
-def finish(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> None:
+def finish(output: Output, directory: Path, report: WriteReport, versions: dict[str, str]) -> None:
     """All that is no tensor, and nothing that is not of the output; the manifest last."""
     names = [shard.name for shard in output.shards] + [*output.texts, *output.carried]
     prune(directory, names)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo
 from converters.formats.safetensors import lay_out
+from converters.weight_files import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from converters.block_codes import Coding
     from converters.lazy import Lazy
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _EXACT = {  # what a dtype's numbers can all be written in
     "F16": ("F16", "F32", "F64"),
     "BF16": ("BF16", "F32", "F64"),
@@ -30,7 +30,7 @@ ZEROS = "zeros"  # the rule of what is there only because its dialect has no wor
 Identity = tuple[int, int, int, int, int]
 
 
-class Span(NamedTuple):
+class FileSpan(NamedTuple):
     """Bytes that lie in one piece in a file."""
 
     path: Path
@@ -44,7 +44,7 @@ class Item:
     info: TensorInfo
     rule: str
     make: Callable[[], Lazy]
-    span: Span | None = None
+    span: FileSpan | None = None
     stored: str = ""  # the dtype it had, where it is cast
     coding: Coding | None = None  # how the file holds its numbers, if not as they are
     decoded: bool = False  # from numbers that the source holds in fewer bits

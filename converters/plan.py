@@ -46,7 +46,7 @@ class Native(NamedTuple):
     ties: Mapping[str, str] = {}  # further name -> name in `shapes`
 
 
-class Step(NamedTuple):
+class PlanStep(NamedTuple):
     """One use of one rule: these tensors on disk are those of the model."""
 
     rule: Rule
@@ -64,7 +64,7 @@ class Plan:
     dialect: Dialect
     native: Native
     header: Mapping[str, TensorInfo]
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)  # name on disk -> reason
     modern: Mapping[str, str] = field(default_factory=dict)  # legacy name on disk -> its name now
 
@@ -138,7 +138,7 @@ def _own_names(native: Native) -> Spec:
 class Fitting(NamedTuple):
     """What of a checkpoint fits a model that it does not fill."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     # of tensors with another shape: name on disk -> (the shape expected, native names)
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
@@ -469,7 +469,7 @@ class _Planner:
 
     def what_fits(self) -> Fitting:
         uses = self.uses()
-        found, misshapen = list[Step](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
+        found, misshapen = list[PlanStep](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
         for step in self._steps(uses, _Disk(self, uses), []):
             if step is None:
                 continue
@@ -481,7 +481,9 @@ class _Planner:
             misshapen |= dict.fromkeys(odd, (wanted or (), step.targets))
         return Fitting(tuple(found), misshapen)
 
-    def _steps(self, uses: list[_Use], disk: _Disk, missing: list[str]) -> Iterator[Step | None]:
+    def _steps(
+        self, uses: list[_Use], disk: _Disk, missing: list[str]
+    ) -> Iterator[PlanStep | None]:
         groups: dict[tuple[str, ...], list[_Use]] = {}
         for use in uses:
             owners = tuple(self.native.ties.get(t, t) for t in use.targets)
@@ -491,7 +493,7 @@ class _Planner:
 
     def _step(
         self, owners: tuple[str, ...], group: list[_Use], disk: _Disk, missing: list[str]
-    ) -> Step | None:
+    ) -> PlanStep | None:
         """The step that fills `owners` from the first use that is there; others must agree."""
         present: list[tuple[_Use, tuple[str, ...]]] = []
         for use in group:
@@ -515,7 +517,7 @@ class _Planner:
         use, names = present[0]
         also = [other for _, other in present[1:]]
         also += [other for other in disk.tied(use.sources) if other not in (names, *also)]
-        return Step(use.rule, use.transform, names, owners, tuple(also))
+        return PlanStep(use.rule, use.transform, names, owners, tuple(also))
 
     def _by_field(self, shape: Sequence[int]) -> str:
         """Sizes under the names of the config's fields that have them, as far as any has."""

@@ -25,7 +25,7 @@ from converters.block_codes import in_units
 from converters.formats import open_regular, torch_dtype
 from converters.memory import is_shortage
 from converters.output import ZEROS, Item, Output, Shard, hash_file, identity
-from converters.store import Stage
+from converters.staging.stage import Stage
 from converters.threads import one_thread_each
 from zoo.errors import (
     CorruptCheckpoint,
@@ -55,7 +55,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class WriteOptions:
     memory: int = MEMORY  # bytes of buffers, all threads together
     threads: int = 0  # as many as the machine has, up to four
     sha256: bool = True  # of sources and outputs; each tensor's own digest is always taken
@@ -68,7 +68,7 @@ class Options:
 
 
 @dataclass
-class Report:
+class WriteReport:
     """What was seen on the way."""
 
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> tensor -> xxh3
@@ -83,7 +83,7 @@ class Report:
         return asdict(self)
 
     @classmethod
-    def joined(cls, parts: Iterable[dict[str, Any]], output: Output) -> Report:
+    def joined(cls, parts: Iterable[dict[str, Any]], output: Output) -> WriteReport:
         """What the parts of an output saw together, in the order of its files."""
         whole = cls()
         for part in parts:
@@ -108,7 +108,7 @@ class Report:
         self.duplicates = [names for names in same.values() if len(names) > 1]
 
 
-def run(output: Output, stage: Stage, options: Options) -> Report:
+def run(output: Output, stage: Stage, options: WriteOptions) -> WriteReport:
     """Every file of tensors in the stage, all of it on the disk."""
     with one_thread_each():  # the threads here are the parallelism
         return _Run(output, stage, options).run()
@@ -161,7 +161,7 @@ def _rest(shard: Shard, fd: int, buffer: memoryview) -> str:
     return state.hexdigest()
 
 
-def write_small_files(output: Output, directory: Path, report: Report) -> None:
+def write_small_files(output: Output, directory: Path, report: WriteReport) -> None:
     """What is no tensor, and what each file's digest is."""
     for name, text in output.texts.items():
         path = _fresh(directory / name)
@@ -186,10 +186,10 @@ def _largest_first(item: Item) -> int:
 
 
 class _Run:
-    def __init__(self, output: Output, stage: Stage, options: Options) -> None:
+    def __init__(self, output: Output, stage: Stage, options: WriteOptions) -> None:
         self.output, self.stage, self.options = output, stage, options
         self.sources = {path: open_regular(path) for path in output.sources}
-        self.report = Report()
+        self.report = WriteReport()
         self.lock = threading.Lock()
         self.faults: list[str] = []  # tensors that are not finite
         self.overflows: list[str] = []
@@ -202,7 +202,7 @@ class _Run:
         self.copy = min(_COPY, self.turn)
         self.slab = max(self.turn, min(_SLAB // options.workers, each - 2 * self.turn))
 
-    def run(self) -> Report:
+    def run(self) -> WriteReport:
         try:
             self._check_sources()
             report = self._run()
@@ -229,7 +229,7 @@ class _Run:
                 "and the same command goes on; else convert it again"
             )
 
-    def _run(self) -> Report:
+    def _run(self) -> WriteReport:
         total = sum(shard.size for shard in self.output.shards)
         self.options.tell({"event": "start", "bytes": total, "files": len(self.output.shards)})
         found = self._found()

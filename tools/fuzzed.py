@@ -29,10 +29,10 @@ from damage import (
 from plainly import sound_gguf, sound_safetensors
 
 import zoo
-from converters.checkpoint import open_checkpoint
 from converters.formats import TensorInfo, dtype_code, gguf, safetensors
 from converters.formats.sstable import read_table
 from converters.formats.tf_bundle import TFBundleReader
+from converters.opening import open_checkpoint
 from converters.quantized.blocks import KINDS, WRITTEN
 from zoo.errors import ZooError
 from zoo.tokenizers.llama2c import model_of

@@ -20,20 +20,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from converters.carry_out import carry_out
-from converters.checkpoint import (
-    MANIFEST,
-    SINGLE,
-    Checkpoint,
-    confined,
-    is_plain,
-    open_checkpoint,
-    read_json,
-)
+from converters.checkpoint import Checkpoint
 from converters.containers import alike
 from converters.dialects import Found, find
 from converters.formats import BITS, TensorInfo, open_regular
 from converters.formats.source import Stamp, stamp
 from converters.memory import enough, size
+from converters.opening import open_checkpoint
+from converters.paths import confined, is_plain
 from converters.plan import Native, Plan, identity_plan, make_plan, target_names
 from converters.quantized import settings
 from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
@@ -41,7 +35,8 @@ from converters.quantized.dequantize import dequantized, stands_turned
 from converters.quantized.settings import FIELD as QUANTISED
 from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec, load_spec
-from converters.strict_json import parse_json
+from converters.strict_json import parse_json, read_json
+from converters.weight_files import MANIFEST, SINGLE
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.finite import first_where, source_of

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, check_names, open_regular
 from converters.formats.source import SourceFile
-from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, Kind, dequantize
+from converters.paths import confined
+from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, BlockType, dequantize
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -70,7 +71,7 @@ _IDS = {name: number for number, name in _NAMES.items()}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
-class Array:
+class MetadataArray:
     """A long array of a file, whose place is known and whose elements are not: list() decodes."""
 
     def __init__(
@@ -248,8 +249,6 @@ def _read_all(
     root: Path, names: list[str], read: dict[str, GGUFReader], mmap: bool | None
 ) -> dict[str, GGUFReader]:
     """All of them; or all that are missing, else the first that cannot be read."""
-    from converters.checkpoint import confined  # which reads other formats by what is beside this
-
     others = [name for name in names if name not in read]
     missing = [name for name in others if not (root / name).exists()]
     if missing:
@@ -429,7 +428,7 @@ class _Header:
         (value,) = struct.unpack_from(f"<{code}", self.data, start)
         return _shortest(value) if name == "f32" else value
 
-    def _array(self, what: str) -> Array:
+    def _array(self, what: str) -> MetadataArray:
         kind = self._u32(f"the type of {what}'s elements")
         if kind == _ARRAY:
             raise UnsupportedFormat(f"{self.path}: {what} is an array of arrays; none is read")
@@ -446,7 +445,7 @@ class _Header:
         if kind == _STR:
             self.at = start
             self._skip_texts(count, what)
-        return Array(self.path, what, name, count, self.data, start)
+        return MetadataArray(self.path, what, name, count, self.data, start)
 
     def _skip_texts(self, count: int, what: str) -> None:
         data, at, last, length_at = self.data, self.at, self.end - 8, _U64.unpack_from
@@ -518,7 +517,7 @@ class _Place(NamedTuple):
     """Where a tensor's bytes lie in the file, and what they are."""
 
     shape: tuple[int, ...]
-    kind: Kind
+    kind: BlockType
     start: int
     end: int
 
@@ -563,7 +562,7 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
     return places
 
 
-def _entry_problem(entry: _Entry, kind: Kind, alignment: int) -> str | None:
+def _entry_problem(entry: _Entry, kind: BlockType, alignment: int) -> str | None:
     """What is wrong with one tensor, seen alone; None if nothing."""
     shape, dims = list(entry.dims[::-1]), entry.dims
     if 0 in dims:
@@ -715,7 +714,7 @@ def _typed(value: Any) -> Value:
 def _usual(value: Any) -> str:
     if isinstance(value, list | tuple) and value:
         return f"[{_usual(value[0])}]"
-    if isinstance(value, Array):
+    if isinstance(value, MetadataArray):
         return f"[{value.kind}]"
     for kind, python in (("bool", bool), ("u32", int), ("f32", float), ("str", str)):
         if isinstance(value, python):

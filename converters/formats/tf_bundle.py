@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from converters.checkpoint import confined, is_plain
 from converters.formats import BITS, TensorInfo, check_names, open_regular, torch_dtype
 from converters.formats.crc32c import crc32c_read, masked
 from converters.formats.source import SourceFile
 from converters.formats.sstable import read_table
 from converters.formats.wire import BYTES, FIXED32, Field, Malformed, message, signed
+from converters.paths import confined, is_plain
 from zoo.errors import (
     AmbiguousCheckpoint,
     CorruptCheckpoint,
@@ -176,15 +176,15 @@ class TFBundleReader:
             return self._boxes(dtype, pieces[0])
         import torch
 
-        from converters.lazy import Lazy, Part, Stored
+        from converters.lazy import FileBacked, Lazy, Patch
 
-        parts = list[Part]()
+        parts = list[Patch]()
         for piece in pieces:
             box = [slice(0, size) for size in shape]
             box[piece.axis] = slice(piece.first, piece.first + piece.shape[piece.axis])
-            of = Stored(piece.shape, torch_dtype(dtype), self._boxes(dtype, piece))
+            of = FileBacked(piece.shape, torch_dtype(dtype), self._boxes(dtype, piece))
             view = torch.empty(piece.shape, dtype=torch_dtype(dtype), device="meta")
-            parts.append(Part(tuple(box), view, of))
+            parts.append(Patch(tuple(box), view, of))
         return Lazy(shape, shape, parts).matrix
 
     def _boxes(self, dtype: str, piece: _Piece) -> Read:

@@ -53,7 +53,7 @@ class Storage(NamedTuple):
     numel: int
 
 
-class Array(NamedTuple):
+class StoredArray(NamedTuple):
     """A tensor: how `dtype`s in a storage are to be looked at."""
 
     storage: Storage
@@ -290,7 +290,7 @@ def _made(function: Any, given: Any) -> Any:
             return NumpyType(given[0])
         case "scalar":
             return struct.unpack(_NUMPY[given[0].code], given[1])[0]
-        case "_rebuild_parameter" if type(given[0]) is Array:
+        case "_rebuild_parameter" if type(given[0]) is StoredArray:
             return given[0]
         case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3":
             storage, offset, shape, stride, *more = given
@@ -299,7 +299,7 @@ def _made(function: Any, given: Any) -> Any:
     return function
 
 
-def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Array:
+def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> StoredArray:
     if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor of no storage")
     if len(shape) > MAX_RANK or len(shape) != len(stride):
@@ -307,4 +307,4 @@ def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Ar
     numbers = (offset, *shape, *stride)
     if any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a tensor whose shape or stride is none")
-    return Array(storage, dtype, offset, shape, stride)
+    return StoredArray(storage, dtype, offset, shape, stride)

@@ -27,7 +27,7 @@ from converters.formats import (
 )
 from converters.formats.source import SourceFile, memory_of
 from converters.formats.stored_zip import END, LOCAL, MAGIC, WIDE
-from converters.formats.torch_pickle import Array, Name
+from converters.formats.torch_pickle import Name, StoredArray
 from zoo.errors import (
     CheckpointError,
     CorruptCheckpoint,
@@ -79,7 +79,7 @@ class TorchZipReader:
             records, found = _legacy(path, file) or _zipped(path, file)
             self._file = SourceFile(path, fd, mmap is True)
         if not isinstance(found, dict):
-            kind = "Tensor" if isinstance(found, Array) else type(found).__name__
+            kind = "Tensor" if isinstance(found, StoredArray) else type(found).__name__
             raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
         self.values: dict[str, Any] = {}
         self._tree = found
@@ -104,7 +104,7 @@ class TorchZipReader:
         """Everything in a nested file as it was saved: keys, lists and tuples, and its tensors."""
 
         def whole(value: Any, at: str) -> Any:
-            if isinstance(value, Array):
+            if isinstance(value, StoredArray):
                 return self.tensor(at)
             if isinstance(value, dict):
                 return {key: whole(v, f"{at}/{key}") for key, v in value.items()}
@@ -310,11 +310,11 @@ def _checked(path: Path, fd: int, root: str, record: _Record) -> bytes:
     return data
 
 
-def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, Array]:
+def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, StoredArray]:
     """The dict of tensors; anything else is refused, with the likely cause."""
-    strange = {k: v for k, v in found.items() if not isinstance(v, Array)}
+    strange = {k: v for k, v in found.items() if not isinstance(v, StoredArray)}
     for key, value in strange.items():
-        if isinstance(value, dict) and any(isinstance(v, Array) for v in value.values()):
+        if isinstance(value, dict) and any(isinstance(v, StoredArray) for v in value.values()):
             raise MissingTensors(
                 f"{path}: the tensors are nested under {key!r}, as a trainer leaves them. "
                 f"Save that part alone: torch.save(checkpoint[{key!r}], ...)"
@@ -329,9 +329,9 @@ def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, Array]:
     return found
 
 
-def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, StoredArray], dict[str, Any]]:
     """(tensors by the keys that lead to them, everything else as plain data)."""
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, StoredArray] = {}
     seen = 0
 
     def plain(value: Any, at: str, depth: int) -> Any:
@@ -341,7 +341,7 @@ def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, Array], dic
             raise ResourceLimit(
                 f"{path}: {at}: deeper than {MAX_DEPTH} levels, or over {MAX_VALUES} values"
             )
-        if isinstance(value, Array):
+        if isinstance(value, StoredArray):
             if at in tensors:
                 raise DuplicateTensor(f"{path}: two tensors are called {at}")
             tensors[at] = value
@@ -362,7 +362,7 @@ def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, Array], dic
     return tensors, {key: value for key, value in top.items() if key not in tensors}
 
 
-def _info(path: Path, name: str, array: Array) -> TensorInfo:
+def _info(path: Path, name: str, array: StoredArray) -> TensorInfo:
     code, held = named_dtype(array.dtype), named_dtype(array.storage.dtype)
     if code is None or held is None:
         odd = array.dtype if code is None else array.storage.dtype
@@ -385,7 +385,7 @@ def _info(path: Path, name: str, array: Array) -> TensorInfo:
 
 
 def _pair(
-    path: Path, arrays: Mapping[str, Array], records: Mapping[str, _Record]
+    path: Path, arrays: Mapping[str, StoredArray], records: Mapping[str, _Record]
 ) -> dict[str, _Record]:
     """Storage -> its record: as many bytes as the pickle says, and none that nothing names."""
     sizes = {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in the cache
 
 
-class Kind(NamedTuple):
+class BlockType(NamedTuple):
     """A type of tensors: a row is cut into blocks, or holds plain numbers."""
 
     name: str
@@ -194,30 +194,30 @@ def _nvfp4(raw: Tensor) -> Tensor:
 
 # by their number in the file
 KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    2: Kind("Q4_0", 32, 18, _q4_0),
-    3: Kind("Q4_1", 32, 20, _q4_1),
-    6: Kind("Q5_0", 32, 22, _q5_0),
-    7: Kind("Q5_1", 32, 24, _q5_1),
-    8: Kind("Q8_0", 32, 34, _q8_0),
-    10: Kind("Q2_K", 256, 84, _q2_k),
-    11: Kind("Q3_K", 256, 110, _q3_k),
-    12: Kind("Q4_K", 256, 144, _q4_k),
-    13: Kind("Q5_K", 256, 176, _q5_k),
-    14: Kind("Q6_K", 256, 210, _q6_k),
-    20: Kind("IQ4_NL", 32, 18, _iq4_nl),
-    23: Kind("IQ4_XS", 256, 136, _iq4_xs),
-    24: Kind("I8", 1, 1),
-    25: Kind("I16", 1, 2),
-    26: Kind("I32", 1, 4),
-    27: Kind("I64", 1, 8),
-    28: Kind("F64", 1, 8),
-    30: Kind("BF16", 1, 2),
-    34: Kind("TQ1_0", 256, 54, _tq1_0),
-    35: Kind("TQ2_0", 256, 66, _tq2_0),
-    39: Kind("MXFP4", 32, 17, _mxfp4),
-    40: Kind("NVFP4", 64, 36, _nvfp4),
+    0: BlockType("F32", 1, 4),
+    1: BlockType("F16", 1, 2),
+    2: BlockType("Q4_0", 32, 18, _q4_0),
+    3: BlockType("Q4_1", 32, 20, _q4_1),
+    6: BlockType("Q5_0", 32, 22, _q5_0),
+    7: BlockType("Q5_1", 32, 24, _q5_1),
+    8: BlockType("Q8_0", 32, 34, _q8_0),
+    10: BlockType("Q2_K", 256, 84, _q2_k),
+    11: BlockType("Q3_K", 256, 110, _q3_k),
+    12: BlockType("Q4_K", 256, 144, _q4_k),
+    13: BlockType("Q5_K", 256, 176, _q5_k),
+    14: BlockType("Q6_K", 256, 210, _q6_k),
+    20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
+    23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
+    24: BlockType("I8", 1, 1),
+    25: BlockType("I16", 1, 2),
+    26: BlockType("I32", 1, 4),
+    27: BlockType("I64", 1, 8),
+    28: BlockType("F64", 1, 8),
+    30: BlockType("BF16", 1, 2),
+    34: BlockType("TQ1_0", 256, 54, _tq1_0),
+    35: BlockType("TQ2_0", 256, 66, _tq2_0),
+    39: BlockType("MXFP4", 32, 17, _mxfp4),
+    40: BlockType("NVFP4", 64, 36, _nvfp4),
 }
 
 
@@ -237,7 +237,7 @@ UNREAD = {
 WRITTEN = {KINDS[number].name: number for number in (0, 1, 8, 30)}
 
 
-def dequantize(kind: Kind, raw: Tensor, out: Tensor) -> None:
+def dequantize(kind: BlockType, raw: Tensor, out: Tensor) -> None:
     """Fills (numbers,) F32 with what (bytes,) stand for."""
     assert kind.decode is not None
     blocks, step = raw.view(-1, kind.size), _PIECE // kind.block

@@ -14,7 +14,7 @@ from converters.checkpoint import SHARD_BYTES, Checkpoint, Reader, shard
 from converters.formats import TensorInfo, torch_dtype
 from converters.lazy import Read
 from converters.plan import FLOATS
-from converters.quantized.packing import AWQ_SHIFTS, UNITS, Blocks, Groups, Matrix, turned
+from converters.quantized.packing import AWQ_SHIFTS, UNITS, Groups, Matrix, PackedBlocks, turned
 from converters.quantized.settings import FIELD, Quantization
 from converters.spec import Dialect
 from zoo.errors import (
@@ -295,7 +295,7 @@ class _Groups:
     def _add_floats(self, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> None:
         *_, rows, columns = weight.shape
         read, grid = self.checkpoint.tensor, -(-columns // block[1])
-        box = Blocks(
+        box = PackedBlocks(
             block,
             rows,
             lambda *box: self.checkpoint.lazy(weight.name).matrix(*box),

@@ -110,7 +110,7 @@ def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -
 
 
 @dataclass(frozen=True)
-class Blocks:
+class PackedBlocks:
     """Eight-bit floats, a scale each block; those at the ends of a matrix may be cut short."""
 
     block: tuple[int, int]

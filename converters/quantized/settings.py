@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.checkpoint import confined, open_checkpoint
+from converters.opening import open_checkpoint
+from converters.paths import confined
 from converters.quantized.packing import UNITS
 from converters.strict_json import read_json
 from zoo.errors import (

@@ -32,8 +32,8 @@ from converters.formats.gguf import (
     MAX_KEYS,
     MAX_TENSORS,
     MAX_TEXT,
-    Array,
     GGUFReader,
+    MetadataArray,
     Value,
     lay_out,
     open_gguf,
@@ -42,8 +42,8 @@ from converters.formats.gguf import (
 from converters.lazy import Lazy
 from converters.output import Item, Output, Shard
 from converters.quantized.blocks import KINDS, UNREAD, pieces_of_q8_0, quantize_q8_0
-from converters.store import Stage
-from converters.writer import Options, run
+from converters.staging.stage import Stage
+from converters.writer import WriteOptions, run
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -321,7 +321,7 @@ def test_long_arrays_are_decoded_when_asked_for(tmp_path: Path) -> None:
     reader = GGUFReader(written(tmp_path / "a.gguf", fill))
     for name, expected in (("tokens", tokens), ("scores", scores), ("flags", flags)):
         found = reader.said[name]
-        assert isinstance(found, Array)
+        assert isinstance(found, MetadataArray)
         assert len(found) == 5000
         assert list(found) == list(found) == expected
     assert repr(reader.said["tokens"]) == "<5000 str of tokens>"
@@ -1171,7 +1171,7 @@ def test_a_conversion_writes_it_in_any_order_and_in_pieces(tmp_path: Path) -> No
             info = TensorInfo(info.name, (stored_bytes(info),), "U8")
         items.append(Item(info, "", make))
     output = Output((Shard("a.gguf", tuple(items), layout),))
-    run(output, Stage(tmp_path), Options(memory=1 << 18))
+    run(output, Stage(tmp_path), WriteOptions(memory=1 << 18))
     assert (tmp_path / "a.gguf").read_bytes() == save(
         tmp_path / "b.gguf", stock, {"a": 1}
     ).read_bytes()

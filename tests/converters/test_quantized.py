@@ -18,8 +18,9 @@ from torch import Tensor
 
 import zoo
 from converters import lazy
-from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.checkpoint import Checkpoint
 from converters.manifest import NAME, check
+from converters.opening import open_checkpoint
 from converters.quantized.dequantize import dequantized, stands_turned
 from converters.quantized.settings import Quantization, read_config
 from converters.spec import load_spec

@@ -17,10 +17,12 @@ from converters.carry_out import agreed
 from converters.formats import TensorInfo, dtype_code
 from converters.memory import enough
 from converters.output import Item, Output, digest, hash_file, identity, index_of
-from converters.plan import Plan, Step
-from converters.store import Shared, resumable, shared
-from converters.writer import MEMORY, Options, Report, Tell, damages, run
+from converters.plan import Plan, PlanStep
+from converters.staging.parts import SharedStage, shared
+from converters.staging.stage import resumable
+from converters.writer import MEMORY, Tell, WriteOptions, WriteReport, damages, run
 from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.publish import checked_destination, finished
 from zoo.checkpoints.sentences import SentenceModel, headless, read_steps
 from zoo.checkpoints.sources import CONFIG, MODULES, NATIVE_FILE
 from zoo.components.model import Model
@@ -42,30 +44,12 @@ from zoo.loading import (
 from zoo.lora.bases import based
 from zoo.lora.merging import changes, untied
 from zoo.saving.arrays import ADAPTED, Arrays, span_of
+from zoo.saving.checks import OWN_FILES, check_dialect, check_graph, check_no_layout, check_whole
+from zoo.saving.companions import companions_of, exported_files, is_of_a_step, unpacked
 from zoo.saving.export import QUANTISED, export, with_zeros
 from zoo.saving.graphs import GRAPHS
-from zoo.saving.save import (
-    OWN_FILES,
-    check_dialect,
-    check_graph,
-    check_no_layout,
-    check_whole,
-    checked_destination,
-    companions_of,
-    export_plan,
-    exported_files,
-    finished,
-    graph_files,
-    in_order,
-    is_of_a_step,
-    item_of,
-    lossy_of,
-    native_record,
-    origin_of,
-    said_of,
-    split,
-    unpacked,
-)
+from zoo.saving.origin import export_plan, lossy_of, native_record, origin_of, said_of
+from zoo.saving.outputs import graph_files, in_order, item_of, split
 
 MOST_PARTS = 10_000
 READING = (  # those of zoo.load that say what is read, and how
@@ -122,7 +106,7 @@ def convert(
         check_graph(to, dst, layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
     output = plan_output(found, to, **chosen)
-    engine = Options(memory, threads, sha256, allow_nonfinite, tell)
+    engine = WriteOptions(memory, threads, sha256, allow_nonfinite, tell)
     job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
     way_out = f"{option('memory', 1 << 24)} and fewer threads need less; the same call goes on"
@@ -153,7 +137,7 @@ def convert(
             verify = partial(_still_there, output, place)
             with place.publishing(job, replaces, verify) as records:
                 if records:
-                    whole = Report.joined((r[-1]["finished"] for r in records), output)
+                    whole = WriteReport.joined((r[-1]["finished"] for r in records), output)
                     tell(finished(output, place.path, whole))
     return Path(dst)
 
@@ -238,13 +222,15 @@ def _is(output: Output, force: bool, place: Path) -> bool:
         return False
 
 
-def _still_there(output: Output, place: Shared, part: int, records: list[dict[str, Any]]) -> None:
+def _still_there(
+    output: Output, place: SharedStage, part: int, records: list[dict[str, Any]]
+) -> None:
     """Whether another part's files are as its journal has them; bytes that lie may be lost."""
     again = f"run it again: --part {part}/{place.parts}"
     try:
         finished = records[-1]["finished"]
         damaged = list(damages(output.part(part, place.parts), place.path, finished))
-        Report.joined([records[-1]["finished"]], output.part(part, place.parts))
+        WriteReport.joined([records[-1]["finished"]], output.part(part, place.parts))
     except (KeyError, TypeError, AttributeError):
         damaged = ["its journal is not what it wrote"]
     if damaged:
@@ -403,7 +389,7 @@ def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterat
     yield from in_order(arrays.backward(inverse), inverse)
 
 
-def _names(step: Step) -> list[str]:
+def _names(step: PlanStep) -> list[str]:
     return [*step.sources, *(name for names in step.also for name in names)]
 
 

@@ -17,7 +17,7 @@ from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, open_regular, torch_dtype
 from converters.formats.torch_zip import TorchZipReader
 from converters.plan import Plan, target_names
-from converters.store import staged_file
+from converters.staging.stage import staged_file
 from zoo.checkpoints.sources import expanded, is_path
 from zoo.errors import (
     MissingDependency,
@@ -30,7 +30,7 @@ from zoo.errors import (
 )
 from zoo.loading import Located, Ref, locate, native_of, prove
 from zoo.saving.optimizers import NAMES, check_names, check_state, convert_optimizer
-from zoo.saving.save import origin_of
+from zoo.saving.origin import origin_of
 
 SHARDED = (
     "of one process among several (DeepSpeed, FSDP). Gather them first: all parameters' states "

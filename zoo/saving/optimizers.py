@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from converters.carry_out import backward, forward
 from converters.formats import TensorInfo
-from converters.plan import Plan, Step
+from converters.plan import Plan, PlanStep
 from zoo.checkpoints import finite
 from zoo.checkpoints.foreign import fitted
 from zoo.components.model import Model
@@ -208,7 +208,7 @@ class _Apart(Exception):
 
 @dataclass(frozen=True)
 class _Use:
-    step: Step
+    step: PlanStep
     native: tuple[str, ...]  # first names of parameters, in the step's order
     disk: tuple[str, ...]
 
@@ -332,7 +332,7 @@ def _is_equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _through(step: Step, values: list[Tensor], inward: bool) -> list[Tensor]:
+def _through(step: PlanStep, values: list[Tensor], inward: bool) -> list[Tensor]:
     way: Callable[..., Sequence[Tensor]] = forward if inward else backward
     names = step.sources if inward else step.targets
     held = dict(zip(names, values, strict=True))

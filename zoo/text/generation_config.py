@@ -9,8 +9,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.checkpoint import confined
 from converters.formats.gguf import open_gguf
+from converters.paths import confined
 from converters.strict_json import read_json
 from zoo.components.model import Model
 from zoo.errors import ConfigError, UsageError, did_you_mean, option

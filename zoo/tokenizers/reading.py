@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.checkpoint import confined
 from converters.containers import kind_of
 from converters.formats.gguf import open_gguf
+from converters.paths import confined
 from zoo.checkpoints import sources
 from zoo.errors import BadTokenizer, NotACheckpoint, listing
 from zoo.tokenizers import bytelevel, fast, gguf, llama2c, pieces, tekken, unigrams

@@ -1,4 +1,4 @@
-"""What may be weights in a repository, by the names of its files: nothing of them is here yet."""
+"""Names of files of weights, and which files of a repository form one checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MANIFEST = "zoo-manifest.json"
+# format: its single file and its index, the preferred format first: published repositories hold the
+# same weights in several
+LAYOUTS = {
+    "safetensors": (SINGLE, INDEX),
+    "torch": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+}
 # several files that are one checkpoint: the first of them, and what the others look like
 _SEVERAL = (
     (re.compile(r"(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf"), "{stem}-?????-of-{count}.gguf"),
