@@ -27,12 +27,12 @@ def carry_out(
 
 
 def forward(step: PlanStep, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
-    held: dict[str, Tensor] = {}  # no name is read twice
+    cache: dict[str, Tensor] = {}  # no name is read twice
 
     def once(name: str) -> Tensor:
-        if name not in held:
-            held[name] = read(name)
-        return held[name]
+        if name not in cache:
+            cache[name] = read(name)
+        return cache[name]
 
     names = agreed(step, lambda name: Lazy.of(once(name)), trust)
     tensors = [once(name) for name in names]

@@ -95,5 +95,6 @@ def shard(infos: Iterable[TensorInfo], max_bytes: int) -> list[tuple[str, list[T
         return [(SINGLE, files[0])]
     stem, _, suffix = SINGLE.partition(".")
     return [
-        (f"{stem}-{n:05d}-of-{len(files):05d}.{suffix}", held) for n, held in enumerate(files, 1)
+        (f"{stem}-{n:05d}-of-{len(files):05d}.{suffix}", infos_of_file)
+        for n, infos_of_file in enumerate(files, 1)
     ]

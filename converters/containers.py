@@ -104,7 +104,7 @@ def kind_of(path: Path) -> str | None:
         head, tail = os.pread(fd, 512, 0), os.pread(fd, 512, max(0, size - 512))
     finally:
         os.close(fd)
-    return next((name for name, known in FORMATS.items() if known.is_(head, tail, size)), None)
+    return next((name for name, form in FORMATS.items() if form.is_(head, tail, size)), None)
 
 
 class FileSet(NamedTuple):
@@ -116,8 +116,8 @@ class FileSet(NamedTuple):
     @property
     def values(self) -> Mapping[str, Any]:
         """What the first file says beside its tensors."""
-        found: Mapping[str, Any] = getattr(self.readers[0][1], "values", {})
-        return found
+        values: Mapping[str, Any] = getattr(self.readers[0][1], "values", {})
+        return values
 
     def checkpoint(self, container: Container) -> Checkpoint | None:
         """Its tensors as a dialect calls them; None where the key that they stand under is gone."""
@@ -164,8 +164,8 @@ class FileSet(NamedTuple):
 
 
 def _files(path: Path, reader: Any) -> tuple[Path, ...]:
-    found: tuple[Path, ...] = getattr(reader, "files", (path,))
-    return found
+    files: tuple[Path, ...] = getattr(reader, "files", (path,))
+    return files
 
 
 def _key(within: tuple[str, ...], names: Mapping[str, Any]) -> str | None:
@@ -195,12 +195,12 @@ class _Renamed:
         }
 
     def tensor(self, name: str) -> torch.Tensor:
-        found: torch.Tensor = self._reader.tensor(self._names[name])
-        return found
+        tensor: torch.Tensor = self._reader.tensor(self._names[name])
+        return tensor
 
     def decoder(self, name: str) -> Read | None:
-        found: Read | None = self._reader.decoder(self._names[name])
-        return found
+        read: Read | None = self._reader.decoder(self._names[name])
+        return read
 
     def size(self, name: str) -> int:
         size = getattr(self._reader, "size", None)
@@ -210,8 +210,8 @@ class _Renamed:
         span = getattr(self._reader, "span", None)
         if self._names[name] in getattr(self._reader, "quantized", ()):
             return None
-        found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
-        return found
+        span_in_file: tuple[int, int] | None = span(self._names[name]) if span is not None else None
+        return span_in_file
 
 
 # --- one dtype for all --------------------------------------------------------------------------
@@ -229,11 +229,11 @@ def alike(checkpoint: Checkpoint, wide: tuple[str, ...]) -> Checkpoint:
     narrow = kinds - {"F32"}
     if len(kinds) == 1 or not kinds <= {"F32", "F16", "BF16"}:
         return checkpoint
-    held = {name: info for name, info in tensors.items() if info.dtype == "F32"}
+    singles = {name: info for name, info in tensors.items() if info.dtype == "F32"}
     kind = next(iter(narrow))
-    if len(narrow) > 1 or any(len(i.shape) > 1 and n not in wide for n, i in held.items()):
+    if len(narrow) > 1 or any(len(i.shape) > 1 and n not in wide for n, i in singles.items()):
         kind = "F32"
-    for name in held if kind != "F32" else ():
+    for name in singles if kind != "F32" else ():
         numbers = checkpoint.tensor(name)
         if not bool((numbers.to(torch_dtype(kind)).float() == numbers).all()):
             kind = "F32"
@@ -254,28 +254,28 @@ class _Cast:
         self._reader, self._dtype = reader, dtype
         self.tensors = {n: TensorInfo(n, i.shape, dtype) for n, i in reader.tensors.items()}
 
-    def _held(self, name: str) -> bool:
-        found: str = self._reader.tensors[name].dtype
-        return found == self._dtype
+    def _is_stored_so(self, name: str) -> bool:
+        code: str = self._reader.tensors[name].dtype
+        return code == self._dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         from converters.formats import torch_dtype
 
-        found: torch.Tensor = self._reader.tensor(name)
-        return found.to(torch_dtype(self._dtype))
+        tensor: torch.Tensor = self._reader.tensor(name)
+        return tensor.to(torch_dtype(self._dtype))
 
     def decoder(self, name: str) -> Read | None:
         from converters.formats import torch_dtype
 
         read: Read | None = self._reader.decoder(name)
-        if read is None or self._held(name):
+        if read is None or self._is_stored_so(name):
             return read
         box, kind = read, torch_dtype(self._dtype)
         return lambda rows, columns: box(rows, columns).to(kind)
 
     def span(self, name: str) -> tuple[int, int] | None:
-        found: tuple[int, int] | None = self._reader.span(name) if self._held(name) else None
-        return found
+        span: tuple[int, int] | None = self._reader.span(name) if self._is_stored_so(name) else None
+        return span
 
 
 def known_files(root: Path) -> dict[str, str]:
@@ -304,17 +304,17 @@ def open_place(place: Path, mmap: bool | None = None) -> FileSet | None:
     if not kinds:
         return None
     kind, first = next(iter(kinds.values())), next(iter(kinds))
-    known = FORMATS[kind]
-    module = import_module(f"converters.formats.{known.module}")
+    form = FORMATS[kind]
+    module = import_module(f"converters.formats.{form.module}")
     if set(kinds.values()) == {kind} and _SPLIT.search(first):  # which names the others itself
-        together = known.open(module, confined(root, first), mmap)
+        together = form.open(module, confined(root, first), mmap)
         if kinds.keys() <= {path.name for path, _ in together}:
             return FileSet(kind, tuple(together))
-    if known.meant is not None and set(kinds.values()) == {kind}:
-        names = [known.meant(module, place).name]
+    if form.meant is not None and set(kinds.values()) == {kind}:
+        names = [form.meant(module, place).name]
     else:
         names = _shards(root, sorted(kinds))
-    every = [pair for name in names for pair in known.open(module, confined(root, name), mmap)]
+    every = [pair for name in names for pair in form.open(module, confined(root, name), mmap)]
     return FileSet(kind, tuple(every))
 
 
@@ -341,4 +341,4 @@ def _shards(root: Path, names: list[str]) -> list[str]:
 
 
 def known_formats() -> str:
-    return ", ".join(known.about for known in FORMATS.values())
+    return ", ".join(form.about for form in FORMATS.values())

@@ -18,7 +18,7 @@ from converters.strict_json import read_json
 from zoo.errors import AmbiguousCheckpoint, ConfigError, NotACheckpoint, listing
 
 
-class Found(NamedTuple):
+class DialectMatch(NamedTuple):
     """A checkpoint, the dialect that its names are, and its config in that dialect's words."""
 
     spec: Spec
@@ -34,8 +34,8 @@ class Found(NamedTuple):
         """Native fields that config, shapes and names tell; everything wrong with the config."""
         fields, problems = self.dialect.read_config(self.reference, ignore)
         header, shared = self.checkpoint.tensors, self.checkpoint.shared
-        told = infer(self.spec, self.dialect, fields, header, self.shards, shared)
-        return {**fields, **told}, problems
+        inferred = infer(self.spec, self.dialect, fields, header, self.shards, shared)
+        return {**fields, **inferred}, problems
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -56,12 +56,12 @@ def every_dialect() -> list[tuple[Spec, Dialect, Container]]:
     ]
 
 
-def find(place: Path, mmap: bool | None = None) -> Found | None:
+def find(place: Path, mmap: bool | None = None) -> DialectMatch | None:
     """What a file or directory holds; None where no file in it is of a known format."""
     opened = open_place(place, mmap)
     if opened is None:
         return None
-    fits: list[Found] = []
+    fits: list[DialectMatch] = []
     looked: list[str] = []
     for spec, dialect, container in every_dialect():
         if container.format != opened.kind:
@@ -71,23 +71,27 @@ def find(place: Path, mmap: bool | None = None) -> Found | None:
         if checkpoint is None:
             looked.append(f"{name}: nothing below {' or '.join(filter(None, container.within))}")
             continue
-        odd = _unknown(dialect, container, checkpoint)
+        unmapped = _unknown(dialect, container, checkpoint)
         values = opened.values
         wrong = [k for k, allowed in dialect.is_.items() if values.get(k) not in allowed]
-        if not odd and not wrong and checkpoint.tensors:
-            reference, said = _reference(container, opened, checkpoint)
+        if not unmapped and not wrong and checkpoint.tensors:
+            reference, source = _reference(container, opened, checkpoint)
             shards = len(opened.readers) if container.sharded else 1
             first = opened.readers[0][1]
-            fits.append(Found(spec, dialect, container, checkpoint, reference, shards, said, first))
+            fits.append(
+                DialectMatch(spec, dialect, container, checkpoint, reference, shards, source, first)
+            )
         elif wrong:
             looked.append(f"{name}: {listing(f'{k} is {values.get(k)!r}' for k in wrong)}")
         else:
             count = len(checkpoint.tensors)
-            looked.append(f"{name}: knows {count - len(odd)} of {count} names; not {odd[:1]}")
+            looked.append(
+                f"{name}: knows {count - len(unmapped)} of {count} names; not {unmapped[:1]}"
+            )
     if len(fits) == 1:
         return fits[0]
     if fits:
-        named = listing(f"{found.spec.name} of {found.container.about}" for found in fits)
+        named = listing(f"{match.spec.name} of {match.container.about}" for match in fits)
         raise AmbiguousCheckpoint(f"{place}: its names are those of {named}, and nothing tells")
     lines = "\n  ".join(looked) or f"no dialect has files of format {opened.kind}"
     raise NotACheckpoint(
@@ -101,11 +105,11 @@ def _unknown(dialect: Dialect, container: Container, checkpoint: Checkpoint) -> 
     first = (
         {n[2:] for n in checkpoint.tensors if n.startswith("0/")} if container.sharded else set()
     )
-    known = {name for name in first if dialect.knows(f"0/{name}")}
+    mapped = {name for name in first if dialect.knows(f"0/{name}")}
     return [
         name
         for name in checkpoint.tensors
-        if name.partition("/")[2] not in known and not dialect.knows(name)
+        if name.partition("/")[2] not in mapped and not dialect.knows(name)
     ]
 
 
@@ -129,8 +133,10 @@ def _reference(
         if not os.path.lexists(path):
             return {}, f"{path}, which is not there,"
         return read_json(confined(checkpoint.root, container.config)), str(path)
-    said = values.get(container.config)
-    return (said if isinstance(said, dict) else {}), f"{file}: {container.config or 'no config'}"
+    section = values.get(container.config)
+    return (
+        section if isinstance(section, dict) else {}
+    ), f"{file}: {container.config or 'no config'}"
 
 
 def _plain(value: Any) -> bool:
@@ -166,23 +172,23 @@ def infer(
     if shards > 1:
         header = {name: info for name, info in header.items() if name.startswith("0/")}
     arrays = list(_arrays(dialect.rules, dialect.prefix, header, shards))
-    told: dict[str, Any] = {}
+    inferred: dict[str, Any] = {}
     for line in spec.shapes:
         for name, shape in arrays:
             if (numbers := line.name.match(name)) is None or line.pattern is None:
                 continue
-            sizes: Sizes = {k: v for k, v in {**fields, **told}.items() if type(v) is int}
+            sizes: Sizes = {k: v for k, v in {**fields, **inferred}.items() if type(v) is int}
             if solve(line.pattern, shape, sizes) is None:
-                told.update({a: sizes[a] for a in line.pattern.axes if fields.get(a) is None})
+                inferred.update({a: sizes[a] for a in line.pattern.axes if fields.get(a) is None})
             for axis, number in numbers.items():
                 if fields.get(axis) is None:
-                    told[axis] = max(told.get(axis, 0), number + 1)
+                    inferred[axis] = max(inferred.get(axis, 0), number + 1)
     names = _there(dialect, header, shards, shared or {})
     for condition, name in spec.present.items():
         field = condition.removeprefix("not ")
         if fields.get(field) is None:
-            told[field] = (name in names) == (field == condition)
-    return told
+            inferred[field] = (name in names) == (field == condition)
+    return inferred
 
 
 def _there(

@@ -83,11 +83,11 @@ class Lazy:
 
         boxes = [_overlap(part.box, box) for part in self.parts]
         pairs = zip(boxes, self.parts, strict=True)
-        found = [(common, part) for common, part in pairs if common is not None]
-        if len(found) == 1 and found[0][0] == box:
-            return _inside(found[0][1], box)
+        overlaps = [(common, part) for common, part in pairs if common is not None]
+        if len(overlaps) == 1 and overlaps[0][0] == box:
+            return _inside(overlaps[0][1], box)
         out = torch.empty([axis.stop - axis.start for axis in box], dtype=self.dtype)
-        for common, part in found:
+        for common, part in overlaps:
             out[_relative(common, box)] = _inside(part, common)
         return out
 
@@ -131,9 +131,9 @@ class Lazy:
                 for at in range(n):
                     out.select(axis, at).copy_(self.window(view.select(axis, at)))
                 return out
-        found = self.matrix(slice(row, row + height), slice(column, column + breadth))
+        block = self.matrix(slice(row, row + height), slice(column, column + breadth))
         strides = [s // self.width * breadth if s >= self.width else s for s in view.stride()]
-        return found.as_strided(view.shape, strides)
+        return block.as_strided(view.shape, strides)
 
 
 class Decoded(Lazy):
@@ -189,17 +189,17 @@ def moved(
     """What `move` makes of arrays by views, with no more of them made than is looked at."""
     import torch
 
-    held = [array if isinstance(array, Lazy) else Lazy.of(array) for array in arrays]
-    plain = [array.plain for array in held]
+    lazies = [array if isinstance(array, Lazy) else Lazy.of(array) for array in arrays]
+    plain = [array.plain for array in lazies]
     tensors = [tensor for tensor in plain if tensor is not None]
-    if len(tensors) == len(held):
+    if len(tensors) == len(lazies):
         return move(tensors)
-    metas = [torch.empty(array.shape, dtype=array.dtype, device="meta") for array in held]
+    metas = [torch.empty(array.shape, dtype=array.dtype, device="meta") for array in lazies]
     made = move(metas)
-    of = {id(meta): array for meta, array in zip(metas, held, strict=True)}
+    of = {id(meta): array for meta, array in zip(metas, lazies, strict=True)}
     parts = [[part._replace(of=of.get(_base(part.view))) for part in m.parts] for m in made]
     if any(p.of is None or not _in_rows(p.view, p.of.width) for each in parts for p in each):
-        return move([array.whole() for array in held])  # joined in a way that no view shows
+        return move([array.whole() for array in lazies])  # joined in a way that no view shows
     return [Lazy(m.shape, m.space, each) for m, each in zip(made, parts, strict=True)]
 
 
@@ -218,8 +218,8 @@ def _in_rows(view: Tensor, width: int) -> bool:
     """Whether each of a view's axes goes along rows or along columns, and ends where these do."""
     _, wide = _reach(view, width)
     end = view.storage_offset() % width + sum((n - 1) * s for s, n, _ in wide)
-    odd = [s for s, n in zip(view.stride(), view.shape, strict=True) if n > 1 and s > width]
-    return end < width and not any(s % width for s in odd)
+    strides = [s for s, n in zip(view.stride(), view.shape, strict=True) if n > 1 and s > width]
+    return end < width and not any(s % width for s in strides)
 
 
 def _inside(part: Patch, box: Box) -> Tensor:

@@ -67,7 +67,7 @@ def manifest(output: Output, report: WriteReport, versions: dict[str, str]) -> b
         "format": FORMAT,
         "job": output.job(),
         "versions": versions,
-        **output.said,
+        **output.notes,
         "sources": {
             path.name: {"size": path.stat().st_size, "sha256": report.sources.get(path.name)}
             for path in output.sources
@@ -114,11 +114,11 @@ def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
     """Native name -> what its numbers stood in, by the manifest that was written with them."""
     # one that is not there says nothing; one that is damaged is `check`'s to name
     with suppress(ConfigError, CheckpointError, NotACheckpoint):
-        said = read(directory)
-        found = said.get("quantised", {})
-        known = {path.name for path in files} <= said["files"].keys()
-        if known and all(isinstance(kind, str) for kind in found.values()):
-            return dict(found)
+        data = read(directory)
+        names = data.get("quantised", {})
+        is_complete = {path.name for path in files} <= data["files"].keys()
+        if is_complete and all(isinstance(kind, str) for kind in names.values()):
+            return dict(names)
     return {}
 
 
@@ -132,22 +132,22 @@ def _problem(data: dict[str, Any]) -> str:
     adapter = data.get("adapter", {})
     if not isinstance(adapter, dict) or not all(isinstance(d, str) for d in adapter.values()):
         return "adapter: no digests by names"
-    for name, said in files.items():
-        if not isinstance(said, dict) or type(said.get("size")) is not int:
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int:
             return f"files.{name}: no size"
-        if not isinstance(said.get("sha256"), str | None):
+        if not isinstance(entry.get("sha256"), str | None):
             return f"files.{name}: no sha256"
-        if "tensors" not in said:
-            if said.get("sha256") is None:
+        if "tensors" not in entry:
+            if entry.get("sha256") is None:
                 return f"files.{name}: no sha256"
             continue
-        tensors = said["tensors"]
-        if not isinstance(said.get("header"), str) or not isinstance(tensors, dict):
+        tensors = entry["tensors"]
+        if not isinstance(entry.get("header"), str) or not isinstance(tensors, dict):
             return f"files.{name}: no header or no tensors"
         for tensor, one in tensors.items():
             if not isinstance(one, dict) or not isinstance(one.get("xxh3"), str):
                 return f"files.{name}: {tensor}: no digest"
-        if not name.endswith(".safetensors") and not _tiles(tensors, said["size"]):
+        if not name.endswith(".safetensors") and not _tiles(tensors, entry["size"]):
             return f"files.{name}: its tensors do not lie side by side in it"
     return ""
 
@@ -179,7 +179,7 @@ def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
 
 
 def check_file(
-    directory: Path, name: str, said: dict[str, Any], *, sha256: bool = False
+    directory: Path, name: str, entry: dict[str, Any], *, sha256: bool = False
 ) -> Iterator[Damage]:
     """What of one file is not as its entry in the manifest says."""
     try:
@@ -188,16 +188,16 @@ def check_file(
     except CheckpointError as error:
         yield Damage(name, "", str(error))
         return
-    if size != said["size"]:
-        yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
-    elif "tensors" in said:
+    if size != entry["size"]:
+        yield Damage(name, "", f"{size} bytes, and {entry['size']} were written")
+    elif "tensors" in entry:
         look = _check_tensors if name.endswith(".safetensors") else _check_places
-        found = list(look(path, name, said))
-        yield from found
-        if sha256 and not found and said["sha256"]:
-            yield from _check_file(path, name, said["sha256"])
+        damages = list(look(path, name, entry))
+        yield from damages
+        if sha256 and not damages and entry["sha256"]:
+            yield from _check_file(path, name, entry["sha256"])
     else:
-        yield from _check_file(path, name, said["sha256"])
+        yield from _check_file(path, name, entry["sha256"])
 
 
 def named_by_digest(directory: Path) -> list[Damage] | None:
@@ -218,19 +218,21 @@ def _check_file(path: Path, name: str, wanted: str) -> Iterator[Damage]:
             yield Damage(name, "", "differs from what was written (sha256)")
 
 
-def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Damage]:
+def _check_tensors(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Damage]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         file.seek(0)
-        head = file.read(8 + min(length, said["size"]))
-        if xxhash.xxh3_128_hexdigest(head) != said["header"]:
+        head = file.read(8 + min(length, entry["size"]))
+        if xxhash.xxh3_128_hexdigest(head) != entry["header"]:
             yield Damage(name, "", "its header differs from what was written")
             return
         reader = SafetensorsReader(path)
-        if odd := reader.tensors.keys() ^ said["tensors"].keys():
-            yield Damage(name, "", f"its tensors are not those of the manifest: {listing(odd)}")
+        if difference := reader.tensors.keys() ^ entry["tensors"].keys():
+            yield Damage(
+                name, "", f"its tensors are not those of the manifest: {listing(difference)}"
+            )
             return
-        for tensor, one in said["tensors"].items():
+        for tensor, one in entry["tensors"].items():
             start, end = reader.span(tensor)
             file.seek(start)
             state, left = xxhash.xxh3_128(), end - start
@@ -241,24 +243,24 @@ def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Dama
                 yield Damage(name, tensor, "differs from what was written (xxh3-128)")
 
 
-def _check_places(path: Path, name: str, said: dict[str, Any]) -> Iterator[Damage]:
+def _check_places(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Damage]:
     """A file of any format: each tensor where it was written, and all the bytes between them."""
     rest, reached = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
 
-        def taken(state: xxhash.xxh3_128, size: int) -> xxhash.xxh3_128:
+        def consume(state: xxhash.xxh3_128, size: int) -> xxhash.xxh3_128:
             left = size
             while left and (piece := file.read(min(left, _CHUNK))):
                 state.update(piece)
                 left -= len(piece)
             return state
 
-        for tensor, one in sorted(said["tensors"].items(), key=lambda pair: pair[1]["at"]):
+        for tensor, one in sorted(entry["tensors"].items(), key=lambda pair: pair[1]["at"]):
             start, size = one["at"]
-            taken(rest, start - reached)
-            if taken(xxhash.xxh3_128(), size).hexdigest() != one["xxh3"]:
+            consume(rest, start - reached)
+            if consume(xxhash.xxh3_128(), size).hexdigest() != one["xxh3"]:
                 yield Damage(name, tensor, "differs from what was written (xxh3-128)")
             reached = start + size
-        taken(rest, said["size"] - reached)
-    if rest.hexdigest() != said["header"]:
+        consume(rest, entry["size"] - reached)
+    if rest.hexdigest() != entry["header"]:
         yield Damage(name, "", "what stands around its tensors differs from what was written")

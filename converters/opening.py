@@ -54,10 +54,10 @@ def open_checkpoint(directory: str | os.PathLike[str], mmap: bool | None = None)
             f"looked for {wanted[1]} and {wanted[3]}"
         )
     here = listing(sorted(names), 10) or "nothing"
-    told = f"{root}: no weights. Looked for {', '.join(wanted)}; found {here}"
+    fault = f"{root}: no weights. Looked for {', '.join(wanted)}; found {here}"
     if others := known_files(root):
-        told += f". Without a config.json they could be those of {listing(others)}: give that file"
-    raise NotACheckpoint(told)
+        fault += f". Without a config.json they could be those of {listing(others)}: give that file"
+    raise NotACheckpoint(fault)
 
 
 def _names(root: Path) -> set[str]:

@@ -104,7 +104,7 @@ class Output:
     carried: Mapping[str, Path] = field(default_factory=dict)  # copied as they are
     sources: tuple[Path, ...] = ()
     hashed: tuple[Path, ...] | None = None  # those of them that are: all
-    said: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
+    notes: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
     seen: Mapping[Path, Identity] = field(default_factory=dict)  # sources as they were planned with
 
     def part(self, number: int, parts: int) -> Output:
@@ -133,20 +133,20 @@ class Output:
     def job(self) -> str:
         """What tells this output from any other, as far as can be known without reading weights."""
         shards = [
-            [s.name, s.layout.head.hex(), [_said(item) for item in s.items]] for s in self.shards
+            [s.name, s.layout.head.hex(), [_job_row(item) for item in s.items]] for s in self.shards
         ]
         texts = {name: hashlib.sha256(text).hexdigest() for name, text in self.texts.items()}
         carried = {name: hash_file(path) for name, path in self.carried.items()}
-        return digest([shards, texts, carried, self.said])
+        return digest([shards, texts, carried, self.notes])
 
     def identity(self) -> list[list[Any]]:
         """Without the device, whose number is another on another machine."""
         return [[path.name, *seen[1:]] for path, seen in self.seen.items()]
 
 
-def _said(item: Item) -> list[str]:
-    said = [item.name, item.rule, item.stored]
-    return [*said, item.coding.name] if item.coding is not None else said
+def _job_row(item: Item) -> list[str]:
+    row = [item.name, item.rule, item.stored]
+    return [*row, item.coding.name] if item.coding is not None else row
 
 
 def identity(status: os.stat_result) -> Identity:

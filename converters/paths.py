@@ -51,12 +51,12 @@ def confined(root: Path, name: str) -> Path:
 
 def located(root: Path, files: Iterable[str]) -> dict[str, Path]:
     """All files, or everything that is unsafe, or everything that is missing."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     unsafe: list[CheckpointError] = []
     missing: list[str] = []
     for name in files:
         try:
-            found[name] = confined(root, name)
+            paths[name] = confined(root, name)
         except UnsafePath as error:
             unsafe.append(error)
         except MissingShard:
@@ -65,10 +65,10 @@ def located(root: Path, files: Iterable[str]) -> dict[str, Path]:
         raise_all(unsafe)
     if missing:
         raise MissingShard(
-            f"{root}: {len(missing)} of {len(missing) + len(found)} files are missing: "
+            f"{root}: {len(missing)} of {len(missing) + len(paths)} files are missing: "
             f"{listing(missing)}. Download them again."
         )
-    return found
+    return paths
 
 
 def raise_all(problems: Sequence[CheckpointError]) -> NoReturn:

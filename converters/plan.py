@@ -184,7 +184,7 @@ def target_names(
 
 # --- the planner ---------------------------------------------------------------------------------
 
-_Known = tuple[str, Ref, tuple[int, ...]]  # a native tensor, its side of the rule, its shape
+_NativeSide = tuple[str, Ref, tuple[int, ...]]  # a native tensor, its side of the rule, its shape
 
 
 class _Use(NamedTuple):
@@ -219,14 +219,16 @@ class _Planner:
             whole, _, parts = (part.strip() for part in name.partition("/"))
             if isinstance(size := config.get(whole), int):
                 if size < 1:
-                    said = self.dialect.reference_field(whole)
-                    raise ConfigError(f"{where}: {said}: {size} is not positive")
+                    field_name = self.dialect.reference_field(whole)
+                    raise ConfigError(f"{where}: {field_name}: {size} is not positive")
                 # `heads / shards`: of what is cut over several files, each holds so many
                 count = config.get(parts, 1)
                 assert isinstance(count, int)
                 if size % count:
-                    said = self.dialect.reference_field(whole)
-                    raise ConfigError(f"{where}: {said}: {size} cannot be cut into {count} {parts}")
+                    field_name = self.dialect.reference_field(whole)
+                    raise ConfigError(
+                        f"{where}: {field_name}: {size} cannot be cut into {count} {parts}"
+                    )
                 self.axes[axis] = size // count
         self.alternatives_first = False
         self.spare: Callable[[str], str] = lambda name: ""
@@ -252,7 +254,7 @@ class _Planner:
         kind = next((k for k in gravity if k in kinds), PlanError)
         lines = [f"{self.where}:", *self.causes]
         for each in gravity:
-            texts = [text for found, text in self.problems if found is each]
+            texts = [text for error, text in self.problems if error is each]
             lines += texts[:_SHOWN]
             if len(texts) > _SHOWN:
                 lines.append(f"… and {len(texts) - _SHOWN} more of this kind")
@@ -262,9 +264,9 @@ class _Planner:
 
     def uses(self) -> list[_Use]:
         """Every use of a rule whose native tensors are there; the proof of the native side."""
-        found = list(self._alternatives())
-        instead = {target for use in found for target in use.targets}
-        produced = {target: use.rule for use in found for target in use.targets}
+        uses = list(self._alternatives())
+        instead = {target for use in uses for target in use.targets}
+        produced = {target: use.rule for use in uses for target in use.targets}
         for rule in self.dialect.weights + self.dialect.heads:
             for binding in self._bindings(rule):
                 before = len(self.problems)
@@ -277,7 +279,7 @@ class _Planner:
                     if target in produced:
                         self.problem(SpecError, f"{target}: produced twice, also by {rule}")
                     produced[target] = rule
-                found.append(use)
+                uses.append(use)
         owners = {self.native.ties.get(name, name) for name in produced}
         if unmapped := [name for name in self.native.shapes if name not in owners]:
             self.problem(
@@ -285,7 +287,7 @@ class _Planner:
                 f"no rule for {listing(unmapped)} of the model. "
                 f"Add one in {self.dialect.where or self.spec.where}.weights",
             )
-        return found
+        return uses
 
     def _alternatives(self) -> Iterator[_Use]:
         """Rules in the place of others, where what they read is on disk.
@@ -297,14 +299,14 @@ class _Planner:
             for binding in self._bindings(rule):
                 before = len(self.problems)
                 use = self._use(rule, binding)
-                found = [
+                shapes = [
                     self.header[name].shape
                     for source in (use.sources if use is not None else ())
                     for name in (self.dialect.prefix + source, source)
                     if name in self.header
                 ]
                 alike = str(rule.source.name) in same
-                fits = bool(found) and (not alike or use is None or found[0] == use.shape)
+                fits = bool(shapes) and (not alike or use is None or shapes[0] == use.shape)
                 if use is not None and (fits or self.alternatives_first):
                     yield use
                 elif alike:
@@ -364,26 +366,26 @@ class _Planner:
             self.problem(SpecError, f"{rule}: the model has {there[0]} but not {missing}")
             return None
         shapes = [self.native.shapes[self.native.ties.get(n, n)] for n in targets]
-        known = list(zip(targets, refs, shapes, strict=True))
-        return self._transformed(rule, binding, known, sizes)
+        sides = list(zip(targets, refs, shapes, strict=True))
+        return self._transformed(rule, binding, sides, sizes)
 
     def _transformed(
-        self, rule: Rule, binding: Binding, known: Sequence[_Known], sizes: Sizes
+        self, rule: Rule, binding: Binding, sides: Sequence[_NativeSide], sizes: Sizes
     ) -> _Use | None:
         for p in (*rule.source.name.placeholders.values(), *rule.loops.values()):
             if p.values:
                 sizes[p.name] = len(p.values)
-        copies = {name: self._found(rule, name, binding) for name in rule.replicated}
+        copies = {name: self._count_on_disk(rule, name, binding) for name in rule.replicated}
         if not rule.plain:
             mine = _axes_of(rule)
             sizes.update({a: n for a, n in self.axes.items() if a in mine and a not in sizes})
-            if not self._solve(rule, binding, known, sizes):
+            if not self._solve(rule, binding, sides, sizes):
                 return None
             key = (id(rule), tuple(sorted((a, n) for a, n in sizes.items())))
             transform = self._transforms.setdefault(key, Transform(rule, key[1]))
             shape = transform.source_shape()
         else:
-            transform, shape = None, known[0][2]
+            transform, shape = None, sides[0][2]
         grids = []
         for copy in product(*(range(n) for n in copies.values())):
             bound = {**binding, **dict(zip(copies, copy, strict=True))}
@@ -391,10 +393,10 @@ class _Planner:
             grids.append(tuple(rule.source.name.format({**bound, **p}) for p in points))
         if _is_identity(rule):
             transform = None
-        targets = tuple(name for name, _, _ in known)
+        targets = tuple(name for name, _, _ in sides)
         return _Use(rule, binding, targets, transform, grids[0], tuple(grids[1:]), shape)
 
-    def _found(self, rule: Rule, name: str, binding: Binding) -> int:
+    def _count_on_disk(self, rule: Rule, name: str, binding: Binding) -> int:
         """How many values of a source index there are on disk."""
         if name in self.axes:
             return self.axes[name]
@@ -406,10 +408,12 @@ class _Planner:
                     highest = max(highest, match[name] + 1)
         return max(1, highest)
 
-    def _solve(self, rule: Rule, binding: Binding, known: Sequence[_Known], sizes: Sizes) -> bool:
+    def _solve(
+        self, rule: Rule, binding: Binding, sides: Sequence[_NativeSide], sizes: Sizes
+    ) -> bool:
         """Sizes from native shapes, then from the source's headers; False where they do not fit."""
         for _ in range(2):  # a ragged axis may need what a later tensor tells
-            for name, ref, shape in known:
+            for name, ref, shape in sides:
                 assert ref.pattern is not None
                 if problem := solve(ref.pattern, shape, sizes):
                     self.problem(ShapeMismatch, f"{name}: {rule}: {problem}")
@@ -418,9 +422,9 @@ class _Planner:
         if wanted - sizes.keys() and self.header:
             for name in rule.stacked:
                 if name not in sizes:
-                    sizes[name] = self._found(rule, name, binding)
+                    sizes[name] = self._count_on_disk(rule, name, binding)
             self._solve_from_header(rule, binding, sizes)
-            for _, ref, shape in known:
+            for _, ref, shape in sides:
                 assert ref.pattern is not None
                 solve(ref.pattern, shape, sizes)
         if missing := sorted(wanted - sizes.keys()):
@@ -469,17 +473,17 @@ class _Planner:
 
     def what_fits(self) -> Fitting:
         uses = self.uses()
-        found, misshapen = list[PlanStep](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
+        steps, misshapen = list[PlanStep](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
         for step in self._steps(uses, _Disk(self, uses), []):
             if step is None:
                 continue
             turned = step.transform
             wanted = self._shape(step.targets[0]) if turned is None else turned.source_shape()
-            odd = [name for name in step.sources if self.header[name].shape != wanted]
-            if not odd:
-                found.append(step)
-            misshapen |= dict.fromkeys(odd, (wanted or (), step.targets))
-        return Fitting(tuple(found), misshapen)
+            misfits = [name for name in step.sources if self.header[name].shape != wanted]
+            if not misfits:
+                steps.append(step)
+            misshapen |= dict.fromkeys(misfits, (wanted or (), step.targets))
+        return Fitting(tuple(steps), misshapen)
 
     def _steps(
         self, uses: list[_Use], disk: _Disk, missing: list[str]
@@ -499,11 +503,11 @@ class _Planner:
         for use in group:
             heads = use.rule in self.dialect.heads
             for names in (use.sources, *use.copies):
-                found = [disk.find(name, heads) for name in names]
-                if all(found):
-                    present.append((use, tuple(f for f in found if f)))
-                elif any(found) or (use.copies and use is group[0]):
-                    gone = (n for n, f in zip(names, found, strict=True) if not f)
+                names_on_disk = [disk.find(name, heads) for name in names]
+                if all(names_on_disk):
+                    present.append((use, tuple(f for f in names_on_disk if f)))
+                elif any(names_on_disk) or (use.copies and use is group[0]):
+                    gone = (n for n, f in zip(names, names_on_disk, strict=True) if not f)
                     missing.extend(disk.spelt(n, heads) for n in gone)
                     return None
         if not present:
@@ -555,17 +559,17 @@ class _Planner:
         if not missing:
             return
         unexpected = disk.unexpected
-        said = []
+        counts = []
         for name in missing[:20]:
             near = did_you_mean(name, unexpected[:200])
-            said.append(name + (f" ({near.strip()})" if near else ""))
+            counts.append(name + (f" ({near.strip()})" if near else ""))
         if hint := disk.wrapper_hint():
             self.causes.append(hint)
         if not self.header:
             self.causes.append("The files hold no tensors at all")
         self.problem(
             MissingTensors,
-            f"{_tensors(len(missing))} missing: {listing(said)}"
+            f"{_tensors(len(missing))} missing: {listing(counts)}"
             + (f" … {len(missing)} in all" if len(missing) > 20 else ""),
         )
 
@@ -583,21 +587,22 @@ class _Planner:
             if not templates:
                 continue
             declared = self.axes[axis]
-            found: set[int] = set()
+            indices: set[int] = set()
             for name in suspects:
                 for canonical in self._canonical(name):
                     match = next((m for t in templates if (m := t.match(canonical))), None)
                     if match and axis in match:
-                        found.add(match[axis])
-            if not found or found == set(range(declared)):
+                        indices.add(match[axis])
+            if not indices or indices == set(range(declared)):
                 continue
-            said = self.dialect.reference_field(field_name)
-            if found == set(range(len(found))):
+            field = self.dialect.reference_field(field_name)
+            if indices == set(range(len(indices))):
                 self.problem(
-                    ConfigError, f"{said}: {len(found)} found, {declared} declared in the config"
+                    ConfigError,
+                    f"{field}: {len(indices)} found, {declared} declared in the config",
                 )
-            elif len(found) <= declared:
-                gone = sorted(set(range(declared)) - found)
+            elif len(indices) <= declared:
+                gone = sorted(set(range(declared)) - indices)
                 self.problem(
                     MissingTensors, f"{axis} {listing(map(str, gone))} of 0..{declared - 1} missing"
                 )
@@ -680,7 +685,7 @@ class _Disk:
         """Further names on disk of the array under `sources`, by the spec's `tied`."""
         if len(sources) > 1:
             return []
-        found: list[tuple[str, ...]] = []
+        groups: list[tuple[str, ...]] = []
         for other, main in self.dialect.tied:
             if (binding := main.match(sources[0])) is None:
                 continue
@@ -690,8 +695,8 @@ class _Disk:
             for form in dict.fromkeys((self.dialect.prefix + name, name)):
                 if form in self.header:
                     self.taken[form] = None
-                    found.append((form,))
-        return found
+                    groups.append((form,))
+        return groups
 
     def leftovers(self) -> dict[str, str]:
         """Drop by name what the spec says; whatever is left is unexpected."""

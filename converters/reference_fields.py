@@ -27,6 +27,6 @@ def reference_fields() -> dict[str, frozenset[str]]:
     return {name: frozenset(fields) for name, fields in read_yaml(PATH, SpecError).items()}
 
 
-def cannot_matter(field: str, known: Collection[str]) -> bool:
+def cannot_matter(field: str, names: Collection[str]) -> bool:
     """Whether a field is neither one of the `known` nor one of them misspelt."""
-    return field not in known and (field in _NOISE or not did_you_mean(field, known, _ALIKE))
+    return field not in names and (field in _NOISE or not did_you_mean(field, names, _ALIKE))

@@ -28,9 +28,9 @@ class DuplicateKeys(ValueError):
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `object_pairs_hook`: a dict, or DuplicateKeys."""
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
     counts = Counter(name for name, _ in pairs)
     twice = sorted(name for name, count in counts.items() if count > 1)
     raise DuplicateKeys(listing(repr(name) for name in twice))
@@ -94,11 +94,11 @@ def _read(path: Path, error: type[ZooError]) -> str:
     return _decoded(data, str(path), error)
 
 
-def _as(kind: type, found: Any, where: str, error: type[ZooError]) -> Any:
-    if not isinstance(found, kind):
+def _as(kind: type, value: Any, where: str, error: type[ZooError]) -> Any:
+    if not isinstance(value, kind):
         wanted = "an object" if kind is dict else "a list"
-        raise error(f"{where}: holds {type(found).__name__} where {wanted} is expected")
-    return found
+        raise error(f"{where}: holds {type(value).__name__} where {wanted} is expected")
+    return value
 
 
 def _decoded(data: bytes, where: str, error: type[ZooError]) -> str:
@@ -109,28 +109,28 @@ def _decoded(data: bytes, where: str, error: type[ZooError]) -> str:
 
 
 def _parse(text: str, where: str, error: type[ZooError]) -> Any:
-    found: Any = None
+    data: Any = None
     try:
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
+        data = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
     except DuplicateKeys as problem:
         raise error(f"{where}: keys that stand twice in one object: {problem}") from None
     except RecursionError:
         _too_deep(where, error)
     except ValueError as problem:  # not JSON, or an integer of thousands of digits
         raise error(f"{where}: not JSON: {problem}") from None
-    if isinstance(found, dict | list) and (problems := _walk(found, where, error)):
+    if isinstance(data, dict | list) and (problems := _walk(data, where, error)):
         raise error(f"{where}: {listing(problems)}")
-    return found
+    return data
 
 
 def _too_deep(where: str, error: type[ZooError]) -> NoReturn:
     raise error(f"{where}: nested deeper than {MAX_DEPTH} levels")
 
 
-def _walk(found: dict[str, Any] | list[Any], where: str, error: type[ZooError]) -> list[str]:
+def _walk(data: dict[str, Any] | list[Any], where: str, error: type[ZooError]) -> list[str]:
     """What Python's parser takes and JSON does not have, with the path of its field."""
     problems = []
-    level: list[tuple[str, Any]] = [("", found)]
+    level: list[tuple[str, Any]] = [("", data)]
     for _ in range(MAX_DEPTH):
         below: list[tuple[str, Any]] = []
         for path, value in level:

@@ -48,18 +48,18 @@ class Group(NamedTuple):
 def groups(names: Iterable[str]) -> list[Group]:
     """Every checkpoint that files of these names may be, without those of a config.json."""
     names = sorted(n for n in names if len(PurePosixPath(n).parts) <= MAX_DEPTH)
-    found, taken = list[Group](), set[str]()
+    result, members = list[Group](), set[str]()
     for name in names:
         last = name.rpartition("/")[2]
-        odd = any(fnmatchcase(last, pattern) for pattern in _OTHER)
-        if name in taken or odd or not last.endswith(_WEIGHTS):
+        is_other = any(fnmatchcase(last, pattern) for pattern in _OTHER)
+        if name in members or is_other or not last.endswith(_WEIGHTS):
             continue
         more = [other for other in names if other != name and _belongs(name, other)]
         if last.endswith(".index") and not more:
             continue  # of something else
-        found.append(Group((name, *more)))
-        taken |= {name, *more}
-    return found
+        result.append(Group((name, *more)))
+        members |= {name, *more}
+    return result
 
 
 def _belongs(first: str, other: str) -> bool:

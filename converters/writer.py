@@ -117,7 +117,7 @@ def run(output: Output, stage: Stage, options: WriteOptions) -> WriteReport:
 def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterator[str]:
     """Files of tensors that are not what a part's report says of them; lack or surplus of any."""
     for shard in output.shards:
-        said, path = finished["tensors"][shard.name], directory / shard.name
+        digests, path = finished["tensors"][shard.name], directory / shard.name
         try:
             fd = open_regular(path)
         except ZooError:
@@ -131,7 +131,7 @@ def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterat
             buffer = memoryview(bytearray(_COPY))
             for item in shard.items:
                 digest, _ = _digest(fd, shard.start(item), item.nbytes, buffer)
-                if digest != said[item.name]:
+                if digest != digests[item.name]:
                     yield f"{shard.name}: {item.name} differs"
             if _rest(shard, fd, buffer) != finished["rest"][shard.name]:
                 yield f"{shard.name}: what stands around its tensors differs"
@@ -221,8 +221,8 @@ class _Run:
 
     def _check_sources(self) -> None:
         """The files that were planned with are those that are open, and as they were."""
-        found = {path: identity(os.fstat(fd)) for path, fd in self.sources.items()}
-        changed = [path for path, seen in self.output.seen.items() if found.get(path) != seen]
+        identities = {path: identity(os.fstat(fd)) for path, fd in self.sources.items()}
+        changed = [path for path, seen in self.output.seen.items() if identities.get(path) != seen]
         if changed:
             raise SourceChanged(
                 f"{listing(map(str, changed))}: changed while it was read. Put it back as it was, "
@@ -232,14 +232,14 @@ class _Run:
     def _run(self) -> WriteReport:
         total = sum(shard.size for shard in self.output.shards)
         self.options.tell({"event": "start", "bytes": total, "files": len(self.output.shards)})
-        found = self._found()
+        records = self._resumed_tensors()
         self.stage.record({"sources": self.output.identity()})
-        files = {shard.name: self._open(shard, found) for shard in self.output.shards}
+        files = {shard.name: self._open(shard, records) for shard in self.output.shards}
         pool = ThreadPoolExecutor(self.options.workers, thread_name_prefix="zoo-convert")
         futures: list[Future[Any]] = []
         try:
             for shard in self.output.shards:
-                kept = found.get(shard.name, {})
+                kept = records.get(shard.name, {})
                 futures += [
                     pool.submit(self._item, shard, item, files[shard.name], kept.get(item.name))
                     for item in sorted(shard.items, key=_largest_first)
@@ -258,8 +258,8 @@ class _Run:
             for fd in files.values():
                 os.close(fd)
         if self.faults:
-            told = f"; pass {option('allow_nonfinite')} to keep such values"
-            raise NonFinite(f"not finite: {listing(self.faults)}{told}")
+            hint = f"; pass {option('allow_nonfinite')} to keep such values"
+            raise NonFinite(f"not finite: {listing(self.faults)}{hint}")
         if self.overflows:
             raise OverflowOnCast(f"too large for the dtype asked for: {listing(self.overflows)}")
         self.report.put_in_order(self.output)
@@ -267,22 +267,22 @@ class _Run:
 
     # --- files ---
 
-    def _found(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def _resumed_tensors(self) -> dict[str, dict[str, dict[str, Any]]]:
         """file -> tensor -> record, of what an earlier run says it has written.
 
         "same": of sources that are still the very same files.
         """
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+        tensors: dict[str, dict[str, dict[str, Any]]] = {}
         mine, theirs = self.output.identity(), None
-        for entry in self.stage.found:
+        for entry in self.stage.records:
             theirs = entry.get("sources", theirs)
             entry = {**entry, "same": theirs == mine}
             words = [entry.get(name) for name in ("file", "tensor", "xxh3", "nonfinite")]
             if all(isinstance(word, str) for word in words) and type(entry.get("zero")) is bool:
-                found.setdefault(entry["file"], {})[entry["tensor"]] = entry
-        return found
+                tensors.setdefault(entry["file"], {})[entry["tensor"]] = entry
+        return tensors
 
-    def _open(self, shard: Shard, found: dict[str, Any]) -> int:
+    def _open(self, shard: Shard, digests: dict[str, Any]) -> int:
         """The file at its full size with its header; as an earlier run left it where that fits."""
         path = self.stage.path / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ class _Run:
         head = shard.layout.head
         size = os.fstat(fd).st_size
         if size != shard.size or os.pread(fd, len(head), 0) != head:
-            found.pop(shard.name, None)
+            digests.pop(shard.name, None)
             if size:  # a file once cut to nothing is written out as soon as it is closed, on ext4
                 os.ftruncate(fd, 0)
             _write(fd, memoryview(head), 0)
@@ -381,8 +381,8 @@ class _Run:
         """This thread's own."""
         if not hasattr(self.buffers, name):
             setattr(self.buffers, name, memoryview(bytearray(self.turn)))
-        found: memoryview = getattr(self.buffers, name)
-        return found
+        buffer: memoryview = getattr(self.buffers, name)
+        return buffer
 
     def _pieces(self, item: Item, look: _Look, start: int) -> Iterator[memoryview]:
         """What goes to `start` and on; where copied, pieces end as the output's pages do."""
@@ -474,12 +474,12 @@ class _Look:
         if total != 0 or (self.zero and piece.any().item()):
             self.zero = False
         if total - total != 0:
-            odd = ~piece.to(wide).isfinite()  # narrow types do not know it of themselves
+            nonfinite = ~piece.to(wide).isfinite()  # narrow types do not know it of themselves
             if self.cast and before is not None:
-                over = odd & before.to(torch.float64).isfinite()
+                over = nonfinite & before.to(torch.float64).isfinite()
                 self.overflow = self.overflow or self._first(over, before)
-                odd &= ~over
-            self.nonfinite = self.nonfinite or self._first(odd, piece)
+                nonfinite &= ~over
+            self.nonfinite = self.nonfinite or self._first(nonfinite, piece)
         self.seen += piece.numel()
 
     def _first(self, where: Tensor, values: Tensor) -> str:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from converters.carry_out import carry_out
 from converters.checkpoint import Checkpoint
 from converters.containers import alike
-from converters.dialects import Found, find
+from converters.dialects import DialectMatch, find
 from converters.formats import BITS, TensorInfo, open_regular
 from converters.formats.source import Stamp, stamp
 from converters.memory import enough, size
@@ -221,7 +221,7 @@ class Located(NamedTuple):
     reference_class: str | None
     config_text: str
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
-    foreign: Found | None = None  # files of a dialect that has no config.json
+    foreign: DialectMatch | None = None  # files of a dialect that has no config.json
     quantized: Quantization | None = None  # how matrices are held, if not as they are
     adapter: Files | None = None  # what its arrays are changed by
     brought: Mapping[str, Tensor] = {}  # tensors of the adapter's that the files lack
@@ -960,7 +960,9 @@ def _names(found: Located, model: Model, native: Native) -> set[str]:
     return {*names, *(dialect.prefix + name for name in names)}
 
 
-def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, where: str) -> Plan:
+def _foreign_plan(
+    foreign: DialectMatch, fields: Mapping[str, Any], native: Native, where: str
+) -> Plan:
     checkpoint, name = foreign.checkpoint, foreign.dialect.name
     said = f"{where} ({foreign.spec.name}, {foreign.container.about or name})"
     fields = {**fields, "shards": foreign.shards}
@@ -978,7 +980,7 @@ def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, whe
     return replace(plan, dropped={**plan.dropped, **checkpoint.outside})
 
 
-def _times_too_small(foreign: Found, native: Native) -> int:
+def _times_too_small(foreign: DialectMatch, native: Native) -> int:
     """How many times the files there are would make a whole model; 1 where none would.
 
     What only shapes tell is taken from too few files, and fits them.

@@ -56,17 +56,17 @@ def crc32c_read(size: int, read: Callable[[int, int], torch.Tensor]) -> int:
     if size <= _SHORT:
         return _finish(bytes(read(0, size).tolist()), 0xFFFFFFFF)
     piece = torch.empty(min(_PIECE, size), dtype=torch.uint8)
-    held = taken = 0
-    while taken < size:
-        more = min(len(piece) - held, size - taken)
-        piece[held : held + more] = read(taken, taken + more)
-        if not taken:
+    kept = position = 0  # bytes that the last fold left, bytes read
+    while position < size:
+        more = min(len(piece) - kept, size - position)
+        piece[kept : kept + more] = read(position, position + more)
+        if not position:
             piece[:4].bitwise_not_()  # the register starts with ones
-        taken += more
-        rest = _fold(piece[: held + more], _ROW)
-        held = len(rest)
-        piece[:held] = rest.clone()
-    rest = piece[:held]
+        position += more
+        rest = _fold(piece[: kept + more], _ROW)
+        kept = len(rest)
+        piece[:kept] = rest.clone()
+    rest = piece[:kept]
     for row in range(_ROW - 1, -1, -1):
         rest = _fold(rest, row)
     return _finish(bytes(rest.tolist()), 0)

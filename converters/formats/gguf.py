@@ -103,9 +103,9 @@ class MetadataArray:
             count, start = min(_SMALL, self._count - done), self._start + done * width
             if self.kind == "bool":
                 raw = self._data[start : start + count]
-                if (found := max(raw)) > 1:
-                    where = f"{self.key}[{done + raw.index(found)}]"
-                    raise CorruptCheckpoint(f"{self.path}: {where} is {found}, neither 0 nor 1")
+                if (largest := max(raw)) > 1:
+                    where = f"{self.key}[{done + raw.index(largest)}]"
+                    raise CorruptCheckpoint(f"{self.path}: {where} is {largest}, neither 0 nor 1")
             yield from struct.unpack_from(f"<{count}{code}", self._data, start)
 
 
@@ -129,11 +129,9 @@ class GGUFReader:
             os.close(fd)
         header = _read_header(self._file)
         self.version: int = header.version
-        self.said: dict[str, Any] = header.said
-        self.values = self.said  # as other readers call it
-        self.kinds: dict[str, str] = header.kinds  # of `said`: u32, str, [f32] …
-        # what is said in text
-        self.metadata = {key: text for key, text in self.said.items() if type(text) is str}
+        self.values: dict[str, Any] = header.values
+        self.kinds: dict[str, str] = header.kinds  # of each value: u32, str, [f32] …
+        self.metadata = {key: text for key, text in self.values.items() if type(text) is str}
         self.alignment = _alignment(path, header)
         self.split = _split(path, header)
         if self.split is not None and not part:
@@ -205,10 +203,10 @@ def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
 
     The first says what holds of all.
     """
-    given = GGUFReader(path, mmap, part=True)
-    if given.split is None:
-        return {path.name: given}
-    number, count = given.split
+    opened = GGUFReader(path, mmap, part=True)
+    if opened.split is None:
+        return {path.name: opened}
+    number, count = opened.split
     match = _PART.fullmatch(path.name)
     wanted = f"-{number + 1:05d}-of-{count:05d}.gguf"
     if match is None or not path.name.endswith(wanted):
@@ -217,16 +215,16 @@ def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
             f"{wanted}. The others are found by their names: give them back the ones they had."
         )
     names = [f"{match[1]}-{n + 1:05d}-of-{count:05d}.gguf" for n in range(count)]
-    readers = _read_all(path.parent, names, {path.name: given}, mmap)
+    readers = _read_all(path.parent, names, {path.name: opened}, mmap)
     problems = [
-        f"{name} says {_told(reader.split)}, expected {_told((n, count))}"
+        f"{name} says {_split_label(reader.split)}, expected {_split_label((n, count))}"
         for n, (name, reader) in enumerate(readers.items())
         if reader.split != (n, count)
     ]
-    found = sum(len(reader.tensors) for reader in readers.values())
-    said = readers[names[0]].said.get("split.tensors.count", found)
-    if said != found:
-        problems.append(f"split.tensors.count is {said}, and the files hold {found} tensors")
+    tensors = sum(len(reader.tensors) for reader in readers.values())
+    expected = readers[names[0]].values.get("split.tensors.count", tensors)
+    if expected != tensors:
+        problems.append(f"split.tensors.count is {expected}, and the files hold {tensors} tensors")
     if problems:
         raise BadIndex(f"{path.parent}: {listing(problems)}. Parts of different checkpoints?")
     where: dict[str, str] = {}
@@ -241,7 +239,7 @@ def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
     return readers
 
 
-def _told(split: tuple[int, int] | None) -> str:
+def _split_label(split: tuple[int, int] | None) -> str:
     return f"file {split[0] + 1} of {split[1]}" if split else "that it is whole"
 
 
@@ -256,8 +254,8 @@ def _read_all(
             f"{root}: {len(missing)} of {len(names)} files are missing: {listing(missing)}. "
             "Download them again."
         )
-    found = {name: GGUFReader(confined(root, name), mmap, part=True) for name in others}
-    read = {**read, **found}
+    readers = {name: GGUFReader(confined(root, name), mmap, part=True) for name in others}
+    read = {**read, **readers}
     return {name: read[name] for name in names}
 
 
@@ -272,12 +270,12 @@ def _check_magic(path: Path, head: bytes, size: int) -> None:
         )
     if head[:4] != _MAGIC:
         if head.startswith(b"version https://git-lfs"):
-            told = "It is a Git LFS pointer, not the weights: fetch the file itself."
+            hint = "It is a Git LFS pointer, not the weights: fetch the file itself."
         elif head[:4] in (b"lmgg", b"tjgg", b"fmgg", b"algg"):
-            told = "It is of a format from before GGUF: convert it with llama.cpp's scripts."
+            hint = "It is of a format from before GGUF: convert it with llama.cpp's scripts."
         else:
-            told = "No GGUF file, or a damaged one."
-        raise CorruptCheckpoint(f"{path}: begins with {head[:4]!r}, expected {_MAGIC!r}. {told}")
+            hint = "No GGUF file, or a damaged one."
+        raise CorruptCheckpoint(f"{path}: begins with {head[:4]!r}, expected {_MAGIC!r}. {hint}")
     (version,) = _U32.unpack_from(head, 4)
     if version in _VERSIONS:
         return
@@ -341,7 +339,7 @@ class _Header:
         self.version = self._u32("the version")
         tensors = self._count("tensors", MAX_TENSORS, 24)
         keys = self._count("key/values", MAX_KEYS, 13)
-        self.said: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self.kinds: dict[str, str] = {}
         for n in range(keys):
             self._key_value(n)
@@ -366,12 +364,12 @@ class _Header:
         return start
 
     def _u32(self, what: str) -> int:
-        found: int = _U32.unpack_from(self.data, self._take(4, what))[0]
-        return found
+        number: int = _U32.unpack_from(self.data, self._take(4, what))[0]
+        return number
 
     def _u64(self, what: str) -> int:
-        found: int = _U64.unpack_from(self.data, self._take(8, what))[0]
-        return found
+        number: int = _U64.unpack_from(self.data, self._take(8, what))[0]
+        return number
 
     def _count(self, what: str, limit: int, least: int) -> int:
         count = self._u64(f"the number of {what}")
@@ -397,7 +395,7 @@ class _Header:
     def _key_value(self, n: int) -> None:
         key = self._text(f"key {n}")
         what = _short(key)
-        if key in self.said:
+        if key in self.values:
             raise CorruptCheckpoint(f"{self.path}: key {what} stands twice")
         kind = self._u32(f"the type of {what}")
         if kind == _ARRAY:
@@ -406,16 +404,16 @@ class _Header:
             size = self.at - array._start
             small = len(array) <= _SMALL and size <= self.text_left
             self.text_left -= size if small else 0
-            self.said[key] = list(array) if small else array
+            self.values[key] = list(array) if small else array
         else:
             self.kinds[key] = self._name(kind, what)
-            self.said[key] = self._scalar(kind, what)
+            self.values[key] = self._scalar(kind, what)
 
     def _name(self, kind: int, what: str) -> str:
         name = _NAMES.get(kind)
         if name is None:
-            known = ", ".join(f"{n} ({_NAMES.get(n, 'array')})" for n in range(13))
-            raise CorruptCheckpoint(f"{self.path}: {what} is of type {kind}, none of {known}")
+            types = ", ".join(f"{n} ({_NAMES.get(n, 'array')})" for n in range(13))
+            raise CorruptCheckpoint(f"{self.path}: {what} is of type {kind}, none of {types}")
         return name
 
     def _scalar(self, kind: int, what: str) -> Any:
@@ -423,8 +421,8 @@ class _Header:
             return self._text(what)
         name, code = _NUMBERS[kind]
         start = self._take(struct.calcsize(code), what)
-        if name == "bool" and (found := self.data[start]) > 1:
-            raise CorruptCheckpoint(f"{self.path}: {what} is {found}, neither 0 nor 1")
+        if name == "bool" and (byte := self.data[start]) > 1:
+            raise CorruptCheckpoint(f"{self.path}: {what} is {byte}, neither 0 nor 1")
         (value,) = struct.unpack_from(f"<{code}", self.data, start)
         return _shortest(value) if name == "f32" else value
 
@@ -490,19 +488,19 @@ def as_read(value: Any) -> Any:
 
 
 def _alignment(path: Path, header: _Header) -> int:
-    value = header.said.get(_ALIGNMENT, 32)
+    value = header.values.get(_ALIGNMENT, 32)
     kind = header.kinds.get(_ALIGNMENT, "u32")
     if kind != "u32" or value < 1 or value & (value - 1):
         raise CorruptCheckpoint(
             f"{path}: {_ALIGNMENT} is {value} ({kind}); expected a power of two (u32)"
         )
-    found: int = value
-    return found
+    alignment: int = value
+    return alignment
 
 
 def _split(path: Path, header: _Header) -> tuple[int, int] | None:
     """(number from 0, count) where the checkpoint is in several files."""
-    number, count = (header.said.get(f"split.{name}") for name in ("no", "count"))
+    number, count = (header.values.get(f"split.{name}") for name in ("no", "count"))
     if number is None and count is None:
         return None
     if type(number) is not int or type(count) is not int or not 0 <= number < max(1, count):
@@ -607,7 +605,7 @@ class Value(NamedTuple):
     value: Any
 
 
-def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) -> Layout:
+def lay_out(infos: Iterable[TensorInfo], values: Mapping[str, Any], where: Any) -> Layout:
     """The one layout of these tensors and key/values, both in the order given.
 
     `dtype` is one of F32, F16, BF16 and Q8_0. A value is a Value, or text, a bool, an int (written
@@ -615,13 +613,13 @@ def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) ->
     """
     infos = list(infos)
     problems: list[str] = []
-    alignment = said.get(_ALIGNMENT, 32)
+    alignment = values.get(_ALIGNMENT, 32)
     if isinstance(alignment, Value) and alignment.kind == "u32":
         alignment = alignment.value
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise LossyExport(f"{where}: {_ALIGNMENT} is {alignment!r}, no power of two (u32)")
-    head = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(said)))
-    for key, value in said.items():
+    head = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(values)))
+    for key, value in values.items():
         try:
             head += _packed_text(key) + _packed(value)
             if not 0 < len(key.encode()) <= MAX_KEY:
@@ -646,7 +644,7 @@ def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) ->
     head += bytes(-len(head) % alignment)
     for count, limit, what in (
         (len(head), MAX_HEADER, "bytes of header"),
-        (len(said), MAX_KEYS, "key/values"),
+        (len(values), MAX_KEYS, "key/values"),
         (len(infos), MAX_TENSORS, "tensors"),
     ):
         if count > limit:

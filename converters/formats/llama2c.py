@@ -105,9 +105,9 @@ class Header(NamedTuple):
         if self.version == 2:
             if self.group < 1:
                 return f"group_size is {self.group}"
-            odd = [n for n, s in self.arrays() if self.groups(n) and prod(s) % self.group]
-            if odd:
-                return f"group_size {self.group} does not divide {odd[0]}"
+            ragged = [n for n, s in self.arrays() if self.groups(n) and prod(s) % self.group]
+            if ragged:
+                return f"group_size {self.group} does not divide {ragged[0]}"
         return ""
 
     def starts(self) -> tuple[dict[str, int], int]:
@@ -244,8 +244,8 @@ def header_for(values: Mapping[str, Any], version: int, group: int = 64) -> Head
 def lay_out(header: Header, infos: Mapping[str, TensorInfo], where: Any) -> Layout:
     """The one layout of these arrays; rotary tables are the only ones that no model holds."""
     wanted = {n: s for n, s in header.arrays() if not n.startswith("freq_cis_")}
-    if odd := sorted(wanted.keys() ^ infos.keys()):
-        raise LossyExport(f"{where}: llama2.c has no place for, or lacks, {odd[0]}")
+    if difference := sorted(wanted.keys() ^ infos.keys()):
+        raise LossyExport(f"{where}: llama2.c has no place for, or lacks, {difference[0]}")
     for name, shape in wanted.items():
         assert infos[name].shape == shape, f"{name}: {infos[name].shape} and not {shape}"
     starts, end = header.starts()

@@ -239,6 +239,6 @@ def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, whe
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        told = f"a header of {len(text)} bytes; the format has {MAX_HEADER}"
-        raise ResourceLimit(f"{where}: {told}")
+        fault = f"a header of {len(text)} bytes; the format has {MAX_HEADER}"
+        raise ResourceLimit(f"{where}: {fault}")
     return Layout(struct.pack("<Q", len(text)) + text, starts, reached)

@@ -121,9 +121,9 @@ class SourceFile:
     def chunks(self, start: int, end: int) -> Iterator[memoryview]:
         """The bytes in order, in memory that the next of them may take."""
         if self.mapped:
-            with memoryview(self.data) as held:
+            with memoryview(self.data) as view:
                 for at in range(start, end, _CHUNK):
-                    yield held[at : min(at + _CHUNK, end)]
+                    yield view[at : min(at + _CHUNK, end)]
             return
         room = memoryview(bytearray(min(_CHUNK, end - start)))
         for at in range(start, end, _CHUNK):
@@ -181,8 +181,8 @@ def memory_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's own bytes, to be written to while the tensor is there."""
     if not tensor.nbytes:
         return memoryview(b"")
-    held = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(held).cast("B")
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(memory).cast("B")
 
 
 __all__ = ["SourceFile", "Stamp", "memory_of", "stamp"]

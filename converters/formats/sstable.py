@@ -71,9 +71,9 @@ class _Table:
         """(key, value) of a block, once its CRC fits."""
         end = handle.start + handle.size
         kind, wanted = _TRAILER.unpack_from(self.data, end)
-        found = masked(crc32c(self.data[handle.start : end + 1]))
-        if found != wanted:
-            raise Malformed(f"CRC {found:08x}, expected {wanted:08x}")
+        actual = masked(crc32c(self.data[handle.start : end + 1]))
+        if actual != wanted:
+            raise Malformed(f"CRC {actual:08x}, expected {wanted:08x}")
         data = self.data[handle.start : end]
         if kind == _SNAPPY:
             self.spend(unpacked_size(data))
@@ -131,7 +131,7 @@ def read_table(path: Path) -> list[tuple[bytes, bytes]]:
     """(key, value) of all entries, in ascending order of keys; the blocks cover the file."""
     table = _Table(path, _read(path))
     footer = table.data[-_FOOTER:]
-    found: list[tuple[bytes, bytes]] = []
+    pairs: list[tuple[bytes, bytes]] = []
     place = "footer"
     try:
         meta, at = table.handle(footer)
@@ -157,13 +157,13 @@ def read_table(path: Path) -> list[tuple[bytes, bytes]]:
                 if key > bound:
                     raise Malformed(f"key {_text(key)} lies behind the index's {_text(bound)}")
                 before = key
-                found.append((key, value))
+                pairs.append((key, value))
             before = bound
     except Malformed as error:
         raise CorruptCheckpoint(
             f"{path}: {place}: {error}. Download or copy the file again."
         ) from None
-    return found
+    return pairs
 
 
 def _read(path: Path) -> bytes:

@@ -51,12 +51,12 @@ def lay_out(
     after: Mapping[str, bytes],
 ) -> Layout:
     """Records below `root`: known ones in front of and behind the tensors' (record, bytes)."""
-    head, first = _known(root, before, 0)
+    head, first = _entries_like(root, before, 0)
     at, entries = len(head), dict[str, _Entry]()
     for tensor, (name, size) in tensors.items():
         entries[tensor] = _Entry(f"{root}/{name}", size, at)
         at = entries[tensor].end
-    behind, last = _known(root, after, at)
+    behind, last = _entries_like(root, after, at)
 
     def tail(crcs: Mapping[str, int]) -> bytes:
         records = [*first, *((entry, crcs[name]) for name, entry in entries.items()), *last]
@@ -71,16 +71,16 @@ def lay_out(
     return Layout(head, starts, end - len(head), seal)
 
 
-def _known(
+def _entries_like(
     root: str, contents: Mapping[str, bytes], at: int
 ) -> tuple[bytes, list[tuple[_Entry, int]]]:
     """(records one behind the other from `at`, each with its CRC)"""
-    out, found = b"", list[tuple[_Entry, int]]()
+    out, matches = b"", list[tuple[_Entry, int]]()
     for name, content in contents.items():
         entry, crc = _Entry(f"{root}/{name}", len(content), at + len(out)), zlib.crc32(content)
         out += entry.local(crc) + content
-        found.append((entry, crc))
-    return out, found
+        matches.append((entry, crc))
+    return out, matches
 
 
 def _directory(records: list[tuple[_Entry, int]], place: int) -> bytes:

@@ -198,10 +198,10 @@ class TFBundleReader:
             return
         shard = self._shards[part.shard]
         size, read = part.end - part.start, shard.bytes
-        found = masked(crc32c_read(size, lambda a, b: read(part.start + a, part.start + b)))
-        if found != part.crc:
+        actual = masked(crc32c_read(size, lambda a, b: read(part.start + a, part.start + b)))
+        if actual != part.crc:
             raise CorruptCheckpoint(
-                f"{shard.path}: tensor {name}, bytes {part.start} to {part.end}: CRC {found:08x}, "
+                f"{shard.path}: tensor {name}, bytes {part.start} to {part.end}: CRC {actual:08x}, "
                 f"expected {part.crc:08x}. Download or copy the file again."
             )
         self._unchecked.discard(part)  # another thread may have been as fast
@@ -313,8 +313,8 @@ def _entry(value: bytes, shards: int) -> _Entry:
     if dtype in DTYPES and not slices:
         wanted = math.prod(shape) * BITS[DTYPES[dtype]] // 8
         if size != wanted:
-            told = f"shape {_dims(shape)} of {DTYPES[dtype]} takes {wanted} bytes"
-            raise Malformed(f"{told}, the index says {size}")
+            fault = f"shape {_dims(shape)} of {DTYPES[dtype]} takes {wanted} bytes"
+            raise Malformed(f"{fault}, the index says {size}")
     return _Entry(dtype, shape, _Part(shard, start, start + size, crc), slices)
 
 
@@ -342,7 +342,7 @@ def _slices(
     path: Path, key: bytes, whole: _Entry, entries: dict[bytes, _Entry]
 ) -> dict[bytes, _Piece]:
     """The pieces of a tensor that was saved in slices along one axis, each by its own key."""
-    found: dict[bytes, _Piece] = {}
+    pieces: dict[bytes, _Piece] = {}
     cut: set[int] = set()
     for value in whole.slices:
         extents = [message(extent, _EXTENT) for extent in message(value, _SLICE).get("extent", [])]
@@ -364,20 +364,20 @@ def _slices(
         name = slice_key(key, spans)
         part = entries.get(name)
         where = f"its slice from {first} on axis {axis}"
-        if part is None or name in found:
-            fault = "stands twice" if name in found else "is not in the index"
+        if part is None or name in pieces:
+            fault = "stands twice" if name in pieces else "is not in the index"
             raise Malformed(f"{where} {fault}")
         if part.shape != tuple(shape) or part.dtype != whole.dtype or part.slices:
-            told = f"{_dims(part.shape)} of dtype {part.dtype}"
-            raise Malformed(f"{where} is {told}, not {_dims(shape)} of {whole.dtype}")
-        found[name] = _Piece(axis, first, part.shape, part.part)
+            actual = f"{_dims(part.shape)} of dtype {part.dtype}"
+            raise Malformed(f"{where} is {actual}, not {_dims(shape)} of {whole.dtype}")
+        pieces[name] = _Piece(axis, first, part.shape, part.part)
     if len(cut) > 1:
         raise UnsupportedFormat(
             f"{path}: tensor {_shown(key)} is saved in slices along axes "
             f"{listing(map(str, sorted(cut)))}; those along one are joined. Save it whole."
         )
-    _check_tiling(whole.shape, found.values(), cut)
-    return found
+    _check_tiling(whole.shape, pieces.values(), cut)
+    return pieces
 
 
 def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int]) -> None:
@@ -391,8 +391,8 @@ def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int
     reached = 0
     for piece in ordered:
         if piece.first != reached:
-            told = f"reach {reached} of axis {axis} and go on at {piece.first}"
-            raise Malformed(f"its slices {told}")
+            fault = f"reach {reached} of axis {axis} and go on at {piece.first}"
+            raise Malformed(f"its slices {fault}")
         reached += piece.shape[axis]
     if reached != shape[axis]:
         raise Malformed(f"its slices end at {reached} of axis {axis}, which has {shape[axis]}")
@@ -404,7 +404,7 @@ def slice_key(name: bytes, spans: Iterable[tuple[int, int]]) -> bytes:
     A zero; the name, its own 0 and 255 escaped; the rank; start and length for each axis.
     """
     escapes = {b"\0": b"\0\xff", b"\xff": b"\xff\0"}
-    text = re.sub(b"[\0\xff]", lambda found: escapes[found[0]], name)
+    text = re.sub(b"[\0\xff]", lambda match: escapes[match[0]], name)
     spans = list(spans)
     rank = bytes((1, len(spans))) if spans else b"\0"
     return b"\0" + text + b"\0\1" + rank + b"".join(_number(n) for span in spans for n in span)
@@ -423,7 +423,7 @@ def _number(value: int) -> bytes:
 def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
     """All shards, or all that is unsafe, or all that is missing."""
     stem = path.name.removesuffix(INDEX)
-    found: list[SourceFile] = []
+    shards: list[SourceFile] = []
     missing: list[str] = []
     unsafe: list[str] = []
     for number in range(count):
@@ -437,7 +437,7 @@ def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
             unsafe.append(str(error))
         else:
             try:
-                found.append(SourceFile(place, fd, mapped))
+                shards.append(SourceFile(place, fd, mapped))
             finally:
                 os.close(fd)
     if unsafe:
@@ -447,7 +447,7 @@ def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
             f"{path}: {len(missing)} of its {count} shards are missing: {listing(missing)}. "
             "Download them again."
         )
-    return found
+    return shards
 
 
 def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> list[str]:
@@ -458,17 +458,17 @@ def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> li
     for part, key in parts:
         shard, name = shards[part.shard], _shown(key)
         end, before = reached[part.shard]
-        told = f"tensor {name}: bytes {part.start} to {part.end} of {shard.path.name}"
+        fault = f"tensor {name}: bytes {part.start} to {part.end} of {shard.path.name}"
         if part.end > shard.size:
-            problems.append(f"{told}, which has {shard.size}: truncated?")
+            problems.append(f"{fault}, which has {shard.size}: truncated?")
         elif part.start < end and part.start < part.end:
-            problems.append(f"{told} overlap {before}, which ends at {end}")
+            problems.append(f"{fault} overlap {before}, which ends at {end}")
         if part.end > end:
             reached[part.shard] = part.end, name
     for shard, (end, before) in zip(shards, reached, strict=True):
         if end < shard.size:
-            told = f"{shard.size} bytes, and {before} ends at {end}"
-            problems.append(f"trailing bytes in {shard.path.name}: {told}")
+            fault = f"{shard.size} bytes, and {before} ends at {end}"
+            problems.append(f"trailing bytes in {shard.path.name}: {fault}")
     return problems
 
 
@@ -521,10 +521,10 @@ def _named(pointer: Path) -> str | None:
         text = os.pread(fd, _MAX_POINTER, 0).decode(errors="backslashreplace")
     finally:
         os.close(fd)
-    found = re.findall(r'^\s*model_checkpoint_path:\s*"(.*)"\s*$', text, re.MULTILINE)
-    if len(found) != 1:
+    names = re.findall(r'^\s*model_checkpoint_path:\s*"(.*)"\s*$', text, re.MULTILINE)
+    if len(names) != 1:
         return None
-    name: str = found[0]
+    name: str = names[0]
     name = name.rpartition("/")[2] if name.startswith("/") else name.removeprefix("./")
     if "/" in name or not is_plain(name):
         raise UnsafePath(

@@ -48,10 +48,10 @@ def _places(
         count = os.pread(fd, _COUNT.size, at)
         code = named_dtype(storage.dtype)
         if count != _COUNT.pack(storage.numel) or code is None:
-            found = f"{_COUNT.unpack(count)[0]}" if len(count) == _COUNT.size else "the file's end"
+            actual = f"{_COUNT.unpack(count)[0]}" if len(count) == _COUNT.size else "the file's end"
             raise CorruptCheckpoint(
                 f"{path}: storage {storage.key} at byte {at}: expected {storage.numel} numbers of "
-                f"{storage.dtype}, found {found}. Truncated? Download or copy it again."
+                f"{storage.dtype}, found {actual}. Truncated? Download or copy it again."
             )
         start, length = at + _COUNT.size, storage.numel * itemsize(code)
         places[storage.key], at = (start, length), start + length

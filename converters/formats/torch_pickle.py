@@ -100,22 +100,22 @@ def refusal(path: Path, data: bytes, error: Exception) -> CorruptCheckpoint:
 def _explained(data: bytes, error: Exception) -> str:
     if len(data) > EXPLAINED:
         return f"its pickle is none that torch.save writes ({error}). Nothing was run."
-    odd, named, words = set[str](), set[str](), list[str]()
+    strange, named, words = set[str](), set[str](), list[str]()
     try:
         for code, arg, _ in pickletools.genops(data):
             if code.name in _HIDDEN:
-                odd.add(code.name)
+                strange.add(code.name)
             elif code.name == "GLOBAL":
                 named.add(str(arg))
             elif "UNICODE" in code.name:
                 words.append(str(arg))
     except Exception as why:  # likewise
         return f"it holds no pickle, or a damaged one: {why}"
-    if odd:
+    if strange:
         return (
-            f"its pickle names what it needs by {', '.join(sorted(odd))}, as torch.save does not; "
-            f"among its words: {listing(words, 5)}. Nothing was run. Save the bare state_dict() "
-            "again with torch.save's own protocol"
+            f"its pickle names what it needs by {', '.join(sorted(strange))}, as torch.save does "
+            f"not; among its words: {listing(words, 5)}. Nothing was run. Save the bare "
+            "state_dict() again with torch.save's own protocol"
         )
     if blocked := sorted(name for name in named if not _NEEDED.fullmatch(name)):
         names = listing(name.replace(" ", ".") for name in blocked)
@@ -203,18 +203,18 @@ def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) ->
         elif (length := _TEXTS.get(code)) is not None:
             (size,) = length.unpack_from(data, at)
             at += length.size + size
-            held = data[at - size : at]
-            if len(held) != size:
+            operand = data[at - size : at]
+            if len(operand) != size:
                 raise ValueError("it ends within a text")
-            left -= 2 * size if held.isascii() else 5 * size
-            stack.append(_said(code, held) if left >= 0 else None)
+            left -= 2 * size if operand.isascii() else 5 * size
+            stack.append(_literal(code, operand) if left >= 0 else None)
         elif code == b"Q":
             stack.append(storage := _storage(*stack.pop()))
             if storages is not None and storages.setdefault(storage.key, storage) != storage:
                 raise ValueError(f"storage {storage.key} of two sizes")
         elif code in (b"R", b"\x81"):
-            function, given = above(len(stack) - 2)
-            stack.append(_made(function, given))
+            function, arguments = above(len(stack) - 2)
+            stack.append(_made(function, arguments))
         elif code in (b"s", b"u"):
             pairs = above(marks.pop() if code == b"u" else len(stack) - 2)
             left -= 50 * len(pairs)  # entries, of two each
@@ -237,10 +237,10 @@ def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) ->
             raise ValueError(f"opcode {code!r}")
 
 
-def _said(code: bytes, held: bytes) -> Any:
+def _literal(code: bytes, operand: bytes) -> Any:
     if code == b"\x8a":
-        return int.from_bytes(held, "little", signed=True)
-    return held.decode("utf-8" if code == b"X" else "latin-1")
+        return int.from_bytes(operand, "little", signed=True)
+    return operand.decode("utf-8" if code == b"X" else "latin-1")
 
 
 def _named(text: str) -> Name:
@@ -273,27 +273,27 @@ def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None 
     return Storage(key, _STORED.get(name, name), numel)
 
 
-def _made(function: Any, given: Any) -> Any:
+def _made(function: Any, arguments: Any) -> Any:
     """A tensor, a parameter's, a dict; of others that they are there."""
-    if type(function) is not Name or type(given) is not tuple:
+    if type(function) is not Name or type(arguments) is not tuple:
         raise ValueError("a call of what is no name")
-    if len(given) > MAX_GIVEN:  # one tuple may stand in many calls
-        raise ValueError(f"a call with {len(given)} arguments")
+    if len(arguments) > MAX_GIVEN:  # one tuple may stand in many calls
+        raise ValueError(f"a call with {len(arguments)} arguments")
     match function.last:
         case "OrderedDict":
-            if given:  # as Python 2 wrote it
+            if arguments:  # as Python 2 wrote it
                 raise ValueError("a dict made of another")
             return {}
         case "encode":  # bytes, which protocol 2 has no opcode for
-            return given[0].encode("latin-1")
+            return arguments[0].encode("latin-1")
         case "dtype":
-            return NumpyType(given[0])
+            return NumpyType(arguments[0])
         case "scalar":
-            return struct.unpack(_NUMPY[given[0].code], given[1])[0]
-        case "_rebuild_parameter" if type(given[0]) is StoredArray:
-            return given[0]
+            return struct.unpack(_NUMPY[arguments[0].code], arguments[1])[0]
+        case "_rebuild_parameter" if type(arguments[0]) is StoredArray:
+            return arguments[0]
         case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3":
-            storage, offset, shape, stride, *more = given
+            storage, offset, shape, stride, *more = arguments
             dtype = more[2].last if function.last.endswith("v3") else storage.dtype
             return _array(storage, dtype, offset, shape, stride)
     return function

@@ -76,17 +76,17 @@ class TorchZipReader:
         self.metadata: dict[str, str] = {}
         fd = open_regular(path)
         with open(fd, "rb") as file:
-            records, found = _legacy(path, file) or _zipped(path, file)
+            records, tree = _legacy(path, file) or _zipped(path, file)
             self._file = SourceFile(path, fd, mmap is True)
-        if not isinstance(found, dict):
-            kind = "Tensor" if isinstance(found, StoredArray) else type(found).__name__
+        if not isinstance(tree, dict):
+            kind = "Tensor" if isinstance(tree, StoredArray) else type(tree).__name__
             raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
         self.values: dict[str, Any] = {}
-        self._tree = found
+        self._tree = tree
         if nested:
-            self._arrays, self.values = _flattened(path, found)
+            self._arrays, self.values = _flattened(path, tree)
         else:
-            self._arrays = _only_tensors(path, found)
+            self._arrays = _only_tensors(path, tree)
         self.tensors = {name: _info(path, name, array) for name, array in self._arrays.items()}
         check_names(path, self.tensors)
         self._records = _pair(path, self._arrays, records)
@@ -149,20 +149,20 @@ class TorchZipReader:
         if key in self._unchecked:
             record = self._records[key]
             if whole is None:
-                found = self._file.crc32(record.start, record.start + record.size)
+                actual = self._file.crc32(record.start, record.start + record.size)
             else:
-                found = zlib.crc32(memory_of(whole))
-            if found != record.crc:
+                actual = zlib.crc32(memory_of(whole))
+            if actual != record.crc:
                 raise CorruptCheckpoint(
-                    f"{self.path}: tensor {name} (record {record.name}): CRC {found:08x}, "
+                    f"{self.path}: tensor {name} (record {record.name}): CRC {actual:08x}, "
                     f"expected {record.crc:08x}. Download or copy the file again."
                 )
             self._unchecked.discard(key)  # another thread may have been as fast
 
     def _storage(self, key: str, dtype: str) -> torch.Tensor:
         """All numbers of a record; kept where names share them or where they are mapped."""
-        if (known := self._whole.get((key, dtype))) is not None:
-            return known
+        if (cached := self._whole.get((key, dtype))) is not None:
+            return cached
         record = self._records.get(key) or _Record("", 0, 0, 0)  # of nothing there is no record
         size = itemsize(dtype)
         whole = self._file.tensor(record.start, dtype, (record.size // size,))
@@ -176,8 +176,8 @@ def _legacy(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], Any] | None
     """(records that hold weights, what was saved), of a file from before torch 1.6."""
     if os.pread(file.fileno(), len(torch_legacy.MAGIC), 0) != torch_legacy.MAGIC:
         return None
-    found, places = torch_legacy.read(path, file)
-    return {key: _Record(key, *place, None) for key, place in places.items()}, found
+    tree, places = torch_legacy.read(path, file)
+    return {key: _Record(key, *place, None) for key, place in places.items()}, tree
 
 
 def _zipped(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], Any]:
@@ -283,10 +283,10 @@ def _check_names(path: Path, names: list[str]) -> str:
     if len(roots) != 1 or "/" in roots[0]:
         raise CorruptCheckpoint(f"{path}: a zip, but not torch.save's: no single data.pkl in it")
     root = roots[0]
-    known = re.compile(
+    expected = re.compile(
         re.escape(root) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w.]+(/[\w.]+)?)"
     )
-    if strange := [name for name in names if not known.fullmatch(name)]:
+    if strange := [name for name in names if not expected.fullmatch(name)]:
         raise UnsupportedZip(
             f"{path}: records that no dict of tensors has: {listing(strange)}. "
             "A TorchScript archive? Save its state_dict() instead."
@@ -310,9 +310,9 @@ def _checked(path: Path, fd: int, root: str, record: _Record) -> bytes:
     return data
 
 
-def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, StoredArray]:
+def _only_tensors(path: Path, tree: dict[Any, Any]) -> dict[str, StoredArray]:
     """The dict of tensors; anything else is refused, with the likely cause."""
-    strange = {k: v for k, v in found.items() if not isinstance(v, StoredArray)}
+    strange = {k: v for k, v in tree.items() if not isinstance(v, StoredArray)}
     for key, value in strange.items():
         if isinstance(value, dict) and any(isinstance(v, StoredArray) for v in value.values()):
             raise MissingTensors(
@@ -324,12 +324,12 @@ def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, StoredArray]:
         raise CheckpointError(
             f"{path}: values that are no tensors: {kinds}. Save the others alone."
         )
-    if names := [repr(key) for key in found if not isinstance(key, str)]:
+    if names := [repr(key) for key in tree if not isinstance(key, str)]:
         raise CheckpointError(f"{path}: names that are no text: {listing(names)}")
-    return found
+    return tree
 
 
-def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, StoredArray], dict[str, Any]]:
+def _flattened(path: Path, tree: dict[Any, Any]) -> tuple[dict[str, StoredArray], dict[str, Any]]:
     """(tensors by the keys that lead to them, everything else as plain data)."""
     tensors: dict[str, StoredArray] = {}
     seen = 0
@@ -347,8 +347,8 @@ def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, StoredArray
             tensors[at] = value
             return None
         if isinstance(value, dict):
-            if odd := [repr(key)[:60] for key in value if type(key) not in (str, int)]:
-                raise CheckpointError(f"{path}: {at}: names that are no text: {listing(odd)}")
+            if strange := [repr(key)[:60] for key in value if type(key) not in (str, int)]:
+                raise CheckpointError(f"{path}: {at}: names that are no text: {listing(strange)}")
             items = {str(k): plain(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
             return {k: v for k, v in items.items() if f"{at}/{k}" not in tensors}
         if type(value) in (list, tuple):
@@ -358,17 +358,17 @@ def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, StoredArray
         # torch.Size, a dtype: nothing that a config says
         return f"a {value.last if isinstance(value, Name) else type(value).__name__}"
 
-    top = {str(key): plain(value, str(key), 1) for key, value in found.items()}
+    top = {str(key): plain(value, str(key), 1) for key, value in tree.items()}
     return tensors, {key: value for key, value in top.items() if key not in tensors}
 
 
 def _info(path: Path, name: str, array: StoredArray) -> TensorInfo:
-    code, held = named_dtype(array.dtype), named_dtype(array.storage.dtype)
-    if code is None or held is None:
-        odd = array.dtype if code is None else array.storage.dtype
-        told = f"torch.{odd}: no checkpoint format has a code for this dtype"
-        raise DtypeMismatch(f"{path}: tensor {name}: {told}")
-    info, stored = TensorInfo(name, array.shape, code), array.storage.numel * itemsize(held)
+    code, storage_code = named_dtype(array.dtype), named_dtype(array.storage.dtype)
+    if code is None or storage_code is None:
+        dtype = array.dtype if code is None else array.storage.dtype
+        fault = f"torch.{dtype}: no checkpoint format has a code for this dtype"
+        raise DtypeMismatch(f"{path}: tensor {name}: {fault}")
+    info, stored = TensorInfo(name, array.shape, code), array.storage.numel * itemsize(storage_code)
     if info.nbytes > stored:
         raise ResourceLimit(
             f"{path}: tensor {name} spreads {stored} stored bytes over shape {array.shape}"

@@ -48,7 +48,7 @@ def signed(value: int) -> int:
 
 def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
     """Field name -> number or bytes, a list where a field may repeat."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     at = 0
     while at < len(data):
         key, at = varint(data, at)
@@ -69,12 +69,12 @@ def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
             if field.wire != BYTES:
                 value = int.from_bytes(value, "little")
         if field.most == 1:
-            if field.name in found:
+            if field.name in fields:
                 raise Malformed(f"field {field.name} stands twice")
-            found[field.name] = value
+            fields[field.name] = value
         else:
-            values = found.setdefault(field.name, [])
+            values = fields.setdefault(field.name, [])
             if len(values) == field.most:
                 raise Malformed(f"field {field.name} stands more than {field.most} times")
             values.append(value)
-    return found
+    return fields

@@ -62,10 +62,10 @@ def dequantized(
 
     `turns` says of a matrix's name whether its inputs stand first; `dtype` is the config's.
     """
-    found = _Groups(checkpoint, how, turns, dtype)
-    found.look()
-    found.raise_problems()
-    return found.shown()
+    groups = _Groups(checkpoint, how, turns, dtype)
+    groups.look()
+    groups.raise_problems()
+    return groups.shown()
 
 
 class _Groups:
@@ -83,13 +83,21 @@ class _Groups:
         self.needless: dict[str, str] = {}
         self.dtype = self._dtype(dtype)
 
-    def _dtype(self, said: str | None) -> str:
+    def _dtype(self, config_dtype: str | None) -> str:
         """What all other weights are in, so that the model computes in one; else the config's."""
         integers = self.how.method in ("gptq", "awq")
         ends = (".scales",) if integers else (*_ENDS, *_OF_INPUTS)
         rest = {i.dtype for n, i in self.tensors.items() if not n.endswith(ends)} & FLOATS
-        held = {i.dtype for n, i in self.tensors.items() if n.endswith(ends)} & FLOATS
-        one = rest if len(rest) == 1 else {said} if said else held if len(held) == 1 else {"F32"}
+        dtypes = {i.dtype for n, i in self.tensors.items() if n.endswith(ends)} & FLOATS
+        one = (
+            rest
+            if len(rest) == 1
+            else {config_dtype}
+            if config_dtype
+            else dtypes
+            if len(dtypes) == 1
+            else {"F32"}
+        )
         (dtype,) = one
         assert dtype is not None
         return dtype
@@ -116,8 +124,8 @@ class _Groups:
 
     def _stems(self, *ends: str) -> list[str]:
         """X of every X.end, in the files' order."""
-        found = (n[: -len(e) - 1] for n in self.tensors for e in ends if n.endswith(f".{e}"))
-        return list(dict.fromkeys(found))
+        stems = (n[: -len(e) - 1] for n in self.tensors for e in ends if n.endswith(f".{e}"))
+        return list(dict.fromkeys(stems))
 
     # --- whole numbers in groups ---
 
@@ -168,12 +176,12 @@ class _Groups:
         inputs, outputs = (length, words[1]) if axis == 0 else (words[0], length)
         group = inputs if self.how.group < 0 else self.how.group
         if inputs % group:
-            told = f"{FIELD}.group_size {group} does not divide {inputs} inputs"
-            self.problem(ShapeMismatch, f"{stem}.qweight: {told}")
+            fault = f"{FIELD}.group_size {group} does not divide {inputs} inputs"
+            self.problem(ShapeMismatch, f"{stem}.qweight: {fault}")
             return None
         if outputs % count:
-            told = f"{outputs} outputs, whose zero points fill no whole words of {count}"
-            self.problem(ShapeMismatch, f"{stem}.qweight: {told}")
+            fault = f"{outputs} outputs, whose zero points fill no whole words of {count}"
+            self.problem(ShapeMismatch, f"{stem}.qweight: {fault}")
             return None
         expected = {
             "qzeros": (inputs // group, outputs // count * width),
@@ -216,15 +224,15 @@ class _Groups:
     def _check_order(self, name: str, groups: int) -> bool:
         """Every input is of a group that there is: the one thing that no header tells."""
         order = self.checkpoint.tensor(name)
-        odd = ((order < 0) | (order >= groups)).nonzero()
-        if len(odd):
-            at = int(odd[0])
+        outside = ((order < 0) | (order >= groups)).nonzero()
+        if len(outside):
+            at = int(outside[0])
             file = self.checkpoint.where[name]
             self.problem(
                 CorruptCheckpoint,
                 f"{name}[{at}] is {int(order[at])}, and there are groups 0..{groups - 1} ({file})",
             )
-        return not len(odd)
+        return not len(outside)
 
     # --- eight-bit floats ---
 
@@ -259,24 +267,24 @@ class _Groups:
         """Rows and columns that a scale is of; None if anything does not fit."""
         before = len(self.problems)
         if weight.dtype != _FP8:
-            told = f"dtype {weight.dtype} beside {scale.name}, expected {_FP8}"
-            self.problem(DtypeMismatch, f"{weight.name}: {told}")
+            fault = f"dtype {weight.dtype} beside {scale.name}, expected {_FP8}"
+            self.problem(DtypeMismatch, f"{weight.name}: {fault}")
         if scale.dtype not in _SCALES:
-            told = f"dtype {scale.dtype}, expected {' or '.join(_SCALES)}"
-            self.problem(DtypeMismatch, f"{scale.name}: {told}")
+            fault = f"dtype {scale.dtype}, expected {' or '.join(_SCALES)}"
+            self.problem(DtypeMismatch, f"{scale.name}: {fault}")
         *stack, rows, columns = (1, 1, *weight.shape)[-max(2, len(weight.shape)) :]
         axes = 2 if weight.name.endswith(".weight") else 3
         if len(weight.shape) != axes or not all(weight.shape):
-            told = f"shape {list(weight.shape)}, expected {axes} axes"
-            self.problem(ShapeMismatch, f"{weight.name}: {told}")
+            fault = f"shape {list(weight.shape)}, expected {axes} axes"
+            self.problem(ShapeMismatch, f"{weight.name}: {fault}")
             return None
-        known = self._grids(rows, columns, stacked=axes == 3)
-        held = {(*stack, *shape): block for shape, block in known.items()}
-        if scale.shape not in held:
-            expected = " or ".join(str(list(shape)) for shape in held)
-            told = f"shape {list(scale.shape)}, expected {expected} of {list(weight.shape)}"
-            self.problem(ShapeMismatch, f"{scale.name}: {told}")
-        return held[scale.shape] if len(self.problems) == before else None
+        block_shapes = self._grids(rows, columns, stacked=axes == 3)
+        grids = {(*stack, *shape): block for shape, block in block_shapes.items()}
+        if scale.shape not in grids:
+            expected = " or ".join(str(list(shape)) for shape in grids)
+            fault = f"shape {list(scale.shape)}, expected {expected} of {list(weight.shape)}"
+            self.problem(ShapeMismatch, f"{scale.name}: {fault}")
+        return grids[scale.shape] if len(self.problems) == before else None
 
     def _grids(self, rows: int, columns: int, *, stacked: bool) -> _Grids:
         """Shape of a matrix's scales -> rows and columns that one of them is of."""
@@ -324,7 +332,9 @@ class _Groups:
             file: _Reader(reader, self._of(file, where), tensors)
             for file, reader in self.checkpoint.readers.items()
         }
-        split = {i.name: file for file, held in shard(tensors.values(), SHARD_BYTES) for i in held}
+        split = {
+            i.name: file for file, infos in shard(tensors.values(), SHARD_BYTES) for i in infos
+        }
         return replace(
             self.checkpoint,
             tensors=tensors,
@@ -355,17 +365,17 @@ class _Reader:
     def tensor(self, name: str) -> torch.Tensor:
         if name in self._matrices:
             return self._matrices[name].whole()
-        found: torch.Tensor = self._reader.tensor(name)
-        return found
+        tensor: torch.Tensor = self._reader.tensor(name)
+        return tensor
 
     def decoder(self, name: str) -> Read | None:
         if name in self._matrices:
             return self._matrices[name].box
-        found: Read | None = self._reader.decoder(name)
-        return found
+        read: Read | None = self._reader.decoder(name)
+        return read
 
     def span(self, name: str) -> tuple[int, int] | None:
         if name in self._matrices or not hasattr(self._reader, "span"):
             return None
-        found: tuple[int, int] | None = self._reader.span(name)
-        return found
+        span: tuple[int, int] | None = self._reader.span(name)
+        return span

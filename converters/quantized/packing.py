@@ -98,14 +98,14 @@ def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -
     first, last = wanted.start // count, -(-wanted.stop // count)
     units = words.unflatten(0, (last - first, width))
     if width == 1:
-        found = units >> torch.tensor(shifts, dtype=torch.int32).view(1, -1, 1)
+        numbers = units >> torch.tensor(shifts, dtype=torch.int32).view(1, -1, 1)
     else:  # one stream of bits: a number may begin in one word and end in the next
         at = torch.arange(0, count * bits, bits)
         wide = units.long() & 0xFFFFFFFF
         after = torch.cat([wide[:, 1:], torch.zeros_like(wide[:, :1])], 1)
         both = wide[:, at // _WORD] | after[:, at // _WORD] << _WORD
-        found = (both >> (at % _WORD).view(1, -1, 1)).int()
-    numbers = (found & (1 << bits) - 1).flatten(0, 1)
+        numbers = (both >> (at % _WORD).view(1, -1, 1)).int()
+    numbers = (numbers & (1 << bits) - 1).flatten(0, 1)
     return numbers[wanted.start - first * count : wanted.stop - first * count]
 
 

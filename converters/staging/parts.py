@@ -42,9 +42,9 @@ class SharedStage(Stage):
     """A stage that several processes fill, on one machine or many, each with its own journal."""
 
     def __init__(
-        self, place: Path, lock: Lock, found: list[dict[str, Any]], part: int, parts: int
+        self, place: Path, lock: Lock, records: list[dict[str, Any]], part: int, parts: int
     ) -> None:
-        super().__init__(side_path(place, "partial"), lock, found)
+        super().__init__(side_path(place, "partial"), lock, records)
         self.place, self.part, self.parts = place, part, parts
         self.finished = False  # its own share
 
@@ -108,13 +108,13 @@ def shared(
 
     `same` tells of a directory that is what this job publishes.
     """
-    place, made, said = (
+    place, made, errors = (
         resolved(destination),
         list[Path](),
         DestinationErrors(resolved(destination)),
     )
     with (
-        said,
+        errors,
         missing_parents(place, made),
         locked(place, how=fcntl.LOCK_SH | fcntl.LOCK_NB) as whole,
         locked(place, part_role(part, parts)) as lock,
@@ -133,13 +133,13 @@ def shared(
             else:
                 recover(place, whole.read())
                 mine = _begin_part(place, whole, lock, entries, job, parts, replaces, restart, size)
-                stage.found = entries[1:] if mine else []
-                stage.anew = is_begun(entries) and not mine and not restart
+                stage.records = entries[1:] if mine else []
+                stage.discarded = is_begun(entries) and not mine and not restart
             publish_lock.done = True
         if stage.published:
             yield stage
             return
-        lock.keep = said.resumes = True
+        lock.keep = errors.resumes = True
         made.clear()
         try:
             yield stage
@@ -172,18 +172,18 @@ def _begin_part(
         remove(partial)
     others = [path for path in part_journals(place) if path != lock.path]
     of = f"-of-{parts}"
-    odd = [p for p in others if not p.name.endswith(of) or _job_of(p) not in (job, None)]
-    clear_parts(place, odd, restart)
+    foreign = [p for p in others if not p.name.endswith(of) or _job_of(p) not in (job, None)]
+    clear_parts(place, foreign, restart)
     mine = not restart and bool(entries) and entries[0].get("job") == job
     mine = mine and is_directory(partial)
     if not mine:
-        if len(odd) == len(others) or not is_directory(partial):
+        if len(foreign) == len(others) or not is_directory(partial):
             remove(partial)
         check_free_space(place, size)
         lock.restart({"job": job})
     with contextlib.suppress(FileExistsError):
         os.mkdir(partial)
-    if len(odd) == len(others):
+    if len(foreign) == len(others):
         unlink_links(partial)
     return mine
 

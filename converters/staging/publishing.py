@@ -61,11 +61,11 @@ def publish(partial: Path, place: Path, lock: Lock, replaces: Replaces, of: str 
 
 def is_published(place: Path, entries: list[dict[str, Any]]) -> bool:
     """Whether the directory that a journal was about to rename is in its place."""
-    said = [entry["publishing"] for entry in entries if "publishing" in entry]
-    if not said or not is_directory(place):
+    inodes = [entry["publishing"] for entry in entries if "publishing" in entry]
+    if not inodes or not is_directory(place):
         return False
     status = place.lstat()
-    return bool(said[-1] == status.st_ino)
+    return bool(inodes[-1] == status.st_ino)
 
 
 def recover(place: Path, entries: list[dict[str, Any]]) -> None:

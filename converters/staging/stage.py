@@ -112,12 +112,12 @@ class Stage:
     """A directory being filled, and the journal of what is in it for good."""
 
     def __init__(
-        self, path: Path, lock: Lock | None = None, found: Sequence[dict[str, Any]] = ()
+        self, path: Path, lock: Lock | None = None, records: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.path, self._lock = path, lock  # without one, nothing can be taken up again
-        self.found = found  # records of a run that was killed; none of a run from the start
+        self.records = records  # records of a run that was killed; none of a run from the start
         self.published = False  # all was done already, but for saying so
-        self.anew = False  # what was there belongs to another job, and is gone
+        self.discarded = False  # what was there belongs to another job, and is gone
 
     def record(self, entry: dict[str, Any]) -> None:
         if self._lock is not None:
@@ -139,13 +139,13 @@ def resumable(
     The next run of the same `job` is given it. Where that was killed after it published, it is
     done if its `sources` are the same too. A run that is refused leaves what others have.
     """
-    place, made, said = (
+    place, made, errors = (
         resolved(destination),
         list[Path](),
         DestinationErrors(resolved(destination)),
     )
     partial, of = side_path(place, "partial"), f"{job} {sources}"
-    with said, missing_parents(place, made), locked(place) as lock:
+    with errors, missing_parents(place, made), locked(place) as lock:
         entries = lock.read()
         lock.keep = is_begun(entries)
         recover(place, entries)
@@ -167,10 +167,10 @@ def resumable(
             check_free_space(place, size)
             lock.restart({"job": job})
             os.mkdir(partial)
-        lock.keep = said.resumes = True
+        lock.keep = errors.resumes = True
         unlink_links(partial)
         stage = Stage(partial, lock, entries[1:] if mine else [])
-        stage.anew = is_begun(entries) and not mine and not restart
+        stage.discarded = is_begun(entries) and not mine and not restart
         made.clear()
         try:
             yield stage
@@ -204,8 +204,8 @@ class DestinationErrors:
             return
         file = f" ({error.filename})" if error.filename else ""
         again = " The same command goes on where this one stopped." if self.resumes else ""
-        told = f"{self.place}: not written: {error.strerror or error}{file}."
-        raise ZooError(f"{told} What was there is untouched.{again}") from error
+        fault = f"{self.place}: not written: {error.strerror or error}{file}."
+        raise ZooError(f"{fault} What was there is untouched.{again}") from error
 
 
 @contextmanager

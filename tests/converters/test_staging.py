@@ -341,7 +341,7 @@ def test_a_torn_line_is_cut_off_before_a_journal_goes_on(tmp_path: Path) -> None
     torn = b'{"tensor": "' + b"x" * 100
     path = journal(place, {"job": "j"}, {"tensor": "a"}, torn=torn)
     with pytest.raises(KeyboardInterrupt), resumable(place, "j") as stage:
-        assert stage.found == [{"tensor": "a"}]
+        assert stage.records == [{"tensor": "a"}]
         stage.record({"tensor": "b"})
         raise KeyboardInterrupt
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]

@@ -126,7 +126,7 @@ class Replacing:
 
     def _own(self, place: Path, below: set[str]) -> set[str]:
         """Of an earlier output of the same writer, all that nobody changed since."""
-        said, listed = self.output.said, _listed(place)
+        said, listed = self.output.notes, _listed(place)
         written = manifest.read(place) if listed else {}
         if "writer" not in said or any(
             written.get(key) != said.get(key) for key in ("writer", "to", "architecture")

@@ -56,7 +56,7 @@ def finished(output: Output, directory: Path, report: WriteReport) -> dict[str, 
     """The directory made whole; what there is to tell of it."""
     finish(output, directory, report, versions())
     seen = {"zeros": report.zeros, "duplicates": report.duplicates}
-    seen["left"] = [f"{what}: {why}" for what, why in output.said.get("left", {}).items()]
+    seen["left"] = [f"{what}: {why}" for what, why in output.notes.get("left", {}).items()]
     return {"event": "done", "resumed": report.resumed, **seen}
 
 

@@ -317,7 +317,7 @@ def output(files: Files) -> Output:
     ]
     shard = Shard.of(WEIGHTS[0], items, {"format": "pt"})
     return Output(
-        (shard,), {CONFIG: files.config.encode()}, said={"to": "peft", "writer": "save_adapter"}
+        (shard,), {CONFIG: files.config.encode()}, notes={"to": "peft", "writer": "save_adapter"}
     )
 
 

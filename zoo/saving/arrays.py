@@ -97,8 +97,8 @@ class Arrays:
 
     def names(self, native: Native) -> list[str]:
         """In the order of the files; last those that were another's, and no longer are."""
-        known = [name for step in self.plan.steps for name in step.targets]
-        return [*known, *(name for name in native.shapes if name not in self.ways)]
+        names = [name for step in self.plan.steps for name in step.targets]
+        return [*names, *(name for name in native.shapes if name not in self.ways)]
 
     def forward(self, native: Native) -> Iterator[Item]:
         """Native tensors."""
@@ -136,5 +136,5 @@ class Arrays:
 def span_of(checkpoint: Checkpoint, name: str) -> FileSpan | None:
     """Where its bytes lie as they are, if they do in a way that can be trusted unread."""
     reader: Any = checkpoint.readers[checkpoint.where[name]]
-    found = reader.span(name) if hasattr(reader, "span") else None
-    return None if found is None else FileSpan(reader.path, found[0])
+    span = reader.span(name) if hasattr(reader, "span") else None
+    return None if span is None else FileSpan(reader.path, span[0])

@@ -19,11 +19,11 @@ OWN_FILES = ("hf", "native")  # written as safetensors
 
 
 def check_dialect(to: str) -> None:
-    if to not in OWN_FILES and to not in (known := dialects()):
+    if to not in OWN_FILES and to not in (names := dialects()):
         read = {d.name: f"{c.about} is read, and not written; " for _, d, c in every_dialect()}
         why = read.get(str(to), "")
-        near = did_you_mean(str(to), known)
-        raise UsageError(f"to={to!r}: {why}one of {', '.join(known)}.{near}")
+        near = did_you_mean(str(to), names)
+        raise UsageError(f"to={to!r}: {why}one of {', '.join(names)}.{near}")
 
 
 def check_graph(

@@ -76,15 +76,15 @@ def companions_of(
     from zoo.tokenizers.reading import beside
 
     if file is None:
-        held = companions(directory)
+        files = companions(directory)
         configs = {c.config for _, _, c in every_dialect()} - {""}
-        held = {name: path for name, path in held.items() if name not in configs}
+        files = {name: path for name, path in files.items() if name not in configs}
     else:
-        held = beside(file)
+        files = beside(file)
     others = container.names if container is not None else {}
-    if any(other in held for other in others.values()):
-        return held
-    return {others.get(name, name): path for name, path in held.items()}
+    if any(other in files for other in others.values()):
+        return files
+    return {others.get(name, name): path for name, path in files.items()}
 
 
 def licences(carried: Mapping[str, Path]) -> dict[str, Path]:
@@ -97,7 +97,7 @@ def is_of_a_step(name: str) -> bool:
 
 
 def unpacked(
-    inside: GGUFReader, carried: Mapping[str, Path], said: dict[str, Any]
+    inside: GGUFReader, carried: Mapping[str, Path], notes: dict[str, Any]
 ) -> tuple[dict[str, Path], dict[str, bytes]]:
     """(files to carry along, files made of the vocabulary in a GGUF file).
 
@@ -105,12 +105,12 @@ def unpacked(
     """
     from zoo.tokenizers import gguf
 
-    if not gguf.has_one(inside.said):
+    if not gguf.has_one(inside.values):
         return dict(carried), {}
     try:
-        made = gguf.files(inside.said, Path(inside.path.name))
+        made = gguf.files(inside.values, Path(inside.path.name))
     except BadTokenizer as error:
-        said["left"], made = {"tokenizer": str(error)}, {}
+        notes["left"], made = {"tokenizer": str(error)}, {}
     return licences(carried), made
 
 
@@ -119,7 +119,7 @@ def exported_files(
     items: Iterable[Item],
     carried: Mapping[str, Path],
     inside: GGUFReader | None,
-    said: dict[str, Any],
+    notes: dict[str, Any],
     vocab: int,
     **how: Any,
 ) -> tuple[list[Shard], dict[str, bytes], dict[str, Path]]:
@@ -128,15 +128,15 @@ def exported_files(
 
     if made.container.format == "gguf":
         if MODULES in carried:
-            told = "GGUF holds the model alone, and not what is made of its output"
-            said["left"] = {MODULES: told}
+            reason = "GGUF holds the model alone, and not what is made of its output"
+            notes["left"] = {MODULES: reason}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
-        own = inside is not None and gguf.has_one(inside.said)
+        own = inside is not None and gguf.has_one(inside.values)
         if inside is not None:
             skipped = {f"general.{name}" for name in OWN_VALUES}
             values |= {
                 key: Value(inside.kinds[key], value)
-                for key, value in inside.said.items()
+                for key, value in inside.values.items()
                 if key.partition(".")[0] in ("general", "tokenizer") and key not in skipped
             }
         if not made.options.get("vocabulary", 1):
@@ -149,7 +149,7 @@ def exported_files(
     shards, texts = made.files(items, **how)
     kept = dict(carried)
     if inside is not None:
-        kept, more = unpacked(inside, carried, said)
+        kept, more = unpacked(inside, carried, notes)
         texts |= more
     if made.container.format == "llama2c" and llama2c.FILE not in kept:
         text = llama2c.made_of(kept)

@@ -127,10 +127,10 @@ def class_for_head(entry: registry.Architecture, head: str) -> str:
 
 
 def entry_of(model: Model) -> registry.Architecture:
-    known = registry.architectures()
+    entries = registry.architectures()
     if model.architecture:  # several may share one model's class
-        return known[model.architecture]
-    return next(entry for entry in known.values() if entry.model is type(model))
+        return entries[model.architecture]
+    return next(entry for entry in entries.values() if entry.model is type(model))
 
 
 def _json(data: Any) -> str:

@@ -44,8 +44,8 @@ def split(
     """Over the files that `where` names, or over new ones of `most` bytes."""
     by_name = {item.name: item for item in items}
     infos = [item.info for item in items]
-    held = as_before(infos, where) or shard(infos, most or SHARD_BYTES)
-    return [Shard.of(name, [by_name[i.name] for i in infos], metadata) for name, infos in held]
+    files = as_before(infos, where) or shard(infos, most or SHARD_BYTES)
+    return [Shard.of(name, [by_name[i.name] for i in infos], metadata) for name, infos in files]
 
 
 def as_before(
@@ -67,10 +67,10 @@ def graph_files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard
     """(weights, the graph and an HF config); `items` are all arrays of the model."""
     shard, texts = graphs.files(model, to, items)
     inner, prefix = (model.model, "model.") if isinstance(model, SentenceModel) else (model, "")
-    held = dict[str, Tensor]()
+    blanks = dict[str, Tensor]()
     for name, _ in inner.named_parameters():
         info = items[f"{prefix}{name}"].info
-        held[name] = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+        blanks[name] = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
     with suppress(LossyExport):  # nothing that the reference could say
-        texts[CONFIG] = origin_of(inner, held).config.encode()
+        texts[CONFIG] = origin_of(inner, blanks).config.encode()
     return shard, texts

@@ -102,11 +102,11 @@ def _graph_output(model: Model, to: str) -> Output:
     shard, texts = graph_files(model, to, items)
     model = model.model if isinstance(model, SentenceModel) else model
     carried = {name: path for name, path in _carried(model).items() if not is_of_a_step(name)}
-    said = _said(model, to)
+    notes = _notes(model, to)
     if (values := _values_within(model)) is not None:
-        carried, more = unpacked(values, carried, said)
+        carried, more = unpacked(values, carried, notes)
         texts |= more
-    return Output((shard,), texts, carried, said=said)
+    return Output((shard,), texts, carried, notes=notes)
 
 
 def _check_values(model: Model) -> None:
@@ -145,16 +145,16 @@ def _output(
         metadata, where = dict(origin.metadata), dict(origin.where)
     shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
     texts |= index_of(shards)
-    carried, said = _carried(model), _said(model, to)
+    carried, notes = _carried(model), _notes(model, to)
     if (inside := _values_within(model)) is not None:
-        carried, more = unpacked(inside, carried, said)
+        carried, more = unpacked(inside, carried, notes)
         texts |= more
     for folder, step in steps.items():  # a sentence model's own layers, as they are now
-        if held := [item_of(name, p.detach()) for name, p in step.named_parameters()]:
+        if step_items := [item_of(name, p.detach()) for name, p in step.named_parameters()]:
             for name in MODULE_WEIGHTS:
                 carried.pop(f"{folder}/{name}", None)
-            shards.append(Shard.of(f"{folder}/{SINGLE}", held, {"format": "pt"}))
-    return Output(tuple(shards), texts, carried, said=said)
+            shards.append(Shard.of(f"{folder}/{SINGLE}", step_items, {"format": "pt"}))
+    return Output(tuple(shards), texts, carried, notes=notes)
 
 
 def _exported_output(
@@ -164,13 +164,13 @@ def _exported_output(
     model, state = _with_zeros(model, state, to)
     dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
     origin = model.provenance.origin if model.provenance is not None else None
-    said = json.loads(origin.config) if origin is not None and origin.dialect == to else None
-    made = export(spec, to, model.config, native_of(model), dtypes, layout, said)
+    published = json.loads(origin.config) if origin is not None and origin.dialect == to else None
+    made = export(spec, to, model.config, native_of(model), dtypes, layout, published)
     exported = _exported(made.plan, state, quantized_of(model))
     items = [item.cast(made.plan.header[item.name].dtype) for item in exported]
-    carried, inside, told = _carried(model), _values_within(model), _said(model, to)
-    shards, texts, carried = exported_files(made, items, carried, inside, told, model.config.vocab)
-    return Output(tuple(shards), texts, carried, said=told)
+    carried, inside, notes = _carried(model), _values_within(model), _notes(model, to)
+    shards, texts, carried = exported_files(made, items, carried, inside, notes, model.config.vocab)
+    return Output(tuple(shards), texts, carried, notes=notes)
 
 
 def _with_zeros(
@@ -189,8 +189,8 @@ def _carried(model: Model) -> dict[str, Path]:
     if (provenance := model.provenance) is None:
         return {}
     if not (place := provenance.file or provenance.directory).exists():
-        told = "gone since the model was loaded. Weights and config are written, no tokenizer"
-        warnings.warn(f"{place}: {told}", stacklevel=4)
+        fault = "gone since the model was loaded. Weights and config are written, no tokenizer"
+        warnings.warn(f"{place}: {fault}", stacklevel=4)
         return {}
     dialect = load_spec(entry_of(model).spec).dialects.get(provenance.origin.dialect)
     container = None if dialect is None else dialect.container
@@ -199,15 +199,15 @@ def _carried(model: Model) -> dict[str, Path]:
 
 def _values_within(model: Model) -> GGUFReader | None:
     """The GGUF file that a model is of, or the first of several."""
-    if (known := model.provenance) is None or known.origin.dialect != "gguf":
+    if (provenance := model.provenance) is None or provenance.origin.dialect != "gguf":
         return None
-    return next(iter(open_gguf(known.files[0]).values()))
+    return next(iter(open_gguf(provenance.files[0]).values()))
 
 
-def _said(model: Model, to: str) -> dict[str, Any]:
+def _notes(model: Model, to: str) -> dict[str, Any]:
     entry = entry_of(model)
-    said = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
-    return {**said, "writer": "zoo.save"}
+    notes = {**said_of(entry.name, to, load_spec(entry.spec)), **lossy_of(model.provenance)}
+    return {**notes, "writer": "zoo.save"}
 
 
 def _exported(

@@ -90,7 +90,7 @@ def defaults_of(model: Model) -> Defaults:
     if (provenance := model.provenance) is not None:
         fields, where = json.loads(provenance.origin.config), f"config.json of {provenance.ref}"
         if provenance.origin.dialect == "gguf":
-            fields |= ends(next(iter(open_gguf(provenance.files[0]).values())).said)
+            fields |= ends(next(iter(open_gguf(provenance.files[0]).values())).values)
         path = provenance.directory / GENERATION
         if path.is_file():  # then nothing but what an answer begins with comes from elsewhere
             where, others = str(path), fields if provenance.origin.dialect == "gguf" else {}

@@ -104,7 +104,7 @@ def _within(path: Path) -> Tokenizer | None:
     """Of a file that holds weights and vocabulary."""
     if kind_of(path) != "gguf":
         return None
-    said = next(iter(open_gguf(path).values())).said
+    said = next(iter(open_gguf(path).values())).values
     return gguf.read(said, path) if gguf.has_one(said) else None
 
 
