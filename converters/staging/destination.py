@@ -14,18 +14,22 @@ from pathlib import Path, PurePosixPath
 
 from zoo.errors import OutputExists, UsageError, listing, option
 
-# Given what is at a destination: the files that a new directory replaces, by their paths in it. All
-# others are kept. Raises OutputExists where nothing may be written.
+# A function from a destination to the files in it that a new directory replaces, by their paths in
+# it. All others are kept. It raises OutputExists where nothing may be written.
 Replaces = Callable[[Path], Collection[str]]
 
 
 def refuse_all(place: Path) -> Collection[str]:
-    """The `Replaces` of a destination that has to be new."""
+    """Refuse any existing destination: the `Replaces` of one that has to be new."""
     raise OutputExists(f"{place}: exists already. Use {option('force')} to replace it.")
 
 
 def check_place(destination: str | os.PathLike[str]) -> None:
-    """Refuse what no command replaces, full or empty, by whatever path it is named."""
+    """Refuse what is never replaced: roots, mounts, home and working directories, repositories.
+
+    Raises:
+        OutputExists: If `destination` is one of these, or contains one, under any path.
+    """
     place = absolute(destination)
     real = os.path.realpath(place)
     inside = f"Give a directory inside it, such as {os.path.join(place, 'model')}"
@@ -42,6 +46,7 @@ def check_place(destination: str | os.PathLike[str]) -> None:
 
 
 def resolved(destination: str | os.PathLike[str]) -> Path:
+    """Return the absolute destination, once it is one that may be written."""
     check_place(destination)
     place = absolute(destination)
     if len(os.fsencode(place.name)) > 255:
@@ -50,7 +55,7 @@ def resolved(destination: str | os.PathLike[str]) -> Path:
 
 
 def absolute(destination: str | os.PathLike[str]) -> Path:
-    """Where the system would make it: parents resolved, while a link as destination stays one."""
+    """The path with its parents resolved; a link at the destination itself stays a link."""
     path = Path(destination)
     try:
         if path.name in ("", ".."):
@@ -72,7 +77,10 @@ def _protected_directories() -> Iterator[tuple[str, str]]:
 
 
 def check_replaceable(place: Path, replaces: Replaces) -> None:
-    """Everything that could keep a destination from being replaced, before hours of work."""
+    """Refuse a destination that could not be replaced later, before hours of work.
+
+    Each file to keep is linked once beside the destination to prove that it can be.
+    """
     if not is_directory(place):
         replaced_files(place, replaces)
         return
@@ -85,7 +93,7 @@ def check_replaceable(place: Path, replaces: Replaces) -> None:
                 status = os.lstat(path)
                 if status.st_uid != os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
                     raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-            elif os.lstat(path).st_nlink == 1:  # else it can be linked, and may be a source too,
+            elif os.lstat(path).st_nlink == 1:  # otherwise it can be linked, and may be a source,
                 os.link(path, trial, follow_symlinks=False)  # whose ctime a link would move
                 os.unlink(trial)
         except OSError as error:
@@ -98,6 +106,7 @@ def check_replaceable(place: Path, replaces: Replaces) -> None:
 
 
 def replaced_files(place: Path, replaces: Replaces) -> frozenset[str]:
+    """Return the files at `place` that `replaces` names; none where nothing is there."""
     check_place(place)
     if not os.path.lexists(place) or is_empty(place):
         return frozenset()
@@ -105,7 +114,10 @@ def replaced_files(place: Path, replaces: Replaces) -> frozenset[str]:
 
 
 def files_below(directory: Path) -> Iterator[tuple[str, bool]]:
-    """(path in it, whether it is a directory), outer ones first; links are followed nowhere."""
+    """Yield (path relative to `directory`, whether it is a directory), outer ones first.
+
+    Links are not followed.
+    """
     device, folders = os.lstat(directory).st_dev, [""]
     while folders:
         above = folders.pop()
@@ -120,7 +132,7 @@ def files_below(directory: Path) -> Iterator[tuple[str, bool]]:
 
 
 def kept_files(directory: Path, replaced: Collection[str]) -> list[tuple[str, bool]]:
-    """What stays when a directory is replaced: no folder that held replaced files alone."""
+    """List what stays when `replaced` files go: a folder only of replaced files goes with them."""
     below, emptied = list(files_below(directory)), parent_paths(replaced)
     kept = {name for name, is_folder in below if name not in (emptied if is_folder else replaced)}
     kept |= parent_paths(kept)
@@ -128,17 +140,19 @@ def kept_files(directory: Path, replaced: Collection[str]) -> list[tuple[str, bo
 
 
 def parent_paths(names: Iterable[str]) -> set[str]:
+    """Return every directory above any of these relative paths."""
     return {str(parent) for name in names for parent in PurePosixPath(name).parents}
 
 
 def check_free_space(place: Path, size: int) -> None:
+    """Raise OSError (no space) unless `size` bytes are free beside `place`."""
     free = shutil.disk_usage(place.parent).free
     if size > free:
         raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
 
 
 def prune(directory: Path, wanted: Collection[str]) -> None:
-    """Nothing but these files, named by their paths in it, and the directories on the way."""
+    """Remove every file below `directory` but `wanted` (relative paths), and empty directories."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
             path = Path(folder, name)
@@ -150,7 +164,7 @@ def prune(directory: Path, wanted: Collection[str]) -> None:
 
 
 def unlink_links(directory: Path) -> None:
-    """A stage is written to through no name but its own."""
+    """Remove links, and files with a second name, so that writing here changes nothing else."""
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
             path = Path(folder, name)
@@ -162,7 +176,7 @@ def unlink_links(directory: Path) -> None:
 
 
 def side_path(place: Path, role: str) -> Path:
-    """`.NAME.zoo-ROLE` in the same directory, so in the same file system."""
+    """Return `.NAME.zoo-ROLE` in the same directory, hence on the same file system."""
     name = place.name
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -170,10 +184,12 @@ def side_path(place: Path, role: str) -> Path:
 
 
 def is_directory(path: Path) -> bool:
+    """Return whether `path` is a directory and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def is_empty(place: Path) -> bool:
+    """Return whether `place` is a directory without entries."""
     if place.is_symlink() or not place.is_dir():
         return False
     with os.scandir(place) as entries:
@@ -181,7 +197,7 @@ def is_empty(place: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a whole directory; nothing if there is nothing."""
+    """Remove a file, a link or a whole directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

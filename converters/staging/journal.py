@@ -16,7 +16,7 @@ from zoo.errors import OutputExists, option
 
 
 class Lock:
-    """A file that is locked; what is in it is a journal, a line a record."""
+    """A locked file whose content is a journal: one JSON record a line."""
 
     def __init__(self, fd: int, path: Path) -> None:
         self.fd, self.path = fd, path
@@ -24,7 +24,7 @@ class Lock:
         self.keep = self.done = False
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line; a torn one ends it, and is cut off."""
+        """Return every whole record; cut off a torn last line."""
         with os.fdopen(os.dup(self.fd), "rb") as file:
             file.seek(0)
             entries, self.end = _parse_entries(file)
@@ -32,14 +32,17 @@ class Lock:
         return entries
 
     def restart(self, entry: dict[str, Any]) -> None:
+        """Begin the journal again with one record."""
         self.restart_empty()
         self.append(entry)
 
     def restart_empty(self) -> None:
+        """Remove every record."""
         os.ftruncate(self.fd, 0)
         self.end = 0
 
     def append(self, entry: dict[str, Any]) -> None:
+        """Write one record behind the last."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         self.end += os.pwrite(self.fd, line, self.end)
 
@@ -48,7 +51,11 @@ class Lock:
 def locked(
     place: Path, role: str = "lock", how: int = fcntl.LOCK_EX | fcntl.LOCK_NB
 ) -> Iterator[Lock]:
-    """One writer a destination; the lock dies with its process."""
+    """Hold a lock beside `place`: one writer a destination. The lock dies with its process.
+
+    Raises:
+        OutputExists: If another process holds it.
+    """
     path = side_path(place, role)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -73,7 +80,7 @@ def locked(
     finally:
         if lock.done or not lock.keep:
             with contextlib.suppress(OSError):
-                if how & fcntl.LOCK_SH:  # others may hold it too: whoever is last removes it
+                if how & fcntl.LOCK_SH:  # others may share it: the last one removes it
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
                     os.unlink(path)
@@ -81,7 +88,7 @@ def locked(
 
 
 def _parse_entries(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
-    """Records up to the first line that is none, and how many bytes they take."""
+    """Return the records before the first broken line, and their size in bytes."""
     entries: list[dict[str, Any]] = []
     size = 0
     for line in lines:
@@ -97,6 +104,7 @@ def _parse_entries(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a journal that this process has not locked."""
     try:
         with path.open("rb") as file:
             return _parse_entries(file)[0]
@@ -105,11 +113,12 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def is_begun(entries: list[dict[str, Any]]) -> bool:
-    """Whether a journal holds work that can be taken up."""
+    """Return whether a journal records work that can be resumed."""
     return any("job" in entry for entry in entries)
 
 
 def refuse_begun(place: Path, begun: bool) -> None:
+    """Raise OutputExists if an unfinished conversion of the whole is recorded."""
     if begun:
         raise OutputExists(
             f"{place}: a conversion of the whole was begun here and not finished. Finish it with "
@@ -118,11 +127,12 @@ def refuse_begun(place: Path, begun: bool) -> None:
 
 
 def part_role(part: int, parts: int) -> str:
+    """Return the role of a part's journal, `part-3-of-16`, for `side_path`."""
     return f"part-{part}-of-{parts}"
 
 
 def part_journals(place: Path) -> list[Path]:
-    """Of parts, whatever their number."""
+    """Return the journals of parts, whatever their number."""
     head = side_path(place, "part-").name
     try:
         names = os.listdir(place.parent)
@@ -132,7 +142,11 @@ def part_journals(place: Path) -> list[Path]:
 
 
 def clear_parts(place: Path, journals: list[Path], restart: bool) -> None:
-    """Journals of parts that another run cannot go on beside: refused, or removed if asked."""
+    """Refuse journals of parts that this run cannot share the stage with, or remove them.
+
+    Raises:
+        OutputExists: Without `restart`, if there is any; with it, if its part is running.
+    """
     if not journals:
         return
     if not restart:

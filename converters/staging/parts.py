@@ -46,15 +46,16 @@ class SharedStage(Stage):
     ) -> None:
         super().__init__(side_path(place, "partial"), lock, records)
         self.place, self.part, self.parts = place, part, parts
-        self.finished = False  # its own share
+        self.finished = False  # this part's share
 
     @contextmanager
     def publishing(
         self, job: str, replaces: Replaces, verify: Verify
     ) -> Iterator[list[list[dict[str, Any]]]]:
-        """Every part's records, for the one that is last to finish; none for the others.
+        """Yield the records of all parts to the part that finishes last, which then publishes.
 
-        `verify` raises where what another part wrote is no longer so; that part begins anew.
+        The others get an empty list. `verify` checks what each other part wrote. If it raises, that
+        part's journal is removed, so that the part starts again.
         """
         self.finished = True
         with locked(self.place, "publish", fcntl.LOCK_EX) as publish_lock:
@@ -104,9 +105,9 @@ def shared(
     size: int = 0,
     same: Callable[[Path], bool] = lambda place: False,
 ) -> Iterator[SharedStage]:
-    """As `resumable`, for one of `parts` that fill one stage and know no more of each other.
+    """Like `resumable`, for one of several `parts` that fill the same stage independently.
 
-    `same` tells of a directory that is what this job publishes.
+    `same` returns whether a directory is already what this job publishes.
     """
     place, made, errors = (
         resolved(destination),
@@ -162,7 +163,10 @@ def _begin_part(
     restart: bool,
     size: int,
 ) -> bool:
-    """Whether this part goes on; else it is ready to begin. Nobody else begins meanwhile."""
+    """Prepare the stage; return whether this part resumes (otherwise it starts from nothing).
+
+    The caller holds the publishing lock, so no other part starts meanwhile.
+    """
     partial = side_path(place, "partial")
     check_replaceable(place, replaces)
     if whole.keep:
@@ -189,13 +193,13 @@ def _begin_part(
 
 
 def _job_of(path: Path) -> Any:
-    """What a part's journal is of; None of one that has not begun."""
+    """The job of a part's journal; None if that part has not begun."""
     records = read_journal(path)
     return records[0].get("job") if records else None
 
 
 def _remove_part_files(place: Path, entries: list[dict[str, Any]]) -> None:
-    """What parts leave beside what they published."""
+    """Remove what parts leave beside a published directory."""
     recover(place, entries)
     remove(side_path(place, "partial"))
     for path in (*part_journals(place), side_path(place, "lock")):

@@ -31,7 +31,11 @@ _EXCHANGE = 2  # renameat2's flag
 
 
 def publish(partial: Path, place: Path, lock: Lock, replaces: Replaces, of: str = "") -> None:
-    """`lock` notes which directories change places, so that a run after a kill knows them."""
+    """Move a finished stage to its destination; keep the files there that `replaces` does not name.
+
+    The journal in `lock` first records which directories change places, so that a run after a
+    kill can tell what happened.
+    """
     replaced, aside = replaced_files(place, replaces), side_path(place, "replaced")
     if is_directory(place):
         _link_kept(place, partial, replaced)
@@ -60,7 +64,7 @@ def publish(partial: Path, place: Path, lock: Lock, replaces: Replaces, of: str 
 
 
 def is_published(place: Path, entries: list[dict[str, Any]]) -> bool:
-    """Whether the directory that a journal was about to rename is in its place."""
+    """Return whether the directory that a journal was about to rename is at the destination."""
     inodes = [entry["publishing"] for entry in entries if "publishing" in entry]
     if not inodes or not is_directory(place):
         return False
@@ -69,7 +73,7 @@ def is_published(place: Path, entries: list[dict[str, Any]]) -> bool:
 
 
 def recover(place: Path, entries: list[dict[str, Any]]) -> None:
-    """Finish a replacement that was killed after it was published; undo one killed before that."""
+    """Finish a replacement that was killed after its rename; undo one that was killed before."""
     notes = [*entries, *read_journal(side_path(place, "publish"))]
     last: dict[str, Any] = next((entry for entry in reversed(notes) if "publishing" in entry), {})
     aside = side_path(place, "replaced")
@@ -91,7 +95,7 @@ def recover(place: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _link_kept(place: Path, stage: Path, replaced: Collection[str]) -> None:
-    """The files that are not replaced, in the stage too; directories are made as they are there."""
+    """Hard-link the files that are kept into the stage, with their directories and modes."""
     kept = kept_files(place, replaced)
     folders = [(place / name, stage / name) for name, is_folder in kept if is_folder]
     problems = list[str]()
@@ -118,7 +122,7 @@ def _link_kept(place: Path, stage: Path, replaced: Collection[str]) -> None:
 
 
 def _retire(old: Path, place: Path, replaced: Collection[str]) -> None:
-    """Remove what was replaced; what is in it alone, because it appeared late, goes to `place`."""
+    """Remove a replaced directory; files that appeared in it late are moved to `place`."""
     if not is_directory(old):
         old.unlink()
         return
@@ -161,7 +165,7 @@ def _make_writable(directory: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system cannot."""
+    """Exchange two names in one step; return False where the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -176,7 +180,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def sync_tree(directory: Path) -> None:
-    """Every file and directory below, innermost first, on the disk."""
+    """Flush every file and directory below to the disk, innermost first."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
             path = os.path.join(folder, name)
@@ -186,6 +190,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync_parent(place: Path) -> None:
+    """Flush the directory that holds `place`, so that the rename is on the disk."""
     try:
         _fsync(place.parent)
     except OSError as error:

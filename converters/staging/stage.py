@@ -33,7 +33,7 @@ from converters.staging.journal import (
 from converters.staging.publishing import is_published, publish, recover, sync_parent, sync_tree
 from zoo.errors import OutputExists, SourceChanged, ZooError
 
-# what the same command may get past, so that what there is of its work is kept
+# errors that the same command may get past: its work so far is kept
 RESUMED = (KeyboardInterrupt, OSError, MemoryError, OutputExists, SourceChanged)
 
 
@@ -45,11 +45,28 @@ def staged(
     restart: bool = False,
     size: int = 0,
 ) -> Iterator[Path]:
-    """A fresh directory to fill; on leaving it becomes `destination`, on an error it is gone.
+    """Yield a new directory to fill; on exit it becomes `destination`, on an error it is removed.
 
-    What is there is replaced in one step, but for the files that `replaces` does not name. A link
-    is replaced, never followed. An empty directory counts as nothing. `size` bytes have to be free
-    before anything is written. `restart` gives up a conversion that was begun and not finished.
+    What is there is replaced in one step, except the files that `replaces` does not name. A link
+    is replaced, never followed. An empty directory counts as absent.
+
+    Args:
+        destination: Where the directory goes.
+        replaces: Which files at `destination` may be replaced; by default none.
+        restart: Discard an unfinished conversion instead of refusing to write over it.
+        size: Bytes that have to be free before anything is written.
+
+    Raises:
+        OutputExists: If `destination` may not be replaced or another process is writing it.
+        ZooError: If the system refuses a write.
+
+    Example:
+        >>> import os, tempfile
+        >>> place = os.path.join(tempfile.mkdtemp(), "model")
+        >>> with staged(place) as stage:
+        ...     _ = (stage / "config.json").write_text("{}")
+        >>> os.listdir(place)
+        ['config.json']
     """
     place, made = resolved(destination), list[Path]()
     with DestinationErrors(place), missing_parents(place, made), locked(place) as lock:
@@ -69,7 +86,10 @@ def staged(
 def staged_file(
     destination: str | os.PathLike[str], replaces: Replaces = refuse_all, *, size: int = 0
 ) -> Iterator[BinaryIO]:
-    """A fresh file to write, likewise; it replaces what is there if `replaces` does not refuse."""
+    """Yield a new file to write; on exit it becomes `destination`, on an error it is removed.
+
+    It replaces what is there unless `replaces` refuses. See `staged` for arguments and errors.
+    """
     if is_directory(absolute(destination)):
         raise OutputExists(f"{absolute(destination)}: is a directory. Name a file in it")
     place, made = resolved(destination), list[Path]()
@@ -92,16 +112,16 @@ def staged_file(
 
 
 def _begin(place: Path, lock: Lock, replaces: Replaces, restart: bool, size: int) -> Path:
-    """Where to write, with nothing there, once it is clear that the destination may be replaced."""
+    """Return the empty path to write to, once the destination is known to be replaceable."""
     entries = lock.read()
     lock.keep = is_begun(entries)
     recover(place, entries)
-    side_path(place, "publish").unlink(missing_ok=True)  # of parts, of which none runs now
+    side_path(place, "publish").unlink(missing_ok=True)  # left by parts; none is running now
     check_replaceable(place, replaces)
     if not restart:
         refuse_begun(place, lock.keep)
     partial = side_path(place, "partial")
-    remove(partial)  # whoever left it is dead: the lock is ours
+    remove(partial)  # its writer is dead, since the lock is ours
     lock.restart_empty()
     lock.keep = False
     check_free_space(place, size)
@@ -109,17 +129,18 @@ def _begin(place: Path, lock: Lock, replaces: Replaces, restart: bool, size: int
 
 
 class Stage:
-    """A directory being filled, and the journal of what is in it for good."""
+    """A directory being filled, and the journal of what is finished in it."""
 
     def __init__(
         self, path: Path, lock: Lock | None = None, records: Sequence[dict[str, Any]] = ()
     ) -> None:
-        self.path, self._lock = path, lock  # without one, nothing can be taken up again
-        self.records = records  # records of a run that was killed; none of a run from the start
-        self.published = False  # all was done already, but for saying so
-        self.discarded = False  # what was there belongs to another job, and is gone
+        self.path, self._lock = path, lock  # without a lock, nothing can be resumed
+        self.records = records  # of a run that was killed; empty in a run from the start
+        self.published = False  # a killed run had finished, nothing is left to do
+        self.discarded = False  # unfinished work of another job was removed
 
     def record(self, entry: dict[str, Any]) -> None:
+        """Append a record of finished work to the journal."""
         if self._lock is not None:
             self._lock.append(entry)
 
@@ -134,10 +155,11 @@ def resumable(
     restart: bool = False,
     size: int = 0,
 ) -> Iterator[Stage]:
-    """As `staged`, but a run that is killed or interrupted or whose disk fails leaves what it has.
+    """Like `staged`, but an interrupted run leaves its work for the next run of the same `job`.
 
-    The next run of the same `job` is given it. Where that was killed after it published, it is
-    done if its `sources` are the same too. A run that is refused leaves what others have.
+    A run that is killed, interrupted or stopped by a full disk leaves its stage and journal. The
+    next run of the same `job` gets both. If a run was killed after publishing, the next one has
+    nothing to do, provided that its `sources` are the same. A run that is refused removes nothing.
     """
     place, made, errors = (
         resolved(destination),
@@ -149,7 +171,7 @@ def resumable(
         entries = lock.read()
         lock.keep = is_begun(entries)
         recover(place, entries)
-        side_path(place, "publish").unlink(missing_ok=True)  # of parts, of which none runs now
+        side_path(place, "publish").unlink(missing_ok=True)  # left by parts; none is running now
         if is_published(place, entries):  # killed after the last rename
             remove(partial)
             if entries[-1].get("of") == of:
@@ -157,7 +179,7 @@ def resumable(
                 stage.published = lock.done = True
                 yield stage
                 return
-            entries = []  # of another job, which is done
+            entries = []  # a finished job that is not this one
         check_replaceable(place, replaces)
         clear_parts(place, part_journals(place), restart)
         mine = not restart and bool(entries) and entries[0].get("job") == job
@@ -184,17 +206,17 @@ def resumable(
 
 
 def _give_up(partial: Path, place: Path, lock: Lock) -> None:
-    """Remove a stage; what was replaced and could not be removed is left to the next run."""
+    """Remove a stage; leave what was replaced and could not be removed to the next run."""
     if not is_published(place, lock.read()):
         remove(partial)
         lock.keep = False
 
 
 class DestinationErrors:
-    """A system's error in words that name the destination."""
+    """Turn a system's error into a ZooError that names the destination."""
 
     def __init__(self, place: Path) -> None:
-        self.place, self.resumes = place, False  # whether something to go on from is kept
+        self.place, self.resumes = place, False  # whether work to resume from is kept
 
     def __enter__(self) -> None:
         pass
@@ -210,7 +232,7 @@ class DestinationErrors:
 
 @contextmanager
 def missing_parents(place: Path, made: list[Path]) -> Iterator[None]:
-    """Directories that were missing, gone again unless `made` is emptied."""
+    """Make missing parent directories; remove them again unless `made` is emptied."""
     try:
         _make_parents(place.parent, made)
         yield
@@ -221,7 +243,7 @@ def missing_parents(place: Path, made: list[Path]) -> Iterator[None]:
 
 
 def _make_parents(parent: Path, made: list[Path]) -> None:
-    """The directories that are missing, outermost first; each that is made is noted in `made`."""
+    """Make missing directories, outermost first, and append each to `made`."""
     missing = [path for path in (parent, *parent.parents) if not path.exists()]
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another writer was faster
