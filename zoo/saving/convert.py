@@ -324,7 +324,7 @@ def plan_output(
         if kind is not None and dtype_code(kind) not in dtypes_there:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(dtypes_there))} alone")
         items = list(arrays.backward(made.plan))
-        how = {"lossy": kind is not None or quantized, "quantised": quantized}
+        how = {"lossy": kind is not None or quantized, "quantized": quantized}
         vocab = model.config.vocab
         shards, texts, carried = exported_files(made, items, carried, inside, notes, vocab, **how)
         notes["layout"] = dict(made.options)
