@@ -19,20 +19,24 @@ SHARD_BYTES = 5 * 10**9
 
 
 class Reader(Protocol):
-    """What every format offers."""
+    """What every format provides: the tensors of one file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
-    def tensor(self, name: str) -> torch.Tensor: ...
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor: a view of a mapped file, or a copy."""
 
     def decoder(self, name: str) -> Read | None:
-        """What makes or reads a box of a tensor; None where `tensor` is a view of a map."""
+        """Return what reads or decodes a box of a tensor; None if `tensor` is a view of a map."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Names, shapes and dtypes of all tensors; their values are mapped or read when asked for."""
+    """Names, shapes and dtypes of all tensors; values are mapped or read when asked for.
+
+    `open_checkpoint` makes one from a directory.
+    """
 
     root: Path
     format: str
@@ -40,30 +44,42 @@ class Checkpoint:
     tensors: dict[str, TensorInfo] = field(repr=False)
     where: dict[str, str] = field(repr=False)  # tensor -> file name
     metadata: dict[str, str]
-    unlisted: tuple[str, ...] = ()  # shards that lie there and the index does not name
-    shared: dict[str, str] = field(default_factory=dict, repr=False)  # name -> earlier, same array
-    outside: dict[str, str] = field(default_factory=dict)  # what of the files is no weights, why
+    unlisted: tuple[str, ...] = ()  # shards in the directory that the index does not name
+    shared: dict[str, str] = field(
+        default_factory=dict, repr=False
+    )  # name -> earlier name of the same array
+    outside: dict[str, str] = field(default_factory=dict)  # what in the files is not weights -> why
     readers: dict[str, Reader] = field(default_factory=dict, repr=False)  # by file name
-    quantized: dict[str, str] = field(default_factory=dict, repr=False)  # name -> what it stands in
-    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # if of several
-    split: dict[str, str] | None = field(default=None, repr=False)  # files to be; None: as it is
-    biases: frozenset[str] = field(default=frozenset(), repr=False)  # of what is decoded
+    quantized: dict[str, str] = field(
+        default_factory=dict, repr=False
+    )  # name -> type it is stored in
+    made_of: dict[str, tuple[str, ...]] = field(
+        default_factory=dict, repr=False
+    )  # tensors it is decoded from
+    split: dict[str, str] | None = field(
+        default=None, repr=False
+    )  # tensor -> file to write; None: as read
+    biases: frozenset[str] = field(default=frozenset(), repr=False)  # of quantized matrices
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of a mapped file, or memory of its own; writing to it changes no file."""
+        """Return a tensor: a view of a mapped file, or a copy. A write to it changes no file.
+
+        Raises:
+            MissingTensors: If there is none of this name.
+        """
         if name not in self.where:
             near = did_you_mean(name, self.where)
             raise MissingTensors(f"{self.root}: holds no tensor {name}.{near}")
         return self.readers[self.where[name]].tensor(name)
 
     def spare(self, name: str) -> str:
-        """Why a tensor that no rule maps may be left out; empty where it may not."""
+        """Return why a tensor that no rule maps may be left out; empty if it may not."""
         if name in self.biases and not self.tensor(name).any():
             return "zeros, which some programs write beside every quantized matrix"
         return ""
 
     def lazy(self, name: str) -> Lazy:
-        """Likewise; where it has to be decoded or read, only what is looked at is."""
+        """Return a tensor as a lazy array: only the parts that are used are decoded or read."""
         read = self.readers[self.where[name]].decoder(name)
         if read is None:
             return Lazy.of(self.tensor(name))
@@ -73,9 +89,13 @@ class Checkpoint:
 
 
 def shard(infos: Iterable[TensorInfo], max_bytes: int) -> list[tuple[str, list[TensorInfo]]]:
-    """(file name, tensors), filled in order: the split that `save_pretrained` makes.
+    """Split tensors over files in order, as `save_pretrained` does: (file name, tensors).
 
-    A tensor larger than a whole shard has a file of its own; the file being filled stays open.
+    A tensor larger than `max_bytes` gets a file of its own; the file being filled stays open.
+
+    >>> infos = [TensorInfo(name, (4,), "F32") for name in ("a", "b", "c")]
+    >>> [(file, [info.name for info in members]) for file, members in shard(infos, 32)]
+    [('model-00001-of-00002.safetensors', ['a', 'b']), ('model-00002-of-00002.safetensors', ['c'])]
     """
     files: list[list[TensorInfo]] = []
     filling: list[TensorInfo] = []

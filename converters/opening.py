@@ -29,9 +29,26 @@ _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 
 def open_checkpoint(directory: str | os.PathLike[str], mmap: bool | None = None) -> Checkpoint:
-    """The weights in a directory, from headers alone; all faults of a kind are said at once.
+    """Open the weights in a directory; read their headers only.
 
-    `mmap` says whether they are mapped or read when asked for; None leaves it to their format.
+    Args:
+        directory: A directory with `model.safetensors`, `pytorch_model.bin`, or an index and shards.
+        mmap: Whether files are mapped or read when a tensor is used; None leaves it to the format.
+
+    Returns:
+        A `Checkpoint`, which reads a tensor when it is asked for.
+
+    Raises:
+        NotACheckpoint: If there are no weights in the directory.
+        CheckpointError: For damaged files or a wrong index; one error lists all faults of a kind.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> directory = tempfile.mkdtemp()
+        >>> save_file({"embed.weight": torch.zeros(5, 2)}, f"{directory}/model.safetensors")
+        >>> open_checkpoint(directory).tensors["embed.weight"].shape
+        (5, 2)
     """
     root = Path(directory)
     names = _names(root)
@@ -144,7 +161,7 @@ def _read_index(path: Path) -> dict[str, str]:
             if not isinstance(file, str) or not file
         ]
     metadata = data.get("metadata")
-    if metadata is None:  # some writers leave it empty, and nothing depends on it
+    if metadata is None:  # some writers leave it out, and nothing depends on it
         metadata = {}
     if not isinstance(metadata, dict):
         problems.append(f"field metadata is {_kind(metadata)} where an object is expected")

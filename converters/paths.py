@@ -11,7 +11,11 @@ from zoo.errors import CheckpointError, MissingShard, UnsafePath, listing
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file's name stays below the directory it is joined to, as text."""
+    """Return whether a file's name, as text, stays below the directory it is joined to.
+
+    >>> is_plain("model.safetensors"), is_plain("../model.safetensors")
+    (True, False)
+    """
     parts = PurePosixPath(name).parts
     return (
         bool(parts)
@@ -25,9 +29,13 @@ def is_plain(name: str) -> bool:
 
 
 def confined(root: Path, name: str) -> Path:
-    """The file in `root`, through links too; UnsafePath if it lies elsewhere or is no regular file.
+    """Return the path of the file `name` in `root`, if it is there once links are resolved.
 
-    The hub's cache is the exception: a snapshot is links into the blobs of its repository.
+    A snapshot in the hub's cache is the exception: its links may lead to its repository's blobs.
+
+    Raises:
+        UnsafePath: If the file is outside `root` or is not a regular file.
+        MissingShard: If it is missing.
     """
     path = root / name
     if not is_plain(name):
@@ -50,7 +58,7 @@ def confined(root: Path, name: str) -> Path:
 
 
 def located(root: Path, files: Iterable[str]) -> dict[str, Path]:
-    """All files, or everything that is unsafe, or everything that is missing."""
+    """Return the paths of all files, or report every unsafe one, or every missing one."""
     paths: dict[str, Path] = {}
     unsafe: list[CheckpointError] = []
     missing: list[str] = []
@@ -72,7 +80,7 @@ def located(root: Path, files: Iterable[str]) -> dict[str, Path]:
 
 
 def raise_all(problems: Sequence[CheckpointError]) -> NoReturn:
-    """One error for several files: the kind of the first, the messages of all."""
+    """Raise one error for several files: the class of the first, the messages of all."""
     if len(problems) == 1:
         raise problems[0]
     raise type(problems[0])("\n".join(str(problem) for problem in problems))
