@@ -1,4 +1,4 @@
-"""Which dialect of which architecture a file's names are, and what its config says."""
+"""Find the dialect whose names a checkpoint's tensors have, and its config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zoo.errors import AmbiguousCheckpoint, ConfigError, NotACheckpoint, listing
 
 
 class DialectMatch(NamedTuple):
-    """A checkpoint, the dialect that its names are, and its config in that dialect's words."""
+    """A checkpoint, the dialect whose names it has, and its config in the dialect's terms."""
 
     spec: Spec
     dialect: Dialect
@@ -28,10 +28,13 @@ class DialectMatch(NamedTuple):
     reference: dict[str, Any]
     shards: int
     config_from: str  # for messages
-    reader: Any  # of the first file, which may say more than tensors and a config
+    reader: Any  # of the first file, for metadata
 
     def fields(self, ignore: Iterable[str] = ()) -> tuple[dict[str, Any], list[str]]:
-        """Native fields that config, shapes and names tell; everything wrong with the config."""
+        """Return (native config fields, everything wrong with the config).
+
+        Fields come from the config, and from shapes and names where it leaves them open.
+        """
         fields, problems = self.dialect.read_config(self.reference, ignore)
         header, shared = self.checkpoint.tensors, self.checkpoint.shared
         inferred = infer(self.spec, self.dialect, fields, header, self.shards, shared)
@@ -39,7 +42,7 @@ class DialectMatch(NamedTuple):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The head that its tensors are of; several where they may be any one of these."""
+        """The head that its tensors belong to; several if they fit any of these."""
         if not self.spec.head:
             return ("lm",)
         there = _there(self.dialect, self.checkpoint.tensors, self.shards, self.checkpoint.shared)
@@ -47,7 +50,7 @@ class DialectMatch(NamedTuple):
 
 
 def every_dialect() -> list[tuple[Spec, Dialect, Container]]:
-    """All of them that have files of their own kind."""
+    """Return all dialects with a file format of their own."""
     return [
         (spec, dialect, dialect.container)
         for spec in map(load_spec, spec_names())
@@ -57,7 +60,15 @@ def every_dialect() -> list[tuple[Spec, Dialect, Container]]:
 
 
 def find(place: Path, mmap: bool | None = None) -> DialectMatch | None:
-    """What a file or directory holds; None where no file in it is of a known format."""
+    """Match a file or directory with the dialects of all specs.
+
+    Returns:
+        The match; None if no file in it has a known format.
+
+    Raises:
+        NotACheckpoint: If its names fit no dialect.
+        AmbiguousCheckpoint: If they fit several.
+    """
     opened = open_place(place, mmap)
     if opened is None:
         return None
@@ -101,7 +112,7 @@ def find(place: Path, mmap: bool | None = None) -> DialectMatch | None:
 
 
 def _unknown(dialect: Dialect, container: Container, checkpoint: Checkpoint) -> list[str]:
-    """Names that the dialect says nothing of; files of the same names are looked at once."""
+    """Return the names that a dialect does not know; names repeated in shards count once."""
     first = (
         {n[2:] for n in checkpoint.tensors if n.startswith("0/")} if container.sharded else set()
     )
@@ -116,14 +127,14 @@ def _unknown(dialect: Dialect, container: Container, checkpoint: Checkpoint) -> 
 def _reference(
     container: Container, opened: FileSet, checkpoint: Checkpoint
 ) -> tuple[dict[str, Any], str]:
-    """(the config in the dialect's own words, where it lies); empty where there is none."""
+    """Return (config in the dialect's terms, where it is); empty if there is none."""
     values, file = opened.values, opened.readers[0][0]
     if container.config == ".":
         return nested(values), f"{file}: header"
     if container.config.startswith("{"):
         above = f"{values.get(container.config[1:-1])}."
         about = {k: v for k, v in values.items() if k.partition(".")[0] not in container.beside}
-        # a config's arrays are short; long ones are of a format's own class, and no plain data
+        # a config's arrays are short; long ones have a class of the format and are no plain data
         long = [k for k, v in about.items() if isinstance(v, Iterable) and not _plain(v)]
         if long:
             raise ConfigError(f"{file}: {listing(long)}: longer than anything that a config says")
@@ -144,7 +155,11 @@ def _plain(value: Any) -> bool:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1}` as `{"a": {"b": 1}}`, which is how a spec's paths look."""
+    """Return dotted keys as nested dicts, the form of a spec's paths.
+
+    >>> nested({"rope.base": 10000.0, "layers": 2})
+    {'rope': {'base': 10000.0}, 'layers': 2}
+    """
     out: dict[str, Any] = {}
     for key, value in values.items():
         *above, last = key.split(".")
@@ -157,7 +172,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-# --- what shapes and names tell ------------------------------------------------------------------
+# --- fields from shapes and names ------------------------------------------------------------------
 
 
 def infer(
@@ -168,7 +183,7 @@ def infer(
     shards: int = 1,
     shared: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Native fields that the config leaves open and the files tell: of several, the first."""
+    """Return native fields that the config leaves open and shapes or names determine."""
     if shards > 1:
         header = {name: info for name, info in header.items() if name.startswith("0/")}
     arrays = list(_arrays(dialect.rules, dialect.prefix, header, shards))
@@ -194,7 +209,7 @@ def infer(
 def _there(
     dialect: Dialect, header: Mapping[str, TensorInfo], shards: int, without: Mapping[str, str]
 ) -> set[str]:
-    """Native names of what is on disk and no second name."""
+    """Return native names of the arrays on disk, without second names."""
     arrays = _arrays(dialect.rules, dialect.prefix, header, shards, without)
     return {name for name, _ in arrays}
 
@@ -206,7 +221,7 @@ def _arrays(
     shards: int,
     without: Mapping[str, str] | None = None,
 ) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """(native name, its shape) as far as rules give one without a config."""
+    """Yield (native name, shape) as far as rules determine them without a config."""
     rules = tuple(rules)
     for disk, info in header.items():
         if without and disk in without:
@@ -221,7 +236,7 @@ def _arrays(
                 problem = rule.source.pattern and solve(rule.source.pattern, info.shape, sizes)
                 for target, spread in zip(rule.targets, listed, strict=True):
                     if problem or not all(p.values for p in spread.values()):
-                        continue  # as many as the config says
+                        continue  # their number is in the config alone
                     shape = info.shape
                     if target.pattern is not None:
                         if not target.pattern.axes - {"1"} <= sizes.keys():

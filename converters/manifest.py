@@ -1,4 +1,4 @@
-"""zoo-manifest.json: what a directory was made of, and a digest of every part of it."""
+"""zoo-manifest.json: what a directory was made from, and digests of every part of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Damage(NamedTuple):
-    """A file, the tensor in it if that is known, and what is wrong."""
+    """A file, the tensor in it if there is one, and what is wrong."""
 
     file: str
     tensor: str
@@ -41,7 +41,7 @@ class Damage(NamedTuple):
 
 
 def manifest(output: Output, report: WriteReport, versions: dict[str, str]) -> bytes:
-    """No times and no places in it: the same conversion gives the same bytes."""
+    """Return the manifest. It has no times or paths: the same conversion gives the same bytes."""
     files: dict[str, Any] = {}
     for shard in output.shards:
         seen = report.tensors.get(shard.name, {})
@@ -82,14 +82,14 @@ def _kind(item: Item) -> str:
 
 
 def _place(shard: Shard, item: Item) -> dict[str, Any]:
-    """Where its bytes lie, in a file whose own header is not what `check` reads."""
+    """Return a tensor's position, for files other than safetensors."""
     if shard.name.endswith(".safetensors"):
         return {}
     return {"at": [shard.start(item), item.nbytes]}
 
 
 def finish(output: Output, directory: Path, report: WriteReport, versions: dict[str, str]) -> None:
-    """All that is no tensor, and nothing that is not of the output; the manifest last."""
+    """Complete a directory: remove other files, write those without tensors, the manifest last."""
     names = [shard.name for shard in output.shards] + [*output.texts, *output.carried]
     prune(directory, names)
     write_small_files(output, directory, report)
@@ -98,6 +98,12 @@ def finish(output: Output, directory: Path, report: WriteReport, versions: dict[
 
 
 def read(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory.
+
+    Raises:
+        NotACheckpoint: If there is none.
+        ConfigError: If it is damaged or of another version.
+    """
     path = directory / NAME
     if not path.exists():
         raise NotACheckpoint(f"{directory}: no {NAME} in it, so there is nothing to check against")
@@ -111,8 +117,8 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Native name -> what its numbers stood in, by the manifest that was written with them."""
-    # one that is not there says nothing; one that is damaged is `check`'s to name
+    """Return native name -> type it was stored in, by the manifest written with `files`."""
+    # a missing manifest records nothing; a damaged one is reported by `check`
     with suppress(ConfigError, CheckpointError, NotACheckpoint):
         data = read(directory)
         names = data.get("quantised", {})
@@ -123,7 +129,7 @@ def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def _problem(data: dict[str, Any]) -> str:
-    """What no writer of this format would write."""
+    """Return the first thing in a manifest that no writer of this format writes."""
     if data.get("format") != FORMAT:
         return f"format {data.get('format')!r}, and this zoo reads {FORMAT}"
     files = data.get("files")
@@ -153,7 +159,7 @@ def _problem(data: dict[str, Any]) -> str:
 
 
 def _tiles(tensors: dict[str, Any], size: int) -> bool:
-    """Whether every tensor has a place, none of them overlap, and all are in the file."""
+    """Return whether every tensor has a position in the file and none overlap."""
     places = [one.get("at") for one in tensors.values()]
     if not all(
         isinstance(p, list) and len(p) == 2 and all(type(n) is int and n >= 0 for n in p)
@@ -169,7 +175,12 @@ def _tiles(tensors: dict[str, Any], size: int) -> bool:
 
 
 def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
-    """Everything that is not as the manifest says; with `sha256` each file's own digest too."""
+    """Yield every difference between a directory and its manifest.
+
+    Args:
+        directory: A directory with a manifest.
+        sha256: Whether to compare each file's SHA-256 too, besides the digests of its tensors.
+    """
     files = read(directory)["files"]
     for path in sorted(directory.iterdir()):
         if path.name not in files and any(fnmatch(path.name, pattern) for pattern in _LOADED):
@@ -181,7 +192,7 @@ def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
 def check_file(
     directory: Path, name: str, entry: dict[str, Any], *, sha256: bool = False
 ) -> Iterator[Damage]:
-    """What of one file is not as its entry in the manifest says."""
+    """Yield the differences between a file and its entry in the manifest."""
     try:
         path = confined(directory, name)
         size = path.stat().st_size
@@ -201,7 +212,10 @@ def check_file(
 
 
 def named_by_digest(directory: Path) -> list[Damage] | None:
-    """Damaged weights in a hub's cache, whose blobs bear their sha256; None where none does."""
+    """Return damaged files of a hub's cache, whose blobs are named by their SHA-256.
+
+    The result is None if no file is such a link.
+    """
     blobs = {
         path: path.resolve().name
         for path in sorted(directory.iterdir())
@@ -244,7 +258,7 @@ def _check_tensors(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Dam
 
 
 def _check_places(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Damage]:
-    """A file of any format: each tensor where it was written, and all the bytes between them."""
+    """Check a file of any format: each tensor at its position, and all bytes between."""
     rest, reached = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
 

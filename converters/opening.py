@@ -32,7 +32,7 @@ def open_checkpoint(directory: str | os.PathLike[str], mmap: bool | None = None)
     """Open the weights in a directory; read their headers only.
 
     Args:
-        directory: A directory with `model.safetensors`, `pytorch_model.bin`, or an index and shards.
+        directory: A directory with `model.safetensors`, `pytorch_model.bin` or indexed shards.
         mmap: Whether files are mapped or read when a tensor is used; None leaves it to the format.
 
     Returns:
