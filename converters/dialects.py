@@ -172,7 +172,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-# --- fields from shapes and names ------------------------------------------------------------------
+# --- fields from shapes and names -----------------------------------------------------------------
 
 
 def infer(

@@ -1,6 +1,6 @@
-"""The proof: spec, config and headers fit completely, or all that is wrong is said at once.
+"""Prove that spec, config and headers fit completely, or report everything that does not.
 
-No weights are read here, and no torch is imported.
+No weights are read here, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from zoo.errors import (
 )
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_SHOWN = 20  # problems of a kind that a message holds
+_SHOWN = 20  # problems of a kind that a message lists
 WRAPPERS = {
     "base_model.model.": "a LoRA or another adapter of peft",
     "_forward_module.": "Lightning's Fabric",
@@ -40,20 +40,20 @@ WRAPPERS = {
 
 
 class Native(NamedTuple):
-    """What the model holds: each array's shape once, and further names of the same array."""
+    """A model's arrays: the shape of each, and further names of the same array."""
 
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str] = {}  # further name -> name in `shapes`
 
 
 class PlanStep(NamedTuple):
-    """One use of one rule: these tensors on disk are those of the model."""
+    """One use of one rule: these tensors on disk become these tensors of the model."""
 
     rule: Rule
-    transform: Transform | None  # None: as they are
+    transform: Transform | None  # None: unchanged
     sources: tuple[str, ...]  # names on disk, in the transform's grid order
     targets: tuple[str, ...]
-    also: tuple[tuple[str, ...], ...] = ()  # names on disk that must hold the same as `sources`
+    also: tuple[tuple[str, ...], ...] = ()  # names on disk that must hold the same arrays
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,18 @@ class Plan:
     header: Mapping[str, TensorInfo]
     steps: tuple[PlanStep, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)  # name on disk -> reason
-    modern: Mapping[str, str] = field(default_factory=dict)  # legacy name on disk -> its name now
+    modern: Mapping[str, str] = field(
+        default_factory=dict
+    )  # legacy name on disk -> its current name
 
     def rule_of(self) -> dict[str, str]:
-        """Native name -> the rule it comes by."""
+        """Return native name -> the rule that makes it."""
         return {target: str(step.rule) for step in self.steps for target in step.targets}
 
     def describe(self, inverse: bool = False) -> str:
-        """The plan for a person: each step with shapes and bytes; then what is dropped.
+        """Return the plan as text: each step with shapes and bytes, then what is dropped.
 
-        `inverse` shows it as a writer carries it out: from the model to the names on disk.
+        `inverse` shows the steps of a writer: from the model to the names on disk.
         """
         rows = [("source", "target", "axes", "shape", "dtype", "bytes")]
         total = 0
@@ -89,9 +91,9 @@ class Plan:
             axes = (str(rule.source.pattern), " ".join(str(t.pattern) for t in rule.targets))
             if inverse:
                 names, axes = names[::-1], axes[::-1]
-            turned = "" if step.transform is None else " -> ".join(axes)
+            pattern = "" if step.transform is None else " -> ".join(axes)
             shape = "x".join(map(str, first.shape))
-            rows.append((*names, turned, shape, first.dtype, f"{size:,}"))
+            rows.append((*names, pattern, shape, first.dtype, f"{size:,}"))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -114,9 +116,30 @@ def make_plan(
     where: str = "checkpoint",
     spare: Callable[[str], str] = lambda name: "",
 ) -> Plan:
-    """The complete plan; or one error that says everything that is wrong.
+    """Prove a complete plan, or raise one error that lists everything wrong.
 
-    `spare` says why a tensor that no rule maps may be left out, if it may.
+    Args:
+        spec: The mapping of an architecture.
+        dialect: Whose names the tensors on disk have.
+        config: Native config fields.
+        native: The model's arrays.
+        header: Name, shape and dtype of each tensor on disk.
+        where: What the checkpoint is called in messages.
+        spare: Returns why a tensor that no rule maps may be left out; empty if it may not.
+
+    Returns:
+        The plan: every native array is made once, every tensor on disk is used or dropped by name.
+
+    Raises:
+        PlanError: With all problems; its subclass is that of the gravest, such as MissingTensors.
+
+    Example:
+        >>> from converters.spec import parse_spec
+        >>> spec = parse_spec("tiny", {"hf": {"weights": {"wte.weight": "embed.weight"}}})
+        >>> header = {"wte.weight": TensorInfo("wte.weight", (5, 2), "F32")}
+        >>> plan = make_plan(spec, "hf", {}, Native({"embed.weight": (5, 2)}), header)
+        >>> plan.rule_of()
+        {'embed.weight': 'wte.weight: embed.weight'}
     """
     planner = _Planner(spec, spec.dialect(dialect), config, native, header, where)
     planner.spare = spare
@@ -124,7 +147,7 @@ def make_plan(
 
 
 def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) -> Plan:
-    """The plan of a native checkpoint, whose names are the model's own."""
+    """Return the plan of a native checkpoint, whose names are the model's own."""
     spec = _own_names(native)
     return _Planner(spec, spec.dialect("native"), {}, native, header, where).plan()
 
@@ -136,10 +159,10 @@ def _own_names(native: Native) -> Spec:
 
 
 class Fitting(NamedTuple):
-    """What of a checkpoint fits a model that it does not fill."""
+    """The best partial plan, used to explain why the full plan failed."""
 
     steps: tuple[PlanStep, ...]
-    # of tensors with another shape: name on disk -> (the shape expected, native names)
+    # tensors of another shape: name on disk -> (expected shape, native names)
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
@@ -150,7 +173,7 @@ def what_fits(
     native: Native,
     header: Mapping[str, TensorInfo],
 ) -> Fitting:
-    """The steps of a plan whose tensors are there as they should be; without a spec, by name."""
+    """Return the steps whose tensors are there in the right shape; without a spec, by name."""
     spec = spec or _own_names(native)
     return _Planner(spec, spec.dialect(dialect), config, native, header, "").what_fits()
 
@@ -164,10 +187,15 @@ def target_names(
     bare: bool,
     alternatives: bool = False,
 ) -> dict[str, TensorInfo]:
-    """The header that a writer of `dialect` would publish: names and shapes; dtypes are open.
+    """Return the header that a writer of `dialect` publishes: names and shapes.
 
-    `bare` leaves the prefix away, as files of a class without a head do. `alternatives` count
-    in the place of what they replace.
+    Args:
+        spec: The mapping of an architecture.
+        dialect: Whose names to return.
+        config: Native config fields.
+        native: The model's arrays.
+        bare: Whether to omit the prefix, as files of a class without a head do.
+        alternatives: Whether alternative rules replace those they stand for.
     """
     planner = _Planner(spec, spec.dialect(dialect), config, native, {}, dialect)
     planner.alternatives_first = alternatives
@@ -212,7 +240,7 @@ class _Planner:
         self.spec, self.dialect, self.native = spec, dialect.under(config), native
         self.header, self.where = header, where
         self.problems: list[tuple[type[ZooError], str]] = []
-        self.causes: list[str] = []  # what is likely behind them
+        self.causes: list[str] = []  # likely causes
         self.fields = {n: v for n, v in config.items() if type(v) is int and v > 1}
         self.axes: Sizes = dict(NUMBER_WORDS)
         for axis, name in spec.axes.items():
@@ -221,7 +249,7 @@ class _Planner:
                 if size < 1:
                     field_name = self.dialect.reference_field(whole)
                     raise ConfigError(f"{where}: {field_name}: {size} is not positive")
-                # `heads / shards`: of what is cut over several files, each holds so many
+                # `heads / shards`: how many each file has of what is split over several
                 count = config.get(parts, 1)
                 assert isinstance(count, int)
                 if size % count:
@@ -238,7 +266,7 @@ class _Planner:
         self.problems.append((kind, text))
 
     def raise_problems(self) -> None:
-        """One error for everything; its class is that of the gravest kind among them."""
+        """Raise one error for all problems, of the gravest class among them."""
         if not self.problems:
             return
         gravity: list[type[ZooError]] = [
@@ -263,7 +291,7 @@ class _Planner:
     # --- rules under their bindings ---
 
     def uses(self) -> list[_Use]:
-        """Every use of a rule whose native tensors are there; the proof of the native side."""
+        """Return every use of a rule whose native tensors exist: the proof of the native side."""
         uses = list(self._alternatives())
         instead = {target for use in uses for target in use.targets}
         produced = {target: use.rule for use in uses for target in use.targets}
@@ -273,7 +301,7 @@ class _Planner:
                 use = self._use(rule, binding)
                 if use is None or instead & set(use.targets):
                     if use is not None or instead & set(self._targets(rule, binding)):
-                        del self.problems[before:]  # of a rule that does not count here
+                        del self.problems[before:]  # of a rule that does not apply here
                     continue
                 for target in use.targets:
                     if target in produced:
@@ -290,9 +318,9 @@ class _Planner:
         return uses
 
     def _alternatives(self) -> Iterator[_Use]:
-        """Rules in the place of others, where what they read is on disk.
+        """Yield alternative rules whose tensors are on disk; they replace the usual ones.
 
-        Of rules that read the same names the one counts that the shapes fit.
+        Of rules that read the same names, the one counts whose shape fits.
         """
         same = {str(rule.source.name) for rule in self.dialect.weights + self.dialect.heads}
         for rule in self.dialect.alternatives:
@@ -397,7 +425,7 @@ class _Planner:
         return _Use(rule, binding, targets, transform, grids[0], tuple(grids[1:]), shape)
 
     def _count_on_disk(self, rule: Rule, name: str, binding: Binding) -> int:
-        """How many values of a source index there are on disk."""
+        """Return how many values a source index has on disk."""
         if name in self.axes:
             return self.axes[name]
         highest = 0
@@ -411,8 +439,8 @@ class _Planner:
     def _solve(
         self, rule: Rule, binding: Binding, sides: Sequence[_NativeSide], sizes: Sizes
     ) -> bool:
-        """Sizes from native shapes, then from the source's headers; False where they do not fit."""
-        for _ in range(2):  # a ragged axis may need what a later tensor tells
+        """Solve sizes from native shapes, then from headers; return False if they do not fit."""
+        for _ in range(2):  # a ragged axis may need the size of a later tensor
             for name, ref, shape in sides:
                 assert ref.pattern is not None
                 if problem := solve(ref.pattern, shape, sizes):
@@ -477,8 +505,10 @@ class _Planner:
         for step in self._steps(uses, _Disk(self, uses), []):
             if step is None:
                 continue
-            turned = step.transform
-            wanted = self._shape(step.targets[0]) if turned is None else turned.source_shape()
+            transform = step.transform
+            wanted = self._shape(step.targets[0])
+            if transform is not None:
+                wanted = transform.source_shape()
             misfits = [name for name in step.sources if self.header[name].shape != wanted]
             if not misfits:
                 steps.append(step)
@@ -498,7 +528,7 @@ class _Planner:
     def _step(
         self, owners: tuple[str, ...], group: list[_Use], disk: _Disk, missing: list[str]
     ) -> PlanStep | None:
-        """The step that fills `owners` from the first use that is there; others must agree."""
+        """Return the step that fills `owners` from the first use on disk; others must agree."""
         present: list[tuple[_Use, tuple[str, ...]]] = []
         for use in group:
             heads = use.rule in self.dialect.heads
@@ -524,7 +554,7 @@ class _Planner:
         return PlanStep(use.rule, use.transform, names, owners, tuple(also))
 
     def _by_field(self, shape: Sequence[int]) -> str:
-        """Sizes under the names of the config's fields that have them, as far as any has."""
+        """Return a shape in the names of config fields of these sizes; empty if there is none."""
         named = {size: name for name, size in reversed(self.fields.items())}
         if not named.keys() & set(shape):
             return ""
@@ -574,7 +604,7 @@ class _Planner:
         )
 
     def _check_counts(self, disk: _Disk) -> None:
-        """Indices found on disk are exactly those that the config declares."""
+        """Check that indices on disk are exactly those that the config declares."""
         suspects = [*disk.unexpected, *disk.taken]
         for axis, field_name in self.spec.axes.items():
             if axis not in self.axes:
@@ -618,7 +648,7 @@ def _axes_of(rule: Rule) -> set[str]:
 
 
 def _is_identity(rule: Rule) -> bool:
-    """Brackets that say the same on both sides are documentation."""
+    """Return whether brackets say the same on both sides: then they are documentation."""
     return (
         len(rule.targets) == 1
         and rule.source.pattern == rule.targets[0].pattern
@@ -628,7 +658,7 @@ def _is_identity(rule: Rule) -> bool:
 
 
 class _Disk:
-    """The names on disk: which are taken by rules, and why each of the others is there."""
+    """The names on disk: which rules use them, and why each of the others is there."""
 
     def __init__(self, planner: _Planner, uses: Iterable[_Use]) -> None:
         self.planner = planner
@@ -642,12 +672,12 @@ class _Disk:
         self._aliases = self._resolve_aliases()
 
     def spelt(self, name: str, head: bool) -> str:
-        """A canonical name as it would stand here: with the prefix where others have it."""
+        """Return a canonical name with the prefix, if other names here have it."""
         prefix = "" if head else self.dialect.prefix
         return prefix + name if any(n.startswith(prefix) for n in self.header) else name
 
     def find(self, name: str, head: bool) -> str | None:
-        """The name on disk of a canonical name."""
+        """Return the name on disk of a canonical name."""
         prefix = "" if head else self.dialect.prefix
         forms = [prefix + name, name] if prefix else [name]
         forms += self._aliases.get(name, ())
@@ -666,7 +696,7 @@ class _Disk:
         return here[0]
 
     def _resolve_aliases(self) -> dict[str, list[str]]:
-        """Canonical name -> the legacy names of it that are on disk."""
+        """Return canonical name -> its legacy names that are on disk."""
         out: dict[str, list[str]] = {}
         if not self.dialect.aliases:
             return out
@@ -682,7 +712,7 @@ class _Disk:
         return out
 
     def tied(self, sources: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Further names on disk of the array under `sources`, by the spec's `tied`."""
+        """Return further names on disk of the array `sources`, by the spec's `tied`."""
         if len(sources) > 1:
             return []
         groups: list[tuple[str, ...]] = []
@@ -699,7 +729,7 @@ class _Disk:
         return groups
 
     def leftovers(self) -> dict[str, str]:
-        """Drop by name what the spec says; whatever is left is unexpected."""
+        """Drop by name what the spec names; everything left is unexpected."""
         self._check_prefix()
         dropped: dict[str, str] = {}
         for name in self.header:
@@ -723,7 +753,7 @@ class _Disk:
         return dropped
 
     def _why(self, name: str) -> tuple[str, str]:
-        """(the reason to drop it, a hint why it cannot be)."""
+        """Return (the reason to drop a name, a hint why it cannot be dropped)."""
         dialect = self.dialect
         for canonical in self.planner._canonical(name):
             if (reason := dialect.dropped(canonical)) is not None:

@@ -302,7 +302,7 @@ class _Run:
         return tensors
 
     def _open(self, shard: Shard, digests: dict[str, Any]) -> int:
-        """Open a file at its full size with its header; keep an earlier run's content if it fits."""
+        """Open a file at full size with its header; keep an earlier run's content if it fits."""
         path = self.stage.path / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
