@@ -31,7 +31,7 @@ from converters.paths import confined, is_plain
 from converters.plan import Native, Plan, identity_plan, make_plan, target_names
 from converters.quantized import settings
 from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
-from converters.quantized.dequantize import dequantized, stands_turned
+from converters.quantized.dequantize import dequantize_checkpoint, has_inputs_first
 from converters.quantized.settings import FIELD as QUANTISED
 from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec, load_spec
@@ -255,8 +255,8 @@ class Located(NamedTuple):
             return found
         config = json.loads(self.config_text)
         said = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
-        turns = partial(stands_turned, self.spec.dialect("hf"))
-        return dequantized(found, self.quantized, turns, CONFIG_DTYPES.get(said))
+        turns = partial(has_inputs_first, self.spec.dialect("hf"))
+        return dequantize_checkpoint(found, self.quantized, turns, CONFIG_DTYPES.get(said))
 
     def config(self, head: str, changes: Mapping[str, Any]) -> Any:
         kind = self.entry.config_class

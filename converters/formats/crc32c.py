@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_AT = (4323, 5259, 5685)  # rows behind the one that is folded
+_AT = (4323, 5259, 5685)  # rows behind the folded one
 _STEP, _, _KEPT = _AT
 _ROW = 7  # log2 of the longest row: 0.7 MB are folded together, what a core's cache holds
 _PIECE = (_KEPT + 4 * _STEP) << _ROW
-_SHORT = 4096  # bytes that the table takes as quickly
+_SHORT = 4096  # up to so many bytes the table is as fast
 
 
 def _table() -> list[int]:
@@ -38,7 +38,7 @@ _TABLE = _table()
 
 
 def crc32c(data: bytes | torch.Tensor) -> int:
-    """The checksum of bytes, or of a flat tensor of them, which is not changed."""
+    """Return the checksum of bytes, or of a flat tensor of bytes, which is not changed."""
     if isinstance(data, bytes):
         if len(data) <= _SHORT:
             return _finish(data, 0xFFFFFFFF)
@@ -50,7 +50,7 @@ def crc32c(data: bytes | torch.Tensor) -> int:
 
 
 def crc32c_read(size: int, read: Callable[[int, int], torch.Tensor]) -> int:
-    """The checksum of `size` bytes, of which `read` gives a range as a flat tensor."""
+    """Return the checksum of `size` bytes; `read` returns a range of them as a flat tensor."""
     import torch
 
     if size <= _SHORT:
@@ -73,7 +73,7 @@ def crc32c_read(size: int, read: Callable[[int, int], torch.Tensor]) -> int:
 
 
 def _fold(data: torch.Tensor, row: int) -> torch.Tensor:
-    """The last `_KEPT` rows or fewer, with the remainder of all; what lies before is spent."""
+    """Fold into the last `_KEPT` rows or fewer, which keep the remainder of all the data."""
     start, kept = 0, _KEPT << row
     while (left := len(data) - start - kept) > 0:
         width = min(_STEP << row, left)
@@ -93,5 +93,5 @@ def _finish(data: bytes, crc: int) -> int:
 
 
 def masked(crc: int) -> int:
-    """As files keep it that may themselves be summed: turned by 15 bits, and a constant added."""
+    """Mask a checksum as such files store it: rotated by 15 bits, plus a constant."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""GGUF: typed key/values and tensors behind a header that is read here and held to the letter."""
+"""GGUF: typed key/values and tensors; the header is checked completely before use."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from converters.lazy import Read
 
 MAX_HEADER = 100_000_000
-# As many as are read in a second. Real files have a hundred keys, two thousand tensors, and 1.3
-# million elements of arrays: a large vocabulary with its scores and types, and its merges.
+# Limits of what is read in a second. Real files have a hundred keys, two thousand tensors and 1.3
+# million array elements: a large vocabulary with its scores, types and merges.
 MAX_KEYS = 1 << 10
 MAX_TENSORS = 1 << 14
 MAX_ELEMENTS = 1 << 21
-MAX_TEXT = 12 << 20  # bytes of all that is decoded on opening, which may take six times as many
+MAX_TEXT = 12 << 20  # bytes of text decoded on opening, which may take six times as much memory
 MAX_AXES = 4  # ggml's
-MAX_NAME = 63  # ggml's, in bytes; only what is written has to keep to it
+MAX_NAME = 63  # ggml's, in bytes; a limit for writing only
 MAX_KEY = 65535
-_SMALL = 1024  # arrays of so many elements are decoded on opening
+_SMALL = 1024  # arrays of up to so many elements are decoded on opening
 _LARGEST = (1 << 63) - 1
 _MAGIC, _VERSIONS, _VERSION = b"GGUF", (2, 3), 3
 _ALIGNMENT = "general.alignment"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
-# what values are: their number in the file, our name, and how struct writes them
+# types of values: number in the file, name here, struct's code
 _STR, _ARRAY = 8, 9
 _NUMBERS = {
     0: ("u8", "B"),
@@ -72,7 +72,7 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class MetadataArray:
-    """A long array of a file, whose place is known and whose elements are not: list() decodes."""
+    """A long array in the metadata, decoded only when it is iterated."""
 
     def __init__(
         self, path: Path, key: str, kind: str, count: int, data: Map | bytes, start: int
@@ -110,13 +110,13 @@ class MetadataArray:
 
 
 class GGUFReader:
-    """One file: its header, checked when opened; its tensors, when asked for.
+    """A GGUF file: its header is checked when it is opened, its tensors are read when asked for.
 
-    They are views of the mapped file, or read; quantized ones are decoded.
+    Tensors are views of the mapped file, or copies; quantized ones are dequantized to F32.
+    `tensors`
+    holds the dtypes that are returned, `quantized` the stored type where it differs.
 
-    A file of a split holds a part of the tensors, so it has to be asked for by `part`; `open_gguf`
-    reads all of them as one. `tensors` says what is read; what was stored is in `quantized` where
-    that is not the same.
+    One file of a split checkpoint is opened with `part=True`; `open_gguf` opens all of them.
     """
 
     def __init__(self, path: Path, mmap: bool | None = None, *, part: bool = False) -> None:
@@ -149,17 +149,17 @@ class GGUFReader:
         self.quantized = {n: p.kind.name for n, p in self._places.items() if p.kind.decode}
 
     def span(self, name: str) -> tuple[int, int]:
-        """(start, end) of a tensor's bytes in the file, quantized or not."""
+        """Return (start, end) of a tensor's bytes in the file, quantized or not."""
         place = self._places[name]
         return place.start, place.end
 
     def size(self, name: str) -> int:
-        """Bytes that a tensor takes in the file."""
+        """Return the bytes that a tensor takes in the file."""
         start, end = self.span(name)
         return end - start
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file, or of a quantized tensor its numbers in F32."""
+        """Return a view of the mapped file, a copy, or the dequantized numbers in F32."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
@@ -170,14 +170,14 @@ class GGUFReader:
         return out.view(info.shape)
 
     def decoder(self, name: str) -> Read | None:
-        """What makes or reads a box of a tensor; None where a view of the map shows it."""
+        """Return what reads or decodes a box of a tensor; None if `tensor` is a view of a map."""
         place, info = self._place(name), self.tensors[name]
         if place.kind.decode is not None:
             return partial(self.numbers, name)
         return self._file.boxes(place.start, info.dtype, info.shape)
 
     def numbers(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) of what is quantized, all axes but the last being rows."""
+        """Return (rows, columns) of a quantized tensor, all axes but the last as rows."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
@@ -199,9 +199,15 @@ class GGUFReader:
 
 
 def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
-    """File name -> reader: one, or all of a split in order, whichever of them is given.
+    """Open a GGUF file, or all files of a split from any of them.
 
-    The first says what holds of all.
+    Returns:
+        File name -> reader, in order. The first holds the metadata of all.
+
+    Raises:
+        CorruptCheckpoint: If a file is damaged.
+        BadIndex: If a file is not named as its position in the split requires.
+        MissingShard: If files of a split are missing.
     """
     opened = GGUFReader(path, mmap, part=True)
     if opened.split is None:
@@ -246,7 +252,7 @@ def _split_label(split: tuple[int, int] | None) -> str:
 def _read_all(
     root: Path, names: list[str], read: dict[str, GGUFReader], mmap: bool | None
 ) -> dict[str, GGUFReader]:
-    """All of them; or all that are missing, else the first that cannot be read."""
+    """Open all files of a split; report all that are missing, or the first that is damaged."""
     others = [name for name in names if name not in read]
     missing = [name for name in others if not (root / name).exists()]
     if missing:
@@ -282,7 +288,7 @@ def _check_magic(path: Path, head: bytes, size: int) -> None:
     if int.from_bytes(head[4:8], "big") in _VERSIONS:
         raise UnsupportedFormat(
             f"{path}: is big-endian; only little-endian files are read. "
-            "Turn it with the gguf package: gguf-convert-endian."
+            "Convert it with the gguf package: gguf-convert-endian."
         )
     if version == 1:
         raise UnsupportedFormat(
@@ -304,7 +310,7 @@ def _short(name: str) -> str:
 
 
 class _Entry(NamedTuple):
-    """A tensor as the header has it."""
+    """A tensor's entry in the header."""
 
     name: str
     dims: tuple[int, ...]
@@ -313,7 +319,7 @@ class _Entry(NamedTuple):
 
 
 def _read_header(file: SourceFile) -> _Header:
-    """The header, of a map or of as many bytes as it turns out to have."""
+    """Parse the header, from a map or from as many bytes as it turns out to have."""
     if file.mapped:
         return _Header(file.path, file.data, file.size)
     length = 1 << 20
@@ -326,11 +332,11 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 class _Longer(Exception):
-    """The header goes on behind the bytes that were read."""
+    """The header continues behind the bytes that were read."""
 
 
 class _Header:
-    """What the header says, whose structure is sound; limits come before what they limit."""
+    """A parsed header of sound structure; limits are checked before what they limit is read."""
 
     def __init__(self, path: Path, data: Map | bytes, size: int) -> None:
         self.path, self.data, self.size = path, data, size  # the size is the file's
@@ -346,7 +352,7 @@ class _Header:
         self.entries = [self._tensor(n) for n in range(tensors)]
 
     def _take(self, size: int, what: str) -> int:
-        """Where the next bytes begin, all of which are there."""
+        """Return the position of the next `size` bytes, all of which are there."""
         start = self.at
         if size > self.end - start:
             if len(self.data) < min(self.size, MAX_HEADER):
@@ -433,7 +439,7 @@ class _Header:
         name = self._name(kind, f"an element of {what}")
         count = self._u64(f"the length of {what}")
         width = 8 if kind == _STR else struct.calcsize(_NUMBERS[kind][1])
-        start = self._take(count * width, what)  # of texts the least that they can take
+        start = self._take(count * width, what)  # for texts, the least that they can take
         self.elements_left -= count
         if self.elements_left < 0:
             raise ResourceLimit(
@@ -451,7 +457,9 @@ class _Header:
             if at > last:
                 self._take(at - self.at, f"{what}[{n - 1}]")
                 self._take(8, f"the length of {what}[{n}]")
-            self.at = at  # of this text; where it ends is looked at with the next, or after all
+            self.at = (
+                at  # start of this text; its end is checked with the next text, or after the last
+            )
             at += 8 + length_at(data, at)[0]
         self._take(at - self.at, f"{what}[{count - 1}]")
 
@@ -469,9 +477,9 @@ class _Header:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this single-precision number: 1e-05, not 9.99999974737875e-06.
+    """Return the shortest decimal that is this single-precision number.
 
-    Whoever wrote it meant that; rounded to single precision again it is the same.
+    1e-05, not 9.99999974737875e-06: its writer meant that, and rounding gives the same number.
     """
     for digits in range(6, 10):
         short = float(f"{value:.{digits}g}")
@@ -481,7 +489,11 @@ def _shortest(value: float) -> float:
 
 
 def as_read(value: Any) -> Any:
-    """What a plain value is once it was written and read: floats lose half of their digits."""
+    """Return a plain value as it is after writing and reading: floats in single precision.
+
+    >>> as_read(0.1), as_read(0.123456789)
+    (0.1, 0.12345679)
+    """
     if type(value) is not float or not -3.4e38 < value < 3.4e38:
         return value
     return _shortest(struct.unpack("<f", struct.pack("<f", value))[0])
@@ -499,7 +511,7 @@ def _alignment(path: Path, header: _Header) -> int:
 
 
 def _split(path: Path, header: _Header) -> tuple[int, int] | None:
-    """(number from 0, count) where the checkpoint is in several files."""
+    """Return (number from 0, count) if the checkpoint is in several files."""
     number, count = (header.values.get(f"split.{name}") for name in ("no", "count"))
     if number is None and count is None:
         return None
@@ -512,7 +524,7 @@ def _split(path: Path, header: _Header) -> tuple[int, int] | None:
 
 
 class _Place(NamedTuple):
-    """Where a tensor's bytes lie in the file, and what they are."""
+    """The range of a tensor's bytes in the file, with its shape and type."""
 
     shape: tuple[int, ...]
     kind: BlockType
@@ -525,7 +537,7 @@ def _padded(size: int, alignment: int) -> int:
 
 
 def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str, _Place]:
-    """In the header's order. In the file, tensors follow each other with no gap but for padding."""
+    """Return each tensor's place; in the file there are no gaps between tensors but padding."""
     base = _padded(header.at, alignment)
     problems: list[str] = []
     unread: list[str] = []
@@ -545,7 +557,7 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
             continue
         if problem := _entry_problem(entry, kind, alignment):
             problems.append(f"{what}: {problem}")
-        shape = entry.dims[::-1]  # the file begins with the axis that varies fastest
+        shape = entry.dims[::-1]  # GGUF lists the fastest axis first
         start = base + entry.offset
         places[entry.name] = _Place(shape, kind, start, start + kind.nbytes(shape))
     if not problems and not unread:
@@ -561,7 +573,7 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
 
 
 def _entry_problem(entry: _Entry, kind: BlockType, alignment: int) -> str | None:
-    """What is wrong with one tensor, seen alone; None if nothing."""
+    """Return what is wrong with one entry by itself; None if nothing is."""
     shape, dims = list(entry.dims[::-1]), entry.dims
     if 0 in dims:
         return f"shape {shape} has an axis of 0"
@@ -599,17 +611,28 @@ def _layout_problems(
 
 
 class Value(NamedTuple):
-    """A value of a key, with its type where that is not the usual one: Value("[i32]", [1, 3])."""
+    """A value with an explicit type, if it is not the usual one: Value("[i32]", [1, 3])."""
 
     kind: str
     value: Any
 
 
 def lay_out(infos: Iterable[TensorInfo], values: Mapping[str, Any], where: Any) -> Layout:
-    """The one layout of these tensors and key/values, both in the order given.
+    """Lay out a file of these tensors and key/values, both in the given order.
 
-    `dtype` is one of F32, F16, BF16 and Q8_0. A value is a Value, or text, a bool, an int (written
-    as u32), a float (f32) or a list of one of these. Bytes between tensors are zeros.
+    Args:
+        infos: The tensors. A dtype is one of F32, F16, BF16 and Q8_0.
+            values: The metadata. A value is a `Value`, or text, a bool, an int (written as u32), a
+            float
+            (f32) or a list of one of these.
+        where: What the file is called in messages.
+
+    Returns:
+        The layout; bytes between tensors are zeros.
+
+    Raises:
+        LossyExport: If GGUF cannot hold a tensor or a value.
+        ResourceLimit: If the header would be too large to be read again.
     """
     infos = list(infos)
     problems: list[str] = []
@@ -653,7 +676,7 @@ def lay_out(infos: Iterable[TensorInfo], values: Mapping[str, Any], where: Any) 
 
 
 def stored_bytes(info: TensorInfo) -> int:
-    """That a tensor takes in the file, without the padding behind it."""
+    """Return the bytes that a tensor takes in the file, without padding."""
     return KINDS[WRITTEN[info.dtype]].nbytes(info.shape)
 
 
@@ -680,7 +703,7 @@ def _packed_text(text: Any) -> bytes:
 
 
 def _packed(value: Any) -> bytes:
-    """The type and the bytes of a value."""
+    """Return the type and the bytes of a value."""
     kind, plain = _typed(value)
     element = kind[1:-1] if kind.startswith("[") else kind
     if element not in _IDS:

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 INDEX = ".index"
 MAX_SHARDS = 10_000  # and slices of one tensor
-MAX_RANK = 8  # where TensorFlow's own operations stop
+MAX_RANK = 8  # the limit of TensorFlow's operations
 _MAX_POINTER = 1 << 20
-_VERSION = 1  # of the bundles read here; a file says the least that its reader has to know
+_VERSION = 1  # of bundles read here; a file names the lowest version that reads it
 
-# TensorFlow's number: our code, or what is stored there that is no tensor of ours
+# TensorFlow's number: dtype code, or a description of a type that is not read
 DTYPES = {
     1: "F32",
     2: "F64",
@@ -77,7 +77,7 @@ _OTHERS = {
     31: "int2",
     32: "uint2",
 }
-_ALL = -1  # of an axis, as the length of a slice
+_ALL = -1  # length of a slice that covers its axis
 _COUNTER = "save_counter/.ATTRIBUTES/VARIABLE_VALUE"
 
 _HEADER = {1: Field("num_shards"), 2: Field("endianness"), 3: Field("version", BYTES)}
@@ -102,7 +102,7 @@ _EXTENT = {1: Field("start"), 2: Field("length")}
 
 
 class _Part(NamedTuple):
-    """A range of bytes in a shard, and the CRC that they should have."""
+    """A range of bytes in a shard, and their expected CRC."""
 
     shard: int
     start: int
@@ -111,7 +111,7 @@ class _Part(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What the index says of one key; a tensor cut into slices has them instead of bytes."""
+    """A key's entry in the index; a sliced tensor has slices instead of bytes."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ class _Entry(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Where some of a tensor's rows along an axis lie."""
+    """Where some of a tensor's rows along an axis are."""
 
     axis: int
     first: int
@@ -129,10 +129,11 @@ class _Piece(NamedTuple):
 
 
 class TFBundleReader:
-    """Index and sizes are checked on opening, a tensor's CRC when it is first asked for.
+    """A TensorFlow bundle: index and sizes are checked when opened, CRCs when a tensor is read.
 
-    `skipped` says why a key is no tensor here: text, TensorFlow's own bookkeeping. Mapped only if
-    asked to be: a saver writes under the same names again.
+    `skipped` holds why a key is not a tensor: text, TensorFlow's own records. Files are mapped only
+    on
+    request, since a saver overwrites them under the same names.
     """
 
     def __init__(self, path: Path, mmap: bool | None = None) -> None:
@@ -149,7 +150,7 @@ class TFBundleReader:
         self._unchecked = {piece.part for pieces in self._pieces.values() for piece in pieces}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read, or a view of the map; what was saved in slices is joined in memory."""
+        """Return a view of the map or a copy; slices are joined in memory."""
         if name in self.skipped:
             raise MissingTensors(f"{self.path}: {name} is no tensor: {self.skipped[name]}")
         info = self.tensors.get(name)
@@ -166,7 +167,7 @@ class TFBundleReader:
         return torch.cat([self._view(info.dtype, piece) for piece in pieces], pieces[0].axis)
 
     def decoder(self, name: str) -> Read | None:
-        """What reads a box of a tensor; None where views of the map show it."""
+        """Return what reads a box of a tensor; None if `tensor` is a view of a map."""
         pieces, (_, shape, dtype) = self._pieces[name], self.tensors[name]
         for piece in pieces:
             self._check(name, piece.part)
@@ -204,10 +205,10 @@ class TFBundleReader:
                 f"{shard.path}: tensor {name}, bytes {part.start} to {part.end}: CRC {actual:08x}, "
                 f"expected {part.crc:08x}. Download or copy the file again."
             )
-        self._unchecked.discard(part)  # another thread may have been as fast
+        self._unchecked.discard(part)  # another thread may have checked it too
 
     def _sort_out(self, entries: dict[bytes, _Entry]) -> None:
-        """Tensors, and what is none; a slice's key begins with a zero byte, a name never does."""
+        """Separate tensors from other entries; a slice's key begins with a zero byte."""
         problems = _span_problems(entries, self._shards)
         unclaimed = {key for key in entries if key.startswith(b"\0")}
         for key, entry in entries.items():
@@ -241,7 +242,7 @@ def _shown(key: bytes) -> str:
 
 
 def _no_tensor(name: str, dtype: int) -> str | None:
-    """Why an entry is none; None if it is one."""
+    """Return why an entry is not a tensor; None if it is."""
     if dtype in _OTHERS:
         return f"holds {_OTHERS[dtype]}"
     return "how often TensorFlow's saver had run" if name == _COUNTER else None
@@ -251,7 +252,7 @@ def _no_tensor(name: str, dtype: int) -> str | None:
 
 
 def _entries(path: Path) -> tuple[dict[bytes, _Entry], int]:
-    """(what the index says of each key, how many shards there are)."""
+    """Return (key -> entry, number of shards)."""
     if not path.name.endswith(INDEX):
         raise NotACheckpoint(f"{path}: a tensor bundle is opened by its {INDEX} file")
     table = read_table(path)
@@ -274,7 +275,7 @@ def _entries(path: Path) -> tuple[dict[bytes, _Entry], int]:
 
 
 def _header(path: Path, value: bytes) -> int:
-    """How many shards there are, if this is a bundle that can be read."""
+    """Return the number of shards, if this is a bundle that can be read."""
     header = message(value, _HEADER)
     versions = message(header.get("version", b""), _VERSIONS)
     least, bad = versions.get("min_consumer", 0), versions.get("bad_consumers", [])
@@ -341,7 +342,7 @@ def _dims(shape: Iterable[int]) -> str:
 def _slices(
     path: Path, key: bytes, whole: _Entry, entries: dict[bytes, _Entry]
 ) -> dict[bytes, _Piece]:
-    """The pieces of a tensor that was saved in slices along one axis, each by its own key."""
+    """Return the pieces of a tensor that was saved in slices along one axis, each under its key."""
     pieces: dict[bytes, _Piece] = {}
     cut: set[int] = set()
     for value in whole.slices:
@@ -381,7 +382,7 @@ def _slices(
 
 
 def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int]) -> None:
-    """Together the pieces are the tensor, and no two hold the same of it."""
+    """Check that the pieces cover the tensor without overlap."""
     ordered = sorted(pieces, key=lambda piece: piece.first)
     if not cut:
         if len(ordered) != 1:
@@ -399,9 +400,9 @@ def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int
 
 
 def slice_key(name: bytes, spans: Iterable[tuple[int, int]]) -> bytes:
-    """What a slice is called in the index: numbers and text written so that bytes sort as they do.
+    """Return the key of a slice in the index; its bytes sort like its numbers and text.
 
-    A zero; the name, its own 0 and 255 escaped; the rank; start and length for each axis.
+    The key is a zero; the name, with 0 and 255 escaped; the rank; start and length for each axis.
     """
     escapes = {b"\0": b"\0\xff", b"\xff": b"\xff\0"}
     text = re.sub(b"[\0\xff]", lambda match: escapes[match[0]], name)
@@ -411,7 +412,7 @@ def slice_key(name: bytes, spans: Iterable[tuple[int, int]]) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    """A signed number: as many leading ones as it has bytes, turned round if it is negative."""
+    """Encode a signed number: leading ones count its bytes; a negative one is inverted."""
     size = (~value if value < 0 else value).bit_length() // 7 + 1
     ones = ((1 << size) - 1) << 7 * size
     return ((value & ((1 << 8 * size) - 1)) ^ ones).to_bytes(size, "big")
@@ -421,7 +422,7 @@ def _number(value: int) -> bytes:
 
 
 def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
-    """All shards, or all that is unsafe, or all that is missing."""
+    """Open all shards, or report all unsafe ones, or all missing ones."""
     stem = path.name.removesuffix(INDEX)
     shards: list[SourceFile] = []
     missing: list[str] = []
@@ -451,7 +452,7 @@ def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
 
 
 def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> list[str]:
-    """Bytes that lie beyond their shard, belong to two, or to none at its end."""
+    """List bytes outside their shard, shared by two tensors, or unused at the end."""
     parts = sorted((e.part, key) for key, e in entries.items() if not e.slices)
     problems: list[str] = []
     reached = [(0, "its start")] * len(shards)
@@ -476,7 +477,7 @@ def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> li
 
 
 def find_bundle(path: Path) -> Path:
-    """The index that is meant: by its own path, its prefix, or the directory it lies in."""
+    """Return the index of a bundle from its path, its prefix or its directory."""
     if path.name.endswith(INDEX) and not path.is_dir():
         return path
     beside = path.with_name(path.name + INDEX) if path.name else path
@@ -491,7 +492,7 @@ def find_bundle(path: Path) -> Path:
 
 
 def _in_directory(root: Path) -> Path | None:
-    """What the file `checkpoint` names, else the one index there is."""
+    """Return the index that the file `checkpoint` names, or the only one in the directory."""
     try:
         here = sorted(name for name in os.listdir(root) if name.endswith(INDEX))
     except OSError as error:
@@ -512,9 +513,10 @@ def _in_directory(root: Path) -> Path | None:
 
 
 def _named(pointer: Path) -> str | None:
-    """The index's name in TensorFlow's note of what it saved last; None if it is no such note.
+    """Return the index that TensorFlow's file `checkpoint` names; None if it is another file.
 
-    It may hold the absolute path of the machine that saved it: only the name is taken, in here.
+    It may name an absolute path on another machine: only the file's name is used, in this
+    directory.
     """
     fd = open_regular(pointer)
     try:

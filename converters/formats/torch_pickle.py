@@ -1,4 +1,4 @@
-"""torch.save's pickle, read as data: a dict of tensors is a few opcodes, and no others are known.
+"""torch.save's pickle, read as data: the few opcodes of a dict of tensors, and no others.
 
 Python's unpickler calls what a file names, and torch's needs torch. Here names are only compared.
 """
@@ -16,9 +16,9 @@ from zoo.errors import CorruptCheckpoint, ResourceLimit, listing
 
 MAX_RANK = 64  # torch's
 MAX_GIVEN = 8
-MAX_MEMORY = 64 << 20  # beyond the pickle itself, for all that is made of it
-EXPLAINED = 1 << 19  # bytes of a pickle that are read again, to say what is wrong
-# All that a dict of plain tensors needs, and numpy's numbers beside them.
+MAX_MEMORY = 64 << 20  # for all objects, besides the pickle itself
+EXPLAINED = 1 << 19  # bytes of a pickle that are read again to explain a fault
+# Everything that a dict of plain tensors needs, and NumPy's numbers.
 _NEEDED = re.compile(
     r"collections OrderedDict"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
@@ -26,7 +26,7 @@ _NEEDED = re.compile(
     r"|torch\.storage (Untyped|Typed)Storage"
     r"|numpy\._?core\.multiarray scalar|numpy dtype|_codecs encode"
 )
-# opcodes that name a class by what was pushed before, or by a number
+# opcodes that refer to a class by earlier operands or by a number
 _HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}
 _STORED = {  # a storage's class -> torch's dtype
     "Double": "float64",
@@ -46,7 +46,7 @@ _STORED = {  # a storage's class -> torch's dtype
 
 
 class Storage(NamedTuple):
-    """So many numbers of torch's `dtype` in a record."""
+    """A record of `numel` numbers of torch's `dtype`."""
 
     key: str
     dtype: str
@@ -54,7 +54,7 @@ class Storage(NamedTuple):
 
 
 class StoredArray(NamedTuple):
-    """A tensor: how `dtype`s in a storage are to be looked at."""
+    """A tensor: a strided view of a storage."""
 
     storage: Storage
     dtype: str
@@ -64,7 +64,7 @@ class StoredArray(NamedTuple):
 
 
 class NumpyType(NamedTuple):
-    """The dtype of a number of numpy's."""
+    """The dtype of a NumPy number."""
 
     code: str
 
@@ -73,27 +73,32 @@ _NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<B"
 
 
 class Name(NamedTuple):
-    """What a pickle calls by a module and a name, and this leaves alone."""
+    """A module and a name that a pickle refers to; it is never imported."""
 
     text: str
 
     @property
     def last(self) -> str:
+        """The last part of the name."""
         return self.text.rpartition(" ")[2]
 
 
 def read(path: Path, data: bytes) -> Any:
-    """Dicts, lists, tuples, text, numbers and Arrays; whatever else is refused by its name."""
+    """Return the pickled dicts, lists, tuples, text, numbers and `StoredArray`s.
+
+    Raises:
+        CorruptCheckpoint: For anything else, by name. Nothing is executed.
+    """
     try:
         return run(data)[0]
     except ResourceLimit as error:
         raise ResourceLimit(f"{path}: {error}. Nothing was run.") from None
-    except Exception as error:  # any that malformed operands lead to
+    except Exception as error:  # malformed operands raise errors of any kind
         raise refusal(path, data, error) from None
 
 
 def refusal(path: Path, data: bytes, error: Exception) -> CorruptCheckpoint:
-    """Why a pickle is not read."""
+    """Return the error that explains why a pickle is not read."""
     return CorruptCheckpoint(f"{path}: {_explained(data, error)}")
 
 
@@ -109,7 +114,7 @@ def _explained(data: bytes, error: Exception) -> str:
                 named.add(str(arg))
             elif "UNICODE" in code.name:
                 words.append(str(arg))
-    except Exception as why:  # likewise
+    except Exception as why:  # see above
         return f"it holds no pickle, or a damaged one: {why}"
     if strange:
         return (
@@ -143,15 +148,15 @@ _TEXTS = {b"X": struct.Struct("<I"), b"U": struct.Struct("<B"), b"\x8a": struct.
 _NEW: dict[bytes, Callable[[], Any]] = {
     b"}": dict,
     b"]": list,
-    b"\x8f": list,  # a set is what it lists
+    b"\x8f": list,  # a set is read as a list
     b")": tuple,
     b"N": lambda: None,
     b"\x88": lambda: True,
     b"\x89": lambda: False,
 }
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-# Bytes that an opcode makes Python take beside a slot of the stack: a list or a dict, the entry of
-# a memo, a tuple (its items have slots already), a number, what is called, a text.
+# Bytes that Python takes for an opcode besides a slot of the stack: a list or a dict, a memo entry,
+# a tuple (its items have slots already), a number, a call, a text.
 _COSTS = {
     **dict.fromkeys((b"}", b"]", b"\x8f"), 72),
     **dict.fromkeys((b"q", b"r"), 100),
@@ -164,7 +169,10 @@ _SLOT = 8
 
 
 def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) -> tuple[Any, int]:
-    """(what the pickle at a byte holds, the byte behind it); storages are noted where asked for."""
+    """Return (the object pickled at position `at`, the position behind it).
+
+    Storages are collected in `storages` if it is given.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -217,13 +225,13 @@ def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) ->
             stack.append(_made(function, arguments))
         elif code in (b"s", b"u"):
             pairs = above(marks.pop() if code == b"u" else len(stack) - 2)
-            left -= 50 * len(pairs)  # entries, of two each
+            left -= 50 * len(pairs)  # entries of two each
             _put(stack[-1], pairs)
         elif code in (b"a", b"e", b"\x90"):
             stack[-2 if code == b"a" else marks[-1] - 1].extend(
                 above(len(stack) - 1 if code == b"a" else marks.pop())
             )
-        elif code == b"b":  # attributes of a dict, which are about how it was made
+        elif code == b"b":  # attributes of a dict, which are not weights
             attributes = stack.pop()
             if type(stack[-1]) is NumpyType and attributes[1] not in ("<", "|"):
                 raise ValueError(f"numbers of numpy's in byte order {attributes[1]!r}")
@@ -260,7 +268,7 @@ def _put(into: Any, pairs: list[Any]) -> None:
 
 
 def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None = None) -> Storage:
-    """`view` of another storage stood in files from before 1.6, and nothing wrote one since 0.4."""
+    """Make a storage. `view` of another one occurs in files before 1.6, and none since 0.4."""
     if (
         kind != "storage"
         or view is not None
@@ -274,17 +282,17 @@ def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None 
 
 
 def _made(function: Any, arguments: Any) -> Any:
-    """A tensor, a parameter's, a dict; of others that they are there."""
+    """Return a tensor, a parameter or a dict; only note that other calls are there."""
     if type(function) is not Name or type(arguments) is not tuple:
         raise ValueError("a call of what is no name")
-    if len(arguments) > MAX_GIVEN:  # one tuple may stand in many calls
+    if len(arguments) > MAX_GIVEN:  # one tuple may be an argument of many calls
         raise ValueError(f"a call with {len(arguments)} arguments")
     match function.last:
         case "OrderedDict":
-            if arguments:  # as Python 2 wrote it
+            if arguments:  # written by Python 2
                 raise ValueError("a dict made of another")
             return {}
-        case "encode":  # bytes, which protocol 2 has no opcode for
+        case "encode":  # bytes: protocol 2 has no opcode for them
             return arguments[0].encode("latin-1")
         case "dtype":
             return NumpyType(arguments[0])

@@ -1,4 +1,4 @@
-"""GGUF's types: the bytes that a block of numbers takes, and the numbers that they stand for."""
+"""GGUF's quantized types: how blocks of bytes are decoded into numbers, and Q8_0 encoded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in 
 
 
 class BlockType(NamedTuple):
-    """A type of tensors: a row is cut into blocks, or holds plain numbers."""
+    """A type of tensors: plain numbers, or rows cut into blocks."""
 
     name: str
     block: int = 1  # numbers
@@ -25,11 +25,11 @@ class BlockType(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The code of what is read."""
+        """The dtype code of the decoded numbers."""
         return "F32" if self.decode else self.name
 
     def nbytes(self, shape: Sequence[int]) -> int:
-        """Of a tensor whose rows are whole blocks."""
+        """Return the bytes of a tensor whose rows are whole blocks."""
         return math.prod(shape) // self.block * self.size
 
 
@@ -38,14 +38,14 @@ class BlockType(NamedTuple):
 
 
 def _half(raw: Tensor) -> Tensor:
-    """(n, 2k) bytes -> (n, k) F32. A copy first: kernels may assume an even address."""
+    """(n, 2k) bytes -> (n, k) F32. It copies first, since kernels may assume an even address."""
     import torch
 
     return raw.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _fields(raw: Tensor, bits: int, run: int) -> Tensor:
-    """(n, m) bytes -> (n, m * 8 / bits): of each run of bytes all lowest bits, then all next."""
+    """(n, m) bytes -> (n, m * 8 / bits): per run of bytes, all lowest fields, then all next."""
     import torch
 
     runs = raw.reshape(len(raw), -1, run)
@@ -54,7 +54,7 @@ def _fields(raw: Tensor, bits: int, run: int) -> Tensor:
 
 
 def _scaled(scales: Tensor, values: Tensor) -> Tensor:
-    """(n, g) by (n, g * k): each scale by its k values, as (n, g, k)."""
+    """(n, g) scales and (n, g * k) values -> (n, g, k) products."""
     return scales.unsqueeze(2) * values.reshape(*scales.shape, -1)
 
 
@@ -139,9 +139,9 @@ def _q6_k(raw: Tensor) -> Tensor:
 
 
 def _trits(raw: Tensor, count: int, run: int) -> Tensor:
-    """(n, m) bytes -> (n, m * count) of 0, 1, 2: digits to the base 3, the byte being a fraction.
+    """(n, m) bytes -> (n, m * count) of 0, 1, 2: base-3 digits of the byte as a fraction.
 
-    The next digit comes to the front by a product that overflows.
+    A product that overflows brings the next digit to the front.
     """
     import torch
 
@@ -238,7 +238,7 @@ WRITTEN = {KINDS[number].name: number for number in (0, 1, 8, 30)}
 
 
 def dequantize(kind: BlockType, raw: Tensor, out: Tensor) -> None:
-    """Fills (numbers,) F32 with what (bytes,) stand for."""
+    """Decode (bytes,) into `out`, (numbers,) F32."""
     assert kind.decode is not None
     blocks, step = raw.view(-1, kind.size), _PIECE // kind.block
     for start in range(0, len(blocks), step):
@@ -247,9 +247,13 @@ def dequantize(kind: BlockType, raw: Tensor, out: Tensor) -> None:
 
 
 def quantize_q8_0(tensor: Tensor) -> Tensor:
-    """(..., numbers) -> (..., bytes): of each 32 a half-precision scale, then 32 of eight bits.
+    """(..., numbers) -> (..., bytes): per 32 numbers a float16 scale, then 32 int8 numbers.
 
     Halves are rounded away from zero.
+
+    Raises:
+        NonFinite: If a number is NaN or infinite.
+        OverflowOnCast: If a scale is too large for float16.
     """
     import torch
 
@@ -271,7 +275,7 @@ def quantize_q8_0(tensor: Tensor) -> Tensor:
 
 
 def pieces_of_q8_0(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """(bytes,) piece by piece, of a tensor that comes in pieces of any size in row-major order."""
+    """Yield (bytes,) of a tensor that comes in pieces of any size in row-major order."""
     import torch
 
     kept: Tensor | None = None  # what is not a whole block yet

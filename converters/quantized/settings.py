@@ -1,4 +1,4 @@
-"""What a checkpoint says of how its matrices are held: GPTQ, AWQ, FP8, and what is refused."""
+"""The quantization config of a checkpoint (GPTQ, AWQ, FP8): what is read and what is refused."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from zoo.errors import (
 )
 
 FIELD = "quantization_config"
-# files that say it where config.json does not: the first programs' own
+# files of early programs that hold the config if config.json does not
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}  # of AutoAWQ's file
+_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}  # names in AutoAWQ's file
 _INSTEAD = (
     "Take the weights that it was made of, or have the program that made it write what they "
     "stand for"
 )
 
-# What a method's config may hold: fields of which only these values are read,
+# The fields of each method's config: those of which only these values are implemented,
 _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {
         "bits": tuple(UNITS),
@@ -52,15 +52,15 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
         "transform_config": ({},),
     },
 }
-# fields that are read beside these,
+# those that are read besides,
 _READ = {
     "gptq": {"group_size"},
     "awq": {"group_size"},
     "fp8": {"weight_block_size"},
     "compressed-tensors": {"config_groups"},
 }
-# and fields that say how the numbers were found, which layers were left alone (the files tell), and
-# what programs for inference should do.
+# and those that do not matter: how the numbers were calibrated, which layers are not quantized (the
+# files show it), and instructions for inference programs.
 _IGNORED = {
     "gptq": {
         *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "dataset"),
@@ -82,17 +82,18 @@ _IGNORED = {
 
 
 class Quantization(NamedTuple):
-    """What a config says of how matrices are held."""
+    """How matrices are quantized, from a config."""
 
     method: str
     bits: int = 8
     group: int = -1  # -1: all inputs
     less_one: bool = False
-    ordered: bool = False  # the inputs of a group need not stand side by side
+    ordered: bool = False  # the inputs of a group need not be adjacent
     block: tuple[int, int] | None = None
 
     @property
     def about(self) -> str:
+        """A description for people."""
         if self.method in ("gptq", "awq"):
             groups = "a scale a column" if self.group < 0 else f"groups of {self.group}"
             return f"{self.method}, {self.bits} bits, {groups}"
@@ -102,14 +103,16 @@ class Quantization(NamedTuple):
 
 
 def beside(directory: Path) -> tuple[str, dict[str, Any]] | None:
-    """(a file's name, what it says) of packed weights about which config.json says nothing.
+    """Return (name, content) of the quantization config in a file of its own.
 
-    Beside plain weights such a file means nothing: it is what is left of another checkpoint.
+    Early programs write it beside a config.json that does not mention it. Beside plain weights such
+    a
+    file is left over from another checkpoint and means nothing.
     """
     for name, method in _BESIDE.items():
         if not (directory / name).is_file():
             continue
-        with suppress(CheckpointError, NotACheckpoint):  # faults of weights are for who reads them
+        with suppress(CheckpointError, NotACheckpoint):  # a damaged file is reported by its reader
             if any(tensor.endswith(".qweight") for tensor in open_checkpoint(directory).tensors):
                 fields = read_json(confined(directory, name), ConfigError)
                 fields = {_WORDS.get(key, key): value for key, value in fields.items()}
@@ -120,7 +123,10 @@ def beside(directory: Path) -> tuple[str, dict[str, Any]] | None:
 def read_config(
     section: Any, ignore: Collection[str] = ()
 ) -> tuple[Quantization | None, list[str]]:
-    """What `quantization_config` means, and everything in it that is not read."""
+    """Return (what a `quantization_config` means, everything in it that is not read).
+
+    The first is None if anything is not implemented.
+    """
     method = section.get("quant_method") if isinstance(section, dict) else None
     if not isinstance(method, str) or method not in _ALLOWED:
         actual = f"quant_method {method!r}" if isinstance(section, dict) else type(section).__name__
@@ -138,7 +144,7 @@ def read_config(
         elif key not in read | _IGNORED[method] | {"quant_method"}:
             name, field_names = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
             if name not in ignore:
-                # programs beside the reference read these, so it does not tell which count
+                # other programs read these, so the reference does not show which matter
                 near = did_you_mean(key, field_names) if len(problems) < SUGGESTED else ""
                 problems.append(
                     f"{name}: unknown field.{near} If it does not change what "
