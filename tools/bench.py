@@ -251,8 +251,8 @@ CONVERSIONS = {
 CONVERT = """
 import json, os, random, shutil, subprocess, sys, threading, time
 from pathlib import Path
-from converters.writer import Options, run
-from converters.store import Stage
+from converters.writer import WriteOptions, run
+from converters.staging.stage import Stage
 from zoo.saving.convert import plan_output
 from zoo.loading import locate
 source, changes, options, rounds, durable = json.loads(sys.argv[1])
@@ -277,7 +277,7 @@ def cp():
 def dd():
     called("dd", "if=/dev/zero", f"of={place}/zeros", "bs=1M", f"count={output.size >> 20}")
 def zoo():
-    run(output, Stage(place, Journal(), []), Options(**options))
+    run(output, Stage(place, Journal(), []), WriteOptions(**options))
 def timed(work):
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import zoo
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from zoo import registry
 from zoo.components.model import Model
 from zoo.loading import locate, prove

@@ -20,28 +20,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from converters.carry_out import carry_out
-from converters.checkpoint import (
-    MANIFEST,
-    SINGLE,
-    Checkpoint,
-    confined,
-    is_plain,
-    open_checkpoint,
-    read_json,
-)
+from converters.checkpoint import Checkpoint
 from converters.containers import alike
-from converters.dialects import Found, find
+from converters.dialects import DialectMatch, find
 from converters.formats import BITS, TensorInfo, open_regular
 from converters.formats.source import Stamp, stamp
 from converters.memory import enough, size
+from converters.opening import open_checkpoint
+from converters.paths import confined, is_plain
 from converters.plan import Native, Plan, identity_plan, make_plan, target_names
 from converters.quantized import settings
 from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
-from converters.quantized.dequantize import dequantized, stands_turned
+from converters.quantized.dequantize import dequantize_checkpoint, has_inputs_first
 from converters.quantized.settings import FIELD as QUANTISED
 from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec, load_spec
-from converters.strict_json import parse_json
+from converters.strict_json import parse_json, read_json
+from converters.weight_files import MANIFEST, SINGLE
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.finite import first_where, source_of
@@ -226,7 +221,7 @@ class Located(NamedTuple):
     reference_class: str | None
     config_text: str
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
-    foreign: Found | None = None  # files of a dialect that has no config.json
+    foreign: DialectMatch | None = None  # files of a dialect that has no config.json
     quantized: Quantization | None = None  # how matrices are held, if not as they are
     adapter: Files | None = None  # what its arrays are changed by
     brought: Mapping[str, Tensor] = {}  # tensors of the adapter's that the files lack
@@ -260,8 +255,8 @@ class Located(NamedTuple):
             return found
         config = json.loads(self.config_text)
         said = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
-        turns = partial(stands_turned, self.spec.dialect("hf"))
-        return dequantized(found, self.quantized, turns, CONFIG_DTYPES.get(said))
+        turns = partial(has_inputs_first, self.spec.dialect("hf"))
+        return dequantize_checkpoint(found, self.quantized, turns, CONFIG_DTYPES.get(said))
 
     def config(self, head: str, changes: Mapping[str, Any]) -> Any:
         kind = self.entry.config_class
@@ -965,7 +960,9 @@ def _names(found: Located, model: Model, native: Native) -> set[str]:
     return {*names, *(dialect.prefix + name for name in names)}
 
 
-def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, where: str) -> Plan:
+def _foreign_plan(
+    foreign: DialectMatch, fields: Mapping[str, Any], native: Native, where: str
+) -> Plan:
     checkpoint, name = foreign.checkpoint, foreign.dialect.name
     said = f"{where} ({foreign.spec.name}, {foreign.container.about or name})"
     fields = {**fields, "shards": foreign.shards}
@@ -983,7 +980,7 @@ def _foreign_plan(foreign: Found, fields: Mapping[str, Any], native: Native, whe
     return replace(plan, dropped={**plan.dropped, **checkpoint.outside})
 
 
-def _times_too_small(foreign: Found, native: Native) -> int:
+def _times_too_small(foreign: DialectMatch, native: Native) -> int:
     """How many times the files there are would make a whole model; 1 where none would.
 
     What only shapes tell is taken from too few files, and fits them.

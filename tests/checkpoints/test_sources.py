@@ -22,7 +22,7 @@ from conftest import PATIENCE
 from test_sentences import checkpoint
 
 import zoo
-from converters.listed import groups
+from converters.weight_files import groups
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.errors import (

@@ -41,7 +41,7 @@ from zoo.errors import (
 )
 from zoo.loading import native_of
 from zoo.saving import graphs
-from zoo.saving.save import item_of
+from zoo.saving.outputs import item_of
 
 KNOWN = registry.architectures()
 ONCE = {entry.model: name for name, entry in KNOWN.items()}.values()  # of each model's class
@@ -601,7 +601,7 @@ def test_nothing_is_half_written(to: str, tmp_path: Path, monkeypatch: Any) -> N
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("zoo.saving.save.finish", fail)
+    monkeypatch.setattr("zoo.checkpoints.publish.finish", fail)
     with pytest.raises(ZooError, match="not written"):
         zoo.save(build("gpt2").eval(), tmp_path / "g", to=to)
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from torch import nn
 
 import zoo
 import zoo.saving.optimizer_files
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from zoo import registry
 from zoo.cli.app import main
 from zoo.errors import (

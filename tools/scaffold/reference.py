@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from converters.checkpoint import open_checkpoint
 from converters.formats import TensorInfo
+from converters.opening import open_checkpoint
 from zoo.errors import ConfigError, UnknownName, UsageError, did_you_mean
 from zoo.parity.fixtures import write
 from zoo.parity.reference import transformers

@@ -148,7 +148,7 @@ def _mismatch(source: sources.Source) -> tuple[str, ...]:
 
 def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
     from converters import manifest
-    from converters.checkpoint import open_checkpoint
+    from converters.opening import open_checkpoint
     from converters.strict_json import read_json
 
     native = source.directory / sources.NATIVE_FILE

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Any, Literal, NamedTuple, NoReturn, TypeGuard
 
-from converters.listed import Group, groups
+from converters.weight_files import LAYOUTS, Group, groups
 from zoo.checkpoints.downloads import COMMIT, ask, damaged_blob, fetch
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -69,11 +69,7 @@ COMPANIONS = (
 )
 # and where it has modules; their weights lie in folders of their own
 SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
-# (whole file, index of shards), the preferred format first
-WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+WEIGHTS = tuple(LAYOUTS.values())  # (whole file, index of shards), the preferred format first
 MODULE_WEIGHTS = tuple(whole for whole, _ in WEIGHTS)
 PUBLISHED = re.compile(  # files of weights by the names above, whole or a shard
     "|".join(r"{}(-\d+-of-\d+)?\.{}".format(*whole.split(".")) for whole, _ in WEIGHTS)
@@ -138,7 +134,7 @@ def resolve(
 
 
 def _is_revision(revision: Any) -> bool:
-    from converters.checkpoint import is_plain
+    from converters.paths import is_plain
 
     return isinstance(revision, str) and len(revision) <= 255 and is_plain(revision)
 
@@ -170,7 +166,7 @@ def _check_client() -> None:
 
 def _parse_hub(ref: str, revision: str | None) -> tuple[str, str | None, str | None]:
     """(repository, file in it, revision)"""
-    from converters.checkpoint import is_plain
+    from converters.paths import is_plain
 
     match = _HUB.fullmatch(ref)
     if (
@@ -287,7 +283,7 @@ def _adapter_alone(place: Path) -> NotACheckpoint:
 
 def _base_of(place: Path) -> tuple[str, str]:
     """(" of …": the base that an adapter names, a reference that loads it)"""
-    from converters.checkpoint import confined
+    from converters.paths import confined
     from converters.strict_json import read_json
 
     try:
@@ -319,7 +315,7 @@ def _is_weights(path: Path) -> bool:
 
 def _real(path: Path) -> Path:
     """Where a file lies that was given by a link: its checkpoint is there."""
-    from converters.checkpoint import confined
+    from converters.paths import confined
 
     try:
         return confined(path.parent, path.name)
@@ -394,7 +390,7 @@ def _nearby(path: Path) -> str:
 
 def module_folders(directory: Path) -> list[tuple[str, str]]:
     """(kind, folder) of each step that modules.json names after the model itself."""
-    from converters.checkpoint import confined, is_plain
+    from converters.paths import confined, is_plain
     from converters.strict_json import read_json_list
 
     path = confined(directory, MODULES)
@@ -470,7 +466,7 @@ class _Hub:
         """Of all files; none where nobody can say."""
         import huggingface_hub as hf
 
-        from converters.checkpoint import is_plain
+        from converters.paths import is_plain
 
         if self.unreachable:
             names = self._cached_names()

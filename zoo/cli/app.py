@@ -386,7 +386,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _dialect(text: str) -> str:
-    from zoo.saving.save import check_dialect
+    from zoo.saving.checks import check_dialect
 
     try:
         check_dialect(text)

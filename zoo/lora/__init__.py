@@ -194,7 +194,7 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
 
     An adapter may be saved again over its own earlier output; see `zoo.save` for that and `force`.
     """
-    from zoo.saving.save import checked_destination, write
+    from zoo.checkpoints.publish import checked_destination, write
 
     adapter = _adapter(model)
     factors, whole = dict[str, Factors](), dict[str, Tensor]()

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from converters.checkpoint import confined
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.safetensors import SafetensorsReader
 from converters.formats.torch_zip import TorchZipReader
 from converters.lazy import Lazy
 from converters.output import Item, Output, Shard
+from converters.paths import confined
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
 from zoo.checkpoints.finite import at, first_where
@@ -317,7 +317,7 @@ def output(files: Files) -> Output:
     ]
     shard = Shard.of(WEIGHTS[0], items, {"format": "pt"})
     return Output(
-        (shard,), {CONFIG: files.config.encode()}, said={"to": "peft", "writer": "save_adapter"}
+        (shard,), {CONFIG: files.config.encode()}, notes={"to": "peft", "writer": "save_adapter"}
     )
 
 

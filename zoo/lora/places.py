@@ -10,7 +10,7 @@ from torch import Tensor
 
 from converters.carry_out import backward
 from converters.formats import TensorInfo
-from converters.plan import Native, Plan, Step, make_plan, target_names
+from converters.plan import Native, Plan, PlanStep, make_plan, target_names
 from converters.spec import Dialect
 from zoo.checkpoints.foreign import spec_of
 from zoo.errors import PlanError, SpecError, did_you_mean, option
@@ -35,7 +35,7 @@ class Places:
         self.spec = spec_of(model)
         self.dialect: Dialect = self.spec.dialect("hf")
         self.fields, self.head, self.native = model.config.to_dict(), model.config.head, native
-        self._at: dict[str, tuple[Plan, Step, int]] = {}
+        self._at: dict[str, tuple[Plan, PlanStep, int]] = {}
         self._maps: dict[tuple[int, int], list[Place]] = {}
         # one array under two names is adapted under each of them apart
         every = {**native.shapes, **{n: native.shapes[of] for n, of in native.ties.items()}}
@@ -54,7 +54,7 @@ class Places:
                 for n, name in enumerate(step.sources):
                     self._at.setdefault(name, (plan, step, n))
 
-    def find(self, name: str) -> tuple[TensorInfo, Step, int]:
+    def find(self, name: str) -> tuple[TensorInfo, PlanStep, int]:
         """(what it is on disk, the step that reads it, which of its tensors it is)."""
         prefix = self.dialect.prefix
         bare = name.removeprefix(prefix) if prefix else name
@@ -92,7 +92,7 @@ class Places:
         info, step, n = self.find(name)
         return self.places(step, n, info.shape)[0]
 
-    def places(self, step: Step, n: int, shape: tuple[int, ...]) -> list[Place]:
+    def places(self, step: PlanStep, n: int, shape: tuple[int, ...]) -> list[Place]:
         """The native matrices that hold a matrix on disk."""
         if step.transform is None:
             first, second = (torch.arange(length) for length in shape)
@@ -103,7 +103,7 @@ class Places:
         return [e._replace(native=step.targets[int(e.native)]) for e in self._maps[key]]
 
 
-def _carried(step: Step, n: int) -> Iterator[Place]:
+def _carried(step: PlanStep, n: int) -> Iterator[Place]:
     """By numbers that are carried through the step: which tensor, and the coordinates in it.
 
     Targets are named by their number: all uses of one rule have the same places.
@@ -130,7 +130,7 @@ def _carried(step: Step, n: int) -> Iterator[Place]:
             yield Place(str(target), at if len(stacked) == 3 else None, rows, columns)
 
 
-def _ref(step: Step, target: int) -> Any:
+def _ref(step: PlanStep, target: int) -> Any:
     """The side of the rule that a target is of."""
     assert step.transform is not None
     refs = [r for r in step.rule.targets for _ in step.transform.grid(step.rule.spread(r))]
@@ -146,5 +146,5 @@ def _axis(axis: int, numbers: Tensor) -> tuple[int, tuple[int, Tensor]] | None:
     return None
 
 
-def on_disk(step: Step, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_disk(step: PlanStep, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(step.sources, backward(step, native), strict=True))

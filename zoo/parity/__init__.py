@@ -146,7 +146,7 @@ def _jobs(
 
 
 def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> list[Job]:
-    from converters.checkpoint import read_json
+    from converters.strict_json import read_json
     from zoo import registry
     from zoo.errors import ConfigError, UsageError
     from zoo.parity.fixtures import write_like

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from converters.spec import Dialect
 from zoo import registry
 from zoo.errors import counted

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from zoo import registry
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.checkpoint import confined
 from converters.containers import kind_of
 from converters.formats.gguf import open_gguf
+from converters.paths import confined
 from zoo.checkpoints import sources
 from zoo.errors import BadTokenizer, NotACheckpoint, listing
 from zoo.tokenizers import bytelevel, fast, gguf, llama2c, pieces, tekken, unigrams
@@ -104,7 +104,7 @@ def _within(path: Path) -> Tokenizer | None:
     """Of a file that holds weights and vocabulary."""
     if kind_of(path) != "gguf":
         return None
-    said = next(iter(open_gguf(path).values())).said
+    said = next(iter(open_gguf(path).values())).values
     return gguf.read(said, path) if gguf.has_one(said) else None
 
 

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import PATIENCE
 
-from converters import store
-from converters.store import files_below, refuse_all, resumable, staged
+from converters.staging import publishing
+from converters.staging.destination import files_below, refuse_all
+from converters.staging.stage import resumable, staged
 from zoo.errors import OutputExists, ZooError
 
 
@@ -156,7 +157,7 @@ def test_every_step_may_fail(
     place = tmp_path / "out"
     publish(place, "old")
     old = tree(tmp_path)
-    owner = os if hasattr(os, step) else store
+    owner = os if hasattr(os, step) else publishing
     real = getattr(owner, step)
     for nth in range(1, calls + 2):
         count = 0
@@ -170,7 +171,7 @@ def test_every_step_may_fail(
 
         with monkeypatch.context() as patch:
             if not atomic:
-                patch.setattr(store, "_exchange", lambda *_: False)
+                patch.setattr(publishing, "_exchange", lambda *_: False)
             patch.setattr(owner, step, failing)
             if nth <= calls:
                 with pytest.raises(ZooError, match="broken disk"):
@@ -187,20 +188,20 @@ def test_a_replacement_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     place = tmp_path / "out"
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    if not store._exchange(tmp_path / "a", tmp_path / "b"):
+    if not publishing._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot exchange names")
     publish(place, "old")
     monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("two steps"))
     publish(place, force=True)
     assert (place / "a").read_text() == "new"
     with pytest.raises(FileNotFoundError):
-        store._exchange(tmp_path / "a", tmp_path / "absent")
+        publishing._exchange(tmp_path / "a", tmp_path / "absent")
 
 
 def test_without_an_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "out"
     publish(place, "old")
-    monkeypatch.setattr(store, "_exchange", lambda *_: False)
+    monkeypatch.setattr(publishing, "_exchange", lambda *_: False)
     publish(place, force=True)
     assert tree(tmp_path) == {"out": "/", "out/a": "new", "out/sub": "/", "out/sub/b": "new"}
 
@@ -218,7 +219,7 @@ def test_a_system_that_cannot_exchange_names_renames_twice(
     place = tmp_path / "out"
     publish(place, "old")
     library = SimpleNamespace(renameat2=renameat2)
-    monkeypatch.setattr(store.ctypes, "CDLL", lambda *args, **kwargs: library)
+    monkeypatch.setattr(publishing.ctypes, "CDLL", lambda *args, **kwargs: library)
     publish(place, force=True)
     assert tree(tmp_path) == {"out": "/", "out/a": "new", "out/sub": "/", "out/sub/b": "new"}
     code = errno.EACCES
@@ -340,7 +341,7 @@ def test_a_torn_line_is_cut_off_before_a_journal_goes_on(tmp_path: Path) -> None
     torn = b'{"tensor": "' + b"x" * 100
     path = journal(place, {"job": "j"}, {"tensor": "a"}, torn=torn)
     with pytest.raises(KeyboardInterrupt), resumable(place, "j") as stage:
-        assert stage.found == [{"tensor": "a"}]
+        assert stage.records == [{"tensor": "a"}]
         stage.record({"tensor": "b"})
         raise KeyboardInterrupt
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
