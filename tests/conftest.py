@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from source_tree import SourceTree
 
 # seconds that a subprocess may take on a machine that does other things too
 PATIENCE = 600
@@ -88,6 +89,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def root() -> Path:
     """The top of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def code() -> SourceTree:
+    """The project's Python files, each parsed once."""
+    return SourceTree(ROOT)
 
 
 @pytest.fixture
