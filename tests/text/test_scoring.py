@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sentences import checkpoint as sentence_checkpoint
+from sentence_models import checkpoint as sentence_checkpoint
 from torch import Tensor
 
 import zoo
