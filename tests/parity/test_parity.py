@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import first
 from safetensors.torch import load_file, save_file
 
 import zoo
+from converters.spec import load_spec
 from zoo import parity, registry
 from zoo.errors import MissingDependency, ParityError, UsageError, ZooError
 from zoo.parity import Report, Row, checks, fixtures, reference
@@ -26,13 +28,9 @@ def names(case: object) -> str | None:
     return case.name if isinstance(case, Architecture) else None
 
 
-every_variant = pytest.mark.parametrize(("entry", "variant"), VARIANTS, ids=names)
 every_architecture = pytest.mark.parametrize(("entry", "variant"), FIRST, ids=names)
-
-
-# the fast subset holds each architecture's first three
-EARLY = [(e, v) for e in registry.architectures().values() for v in list(e.variants)[:3]]
-MARKED = [pytest.param(*case, marks=() if case in EARLY else pytest.mark.slow) for case in VARIANTS]
+some_architectures = pytest.mark.parametrize(("entry", "variant"), first(FIRST), ids=names)
+MARKED = [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in VARIANTS]
 
 
 @pytest.mark.parametrize(("entry", "variant"), MARKED, ids=names)
@@ -61,7 +59,7 @@ def test_what_convert_wrote(tmp_path: Path) -> None:
     assert report.ok, report.to_text()
 
 
-@every_architecture
+@some_architectures
 def test_wrong_checkpoint(entry: Architecture, variant: str, tmp_path: Path) -> None:
     fixtures.hot_checkpoint(entry, variant, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -79,20 +77,21 @@ def is_prime(n: int) -> bool:
     return n > 1 and all(n % k for k in range(2, math.isqrt(n) + 1))
 
 
-@every_variant
-def test_sizes_are_distinct(entry: Architecture, variant: str, tmp_path: Path) -> None:
-    """A mix-up of two sizes must show."""
-    from zoo.loading import load
-
-    fixtures.hot_checkpoint(entry, variant, tmp_path)
-    config = load(tmp_path).config
-    width = getattr(config, "head_dim", None) or config.dim // config.heads
-    kv_heads = getattr(config, "kv_heads", None) or config.heads
-    sizes = [config.heads, config.layers, width, config.vocab]
-    sizes += [config.dim] if config.heads > 1 else []
-    sizes += [kv_heads] if kv_heads != config.heads else []
-    assert len(set(sizes)) == len(sizes)
-    assert is_prime(config.vocab)
+def test_sizes_are_distinct() -> None:
+    """A mix-up of two sizes must show, in every variant."""
+    wrong = []
+    for entry, variant in VARIANTS:
+        published = entry.variants[variant]["config"]
+        fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
+        config = entry.config_class(**fields)
+        width = getattr(config, "head_dim", None) or config.dim // config.heads
+        kv_heads = getattr(config, "kv_heads", None) or config.heads
+        sizes = [config.heads, config.layers, width, config.vocab]
+        sizes += [config.dim] if config.heads > 1 else []
+        sizes += [kv_heads] if kv_heads != config.heads else []
+        if len(set(sizes)) < len(sizes) or not is_prime(config.vocab):
+            wrong.append(f"{entry.name}/{variant}: {sizes}")
+    assert wrong == []
     assert TOKENS >= 33
 
 
@@ -175,7 +174,7 @@ def test_unlifted_reference_is_caught(tmp_path: Path) -> None:
     assert caught
 
 
-@every_architecture
+@some_architectures
 def test_truth_is_repeatable(entry: Architecture, variant: str, tmp_path: Path) -> None:
     """Also where the reference remembers the longest input that it has seen."""
     named = fixtures.hot_checkpoint(entry, variant, tmp_path)
