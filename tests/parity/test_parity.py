@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,10 @@ def test_what_convert_wrote(tmp_path: Path) -> None:
 
 
 @some_architectures
-def test_wrong_checkpoint(entry: Architecture, variant: str, tmp_path: Path) -> None:
-    fixtures.hot_checkpoint(entry, variant, tmp_path)
+def test_wrong_checkpoint(
+    entry: Architecture, variant: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made(entry.name, variant), tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     del weights[sorted(weights)[0]]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -109,10 +113,10 @@ def test_every_parameter_is_redrawn(entry: Architecture, variant: str, tmp_path:
 
 
 @every_architecture
-def test_attention_is_hot(entry: Architecture, variant: str, tmp_path: Path) -> None:
+def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
     """Neither uniform nor one-hot: where it is either, what feeds it does not show."""
-    named = fixtures.hot_checkpoint(entry, variant, tmp_path)
-    model = reference.Reference(tmp_path, named, torch.float32).model
+    named = entry.variants[variant]["class"]
+    model = reference.Reference(made(entry.name, variant), named, torch.float32).model
     ids = torch.randint(8, model.config.vocab_size, (4, TOKENS))
     with torch.no_grad():
         if model.config.is_encoder_decoder:
@@ -145,15 +149,15 @@ def test_old_spelling_stays(tmp_path: Path) -> None:
 
 
 @every_architecture
-def test_lift(entry: Architecture, variant: str, tmp_path: Path) -> None:
+def test_lift(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
     """Two ways through the lifted reference agree to the last digits; unlifted it is caught."""
-    named = fixtures.hot_checkpoint(entry, variant, tmp_path)
+    directory, named = made(entry.name, variant), entry.variants[variant]["class"]
     ids = {"input_ids": torch.randint(8, 100, (2, TOKENS))}
     ids["decoder_input_ids"] = ids["input_ids"].flip(1)  # read by encoder-decoders alone
     kinds = ("eager", "sdpa") if reference.fuses(named) else ("eager", "eager")
     with torch.no_grad():
         eager, fused = (
-            reference.Reference(tmp_path, named, torch.float64, lifted=True, attention=kind)(
+            reference.Reference(directory, named, torch.float64, lifted=True, attention=kind)(
                 ids, watch=True
             )
             for kind in kinds
@@ -162,11 +166,11 @@ def test_lift(entry: Architecture, variant: str, tmp_path: Path) -> None:
         assert checks.distance(fused[name], value) < 1e-13
 
 
-def test_unlifted_reference_is_caught(tmp_path: Path) -> None:
+def test_unlifted_reference_is_caught(made: Callable[..., Path]) -> None:
     caught = 0
     for entry, variant in FIRST:
-        named = fixtures.hot_checkpoint(entry, variant, tmp_path / entry.name)
-        plain = reference.Reference(tmp_path / entry.name, named, torch.float64)
+        named = entry.variants[variant]["class"]
+        plain = reference.Reference(made(entry.name, variant), named, torch.float64)
         try:
             plain({"input_ids": torch.arange(8, 16)[None]}, watch=True)
         except ParityError:
@@ -175,10 +179,10 @@ def test_unlifted_reference_is_caught(tmp_path: Path) -> None:
 
 
 @some_architectures
-def test_truth_is_repeatable(entry: Architecture, variant: str, tmp_path: Path) -> None:
+def test_truth_is_repeatable(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
     """Also where the reference remembers the longest input that it has seen."""
-    named = fixtures.hot_checkpoint(entry, variant, tmp_path)
-    one, two = Truth(tmp_path, named), Truth(tmp_path, named)
+    directory, named = made(entry.name, variant), entry.variants[variant]["class"]
+    one, two = Truth(directory, named), Truth(directory, named)
     for name, value in one.outputs.items():
         assert torch.equal(value, two.outputs[name])
     for name, value in one.gradients.items():
