@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sources import CONFIG, FIRST, SMALL, Hub, holds
+from hub_server import CONFIG, FIRST, SMALL, Hub, holds
 
 import zoo
 from zoo.checkpoints import downloads, sources

@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from zoo import registry
 from zoo.checkpoints.sentences import Pooling, SentenceModel
 from zoo.components.cache import Cache
 from zoo.errors import MissingDependency, UsageError
-from zoo.parity import fixtures
 from zoo.prepared import prepare
 from zoo.text.inference import headless
 
@@ -36,15 +34,8 @@ Hot = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def hot(tmp_path_factory: pytest.TempPathFactory) -> Hot:
+def hot(made: Hot) -> Hot:
     """A variant as the reference saves it, every parameter redrawn."""
-
-    @cache
-    def made(name: str, variant: str) -> Path:
-        place = tmp_path_factory.mktemp("hot")
-        fixtures.hot_checkpoint(registry.architectures()[name], variant, place)
-        return place
-
     return made
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_optimizers import FIRST, IDS, NEAR, Nano, Pair
 from tiny import build
 from torch import nn
+from training_pairs import FIRST, IDS, NEAR, Nano, Pair
 
 import zoo
 import zoo.saving.optimizer_files
