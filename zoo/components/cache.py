@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from zoo.errors import InputError, SequenceTooLong
 
-if TYPE_CHECKING:
-    from zoo.components.masks import Mask
+
+class Rows(Protocol):
+    """What a model keeps beside keys and values, a row for each row of the cache."""
+
+    def take(self, rows: Tensor) -> Self:
+        """Select rows by number."""
+        ...
 
 
 class Cache:
@@ -27,8 +32,7 @@ class Cache:
         self.slots: list[tuple[Tensor, Tensor]] = []  # (b, g, size, e) twice, as layers run
         self.filled: Tensor | None = None  # (), how many places hold a token
         self.real: Tensor | None = None  # (b, size), once there is padding in any row
-        self.question: Tensor | None = None  # (b, q) ids, where a question is read apart
-        self.encoded: tuple[Tensor, Mask] | None = None  # what an encoder made of it
+        self.memory: Rows | None = None  # an encoder's output, where the model has an encoder
 
     @property
     def length(self) -> int:
@@ -58,16 +62,6 @@ class Cache:
         if self.slots and len(ids) != len(self.slots[0][0]):
             raise InputError(f"{len(ids)} rows, and the cache holds {len(self.slots[0][0])}")
 
-    def read(self, question: Tensor) -> tuple[Tensor, Mask] | None:
-        """What an encoder made of this question, if it has seen it."""
-        if self.encoded is None:
-            self.question = question
-        elif not torch.compiler.is_compiling() and question.device.type == "cpu":
-            same = self.question is not None and torch.equal(self.question, question)
-            if not same:
-                raise InputError("the cache holds an answer to another question: take a new one")
-        return self.encoded
-
     def check_layer(self, n: int, k: Tensor, start: int) -> None:
         """The layer that is n-th to run goes on with keys like those that it has here."""
         if n == len(self.slots) and start:
@@ -93,17 +87,15 @@ class Cache:
         if self.real is not None:
             self.real[:, length:] = False
         if not length:
-            self.encoded = None
+            self.memory = None
 
     def take(self, rows: Tensor) -> None:
         """The rows of these numbers in the place of those that were there."""
         self.slots = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.slots]
         if self.real is not None:
             self.real = self.real.index_select(0, rows)
-        if self.encoded is not None and self.question is not None:
-            self.question = self.question.index_select(0, rows)
-            states, mask = self.encoded
-            self.encoded = states.index_select(0, rows), mask.take(rows)
+        if self.memory is not None:
+            self.memory = self.memory.take(rows)
 
 
 def _kind(x: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
