@@ -39,6 +39,13 @@ def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None =
             )
 
 
+def token_types(types: Tensor | None, count: int, ids: Tensor) -> Tensor:
+    """(b, s) of checked token types, zeros where none are given."""
+    types = torch.zeros_like(ids) if types is None else types
+    check_ids(types, count, "token type", ids)
+    return types
+
+
 def check_mask(mask: Tensor | None, ids: Tensor, chunk: bool = False) -> Tensor | None:
     """(b, s) of truth values, or None where every token is real.
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from zoo.components import activations, encoder, inputs, masks
@@ -76,9 +75,7 @@ class Model(encoder.Encoder):
         mask = masks.full(input_ids, attention_mask, self.config.behind)
         x = self.embed(input_ids) + self.positions(mask.positions)
         if self.types is not None:
-            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            inputs.check_ids(types, self.config.types, "token type", input_ids)
-            x = x + self.types(types)
+            x = x + self.types(inputs.token_types(token_type_ids, self.config.types, input_ids))
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask)
