@@ -400,7 +400,7 @@ def unshared(self: Any, x: Tensor) -> Tensor:
     """Experts whose shares do not sum to one."""
     tokens = x.flatten(0, 1)
     share, index = self.router(tokens).softmax(-1).topk(self.experts_per_token, -1)
-    out: Tensor = self.run_chosen(tokens, share, index).view_as(x)
+    out: Tensor = self.run_sparse(tokens, share, index).view_as(x)
     return out
 
 
