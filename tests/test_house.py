@@ -49,6 +49,7 @@ ARROWS = {
         *("zoo.errors", "zoo.registry", "zoo.checkpoints.downloads", "zoo.terminal"),
         *("converters", "huggingface_hub"),
     },
+    "zoo.checkpoints.oracle": {"zoo", "converters", "torch", "safetensors", "transformers"},
     "zoo.tokenizers": {
         *("zoo", "converters", "torch"),
         *("tiktoken", "sentencepiece", "tokenizers", "jinja2"),

@@ -16,8 +16,8 @@ from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan, target_names
 from converters.spec import load_spec
 from zoo import registry
+from zoo.checkpoints.build import native_of
 from zoo.errors import PlanError, UsageError
-from zoo.loading import native_of
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
 

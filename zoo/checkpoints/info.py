@@ -100,7 +100,7 @@ def info(
     found = replace(found, head=head or found.head)
     if not config:
         return found
-    from zoo.loading import skeleton
+    from zoo.checkpoints.locate import skeleton
 
     # fields that the model has not are refused, and the others may change how large it is
     model = skeleton(ref, head=head, config=config, ignore_config=ignore_config, **where)
@@ -138,10 +138,13 @@ def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
 
 
 def _mismatch(source: sources.Source) -> tuple[str, ...]:
-    from zoo.loading import name_problems
+    from zoo.checkpoints.locate import read
+    from zoo.checkpoints.named import name_problems
 
+    if source.checkpoint is None:
+        return ()
     try:
-        return tuple(name_problems(source))
+        return tuple(name_problems(read(source), source.checkpoint))
     except ConfigError as error:
         return tuple(error.problems)
 

@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any, Literal, NamedTuple, NoReturn, TypeGuard
 
 from converters.listed import Group, groups
+from zoo.checkpoints.config_file import CONFIG, ConfigFile, read_config
 from zoo.checkpoints.downloads import COMMIT, ask, damaged_blob, fetch
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -34,10 +35,11 @@ from zoo.errors import (
     option,
     printable,
 )
-from zoo.registry import CheckpointEntry, architecture_for, find, named
+from zoo.registry import CheckpointEntry, find, named
 from zoo.terminal import unescaped
 
-CONFIG = "config.json"
+Ref = str | os.PathLike[str]  # a registry's name, hf:org/repo@revision, or a path
+
 ADAPTER = "adapter_config.json"  # of peft's
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NATIVE_FILE = "zoo.json"  # what stands in its place in a native directory
@@ -92,7 +94,8 @@ class Source(NamedTuple):
     checkpoint: CheckpointEntry | None = None
     repo: str | None = None
     revision: str | None = None  # the commit
-    file: Path | None = None  # a file in the directory, where one was given
+    file: Path | None = None  # a file in the directory, where one was asked for
+    config: ConfigFile | None = None  # where it was read already, to know what to download
 
 
 def resolve(
@@ -134,7 +137,7 @@ def resolve(
     cache = None if cache_dir is None else Path(os.fsdecode(cache_dir))
     hub = _Hub(repo, revision or "main", token, cache, local_files_only, progress, adapter)
     directory, itself = hub.fetch_checkpoint(weights, file)
-    return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself)
+    return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself, hub.config)
 
 
 def _is_revision(revision: Any) -> bool:
@@ -428,6 +431,7 @@ class _Hub:
     adapter: bool = False
     # asked for by its branch, which records in the cache what commit that stands for
     first: str = CONFIG
+    config: ConfigFile | None = None  # once it is there
 
     _stopped: Event = field(default_factory=Event, repr=False)
 
@@ -449,9 +453,7 @@ class _Hub:
                 )
             return self._fetch_group(self._group(file), weights)
         directory, self.revision = config.parent, config.parent.name
-        from converters.strict_json import read_json
-
-        architecture_for(read_json(config), f"hf:{self.repo}: {CONFIG}")
+        self.config = read_config(directory, f"hf:{self.repo}: {CONFIG}")
         if weights and not self._has_weights() and groups(self._names):
             return self._fetch_group(self._group(None), weights)
         for name in COMPANIONS:

@@ -20,26 +20,20 @@ from converters.output import Item, Output, digest, hash_file, identity, index_o
 from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
 from converters.writer import MEMORY, Options, Report, Tell, damages, run
+from zoo.checkpoints.build import dtype_of, native_of, on_meta
+from zoo.checkpoints.config_file import CONFIG
 from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import check_trust, prove
+from zoo.checkpoints.provenance import Origin, provenance_of
 from zoo.checkpoints.sentences import SentenceModel, headless, read_steps
-from zoo.checkpoints.sources import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.sources import MODULES, NATIVE_FILE, Ref
 from zoo.components.model import Model
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing, option
-from zoo.loading import (
-    Located,
-    Origin,
-    Ref,
-    adapter_files,
-    check_adapter,
-    check_trust,
-    dtype_of,
-    locate,
-    native_of,
-    on_meta,
-    prove,
-    provenance_of,
-)
+from zoo.loading import adapter_files, check_adapter
 from zoo.lora.bases import based
+from zoo.lora.files import Files
 from zoo.lora.merging import changes, untied
 from zoo.saving.arrays import ADAPTED, Arrays, span_of
 from zoo.saving.export import QUANTISED, export, with_zeros
@@ -216,6 +210,7 @@ def _located(
     if (files := adapter_files(found, adapter)) is not None:
         asked = options.get("head") is not None
         found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)
+        chosen["adapter"] = files
     whole = to in GRAPHS and options.get("head") is None
     if whole and (found.source.directory / MODULES).is_file():
         found = found._replace(heads=headless(found.heads, found.entry.model))
@@ -288,6 +283,7 @@ def plan_output(
     trust: Collection[str] = (),
     layout: Mapping[str, Any] | None = None,
     steps: bool = False,
+    adapter: Files | None = None,
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read.
 
@@ -298,9 +294,9 @@ def plan_output(
     model, plan = prove(found, checkpoint, config or {})
     provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
     arrays = Arrays(checkpoint, plan, trust, provenance.quantized)
-    if found.adapter is not None:
-        arrays.changes = changes(model, plan.native, found.adapter, arrays.own)
-        arrays.adapter = found.adapter.where
+    if adapter is not None:
+        arrays.changes = changes(model, plan.native, adapter, arrays.own)
+        arrays.adapter = adapter.where
         if arrays.changes.apart:
             model = on_meta(found, untied(model, plan.native.ties))
             model.provenance = provenance
@@ -313,9 +309,9 @@ def plan_output(
         **lossy_of(provenance),
     }
     sources = checkpoint.files
-    if found.adapter is not None:
-        sources += found.adapter.paths
-        said["adapter"] = {path.name: hash_file(path) for path in found.adapter.paths}
+    if adapter is not None:
+        sources += adapter.paths
+        said["adapter"] = {path.name: hash_file(path) for path in adapter.paths}
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in found.spec.dialects:
         model, zeros = with_zeros(model, found.spec.dialect(to))
@@ -390,7 +386,7 @@ def _with_steps(
 def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
-    plain = found.native is None and found.foreign is None and found.adapter is None
+    plain = found.native is None and found.foreign is None and arrays.changes is None
     if plain and not arrays.trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}

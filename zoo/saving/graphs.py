@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import zoo
 from converters.formats import Layout, stored_zip, torch_dtype
 from converters.output import Item, Shard
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.components.model import Model
 from zoo.errors import LossyExport, MissingDependency, UsageError, listing
-from zoo.loading import native_of
+from zoo.version import VERSION
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -196,7 +196,7 @@ def _onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byt
         told.metadata_props.clear()
         told.doc_string = None
     graph.name = model.architecture or "model"
-    graph_model.producer_name, graph_model.producer_version = "zoo", zoo.__version__
+    graph_model.producer_name, graph_model.producer_version = "zoo", VERSION
     return shard, {ONNX: ir.to_proto(graph_model).SerializeToString(deterministic=True)}
 
 

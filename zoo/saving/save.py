@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zoo
 from converters.checkpoint import MANIFEST, SHARD_BYTES, confined, shard
 from converters.dialects import every_dialect
 from converters.formats import TensorInfo, dtype_code, torch_dtype
@@ -28,7 +27,9 @@ from converters.spec import Container, Spec, load_spec
 from converters.store import Stage, check_place, staged
 from converters.writer import Options, Report, run
 from zoo import registry
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.provenance import Origin, Provenance, check_sources
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.checkpoints.sources import (
     ADAPTER,
@@ -37,6 +38,7 @@ from zoo.checkpoints.sources import (
     MODULES,
     MORE_TEMPLATES,
     NATIVE_FILE,
+    Ref,
     expanded,
     is_path,
     module_folders,
@@ -50,13 +52,11 @@ from zoo.errors import (
     did_you_mean,
     listing,
 )
-from zoo.loading import Origin, Provenance, Ref, native_of
 from zoo.lora.layers import Lora
-from zoo.prepared.prepare import is_prepared
 from zoo.saving import graphs
 from zoo.saving.export import Export, dialects, export, same_config, with_zeros
 from zoo.saving.graphs import GRAPHS
-from zoo.text.inference import check_sources
+from zoo.version import VERSION
 
 OWN_FILES = ("hf", "native")  # written as safetensors
 # what belongs to a checkpoint beside config and weights, and is carried along untouched
@@ -99,7 +99,7 @@ def save(
     check_dialect(to)
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
-    if is_prepared(model):
+    if model.is_prepared:
         raise UsageError(
             "a prepared model holds its weights as this machine's kernels want them, and no file "
             "does: save the model as it was before zoo.prepare, or load it again"
@@ -408,7 +408,7 @@ def _quantized(model: Model) -> Mapping[str, str]:
 
 def versions() -> dict[str, str]:
     return {
-        "zoo": zoo.__version__,
+        "zoo": VERSION,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

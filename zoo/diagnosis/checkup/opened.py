@@ -17,7 +17,11 @@ from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
 from converters.plan import FLOATS, Fitting, Plan, Step, what_fits
 from converters.spec import Container
-from zoo.checkpoints.sources import check_no_adapter, expanded
+from zoo.checkpoints.build import native_of, skeleton_of
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
+from zoo.checkpoints.sources import Ref, check_no_adapter, expanded
 from zoo.components.model import Model
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -27,7 +31,6 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.loading import Located, Ref, locate, native_of, prove, skeleton_of
 
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
