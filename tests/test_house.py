@@ -42,11 +42,11 @@ STANDARD = sys.stdlib_module_names
 ARROWS = {
     "zoo.errors": set(),
     "zoo.models": {"zoo.components", "zoo.errors", "torch", "einops"},
-    "zoo.components": {"zoo.errors", "torch", "einops"},
+    "zoo.components": {"zoo.errors", "zoo.verbs", "torch", "einops"},
     "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
     "zoo.checkpoints.downloads": {"zoo.errors", "huggingface_hub"},
     "zoo.checkpoints.sources": {
-        *("zoo.errors", "zoo.registry", "zoo.checkpoints.downloads", "zoo.terminal"),
+        *("zoo.errors", "zoo.registry", "zoo.checkpoints", "zoo.terminal"),
         *("converters", "huggingface_hub"),
     },
     "zoo.checkpoints.oracle": {"zoo", "converters", "torch", "safetensors", "transformers"},
@@ -60,14 +60,7 @@ ARROWS = {
     "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml", "xxhash"},
 }
 # (file, what it imports): why it may
-EXCEPTIONS = {
-    ("zoo/components/model.py", "zoo.loading"): "from_pretrained on the class, when called",
-    ("zoo/components/model.py", "zoo.saving.save"): "save_pretrained on the class, when called",
-    ("zoo/components/model.py", "zoo.text.generate"): "generate on the model, when called",
-    ("zoo/components/model.py", "zoo.interpret"): "looking inside, on the model, when called",
-    ("zoo/components/model.py", "zoo.lora"): "adapters on the model, when asked for",
-    ("zoo/components/model.py", "zoo.tokenizers"): "the tokenizer beside the weights, when asked",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

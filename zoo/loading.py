@@ -5,6 +5,8 @@ The steps lie in `zoo/checkpoints`, a file each, and `load` puts them together:
 1. `locate`: the reference becomes a directory, and its config the fields of an architecture.
 2. `plan`: a model on the meta device is built (`build`), and a plan proves that the files fill it.
 3. `fill`: the weights stream in, cast and checked, with their `provenance`.
+
+What only some loads need is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -14,27 +16,23 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from converters import manifest
 from converters.memory import enough
 from converters.spec import Spec
 from zoo.checkpoints.build import build_random, dtype_of
 from zoo.checkpoints.fill import fill, memory_advice
 from zoo.checkpoints.locate import locate, read
 from zoo.checkpoints.located import Located
-from zoo.checkpoints.sentences import headless, with_steps
 from zoo.checkpoints.sources import MODULES, Ref, expanded, resolve
 from zoo.components.model import Model
 from zoo.errors import ChecksumMismatch, NotACheckpoint, UsageError, did_you_mean
-from zoo.lora import attach, merge_adapter
-from zoo.lora.bases import based
-from zoo.lora.files import Files
-from zoo.lora.files import read as read_adapter
-from zoo.prepared.prepare import prepare as prepare_model
 from zoo.registry import Architecture
+
+if TYPE_CHECKING:
+    from zoo.lora.files import Files
 
 CHECKS = ("finite",)  # what load can be asked to look for in all weights
 M = TypeVar("M", bound=Model)
@@ -133,17 +131,25 @@ def load(
             model = _adapted(build_random(located, changes, **how), files, merge)
         else:
             if files is not None:
+                from zoo.lora.bases import based
+
                 located, changes = based(located, files, changes, asked=head is not None)
             if verify:
                 _verify(directory)
             has_steps = modules and head is expect is None and (directory / MODULES).is_file()
             if has_steps:
+                from zoo.checkpoints.sentences import headless, with_steps
+
                 located = located._replace(heads=headless(located.heads, located.entry.model))
             model = fill(located, config=changes, trust=trust, finite=finite, **how)
             model = _adapted(model, files, merge)
             if has_steps:
                 model = with_steps(model, directory, finite=finite)
-    return prepare_model(model) if prepare else model
+    if prepare:
+        from zoo.prepared.prepare import prepare as prepare_model
+
+        return prepare_model(model)
+    return model
 
 
 def from_pretrained(cls: type[M], ref: str | PathLike[str], **options: Any) -> M:
@@ -186,12 +192,16 @@ def adapter_files(located: Located, adapter: Ref | bool | None) -> Files | None:
     """Read the adapter that was asked for: of its own directory, or the one beside the weights."""
     if adapter is None or adapter is False:
         return None
+    from zoo.lora.files import read as read_adapter
+
     return read_adapter(located.source.directory if adapter is True else expanded(adapter))
 
 
 def _adapted(model: Model, files: Files | None, merge: bool) -> Model:
     if files is None:
         return model
+    from zoo.lora import attach, merge_adapter
+
     attach(model, files)
     return merge_adapter(model) if merge else model
 
@@ -237,6 +247,8 @@ def _check_choices(weights: Any, check: Any, adapter: Any, merge: bool, prepare:
 
 def _verify(directory: Path) -> None:
     """Against convert's manifest, or the digests by which a hub's cache names its files."""
+    from converters import manifest
+
     if (directory / manifest.NAME).exists():
         damages = [str(damage) for damage in manifest.check(directory)]
     elif (by_digest := manifest.named_by_digest(directory)) is not None:
