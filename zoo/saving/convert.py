@@ -334,7 +334,7 @@ def plan_output(
         if kind is not None and dtype_code(kind) not in held:
             raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
         items = list(arrays.backward(made.plan))
-        how = {"lossy": kind is not None or quantized, "quantised": quantized}
+        how = {"lossy": kind is not None or quantized, "quantized": quantized}
         vocab = model.config.vocab
         shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
         said["layout"] = dict(made.options)
