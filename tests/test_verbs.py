@@ -65,7 +65,7 @@ def test_type_checkers_see_the_public_names() -> None:
 
 
 def test_type_checkers_see_the_verbs() -> None:
-    """The declarations in components/model.py are those of the table, with parameters that exist."""
+    """Each verb of the table is declared in components/model.py, with the real parameters."""
     tree = ast.parse(Path(components_model.__file__).read_text(encoding="utf-8"))
     (owner,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Model")
     (block,) = (node for node in owner.body if isinstance(node, ast.If))

@@ -24,9 +24,11 @@ from converters.memory import enough
 from converters.spec import Spec
 from zoo.checkpoints.build import build_random, dtype_of
 from zoo.checkpoints.fill import fill, memory_advice
+from zoo.checkpoints.layout import MODULES
+from zoo.checkpoints.local import expanded
 from zoo.checkpoints.locate import locate, read
 from zoo.checkpoints.located import Located
-from zoo.checkpoints.sources import MODULES, Ref, expanded, resolve
+from zoo.checkpoints.sources import Ref, resolve
 from zoo.components.model import Model
 from zoo.errors import ChecksumMismatch, NotACheckpoint, UsageError, did_you_mean
 from zoo.registry import Architecture

@@ -17,7 +17,7 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo.checkpoints.sources import _bar
+from zoo.checkpoints.hub import _bar
 from zoo.cli.app import main
 from zoo.errors import ZooError, printable
 from zoo.terminal import Escaped

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zoo.checkpoints.layout import CONFIG
 from zoo.registry import Architecture, architecture_for
-
-CONFIG = "config.json"
 
 
 class ConfigFile(NamedTuple):

@@ -20,7 +20,7 @@ from converters.formats.safetensors import SafetensorsReader
 from converters.output import Identity, Output, identity
 from converters.store import files_below
 from converters.strict_json import read_json
-from zoo.checkpoints.sources import (
+from zoo.checkpoints.layout import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     COMPANIONS,

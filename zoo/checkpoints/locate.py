@@ -19,18 +19,13 @@ from converters.quantized.settings import FIELD as QUANTIZED
 from converters.spec import Dialect, load_spec
 from zoo import registry
 from zoo.checkpoints.build import names_on_disk, native_of, on_meta, skeleton_of
-from zoo.checkpoints.config_file import CONFIG, read_config
+from zoo.checkpoints.config_file import read_config
+from zoo.checkpoints.downloads import naming_damaged_blobs
+from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
 from zoo.checkpoints.located import Located, as_published
 from zoo.checkpoints.named import check_name
 from zoo.checkpoints.native import read_native
-from zoo.checkpoints.sources import (
-    NATIVE_FILE,
-    Ref,
-    Source,
-    check_no_adapter,
-    naming_damaged_blobs,
-    resolve,
-)
+from zoo.checkpoints.sources import Ref, Source, check_no_adapter, resolve
 from zoo.components.model import Model
 from zoo.components.rotary import Llama3
 from zoo.errors import (

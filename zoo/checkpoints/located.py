@@ -14,7 +14,8 @@ from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
 from converters.quantized.dequantize import dequantized, stands_turned
 from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec
-from zoo.checkpoints.sources import Source, naming_damaged_blobs
+from zoo.checkpoints.downloads import naming_damaged_blobs
+from zoo.checkpoints.sources import Source
 from zoo.errors import ConfigError, ResourceLimit, listing, option
 from zoo.registry import Architecture
 

@@ -18,7 +18,7 @@ import zoo
 from converters.memory import enough
 from zoo import evidence, registry
 from zoo.checkpoints import info
-from zoo.checkpoints.sources import is_path
+from zoo.checkpoints.local import is_path
 from zoo.cli.progress import Shown
 from zoo.errors import (
     InputError,

@@ -21,14 +21,14 @@ from converters.plan import Plan, Step
 from converters.store import Shared, resumable, shared
 from converters.writer import MEMORY, Options, Report, Tell, damages, run
 from zoo.checkpoints.build import dtype_of, native_of, on_meta
-from zoo.checkpoints.config_file import CONFIG
 from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.layout import CONFIG, MODULES, NATIVE_FILE
 from zoo.checkpoints.locate import locate
 from zoo.checkpoints.located import Located
 from zoo.checkpoints.plan import check_trust, prove
 from zoo.checkpoints.provenance import Origin, provenance_of
 from zoo.checkpoints.sentences import SentenceModel, headless, read_steps
-from zoo.checkpoints.sources import MODULES, NATIVE_FILE, Ref
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing, option
 from zoo.loading import adapter_files, check_adapter

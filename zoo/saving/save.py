@@ -29,20 +29,19 @@ from converters.writer import Options, Report, run
 from zoo import registry
 from zoo.checkpoints.build import native_of
 from zoo.checkpoints.destination import Replacing
-from zoo.checkpoints.provenance import Origin, Provenance, check_sources
-from zoo.checkpoints.sentences import SentenceModel
-from zoo.checkpoints.sources import (
+from zoo.checkpoints.layout import (
     ADAPTER,
     CONFIG,
     MODULE_WEIGHTS,
     MODULES,
     MORE_TEMPLATES,
     NATIVE_FILE,
-    Ref,
-    expanded,
-    is_path,
     module_folders,
 )
+from zoo.checkpoints.local import expanded, is_path
+from zoo.checkpoints.provenance import Origin, Provenance, check_sources
+from zoo.checkpoints.sentences import SentenceModel
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.errors import (
     BadTokenizer,

@@ -18,10 +18,11 @@ from converters.lazy import Lazy
 from converters.plan import FLOATS, Fitting, Plan, Step, what_fits
 from converters.spec import Container
 from zoo.checkpoints.build import native_of, skeleton_of
+from zoo.checkpoints.local import expanded
 from zoo.checkpoints.locate import locate
 from zoo.checkpoints.located import Located
 from zoo.checkpoints.plan import prove
-from zoo.checkpoints.sources import Ref, check_no_adapter, expanded
+from zoo.checkpoints.sources import Ref, check_no_adapter
 from zoo.components.model import Model
 from zoo.errors import (
     AmbiguousCheckpoint,
