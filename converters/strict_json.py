@@ -78,12 +78,12 @@ def read_json(path: Path, error: type[ZooError] = ConfigError) -> dict[str, Any]
         >>> read_json(path)
         {'layers': 2}
     """
-    return _as(dict, _parse(_read(path, error), str(path), error), str(path), error)
+    return _as(dict, _parse(read_text(path, error), str(path), error), str(path), error)
 
 
 def read_json_list(path: Path, error: type[ZooError] = ConfigError) -> list[Any]:
     """Like `read_json`, for a file that holds a list."""
-    return _as(list, _parse(_read(path, error), str(path), error), str(path), error)
+    return _as(list, _parse(read_text(path, error), str(path), error), str(path), error)
 
 
 def parse_json(
@@ -98,7 +98,8 @@ def parse_json(
     return _as(dict, _parse(_decoded(data, where, error), where, error), where, error)
 
 
-def _read(path: Path, error: type[ZooError]) -> str:
+def read_text(path: Path, error: type[ZooError] = ConfigError) -> str:
+    """Return the text of a JSON file within the bounds of size and memory, for `parse_json`."""
     fd = open_regular(path)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size

@@ -255,7 +255,7 @@ from pathlib import Path
 from converters.writer import WriteOptions, run
 from converters.staging.stage import Stage
 from zoo.saving.convert import plan_output
-from zoo.loading import locate
+from zoo.checkpoints.locate import locate
 source, changes, options, rounds, durable = json.loads(sys.argv[1])
 source = Path(source)
 output = plan_output(locate(source, mmap=False), "native", **changes)

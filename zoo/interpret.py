@@ -59,7 +59,7 @@ def run_with_cache(
     Nothing is copied, and nothing keeps a graph; with `grad` all of it is in one, and after a
     backward each value has its own in `.grad`. `inputs` are further ones of the model's forward.
     """
-    if grad and hasattr(model, "prepared"):
+    if grad and model.is_prepared:
         raise UsageError("grad: a prepared model has no gradients. Use it as zoo.load gives it")
     asked = find(model, [names] if isinstance(names, str) else names, "names")
     kept, moving = Kept(), inputs.get("cache") is not None
@@ -173,7 +173,7 @@ def find(model: nn.Module, names: Iterable[str], what: str) -> dict[str, list[Pl
         ]
     if unknown := [name for name in found if not found[name]]:
         told = "; ".join(f"{name!r} matches nothing.{_near(name, known)}" for name in unknown)
-        if hasattr(model, "prepared"):
+        if model.is_prepared:
             told += " A prepared model has other parts: look into it as zoo.load gives it"
         raise UsageError(f"{what}: {told}")
     return found

@@ -327,7 +327,7 @@ from pathlib import Path
 from converters.writer import WriteOptions, run
 from converters.staging.stage import Stage
 from zoo.saving.convert import plan_output
-from zoo.loading import locate
+from zoo.checkpoints.locate import locate
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -222,7 +222,7 @@ def test_no_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gpt2")
     with pytest.raises(MissingDependency, match=r"C\+\+ compiler"):
         zoo.prepare(model, compile=True)
-    assert not prepare.is_prepared(model)
+    assert not model.is_prepared
 
 
 # --- the last place alone ------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_last_only(name: str, fast: bool) -> None:
     if model.config.head not in prepare.LOGITS:
         with pytest.raises(UsageError, match="last_only"):
             zoo.prepare(model, last_only=True)
-        assert not prepare.is_prepared(model)
+        assert not model.is_prepared
         return
     if fast:
         zoo.prepare(model)

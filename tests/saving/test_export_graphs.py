@@ -27,6 +27,7 @@ from converters import manifest
 from converters.output import Shard
 from converters.spec import load_spec
 from zoo import registry
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.sentences import Normalize, Pooling, SentenceModel
 from zoo.cli import app
 from zoo.components import dual_chunk
@@ -39,7 +40,6 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.loading import native_of
 from zoo.saving import graphs
 from zoo.saving.outputs import item_of
 

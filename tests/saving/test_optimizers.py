@@ -14,8 +14,8 @@ import zoo
 from converters.plan import target_names
 from converters.spec import load_spec
 from zoo import registry
+from zoo.checkpoints.build import native_of
 from zoo.errors import PlanError, UsageError
-from zoo.loading import native_of
 
 PROVEN = [*FIRST, "llama/tied", "t5/gated-own-head", "falcon/grouped", "deberta-v2/v2-conv"]
 INPUTS = {"input_ids": IDS, "decoder_input_ids": IDS}

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from zoo.checkpoints.provenance import check_sources
 from zoo.components.model import Model
 from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
 from zoo.terminal import BOLD, DIM, RED, has_color, paint
 from zoo.text.generate import Runner, answers, asked_of, check_writes, pieces_of
-from zoo.text.inference import check_sources
 
 HELP = '''\
 /reset      forget the dialogue

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from converters.lazy import Lazy
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.finite import first_where
-from zoo.checkpoints.sources import expanded
+from zoo.checkpoints.local import expanded
+from zoo.components.model import Model
 from zoo.errors import OverflowOnCast, UsageError, did_you_mean, listing
 from zoo.lora import files as peft
 from zoo.lora.files import Factors, Files, Settings
 from zoo.lora.layers import Lora, put, take_off
 from zoo.lora.merging import Changes, Low, Part, changes, untied, wide_dtype
-from zoo.lora.places import Places, on_disk
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from zoo.components.model import Model
+from zoo.lora.places import Places
 
 __all__ = [
     "Adapter",
@@ -32,7 +29,6 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "remove_adapter",
-    "save_adapter",
 ]
 
 
@@ -91,7 +87,7 @@ def add_adapter(
     _check(model)
     settings = Settings(r, alpha, dropout, rslora)
     text = peft.config_text(settings, sorted(targets))
-    places, like = Places(model, _native(model)), next(model.parameters())
+    places, like = Places(model, native_of(model)), next(model.parameters())
     factors, known = dict[str, Factors](), set[str]()
     for name, info in places.header().items():
         module, _, leaf = name.rpartition(".")
@@ -114,8 +110,8 @@ def add_adapter(
 
 def attach(model: Model, files: Files) -> Model:
     _check(model)
-    own = dict(_own(model))
-    found = changes(model, _native(model), files, lambda name: Lazy.of(own[name].detach()))
+    own = dict(own_parameters(model))
+    found = changes(model, native_of(model), files, lambda name: Lazy.of(own[name].detach()))
     frozen = {name: parameter.requires_grad for name, parameter in own.items()}
     adapter = Adapter(files, found, {}, {}, [], frozen)
     for parameter in own.values():
@@ -140,10 +136,10 @@ def merge_adapter(model: Model) -> Model:
     Names of one array that the adapter tells apart, an embedding's and a head's, have an array
     each from here on.
     """
-    adapter, found = _adapter(model), _adapter(model).changes
+    adapter, found = adapter_of(model), adapter_of(model).changes
     if found.apart:
         ties = found.places.native.ties
-        model.config, before = untied(model, ties), dict(_own(model))
+        model.config, before = untied(model, ties), dict(own_parameters(model))
         for name, of in ties.items():
             if before[name] is before[of]:
                 owner, leaf = _owner(model, name)
@@ -165,7 +161,7 @@ def merge_adapter(model: Model) -> Model:
 
 def _merged(model: Model, adapter: Adapter) -> Iterator[tuple[str, int | None, Tensor, Tensor]]:
     """(native name, which of a stack, the matrix, the matrix with the factors added)"""
-    own = dict(_own(model))
+    own = dict(own_parameters(model))
     for module, pieces in adapter.pieces.items():
         factors = adapter.factors(module)
         for part, _ in pieces:
@@ -181,38 +177,12 @@ def _merged(model: Model, adapter: Adapter) -> Iterator[tuple[str, int | None, T
 
 def remove_adapter(model: Model) -> Model:
     """The model as it was before."""
-    adapter = _adapter(model)
+    adapter = adapter_of(model)
     for name, parameter in adapter.before.items():
         owner, leaf = _owner(model, name)
         owner._parameters[leaf] = parameter
     _leave(model, adapter)
     return model
-
-
-def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = False) -> Path:
-    """A directory that peft loads: while nothing was trained, the bytes of the one it was.
-
-    An adapter may be saved again over its own earlier output; see `zoo.save` for that and `force`.
-    """
-    from zoo.checkpoints.publish import checked_destination, write
-
-    adapter = _adapter(model)
-    factors, whole = dict[str, Factors](), dict[str, Tensor]()
-    own = {n: p.detach() for n, p in _own(model)}
-    for module, was in adapter.files.factors.items():
-        now = adapter.factors(module)
-        factors[module] = now._replace(a=_as_it_was(now.a, was.a), b=_as_it_was(now.b, was.b))
-    for name, before in adapter.files.whole.items():
-        _, step, n = adapter.changes.places.find(name)
-        whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
-    output = peft.output(replace(adapter.files, factors=factors, whole=whole))
-    return write(output, checked_destination(directory, None, force), force)
-
-
-def _as_it_was(now: Tensor, before: Tensor) -> Tensor:
-    """In the file's own dtype, where that holds the same numbers."""
-    narrow = now.to(before.dtype)
-    return narrow if narrow.to(now.dtype).equal(now) else now
 
 
 def _put(model: Model, adapter: Adapter, factors: Factors, parts: list[Part]) -> Iterator[Piece]:
@@ -242,12 +212,9 @@ def _put(model: Model, adapter: Adapter, factors: Factors, parts: list[Part]) ->
 
 
 def _check(model: Model) -> None:
-    from zoo.components.model import Model as Kind
-    from zoo.prepared.prepare import is_prepared
-
-    if not isinstance(model, Kind):
+    if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
-    if is_prepared(model):
+    if model.is_prepared:
         raise UsageError("a prepared model takes no adapter: load it again, and prepare it merged")
     if model.adapter is not None:
         raise UsageError(
@@ -255,24 +222,19 @@ def _check(model: Model) -> None:
         )
 
 
-def _adapter(model: Model) -> Adapter:
+def adapter_of(model: Model) -> Adapter:
+    """Return the adapter beside a model's weights; refuse a model that has none."""
     if model.adapter is None:
         raise UsageError("the model has no adapter: load_adapter puts one beside it")
     adapter: Adapter = model.adapter
     return adapter
 
 
-def _own(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters without those of adapters."""
     lows = {id(p) for m in model.modules() if isinstance(m, Lora) for p in m.parameters()}
     named = model.named_parameters(remove_duplicate=False)
     return ((n, p) for n, p in named if id(p) not in lows)
-
-
-def _native(model: Model) -> Any:
-    from zoo.loading import native_of
-
-    return native_of(model)
 
 
 def _owner(model: Model, name: str) -> tuple[nn.Module, str]:
@@ -288,5 +250,5 @@ def _leave(model: Model, adapter: Adapter) -> None:
             owner, leaf = _owner(model, piece.part.place.native)
             take_off(owner, leaf)
     model.adapter = None
-    for name, parameter in _own(model):
+    for name, parameter in own_parameters(model):
         parameter.requires_grad_(adapter.frozen[name])

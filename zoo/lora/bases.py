@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.plan import FLOATS
+from zoo.checkpoints.build import native_of, on_meta
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
 from zoo.errors import PlanError, SpecError, UsageError, listing
 from zoo.lora.files import WEIGHTS, Files
 from zoo.lora.places import Places
 
 if TYPE_CHECKING:
     from converters.lazy import Read
-    from zoo.loading import Located
 
 # peft's word for what a model is trained to do -> the head that does it
 TASKS = {
@@ -36,13 +39,11 @@ def based(
     A classifier is trained beside the factors of a base that has none, or one of other labels.
     `asked`: the head was.
     """
-    from zoo.loading import native_of, on_meta
-
     head = TASKS.get(files.settings.task, "")
     heads = found.heads
     if head in found.entry.model.heads and head not in heads and not asked:
         heads = (head,)
-    found, changes = found._replace(heads=heads, adapter=files), dict(config)
+    found, changes = found._replace(heads=heads), dict(config)
     if not files.whole:
         return found, changes
     model = on_meta(found, found.config(heads[0], config))
@@ -67,13 +68,11 @@ def based(
             f"{files.where}: brings {listing(lacking)}, and a base of {found.dialect} takes no "
             "further head. Convert it with --to hf first"
         )
-    return found._replace(brought=brought), changes
+    return found._replace(extend=partial(extended, brought=brought)), changes
 
 
 def _is_complete(found: Located, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Whether a base has all of the model without what an adapter brings."""
-    from zoo.loading import prove
-
     try:
         prove(found, checkpoint, config)
     except (PlanError, SpecError):

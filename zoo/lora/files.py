@@ -21,11 +21,11 @@ from converters.output import Item, Output, Shard
 from converters.paths import confined
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
+from converters.strict_regex import why_slow
 from zoo.checkpoints.finite import at, first_where
-from zoo.checkpoints.sources import ADAPTER as CONFIG
-from zoo.checkpoints.sources import ADAPTER_WEIGHTS as WEIGHTS
+from zoo.checkpoints.layout import ADAPTER as CONFIG
+from zoo.checkpoints.layout import ADAPTER_WEIGHTS as WEIGHTS
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
-from zoo.tokenizers.patterns import why_slow
 
 PREFIX = "base_model.model."  # peft's two wrappers
 # how a factor's name ends, for linear layers and for embeddings

@@ -46,9 +46,9 @@ def verify(
     `revision` and `reading` (head, config, ignore_config) say how a checkpoint is read, as
     `zoo.load` has them; a head's reference class is read beside it.
     """
+    from zoo.checkpoints.oracle import transformers
     from zoo.errors import UsageError, did_you_mean
     from zoo.parity.golden import find
-    from zoo.parity.reference import transformers
 
     if (ref is None) != all:
         raise UsageError("verify takes a name, a directory or all=True")

@@ -17,7 +17,7 @@ from converters import manifest
 from converters.carry_out import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
-from zoo.checkpoints import sources
+from zoo.checkpoints.layout import ADAPTER, ADAPTER_WEIGHTS
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.loading import load
@@ -371,7 +371,7 @@ def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list
         other = copy / path.name
         # these follow from the tensors, the files they are in, and where those came from
         # and an adapter beside the weights was left out
-        if path.name.endswith(".index.json") or path.name in (manifest.NAME, sources.ADAPTER):
+        if path.name.endswith(".index.json") or path.name in (manifest.NAME, ADAPTER):
             continue
         if not other.is_file():
             out.append(f"{path.name}: missing")
@@ -384,7 +384,7 @@ def _tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], b
     """Name -> dtype, shape, bytes."""
     out = {}
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name in sources.ADAPTER_WEIGHTS:
+        if path.name in ADAPTER_WEIGHTS:
             continue
         with safe_open(path, "pt") as file:
             out.update({name: _content(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.checkpoints.provenance import check_sources
 from zoo.components import activations
 from zoo.components.activations import Activation
 from zoo.components.attention import Attention, attend
@@ -34,7 +35,6 @@ from zoo.components.rotary import Rotary
 from zoo.errors import InputError, MissingDependency, UsageError
 from zoo.lora.layers import Lora
 from zoo.prepared import kernels
-from zoo.text.inference import check_sources
 
 M = TypeVar("M", bound=Model)
 
@@ -73,7 +73,7 @@ class Prepared(Model):
             "Use the model as zoo.load gives it"
         )
 
-    def save_pretrained(self, directory: Any, **options: Any) -> NoReturn:
+    def save_pretrained(self, dst: Any, **options: Any) -> NoReturn:
         self._refuse("cannot be saved")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -118,6 +118,7 @@ class Fixed(nn.Module):
     """A linear layer whose weight lies as `F.linear` takes it."""
 
     packed = False
+    prepared = True  # for `Model.is_prepared`
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -511,22 +512,17 @@ def prepare(
     for part in inner:  # a sentence model's own, too
         kind: Any = type(part)
         part.__class__ = _laid_over(kind)
-        part.prepared = done  # type: ignore[assignment]
+        part.prepared = done
     if compile:
         model.compile(fullgraph=True)
     return model
 
 
-def is_prepared(model: nn.Module) -> bool:
-    """Whether anything in it was prepared: what a sentence model wraps is, too."""
-    return any(isinstance(part, Fixed) for part in model.modules())
-
-
 def _check(model: Any, sample: Any) -> None:
-    if isinstance(model, nn.Module) and is_prepared(model):
-        raise UsageError("a prepared model cannot be prepared again. Load it anew")
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if model.is_prepared:
+        raise UsageError("a prepared model cannot be prepared again. Load it anew")
     if any(isinstance(part, Lora) for part in model.modules()):
         raise UsageError("an adapter stands beside the weights: merge_adapter() first")
     if any(p.is_meta for p in model.parameters()):

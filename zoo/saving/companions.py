@@ -13,8 +13,7 @@ from converters.output import Item, Shard
 from converters.paths import confined
 from converters.spec import Container
 from converters.weight_files import MANIFEST
-from zoo.checkpoints.sources import (
-    ADAPTER,
+from zoo.checkpoints.layout import (
     CONFIG,
     MODULE_WEIGHTS,
     MODULES,
@@ -22,6 +21,7 @@ from zoo.checkpoints.sources import (
     NATIVE_FILE,
     module_folders,
 )
+from zoo.checkpoints.sources import ADAPTER
 from zoo.errors import (
     BadTokenizer,
 )

@@ -21,27 +21,21 @@ from converters.plan import Plan, PlanStep
 from converters.staging.parts import SharedStage, shared
 from converters.staging.stage import resumable
 from converters.writer import MEMORY, Tell, WriteOptions, WriteReport, damages, run
+from zoo.checkpoints.build import dtype_of, native_of, on_meta
 from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.layout import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import check_trust, prove
+from zoo.checkpoints.provenance import Origin, provenance_of
 from zoo.checkpoints.publish import checked_destination, finished
 from zoo.checkpoints.sentences import SentenceModel, headless, read_steps
-from zoo.checkpoints.sources import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing, option
-from zoo.loading import (
-    Located,
-    Origin,
-    Ref,
-    adapter_files,
-    check_adapter,
-    check_trust,
-    dtype_of,
-    locate,
-    native_of,
-    on_meta,
-    prove,
-    provenance_of,
-)
+from zoo.loading import adapter_files, check_adapter
 from zoo.lora.bases import based
+from zoo.lora.files import Files
 from zoo.lora.merging import changes, untied
 from zoo.saving.arrays import ADAPTED, Arrays, span_of
 from zoo.saving.checks import OWN_FILES, check_dialect, check_graph, check_no_layout, check_whole
@@ -200,6 +194,7 @@ def _located(
     if (files := adapter_files(source, adapter)) is not None:
         asked = options.get("head") is not None
         source, chosen["config"] = based(source, files, chosen.get("config") or {}, asked)
+        chosen["adapter"] = files
     whole = to in GRAPHS and options.get("head") is None
     if whole and (source.source.directory / MODULES).is_file():
         source = source._replace(heads=headless(source.heads, source.entry.model))
@@ -274,6 +269,7 @@ def plan_output(
     trust: Collection[str] = (),
     layout: Mapping[str, Any] | None = None,
     steps: bool = False,
+    adapter: Files | None = None,
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read.
 
@@ -284,9 +280,9 @@ def plan_output(
     model, plan = prove(source, checkpoint, config or {})
     provenance = model.provenance = provenance_of(source, checkpoint, model, plan)
     arrays = Arrays(checkpoint, plan, trust, provenance.quantized)
-    if source.adapter is not None:
-        arrays.changes = changes(model, plan.native, source.adapter, arrays.own)
-        arrays.adapter = source.adapter.where
+    if adapter is not None:
+        arrays.changes = changes(model, plan.native, adapter, arrays.own)
+        arrays.adapter = adapter.where
         if arrays.changes.apart:
             model = on_meta(source, untied(model, plan.native.ties))
             model.provenance = provenance
@@ -299,9 +295,9 @@ def plan_output(
         **lossy_of(provenance),
     }
     sources = checkpoint.files
-    if source.adapter is not None:
-        sources += source.adapter.paths
-        notes["adapter"] = {path.name: hash_file(path) for path in source.adapter.paths}
+    if adapter is not None:
+        sources += adapter.paths
+        notes["adapter"] = {path.name: hash_file(path) for path in adapter.paths}
     zeros: dict[str, tuple[int, ...]] = {}
     if to != "native" and to in source.spec.dialects:
         model, zeros = with_zeros(model, source.spec.dialect(to))
@@ -376,7 +372,7 @@ def _with_steps(
 def _to_hf(source: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
-    plain = source.native is None and source.foreign is None and source.adapter is None
+    plain = source.native is None and source.foreign is None and arrays.changes is None
     if plain and not arrays.trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}

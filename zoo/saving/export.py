@@ -19,10 +19,11 @@ from converters.lazy import Lazy
 from converters.output import Item, Shard
 from converters.plan import Native, Plan, make_plan, target_names
 from converters.spec import Container, Dialect, Spec
+from zoo.checkpoints.build import native_of
+from zoo.checkpoints.locate import fields_by_tables
 from zoo.components.model import Model
 from zoo.components.rotary import PLAIN, Llama3
 from zoo.errors import ConfigError, LossyExport, SpecError, UsageError, did_you_mean, listing
-from zoo.loading import native_of, told_by_tables
 from zoo.saving.graphs import GRAPHS
 
 # what a format leaves to choose: the least and the most
@@ -337,7 +338,7 @@ def _come_back(
     everything = {**header, **{o: TensorInfo(o, *header[n][1:]) for o, n in aliases.items()}}
     inferred = infer(spec, dialect, fields, everything, shards, aliases)
     try:
-        inferred |= told_by_tables(dialect, fields, tables.__getitem__, tables)
+        inferred |= fields_by_tables(dialect, fields, tables.__getitem__, tables)
     except ConfigError as error:
         raise LossyExport(f"to={dialect.name!r}: it would not be read back: {error}") from None
     asked = {name: getattr(config, name) for name in dialect.needs if fields.get(name) is None}

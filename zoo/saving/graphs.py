@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from converters.formats import Layout, stored_zip, torch_dtype
 from converters.output import Item, Shard
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.components.model import Model
 from zoo.errors import LossyExport, MissingDependency, UsageError, listing
-from zoo.loading import native_of
 from zoo.version import VERSION
 
 if TYPE_CHECKING:

@@ -18,7 +18,12 @@ from converters.formats import TensorInfo, open_regular, torch_dtype
 from converters.formats.torch_zip import TorchZipReader
 from converters.plan import Plan, target_names
 from converters.staging.stage import staged_file
-from zoo.checkpoints.sources import expanded, is_path
+from zoo.checkpoints.build import native_of
+from zoo.checkpoints.local import expanded, is_path
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
+from zoo.checkpoints.sources import Ref
 from zoo.errors import (
     MissingDependency,
     NotACheckpoint,
@@ -28,7 +33,6 @@ from zoo.errors import (
     listing,
     option,
 )
-from zoo.loading import Located, Ref, locate, native_of, prove
 from zoo.saving.optimizers import NAMES, check_names, check_state, convert_optimizer
 from zoo.saving.origin import origin_of
 
@@ -247,12 +251,12 @@ def _no_order(what: str, more: str = "") -> UsageError:
 
 
 def _reference(named: str | None, config: Mapping[str, Any], what: str) -> nn.Module:
-    from zoo.parity.reference import on_meta
+    from zoo.checkpoints.oracle import reference_on_meta
 
     if named is None:
         raise _no_order(what)
     try:
-        return on_meta(named, config)
+        return reference_on_meta(named, config)
     except MissingDependency:
         more = ", or install transformers, whose module has it"
         raise _no_order(what, more) from None

@@ -16,10 +16,10 @@ from converters.carry_out import backward, forward
 from converters.formats import TensorInfo
 from converters.plan import Plan, PlanStep
 from zoo.checkpoints import finite
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.foreign import fitted
 from zoo.components.model import Model
 from zoo.errors import NonFinite, PlanError, UsageError, listing
-from zoo.loading import native_of
 
 Weights = nn.Module | Mapping[str, Tensor]
 State = dict[str, Any]  # of one parameter: exp_avg, exp_avg_sq, step …

@@ -13,11 +13,12 @@ from converters.output import digest
 from converters.plan import Plan, make_plan, target_names
 from converters.spec import Spec, load_spec
 from zoo import registry
+from zoo.checkpoints.build import native_of
+from zoo.checkpoints.provenance import Origin, Provenance
 from zoo.components.model import Model
 from zoo.errors import (
     LossyExport,
 )
-from zoo.loading import Origin, Provenance, native_of
 from zoo.saving.export import same_config
 
 

@@ -15,10 +15,8 @@ from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.lazy import Lazy
 from converters.output import Item, Shard
 from converters.plan import Plan
+from zoo.checkpoints.layout import CONFIG
 from zoo.checkpoints.sentences import SentenceModel
-from zoo.checkpoints.sources import (
-    CONFIG,
-)
 from zoo.components.model import Model
 from zoo.errors import (
     LossyExport,

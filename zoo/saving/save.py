@@ -18,21 +18,15 @@ from converters.output import Item, Output, Shard, index_of
 from converters.plan import Plan, PlanStep
 from converters.spec import load_spec
 from converters.weight_files import SINGLE
+from zoo.checkpoints.build import native_of
+from zoo.checkpoints.layout import CONFIG, MODULE_WEIGHTS, NATIVE_FILE
+from zoo.checkpoints.provenance import check_sources
 from zoo.checkpoints.publish import checked_destination, write
 from zoo.checkpoints.sentences import SentenceModel
-from zoo.checkpoints.sources import (
-    CONFIG,
-    MODULE_WEIGHTS,
-    NATIVE_FILE,
-)
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
-from zoo.errors import (
-    UsageError,
-    listing,
-)
-from zoo.loading import Ref, native_of
+from zoo.errors import UsageError, listing
 from zoo.lora.layers import Lora
-from zoo.prepared.prepare import is_prepared
 from zoo.saving.checks import OWN_FILES, check_dialect, check_graph, check_no_layout, check_whole
 from zoo.saving.companions import companions_of, exported_files, is_of_a_step, unpacked
 from zoo.saving.export import export, with_zeros
@@ -47,7 +41,6 @@ from zoo.saving.origin import (
     said_of,
 )
 from zoo.saving.outputs import graph_files, in_order, item_of, split
-from zoo.text.inference import check_sources
 
 
 def save(
@@ -74,7 +67,7 @@ def save(
     check_dialect(to)
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
-    if is_prepared(model):
+    if model.is_prepared:
         raise UsageError(
             "a prepared model holds its weights as this machine's kernels want them, and no file "
             "does: save the model as it was before zoo.prepare, or load it again"

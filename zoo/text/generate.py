@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.checkpoints.finite import check_finite, watched
+from zoo.checkpoints.provenance import check_sources
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.components.inputs import check_mask
@@ -42,7 +43,7 @@ from zoo.text.generation_config import (
     check_implemented,
     defaults_of,
 )
-from zoo.text.inference import at_rest, check_sources, device_of, model_of
+from zoo.text.inference import at_rest, device_of, model_of
 from zoo.text.sampling import Dice, Sampling, seeds_of
 
 NEW_TOKENS, NEW_TOKENS_OF_TEXT = 20, 100  # where nothing sets a length; the first as the reference

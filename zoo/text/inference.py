@@ -8,11 +8,13 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from zoo.checkpoints.provenance import check_sources
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
-from zoo.errors import SourceChanged, UsageError, listing, option
-from zoo.loading import Ref, load
+from zoo.errors import UsageError, listing
+from zoo.loading import load
 
 
 def model_of(model: Model | Ref, **reading: Any) -> Model:
@@ -25,26 +27,6 @@ def model_of(model: Model | Ref, **reading: Any) -> Model:
         raise UsageError(f"expected a model or a reference, found {type(model).__name__}")
     check_sources(model)
     return model
-
-
-def check_sources(model: Model) -> None:
-    """Refuse to compute with mapped weights where one of the model's files has changed.
-
-    Reading a map beyond the end of a file that was cut kills the process. A file that is gone is no
-    change: the map keeps its pages. Without a change this takes one stat a file.
-    """
-    if model.provenance is None or not (changes := model.provenance.changes()):
-        return
-    if any(_is_mapped(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise SourceChanged(
-            f"{listing(changes)}, while the model's weights are views of it. Load it again; "
-            f"{option('mmap', False)} reads weights into memory, and then a file may change"
-        )
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether its memory is no allocator's, as that of a mapped file."""
-    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def called(model: Model) -> str:
@@ -63,7 +45,7 @@ def headless(model: Model) -> Model:
 
 def every_place(model: Model) -> None:
     """Refuses a model that was prepared to give the logits of the last place alone."""
-    done = getattr(model, "prepared", None)
+    done = model.prepared
     if done is not None and done.last_only:
         raise UsageError(
             f"{called(model)}: prepared with last_only=True, and logits of every place are wanted"

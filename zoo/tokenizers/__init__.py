@@ -19,6 +19,6 @@ and not before punctuation and contractions, as the decoder of `tokenizers` does
 
 from zoo.tokenizers.characters import CharTokenizer
 from zoo.tokenizers.core import Batch, Stream, Tokenizer
-from zoo.tokenizers.reading import read, tokenizer
+from zoo.tokenizers.reading import read, tokenizer, tokenizer_of
 
-__all__ = ["Batch", "CharTokenizer", "Stream", "Tokenizer", "read", "tokenizer"]
+__all__ = ["Batch", "CharTokenizer", "Stream", "Tokenizer", "read", "tokenizer", "tokenizer_of"]

@@ -6,13 +6,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters.containers import kind_of
 from converters.formats.gguf import open_gguf
 from converters.paths import confined
 from zoo.checkpoints import sources
-from zoo.errors import BadTokenizer, NotACheckpoint, listing
+from zoo.checkpoints.sources import Ref
+from zoo.components.model import Model
+from zoo.errors import BadTokenizer, NotACheckpoint, UsageError, listing
 from zoo.tokenizers import bytelevel, fast, gguf, llama2c, pieces, tekken, unigrams
 from zoo.tokenizers.characters import FILE as CHARACTERS
 from zoo.tokenizers.characters import CharTokenizer
@@ -28,9 +30,6 @@ from zoo.tokenizers.settings import (
     Kind,
     Settings,
 )
-
-if TYPE_CHECKING:
-    from zoo.loading import Ref
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 MODELS = ("tokenizer.model", "spiece.model", "spm.model")
@@ -51,6 +50,13 @@ def tokenizer(ref: Ref, **where: Any) -> Tokenizer:
     where = {name: value for name, value in where.items() if name not in _OF_MODELS}
     found = sources.resolve(ref, weights=False, config=False, **where)
     return read(found.file or found.directory)
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """Read the tokenizer that lies with a loaded model's weights."""
+    if model.provenance is None:
+        raise UsageError("a model of no checkpoint has no tokenizer: zoo.tokenizer reads one")
+    return read(model.provenance.tokenizer_at)
 
 
 def read(place: Path) -> Tokenizer:

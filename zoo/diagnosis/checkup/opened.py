@@ -20,7 +20,12 @@ from converters.paths import confined
 from converters.plan import FLOATS, Fitting, Plan, PlanStep, what_fits
 from converters.spec import Container
 from converters.weight_files import SINGLE
-from zoo.checkpoints.sources import check_no_adapter, expanded
+from zoo.checkpoints.build import native_of, skeleton_of
+from zoo.checkpoints.local import expanded
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
+from zoo.checkpoints.sources import Ref, check_no_adapter
 from zoo.components.model import Model
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -30,7 +35,6 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.loading import Located, Ref, locate, native_of, prove, skeleton_of
 
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 

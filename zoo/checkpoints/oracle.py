@@ -10,21 +10,40 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from converters.opening import open_checkpoint
 from zoo import registry
+from zoo.errors import MissingDependency, ParityError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def _moved(name: str, to: Callable[[int], int]) -> str:
     return _LAYER.sub(lambda match: f"layers.{to(int(match[1]))}.", name)
+
+
+@cache
+def transformers() -> ModuleType:
+    """The reference library, quiet."""
+    try:
+        import transformers as library
+    except ImportError as error:
+        raise MissingDependency(
+            "parity is measured against transformers, which is not installed. "
+            "Run: pip install transformers"
+        ) from error
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
 
 
 class Oracle:
@@ -92,3 +111,17 @@ class Oracle:
             one = fold(name)
             out[one] = out[one] + x if one in out else x
         return out
+
+
+def reference_on_meta(reference_class: str, config: Mapping[str, Any]) -> nn.Module:
+    """Names, shapes and order of the reference's parameters, without their numbers."""
+    library, oracle = transformers(), Oracle(reference_class)
+    if config.get(oracle.repeat):
+        raise ParityError(f"the reference has two layers for each of {reference_class}'s")
+    said = {**oracle.library_config(config), "model_type": oracle.model_type}
+    with torch.device("meta"):
+        model: nn.Module = getattr(library, oracle.reference_class)(
+            library.AutoConfig.for_model(**said)
+        )
+    model.tie_weights()  # type: ignore[operator]
+    return model

@@ -2,8 +2,8 @@
 
 import pytest
 
+from converters.strict_regex import why_slow
 from zoo.tokenizers.bytelevel import PATTERNS
-from zoo.tokenizers.patterns import why_slow
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
