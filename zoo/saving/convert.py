@@ -1,4 +1,4 @@
-"""`zoo.convert`: files to files, tensor by tensor, in a memory that does not grow with them."""
+"""`zoo.convert`: convert files to files, tensor by tensor, within a memory budget."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from zoo.saving.origin import export_plan, lossy_of, native_record, origin_of, s
 from zoo.saving.outputs import graph_files, in_order, item_of, split
 
 MOST_PARTS = 10_000
-READING = (  # those of zoo.load that say what is read, and how
+READING = (  # options of zoo.load that select what is read
     "head",
     "config",
     "ignore_config",
@@ -83,19 +83,49 @@ def convert(
     adapter: Ref | bool | None = None,
     **options: Any,
 ) -> Path:
-    """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
+    """Convert a checkpoint to another dialect, within a memory budget.
 
-    It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
-    where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
-    of processes, on machines that share the disk, write the others, and the last publishes.
-    `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
-    offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
-    for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
-    happens. Further options are those of `zoo.load` that say what is read: head, config, trust …
-    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
-    `force` replaces a checkpoint that is at `dst` and keeps all other files there. An
-    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written;
-    True and False are as `zoo.load` has them.
+    If it is killed, the same call resumes where it stopped. `part` lets any number of processes, on
+    machines that share the disk, write a share of the files each; the last one publishes.
+
+    Args:
+        src: A name, a repository, a directory or a file, as for `zoo.load`.
+        dst: The directory to write. Files in it that are no checkpoint's are kept.
+        to: "hf", "native", another dialect of the architecture, or a graph, "onnx" or "pt2", which
+            is traced without weights.
+        force: Whether to replace any checkpoint at `dst`.
+        dtype: Dtype of the output; GGUF also has "q8_0". A value that overflows is an error.
+        max_shard_size: Bytes of a file of weights; by default the source's split, or 5 GB.
+        memory: Bytes of buffers, whatever the size of the checkpoint.
+        threads: Threads that write; by default as many as the machine has, up to four.
+        restart: Whether to discard an unfinished conversion to `dst` and start again.
+        part: Number of this part and of all parts, such as "3/16".
+        layout: Options of the dialect, such as {"shards": 2}.
+        allow_nonfinite: Whether to write NaN and infinity instead of refusing them.
+        sha256: Whether to hash sources and files; each tensor's own digest is always recorded.
+        tell: Called with an event (a dict) as work proceeds.
+        adapter: A LoRA directory of peft's to merge; True and False as for `zoo.load`.
+        **options: Those of `zoo.load` that select what is read: head, config, ignore_config, trust,
+            revision, token, cache_dir, local_files_only.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UsageError: If an argument does not fit.
+        PlanError: If the source does not match its config and spec, with everything wrong.
+        LossyExport: If the dialect cannot express the model.
+        OutputExists: If something else is at `dst` or another process is writing it.
+        NonFinite: If a value is NaN or infinite.
+
+    Example:
+        >>> import tempfile, zoo
+        >>> from zoo.models.gpt2 import Config, Model
+        >>> model = Model(Config(vocab=11, dim=8, layers=1, heads=2, positions=16)).eval()
+        >>> place = tempfile.mkdtemp()
+        >>> directory = zoo.convert(zoo.save(model, place + "/hf"), place + "/native", to="native")
+        >>> sorted(path.name for path in directory.iterdir())
+        ['model.safetensors', 'zoo-manifest.json', 'zoo.json']
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
@@ -122,7 +152,7 @@ def convert(
                 tell(finished(output, stage.path, report))
         return Path(dst)
     number, parts = share
-    job = digest([job, seen])  # others read the same sources, and know no more of them
+    job = digest([job, seen])  # other parts see the same sources and nothing else of each other
     mine, same = output.part(number, parts), partial(_is, output, force)
     how: dict[str, Any] = {"restart": restart, "size": mine.size, "same": same}
     with (
@@ -153,7 +183,10 @@ def dry_run(
     adapter: Ref | bool | None = None,
     **options: Any,
 ) -> str:
-    """The plan of a conversion for a person, with no byte of weights read."""
+    """Return the plan of a conversion as text, without reading weights.
+
+    The arguments are those of `convert`.
+    """
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
@@ -188,14 +221,14 @@ def dry_run(
 def _located(
     src: Ref, to: str, adapter: Ref | bool | None, options: Mapping[str, Any]
 ) -> tuple[Located, dict[str, Any]]:
-    """(what is to be read, what `plan_output` is told of how)"""
+    """Return (what to read, options for `plan_output`)."""
     for name in options:
         if name not in READING:
             raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     check_adapter(adapter)
     how = {k: v for k, v in options.items() if k not in chosen}
-    # read and not mapped: who writes to a source then meets an error, and no signal
+    # read, not mapped: a source that is truncated then gives an error instead of a signal
     source = locate(src, adapter=adapter, mmap=False, **how)
     if (files := adapter_files(source, adapter)) is not None:
         asked = options.get("head") is not None
@@ -208,9 +241,9 @@ def _located(
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
-    """Whether a directory is what this makes, of sources that did not change after it.
+    """Return whether a directory is what this conversion makes, from sources unchanged since.
 
-    Who would replace it anyway does so if it is damaged.
+    With `force`, a damaged one is not: it is replaced.
     """
     path = place / manifest.NAME
     try:
@@ -225,7 +258,7 @@ def _is(output: Output, force: bool, place: Path) -> bool:
 def _still_there(
     output: Output, place: SharedStage, part: int, records: list[dict[str, Any]]
 ) -> None:
-    """Whether another part's files are as its journal has them; bytes that lie may be lost."""
+    """Raise CorruptCheckpoint if another part's files differ from its journal."""
     again = f"run it again: --part {part}/{place.parts}"
     try:
         finished = records[-1]["finished"]
@@ -250,7 +283,7 @@ def _check_sizes(memory: Any, threads: Any, max_shard_size: Any) -> None:
 
 
 def _part(part: str | tuple[int, int]) -> tuple[int, int]:
-    """(3, 16) of "3/16"."""
+    """Parse "3/16" as (3, 16)."""
     if not isinstance(part, str | tuple | list):
         raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
     words = part.split("/") if isinstance(part, str) else [str(n) for n in part]
@@ -261,7 +294,7 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
     raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
 
 
-# --- what is to be written -----------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------
 
 
 def plan_output(
@@ -275,9 +308,19 @@ def plan_output(
     layout: Mapping[str, Any] | None = None,
     steps: bool = False,
 ) -> Output:
-    """Files, headers and recipes, proven complete; no byte of weights is read.
+    """Return the files, headers and sources of a conversion, proven complete.
 
-    `steps`: a graph goes on to the vector that the checkpoint's modules.json makes of the states.
+    No weights are read.
+
+    Args:
+        source: The checkpoint, located.
+        to: The dialect or graph to write.
+        dtype: Dtype of the output.
+        max_shard_size: Bytes of a file of weights.
+        config: Native config fields that replace those of the checkpoint.
+        trust: Names on disk that win where tied names hold different values.
+        layout: Options of the dialect.
+        steps: Whether a graph includes the layers of the checkpoint's modules.json.
     """
     checkpoint = source.checkpoint()
     check_trust(trust, checkpoint)
@@ -364,7 +407,7 @@ def plan_output(
 def _with_steps(
     model: Model, items: Sequence[Item], directory: Path
 ) -> tuple[SentenceModel, list[Item]]:
-    """The model that gives a text's vector, and its arrays; those of the steps as the first is."""
+    """Return the model that computes a text's vector, and all arrays in one dtype."""
     layers, folders = read_steps(directory, model.config.dim)
     whole, kind = SentenceModel(model, layers, folders), items[0].info.dtype
     arrays = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
@@ -374,7 +417,7 @@ def _with_steps(
 
 
 def _to_hf(source: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
-    """Tensors as a directory for the reference has them."""
+    """Yield the tensors of a directory for the reference."""
     inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
     plain = source.native is None and source.foreign is None and source.adapter is None
     if plain and not arrays.trust:
@@ -383,7 +426,7 @@ def _to_hf(source: Located, arrays: Arrays, model: Any, origin: Origin) -> Itera
         if written <= disk.keys():
             for step in plan.steps:
                 if step.also:
-                    agreed(step, checkpoint.lazy, arrays.trust)  # before a byte is written
+                    agreed(step, checkpoint.lazy, arrays.trust)  # before anything is written
             yield from _as_they_are(arrays, inverse, disk)
             return
     yield from in_order(arrays.backward(inverse), inverse)
@@ -394,7 +437,7 @@ def _names(step: PlanStep) -> list[str]:
 
 
 def _as_they_are(arrays: Arrays, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
-    """Names on disk to names on disk: nothing is turned."""
+    """Yield tensors that keep their layout: names on disk to names on disk."""
     checkpoint = arrays.checkpoint
     rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
     decoded = {n for s in inverse.steps if arrays.coarse(s.targets) for n in _names(s)}

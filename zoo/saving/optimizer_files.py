@@ -1,4 +1,4 @@
-"""Files of optimizers' states: the one beside a checkpoint, for the checkpoint's other dialect."""
+"""Convert files of optimizers' states to the other dialect of their checkpoint."""
 
 from __future__ import annotations
 
@@ -49,19 +49,33 @@ def convert_file(
     config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """The state in `file`, an optimizer's over `src`'s weights, as one over theirs in `to`.
+    """Convert the optimizer's state in a file for the weights in another dialect.
 
-    `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
-    it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
-    by names in the state, by torch's own file of the weights or by the reference's module. `force`
-    replaces an optimizer's state that is at `out`, and no other file. `config` and `options` are
-    as `zoo.load` has them.
+    One of the two dialects is native. The order of parameters in the other comes from `names`, from
+    names in the state, from torch's own file of the weights, or from the reference's module.
+
+    Args:
+        src: The checkpoint, as for `zoo.load`.
+        file: What torch.save wrote: the state alone, or a checkpoint that contains it.
+        out: The file to write.
+        to: The dialect to convert to.
+        names: The parameters in the order that the optimizer was given.
+        force: Whether to replace an optimizer's state at `out`; no other file is replaced.
+        config: As for `zoo.load`.
+        **options: As for `zoo.load`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UsageError: If the order of parameters is not known, or an argument does not fit.
+        OutputExists: If something else is at `out`.
     """
     file, place = _path(file, "file"), _path(out, "out")
     if names is not None:
         check_names(names)
     if not file.is_file():
-        read(file)  # which says what it is instead
+        read(file)  # reports what it is instead
     with staged_file(place, partial(_replaced, file, force), size=file.stat().st_size) as stream:
         _save(_converted(src, file, to, names, config, options), stream)
     return place
@@ -74,13 +88,13 @@ def _path(value: Any, what: str) -> Path:
 
 
 def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
-    """Refuse a destination that is no optimizer's state alone, or is the one to be read."""
+    """Refuse a destination that is not an optimizer's state, or is the file to read."""
     if os.path.abspath(place) == os.path.abspath(file):
         raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
     if not force:
         raise OutputExists(f"{place}: exists already. Use {option('force')} to replace it.")
     if place.is_symlink():
-        return ()  # the link is replaced, and not what it leads to
+        return ()  # the link is replaced, not its target
     if place.samefile(file):
         raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
     if place.is_file() and not place.stat().st_size:
@@ -100,7 +114,7 @@ def _converted(
     config: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    # an adapter beside the weights changes neither their names nor their shapes
+    # an adapter changes neither names nor shapes of weights
     source = locate(src, **{"adapter": False, **options})
     if to not in ("native", *source.spec.dialects):
         raise UsageError(f"to={to!r}: {source.spec.name} has {listing(source.spec.dialects)}")
@@ -117,13 +131,14 @@ def _converted(
 
 
 class _Stream:
-    """A file whose errors torch hides behind its own."""
+    """A file that remembers an error that torch replaces with its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write bytes."""
         try:
             return self.file.write(data)
         except OSError as error:
@@ -131,6 +146,7 @@ class _Stream:
             raise
 
     def flush(self) -> None:
+        """Flush the file."""
         self.file.flush()
 
 
@@ -143,7 +159,7 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
 
 
 def read_names(file: Path) -> list[str]:
-    """Names of parameters, one a line."""
+    """Return the names of parameters in a text file, one a line."""
     try:
         with open(open_regular(file), encoding="utf-8") as text:
             return text.read().split()
@@ -152,7 +168,12 @@ def read_names(file: Path) -> list[str]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A torch optimizer's state_dict, wherever in the file it is."""
+    """Return a torch optimizer's state_dict from wherever in the file it is.
+
+    Raises:
+        NotACheckpoint: If there is none.
+        UsageError: If there are several, or one is sharded.
+    """
     if file.is_dir():
         raise NotACheckpoint(f"{file}: a directory, as states have it that are {SHARDED}")
     tree = TorchZipReader(file, nested=True).tree()
@@ -170,7 +191,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _states(tree: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, the state) of each."""
+    """Yield (path of keys, state) of each state."""
     if isinstance(tree, Mapping) and {"state", "param_groups"} <= tree.keys():
         groups = tree["param_groups"]
         if isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
@@ -198,7 +219,7 @@ def _theirs(
     in_order = (
         {*recorded} <= checkpoint.tensors.keys() if recorded else checkpoint.format == "torch"
     )
-    if in_order:  # torch's own files hold a state_dict, in the order of the module
+    if in_order:  # torch's own files hold a state_dict in the order of the module
         tensors = _empty(checkpoint.tensors)
         for step in plan.steps:
             for names in step.also:
