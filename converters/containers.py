@@ -37,8 +37,9 @@ class Format(NamedTuple):
 
     `open` returns the readers of a file and of those that belong to it. Besides the methods of
     every `Reader` they may have `values` (metadata), `span` (where a tensor's bytes are in the
-    file; None if they are not contiguous), `quantized` (tensor -> type it is stored in), `size` (bytes of a
-    tensor), `place` (equal for two names of one array) and `files` (all files that they read).
+    file; None if they are not contiguous), `quantized` (tensor -> type it is stored in), `size`
+    (bytes of a tensor), `place` (equal for two names of one array) and `files` (all files that
+    they read).
     """
 
     module: str

@@ -130,12 +130,12 @@ def convert(
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
     share = None if part is None else _part(part)
-    source, chosen = _located(src, to, adapter, options)
-    dst = checked_destination(dst, source.source.directory, force)
+    located, chosen = _located(src, to, adapter, options)
+    dst = checked_destination(dst, located.source.directory, force)
     if to in GRAPHS:
         check_graph(to, dst, layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
-    output = plan_output(source, to, **chosen)
+    output = plan_output(located, to, **chosen)
     engine = WriteOptions(memory, threads, sha256, allow_nonfinite, tell)
     job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
@@ -190,17 +190,17 @@ def dry_run(
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
-    source, chosen = _located(src, to, adapter, options)
-    checkpoint = source.checkpoint()
-    model, plan = prove(source, checkpoint, chosen.get("config") or {})
-    if source.native is not None and to == "hf" and source.native["origin"]["dialect"] == "hf":
-        text = export_plan(model, Origin.from_json(source.native["origin"])).describe(inverse=True)
+    located, chosen = _located(src, to, adapter, options)
+    checkpoint = located.checkpoint()
+    model, plan = prove(located, checkpoint, chosen.get("config") or {})
+    if located.native is not None and to == "hf" and located.native["origin"]["dialect"] == "hf":
+        text = export_plan(model, Origin.from_json(located.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
     if to in GRAPHS:
         check_graph(to, Path(), layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
-    output = plan_output(source, to, **chosen)
+    output = plan_output(located, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
     casts = Counter(
@@ -212,7 +212,7 @@ def dry_run(
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
     if merged := sum(item.rule.endswith(ADAPTED) for item in items):
         lines.append(f"changed by the adapter: {merged} tensors")
-    if quantized := provenance_of(source, checkpoint, model, plan).lossy:
+    if quantized := provenance_of(located, checkpoint, model, plan).lossy:
         decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
         text = "\n".join([text, f"lossy: {quantized}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
@@ -229,15 +229,15 @@ def _located(
     check_adapter(adapter)
     how = {k: v for k, v in options.items() if k not in chosen}
     # read, not mapped: a source that is truncated then gives an error instead of a signal
-    source = locate(src, adapter=adapter, mmap=False, **how)
-    if (files := adapter_files(source, adapter)) is not None:
+    located = locate(src, adapter=adapter, mmap=False, **how)
+    if (files := adapter_files(located, adapter)) is not None:
         asked = options.get("head") is not None
-        source, chosen["config"] = based(source, files, chosen.get("config") or {}, asked)
+        located, chosen["config"] = based(located, files, chosen.get("config") or {}, asked)
     whole = to in GRAPHS and options.get("head") is None
-    if whole and (source.source.directory / MODULES).is_file():
-        source = source._replace(heads=headless(source.heads, source.entry.model))
+    if whole and (located.source.directory / MODULES).is_file():
+        located = located._replace(heads=headless(located.heads, located.entry.model))
         chosen["steps"] = True
-    return source, chosen
+    return located, chosen
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
@@ -298,7 +298,7 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
 
 
 def plan_output(
-    source: Located,
+    located: Located,
     to: str,
     *,
     dtype: str | torch.dtype | None = None,
@@ -313,7 +313,7 @@ def plan_output(
     No weights are read.
 
     Args:
-        source: The checkpoint, located.
+        located: The checkpoint.
         to: The dialect or graph to write.
         dtype: Dtype of the output.
         max_shard_size: Bytes of a file of weights.
@@ -322,45 +322,45 @@ def plan_output(
         layout: Options of the dialect.
         steps: Whether a graph includes the layers of the checkpoint's modules.json.
     """
-    checkpoint = source.checkpoint()
+    checkpoint = located.checkpoint()
     check_trust(trust, checkpoint)
-    model, plan = prove(source, checkpoint, config or {})
-    provenance = model.provenance = provenance_of(source, checkpoint, model, plan)
+    model, plan = prove(located, checkpoint, config or {})
+    provenance = model.provenance = provenance_of(located, checkpoint, model, plan)
     arrays = Arrays(checkpoint, plan, trust, provenance.quantized)
-    if source.adapter is not None:
-        arrays.changes = changes(model, plan.native, source.adapter, arrays.own)
-        arrays.adapter = source.adapter.where
+    if located.adapter is not None:
+        arrays.changes = changes(model, plan.native, located.adapter, arrays.own)
+        arrays.adapter = located.adapter.where
         if arrays.changes.apart:
-            model = on_meta(source, untied(model, plan.native.ties))
+            model = on_meta(located, untied(model, plan.native.ties))
             model.provenance = provenance
     quantized = isinstance(dtype, str) and dtype.lower() == QUANTISED
     kind = None if quantized else dtype_of(dtype)
     state = dict(arrays.state(native_of(model), kind))
     notes = {
-        **said_of(source.entry.name, to, source.spec),
+        **said_of(located.entry.name, to, located.spec),
         "dropped": dict(sorted(plan.dropped.items())),
         **lossy_of(provenance),
     }
     sources = checkpoint.files
-    if source.adapter is not None:
-        sources += source.adapter.paths
-        notes["adapter"] = {path.name: hash_file(path) for path in source.adapter.paths}
+    if located.adapter is not None:
+        sources += located.adapter.paths
+        notes["adapter"] = {path.name: hash_file(path) for path in located.adapter.paths}
     zeros: dict[str, tuple[int, ...]] = {}
-    if to != "native" and to in source.spec.dialects:
-        model, zeros = with_zeros(model, source.spec.dialect(to))
+    if to != "native" and to in located.spec.dialects:
+        model, zeros = with_zeros(model, located.spec.dialect(to))
         like = next(iter(state.values()))
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
         arrays.zeros = zeros
-    container = None if source.foreign is None else source.foreign.container
-    carried = companions_of(source.source.directory, source.source.file, container)
-    inside = source.foreign.reader if source.foreign and source.dialect == "gguf" else None
+    container = None if located.foreign is None else located.foreign.container
+    carried = companions_of(located.source.directory, located.source.file, container)
+    inside = located.foreign.reader if located.foreign and located.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in sources}
     if to not in (*OWN_FILES, *GRAPHS):
         check_whole(to, max_shard_size)
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
-        made = export(source.spec, to, model.config, native_of(model), dtypes, layout, before)
+        made = export(located.spec, to, model.config, native_of(model), dtypes, layout, before)
         if quantized and made.container.format != "gguf":
             raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
         dtypes_there = {info.dtype for info in made.plan.header.values()}
@@ -379,7 +379,7 @@ def plan_output(
     if to == "hf":
         origin = origin_of(model, state)
         texts[CONFIG] = origin.config.encode()
-        items = list(_to_hf(source, arrays, model, origin))
+        items = list(_to_hf(located, arrays, model, origin))
         metadata, where = dict(origin.metadata), dict(origin.where)
     else:
         items = list(arrays.forward(native_of(model)))
@@ -390,7 +390,7 @@ def plan_output(
         carried = {name: path for name, path in carried.items() if name not in of_steps}
         if steps:
             notes["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
-            model, items = _with_steps(model, items, source.source.directory)
+            model, items = _with_steps(model, items, located.source.directory)
         weights, texts = graph_files(model, to, {item.name: item for item in items})
         shards = [weights]
     else:
@@ -416,10 +416,10 @@ def _with_steps(
     return whole, arrays
 
 
-def _to_hf(source: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
+def _to_hf(located: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
     """Yield the tensors of a directory for the reference."""
     inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
-    plain = source.native is None and source.foreign is None and source.adapter is None
+    plain = located.native is None and located.foreign is None and located.adapter is None
     if plain and not arrays.trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}

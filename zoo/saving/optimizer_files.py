@@ -115,19 +115,19 @@ def _converted(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     # an adapter changes neither names nor shapes of weights
-    source = locate(src, **{"adapter": False, **options})
-    if to not in ("native", *source.spec.dialects):
-        raise UsageError(f"to={to!r}: {source.spec.name} has {listing(source.spec.dialects)}")
-    if (source.dialect == "native") == (to == "native"):
-        raise UsageError(f"to={to!r}: {src} is {source.dialect}, and one of the two is native")
+    located = locate(src, **{"adapter": False, **options})
+    if to not in ("native", *located.spec.dialects):
+        raise UsageError(f"to={to!r}: {located.spec.name} has {listing(located.spec.dialects)}")
+    if (located.dialect == "native") == (to == "native"):
+        raise UsageError(f"to={to!r}: {src} is {located.dialect}, and one of the two is native")
     state = read(file)
-    checkpoint = source.checkpoint()
-    model, plan = prove(source, checkpoint, config or {})
+    checkpoint = located.checkpoint()
+    model, plan = prove(located, checkpoint, config or {})
     recorded = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
     if to == "native":
-        other = _theirs(source, checkpoint, plan, names or recorded, file)
+        other = _theirs(located, checkpoint, plan, names or recorded, file)
         return convert_optimizer(state, other, model, names=names)
-    return convert_optimizer(state, model, _targets(source, model, to, names))
+    return convert_optimizer(state, model, _targets(located, model, to, names))
 
 
 class _Stream:
@@ -214,7 +214,7 @@ def _is_sharded(tree: Any, depth: int = 2) -> bool:
 
 
 def _theirs(
-    source: Located, checkpoint: Checkpoint, plan: Plan, recorded: Sequence[str], file: Path
+    located: Located, checkpoint: Checkpoint, plan: Plan, recorded: Sequence[str], file: Path
 ) -> nn.Module | dict[str, Tensor]:
     in_order = (
         {*recorded} <= checkpoint.tensors.keys() if recorded else checkpoint.format == "torch"
@@ -230,19 +230,19 @@ def _theirs(
             return tensors
         rest = (name for name in tensors if name not in {*recorded})
         return {name: tensors[name] for name in (*recorded, *rest)}
-    if source.foreign is not None:
-        raise _no_order(source.where)
-    return _reference(source.reference_class, json.loads(source.config_text), str(file))
+    if located.foreign is not None:
+        raise _no_order(located.where)
+    return _reference(located.reference_class, json.loads(located.config_text), str(file))
 
 
 def _targets(
-    source: Located, model: Any, to: str, names: Sequence[str] | None
+    located: Located, model: Any, to: str, names: Sequence[str] | None
 ) -> nn.Module | dict[str, Tensor]:
     native = native_of(model)
     state = {name: torch.empty(shape, device="meta") for name, shape in native.shapes.items()}
     if names is not None:
         bare = model.config.head in ("none", "pooler")
-        header = target_names(source.spec, to, model.config.to_dict(), native, bare=bare)
+        header = target_names(located.spec, to, model.config.to_dict(), native, bare=bare)
         if unknown := [name for name in names if name not in header]:
             raise UsageError(f"names: {listing(unknown)}: no parameter of the checkpoint in {to}")
         rest = [name for name in header if name not in {*names}]
