@@ -51,32 +51,35 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_a_single_file(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
-    found = open_checkpoint(tmp_path)
-    assert (found.root, found.format) == (tmp_path, "safetensors")
-    assert found.files == (tmp_path / "model.safetensors",)
-    assert found.tensors == {"a": TensorInfo("a", (2,), "F32")}
-    assert found.where == {"a": "model.safetensors"}
-    assert found.metadata == {"format": "pt"}
-    assert found.tensor("a").tolist() == [1, 1]
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.root, checkpoint.format) == (tmp_path, "safetensors")
+    assert checkpoint.files == (tmp_path / "model.safetensors",)
+    assert checkpoint.tensors == {"a": TensorInfo("a", (2,), "F32")}
+    assert checkpoint.where == {"a": "model.safetensors"}
+    assert checkpoint.metadata == {"format": "pt"}
+    assert checkpoint.tensor("a").tolist() == [1, 1]
     with pytest.raises(MissingTensors, match=r"aa\. Did you mean a"):
-        found.tensor("aa")
+        checkpoint.tensor("aa")
 
 
 def test_shards(sharded: Path) -> None:
     save_file({"z": torch.ones(1)}, sharded / "model-00003-of-00003.safetensors")
-    found = open_checkpoint(sharded)
-    assert found.where == {"a": ONE, "b": TWO, "c": TWO}
-    assert [file.name for file in found.files] == [ONE, TWO]
-    assert found.unlisted == ("model-00003-of-00003.safetensors",)
-    assert found.tensor("b").shape == (3,)
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.where == {"a": ONE, "b": TWO, "c": TWO}
+    assert [file.name for file in checkpoint.files] == [ONE, TWO]
+    assert checkpoint.unlisted == ("model-00003-of-00003.safetensors",)
+    assert checkpoint.tensor("b").shape == (3,)
     index(sharded, {"c": TWO, "b": TWO, "a": ONE})  # order means nothing
-    assert open_checkpoint(sharded) == found or open_checkpoint(sharded).tensors == found.tensors
+    assert (
+        open_checkpoint(sharded) == checkpoint
+        or open_checkpoint(sharded).tensors == checkpoint.tensors
+    )
 
 
 def test_torch_files_count_where_safetensors_are_absent(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    found = open_checkpoint(tmp_path)
-    assert (found.format, found.tensor("a").tolist()) == ("torch", [1, 1])
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.format, checkpoint.tensor("a").tolist()) == ("torch", [1, 1])
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save({"b": torch.ones(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
     files = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
@@ -162,9 +165,9 @@ def test_index_and_shards_disagree(sharded: Path) -> None:
 
 def test_a_shard_that_the_index_leaves_out_is_told(sharded: Path) -> None:
     index(sharded, {"a": ONE})
-    found = open_checkpoint(sharded)  # the plan says which tensors are missing
-    assert found.tensors.keys() == {"a"}
-    assert found.unlisted == (TWO,)
+    checkpoint = open_checkpoint(sharded)  # the plan says which tensors are missing
+    assert checkpoint.tensors.keys() == {"a"}
+    assert checkpoint.unlisted == (TWO,)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +308,11 @@ def test_a_linked_directory_and_the_hubs_cache(tmp_path: Path, sharded: Path) ->
     for n, name in enumerate((ONE, TWO, INDEX)):
         shutil.move(sharded / name, blobs / f"{n:064x}")
         (snapshot / name).symlink_to(Path("..", "..", "blobs", f"{n:064x}"))
-    found = open_checkpoint(snapshot)
-    assert found.where["b"] == TWO
-    assert found.tensor("b").tolist() == [0, 0, 0]
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.where["b"] == TWO
+    assert checkpoint.tensor("b").tolist() == [0, 0, 0]
     (tmp_path / "link").symlink_to(snapshot)
-    assert open_checkpoint(tmp_path / "link").tensors == found.tensors
+    assert open_checkpoint(tmp_path / "link").tensors == checkpoint.tensors
     (snapshot / ONE).unlink()
     (snapshot / ONE).symlink_to(Path("..", "..", "refs"))
     (repo / "refs").write_bytes((blobs / f"{0:064x}").read_bytes())
@@ -335,7 +338,7 @@ def test_shards_are_the_hubs(counts: list[int], limit: int) -> None:
     theirs = split_torch_state_dict_into_shards(
         {n: torch.empty(t.shape, device="meta") for n, t in state.items()}, max_shard_size=limit
     )
-    ours = {file: [info.name for info in held] for file, held in shard(infos, limit)}
+    ours = {file: [info.name for info in tensors] for file, tensors in shard(infos, limit)}
     assert ours == theirs.filename_to_tensors
 
 
@@ -365,9 +368,11 @@ def test_files_and_index_are_those_of_save_pretrained(tmp_path: Path, tied: bool
     shards = shard(infos, 12_000)
     assert len(shards) > 3
     unread = Lazy.of(torch.empty(0))
-    for name, held in shards:
-        write(ours / name, {info.name: state[info.name] for info in held}, {"format": "pt"})
-    made = [Shard.of(n, [Item(i, "", lambda: unread) for i in held], None) for n, held in shards]
+    for name, tensors in shards:
+        write(ours / name, {info.name: state[info.name] for info in tensors}, {"format": "pt"})
+    made = [
+        Shard.of(n, [Item(i, "", lambda: unread) for i in tensors], None) for n, tensors in shards
+    ]
     for name, text in index_of(made).items():
         (ours / name).write_bytes(text)
     written = {path.name for path in theirs.iterdir()} - {"config.json", "generation_config.json"}
@@ -380,8 +385,8 @@ def test_files_and_index_are_those_of_save_pretrained(tmp_path: Path, tied: bool
 
 
 def test_a_shard_changed_between_header_and_weights(sharded: Path) -> None:
-    found = open_checkpoint(sharded)
+    checkpoint = open_checkpoint(sharded)
     save_file({"a": torch.ones(5)}, sharded / ONE)
     with pytest.raises(ZooError, match="changed"):
-        found.tensor("a")
+        checkpoint.tensor("a")
     assert SafetensorsReader(sharded / ONE).tensors["a"].shape == (5,)

@@ -635,7 +635,7 @@ def test_mutated_pickles_are_refused_or_read(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pickle", "told"),
+    ("pickle", "message"),
     [
         (b"\x80\x02r\xff\xff\xff\x7f.", "list index"),  # nothing there to be remembered
         (b"\x80\x02]q\x00r\xff\xff\xff\x7f.", ""),  # C's unpickler makes room for 2^31 of them
@@ -646,11 +646,11 @@ def test_mutated_pickles_are_refused_or_read(data: st.DataObject) -> None:
         (b"\x80\x02(cbuiltins\neval\n.", "builtins.eval.*Nothing was run"),
     ],
 )
-def test_pickles_by_hand(pickle: bytes, told: str) -> None:
-    if not told:
+def test_pickles_by_hand(pickle: bytes, message: str) -> None:
+    if not message:
         assert torch_pickle.read(Path("x"), pickle) == []
         return
-    with pytest.raises(CorruptCheckpoint, match=told):
+    with pytest.raises(CorruptCheckpoint, match=message):
         torch_pickle.read(Path("x"), pickle)
 
 
@@ -693,12 +693,12 @@ def test_one_element_past_a_storage_is_refused(tmp_path: Path, offset: int, fits
         assert name != "data.pkl" or data.count(before) == 1
         return name, data.replace(before, after)
 
-    odd = repacked(path, edit)
+    bad = repacked(path, edit)
     if fits:
-        assert TorchZipReader(odd).tensor("a").tolist() == [10.0, 11.0]
+        assert TorchZipReader(bad).tensor("a").tolist() == [10.0, 11.0]
     else:
         with pytest.raises(CorruptCheckpoint, match=rf"from {offset} on, .* beyond the 48 bytes"):
-            TorchZipReader(odd)
+            TorchZipReader(bad)
 
 
 def test_a_nested_checkpoint_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -889,11 +889,11 @@ def test_mutated_zips_never_fail_otherwise(tmp_path: Path, data: st.DataObject) 
     path.write_bytes(content[:at] + patch + content[at + data.draw(st.integers(0, 4)) :])
     try:
         reader = TorchZipReader(path)
-        found = {name: reader.tensor(name) for name in reader.tensors}
+        actual = {name: reader.tensor(name) for name in reader.tensors}
     except ZooError:
         return
-    assert torch.equal(found["a"], torch.arange(4.0)), "accepted, and wrong"
-    assert torch.equal(found["b"], torch.ones(2)), "accepted, and wrong"
+    assert torch.equal(actual["a"], torch.arange(4.0)), "accepted, and wrong"
+    assert torch.equal(actual["b"], torch.ones(2)), "accepted, and wrong"
 
 
 # --- strict JSON ---------------------------------------------------------------------------------

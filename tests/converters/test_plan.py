@@ -199,8 +199,8 @@ def test_as_many_experts_as_declared_under_other_numbers():
 
 def test_parts_of_one_array_in_two_dtypes_are_refused():
     infos = header(disk())
-    odd = "model.h.1.x.3.w"
-    infos[odd] = TensorInfo(odd, infos[odd].shape, "BF16")
+    bad = "model.h.1.x.3.w"
+    infos[bad] = TensorInfo(bad, infos[bad].shape, "BF16")
     with pytest.raises(DtypeMismatch, match=r"model\.h\.1\.x\.0\.w, .*one array in BF16 and F32"):
         make_plan(spec(), "hf", CONFIG, native(), infos)
 

@@ -423,14 +423,14 @@ def test_of_many_writers_one_publishes(tmp_path: Path) -> None:
     for turn in range(25):
         place = tmp_path / f"out{turn}"
         barrier = threading.Barrier(4)
-        told: list[str] = []
+        message: list[str] = []
         done: list[str] = []
 
         def write(
             text: str,
             place: Path = place,
             barrier: threading.Barrier = barrier,
-            told: list[str] = told,
+            message: list[str] = message,
             done: list[str] = done,
         ) -> None:
             barrier.wait()
@@ -438,13 +438,13 @@ def test_of_many_writers_one_publishes(tmp_path: Path) -> None:
                 publish(place, text)
                 done.append(text)
             except OutputExists:
-                told.append(text)
+                message.append(text)
 
         writers = [threading.Thread(target=write, args=(str(n),)) for n in range(4)]
         for writer in writers:
             writer.start()
         for writer in writers:
             writer.join()
-        assert (len(done), len(told)) == (1, 3)
+        assert (len(done), len(message)) == (1, 3)
         assert {(place / "a").read_text(), (place / "sub" / "b").read_text()} == set(done)
     assert len(list(tmp_path.iterdir())) == 25

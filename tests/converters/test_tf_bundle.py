@@ -151,7 +151,7 @@ def test_what_the_tests_pack_unpacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("packed", "told"),
+    ("packed", "expected"),
     [
         (b"\x05\x04ab", "claims 5"),  # fewer
         (b"\x01\x04ab", "more than the 1"),
@@ -166,8 +166,8 @@ def test_what_the_tests_pack_unpacks() -> None:
         (b"\xff\xff\xff\xff\xff\x01", "32 bits"),
     ],
 )
-def test_snappy_that_is_none(packed: bytes, told: str) -> None:
-    with pytest.raises(Malformed, match=told):
+def test_snappy_that_is_none(packed: bytes, expected: str) -> None:
+    with pytest.raises(Malformed, match=expected):
         snappy.unpack(packed)
 
 
@@ -185,7 +185,7 @@ def test_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (b"\x80" * 20, "goes on after 64 bits"),
         (b"\xff" * 9 + b"\x02", "more than 64 bits"),
@@ -202,14 +202,14 @@ def test_numbers() -> None:
         (b"\x12\0" * 4, "field b stands more than 3 times"),
     ],
 )
-def test_messages_that_are_none(data: bytes, told: str) -> None:
+def test_messages_that_are_none(data: bytes, expected: str) -> None:
     schema = {1: Field("a"), 2: Field("b", 2, 3), 3: Field("c", 5)}
     assert message(b"\x12\1x\x08\x96\1\x1d\1\0\0\0\x12\0", schema) == {
         "a": 150,
         "b": [b"x", b""],
         "c": 1,
     }
-    with pytest.raises(Malformed, match=told):
+    with pytest.raises(Malformed, match=expected):
         message(data, schema)
 
 
@@ -295,9 +295,9 @@ def test_views_of_the_mapped_file(tmp_path: Path) -> None:
     assert one.data_ptr() == other.data_ptr()
     one.zero_()
     assert shard.read_bytes() == before
-    odd = reader.tensor("c")  # behind three bytes: copied, so that kernels find it aligned
-    assert odd.data_ptr() % 4 == 0
-    assert bits(odd) == bits(tensors["c"])
+    bad = reader.tensor("c")  # behind three bytes: copied, so that kernels find it aligned
+    assert bad.data_ptr() % 4 == 0
+    assert bits(bad) == bits(tensors["c"])
 
 
 def test_sums_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def placed(home: Path, index: bytes, *shards: bytes) -> Path:
     return home / "m.index"
 
 
-def refused(path: Path, kind: type[ZooError], *told: str) -> None:
+def refused(path: Path, kind: type[ZooError], *expected: str) -> None:
     """On opening, naming the file and the fault."""
     started = time.process_time()
     with pytest.raises(kind) as caught:
@@ -369,7 +369,7 @@ def refused(path: Path, kind: type[ZooError], *told: str) -> None:
     assert time.process_time() - started < 10
     assert type(caught.value) is kind
     assert str(path.parent) in str(caught.value)
-    for word in told:
+    for word in expected:
         assert word in str(caught.value)
 
 
@@ -476,8 +476,8 @@ PAIRS: dict[str, tuple[Pairs, type[ZooError], tuple[str, ...]]] = {
 @pytest.mark.parametrize("packed", [0, 1], ids=["plain", "snappy"])
 @pytest.mark.parametrize("case", PAIRS)
 def test_entries_that_are_refused(tmp_path: Path, case: str, packed: int) -> None:
-    pairs, kind, told = PAIRS[case]
-    refused(placed(tmp_path, bundles.index(pairs, packed), TWO), kind, *told)
+    pairs, kind, expected = PAIRS[case]
+    refused(placed(tmp_path, bundles.index(pairs, packed), TWO), kind, *expected)
 
 
 def test_all_faults_are_said_at_once(tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_slices_as_they_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "kind", "told"),
+    ("pairs", "kind", "expected"),
     [
         (cut([FIRST]), CorruptCheckpoint, ("tensor t", "end at 1 of axis 0, which has 2")),
         (cut([FIRST, FIRST]), CorruptCheckpoint, ("tensor t", "from 0 on axis 0 stands twice")),
@@ -528,9 +528,9 @@ def test_slices_as_they_should_be(tmp_path: Path) -> None:
     ],
 )
 def test_slices_that_are_refused(
-    tmp_path: Path, pairs: Pairs, kind: type[ZooError], told: tuple[str, ...]
+    tmp_path: Path, pairs: Pairs, kind: type[ZooError], expected: tuple[str, ...]
 ) -> None:
-    refused(placed(tmp_path, bundles.index(pairs), TWO + TWO), kind, *told)
+    refused(placed(tmp_path, bundles.index(pairs), TWO + TWO), kind, *expected)
 
 
 def test_slices_that_overlap_and_leave_a_hole(tmp_path: Path) -> None:
@@ -728,8 +728,8 @@ TABLES: dict[str, tuple[bytes, type[ZooError], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", TABLES)
 def test_tables_that_are_refused(tmp_path: Path, case: str) -> None:
-    data, kind, told = TABLES[case]
-    refused(placed(tmp_path, data, TWO), kind, *told)
+    data, kind, expected = TABLES[case]
+    refused(placed(tmp_path, data, TWO), kind, *expected)
 
 
 def test_every_flipped_bit_of_an_index_is_seen(tmp_path: Path) -> None:

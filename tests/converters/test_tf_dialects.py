@@ -53,7 +53,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def held(name: str) -> dict[str, Tensor]:
+def tensors_of(name: str) -> dict[str, Tensor]:
     """What TensorFlow wrote, by a reader that knows nothing of it."""
     return load_file(DATA / name / "same.safetensors")
 
@@ -68,8 +68,8 @@ def rewritten(place: Path, name: str, tensors: Mapping[str, Tensor], **how: Any)
 
 def says(place: Path, name: str, **changes: Any) -> None:
     path = place / CONFIG[name]
-    said = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
 
 
 def native_gpt2(tf: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,9 +171,9 @@ PUBLISHED = {"gpt2": published_gpt2, "bert": published_bert}
 @BOTH
 def test_every_native_tensor(place: Path, name: str) -> None:
     model = zoo.load(place / name)
-    found, wanted = model.state_dict(), NATIVE[name](held(name))
-    assert found.keys() == wanted.keys()
-    assert [n for n in wanted if not torch.equal(found[n], wanted[n])] == []
+    actual, wanted = model.state_dict(), NATIVE[name](tensors_of(name))
+    assert actual.keys() == wanted.keys()
+    assert [n for n in wanted if not torch.equal(actual[n], wanted[n])] == []
     assert model.architecture == name and model.provenance.origin.dialect == DIALECT[name]
     assert set(model.provenance.rules) == set(wanted) - set(model.provenance.plan.native.ties)
 
@@ -209,13 +209,16 @@ def test_the_reference_computes_the_same(
     import transformers
 
     zoo.convert(place / name, tmp_path / "hf", to="hf", head=head)
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert said["architectures"] == [reference]
-    found, wanted = load_file(tmp_path / "hf" / "model.safetensors"), PUBLISHED[name](held(name))
+    data = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert data["architectures"] == [reference]
+    actual, wanted = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        PUBLISHED[name](tensors_of(name)),
+    )
     bare = {n.removeprefix("transformer.").removeprefix("bert."): x for n, x in wanted.items()}
     if head is None:
-        assert found.keys() == wanted.keys()
-    for n, x in found.items():
+        assert actual.keys() == wanted.keys()
+    for n, x in actual.items():
         assert torch.equal(x, wanted[n] if n in wanted else bare[n]), n
     theirs, report = getattr(transformers, reference).from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -247,7 +250,7 @@ def test_by_directory_prefix_index_and_data(place: Path, name: str) -> None:
 @BOTH
 def test_shards_and_snappy(place: Path, name: str) -> None:
     whole = zoo.load(place / name).state_dict()
-    tensors = dict(sorted(held(name).items()))
+    tensors = dict(sorted(tensors_of(name).items()))
     again = zoo.load(rewritten(place / name, name, tensors, shards=2, snappy=True))
     assert all(torch.equal(x, whole[n]) for n, x in again.state_dict().items())
     assert len(again.provenance.files) == 3
@@ -272,7 +275,7 @@ def test_the_note_says_which(place: Path) -> None:
 
 
 def test_what_is_dropped_has_a_reason(place: Path) -> None:
-    tf, dropped = held("bert"), zoo.load(place / "bert").provenance.dropped
+    tf, dropped = tensors_of("bert"), zoo.load(place / "bert").provenance.dropped
     slots = {n for n in tf if n.endswith(KINDS)}
     assert dropped.keys() == slots | {"global_step"} and len(slots) == 2 * 46
     for name, why in dropped.items():
@@ -288,7 +291,7 @@ def test_what_is_dropped_has_a_reason(place: Path) -> None:
 
 def encoder() -> dict[str, Tensor]:
     """A fine-tuned model's: no heads of pretraining."""
-    return {n: x for n, x in held("bert").items() if n.startswith("bert/")}
+    return {n: x for n, x in tensors_of("bert").items() if n.startswith("bert/")}
 
 
 def drawn(*shape: int) -> Tensor:
@@ -315,8 +318,8 @@ def test_a_classifier(place: Path, tmp_path: Path) -> None:
         zoo.load(source, head="masked_lm")
     asked: dict[str, Any] = {"head": "sequence_classification", "config": {"labels": labels}}
     zoo.convert(source, tmp_path / "hf", to="hf", **asked)
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert said["id2label"] == labels
+    data = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert data["id2label"] == labels
     again, state = zoo.load(tmp_path / "hf"), zoo.load(source, **asked).state_dict()
     assert again.config.head == "sequence_classification"
     assert all(torch.equal(x, state[n]) for n, x in again.state_dict().items())
@@ -334,7 +337,7 @@ def test_a_classifier(place: Path, tmp_path: Path) -> None:
 def test_the_head_is_what_there_is(
     place: Path, more: tuple[str, ...], without: tuple[str, ...], head: str
 ) -> None:
-    tensors = {n: x for n, x in held("bert").items() if not n.startswith(without)}
+    tensors = {n: x for n, x in tensors_of("bert").items() if not n.startswith(without)}
     tensors |= {n: drawn(2, 12) if n.endswith("weights") else drawn(2) for n in more}
     source = rewritten(place / "bert", "bert", tensors)
     model = zoo.load(source)
@@ -358,8 +361,8 @@ def test_a_config_that_is_not_there(place: Path) -> None:
         zoo.load(place / "bert")
     model = zoo.load(place / "gpt2", config={"n_head": 2})
     assert (model.config.vocab, model.config.positions, model.config.layers) == (53, 17, 3)
-    told = {"num_attention_heads": 4, "hidden_act": "relu"}
-    c = zoo.load(place / "bert", config=told).config
+    message = {"num_attention_heads": 4, "hidden_act": "relu"}
+    c = zoo.load(place / "bert", config=message).config
     assert (c.heads, c.act, c.types, c.positions, c.hidden) == (4, "relu", 5, 19, 26)
 
 
@@ -399,7 +402,7 @@ def test_damage_is_named(place: Path, tmp_path: Path, name: str) -> None:
     tensor = {"gpt2": "model/h1/mlp/c_fc/w", "bert": "bert/encoder/layer_1/output/dense/kernel"}
     path = place / name / f"{PREFIX[name]}.data-00000-of-00001"
     data = bytearray(path.read_bytes())
-    data[data.index(held(name)[tensor[name]].numpy().tobytes()) + 7] ^= 16
+    data[data.index(tensors_of(name)[tensor[name]].numpy().tobytes()) + 7] ^= 16
     path.write_bytes(data)
     why = rf"{path.name}: tensor {tensor[name]}, bytes .* CRC"
     with pytest.raises(CorruptCheckpoint, match=why):
@@ -410,7 +413,7 @@ def test_damage_is_named(place: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_tensors_that_are_missing_or_strange(place: Path) -> None:
-    tensors = held("gpt2")
+    tensors = tensors_of("gpt2")
     bias = tensors.pop("model/h1/mlp/c_fc/b")
     source = rewritten(place / "gpt2", "gpt2", tensors)
     with pytest.raises(MissingTensors, match="1 tensor missing: model/h1/mlp/c_fc/b"):
@@ -419,7 +422,7 @@ def test_tensors_that_are_missing_or_strange(place: Path) -> None:
     with pytest.raises(NotACheckpoint, match=r"gpt2 of OpenAI's.*not \['model/h1/mlp/c_fc/bias'\]"):
         zoo.load(source)
     # an optimizer's, of nothing that is known
-    tensors = held("bert") | {"bert/adapter/kernel/adam_m": drawn(2, 2)}
+    tensors = tensors_of("bert") | {"bert/adapter/kernel/adam_m": drawn(2, 2)}
     source = rewritten(place / "bert", "bert", tensors)
     with pytest.raises(NotACheckpoint, match=r"not \['bert/adapter/kernel/adam_m'\]"):
         zoo.load(source)
@@ -448,15 +451,15 @@ def test_they_are_read_alone(
 def test_info_and_convert(
     place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = zoo.info(place / name)
-    assert (found.architecture, found.dialect) == (name, DIALECT[name])
+    info = zoo.info(place / name)
+    assert (info.architecture, info.dialect) == (name, DIALECT[name])
     # what the optimizer keeps is stored, and none of the model's
     parameters = {id(p): p.numel() for p in zoo.load(place / name).parameters()}
-    assert found.parameters == sum(parameters.values())
+    assert info.parameters == sum(parameters.values())
     assert main(["info", str(place / name / PREFIX[name])]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("as TensorFlow saved it", f"{PREFIX[name]}.index, {PREFIX[name]}.data-00000-of"):
-        assert word in said
+        assert word in output
     out = str(tmp_path / "native")
     assert main(["convert", str(place / name), "--to", "native", "--out", out]) == 0
     assert list(check(tmp_path / "native", sha256=True)) == []

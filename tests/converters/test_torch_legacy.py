@@ -56,7 +56,7 @@ def test_a_published_directory_with_an_old_bin_loads(
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
         (lambda data: data[:-3], r"storage \d+ at byte \d+: expected|its storages end at byte"),
         (lambda data: data + b"\0", r"its storages end at byte \d+, the file at \d+"),
@@ -66,9 +66,9 @@ def test_a_published_directory_with_an_old_bin_loads(
     ],
     ids=["truncated", "trailing", "big-endian", "within a pickle", "magic alone"],
 )
-def test_a_damaged_file_is_refused(old: Path, edit: Callable[[bytes], bytes], told: str) -> None:
+def test_a_damaged_file_is_refused(old: Path, edit: Callable[[bytes], bytes], message: str) -> None:
     old.write_bytes(edit(old.read_bytes()))
-    with pytest.raises(CorruptCheckpoint, match=told):
+    with pytest.raises(CorruptCheckpoint, match=message):
         TorchZipReader(old)
 
 

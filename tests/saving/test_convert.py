@@ -189,11 +189,11 @@ def test_a_cast_is_what_torch_makes_of_it_and_is_said(source: Path, tmp_path: Pa
     before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "half"))
     assert all(torch.equal(x.bfloat16(), after[n]) for n, x in before.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    said = json.loads((tmp_path / "half" / NAME).read_text())["files"]["model.safetensors"]
-    assert all(t["cast"] == "F32 -> BF16" and t["lossy"] for t in said["tensors"].values())
+    data = json.loads((tmp_path / "half" / NAME).read_text())["files"]["model.safetensors"]
+    assert all(t["cast"] == "F32 -> BF16" and t["lossy"] for t in data["tensors"].values())
     zoo.convert(tmp_path / "half", tmp_path / "wide", to="hf", dtype="float32")
-    said = json.loads((tmp_path / "wide" / NAME).read_text())["files"]["model.safetensors"]
-    assert not any("lossy" in t for t in said["tensors"].values())
+    data = json.loads((tmp_path / "wide" / NAME).read_text())["files"]["model.safetensors"]
+    assert not any("lossy" in t for t in data["tensors"].values())
 
 
 def edited(source: Path, directory: Path, name: str, value: float) -> Path:
@@ -273,9 +273,9 @@ def test_equal_tensors_are_told_from_64_kilobytes_on(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_and_named(source: Path, tmp_path: Path) -> None:
     out = zoo.convert(source, tmp_path / "out", to="native", max_shard_size=40_000)
     assert list(check(out, sha256=True)) == []
-    said = json.loads((out / NAME).read_text())["files"]
+    data = json.loads((out / NAME).read_text())["files"]
     random = torch.Generator().manual_seed(0)
-    for name in sorted(n for n in said if n.endswith(".safetensors")):
+    for name in sorted(n for n in data if n.endswith(".safetensors")):
         path, whole = out / name, (out / name).read_bytes()
         head = 8 + int.from_bytes(whole[:8], "little")
         offsets = json.loads(whole[8:head])
@@ -298,10 +298,10 @@ def test_a_flipped_bit_is_found_and_named(source: Path, tmp_path: Path) -> None:
 def test_a_files_own_digest_is_checked_when_asked(source: Path, tmp_path: Path) -> None:
     """Each tensor is as the manifest says, and the file is not the one that was written."""
     out = zoo.convert(source, tmp_path / "out", to="native")
-    said = json.loads((out / NAME).read_text())
-    del said["digest"]
-    said["files"]["model.safetensors"]["sha256"] = "0" * 64
-    (out / NAME).write_text(json.dumps({**said, "digest": digest(said)}))
+    fields = json.loads((out / NAME).read_text())
+    del fields["digest"]
+    fields["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (out / NAME).write_text(json.dumps({**fields, "digest": digest(fields)}))
     assert list(check(out)) == []
     (damage,) = check(out, sha256=True)
     assert damage.file == "model.safetensors" and "sha256" in damage.what
@@ -357,16 +357,16 @@ def test_a_manifest_that_was_edited_is_not_believed(source: Path, tmp_path: Path
 
 def test_the_manifest_says_what_it_was_made_of(source: Path, tmp_path: Path) -> None:
     out = zoo.convert(source, tmp_path / "out", to="native")
-    said = json.loads((out / NAME).read_text())
+    data = json.loads((out / NAME).read_text())
     weights = source / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     size = weights.stat().st_size
-    assert said["sources"] == {"model.safetensors": {"size": size, "sha256": digest}}
-    assert said["architecture"] == "gpt2" and said["to"] == "native"
-    one = said["files"]["model.safetensors"]["tensors"]["blocks.0.attn.q.weight"]
+    assert data["sources"] == {"model.safetensors": {"size": size, "sha256": digest}}
+    assert data["architecture"] == "gpt2" and data["to"] == "native"
+    one = data["files"]["model.safetensors"]["tensors"]["blocks.0.attn.q.weight"]
     assert one["rule"].startswith("h.{layer}.attn.c_attn.weight [i (n o)]: ")
     made = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-    assert said["files"]["model.safetensors"]["sha256"] == made
+    assert data["files"]["model.safetensors"]["sha256"] == made
 
 
 # --- killed --------------------------------------------------------------------------------------
@@ -415,8 +415,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
 ) -> None:
     """At some places over its whole run; the destination is the old one or the new one."""
     whole = convert(source, tmp_path / "whole")
-    said = whole.communicate()[0].split()
-    calls = int(said[1])
+    words = whole.communicate()[0].split()
+    calls = int(words[1])
     truth = contents(tmp_path / "whole")
     points = sorted({1, *range(9, calls, max(1, calls // 3)), calls - 1, calls})
     resumed = 0

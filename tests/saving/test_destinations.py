@@ -47,11 +47,11 @@ def project(tmp_path: Path) -> Path:
 
 def state(directory: Path) -> dict[str, Any]:
     """Every entry that is not a checkpoint's: inode and mode of a file, mode of a folder."""
-    found = dict[str, Any]()
+    actual = dict[str, Any]()
     for name, is_directory in files_below(directory):
         status = (directory / name).lstat()
-        found[name] = status.st_mode if is_directory else (status.st_ino, status.st_mode)
-    return found
+        actual[name] = status.st_mode if is_directory else (status.st_ino, status.st_mode)
+    return actual
 
 
 def is_kept(before: dict[str, Any], directory: Path) -> bool:

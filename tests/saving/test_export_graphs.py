@@ -82,7 +82,7 @@ def redrawn(model: Any) -> Any:
 def asked(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
     """Arguments of forward; some rows are padded on the left, some on the right."""
     random = torch.Generator().manual_seed(tokens)
-    given = {}
+    inputs = {}
     for name in graphs.input_names(model):  # an answer is long where the question is short
         length = 24 - tokens % 24 if name.startswith("decoder_") else tokens
         if name.endswith("mask"):
@@ -90,11 +90,11 @@ def asked(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
             for row in range(rows):
                 mask[row, : row % 3 * length // 4] = 0
                 mask[row, length - (row % 2 * length // 3) :] = 0
-            given[name] = mask
+            inputs[name] = mask
         else:
             most = model.config.types if name == "token_type_ids" else model.config.vocab
-            given[name] = torch.randint(0, most, (rows, length), generator=random)
-    return given
+            inputs[name] = torch.randint(0, most, (rows, length), generator=random)
+    return inputs
 
 
 def sizes(model: Any) -> Iterator[tuple[int, int]]:
@@ -104,8 +104,8 @@ def sizes(model: Any) -> Iterator[tuple[int, int]]:
 
 
 @torch.no_grad()
-def answered(model: Any, given: dict[str, Tensor]) -> list[Tensor]:
-    out = model(**given)
+def answered(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    out = model(**inputs)
     return list(out) if isinstance(out, tuple) else [out]
 
 
@@ -125,8 +125,8 @@ def compared(model: Any, run: Callable[[dict[str, Tensor]], list[Tensor]], limit
     """Within the limit, or in what the model's own dtype does to it where that is more."""
     exact = copy.deepcopy(model).double()
     for rows, tokens in sizes(model):
-        given = asked(model, rows, tokens)
-        outputs = zip(run(given), answered(model, given), answered(exact, given), strict=True)
+        inputs = asked(model, rows, tokens)
+        outputs = zip(run(inputs), answered(model, inputs), answered(exact, inputs), strict=True)
         for x, y, truth in outputs:
             assert x.shape == y.shape
             # hot weights at 800 positions: two orders of fp32 sums, each as far from the truth
@@ -136,9 +136,9 @@ def compared(model: Any, run: Callable[[dict[str, Tensor]], list[Tensor]], limit
 def in_runtime(directory: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     runtime = session(directory)
 
-    def run(given: dict[str, Tensor]) -> list[Tensor]:
-        found = runtime.run(None, {name: x.numpy() for name, x in given.items()})
-        return [torch.from_numpy(x) for x in found]
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+        actual = runtime.run(None, {name: x.numpy() for name, x in inputs.items()})
+        return [torch.from_numpy(x) for x in actual]
 
     return run
 
@@ -146,15 +146,15 @@ def in_runtime(directory: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 def in_torch(directory: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     program = torch.export.load(directory / graphs.PT2).module()
 
-    def run(given: dict[str, Tensor]) -> list[Tensor]:
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return list(program(given["input_ids"], **rest(given)).values())
+            return list(program(inputs["input_ids"], **rest(inputs)).values())
 
     return run
 
 
-def rest(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x for name, x in given.items() if name != "input_ids"}
+def rest(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if name != "input_ids"}
 
 
 # --- the same function ---------------------------------------------------------------------------
@@ -171,17 +171,17 @@ def test_onnxruntime_computes_the_same(name: str, variant: str, tmp_path: Path) 
 
 def weights_are_the_models(model: Any, directory: Path) -> None:
     graph = onnx.load(str(directory / graphs.ONNX)).graph
-    held = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+    tensors = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
     own = dict(model.named_parameters(remove_duplicate=False))
     native = native_of(model)
-    assert held.keys() & own.keys()
-    for name in held.keys() & own.keys():
-        assert np.array_equal(held[name], own[name].detach().numpy()), name
-    named = {native.ties.get(name, name) for name in held.keys() & own.keys()}
+    assert tensors.keys() & own.keys()
+    for name in tensors.keys() & own.keys():
+        assert np.array_equal(tensors[name], own[name].detach().numpy()), name
+    named = {native.ties.get(name, name) for name in tensors.keys() & own.keys()}
     unused = native.shapes.keys() - named
     # a lone bias that untied files hold, and nothing reads
     assert all(name.endswith("bias") for name in unused), unused
-    largest = max((x.size for name, x in held.items() if name not in own), default=0)
+    largest = max((x.size for name, x in tensors.items() if name not in own), default=0)
     assert largest <= 128, "a weight under another name"
 
 
@@ -266,9 +266,9 @@ def test_names_and_axes(name: str, head: str, inputs: str, outputs: str, tmp_pat
     graph = onnx.load(str(tmp_path / "g" / graphs.ONNX), load_external_data=False).graph
     assert not any(node.metadata_props or node.doc_string for node in graph.node)
     zoo.save(model, tmp_path / "p", to="pt2")
-    program, given = torch.export.load(tmp_path / "p" / graphs.PT2).module(), asked(model, 2, 5)
-    assert list(given) == inputs.split()
-    assert list(program(given["input_ids"], **rest(given))) == outputs.split()
+    program, arguments = torch.export.load(tmp_path / "p" / graphs.PT2).module(), asked(model, 2, 5)
+    assert list(arguments) == inputs.split()
+    assert list(program(arguments["input_ids"], **rest(arguments))) == outputs.split()
 
 
 # --- from files to files -------------------------------------------------------------------------
@@ -321,8 +321,8 @@ def test_a_dry_run_says_sizes_and_reads_no_weights(
     monkeypatch.setattr("converters.checkpoint.Checkpoint.tensor", None)
     monkeypatch.setattr("converters.checkpoint.Checkpoint.lazy", None)
     assert app.main(["convert", str(source), "--to", to, "--dry-run"]) == 0
-    told = capsys.readouterr().out.split(f"to be written ({to}):")[1].split("\n")
-    assert {line.strip() for line in told if line} == {
+    output = capsys.readouterr().out.split(f"to be written ({to}):")[1].split("\n")
+    assert {line.strip() for line in output if line} == {
         f"{n}: {s:,} bytes" for n, s in sizes.items()
     }
     assert [path.name for path in in_tmp.iterdir()] == ["g"]
@@ -499,8 +499,8 @@ def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     zoo.convert(tmp_path / "s", tmp_path / "g", to=to)
     compared(model, run(tmp_path / "g"), RELATIVE)
     zoo.convert(tmp_path / "s", tmp_path / "h", to=to, dtype="float64")
-    said = json.loads((tmp_path / "h" / manifest.NAME).read_text())["files"]
-    weights = said[graphs.DATA if to == "onnx" else graphs.PT2]["tensors"]
+    fields = json.loads((tmp_path / "h" / manifest.NAME).read_text())["files"]
+    weights = fields[graphs.DATA if to == "onnx" else graphs.PT2]["tensors"]
     assert {each["cast"] for each in weights.values()} == {"F32 -> F64"}
     zoo.save(model, tmp_path / "saved", to=to)
     converted, saved = contents(tmp_path / "g"), contents(tmp_path / "saved")
@@ -517,8 +517,8 @@ def test_from_blocks_of_eight_bits(to: str, tmp_path: Path) -> None:
     (blocks,) = (tmp_path / "q").glob("*.gguf")
     zoo.convert(blocks, tmp_path / "g", to=to)
     compared(zoo.load(blocks), (in_runtime if to == "onnx" else in_torch)(tmp_path / "g"), RELATIVE)
-    said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert said["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
+    data = json.loads((tmp_path / "g" / manifest.NAME).read_text())
+    assert data["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
 
 
 # --- beyond 2 and 4 GB: what no 32 bits can say, in files that are holes but for a few bytes ------
@@ -560,10 +560,10 @@ def test_an_onnx_beyond_4_gb(tmp_path: Path) -> None:
     _, texts = huge(model, "onnx", tmp_path)
     assert len(texts[graphs.ONNX]) < 100_000
     onnx.checker.check_model(str(tmp_path / graphs.ONNX))
-    run, given = in_runtime(tmp_path), asked(model, 2, 9)
-    (wanted,) = answered(model, given)
-    assert apart(run(given)[0], wanted) < RELATIVE
-    last = given | {"input_ids": given["input_ids"] + (HUGE - model.config.vocab)}
+    run, inputs = in_runtime(tmp_path), asked(model, 2, 9)
+    (wanted,) = answered(model, inputs)
+    assert apart(run(inputs)[0], wanted) < RELATIVE
+    last = inputs | {"input_ids": inputs["input_ids"] + (HUGE - model.config.vocab)}
     assert apart(run(last)[0], wanted) < RELATIVE
 
 
@@ -673,5 +673,5 @@ def test_a_graph_is_written_and_not_read(source: Path, tmp_path: Path) -> None:
     zoo.convert(source, tmp_path / "g", to="onnx")
     with pytest.raises(ZooError):
         zoo.load(tmp_path / "g")
-    said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert said["to"] == "onnx"
+    data = json.loads((tmp_path / "g" / manifest.NAME).read_text())
+    assert data["to"] == "onnx"

@@ -89,11 +89,11 @@ def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
     name, variant = key.split("/")
     kind = hot_checkpoint(registry.architectures()[name], variant, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    held = open_checkpoint(tmp_path).tensors
+    header = open_checkpoint(tmp_path).tensors
     module = on_meta(kind, config)
     names = [n for n, _ in module.named_parameters()]
     assert names != sorted(names)
-    assert sum(p.numel() for p in module.parameters()) == sum(i.numel for i in held.values())
+    assert sum(p.numel() for p in module.parameters()) == sum(i.numel for i in header.values())
 
 
 # --- other optimizers, other dtypes --------------------------------------------------------------
@@ -175,15 +175,15 @@ def stepped(module: nn.Module, groups: Any = None) -> dict[str, Any]:
 def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
     """load_file gives them so, and k, out, q, v have one shape."""
     hot_checkpoint(registry.architectures()["llama"], "multi-head", tmp_path)
-    held, model = load_file(tmp_path / "model.safetensors"), zoo.load(tmp_path)
+    tensors, model = load_file(tmp_path / "model.safetensors"), zoo.load(tmp_path)
     state = stepped(model)
-    for source, target in ((held, model), (model, held)):
+    for source, target in ((tensors, model), (model, tensors)):
         with pytest.raises(UsageError, match="stand by the alphabet"):
             zoo.convert_optimizer(state, source, target)
     module = on_meta("LlamaForCausalLM", json.loads((tmp_path / "config.json").read_text()))
     names = [n for n, _ in module.named_parameters()]
     moved = zoo.convert_optimizer(
-        zoo.convert_optimizer(state, model, module), {n: held[n] for n in names}, model
+        zoo.convert_optimizer(state, model, module), {n: tensors[n] for n in names}, model
     )
     assert all(x["exp_avg"].equal(moved["state"][n]["exp_avg"]) for n, x in state["state"].items())
 
@@ -203,8 +203,8 @@ def test_groups_of_ones_own_are_no_order() -> None:
         zoo.convert_optimizer(state, model, module)
     names = [named[id(p)] for group in last_first for p in group["params"]]
     moved = zoo.convert_optimizer(state, model, module, names=names)
-    told = [group["param_names"] for group in moved["param_groups"]]
-    assert all(n.startswith("model.layers.2.") for n in told[0])
+    message = [group["param_names"] for group in moved["param_groups"]]
+    assert all(n.startswith("model.layers.2.") for n in message[0])
 
 
 def test_states_by_name() -> None:
@@ -220,10 +220,10 @@ def test_states_by_name() -> None:
         "LlamaForCausalLM",
         next(iter(registry.architectures()["llama"].variants.values()))["config"],
     )
-    wanted, found = (zoo.convert_optimizer(s, model, module) for s in (state, by_name))
-    assert found["param_groups"][0]["params"] == wanted["param_groups"][0]["params"]
+    wanted, actual = (zoo.convert_optimizer(s, model, module) for s in (state, by_name))
+    assert actual["param_groups"][0]["params"] == wanted["param_groups"][0]["params"]
     for n, entry in wanted["state"].items():
-        assert all(torch.equal(x, found["state"][n][k]) for k, x in entry.items())
+        assert all(torch.equal(x, actual["state"][n][k]) for k, x in entry.items())
 
 
 def test_eight_bits_and_factors_are_refused() -> None:
@@ -268,8 +268,10 @@ def test_where_a_file_holds_it(
     where: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     source, state = saved
-    held: Any = {where: [state] if where.endswith("s") else state, "epoch": 3} if where else state
-    torch.save(held, tmp_path / "o.pt")
+    tensors: Any = (
+        {where: [state] if where.endswith("s") else state, "epoch": 3} if where else state
+    )
+    torch.save(tensors, tmp_path / "o.pt")
     out = convert_file(source, tmp_path / "o.pt", tmp_path / "out.pt")
     assert len(torch.load(out, weights_only=True)["state"]) == len(state["state"])
     with pytest.raises(OutputExists, match="force=True"):
@@ -282,15 +284,15 @@ def test_files_that_are_none(saved: tuple[Path, dict[str, Any]], tmp_path: Path)
     source, state = saved
     file = tmp_path / "o.pt"
     zero = {"base_optimizer_state": {}, "zero_stage": 2, "partition_count": 2}
-    for held, kind, told in (
+    for tensors, kind, message in (
         ({"optimizer_state_dict": zero}, UsageError, "DeepSpeed"),
         ({"a": state, "b": state}, UsageError, "several optimizers' states: a, b"),
         ({"model": {"x": torch.ones(1)}}, NotACheckpoint, "no torch optimizer's state in it"),
         ({"state": {}, "param_groups": 3}, NotACheckpoint, "found state, param_groups"),
         ({"fn": print, **state}, CorruptCheckpoint, "asks for __builtin__.print"),
     ):
-        torch.save(held, file)
-        with pytest.raises(kind, match=told):
+        torch.save(tensors, file)
+        with pytest.raises(kind, match=message):
             read(file)
     file.write_bytes(b"no zip")
     with pytest.raises(CorruptCheckpoint, match=r"o\.pt: 6 bytes that are no zip file"):
@@ -314,7 +316,7 @@ def test_orders_without_the_reference(
     config = json.loads((source / "config.json").read_text())
     order = [n for n, _ in on_meta("LlamaForCausalLM", config).named_parameters()]
 
-    def lacking(*given: Any) -> Any:
+    def lacking(*inputs: Any) -> Any:
         raise zoo.errors.MissingDependency("transformers")
 
     monkeypatch.setattr("zoo.parity.reference.transformers", lacking)
@@ -323,15 +325,15 @@ def test_orders_without_the_reference(
     (tmp_path / "names").write_text("\n".join(order))
     asked = ["convert-optimizer", str(source), str(tmp_path / "o.pt"), "--out", str(tmp_path / "2")]
     assert main([*asked, "--names", str(tmp_path / "names")]) == 0
-    held = load_file(source / "model.safetensors")
+    tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
-    torch.save(OrderedDict((n, held[n]) for n in order), source / "pytorch_model.bin")
+    torch.save(OrderedDict((n, tensors[n]) for n in order), source / "pytorch_model.bin")
     convert_file(source, tmp_path / "o.pt", tmp_path / "3")
     for name in ("2", "3"):
-        found = torch.load(tmp_path / name, weights_only=True)
-        assert found["param_groups"] == wanted["param_groups"]
+        actual = torch.load(tmp_path / name, weights_only=True)
+        assert actual["param_groups"] == wanted["param_groups"]
         for n, entry in wanted["state"].items():
-            assert all(torch.equal(x, found["state"][n][k]) for k, x in entry.items())
+            assert all(torch.equal(x, actual["state"][n][k]) for k, x in entry.items())
     zoo.convert(source, tmp_path / "native", to="native")
     with pytest.raises(UsageError, match="does not say it"):
         convert_file(tmp_path / "native", tmp_path / "3", tmp_path / "4", to="hf")
@@ -349,10 +351,10 @@ def test_a_training_checkpoint_of_nanogpts(tmp_path: Path) -> None:
     vectors = [p for p in other.parameters() if p.dim() < 2]
     state = stepped(other, [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
     c = model.config
-    said = {"n_layer": c.layers, "n_head": c.heads, "n_embd": c.dim, "block_size": c.positions}
-    said |= {"bias": c.bias, "vocab_size": c.vocab, "dropout": 0.0}
-    held = {"model": other.state_dict(), "optimizer": state, "model_args": said, "iter_num": 1}
-    torch.save(held, tmp_path / "ckpt.pt")
+    data = {"n_layer": c.layers, "n_head": c.heads, "n_embd": c.dim, "block_size": c.positions}
+    data |= {"bias": c.bias, "vocab_size": c.vocab, "dropout": 0.0}
+    tensors = {"model": other.state_dict(), "optimizer": state, "model_args": data, "iter_num": 1}
+    torch.save(tensors, tmp_path / "ckpt.pt")
     out = convert_file(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", tmp_path / "native.pt")
     moved = torch.load(out, weights_only=True)
     wanted = zoo.convert_optimizer(state, other, model)
@@ -365,10 +367,10 @@ def test_optimizer_of_a_llama2c_training_checkpoint(tmp_path: Path) -> None:
     """Matrices stand first in it, and the embedding is the output too."""
     model = build("llama", tied=True, eps=1e-5, rope_base=1e4, head_dim=None, act="silu")
     zoo.save(model, tmp_path / "c", to="llama2c-ckpt")
-    held = torch.load(tmp_path / "c" / "ckpt.pt", weights_only=True)
-    names = [name for name in held["model"] if name != "output.weight"]
-    names.sort(key=lambda name: held["model"][name].dim() < 2)
-    parameters = {name: nn.Parameter(held["model"][name].clone()) for name in names}
+    tensors = torch.load(tmp_path / "c" / "ckpt.pt", weights_only=True)
+    names = [name for name in tensors["model"] if name != "output.weight"]
+    names.sort(key=lambda name: tensors["model"][name].dim() < 2)
+    parameters = {name: nn.Parameter(tensors["model"][name].clone()) for name in names}
     split = sum(p.dim() >= 2 for p in parameters.values())
     groups = [[*parameters.values()][:split], [*parameters.values()][split:]]
     optimizer = torch.optim.AdamW([{"params": params} for params in groups], lr=0.01)
@@ -376,17 +378,17 @@ def test_optimizer_of_a_llama2c_training_checkpoint(tmp_path: Path) -> None:
     for p in parameters.values():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    torch.save({**held, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    torch.save({**tensors, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
     out = convert_file(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", tmp_path / "native.pt")
     moved = torch.load(out, weights_only=True)
     order = [name for group in moved["param_groups"] for name in group["param_names"]]
-    found = {name: moved["state"][n]["exp_avg"] for n, name in enumerate(order)}
+    actual = {name: moved["state"][n]["exp_avg"] for n, name in enumerate(order)}
     theirs = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
-    assert torch.equal(found["embed.weight"], theirs["tok_embeddings.weight"])
-    assert torch.equal(found["blocks.1.mlp.up.weight"], theirs["layers.1.feed_forward.w3.weight"])
-    assert torch.equal(found["norm.weight"], theirs["norm.weight"])
+    assert torch.equal(actual["embed.weight"], theirs["tok_embeddings.weight"])
+    assert torch.equal(actual["blocks.1.mlp.up.weight"], theirs["layers.1.feed_forward.w3.weight"])
+    assert torch.equal(actual["norm.weight"], theirs["norm.weight"])
     pairs = theirs["layers.0.attention.wq.weight"].unflatten(0, (model.config.heads, -1, 2))
-    assert torch.equal(found["blocks.0.attn.q.weight"], pairs.transpose(1, 2).flatten(0, 2))
+    assert torch.equal(actual["blocks.0.attn.q.weight"], pairs.transpose(1, 2).flatten(0, 2))
 
 
 # --- hostile files and destinations --------------------------------------------------------------
@@ -406,9 +408,11 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 
 def refused_state(change: Change, state: dict[str, Any], file: Path) -> ZooError:
-    held = copy.deepcopy(state)
-    held = changed if isinstance(changed := change(held), dict | list | torch.Tensor) else held
-    torch.save(held, file)
+    tensors = copy.deepcopy(state)
+    tensors = (
+        changed if isinstance(changed := change(tensors), dict | list | torch.Tensor) else tensors
+    )
+    torch.save(tensors, file)
     with pytest.raises(ZooError) as error:
         read(file)
     return error.value
@@ -490,8 +494,11 @@ def test_a_malformed_state_is_refused_by_name(
 def test_a_plain_value_is_read_as_it_was_saved(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
     group = {"params": [0], "lr": numpy.float64(0.1), "betas": (0.9, None, True), "n": -(10**30)}
-    held = {"epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [group]}}
-    torch.save(held, tmp_path / "o.pt")
+    tensors = {
+        "epoch": 3,
+        "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [group]},
+    }
+    torch.save(tensors, tmp_path / "o.pt")
     state = read(tmp_path / "o.pt")
     assert state["param_groups"] == [group]
     assert state["state"][0]["m"].tolist() == [1.0, 1.0]

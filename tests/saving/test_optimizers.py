@@ -145,9 +145,9 @@ def test_nanogpts_matrices_stand_first(tmp_path: Path) -> None:
         p.grad = torch.randn_like(p)
     optimizer.step()
     torch.save({"model": other.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c")
-    held = torch.load(tmp_path / "c", weights_only=True)
+    saved = torch.load(tmp_path / "c", weights_only=True)
 
-    moved = zoo.convert_optimizer(held["optimizer"], held["model"], model)
+    moved = zoo.convert_optimizer(saved["optimizer"], saved["model"], model)
     named = moved["param_groups"][0]["param_names"]
     assert all(model.get_parameter(n).dim() == 2 for n in named)
     assert [g["weight_decay"] for g in moved["param_groups"]] == [0.1, 0.0]
@@ -156,10 +156,10 @@ def test_nanogpts_matrices_stand_first(tmp_path: Path) -> None:
     for n, part in zip("qkv", fused.chunk(3), strict=True):
         place = named.index(f"blocks.0.attn.{n}.weight")
         assert moved["state"][place]["exp_avg"].equal(part)
-    back = zoo.convert_optimizer(moved, model, held["model"])
+    back = zoo.convert_optimizer(moved, model, saved["model"])
     assert back["param_groups"][0]["params"] == list(range(len(decay)))
     for n, state in back["state"].items():
-        assert all(torch.equal(x, held["optimizer"]["state"][n][k]) for k, x in state.items())
+        assert all(torch.equal(x, saved["optimizer"]["state"][n][k]) for k, x in state.items())
 
 
 def reference_like(model: Any) -> dict[str, Tensor]:
@@ -177,10 +177,10 @@ def test_what_does_not_convert_is_said(tmp_path: Path) -> None:
     names = [n for n, _ in model.named_parameters()]
     place = names.index("blocks.0.attn.q.weight")
 
-    def refused(change: Any, told: str, kind: type = PlanError, **more: Any) -> None:
+    def refused(change: Any, message: str, kind: type = PlanError, **more: Any) -> None:
         changed = copy.deepcopy(state)
         change(changed)
-        with pytest.raises(kind, match=told):
+        with pytest.raises(kind, match=message):
             zoo.convert_optimizer(changed, model, other, **more)
 
     refused(lambda s: s["state"][place].update(step=torch.tensor(9.0)), "step: one array there")
