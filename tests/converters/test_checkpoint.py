@@ -49,7 +49,7 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_single_file(tmp_path: Path) -> None:
+def test_a_single_file_is_opened(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.root, checkpoint.format) == (tmp_path, "safetensors")
@@ -62,7 +62,7 @@ def test_a_single_file(tmp_path: Path) -> None:
         checkpoint.tensor("aa")
 
 
-def test_shards(sharded: Path) -> None:
+def test_shards_and_index_are_opened(sharded: Path) -> None:
     save_file({"z": torch.ones(1)}, sharded / "model-00003-of-00003.safetensors")
     checkpoint = open_checkpoint(sharded)
     assert checkpoint.where == {"a": ONE, "b": TWO, "c": TWO}
@@ -76,7 +76,7 @@ def test_shards(sharded: Path) -> None:
     )
 
 
-def test_torch_files_count_where_safetensors_are_absent(tmp_path: Path) -> None:
+def test_torch_files_are_opened_if_there_are_no_safetensors(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.format, checkpoint.tensor("a").tolist()) == ("torch", [1, 1])
@@ -90,7 +90,7 @@ def test_torch_files_count_where_safetensors_are_absent(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).tensors.keys() == {"s"}
 
 
-def test_a_single_file_beside_an_index(sharded: Path) -> None:
+def test_a_single_file_beside_an_index_is_ambiguous(sharded: Path) -> None:
     save_file({"a": torch.ones(2)}, sharded / "model.safetensors")
     with pytest.raises(
         AmbiguousCheckpoint, match=r"model\.safetensors and model\.safetensors\.index"
@@ -106,7 +106,7 @@ def test_a_single_file_beside_an_index(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotACheckpoint, match=r"Looked for model\.safetensors.*found nothing"):
         open_checkpoint(tmp_path)
     (tmp_path / "README.md").touch()
@@ -144,13 +144,13 @@ def test_corrupt_shards_are_all_named(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_a_tensor_in_two_shards(sharded: Path) -> None:
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, sharded / TWO)
     with pytest.raises(DuplicateTensor, match=rf"a \({ONE} and {TWO}\)"):
         open_checkpoint(sharded)
 
 
-def test_index_and_shards_disagree(sharded: Path) -> None:
+def test_an_index_that_disagrees_with_its_shards_is_refused(sharded: Path) -> None:
     index(sharded, {"a": ONE, "b": TWO, "d": TWO, "e": ONE})
     with pytest.raises(BadIndex) as error:
         open_checkpoint(sharded)
@@ -163,7 +163,7 @@ def test_index_and_shards_disagree(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_a_shard_that_the_index_leaves_out_is_told(sharded: Path) -> None:
+def test_a_shard_that_the_index_leaves_out_is_listed(sharded: Path) -> None:
     index(sharded, {"a": ONE})
     checkpoint = open_checkpoint(sharded)  # the plan says which tensors are missing
     assert checkpoint.tensors.keys() == {"a"}
@@ -194,7 +194,7 @@ def test_a_shard_that_the_index_leaves_out_is_told(sharded: Path) -> None:
         ('{"weight_map": ' + "[" * 5000 + "]" * 5000 + "}", "nested deeper"),
     ],
 )
-def test_malformed_indices(sharded: Path, text: str, message: str) -> None:
+def test_malformed_indices_are_refused(sharded: Path, text: str, message: str) -> None:
     (sharded / INDEX).write_text(text)
     with pytest.raises(BadIndex, match=message) as error:
         open_checkpoint(sharded)
@@ -247,7 +247,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "sub/",
     ],
 )
-def test_unsafe_names(sharded: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_names_are_refused(
+    sharded: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_file({"z": torch.ones(1)}, sharded.parent / "outside.safetensors")
     index(sharded, {"a": ONE, "z": name, "x": "/also/this"})
     opened = watched(monkeypatch)
@@ -258,7 +260,7 @@ def test_unsafe_names(sharded: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     assert opened == [INDEX]
 
 
-def test_names_below_the_directory_are_fine(sharded: Path) -> None:
+def test_names_below_the_directory_are_accepted(sharded: Path) -> None:
     (sharded / "sub").mkdir()
     (sharded / TWO).rename(sharded / "sub" / "..two.safetensors")
     (sharded / TWO).symlink_to("sub/..two.safetensors")
@@ -276,7 +278,9 @@ def test_plain_names_stay_below(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["outside", "fifo", "device", "directory", "by a folder"])
-def test_unsafe_files(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_files_are_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, outside = tmp_path / "checkpoint", tmp_path / "outside"
     root.mkdir()
     outside.mkdir()
@@ -332,7 +336,7 @@ sizes = st.lists(st.integers(0, 12), min_size=1, max_size=12)
 
 @settings(max_examples=200, deadline=None)
 @given(sizes, st.integers(1, 40))
-def test_shards_are_the_hubs(counts: list[int], limit: int) -> None:
+def test_shards_equal_the_split_of_the_hub_library(counts: list[int], limit: int) -> None:
     state = {f"t{n}": torch.zeros(count) for n, count in enumerate(counts)}
     infos = [TensorInfo(name, (tensor.numel(),), "F32") for name, tensor in state.items()]
     theirs = split_torch_state_dict_into_shards(
@@ -342,7 +346,7 @@ def test_shards_are_the_hubs(counts: list[int], limit: int) -> None:
     assert ours == theirs.filename_to_tensors
 
 
-def test_nothing_is_one_file() -> None:
+def test_no_tensors_are_one_empty_file() -> None:
     assert shard([], 10) == [("model.safetensors", [])]
 
 
@@ -384,7 +388,7 @@ def test_files_and_index_are_those_of_save_pretrained(tmp_path: Path, tied: bool
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_shard_changed_between_header_and_weights(sharded: Path) -> None:
+def test_a_shard_that_changes_after_its_header_is_refused(sharded: Path) -> None:
     checkpoint = open_checkpoint(sharded)
     save_file({"a": torch.ones(5)}, sharded / ONE)
     with pytest.raises(ZooError, match="changed"):

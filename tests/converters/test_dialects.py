@@ -163,7 +163,9 @@ IDS = torch.arange(33).view(1, 33) * 3
 
 @torch.no_grad()
 @pytest.mark.parametrize(("shards", "columns"), [(1, False), (2, False), (2, True)])
-def test_meta(llama: Any, tmp_path: Path, shards: int, columns: bool) -> None:
+def test_meta_files_load_and_convert_back(
+    llama: Any, tmp_path: Path, shards: int, columns: bool
+) -> None:
     """By the layout that is published; the logits are those of the reference's own files."""
     hf, tensors, config = llama
     files = meta_files(tensors, config, shards, columns)
@@ -205,7 +207,7 @@ def test_meta_scaled_rope(llama: Any, tmp_path: Path) -> None:
         zoo.save(model, tmp_path / "other", to="meta")
 
 
-def test_shards_that_are_missing_or_disagree(llama: Any, tmp_path: Path) -> None:
+def test_missing_or_inconsistent_shards_are_refused(llama: Any, tmp_path: Path) -> None:
     _, tensors, config = llama
     files = meta_files(tensors, config, 2, False)
     place = meta(tmp_path / "meta", files, params_of(config))
@@ -293,7 +295,9 @@ def linear(tensors: dict[str, Tensor], before: str = "") -> dict[str, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("before", ["", "_orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt(gpt2: Any, tmp_path: Path, before: str, bias: bool) -> None:
+def test_nanogpt_checkpoints_load_and_convert_back(
+    gpt2: Any, tmp_path: Path, before: str, bias: bool
+) -> None:
     """As train.py leaves it: compiled or not, the optimizer's state and the run's beside it."""
     hf, tensors = gpt2("gelu")
     state = linear(tensors, before)
@@ -410,7 +414,7 @@ def test_faults_of_a_llama2c_training_checkpoint(llama: Any, tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_mingpt(gpt2: Any, tmp_path: Path) -> None:
+def test_mingpt_checkpoints_load(gpt2: Any, tmp_path: Path) -> None:
     hf, tensors = gpt2("gelu_new", False)
     state = linear(tensors) | {"lm_head.weight": tensors["lm_head.weight"]}
     state |= {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 53, 53) for n in range(3)}
@@ -424,7 +428,9 @@ def test_mingpt(gpt2: Any, tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
-def test_book(gpt2: Any, tmp_path: Path, biased: bool, nested: bool) -> None:
+def test_checkpoints_of_the_book_load(
+    gpt2: Any, tmp_path: Path, biased: bool, nested: bool
+) -> None:
     hf, tensors = gpt2("gelu_new", False)
     state = {
         "tok_emb.weight": tensors["transformer.wte.weight"],
@@ -609,7 +615,9 @@ SIZES = (64, 172, 5, 8, 4, 512, 512)
         (struct.pack("<7i", 2**20, 2**22, 4096, 2, 2, 2**26, 4), 4096, "makes .*Truncated"),
     ],
 )
-def test_hostile_headers(tmp_path: Path, head: bytes, size: int, why: str) -> None:
+def test_hostile_llama2c_headers_are_refused(
+    tmp_path: Path, head: bytes, size: int, why: str
+) -> None:
     path = tmp_path / "x.bin"
     with path.open("wb") as file:
         file.write(head)
@@ -665,7 +673,7 @@ def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 # --- what is found, and what is not --------------------------------------------------------------
 
 
-def test_files_that_nothing_knows(tmp_path: Path, gpt2: Any) -> None:
+def test_files_of_no_known_format_are_refused(tmp_path: Path, gpt2: Any) -> None:
     (tmp_path / "noise.bin").write_bytes(b"GIF89a" * 100)
     with pytest.raises(
         NotACheckpoint, match=r"expected a directory .* file of torch.save, .*llama2"
@@ -727,7 +735,7 @@ def test_faults_of_a_nested_file(tmp_path: Path, gpt2: Any) -> None:
         TorchZipReader(path, nested=True)
 
 
-def test_what_cannot_be_said_is_refused_by_name(tmp_path: Path) -> None:
+def test_configs_that_a_dialect_cannot_express_are_refused_by_name(tmp_path: Path) -> None:
     llama, gpt = entry_of("llama"), entry_of("gpt2")
 
     def refused(entry: Any, to: str, why: str, **changes: Any) -> None:
@@ -774,7 +782,7 @@ def test_what_cannot_be_said_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_files_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts: int) -> None:
+def test_files_of_no_dialect_are_recognized_and_opened(tmp_path: Path, parts: int) -> None:
     """A dialect of them is a section of a spec and nothing more."""
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     raw = torch.cat([data.reshape(-1) for _, data in in_units(iter([x]), int8_groups(32)[0])])
@@ -813,7 +821,7 @@ def test_files_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts
 @pytest.mark.parametrize(
     ("to", "layout"), [("meta", {"shards": 2}), ("llama2c", None), ("gguf", None)]
 )
-def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, to: str, layout: Any) -> None:
+def test_an_interrupted_conversion_resumes(tmp_path: Path, to: str, layout: Any) -> None:
     """With the CRCs of what was written before."""
     zoo.save(model_of("llama", "llama2c", **EVEN), tmp_path / "native", to="native")
     zoo.convert(tmp_path / "native", tmp_path / "whole", to=to, layout=layout)
@@ -836,7 +844,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, to: str, layout: Any
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
-def test_parts(tmp_path: Path) -> None:
+def test_parts_write_the_same_files_as_a_whole_conversion(tmp_path: Path) -> None:
     zoo.save(model_of("llama", "meta", **EVEN), tmp_path / "native", to="native")
     how: dict[str, Any] = {"to": "meta", "layout": {"shards": 2}}
     zoo.convert(tmp_path / "native", tmp_path / "whole", **how)
@@ -911,7 +919,7 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 # --- what is found out about files, and said -----------------------------------------------------
 
 
-def test_what_was_stored_in_two_dtypes_stays_so(llama: Any, tmp_path: Path) -> None:
+def test_tensors_stored_in_two_dtypes_keep_them(llama: Any, tmp_path: Path) -> None:
     _, tensors, config = llama
     mixed = {n: x if "norm" in n else x.bfloat16() for n, x in tensors.items()}
     mixed["model.norm.weight"] = mixed["model.norm.weight"].bfloat16().float()  # exact in both
@@ -939,7 +947,7 @@ def test_heads_are_never_guessed(tmp_path: Path) -> None:
     assert zoo.load(path, config={"n_head": 4}).config.heads == 4
 
 
-def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path) -> None:
+def test_a_misshapen_tensor_is_not_reported_as_a_missing_file(llama: Any, tmp_path: Path) -> None:
     _, tensors, config = llama
     files = meta_files(tensors, config, 1, False)
     files[0]["layers.1.attention.wq.weight"] = torch.zeros(3, 3)
@@ -960,14 +968,14 @@ def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path
         (b"\xff" * 64, r"found a file that begins with b'\\xff"),
     ],
 )
-def test_what_a_file_is_instead(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_file_of_another_kind_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(data)
     with pytest.raises(NotACheckpoint, match=rf"model\.bin: expected a directory .*{message}"):
         zoo.load(path)
 
 
-def test_a_file_that_is_named_is_taken_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_named_file_is_opened_wherever_it_is(tmp_path: Path) -> None:
     """A link to it too, or one that a directory would not show; in a directory it counts not."""
     zoo.save(model_of("llama", "gguf"), tmp_path / "there", to="gguf")
     (tmp_path / "here").mkdir()
@@ -985,7 +993,7 @@ def test_a_file_that_is_named_is_taken_wherever_it_lies(tmp_path: Path) -> None:
         zoo.load(tmp_path / "here", head="lm")
 
 
-def test_what_a_dialect_leaves_not_to_choose(tmp_path: Path) -> None:
+def test_options_that_a_dialect_lacks_are_refused(tmp_path: Path) -> None:
     model = model_of("llama", "llama2c")
     zoo.save(model, tmp_path / "hf")
     for to in ("gguf", "meta"):
@@ -1008,7 +1016,7 @@ def test_what_is_written_beside_its_source_can_be_replaced(tmp_path: Path) -> No
             zoo.convert(source, tmp_path / "a", to=to, force=True)
 
 
-def test_what_was_in_groups_is_said_of_it(
+def test_manifest_records_quantized_groups(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also of what is made of it; its size is that of the file."""
@@ -1026,7 +1034,7 @@ def test_what_was_in_groups_is_said_of_it(
     assert lossy in zoo.info(tmp_path / "native").quantized
 
 
-def test_zeros_that_a_dialect_asks_for_are_no_surprise(
+def test_required_zero_biases_are_not_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zoo.save(model_of("gpt2", "nanogpt", bias=False, qkv_bias=False), tmp_path / "a", to="nanogpt")

@@ -171,7 +171,7 @@ def test_plain_types_are_views(tmp_path: Path, name: str, shape: tuple[int, ...]
     assert path.read_bytes()[start:end] == values.tobytes()
 
 
-def test_brain_floats(tmp_path: Path) -> None:
+def test_bfloat16_is_read(tmp_path: Path) -> None:
     values = torch.randn(3, 8).bfloat16()
     bits = values.view(torch.int16).numpy().view(np.uint8)
     path = written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", bits, raw_dtype=Type.BF16))
@@ -347,7 +347,7 @@ def test_a_large_vocabulary_opens_fast(tmp_path: Path) -> None:
     assert last == "a499999 b"
 
 
-def test_version_2_is_laid_out_alike(tmp_path: Path) -> None:
+def test_version_2_is_read_like_version_3(tmp_path: Path) -> None:
     data = bytearray(one(2, body=struct.pack("<2f", 1.5, -2) + bytes(24)))
     data[4] = 2
     reader = GGUFReader(put(tmp_path / "a.gguf", bytes(data)))
@@ -470,7 +470,7 @@ def test_decoding_takes_the_tensor_and_little_more(tmp_path: Path, kind: int) ->
     assert grown < size + (8 << 20)
 
 
-def test_what_is_written_to_a_view_stays_here(tmp_path: Path) -> None:
+def test_a_write_to_a_view_changes_no_file(tmp_path: Path) -> None:
     path = put(tmp_path / "a.gguf", one(2))
     before = path.read_bytes()
     a = GGUFReader(path).tensor("a.weight")
@@ -659,7 +659,7 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_damaged_headers_are_refused_by_name(tmp_path: Path, case: str) -> None:
     data, kind, message = REFUSED[case]
     path = put(tmp_path / "bad.gguf", data)
     tracemalloc.start()
@@ -696,13 +696,13 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
         raw(info("a" * 64), tensors=1, body=bytes(32)),
     ],
 )
-def test_accepted(tmp_path: Path, data: bytes) -> None:
+def test_unusual_headers_are_accepted(tmp_path: Path, data: bytes) -> None:
     reader = GGUFReader(put(tmp_path / "good.gguf", data))
     for name, about in reader.tensors.items():
         assert reader.tensor(name).shape == about.shape
 
 
-def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_in_one_error(tmp_path: Path) -> None:
     parts = info("a", (0,)), info("b", kind=5), info("c", offset=1), info("d", (2,), 8)
     path = put(tmp_path / "bad.gguf", raw(*parts, tensors=4, body=bytes(99)))
     with pytest.raises(CorruptCheckpoint, match=r"tensor a: .*tensor b: .*tensor c: .*tensor d: "):
@@ -811,7 +811,7 @@ def sample() -> bytes:
     return layout.head + bytes(random.Random(3).randbytes(layout.size))
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     data = sample()
     path = tmp_path / "a.gguf"
     GGUFReader(put(path, data))
@@ -825,7 +825,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 @settings(parent=short, max_examples=400)
 @given(st.integers(0, len(sample()) - 1), st.binary(max_size=9), st.integers(0, 9))
-def test_mutated_files_never_fail_otherwise(
+def test_mutated_files_raise_only_our_errors(
     tmp_path: Path, at: int, patch: bytes, cut: int
 ) -> None:
     data = sample()
@@ -846,7 +846,7 @@ def test_mutated_files_never_fail_otherwise(
                 assert same(actual, tensor.data)
 
 
-def test_no_regular_file(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.gguf")
     with pytest.raises(UnsafePath, match="no regular file"):
         GGUFReader(tmp_path / "fifo.gguf")
@@ -937,13 +937,13 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
         open_gguf(parts(tmp_path, "a", "a", total=2))
 
 
-def test_parts_hold_what_they_say(tmp_path: Path) -> None:
+def test_tensor_counts_of_parts_are_checked(tmp_path: Path) -> None:
     assert len(open_gguf(parts(tmp_path, "a", "b", total=2))) == 2
     with pytest.raises(BadIndex, match=r"split\.tensors\.count is 3, and the files hold 2"):
         open_gguf(parts(tmp_path, "a", "b", total=3))
 
 
-def test_parts_lie_in_one_directory(tmp_path: Path, split: list[Path]) -> None:
+def test_parts_outside_the_directory_are_refused(tmp_path: Path, split: list[Path]) -> None:
     elsewhere = tmp_path / "elsewhere.gguf"
     split[2].rename(elsewhere)
     split[2].symlink_to(elsewhere)
@@ -1023,7 +1023,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert save(tmp_path / "b.gguf", STOCK, {"a": 1}).read_bytes() == path.read_bytes()
 
 
-def test_what_lies_between_is_zeros(tmp_path: Path) -> None:
+def test_padding_is_zeros(tmp_path: Path) -> None:
     values = {"general.alignment": Value("u32", 256)}
     path = save(tmp_path / "a.gguf", STOCK, values)
     reader, data = GGUFReader(path), path.read_bytes()
@@ -1071,7 +1071,7 @@ values = st.one_of(
 
 @short
 @given(st.dictionaries(words.filter(bool).map(lambda name: f"k{name}"), values, max_size=6))
-def test_any_values_come_back(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_random_metadata_comes_back(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = put(tmp_path / "a.gguf", lay_out([], fields, "here").head)
     actual = GGUFReader(path).values
     expected = {n: v.value if isinstance(v, Value) else v for n, v in fields.items()}
@@ -1119,25 +1119,25 @@ UNWRITABLE: dict[str, tuple[list[TensorInfo], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_gguf_cannot_hold(case: str) -> None:
+def test_tensors_and_values_that_gguf_cannot_hold_are_refused(case: str) -> None:
     infos, values, message = UNWRITABLE[case]
     with pytest.raises(LossyExport, match=message) as error:
         lay_out(infos, values, "out.gguf")
     assert "out.gguf" in str(error.value)
 
 
-def test_all_that_gguf_cannot_hold_is_said_at_once() -> None:
+def test_all_that_gguf_cannot_hold_is_in_one_error() -> None:
     infos = [about("x", kind="F64"), about("y", (1,) * 5)]
     with pytest.raises(LossyExport, match=r"a: .*b: .*tensor x: .*tensor y: "):
         lay_out(infos, {"a": None, "b": -1}, "out.gguf")
 
 
-def test_a_name_stands_once() -> None:
+def test_a_duplicate_name_is_refused_when_writing() -> None:
     with pytest.raises(DuplicateTensor, match=r"out\.gguf: a would"):
         lay_out([about(), about()], {}, "out.gguf")
 
 
-def test_nothing_is_written_that_is_not_read() -> None:
+def test_limits_of_reading_apply_to_writing() -> None:
     with pytest.raises(ResourceLimit, match="key/values"):
         lay_out([], {f"k{n}": 1 for n in range(MAX_KEYS + 1)}, "out.gguf")
     with pytest.raises(ResourceLimit, match="tensors"):
@@ -1181,7 +1181,7 @@ def test_a_conversion_writes_it_in_any_order_and_in_pieces(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 1e-20, 1e5])
-def test_quantized_as_the_library_does(scale: float) -> None:
+def test_q8_0_equals_the_library(scale: float) -> None:
     values = torch.randn(17, 3, 96) * scale
     values[0, 0, :32] = 0
     actual = quantize_q8_0(values)
@@ -1190,7 +1190,7 @@ def test_quantized_as_the_library_does(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_quantized_from_any_dtype(dtype: torch.dtype) -> None:
+def test_q8_0_quantizes_any_dtype(dtype: torch.dtype) -> None:
     values = torch.randn(5, 64).to(dtype)
     assert same(quantize_q8_0(values), quantize(values.float().numpy(), Type.Q8_0))
 
@@ -1216,7 +1216,7 @@ def test_pieces_quantize_as_the_whole(size: int) -> None:
     assert torch.equal(torch.cat(actual), quantize_q8_0(values).view(-1))
 
 
-def test_turned_tensors_quantize_as_they_read() -> None:
+def test_transposed_tensors_quantize_like_contiguous_ones() -> None:
     values = torch.randn(64, 3).t()
     assert torch.equal(quantize_q8_0(values), quantize_q8_0(values.contiguous()))
 
@@ -1229,7 +1229,7 @@ def test_numbers_too_small_for_any_scale_are_zeros() -> None:
     assert not quantize_q8_0(torch.full((32,), 1e-40)).any()
 
 
-def test_what_q8_0_cannot_hold() -> None:
+def test_values_that_q8_0_cannot_hold_are_refused() -> None:
     values = torch.ones(32)
     for bad in (float("nan"), float("inf"), -float("inf")):
         values[5] = bad

@@ -78,7 +78,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_weights_and_config_come_back(hf: Any, tmp_path: Path, name: str) -> None:
+def test_converted_weights_and_config_come_back(hf: Any, tmp_path: Path, name: str) -> None:
     model = zoo.load(hf[name], head="none" if name == "bert" else None)
     path = converted(hf[name], tmp_path / "gguf", **({"head": "none"} if name == "bert" else {}))
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.gguf", "zoo-manifest.json"]
@@ -164,7 +164,7 @@ def test_the_reference_reads_it(hf: Any, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_matrices(hf: Any, tmp_path: Path, dtype: str) -> None:
+def test_narrow_dtypes_apply_to_matrices_only(hf: Any, tmp_path: Path, dtype: str) -> None:
     """Vectors stand in F32; a model that was narrow is that again, and one that was not is not."""
     code = {"bfloat16": "BF16", "float16": "F16"}[dtype]
     zoo.convert(hf["llama"], tmp_path / "narrow", to="hf", dtype=dtype)
@@ -198,7 +198,7 @@ def test_narrow_matrices(hf: Any, tmp_path: Path, dtype: str) -> None:
     assert all(torch.equal(wide[n], t) for n, t in model.state_dict().items())
 
 
-def test_q8_0(tmp_path: Path) -> None:
+def test_q8_0_quantizes_matrices_like_the_library(tmp_path: Path) -> None:
     """Rows that divide into blocks are quantized as the format's own package does it."""
     gguf = pytest.importorskip("gguf")
     source = published(
@@ -245,7 +245,7 @@ def test_q8_0(tmp_path: Path) -> None:
         zoo.convert(source, tmp_path / "no", to="meta", dtype="q8_0")
 
 
-def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_conversion_resumes(tmp_path: Path) -> None:
     """Coded tensors are journaled as they lie in the file."""
     wide = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     source = published("llama", tmp_path / "hf", **wide)
@@ -295,7 +295,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, LINEAR], ids=["llama3", "linear"])
-def test_scaled_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
+def test_scaled_rope_is_written_as_factors(tmp_path: Path, rope: dict[str, Any]) -> None:
     wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     source = published("llama", tmp_path / "hf", rope_parameters=rope, **wide)
     path = converted(source, tmp_path / "gguf")
@@ -387,9 +387,7 @@ def test_config_is_audited(hf: Any, tmp_path: Path, change: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert"])
-def test_what_decides_and_no_shape_tells_is_never_guessed(
-    hf: Any, tmp_path: Path, name: str
-) -> None:
+def test_missing_values_that_no_shape_shows_are_refused(hf: Any, tmp_path: Path, name: str) -> None:
     head: Any = {"head": "none"} if name == "bert" else {}
     path = converted(hf[name], tmp_path / "gguf", **head)
     for key in ("head_count", "layer_norm_rms_epsilon", "layer_norm_epsilon"):
@@ -400,7 +398,7 @@ def test_what_decides_and_no_shape_tells_is_never_guessed(
             zoo.load(bad, **head)
 
 
-def test_what_is_made_of_the_output_is_left_behind_with_a_word(hf: Any, tmp_path: Path) -> None:
+def test_sentence_modules_are_left_out_with_a_note(hf: Any, tmp_path: Path) -> None:
     """A GGUF file holds the model alone."""
     source = tmp_path / "sentences"
     shutil.copytree(hf["bert"], source)
@@ -413,7 +411,7 @@ def test_what_is_made_of_the_output_is_left_behind_with_a_word(hf: Any, tmp_path
     assert read(path.parent)["left"].keys() == {"modules.json"}
 
 
-def test_what_concerns_no_model_is_passed_over(hf: Any, tmp_path: Path) -> None:
+def test_metadata_that_changes_no_model_is_ignored(hf: Any, tmp_path: Path) -> None:
     path = converted(hf["llama"], tmp_path / "gguf")
     more = {"general.license": "mit", "general.license.link": "x", "quantize.imatrix.file": "y"}
     bad = rewritten(path, tmp_path / "odd.gguf", more | {"llama.rope.scaling.type": "none"})
@@ -423,7 +421,7 @@ def test_what_concerns_no_model_is_passed_over(hf: Any, tmp_path: Path) -> None:
     assert GGUFReader(again).values["general.license.link"] == "x"
 
 
-def test_unknown_names_and_architectures(hf: Any, tmp_path: Path) -> None:
+def test_unknown_names_and_architectures_are_refused(hf: Any, tmp_path: Path) -> None:
     path = converted(hf["llama"], tmp_path / "gguf")
     bad = rewritten(path, tmp_path / "odd.gguf", {"general.architecture": "rwkv"})
     with pytest.raises(NotACheckpoint, match=r"general.architecture is 'rwkv'"):
@@ -436,7 +434,7 @@ def test_unknown_names_and_architectures(hf: Any, tmp_path: Path) -> None:
         zoo.convert(hf["bert"], tmp_path / "no", to="gguf")
 
 
-def test_single_precision_is_looked_at(hf: Any, tmp_path: Path) -> None:
+def test_a_float_that_single_precision_changes_is_refused(hf: Any, tmp_path: Path) -> None:
     """Half of a float's digits are lost: an eps that needs them is refused by name."""
     model = zoo.load(hf["llama"], config={"eps": 1.23456789012e-5})
     with pytest.raises(LossyExport, match=r"eps: 1\.23456789012e-05 cannot be said"):
@@ -581,7 +579,7 @@ def test_sentence_pieces(fixtures: Path, tmp_path: Path) -> None:
     assert all(back.encode(text) == theirs.encode(text) for text in TEXTS)
 
 
-def test_vocabularies_that_cannot_be_said(fixtures: Path, tmp_path: Path) -> None:
+def test_vocabularies_that_gguf_cannot_hold_are_refused(fixtures: Path, tmp_path: Path) -> None:
     source = tiny_with("llama", tmp_path / "llama", 32128)
     shutil.copy(fixtures / "tokenizers/t5/spiece.model", source)
     with pytest.raises(LossyExport, match="unigrams"):
@@ -607,7 +605,7 @@ def test_vocabularies_that_cannot_be_said(fixtures: Path, tmp_path: Path) -> Non
         ({"tokenizer.ggml.model": "gpt2"}, r"pre: expected gpt-2 or qwen2 or llama-bpe"),
     ],
 )
-def test_bad_vocabularies(
+def test_bad_vocabularies_are_refused(
     stories: Path, tmp_path: Path, change: dict[str, Any], output: str, capsys: Any
 ) -> None:
     bad = rewritten(stories, tmp_path / "odd.gguf", change)
@@ -883,6 +881,6 @@ def test_special_token_outside_the_vocabulary_is_refused(
         zoo.tokenizer(bad)
 
 
-def test_signed_none_is_none(stories: Path, tmp_path: Path) -> None:
+def test_a_token_id_of_minus_one_means_none(stories: Path, tmp_path: Path) -> None:
     change = {"tokenizer.ggml.padding_token_id": Value("i32", -1)}
     assert zoo.tokenizer(rewritten(stories, tmp_path / "odd.gguf", change)).pad is None

@@ -286,7 +286,7 @@ def words(*values: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
-def test_gptq_by_hand(
+def test_gptq_equals_numbers_decoded_by_hand(
     tmp_path: Path, bits: int, column: list[int], zeros: int, numbers: list[int], form: str
 ) -> None:
     """Numbers ascend from a word's lowest bits; version 1 keeps zero points less one."""
@@ -304,7 +304,7 @@ def test_gptq_by_hand(
         assert actual[o].tolist() == [(number - zero) * (o + 1) / 4 for number in numbers]
 
 
-def test_three_bits_are_one_stream(tmp_path: Path) -> None:
+def test_three_bit_numbers_cross_words(tmp_path: Path) -> None:
     """0 to 7 are 0xfac688, four times over in three words."""
     stream = [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
     parts = {
@@ -318,7 +318,7 @@ def test_three_bits_are_one_stream(tmp_path: Path) -> None:
         assert actual[o].tolist() == [i % 8 - (o % 8 + 1) % 8 for i in range(32)]
 
 
-def test_awq_by_hand(tmp_path: Path) -> None:
+def test_awq_equals_numbers_decoded_by_hand(tmp_path: Path) -> None:
     """Of a word the even columns first, then the odd ones; zero points as they are."""
     parts = {
         "qweight": words(0x75316420, 0xFDB9ECA8)[:, None],
@@ -338,7 +338,7 @@ def test_awq_by_hand(tmp_path: Path) -> None:
         (None, [[1.0], [2], [4]], [[1] * 3, [2] * 3, [4] * 3]),
     ],
 )
-def test_fp8_by_hand(
+def test_fp8_equals_numbers_decoded_by_hand(
     tmp_path: Path, block: list[int] | None, scale: Any, steps: list[list[int]]
 ) -> None:
     tensors = torch.tensor([[0x38, 0xB8, 0x40], [0x7E, 0x01, 0x00], [0x30, 0x3C, 0xFE]])
@@ -383,7 +383,7 @@ def test_a_zero_point_of_zero_is_stored_as_the_largest(tmp_path: Path) -> None:
     )
 
 
-def test_fp8_is_what_the_reference_makes_of_it(tmp_path: Path) -> None:
+def test_fp8_equals_the_reference(tmp_path: Path) -> None:
     oracle = pytest.importorskip("transformers.integrations.finegrained_fp8")
     generator = torch.Generator().manual_seed(5)
     tensors = torch.randn(300, 333, generator=generator).to(torch.float8_e4m3fn)
@@ -416,7 +416,9 @@ def stacks(scales: tuple[int, ...]) -> dict[str, Tensor]:
         (None, (6, 1)),
     ],
 )
-def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any) -> None:
+def test_stacked_experts_are_dequantized(
+    tmp_path: Path, block: list[int] | None, scales: Any
+) -> None:
     """The scales of a stack have its first axis; two of them may be of gate and up."""
     parts = stacks(scales)
     config = {"quant_method": "fp8", "weight_block_size": block}
@@ -435,7 +437,7 @@ def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any
         assert torch.equal(theirs, meant)
 
 
-def test_scales_of_a_stack_that_do_not_fit(tmp_path: Path) -> None:
+def test_scales_that_do_not_fit_a_stack_are_refused(tmp_path: Path) -> None:
     config = {"quant_method": "fp8", "weight_block_size": None}
     with pytest.raises(ShapeMismatch, match=r"\[2, 4, 1\], expected \[2, 1, 1\] or \[2, 6, 1\]"):
         one(tmp_path, stacks((4, 1)), config)
@@ -553,7 +555,7 @@ AUTO_AWQ = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM
         ("awq", "quant_config.json", AUTO_AWQ),
     ],
 )
-def test_a_file_of_its_own_may_say_how(
+def test_a_separate_quantization_config_is_read(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, way: str, name: str, config: Any
 ) -> None:
     """As the first programs wrote it; beside plain weights it is what was left there."""
@@ -574,7 +576,7 @@ def test_a_file_of_its_own_may_say_how(
 
 
 @pytest.mark.parametrize("way", ["gptq-order", "awq", "fp8"])
-def test_what_is_written_says_that_it_was_decoded(
+def test_manifest_records_that_weights_were_dequantized(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, way: str
 ) -> None:
     directory, plain = made("llama", way)
@@ -617,7 +619,7 @@ def in_files(kind: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "gguf", "llama2c-q8"])
-def test_every_round_says_what_weights_were_decoded_from(
+def test_manifest_keeps_the_quantized_type_through_conversions(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: str
 ) -> None:
     directory = in_files(kind, made, tmp_path)
@@ -643,7 +645,7 @@ def test_every_round_says_what_weights_were_decoded_from(
     assert not zoo.load(directory).provenance.quantized
 
 
-def test_a_record_of_it_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_record_of_quantized_types_is_refused(tmp_path: Path) -> None:
     zoo.save(build("llama"), tmp_path / "native", to="native")
     path = tmp_path / "native" / "zoo.json"
     config = json.loads(path.read_text())
@@ -709,7 +711,7 @@ def test_a_plan_names_every_part(
     assert all(name in output for name in open_checkpoint(directory).tensors)
 
 
-def test_info_says_how_numbers_are_held(
+def test_info_shows_the_quantization(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory, _ = made()
@@ -723,7 +725,9 @@ def test_info_says_how_numbers_are_held(
     assert "hqq" in zoo.info(bad).quantized
 
 
-def test_verify_says_what_to_do(made: Callable[..., tuple[Path, Path]]) -> None:
+def test_verify_of_a_quantized_checkpoint_names_the_next_step(
+    made: Callable[..., tuple[Path, Path]],
+) -> None:
     with pytest.raises(UsageError, match=r"zoo convert .* --to hf"):
         zoo.verify(made()[0])
 
@@ -787,7 +791,7 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
         ({"quant_method": "fp8", "bits": 4}, r"\.bits: unknown field"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name(
+def test_unimplemented_config_values_are_refused_by_name(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     config = {"quantization_config": {**GPTQ, **changes}}
@@ -814,12 +818,12 @@ def test_what_is_not_read_is_refused_by_name(
         ({**WAYS["fp8-tensor"], "kv_cache_scheme": {"num_bits": 8}}, "only absent"),
     ],
 )
-def test_what_a_config_may_not_say(config: Any, message: str) -> None:
+def test_malformed_quantization_configs_are_refused(config: Any, message: str) -> None:
     actual, problems = read_config(config)
     assert actual is None and any(re.search(message, p) for p in problems), problems
 
 
-def test_an_unknown_field_may_be_let_pass(
+def test_an_unknown_field_can_be_ignored(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     directory, plain = made()
@@ -895,7 +899,7 @@ DAMAGES: list[tuple[str, Change, type[ZooError], str]] = [
 
 
 @pytest.mark.parametrize(("way", "change", "kind", "message"), DAMAGES)
-def test_what_does_not_fit_is_named(
+def test_tensors_that_do_not_fit_are_named(
     made: Callable[..., tuple[Path, Path]],
     tmp_path: Path,
     way: str,
@@ -913,7 +917,7 @@ def test_what_does_not_fit_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_all_that_does_not_fit_is_said_at_once(
+def test_all_tensors_that_do_not_fit_are_in_one_error(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     tensors = load_file(made()[0] / "model.safetensors")
@@ -936,7 +940,7 @@ def test_packed_tensors_without_a_config_that_says_so_are_not_weights(
         zoo.load(bad)
 
 
-def test_scales_that_are_not_finite_are_found(
+def test_scales_that_are_not_finite_are_refused(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     tensors = load_file(made()[0] / "model.safetensors")
@@ -974,7 +978,7 @@ def test_scales_of_inputs_are_dropped_with_a_reason(
     assert same(m, zoo.load(plain)) and f"{Q}.input_scale" in m.provenance.dropped
 
 
-def test_which_way_a_matrix_stands_is_in_the_spec() -> None:
+def test_orientation_of_a_matrix_follows_from_the_spec() -> None:
     turns = partial(has_inputs_first, load_spec("gpt2").dialect("hf"))
     assert turns("transformer.h.3.attn.c_attn.weight") and turns("h.0.mlp.c_proj.weight")
     assert not turns("lm_head.weight") and not turns("transformer.wte.weight")

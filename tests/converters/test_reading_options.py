@@ -69,7 +69,7 @@ def test_ignore_config_is_passed_on(
     assert "attention_chunk_size" not in capsys.readouterr().err
 
 
-def test_python_is_told_pythons_syntax(unusual: Path) -> None:
+def test_python_callers_see_python_syntax(unusual: Path) -> None:
     with pytest.raises(ConfigError, match=r"pass ignore_config=\('attention_chunk_size',\)"):
         zoo.load(unusual)
 

@@ -159,11 +159,11 @@ NOISE = (
 
 
 @pytest.mark.parametrize("name", sorted(reference_fields().keys() - {SHARED, ROPE}))
-def test_published_noise_is_refused_nowhere(name: str) -> None:
+def test_fields_of_published_configs_are_not_taken_for_misspellings(name: str) -> None:
     assert audit(name, **dict.fromkeys(NOISE))[0] == []
 
 
-def test_a_key_of_rope_scaling_that_nobody_reads_is_unused(tmp_path: Path) -> None:
+def test_an_unread_key_of_rope_scaling_is_ignored(tmp_path: Path) -> None:
     directory = saved(tmp_path, rope_parameters=None, rope_scaling={**YARN, "finetuned": True})
     with pytest.warns(UnusedFieldsWarning, match=r": rope_scaling\.finetuned$"):
         model = zoo.load(directory)

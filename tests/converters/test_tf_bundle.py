@@ -83,7 +83,7 @@ def plainly(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 4095, 4096, 4097, 5685, 5686, 10_008, 99_991])
-def test_folding_is_the_definition(size: int) -> None:
+def test_folded_crc_equals_the_definition(size: int) -> None:
     data = random.Random(size).randbytes(size)
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     assert crc32c(data) == crc32c(tensor) == plainly(data)
@@ -97,7 +97,7 @@ def test_folding_in_pieces() -> None:
         assert crc32c(data) == sums._finish(data, 0xFFFFFFFF)
 
 
-def test_every_place_counts() -> None:
+def test_every_byte_changes_the_checksum() -> None:
     data = torch.zeros(2 * sums._PIECE, dtype=torch.uint8)
     seen = {crc32c(data)}
     places = [0, 3, 4, 5684, 5685, sums._PIECE - 1, sums._PIECE, 2 * sums._PIECE - 1]
@@ -166,7 +166,7 @@ def test_what_the_tests_pack_unpacks() -> None:
         (b"\xff\xff\xff\xff\xff\x01", "32 bits"),
     ],
 )
-def test_snappy_that_is_none(packed: bytes, expected: str) -> None:
+def test_damaged_snappy_is_refused(packed: bytes, expected: str) -> None:
     with pytest.raises(Malformed, match=expected):
         snappy.unpack(packed)
 
@@ -179,7 +179,7 @@ def test_snappy_cannot_claim_what_it_never_makes() -> None:
 # --- protobuf ------------------------------------------------------------------------------------
 
 
-def test_numbers() -> None:
+def test_varints_are_read() -> None:
     for value in (0, 1, 127, 128, 300, (1 << 63) + 5, (1 << 64) - 1):
         assert varint(bundles.varint(value) + b"x", 0) == (value, len(bundles.varint(value)))
 
@@ -202,7 +202,7 @@ def test_numbers() -> None:
         (b"\x12\0" * 4, "field b stands more than 3 times"),
     ],
 )
-def test_messages_that_are_none(data: bytes, expected: str) -> None:
+def test_damaged_messages_are_refused(data: bytes, expected: str) -> None:
     schema = {1: Field("a"), 2: Field("b", 2, 3), 3: Field("c", 5)}
     assert message(b"\x12\1x\x08\x96\1\x1d\1\0\0\0\x12\0", schema) == {
         "a": 150,
@@ -300,7 +300,7 @@ def test_views_of_the_mapped_file(tmp_path: Path) -> None:
     assert bits(bad) == bits(tensors["c"])
 
 
-def test_sums_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksums_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = small(tmp_path, cut={"a": (0, (1, 2))})
     made: list[int] = []
     monkeypatch.setattr(
@@ -480,7 +480,7 @@ def test_entries_that_are_refused(tmp_path: Path, case: str, packed: int) -> Non
     refused(placed(tmp_path, bundles.index(pairs, packed), TWO), kind, *expected)
 
 
-def test_all_faults_are_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_in_one_error(tmp_path: Path) -> None:
     bad = [(b"%d" % n, bundles.entry(F32, (2,), TWO, size=n)) for n in range(3)]
     refused(
         placed(tmp_path, bundles.index([HEADER, *bad]), TWO), CorruptCheckpoint, "0:", "1:", "2:"
@@ -500,7 +500,7 @@ def cut(cuts: Sequence[Sequence[tuple[int, int]]], dims: Sequence[int] = (2, 2))
 FIRST, SECOND = [(0, 1), (0, -1)], [(1, 1), (0, -1)]
 
 
-def test_slices_as_they_should_be(tmp_path: Path) -> None:
+def test_sound_slices_are_joined(tmp_path: Path) -> None:
     path = placed(tmp_path, bundles.index(cut([SECOND, FIRST])), TWO + TWO)
     assert bits(TFBundleReader(path).tensor("t"))[2] == TWO + TWO
 
@@ -832,7 +832,7 @@ def test_shards_lie_beside_their_index(tmp_path: Path) -> None:
     assert bits(TFBundleReader(path).tensor("a")) == bits(tensors["a"])
 
 
-def test_a_shard_that_changes_is_not_believed(tmp_path: Path) -> None:
+def test_a_shard_that_changes_is_refused(tmp_path: Path) -> None:
     path, _ = small(tmp_path)
     reader = TFBundleReader(path)
     shard = tmp_path / "m.data-00000-of-00001"
@@ -841,7 +841,7 @@ def test_a_shard_that_changes_is_not_believed(tmp_path: Path) -> None:
         reader.tensor("a")
 
 
-def test_what_is_no_index(tmp_path: Path) -> None:
+def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "m.data-00000-of-00001", NotACheckpoint, ".index")
     refused(tmp_path / "m.index", NotACheckpoint, "No such file")
     (tmp_path / "m.index").mkdir()
@@ -851,14 +851,16 @@ def test_what_is_no_index(tmp_path: Path) -> None:
 # --- which bundle --------------------------------------------------------------------------------
 
 
-def test_index_prefix_or_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_opened_by_index_prefix_or_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, _ = small(tmp_path)
     assert find_bundle(path) == find_bundle(tmp_path / "m") == find_bundle(tmp_path) == path
     monkeypatch.chdir(tmp_path)
     assert find_bundle(Path()) == find_bundle(Path("m")) == Path("m.index")
 
 
-def test_several_in_one_directory(tmp_path: Path) -> None:
+def test_several_bundles_in_one_directory_are_ambiguous(tmp_path: Path) -> None:
     for name in ("one.index", "two.index"):
         (tmp_path / name).touch()
     with pytest.raises(AmbiguousCheckpoint, match=r"one\.index, two\.index"):
@@ -876,14 +878,16 @@ def test_several_in_one_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../two", "a/b", "", "/", "..", "a\\\\b", "\\342\\204"])
-def test_notes_that_point_elsewhere(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_file_that_points_elsewhere_stays_in_its_directory(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / "two.index").touch()
     (tmp_path / "checkpoint").write_text(f'model_checkpoint_path: "{name}"\n')
     with pytest.raises(UnsafePath, match="no file beside it"):
         find_bundle(tmp_path)
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_a_directory_without_a_bundle_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "none" / "m"):
         with pytest.raises(NotACheckpoint, match="no tensor bundle"):
             find_bundle(path)

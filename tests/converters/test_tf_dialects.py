@@ -169,7 +169,7 @@ PUBLISHED = {"gpt2": published_gpt2, "bert": published_bert}
 
 
 @BOTH
-def test_every_native_tensor(place: Path, name: str) -> None:
+def test_every_native_tensor_equals_the_published_one(place: Path, name: str) -> None:
     model = zoo.load(place / name)
     actual, wanted = model.state_dict(), NATIVE[name](tensors_of(name))
     assert actual.keys() == wanted.keys()
@@ -178,7 +178,7 @@ def test_every_native_tensor(place: Path, name: str) -> None:
     assert set(model.provenance.rules) == set(wanted) - set(model.provenance.plan.native.ties)
 
 
-def test_what_the_configs_say(place: Path) -> None:
+def test_config_fields_are_read(place: Path) -> None:
     c = zoo.load(place / "gpt2").config
     assert (c.vocab, c.positions, c.dim, c.heads, c.layers, c.hidden) == (53, 17, 12, 2, 3, 48)
     assert (c.act, c.eps, c.tied, c.bias, c.qkv_bias, c.head) == (
@@ -235,7 +235,7 @@ def test_the_reference_computes_the_same(
 
 
 @BOTH
-def test_by_directory_prefix_index_and_data(place: Path, name: str) -> None:
+def test_bundle_loads_by_directory_prefix_index_or_data_file(place: Path, name: str) -> None:
     whole = zoo.load(place / name).state_dict()
     for tail in ("", ".index", ".data-00000-of-00001"):
         model = zoo.load(place / name / f"{PREFIX[name]}{tail}")
@@ -248,7 +248,7 @@ def test_by_directory_prefix_index_and_data(place: Path, name: str) -> None:
 
 
 @BOTH
-def test_shards_and_snappy(place: Path, name: str) -> None:
+def test_sharded_and_compressed_bundles_load(place: Path, name: str) -> None:
     whole = zoo.load(place / name).state_dict()
     tensors = dict(sorted(tensors_of(name).items()))
     again = zoo.load(rewritten(place / name, name, tensors, shards=2, snappy=True))
@@ -259,7 +259,7 @@ def test_shards_and_snappy(place: Path, name: str) -> None:
         zoo.load(place / name)
 
 
-def test_the_note_says_which(place: Path) -> None:
+def test_the_checkpoint_file_selects_the_bundle(place: Path) -> None:
     for path in sorted((place / "gpt2").glob("model.ckpt.*")):
         shutil.copy(path, path.with_name(path.name.replace("model.ckpt", "model-20")))
     assert zoo.load(place / "gpt2").provenance.files[0].name == "model.ckpt.index"
@@ -274,7 +274,7 @@ def test_the_note_says_which(place: Path) -> None:
 # --- what is not wanted, and which head ----------------------------------------------------------
 
 
-def test_what_is_dropped_has_a_reason(place: Path) -> None:
+def test_dropped_tensors_have_a_reason(place: Path) -> None:
     tf, dropped = tensors_of("bert"), zoo.load(place / "bert").provenance.dropped
     slots = {n for n in tf if n.endswith(KINDS)}
     assert dropped.keys() == slots | {"global_step"} and len(slots) == 2 * 46
@@ -298,7 +298,7 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def test_a_classifier(place: Path, tmp_path: Path) -> None:
+def test_a_classifier_needs_its_head_named(place: Path, tmp_path: Path) -> None:
     tensors = encoder() | {"output_weights": drawn(3, 12), "output_bias": drawn(3)}
     tensors |= {f"output_bias/{kind}": drawn(3) for kind in KINDS}
     source = rewritten(place / "bert", "bert", tensors)
@@ -334,7 +334,7 @@ def test_a_classifier(place: Path, tmp_path: Path) -> None:
         (("cls/squad/output_weights", "cls/squad/output_bias"), ("cls/",), "question_answering"),
     ],
 )
-def test_the_head_is_what_there_is(
+def test_the_head_follows_from_the_tensors(
     place: Path, more: tuple[str, ...], without: tuple[str, ...], head: str
 ) -> None:
     tensors = {n: x for n, x in tensors_of("bert").items() if not n.startswith(without)}
@@ -349,7 +349,7 @@ def test_the_head_is_what_there_is(
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def test_a_config_that_is_not_there(place: Path) -> None:
+def test_a_missing_config_is_refused_unless_fields_are_given(place: Path) -> None:
     (place / "gpt2" / "hparams.json").unlink()
     (place / "bert" / "bert_config.json").unlink()
     with pytest.raises(ConfigError, match=r"nothing says n_head .*hparams\.json, which is not th"):
@@ -388,7 +388,7 @@ def test_a_config_that_is_not_there(place: Path) -> None:
         ("bert", {"embedding_size": 128}, ConfigError, "embedding_size: unknown field"),
     ],
 )
-def test_sizes_that_disagree(
+def test_config_sizes_that_disagree_with_tensors_are_refused(
     place: Path, name: str, changes: dict[str, Any], kind: type[ZooError], why: str
 ) -> None:
     says(place / name, name, **changes)
@@ -412,7 +412,7 @@ def test_damage_is_named(place: Path, tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_tensors_that_are_missing_or_strange(place: Path) -> None:
+def test_missing_and_unknown_tensors_are_refused(place: Path) -> None:
     tensors = tensors_of("gpt2")
     bias = tensors.pop("model/h1/mlp/c_fc/b")
     source = rewritten(place / "gpt2", "gpt2", tensors)
@@ -432,7 +432,7 @@ def test_tensors_that_are_missing_or_strange(place: Path) -> None:
 
 
 @BOTH
-def test_they_are_read_alone(
+def test_tensorflow_files_are_read_and_never_written(
     place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = zoo.load(place / name)

@@ -72,7 +72,7 @@ def test_a_damaged_file_is_refused(old: Path, edit: Callable[[bytes], bytes], me
         TorchZipReader(old)
 
 
-def test_a_payload_is_named_and_never_run(old: Path, tmp_path: Path) -> None:
+def test_a_payload_in_a_pickle_is_refused_and_never_run(old: Path, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "ran"),)

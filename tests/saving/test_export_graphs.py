@@ -196,7 +196,7 @@ def test_pt2_computes_the_same(name: str, variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_a_padded_row_is_as_if_alone(to: str, tmp_path: Path) -> None:
+def test_a_padded_row_equals_the_row_alone(to: str, tmp_path: Path) -> None:
     model = made("llama", "base")
     zoo.save(model, tmp_path / "g", to=to)
     run = (in_runtime if to == "onnx" else in_torch)(tmp_path / "g")
@@ -337,7 +337,7 @@ zoo.save(build("falcon").eval(), sys.argv[1], to=sys.argv[2])
 
 
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_the_same_bytes_again(to: str, tmp_path: Path) -> None:
+def test_an_export_is_deterministic(to: str, tmp_path: Path) -> None:
     """In another process, with other hashes; and no word of the machine that made them."""
     zoo.save(build("falcon").eval(), tmp_path / "a", to=to)
     here = str(Path(__file__).parents[1] / "support")
@@ -360,7 +360,7 @@ def test_a_pt2_names_no_machines_folders(tmp_path: Path) -> None:
     assert [n for n, text in texts.items() if str(Path(zoo.__file__).parent).encode() in text] == []
 
 
-def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_export_does_not_change_the_model(tmp_path: Path) -> None:
     model = build("gpt2").train()
     before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
     zoo.save(model, tmp_path / "g", to="pt2")
@@ -413,7 +413,7 @@ def records(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_converted_it_is_what_is_saved(to: str, sharded: Path, tmp_path: Path) -> None:
+def test_a_converted_graph_equals_a_saved_one(to: str, sharded: Path, tmp_path: Path) -> None:
     """In whatever pieces, from several files, in parts: the same weights in the same places."""
     zoo.save(zoo.load(sharded), tmp_path / "saved", to=to)
     zoo.convert(sharded, tmp_path / "whole", to=to, memory=1)
@@ -441,7 +441,7 @@ zoo.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], threads=1, tell=tell)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_killed_it_goes_on(to: str, sharded: Path, tmp_path: Path) -> None:
+def test_a_killed_graph_conversion_resumes(to: str, sharded: Path, tmp_path: Path) -> None:
     zoo.convert(sharded, tmp_path / "whole", to=to)
     command = [sys.executable, "-c", KILL, str(sharded), str(tmp_path / "g"), to]
     done = subprocess.run(
@@ -457,7 +457,7 @@ def test_killed_it_goes_on(to: str, sharded: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_a_value_too_large_and_one_that_is_none(to: str, source: Path, tmp_path: Path) -> None:
+def test_overflow_and_nan_are_refused_in_a_graph(to: str, source: Path, tmp_path: Path) -> None:
     model = zoo.load(source)
     with torch.no_grad():
         model.norm.weight[3] = 1e6
@@ -585,7 +585,7 @@ def test_a_pt2_beyond_4_gb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_what_is_there_stays(to: str, tmp_path: Path) -> None:
+def test_other_files_at_the_destination_are_kept(to: str, tmp_path: Path) -> None:
     model, place = build("gpt2").eval(), tmp_path / "g"
     place.mkdir()
     (place / "mine").write_text("kept")
@@ -618,14 +618,14 @@ def test_values_that_are_not_finite(to: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"max_shard_size": 1 << 20}, {"layout": {"a": 1}}])
-def test_choices_that_a_graph_does_not_leave(
+def test_options_that_a_graph_lacks_are_refused(
     choice: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=next(iter(choice))):
         zoo.convert(source, tmp_path / "g", to="onnx", **choice)
 
 
-def test_a_file_is_no_place_for_several(source: Path, tmp_path: Path) -> None:
+def test_a_file_as_destination_of_a_graph_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="directory"):
         zoo.convert(source, tmp_path / "model.onnx", to="onnx")
 
@@ -636,14 +636,14 @@ def test_a_source_is_not_replaced(source: Path) -> None:
     assert (source / "model.safetensors").exists()
 
 
-def test_no_values_no_graph(tmp_path: Path) -> None:
+def test_a_model_on_meta_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = build("gpt2")
     with pytest.raises(UsageError, match="meta"):
         zoo.save(model, tmp_path / "g", to="pt2")
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(graphs, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"onnx, onnxscript.*zoo-weights\[onnx\]"):
         zoo.save(build("gpt2").eval(), tmp_path / "g", to="onnx")

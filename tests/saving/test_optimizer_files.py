@@ -50,7 +50,7 @@ def trainers(module: nn.Module, decays: set[str]) -> torch.optim.AdamW:
 
 
 @pytest.mark.parametrize("key", FIRST)
-def test_a_trainers_state_goes_on_natively_and_back(key: str, tmp_path: Path) -> None:
+def test_a_trainers_state_converts_to_native_and_back(key: str, tmp_path: Path) -> None:
     """Names of parameters are nowhere in the file; the next step is the same step."""
     pair = Pair(key, tmp_path / "hf")
     theirs = pair.reference.model
@@ -85,7 +85,7 @@ def test_a_trainers_state_goes_on_natively_and_back(key: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("key", FIRST)
-def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
+def test_order_of_the_module_equals_the_references(key: str, tmp_path: Path) -> None:
     name, variant = key.split("/")
     kind = hot_checkpoint(registry.architectures()[name], variant, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -101,7 +101,7 @@ def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("back", [False, True], ids=["from-native", "to-native"])
 @pytest.mark.parametrize("key", ["gpt2/base", "neox/base", "mixtral/base", "t5/tied"])
-def test_sgd_with_momentum(key: str, back: bool, tmp_path: Path) -> None:
+def test_sgd_momentum_converts(key: str, back: bool, tmp_path: Path) -> None:
     def sgd(module: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
@@ -172,7 +172,7 @@ def stepped(module: nn.Module, groups: Any = None) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
+def test_alphabetical_names_are_refused_as_an_order(tmp_path: Path) -> None:
     """load_file gives them so, and k, out, q, v have one shape."""
     hot_checkpoint(registry.architectures()["llama"], "multi-head", tmp_path)
     tensors, model = load_file(tmp_path / "model.safetensors"), zoo.load(tmp_path)
@@ -188,7 +188,7 @@ def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
     assert all(x["exp_avg"].equal(moved["state"][n]["exp_avg"]) for n, x in state["state"].items())
 
 
-def test_groups_of_ones_own_are_no_order() -> None:
+def test_custom_parameter_groups_need_names() -> None:
     """Layers from the last to the first have the shapes of layers from the first to the last."""
     model = build("llama")
     entry = registry.architectures()["llama"]
@@ -207,7 +207,7 @@ def test_groups_of_ones_own_are_no_order() -> None:
     assert all(n.startswith("model.layers.2.") for n in message[0])
 
 
-def test_states_by_name() -> None:
+def test_states_keyed_by_name_convert() -> None:
     """As torch's distributed checkpoints give them when they are gathered."""
     model = build("llama")
     state = stepped(model)
@@ -264,7 +264,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("where", ["", "optimizer", "optimizer_state_dict", "optimizer_states"])
-def test_where_a_file_holds_it(
+def test_a_state_is_found_anywhere_in_a_file(
     where: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     source, state = saved
@@ -280,7 +280,9 @@ def test_where_a_file_holds_it(
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_files_that_are_none(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_files_without_a_state_are_refused(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     source, state = saved
     file = tmp_path / "o.pt"
     zero = {"base_optimizer_state": {}, "zero_stage": 2, "partition_count": 2}
@@ -590,7 +592,7 @@ def test_force_replaces_an_optimizers_state_and_no_other_file(
 
 
 @pytest.mark.parametrize("name", [".out.pt.partial", ".out.pt.zoo-partial"])
-def test_a_link_in_the_stages_place_is_not_written_through(
+def test_a_link_at_the_stages_path_is_not_followed(
     name: str, native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     model, state, names = native
@@ -634,7 +636,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
         (None, "No such file"),
     ],
 )
-def test_names_that_are_none_are_refused(
+def test_malformed_names_are_refused(
     content: bytes | None,
     message: str,
     native: tuple[Path, dict[str, Any], list[str]],

@@ -77,7 +77,7 @@ def adam(module: nn.Module) -> torch.optim.AdamW:
 
 @pytest.mark.parametrize("back", [False, True], ids=["from-native", "to-native"])
 @pytest.mark.parametrize("key", PROVEN)
-def test_one_more_step_is_the_same_step(key: str, back: bool, tmp_path: Path) -> None:
+def test_the_next_step_equals_the_references(key: str, back: bool, tmp_path: Path) -> None:
     before = Pair(key, tmp_path / "before")
     source: nn.Module = before.reference.model if back else before.model
     target: nn.Module = before.model if back else before.reference.model
@@ -132,7 +132,7 @@ class Nano(nn.Module):
         self.lm_head.weight = parts["wte"].weight  # type: ignore[assignment]
 
 
-def test_nanogpts_matrices_stand_first(tmp_path: Path) -> None:
+def test_nanogpts_order_of_matrices_first_is_recognized(tmp_path: Path) -> None:
     """As its ckpt.pt holds them: two groups, and a state_dict that names the head's array too."""
     model = build("gpt2", act="gelu", eps=1e-5)
     other = Nano(model.config)
@@ -171,7 +171,7 @@ def reference_like(model: Any) -> dict[str, Tensor]:
     return {name: torch.empty(info.shape) for name, info in header.items()}
 
 
-def test_what_does_not_convert_is_said(tmp_path: Path) -> None:
+def test_states_that_do_not_convert_are_refused(tmp_path: Path) -> None:
     model = build("gpt2")
     other, state = reference_like(model), stepped(model)
     names = [n for n, _ in model.named_parameters()]
