@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-import pytest
 from source_tree import Source, SourceTree, circles, is_within
 
 import zoo
@@ -112,16 +111,18 @@ def test_public_names_resolve() -> None:
 
 
 def test_verbs_resolve_to_higher_floors() -> None:
-    """A verb is a method of `Model` whose function lives above: `"module:function"`."""
-    verbs = pytest.importorskip("zoo.verbs", reason="no verbs yet")
-    bad = []
-    for name, target in verbs.VERBS.items():
-        module, _, function = target.partition(":")
+    """A verb is a method of `Model` whose function lives above: `"module:function"`.
+
+    `@` before it marks a class method, `()` behind it an attribute.
+    """
+    wrong = []
+    for name, target in getattr(zoo, "VERBS", {}).items():
+        module, _, function = target.strip("@()").partition(":")
         if not callable(getattr(import_module(module), function, None)):
-            bad.append(f"{name}: {target} does not exist")
+            wrong.append(f"{name}: {target} does not exist")
         elif FLOOR_OF[room_of(module)] <= FLOOR_OF["zoo.components"]:
-            bad.append(f"{name}: {target} is not above zoo.components")
-    assert_none(bad)
+            wrong.append(f"{name}: {target} is not above zoo.components")
+    assert_none(wrong)
 
 
 def test_ten_files_lie_loose_in_zoo(code: SourceTree) -> None:
