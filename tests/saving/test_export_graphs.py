@@ -45,9 +45,9 @@ from zoo.saving import graphs
 from zoo.saving.save import item_of
 
 KNOWN = registry.architectures()
-# tracing takes seconds: of two architectures in `make test`, of all in `make test-all`, of every
+# tracing takes seconds: of one architecture in `make test`, of all in `make test-all`, of every
 # variant in `make graphs`
-QUICK = list(KNOWN)[:2]
+QUICK = list(KNOWN)[:1]
 each_graph = pytest.mark.parametrize("to", first(sorted(graphs.GRAPHS, reverse=True), 1))
 VARIANTS = [
     pytest.param(name, variant, marks=() if n == 0 and name in QUICK else pytest.mark.long)
@@ -260,7 +260,8 @@ def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
                 "logits",
             ),
             ("t5", "encoder", "input_ids attention_mask", "last_hidden_state"),
-        ]
+        ],
+        1,
     ),
 )
 def test_names_and_axes(name: str, head: str, inputs: str, outputs: str, tmp_path: Path) -> None:
