@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from cases import first
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from tiny import build
@@ -44,10 +45,12 @@ from zoo.saving import graphs
 from zoo.saving.outputs import item_of
 
 KNOWN = registry.architectures()
-ONCE = {entry.model: name for name, entry in KNOWN.items()}.values()  # of each model's class
-# tracing takes seconds: `make graphs` does it for every variant
+# tracing takes seconds: of one architecture in `make test`, of all in `make test-all`, of every
+# variant in `make graphs`
+QUICK = list(KNOWN)[:1]
+each_graph = pytest.mark.parametrize("to", first(sorted(graphs.GRAPHS, reverse=True), 1))
 VARIANTS = [
-    pytest.param(name, variant, marks=() if n == 0 and name in ONCE else pytest.mark.long)
+    pytest.param(name, variant, marks=() if n == 0 and name in QUICK else pytest.mark.long)
     for name, entry in sorted(KNOWN.items())
     for n, variant in enumerate(entry.variants)
     if n == 0 or os.environ.get("ZOO_GRAPHS") == "all"
@@ -210,7 +213,7 @@ def test_a_padded_row_equals_the_row_alone(to: str, tmp_path: Path) -> None:
     torch.testing.assert_close(padded[1, :9], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_dual_chunks_at_any_length(to: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Eager code takes queries in turns, and a graph all at once."""
     monkeypatch.setattr(dual_chunk, "ROWS", 4)
@@ -221,7 +224,7 @@ def test_dual_chunks_at_any_length(to: str, tmp_path: Path, monkeypatch: Any) ->
     compared(model, run, RELATIVE)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
     steps = [Pooling(("mean_tokens", "lasttoken")), Normalize()]
     model = SentenceModel(redrawn(build("bert", head="none")), steps, ["1", "2"]).eval()
@@ -236,22 +239,30 @@ def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "head", "inputs", "outputs"),
-    [
-        ("llama", "lm", "input_ids attention_mask", "logits"),
-        ("gpt2", "none", "input_ids attention_mask", "last_hidden_state"),
-        (
-            *("bert", "pretraining", "input_ids attention_mask token_type_ids"),
-            "prediction_logits seq_relationship_logits",
-        ),
-        ("roberta", "question_answering", "input_ids attention_mask", "start_logits end_logits"),
-        ("distilbert", "none", "input_ids attention_mask", "last_hidden_state"),
-        (
-            *("t5", "lm"),
-            "input_ids attention_mask decoder_input_ids decoder_attention_mask",
-            "logits",
-        ),
-        ("t5", "encoder", "input_ids attention_mask", "last_hidden_state"),
-    ],
+    first(
+        [
+            ("llama", "lm", "input_ids attention_mask", "logits"),
+            ("gpt2", "none", "input_ids attention_mask", "last_hidden_state"),
+            (
+                *("bert", "pretraining", "input_ids attention_mask token_type_ids"),
+                "prediction_logits seq_relationship_logits",
+            ),
+            (
+                "roberta",
+                "question_answering",
+                "input_ids attention_mask",
+                "start_logits end_logits",
+            ),
+            ("distilbert", "none", "input_ids attention_mask", "last_hidden_state"),
+            (
+                *("t5", "lm"),
+                "input_ids attention_mask decoder_input_ids decoder_attention_mask",
+                "logits",
+            ),
+            ("t5", "encoder", "input_ids attention_mask", "last_hidden_state"),
+        ],
+        1,
+    ),
 )
 def test_names_and_axes(name: str, head: str, inputs: str, outputs: str, tmp_path: Path) -> None:
     model = build(name, head=head).eval()
@@ -304,14 +315,14 @@ def test_converted_on_the_command_line(
     assert app.main(["check", str(out)]) == 1
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_dtype_and_head_are_the_callers(to: str, source: Path, tmp_path: Path) -> None:
     zoo.convert(source, tmp_path / "g", to=to, dtype="float64", head="none")
     model = zoo.load(source, dtype="float64", head="none")
     compared(model, (in_runtime if to == "onnx" else in_torch)(tmp_path / "g"), 1e-6)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_a_dry_run_says_sizes_and_reads_no_weights(
     to: str, source: Path, in_tmp: Path, capsys: Any, monkeypatch: Any
 ) -> None:
@@ -336,6 +347,7 @@ zoo.save(build("falcon").eval(), sys.argv[1], to=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", graphs.GRAPHS)
 def test_an_export_is_deterministic(to: str, tmp_path: Path) -> None:
     """In another process, with other hashes; and no word of the machine that made them."""
@@ -412,7 +424,7 @@ def records(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_a_converted_graph_equals_a_saved_one(to: str, sharded: Path, tmp_path: Path) -> None:
     """In whatever pieces, from several files, in parts: the same weights in the same places."""
     zoo.save(zoo.load(sharded), tmp_path / "saved", to=to)
@@ -440,7 +452,7 @@ zoo.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], threads=1, tell=tell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_a_killed_graph_conversion_resumes(to: str, sharded: Path, tmp_path: Path) -> None:
     zoo.convert(sharded, tmp_path / "whole", to=to)
     command = [sys.executable, "-c", KILL, str(sharded), str(tmp_path / "g"), to]
@@ -456,7 +468,7 @@ def test_a_killed_graph_conversion_resumes(to: str, sharded: Path, tmp_path: Pat
     assert contents(tmp_path / "g") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_overflow_and_nan_are_refused_in_a_graph(to: str, source: Path, tmp_path: Path) -> None:
     model = zoo.load(source)
     with torch.no_grad():
@@ -473,7 +485,7 @@ def test_overflow_and_nan_are_refused_in_a_graph(to: str, source: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     """The model, and layers of its own in files of their own."""
     inner = made("bert", "bare")
@@ -510,7 +522,7 @@ def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     compared(zoo.load(tmp_path / "s", head="none"), run(tmp_path / "alone"), RELATIVE)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_from_blocks_of_eight_bits(to: str, tmp_path: Path) -> None:
     zoo.save(redrawn(build("gpt2", dim=64, hidden=96, heads=4)), tmp_path / "s")
     zoo.convert(tmp_path / "s", tmp_path / "q", to="gguf", dtype="q8_0")
@@ -584,7 +596,7 @@ def test_a_pt2_beyond_4_gb(tmp_path: Path) -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_other_files_at_the_destination_are_kept(to: str, tmp_path: Path) -> None:
     model, place = build("gpt2").eval(), tmp_path / "g"
     place.mkdir()
@@ -596,7 +608,7 @@ def test_other_files_at_the_destination_are_kept(to: str, tmp_path: Path) -> Non
     assert (place / "mine").read_text() == "kept"
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_nothing_is_half_written(to: str, tmp_path: Path, monkeypatch: Any) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("the disk is gone")
@@ -607,7 +619,7 @@ def test_nothing_is_half_written(to: str, tmp_path: Path, monkeypatch: Any) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_values_that_are_not_finite(to: str, tmp_path: Path) -> None:
     model = build("gpt2").eval()
     with torch.no_grad():

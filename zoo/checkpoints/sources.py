@@ -44,8 +44,8 @@ def resolve(
     """Return the local directory of a reference, downloaded if need be.
 
     Only names and hf: references may use the network. A registry name wins over a
-    directory of the same name: write ./gpt2, or pass a Path, for that. `weights=False` leaves the weights where they are; `config=False` takes a directory that holds
-    no config; `progress` shows only on a terminal. `adapter=True` downloads the adapter that a
+    directory of the same name: write ./gpt2, or pass a Path, for that. `weights=False` leaves the
+    weights where they are; `config=False` takes a directory without a config; `progress` shows only on a terminal. `adapter=True` downloads the adapter that a
     repository of weights holds too.
     """
     file = None
