@@ -73,7 +73,7 @@ class Prepared(Model):
             "Use the model as zoo.load gives it"
         )
 
-    def save_pretrained(self, directory: Any, **options: Any) -> NoReturn:
+    def save_pretrained(self, dst: Any, **options: Any) -> NoReturn:
         self._refuse("cannot be saved")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -511,7 +511,7 @@ def prepare(
     for part in inner:  # a sentence model's own, too
         kind: Any = type(part)
         part.__class__ = _laid_over(kind)
-        part.prepared = done  # type: ignore[assignment]
+        part.prepared = done
     if compile:
         model.compile(fullgraph=True)
     return model
