@@ -17,7 +17,7 @@ from converters.formats import TensorInfo
 from converters.plan import Plan, PlanStep
 from zoo.checkpoints import finite
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.foreign import fitted
+from zoo.checkpoints.foreign import plan_by_names
 from zoo.components.model import Model
 from zoo.errors import NonFinite, PlanError, UsageError, listing
 
@@ -143,7 +143,7 @@ def convert_optimizer(
     mine, other = _Side.of(model), _Side.of(target if model is source else source)
     (other if model is source else mine).check_order()
     header = {n: TensorInfo(n, other.shapes[of], "F32") for n, of in other.owners.items()}
-    plan = fitted(model, native_of(model), header, other.what)
+    plan = plan_by_names(model, native_of(model), header, other.what)
     uses = _uses(plan, mine, other)
     here, there = (mine, other) if model is source else (other, mine)
     inward = model is target
