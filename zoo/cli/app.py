@@ -151,7 +151,7 @@ def _guarded(root: Any, words: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         return _fail(". ".join(["interrupted", *map(str, interrupt.args)]), exit_code_of(interrupt))
     except ZooError as error:
-        return _fail(str(error), exit_code_of(error, _command(context)))
+        return _fail(_spelled(str(error), root, context), exit_code_of(error, _command(context)))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", exit_code_of(error, _command(context)))
@@ -164,6 +164,16 @@ def _run(context: Any) -> int:
     with _messages_for_a_shell(), enough(lambda: _command(context), way_out):
         code: int = context.command.invoke(context)
     return code
+
+
+def _spelled(message: str, root: Any, context: Any) -> str:
+    """The message, with options as the command that was run spells them."""
+    command = root.get_command(context, _command(context))
+    if command is None:
+        return message
+    from zoo.cli.messages import in_shell_syntax, spellings
+
+    return in_shell_syntax(message, spellings(command.params))
 
 
 def _command(context: Any) -> str:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from zoo import evidence, registry
 from zoo.checkpoints import info as checkpoint_info
 from zoo.cli.command import Commands
 from zoo.cli.exit_codes import ExitCode
@@ -53,6 +52,8 @@ def list_checkpoints(
 
 
 def _list_verified(as_json: bool) -> int:
+    from zoo import evidence, registry
+
     proven, bugs = evidence.proven(), evidence.read()["bugs"]
     architectures = [
         {

@@ -67,6 +67,22 @@ def pairs(values: list[str] | None) -> dict[str, Any]:
     return result
 
 
+def whole_number(value: Any) -> int:
+    """12, -1."""
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r}: expected a whole number") from None
+
+
+def number(value: Any) -> float:
+    """0.7, 1e-3."""
+    try:
+        return float(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r}: expected a number") from None
+
+
 def byte_count(value: str) -> int:
     """12, 64M, 5G as a number of bytes."""
     units = {"K": 10, "M": 20, "G": 30, "T": 40}
@@ -439,6 +455,7 @@ class Sampling(Options):
             "--max-new-tokens",
             metavar="N",
             help="stop after N new tokens (default: 100; in a dialogue 1000)",
+            parser=whole_number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -448,6 +465,7 @@ class Sampling(Options):
             "--temperature",
             metavar="T",
             help="sample, with the logits divided by T; 0 takes the most likely token (default: 0)",
+            parser=number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -457,6 +475,7 @@ class Sampling(Options):
             "--top-k",
             metavar="K",
             help="sample from the K most likely tokens (default: off)",
+            parser=whole_number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -467,6 +486,7 @@ class Sampling(Options):
             metavar="P",
             help="nucleus sampling: keep the smallest set of tokens whose probabilities sum to P "
             "(default: off)",
+            parser=number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -477,6 +497,7 @@ class Sampling(Options):
             metavar="P",
             help="keep tokens with at least P times the probability of the most likely one "
             "(default: off)",
+            parser=number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -486,6 +507,7 @@ class Sampling(Options):
             "--repetition-penalty",
             metavar="R",
             help="make tokens that occurred already less likely, above 1 (default: 1)",
+            parser=number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -495,6 +517,7 @@ class Sampling(Options):
             "--no-repeat-ngram-size",
             metavar="N",
             help="never repeat a run of N tokens (default: off)",
+            parser=whole_number,
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -504,6 +527,7 @@ class Sampling(Options):
             "--seed",
             metavar="N",
             help="draw the same samples again (default: others each time)",
+            parser=whole_number,
             rich_help_panel=SAMPLING,
         ),
     ] = None

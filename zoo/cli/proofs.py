@@ -23,6 +23,7 @@ from zoo.cli.options import (
     path,
     text,
     verifiable_names,
+    whole_number,
 )
 from zoo.cli.output import read_text, show_progress, to_json
 from zoo.errors import UsageError
@@ -146,7 +147,10 @@ def diff(
         option("--text", metavar="TEXT", help="run TEXT (default: random tokens)", parser=text),
     ] = None,
     seed: Annotated[
-        int, option("--seed", metavar="N", help="draw these random tokens (default: 0)")
+        int,
+        option(
+            "--seed", metavar="N", parser=whole_number, help="draw these random tokens (default: 0)"
+        ),
     ] = 0,
     no_diagnose: Annotated[
         bool,

@@ -22,6 +22,7 @@ from zoo.cli.options import (
     one_of,
     option,
     text,
+    whole_number,
 )
 from zoo.cli.output import lines_of, read_text, table, to_json, visible
 from zoo.errors import UsageError
@@ -57,12 +58,18 @@ def score(
         option(
             "--window",
             metavar="TOKENS",
+            parser=whole_number,
             help="read so many at a time (default: all positions)",
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        option("--stride", metavar="TOKENS", help="move the window by so many (default: half)"),
+        option(
+            "--stride",
+            metavar="TOKENS",
+            parser=whole_number,
+            help="move the window by so many (default: half)",
+        ),
     ] = None,
     json: Json = False,
 ) -> int:
@@ -94,7 +101,12 @@ def fill(
     loading: Loading,
     top: Annotated[
         int,
-        option("--top", metavar="N", help="print N tokens for each gap (default: 5)"),
+        option(
+            "--top",
+            metavar="N",
+            parser=whole_number,
+            help="print N tokens for each gap (default: 5)",
+        ),
     ] = 5,
     json: Json = False,
 ) -> int:
@@ -167,10 +179,21 @@ def generate(
     loading: Loading,
     num_return_sequences: Annotated[
         int | None,
-        option("--num-return-sequences", metavar="N", help="draw N samples (default: 1)"),
+        option(
+            "--num-return-sequences",
+            metavar="N",
+            parser=whole_number,
+            help="draw N samples (default: 1)",
+        ),
     ] = None,
     beams: Annotated[
-        int | None, option("--beams", metavar="N", help="beam search with N beams (default: off)")
+        int | None,
+        option(
+            "--beams",
+            metavar="N",
+            parser=whole_number,
+            help="beam search with N beams (default: off)",
+        ),
     ] = None,
     special: Special = False,
     json: Annotated[
