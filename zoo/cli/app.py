@@ -125,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     command = get_command(app)
     if COMPLETE in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
         command.main(args=[], prog_name="zoo", complete_var=COMPLETE)
     words = list(sys.argv[1:] if arguments is None else arguments)
     with redirect_stdout(Escaped(sys.stdout)), redirect_stderr(Escaped(sys.stderr)):

@@ -106,6 +106,11 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def among(*names: str) -> Callable[[], list[str]]:
+    """A completion that offers these words."""
+    return lambda: [*names]
+
+
 def exclusive(**options: Any) -> None:
     """Refuse two options that exclude each other.
 
@@ -351,7 +356,7 @@ class Loading(Mapped, Adapter, Reading):
             help="compute on auto, cpu, cuda or mps; auto is the fastest that there is "
             "(default: cpu)",
             parser=device_name,
-            autocompletion=lambda: [*DEVICES],
+            autocompletion=among(*DEVICES),
             rich_help_panel=LOADING,
         ),
     ] = "cpu"
@@ -362,7 +367,7 @@ class Loading(Mapped, Adapter, Reading):
             metavar="DTYPE",
             help="compute in fp16, bf16, fp32 or fp64; auto is as stored (default: auto)",
             parser=dtype_or_auto,
-            autocompletion=lambda: ["auto", *DTYPES],
+            autocompletion=among("auto", *DTYPES),
             rich_help_panel=LOADING,
         ),
     ] = "auto"

@@ -16,6 +16,7 @@ from zoo.cli.options import (
     NoAdapter,
     Reading,
     Ref,
+    among,
     argument,
     dtype_name,
     one_of,
@@ -135,7 +136,7 @@ def diff(
             metavar="WAY",
             help="run whole rows, padded, cached or unmasked (default: whole)",
             parser=one_of("whole", "padded", "cached", "unmasked"),
-            autocompletion=lambda: ["whole", "padded", "cached", "unmasked"],
+            autocompletion=among("whole", "padded", "cached", "unmasked"),
         ),
     ] = "whole",
     backward: Annotated[

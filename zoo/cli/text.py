@@ -17,6 +17,7 @@ from zoo.cli.options import (
     Ref,
     Sampling,
     Special,
+    among,
     argument,
     exclusive,
     one_of,
@@ -144,7 +145,7 @@ def embed(
             help="mean, first, last or max of the tokens' vectors (default: the checkpoint's own, "
             "else mean)",
             parser=one_of("mean", "first", "last", "max"),
-            autocompletion=lambda: ["mean", "first", "last", "max"],
+            autocompletion=among("mean", "first", "last", "max"),
         ),
     ] = None,
     normalize: Annotated[
