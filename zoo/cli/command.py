@@ -271,7 +271,7 @@ class Root(TyperGroup):
         self.format_commands(ctx, formatter)
         rows = [_described(param) for param in self.get_params(ctx)]
         with formatter.section(heading("Options")):
-            _write_rows(formatter, rows, max(map(len, COMMANDS)) + 10)
+            _write_rows(formatter, rows, max(len(left) for left, _ in rows))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the exit codes, and where to read on."""
