@@ -16,7 +16,14 @@ from typer.main import get_command
 import zoo
 from zoo.cli.command import NO_VALUE, WIDTH, Root
 from zoo.cli.exit_codes import ExitCode, exit_code_of
-from zoo.errors import UnusedFieldsWarning, UsageError, ZooError, did_you_mean, in_shell
+from zoo.errors import (
+    UnusedFieldsWarning,
+    UsageError,
+    ZooError,
+    did_you_mean,
+    in_shell,
+    printable,
+)
 from zoo.terminal import BOLD, RED, Escaped, has_color, paint, passing
 
 SHELLS = ("bash", "zsh", "fish")
@@ -130,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completion_init()
         command.main(args=[], prog_name="zoo", complete_var=COMPLETE)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with redirect_stdout(Escaped(sys.stdout)), redirect_stderr(Escaped(sys.stderr)):
+    out, err = Escaped(sys.stdout, printable), Escaped(sys.stderr, printable)
+    with redirect_stdout(out), redirect_stderr(err):
         return int(_guarded(command, words))
 
 
