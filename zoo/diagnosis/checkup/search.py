@@ -13,10 +13,9 @@ from converters.spec_lines import field_line, rule_line
 from zoo.checkpoints.foreign import spec_of
 from zoo.components.model import Model
 from zoo.diagnosis.checkup.finding import Finding
-from zoo.diagnosis.checkup.hypotheses import hypotheses, inside, narrowed, without
 from zoo.diagnosis.checkup.likelihood import EVERY, chance, hidden_as, nats
-from zoo.diagnosis.checkup.parts import Hypothesis
-from zoo.diagnosis.edits import applied, stars
+from zoo.diagnosis.edits import Hypothesis, applied, stars
+from zoo.diagnosis.faults import hypotheses, inside, narrowed, without
 from zoo.errors import InputError, ZooError
 from zoo.text.inference import at_rest, device_of
 
@@ -97,7 +96,7 @@ class Search:
         if self.progress:
             self.progress(self.done, max(self.done, self.expected))
         try:
-            with applied(model, hypothesis.edit()) as edited:
+            with applied(model, hypothesis) as edited:
                 return self.costs(edited, ids)
         except (RuntimeError, ZooError):
             return None
@@ -107,7 +106,7 @@ class Search:
         with ExitStack() as stack:
             model = self.model
             for each in known.said:
-                model = stack.enter_context(applied(model, each.edit()))
+                model = stack.enter_context(applied(model, each))
             few = self.ids[:FEW]
             before = Reading((), self.costs(model, few)).nll
             coarse = self._coarse(model, hypotheses(model), few, before)

@@ -13,8 +13,8 @@ from torch import nn
 from zoo.components.model import Model
 from zoo.diagnosis.diff import sides
 from zoo.diagnosis.diff.comparison import Comparison
-from zoo.diagnosis.diff.difference import Difference
-from zoo.diagnosis.diff.explain import Cause, diagnosed
+from zoo.diagnosis.diff.difference import Cause, Difference
+from zoo.diagnosis.diff.explain import diagnosed
 from zoo.diagnosis.diff.flows import WAYS, Way
 from zoo.diagnosis.diff.matching import Matching
 from zoo.errors import UsageError, did_you_mean, listing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,6 @@ from zoo.diagnosis.diff.hooks import Side
 from zoo.diagnosis.diff.matching import Match
 from zoo.parity.checks import rms
 from zoo.terminal import BOLD, GREEN, RED, paint
-
-if TYPE_CHECKING:
-    from zoo.diagnosis.diff.explain import Cause
 
 # What a difference may be at most, in units of the truth's root mean square. fp64: sums in two
 # orders, which made 1e-13 at most of healthy models. In a narrower dtype, as a multiple of the
@@ -138,6 +135,45 @@ class Divergence:
             "others": list(match.others),
             "parameters": {name: list(theirs) for name, theirs in match.parameters.items()},
             "rules": list(match.rules),
+        }
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Something that explains a difference, and what became of it when it was undone."""
+
+    what: str
+    fix: str = ""  # parity is restored if …
+    change: str = ""  # a line of a file
+    tried: bool = False
+    restored: bool = False
+    after: str = ""  # where the models part then
+    put: bool = False  # tried by putting the other model's numbers there, and no more
+    fault: str = ""  # its name in the catalogue of faults
+
+    def __str__(self) -> str:
+        parts = [self.what + "."]
+        done = self.fix or "the other model's numbers are put there"
+        if self.restored:
+            parts.append(f"Parity is restored if {done}.")
+        elif self.tried:
+            parts.append(f"If {done}, the first difference moves on to {self.after}.")
+        elif self.fix:
+            parts.append(f"Not confirmed: {self.fix}.")
+        if self.change:
+            parts.append(self.change)
+        return " ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "fix": self.fix,
+            "change": self.change,
+            "tried": self.tried,
+            "restored": self.restored,
+            "after": self.after,
+            "fault": self.fault,
+            "text": str(self),
         }
 
 

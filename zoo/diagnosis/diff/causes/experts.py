@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from zoo.components.moe import Experts
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
-from zoo.diagnosis.edits import stars
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.edits import Hypothesis, stars
 
 SHARES: dict[str, Callable[[Tensor], Tensor]] = {
     "are made to sum to one": lambda s: s / s.sum(-1, keepdim=True),
@@ -26,7 +26,7 @@ class Mixed:
     on: str  # what the activation is of
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     """Each side is a known mixture of the same experts, or there is no idea."""
     module, name = scene.module, scene.name
     given = scene.known(name, "in") or scene.known(f"{name}.router", "in")
@@ -43,11 +43,13 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         settings = {n: {"chosen": theirs.chosen} for n in scene.alike()}
         config = {"chosen": theirs.chosen} if scene.steady else {}
         fix = f"chosen is {theirs.chosen}"
-        yield Idea(what, fix, config=config, settings={} if config else settings)
+        yield Hypothesis(what, fix, config=config, settings={} if config else settings)
     if ours.shares != theirs.shares:
-        yield Idea(f"{name}: shares of the chosen {ours.shares} here, and {theirs.shares} there")
+        yield Hypothesis(
+            f"{name}: shares of the chosen {ours.shares} here, and {theirs.shares} there"
+        )
     if ours.on != theirs.on:
-        yield Idea(
+        yield Hypothesis(
             f"{name}: the activation is on {ours.on} here, and on {theirs.on} there: "
             "gate and up are exchanged"
         )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
-from zoo.diagnosis.edits import stars
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.edits import Hypothesis, stars
 
 PLAIN = "linear"  # the activation that is none
 
@@ -22,7 +22,7 @@ class Made:
     of: str  # what it is applied to
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     """Each side is a known function of `gate` and `up`, or there is no idea."""
     name = scene.name.rpartition(".")[0]
     gate, up = (scene.known(f"{name}.{part}") for part in ("gate", "up"))
@@ -42,36 +42,21 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         ours, theirs = (replace(x, of="gate") for x in (ours, theirs))
     if {ours.of, theirs.of} == {"gate", "up"}:
         what = f"{stars(name)}: the other model's activation is on {theirs.of}, here on {ours.of}"
-        yield _exchanged(scene, name, here, what, ours.act == theirs.act)
+        yield Hypothesis(what)
     elif ours.of != theirs.of:
-        yield Idea(
+        yield Hypothesis(
             f"{stars(name)}: the activation is taken of {ours.of} here, and of {theirs.of} there"
         )
     else:
         what = f"{stars(name)}: the activation is {ours.act} here and {theirs.act} there"
         said = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
         if scene.steady and said is ACTIVATIONS.get(ours.act, ""):
-            yield Idea(what, f"act is {theirs.act}", config={"act": theirs.act})
+            yield Hypothesis(what, f"act is {theirs.act}", config={"act": theirs.act})
         elif theirs.act in ACTIVATIONS:
             settings = {one: {"act": ACTIVATIONS[theirs.act]} for one in here}
-            yield Idea(what, f"{stars(name)} takes {theirs.act}", settings=settings)
+            yield Hypothesis(what, f"{stars(name)} takes {theirs.act}", settings=settings)
         else:
-            yield Idea(what)
-
-
-def _exchanged(scene: Scene, name: str, here: list[str], what: str, alone: bool) -> Idea:
-    """What is read as gate and as up; `alone`: nothing else is otherwise."""
-    held = scene.held
-    exchanged = {
-        f"{one}.{a}.{leaf}": held[f"{one}.{b}.{leaf}"]
-        for one in here
-        for a, b in (("gate", "up"), ("up", "gate"))
-        for leaf in ("weight", "bias")
-        if f"{one}.{a}.{leaf}" in held
-    }
-    where = tuple(n for n in exchanged if n.startswith(f"{name}."))
-    fix = f"{stars(name)}.gate and {stars(name)}.up are exchanged"
-    return Idea(what, fix, parameters=exchanged, where=where, moved=True) if alone else Idea(what)
+            yield Hypothesis(what)
 
 
 def _own(scene: Scene) -> Any:

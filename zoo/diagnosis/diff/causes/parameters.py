@@ -9,8 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
-from zoo.diagnosis.edits import block_of, order, stars
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.edits import Hypothesis, block_of, order, stars
 
 MOVED = 4  # slices that are named
 SLICES = 256  # of an axis, as far as they are looked through
@@ -20,21 +20,22 @@ GROUPS = (32, 64, 128)  # numbers that share a scale
 CLOSE = 0.2  # what whole numbers may be off by, in units of the root mean square
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     yield from _told(scene, scene.reading.match.parameters)
     yield from _apart(scene)
 
 
-def unseen(scene: Scene) -> Iterator[Idea]:
+def unseen(scene: Scene) -> Iterator[Hypothesis]:
     """Of modules whose outputs were not compared: of the same block, or of none."""
-    yield from _told(scene, _unseen(scene))
+    shapes = scene.matching.plan.native.shapes
+    yield from _told(scene, (n for n in shapes if n.rpartition(".")[0] in scene.unseen))
 
 
-def exchanged(scene: Scene) -> Iterator[Idea]:
+def exchanged(scene: Scene) -> Iterator[Hypothesis]:
     """Two such modules, or two beside the place, that hold what is the other's by the rules too."""
     beside = scene.name.rpartition(".")[0]
     near = [n for n in scene.matching.matches if n.rpartition(".")[0] == beside and n != scene.name]
-    modules = dict.fromkeys([*(name.rpartition(".")[0] for name in _unseen(scene)), *near])
+    modules = dict.fromkeys([*scene.unseen, *near])
     held = scene.held
     leaves = {
         m: {n.rpartition(".")[2]: x.shape for n, x in held.items() if n.rpartition(".")[0] == m}
@@ -58,7 +59,7 @@ def exchanged(scene: Scene) -> Iterator[Idea]:
             leaf = "" if kinds == both else f".{next(iter(kinds))}"
             said = f"{stars(a)}{leaf} and {stars(b)}{leaf}"
             where = tuple(f"{n}.{leaf}" for n in (a, b) for leaf in kinds)
-            idea = Idea(
+            idea = Hypothesis(
                 f"{said} are in each other's place",
                 f"{said} are exchanged",
                 parameters=parameters,
@@ -70,18 +71,7 @@ def exchanged(scene: Scene) -> Iterator[Idea]:
                 return
 
 
-def _unseen(scene: Scene) -> list[str]:
-    seen = {name for name, side, _ in scene.comparison.flows if side == "out"}
-    here = block_of(scene.name)
-    return [
-        name
-        for name in scene.matching.plan.native.shapes
-        if name.rpartition(".")[0] not in seen
-        and (block_of(name) == here or not any(part.isdecimal() for part in name.split(".")))
-    ]
-
-
-def _told(scene: Scene, names: Iterable[str]) -> Iterator[Idea]:
+def _told(scene: Scene, names: Iterable[str]) -> Iterator[Hypothesis]:
     held = scene.held
     wrong = dict[str, str]()  # name: how
     for name in names:
@@ -106,12 +96,12 @@ def _told(scene: Scene, names: Iterable[str]) -> Iterator[Idea]:
         sources = ", ".join(match.parameters.get(name, ())) if match else ""
         where = () if lone or "another order" not in how else (name,)
         should = f"{called} is what {sources} makes of it"
-        yield Idea(f"{called} {how}", should, parameters=fix, where=where)
+        yield Hypothesis(f"{called} {how}", should, parameters=fix, where=where)
         every = {n: x for n, x in _put_right(scene, held).items() if _kind(scene, n) == _bare(how)}
         if len(every) > len(fix):
             kinds = ", ".join(dict.fromkeys(map(stars, every)))
             what = f"{called} {how}, and so it is with {len(every)} parameters in all: {kinds}"
-            yield Idea(what, "each is what the other model's makes of it", parameters=every)
+            yield Hypothesis(what, "each is what the other model's makes of it", parameters=every)
 
 
 def _put_right(scene: Scene, names: Iterable[str]) -> dict[str, Tensor]:
@@ -134,7 +124,7 @@ def _bare(how: str) -> str:
     return re.sub(r"[\d.+-]+", "", how.partition(":")[0])
 
 
-def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
+def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Hypothesis:
     """Two parameters, in every layer where it is so."""
     kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
     fix = _put_right(scene, [n for n in held if stars(n.rpartition(".")[0]) in kinds])
@@ -142,10 +132,10 @@ def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) ->
     said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
     what = f"{said} are in each other's place"
     where = () if lone else (name, twin)
-    return Idea(what, f"{said} are exchanged", parameters=fix, where=where)
+    return Hypothesis(what, f"{said} are exchanged", parameters=fix, where=where)
 
 
-def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
+def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Hypothesis | None:
     """A layer that holds what is another's, in all of its parameters."""
     other = _other(scene, name, held[name])
     if other is None or stars(other) != stars(name):
@@ -158,10 +148,10 @@ def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
             return None
     fix = _put_right(scene, [n for n in held if stars(block_of(n)) == stars(ours)])
     what = f"{ours} holds what {theirs} should: layers are in each other's place"
-    return Idea(what, "each layer holds its own", parameters=fix)
+    return Hypothesis(what, "each layer holds its own", parameters=fix)
 
 
-def _apart(scene: Scene) -> Iterator[Idea]:
+def _apart(scene: Scene) -> Iterator[Hypothesis]:
     """A weight and its bias whose rules take other features of what lies on disk."""
     match = scene.reading.match
     if not match.apart:
@@ -175,7 +165,7 @@ def _apart(scene: Scene) -> Iterator[Idea]:
             if value is None:
                 return
             fix[f"{each}.{leaf}"] = value
-        yield Idea(
+        yield Hypothesis(
             f"the rule of {stars(name)}.{leaf} takes other rows than that of its {other}",
             f"{', '.join(dict.fromkeys(f'{stars(n)}.{leaf}' for n in block))} are read as the "
             f"{other} is",

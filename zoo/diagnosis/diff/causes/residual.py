@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, fits
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, fits
 from zoo.diagnosis.diff.matching import Match
 from zoo.diagnosis.diff.residual_sums import Sum, summed
-from zoo.diagnosis.edits import block_of, stars
+from zoo.diagnosis.edits import Hypothesis, block_of, stars
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     yield from _order(scene)
     flow = scene.flow
     if flow.ours is None or flow.theirs is None or flow.ours.shape != flow.theirs.shape:
@@ -46,7 +46,7 @@ def _outputs(scene: Scene) -> dict[str, Tensor]:
 
 def _told(
     scene: Scene, outs: dict[str, Tensor], ours: Sum | None, theirs: Sum | None
-) -> Iterator[Idea]:
+) -> Iterator[Hypothesis]:
     place = f"what goes into {scene.name}"
     if ours is not None and theirs is not None:
         names = [n for n in outs if ours.parts.get(n, 0) != theirs.parts.get(n, 0)]
@@ -65,7 +65,7 @@ def _told(
         if all(ours.parts.get(n) and theirs.parts.get(n) for n in names):
             by = {n: theirs.parts[n] / ours.parts[n] for n in names}
             yield _weighed(scene, what, {n: by[n] for n in names if ", time" not in n})
-        yield Idea(what)
+        yield Hypothesis(what)
         return
     for side, given, known in (
         ("here", scene.flow.ours, theirs),
@@ -73,18 +73,18 @@ def _told(
     ):
         assert given is not None
         if (how := _bent(scene, outs, given, known)) is not None:
-            yield Idea(f"{place}: {how} {side}, and not in the other model")
+            yield Hypothesis(f"{place}: {how} {side}, and not in the other model")
     if ours is not None:
-        yield Idea(f"{place} is {ours} here, and there it is no sum of what came before")
+        yield Hypothesis(f"{place} is {ours} here, and there it is no sum of what came before")
     if theirs is not None:
-        yield Idea(f"{place} is {theirs} there, and here it is no sum of what came before")
+        yield Hypothesis(f"{place} is {theirs} there, and here it is no sum of what came before")
 
 
-def _weighed(scene: Scene, what: str, factors: Mapping[str, float]) -> Idea:
+def _weighed(scene: Scene, what: str, factors: Mapping[str, float]) -> Hypothesis:
     """What is added up, each in its part; in every layer alike."""
     said = ", ".join(f"{stars(name)} counts {by:.6g} times as much" for name, by in factors.items())
     every = {each: by for name, by in factors.items() for each in scene.alike(name)}
-    return Idea(what, said, factors=every)
+    return Hypothesis(what, said, factors=every)
 
 
 def _times(weight: float) -> str:
@@ -97,7 +97,7 @@ def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | Non
     if known is not None:
         plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
         if fits(plain - plain.mean(-1, keepdim=True), given):
-            return "it is centred: its mean is taken away"
+            return "it is centered: its mean is taken away"
         if (how := _normed(scene, outs, given, known)) is not None:
             return how
         for act, function in ACTIVATIONS.items():
@@ -137,7 +137,7 @@ def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) ->
     return None
 
 
-def _constant(scene: Scene) -> Iterator[Idea]:
+def _constant(scene: Scene) -> Iterator[Hypothesis]:
     """A vector that is added to every token on one side alone: a bias, or two of them."""
     flow = scene.flow
     delta = (flow.ours - flow.theirs).double()  # type: ignore[operator]
@@ -148,43 +148,10 @@ def _constant(scene: Scene) -> Iterator[Idea]:
     for name, bias in biases.items():
         for sign, side in ((1, "here"), (-1, "there")):
             if fits(sign * bias, delta[0]):
-                yield Idea(f"{name} is added {side} alone")
-    for a, x in biases.items():
-        for b, y in biases.items():
-            if a != b and fits(x - y, delta[0]):
-                yield _exchanged(scene, a, b)
+                yield Hypothesis(f"{name} is added {side} alone")
 
 
-def _exchanged(scene: Scene, a: str, b: str) -> Idea:
-    """Two parameters, in every layer if they are in one."""
-    held = dict(scene.model.named_parameters())
-    found = dict[str, Tensor]()
-    layers = _layers(a) & _layers(b)
-    for name in held:
-        if stars(name) == stars(a) and layers:
-            twin = _same_layer(name, b)
-            found |= {name: held[twin].data, twin: held[name].data}
-    found = found or {a: held[b].data, b: held[a].data}
-    names = (stars(a), stars(b)) if layers else (a, b)
-    return Idea(
-        f"{names[0]} and {names[1]} are in each other's place",
-        f"{names[0]} and {names[1]} are exchanged",
-        parameters=found,
-        where=(a, b),
-        moved=True,
-    )
-
-
-def _layers(name: str) -> set[str]:
-    return {part for part in name.split(".") if part.isdecimal()}
-
-
-def _same_layer(name: str, other: str) -> str:
-    layer = next(part for part in name.split(".") if part.isdecimal())
-    return ".".join(layer if part.isdecimal() else part for part in other.split("."))
-
-
-def _picked(scene: Scene) -> Iterator[Idea]:
+def _picked(scene: Scene) -> Iterator[Hypothesis]:
     """One place of each row, and which."""
     ours, theirs = scene.flow.ours, scene.flow.theirs
     assert ours is not None and theirs is not None
@@ -203,7 +170,7 @@ def _picked(scene: Scene) -> Iterator[Idea]:
         ]
         if len(told) == 2 and told[0] != told[1]:
             here, there = (w or "another" for w in told)
-            yield Idea(
+            yield Hypothesis(
                 f"what goes into {scene.name}: the {here} token of {name} here, the {there} there"
             )
             return
@@ -212,46 +179,33 @@ def _picked(scene: Scene) -> Iterator[Idea]:
 # --- modules in each other's place ---------------------------------------------------------------
 
 
-def _order(scene: Scene) -> Iterator[Idea]:
+def _order(scene: Scene) -> Iterator[Hypothesis]:
     """The other model runs what should be the same modules in another order."""
     ours, theirs = _sequence(scene)
     there = {name for name, _ in scene.model.named_modules()}
     missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
     for name in dict.fromkeys(_whole(scene, missing, name) for name in missing):
-        yield Idea(f"{name} does not run here, and does in the other model")
+        yield Hypothesis(f"{name} does not run here, and does in the other model")
     idle = [n for n, match in scene.matching.matches.items() if _runs_here_alone(scene, match)]
     for name in dict.fromkeys(_whole(scene, idle, name) for name in idle):
-        yield Idea(f"{name} runs here, and not in the other model")
+        yield Hypothesis(f"{name} runs here, and not in the other model")
     if scene.flow.theirs is None:
         yield from _times_run(scene)
-    for kind in (_norms, _blocks):
-        a, b = kind(scene, ours), kind(scene, theirs)
-        if a == b or sorted(a) != sorted(b):
-            continue
-        moved = {x: y for x, y in zip(a, b, strict=True) if x != y}
-        held = dict(scene.model.named_parameters())
-        found = {
-            name: held[to + name[len(at) :]].data
-            for at, to in moved.items()
-            for name in held
-            if name.startswith(f"{at}.") and to + name[len(at) :] in held
-        }
-        if any(found[n].shape != held[n].shape for n in found):
-            continue
-        if all(stars(x) == stars(y) for x, y in moved.items()) != (kind is _blocks):
-            continue
-        if kind is _blocks:
-            said = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
-            what = "layers are in each other's place: the other model runs them in another order"
-            yield Idea(what, said, parameters=found, where=_first(found), moved=True)
-        else:
-            lone = len(moved) == 2
-            pairs = (tuple(sorted(pair if lone else map(stars, pair))) for pair in moved.items())
-            said = " and ".join(f"{x} and {y}" for x, y in dict.fromkeys(pairs))
-            what = f"{said} are in each other's place"
-            yield Idea(
-                what, f"{said} are exchanged", parameters=found, where=_first(found), moved=True
-            )
+    a, b = _blocks(ours), _blocks(theirs)
+    moved = {x: y for x, y in zip(a, b, strict=False) if x != y}
+    if not moved or sorted(a) != sorted(b) or any(stars(x) != stars(y) for x, y in moved.items()):
+        return
+    own = dict(scene.model.named_parameters())
+    made = {
+        name: own[to + name[len(block) :]].data
+        for block, to in moved.items()
+        for name in own
+        if name.startswith(f"{block}.") and to + name[len(block) :] in own
+    }
+    if all(made[n].shape == own[n].shape for n in made):
+        fix = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
+        what = "layers are in each other's place: the other model runs them in another order"
+        yield Hypothesis(what, fix, parameters=made, where=_first(made), moved=True)
 
 
 def _runs_here_alone(scene: Scene, match: Match) -> bool:
@@ -267,7 +221,7 @@ def _whole(scene: Scene, missing: Collection[str], name: str) -> str:
     return block if inside and all(n in missing for n in inside) else stars(name)
 
 
-def _times_run(scene: Scene) -> Iterator[Idea]:
+def _times_run(scene: Scene) -> Iterator[Hypothesis]:
     record = scene.comparison.theirs()[0].records[0]
     here = sum(name == scene.name and side == "in" for name, side, _ in scene.comparison.flows)
     there = sum(len(record[name]) for name in scene.reading.match.others[:1])
@@ -275,7 +229,7 @@ def _times_run(scene: Scene) -> Iterator[Idea]:
         block = block_of(scene.name)
         most = [k for n, _, k in scene.comparison.flows if n.startswith(f"{block}.attn.")]
         name = block if here == 1 + max(most, default=0) else stars(scene.name)
-        yield Idea(f"{name} runs {_often(here)} here and {_often(there)} in the other model")
+        yield Hypothesis(f"{name} runs {_often(here)} here and {_often(there)} in the other model")
 
 
 def _often(count: int) -> str:
@@ -306,10 +260,5 @@ def _sequence(scene: Scene) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(n for _, n in ours)), [n for _, n in sorted(begun)]
 
 
-def _norms(scene: Scene, names: list[str]) -> list[str]:
-    shapes = scene.matching.plan.native.shapes
-    return [n for n in names if len(shapes.get(f"{n}.weight", ())) == 1]
-
-
-def _blocks(scene: Scene, names: list[str]) -> list[str]:
+def _blocks(names: list[str]) -> list[str]:
     return list(dict.fromkeys(b for n in names if (b := block_of(n)) != n))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,36 +19,13 @@ from zoo.diagnosis.diff.difference import Difference
 from zoo.diagnosis.diff.flows import Flow, Place, Way
 from zoo.diagnosis.diff.hooks import Side
 from zoo.diagnosis.diff.matching import Matching
-from zoo.diagnosis.edits import Changes, Edit, rebuilt
+from zoo.diagnosis.edits import Changes, Hypothesis, block_of, rebuilt
+from zoo.diagnosis.faults import hypotheses
 from zoo.errors import ZooError
 from zoo.parity.checks import call, rms
 
 # What a fit may be off by, in units of the root mean square: its inputs agree to 1e-10 only.
 FITS = 1e-8
-
-
-@dataclass(frozen=True)
-class Idea(Edit):
-    """A cause to be tried. Of what undoes it, at most one is given; none: the numbers themselves.
-
-    `where` are native parameters whose rules are to be changed. `moved`: they hold other numbers
-    then, and what flows through their modules is no longer compared with what it was.
-    """
-
-    what: str
-    fix: str = ""  # parity is restored if …
-    factors: Mapping[str, float] = field(default_factory=dict)  # module -> of what comes out of it
-    where: tuple[str, ...] = ()
-    moved: bool = False
-
-    @property
-    def undoes(self) -> bool:
-        return bool(self.parameters or self.config or self.settings or self.factors)
-
-    @property
-    def touched(self) -> set[str]:
-        """The modules that hold or give other numbers when it is undone."""
-        return {name.rpartition(".")[0] for name in self.parameters if self.moved} | {*self.factors}
 
 
 class Reached(Exception):
@@ -96,6 +73,20 @@ class Scene:
         """The native model's parameters, tied ones by each of their names."""
         named = self.model.named_parameters(remove_duplicate=False)
         return {name: p.data for name, p in named}
+
+    @cached_property
+    def hypotheses(self) -> list[Hypothesis]:
+        """What the catalogue knows to undo in the native model, by the rules of both models."""
+        return [h for h in hypotheses(self.model, self.matching.plan.rule_of()) if h.parameters]
+
+    @cached_property
+    def unseen(self) -> list[str]:
+        """Modules whose outputs were not compared, in the same block or in none."""
+        seen = {name for name, side, _ in self.comparison.flows if side == "out"}
+        here = block_of(self.name)
+        modules = dict.fromkeys(n.rpartition(".")[0] for n in self.matching.plan.native.shapes)
+        near = (n for n in modules if block_of(f"{n}.weight") in (here, f"{n}.weight"))
+        return [n for n in near if n not in seen]
 
     @cached_property
     def fresh(self) -> Model:
@@ -198,7 +189,7 @@ class Scene:
             return float("inf")
         return error(ours, theirs)
 
-    def error_with(self, idea: Idea) -> float:
+    def error_with(self, idea: Hypothesis) -> float:
         """Likewise once it is undone."""
         try:
             with applied(self.model, idea, self) as model:
@@ -212,7 +203,7 @@ class Scene:
         flow = self.comparison.flows.get(again.first.reading.place)
         return flow is not None and flow.at > self.flow.at
 
-    def restores(self, idea: Idea) -> bool:
+    def restores(self, idea: Hypothesis) -> bool:
         """Whether nothing differs once it is undone."""
         with applied(self.model, idea, self) as model:
             return self.comparison.again(model, self.difference.healed, idea.touched).first is None
@@ -288,19 +279,13 @@ def fits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @contextmanager
-def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
+def applied(model: Model, idea: Hypothesis, scene: Scene) -> Iterator[Model]:
     """The model with what undoes a cause: changed for as long as it is looked at."""
     if idea.config:
         yield scene.rebuilt(idea.config)
         return
     with ExitStack() as stack:
-        if idea.factors:
-            for name, by in idea.factors.items():
-                module = model.get_submodule(name)
-                stack.enter_context(
-                    module.register_forward_hook(lambda _, args, out, by=by: out * by)
-                )
-        elif idea.undoes:
+        if idea.undoes:
             stack.enter_context(edits.applied(model, idea))
         else:
             stack.enter_context(put(model, scene, [scene.reading.place]))

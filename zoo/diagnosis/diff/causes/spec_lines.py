@@ -9,12 +9,13 @@ from converters.spec import Spec
 from converters.spec_lines import field_line, rule_line
 from converters.strict_json import parse_json
 from zoo.checkpoints.foreign import spec_of
-from zoo.diagnosis.diff.causes.scene import Idea, Scene
+from zoo.diagnosis.diff.causes.scene import Scene
+from zoo.diagnosis.edits import Hypothesis
 
 RULES = 3  # lines that are named
 
 
-def told(scene: Scene, idea: Idea) -> str:
+def told(scene: Scene, idea: Hypothesis) -> str:
     """Where a rule or a field that is to be changed stands."""
     spec = spec_of(scene.model)
     if idea.config:
