@@ -315,7 +315,7 @@ def _code() -> Iterator[Fault]:
     yield fault(p.norm_moved_in_branch, rf"{NORM1}|in .*blocks\.0\.attn\.[qkv]$", r"norm is moved")
     yield fault(p.last_attention_left_out, SECOND, r"attn\.out is in it not at all here")
     yield fault(p.last_layer_skipped, FINAL, r"blocks\.[12] does not run here")
-    yield fault(p.first_two_layers_exchanged, rf"{FIRST}|out (encoder\.)?blocks\.0\.norm1$",
+    yield fault(p.first_two_layers_exchanged, FIRST.replace("in .*", r"(in|out) (encoder\.)?"),
                 r"blocks\.0 holds what .*blocks\.1 should")
     yield fault(p.one_tensor_through_fp16, r"out .*blocks\.0\.mlp(\.down)?$",
                 r"mlp\.down.* float16")

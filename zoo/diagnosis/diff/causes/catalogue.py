@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -50,13 +51,17 @@ def _mends(scene: Scene, hypothesis: Hypothesis) -> bool:
 
 
 def wider(scene: Scene, hypothesis: Hypothesis) -> Iterator[Hypothesis]:
-    """An edit of one kind of module, and of every kind to which the same fault applies."""
+    """An edit of one kind of module, and of every stack in which the same can be done."""
     yield at_place(scene, hypothesis)
-    same = [each for each in scene.hypotheses if each.fault == hypothesis.fault and each.rows]
-    if hypothesis.rows and len(same) > 1:
+
+    def bare(text: str) -> str:
+        return re.sub(r"\b(encoder|decoder)\.|\bcross\b|\battn\b", "", text)
+
+    same = [each for each in scene.hypotheses if bare(each.what) == bare(hypothesis.what)]
+    if len(same) > 1:
         parameters = {n: make for each in same for n, make in each.parameters.items()}
-        what = f"{hypothesis.what}, and so it is in each attention"
-        fix = f"{hypothesis.fix}, in each attention"
+        what = f"{hypothesis.what}, and likewise in each stack"
+        fix = f"{hypothesis.fix}, and likewise in each stack"
         yield at_place(scene, replace(hypothesis, what=what, fix=fix, parameters=parameters))
 
 
