@@ -139,7 +139,8 @@ def test_the_reference_is_imported_only_when_called() -> None:
 # --- budgets -------------------------------------------------------------------------------------
 
 OVER_BUDGET = {  # file: reason
-    "zoo/models/t5.py": "two stacks, and biases by distance that no other architecture has",
+    "zoo/models/t5.py": "an encoder and a decoder, each with a block of its own",
+    "zoo/models/falcon.py": "three wirings, each a block of its own",
     "zoo/models/deberta.py": "two versions, with attention and a convolution that no other has",
     "converters/specs/deberta-v2.yaml": "31 fields of its config change what it computes",
 }

@@ -376,7 +376,7 @@ RIGHT = {
     "rope_base_default": "rope_base is",
     "act_silu_for_gelu": "act is",
     "parallel_branches": "parallel is",
-    "layers_run_twice": "twice is",
+    "layers_run_twice": "repeat is",
     "score_cap_missing": "score_cap is",
     "norm_offset_added": r"norm1 is what is stored - 1",
     "vocabulary_rows_off_by_+1": r"embed\.weight.* read 1 row earlier",

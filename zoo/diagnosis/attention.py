@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from zoo.components.masks import Mask
-from zoo.components.rotary import UNTURNED, Rotary
+from zoo.components.rotary import NO_ROTARY, Rotary
 from zoo.diagnosis.edits import PARTS
 
 
@@ -179,7 +179,7 @@ def rotates(rotate: Rotate) -> Change:
 
 def unrotated(form: Form, sizes: Sizes) -> Form | None:
     """No rotary embedding, where there is one."""
-    return replace(form, rotary=UNTURNED) if isinstance(form.rotary, Rotary) else None
+    return replace(form, rotary=NO_ROTARY) if isinstance(form.rotary, Rotary) else None
 
 
 def queries_moved(by: int) -> Rotate:

@@ -225,8 +225,8 @@ def window_of(config: Any) -> int:
 
 
 def one_fewer(config: Any) -> int:
-    need(value_of(config, "experts") and config.chosen > 1)
-    return int(config.chosen - 1)
+    need(value_of(config, "experts") and config.experts_per_token > 1)
+    return int(config.experts_per_token - 1)
 
 
 def no_cap(config: Any) -> None:
@@ -235,8 +235,9 @@ def no_cap(config: Any) -> None:
 
 def doubled_distance(config: Any) -> dict[str, Any]:
     if getattr(config, "log_buckets", 0) > 0:
-        return {"reach": 2 * config.longest}
-    return {"distance": 2 * value_of(config, "distance")}
+        return {"max_distance": 2 * config.longest}
+    need(not hasattr(config, "log_buckets"))  # its table has a row a distance
+    return {"max_distance": 2 * value_of(config, "max_distance")}
 
 
 def no_padding(config: Any) -> dict[str, Any]:
@@ -359,9 +360,9 @@ def distances_reversed(model: Any) -> None:
 
 def content_to_position_exchanged(model: Any) -> None:
     for block in blocks(model):
-        looks = set(getattr(block.attn, "looks", ()))
-        need(len(looks) == 1)
-        block.attn.looks = tuple({"c2p", "p2c"} - looks)
+        terms = set(getattr(block.attn, "position_terms", ()))
+        need(len(terms) == 1)
+        block.attn.position_terms = tuple({"c2p", "p2c"} - terms)
 
 
 def distance_norm_missing(model: Any) -> None:

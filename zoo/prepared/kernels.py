@@ -183,7 +183,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotary.turn` of (b, h, 1, e) by (b, 1, 1, e/2), or by one row for all."""
+    """`rotary.rotate` of (b, h, 1, e) by (b, 1, 1, e/2), or by one row for all."""
     b, h, _, e = x.shape
     y, half = x.new_empty((b, h, 1, e)), x.dtype == torch.bfloat16
     row = cos.shape[-1] if len(cos) > 1 else 0

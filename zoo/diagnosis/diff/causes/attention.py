@@ -42,12 +42,12 @@ def _content_and_positions(scene: Scene, name: str) -> Iterator[Hypothesis]:
     """DeBERTa's attention with other terms between content and positions."""
     attn: Any = scene.above
     here = [n.rpartition(".")[0] for n in scene.alike()]
-    for terms in ATTENDED if hasattr(attn, "looks") else ():
-        if set(terms) != set(attn.looks):
+    for terms in ATTENDED if hasattr(attn, "position_terms") else ():
+        if set(terms) != set(attn.position_terms):
             idea = Hypothesis(
-                f"{stars(name)}: here {spelled(attn.looks)}, in the other model {spelled(terms)}",
-                f"looks is {terms}",
-                settings={one: {"looks": terms} for one in here},
+                f"{stars(name)}: here {spelled(attn.position_terms)}, in the other model {spelled(terms)}",
+                f"position_terms is {terms}",
+                settings={one: {"position_terms": terms} for one in here},
             )
             if scene.restores(idea):
                 yield idea

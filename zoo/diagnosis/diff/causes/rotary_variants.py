@@ -87,7 +87,7 @@ def _coarse(
     ]
     scale = standard.scaling.amplitude(standard)
     cos, sin = ((x * scale).to(dtype).to(q.dtype) for x in (angles.cos(), angles.sin()))
-    return component.turn(q, cos, sin), component.turn(k, cos, sin)
+    return component.rotate(q, cos, sin), component.rotate(k, cos, sin)
 
 
 def _exactly(standard: Rotary) -> str:

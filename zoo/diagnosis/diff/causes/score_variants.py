@@ -208,11 +208,11 @@ def _disentangled(attn: nn.Module) -> Iterator[Variant]:
         return Variant("sum", what, lambda form: replace(form, attend=other.look))
 
     given: Any = attn
-    if not given.looks or given.distances is None:
+    if not given.position_terms or given.distances is None:
         return
     for looks in ATTENDED:
-        if set(looks) != set(given.looks):
-            yield variant(f"{spelled(looks)}, not as the config says", looks=looks)
+        if set(looks) != set(given.position_terms):
+            yield variant(f"{spelled(looks)}, not as the config says", position_terms=looks)
     distances: Any = given.distances.__self__
     other = copy.copy(distances)
     other._modules = dict(distances._modules)
