@@ -1,4 +1,4 @@
-"""The catalogue of faults: a row is planted, diagnosed and searched for, all three from one place."""
+"""The catalogue of faults: one row is planted, diagnosed by diff and searched by diagnose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import build, hot
 import zoo
 from zoo import registry
 from zoo.diagnosis.edits import applied
-from zoo.diagnosis.families import Exchange, Family, Rows
+from zoo.diagnosis.families import Exchange, Family, PermutedRows
 from zoo.diagnosis.faults import FAULTS, Fault, hypotheses, planted_faults
 from zoo.diagnosis.gate import Bench, hunt, planted
 from zoo.loading import load_directory
@@ -22,7 +22,7 @@ ARCHITECTURES = registry.architectures()
 NEW = {
     # mistakes that no row of the table is about
     "norm1_bias_norm2_bias_exchanged": ("gpt2", Exchange.of("norm1.bias", "norm2.bias")),
-    "v_rows_of_each_head_in_halves": ("llama", Rows(("v",), "{} two e", "{} e two")),
+    "v_rows_of_each_head_in_halves": ("llama", PermutedRows(("v",), "{} two e", "{} e two")),
 }
 
 

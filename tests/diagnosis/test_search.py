@@ -25,7 +25,7 @@ from converters.spec_lines import rule_line
 from zoo import registry
 from zoo.components.decoder import Decoder
 from zoo.diagnosis.checkup.likelihood import EVERY, TEXT, chance, ids_of, nats
-from zoo.diagnosis.checkup.search import HEATS, Reading, readings
+from zoo.diagnosis.checkup.search import HEATS, Explanation, explanations
 from zoo.diagnosis.edits import Hypothesis, applied, order
 from zoo.diagnosis.faults import FAULTS as CATALOGUE
 from zoo.diagnosis.faults import hypotheses, inside, without
@@ -129,7 +129,7 @@ def test_each_token_costs_what_it_should() -> None:
 def test_an_untrained_model_is_said_to_know_nothing() -> None:
     model = build("gpt2").eval()
     told = list[tuple[int, int]]()
-    (found,) = readings(model, torch.arange(40), progress=lambda n, of: told.append((n, of)))
+    (found,) = explanations(model, torch.arange(40), progress=lambda n, of: told.append((n, of)))
     assert "no likelier than chance" in found.what and "untrained" in found.fix
     assert told[-1][0] <= told[-1][1] and [n for n, _ in told] == list(range(1, len(told) + 1))
 
@@ -138,19 +138,19 @@ def test_a_model_that_gives_no_numbers_is_said_to_know_nothing() -> None:
     model = build("gpt2").eval()
     with torch.no_grad():
         model.norm.weight[3] = torch.nan
-    assert "no likelier than chance" in readings(model, torch.arange(40))[0].what
+    assert "no likelier than chance" in explanations(model, torch.arange(40))[0].what
 
 
 def test_a_text_too_short_is_refused() -> None:
     with pytest.raises(InputError, match="9 tokens tell nothing"):
-        readings(build("gpt2"), torch.arange(9))
+        explanations(build("gpt2"), torch.arange(9))
 
 
 @pytest.mark.parametrize("name", ["t5", "bert"])
 def test_what_gives_no_likelihood_is_refused(name: str) -> None:
     model = build(name, **({"head": "none"} if name == "bert" else {}))
     with pytest.raises(UsageError, match="likelihood"):
-        readings(model, torch.arange(40))
+        explanations(model, torch.arange(40))
 
 
 # --- a published model ---------------------------------------------------------------------------
@@ -203,12 +203,12 @@ def test_nothing_is_wrong_in_a_healthy_model(stories: Path, text: str) -> None:
     model = zoo.load(stories)
     ids = ids_of(model, text)
     assert float(nats(model, ids).mean()) < 0.4 * chance(model)
-    assert readings(model, ids) == []
+    assert explanations(model, ids) == []
 
 
 def test_rows_of_rotary_pairs_are_named_with_their_line(wrong: Any) -> None:
     model = wrong(lambda tensors: each(tensors, "k_proj", pairs(4)))
-    found = readings(model, ids_of(model))
+    found = explanations(model, ids_of(model))
     assert found[0].what == (
         "rows of blocks.*.attn.k lie as [(g e two)], and are read as [(g two e)]"
     )
@@ -225,7 +225,7 @@ def test_one_matrix_of_one_layer(wrong: Any) -> None:
         each(tensors, "layers.2.self_attn.o_proj", lambda x: x.T)
 
     model = wrong(change)
-    found = readings(model, ids_of(model))[0]
+    found = explanations(model, ids_of(model))[0]
     assert found.what == "blocks.2.attn.out.weight is transposed"
     assert found.where == ("model.layers.2.self_attn.o_proj.weight",)
 
@@ -236,7 +236,7 @@ def test_two_faults_are_told_together(wrong: Any) -> None:
         swap(tensors, "gate_proj", "up_proj")
 
     model = wrong(change)
-    found = readings(model, ids_of(model))[0]
+    found = explanations(model, ids_of(model))[0]
     assert "mlp.gate and blocks.*.mlp.up are exchanged" in found.seen
     assert "blocks.*.attn.q is read as [(h e two) i]" in found.seen
 
@@ -299,11 +299,11 @@ def test_being_less_sure_is_no_better_knowledge(stories: Path) -> None:
     model = zoo.load(stories)
     ids = ids_of(model)
     with torch.no_grad():
-        plain = Reading((), nats(model, ids, None, HEATS))
+        plain = Explanation((), nats(model, ids, None, HEATS))
         twice = {"forward": lambda x: 2 * F.linear(x, model.embed.weight)}
         sure = Hypothesis("twice as sure", settings={"head": twice})
         with applied(model, sure):
-            hot = Reading((), nats(model, ids, None, HEATS))
+            hot = Explanation((), nats(model, ids, None, HEATS))
     assert hot.plain > plain.plain + 0.1
     assert abs(plain.gain(hot)[0]) < 1e-6
 
@@ -313,7 +313,7 @@ def test_being_less_sure_is_no_better_knowledge(stories: Path) -> None:
 def test_faults_of_a_file(fault: str, wrong: Any) -> None:
     change, fix = FAULTS[fault]
     model = wrong(change)
-    assert fix in readings(model, ids_of(model))[0].seen
+    assert fix in explanations(model, ids_of(model))[0].seen
 
 
 @pytest.mark.parametrize(
@@ -325,14 +325,14 @@ def test_faults_of_a_file(fault: str, wrong: Any) -> None:
 )
 def test_fields_of_a_config(stories: Path, fields: dict[str, Any], fix: str) -> None:
     model = zoo.load(stories, config=fields)
-    found = readings(model, ids_of(model))[0]
+    found = explanations(model, ids_of(model))[0]
     assert fix in found.seen and "converters/specs/llama.yaml" in found.fix
 
 
 def test_what_a_text_cannot_tell_is_not_claimed(stories: Path) -> None:
     """Another eps changes no likelihood that could be seen."""
     model = zoo.load(stories, config={"eps": 1e-6})
-    assert readings(model, ids_of(model)) == []
+    assert explanations(model, ids_of(model)) == []
 
 
 def test_a_tokenizer_of_another_model(stories: Path, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ class Planted:
             model = planted(self.load, CATALOGUE[bug], self.entry, torch.float32)
         except (NotApplicable, zoo.ZooError):
             return None
-        found = readings(model, self.ids, mask=self.mask)
+        found = explanations(model, self.ids, mask=self.mask)
         return self.nll(model) - self.healthy, found[0].seen if found else "nothing"
 
 
@@ -428,7 +428,7 @@ def of(
 @pytest.mark.slow
 def test_nothing_is_wrong_in_what_was_just_trained(of: Callable[[str], Planted]) -> None:
     gpt2 = of("gpt2")
-    assert readings(gpt2.load(), gpt2.ids) == []
+    assert explanations(gpt2.load(), gpt2.ids) == []
 
 
 @pytest.mark.slow
@@ -443,7 +443,7 @@ def test_a_planted_bug(bug: str, of: Callable[[str], Planted]) -> None:
 def test_every_planted_bug(name: str, of: Callable[[str], Planted]) -> None:
     """What a text shows is the first to be named in nine of ten; a healthy one is left alone."""
     model = of(name)
-    assert readings(model.load(), model.ids, mask=model.mask) == []
+    assert explanations(model.load(), model.ids, mask=model.mask) == []
     told = {bug: found for bug in RIGHT if (found := model.told(bug)) is not None}
     shown = {bug: said for bug, (worse, said) in told.items() if worse > SEEN}
     wrong = {bug: said for bug, said in shown.items() if not re.search(RIGHT[bug], said)}

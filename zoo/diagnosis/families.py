@@ -21,7 +21,7 @@ from zoo.components.rotary import Rotary
 from zoo.diagnosis import attention, planting
 from zoo.diagnosis.attention import Form, Sizes, Variant
 from zoo.diagnosis.edits import PARTS, Hypothesis, Make, order
-from zoo.diagnosis.kinds import Kind, attentions, blocks, kinds, norms
+from zoo.diagnosis.kinds import ModuleKind, attentions, blocks, kinds, norms
 from zoo.diagnosis.planting import Mapped, feed, need
 from zoo.diagnosis.planting import blocks as blocks_of
 from zoo.diagnosis.variants import config_hypotheses
@@ -37,7 +37,7 @@ class Family:
     change, "model" changes the loaded model.
     """
 
-    kind: ClassVar[planting.Kind] = "model"
+    kind: ClassVar[planting.Target] = "model"
 
     def plant(self, target: Any) -> Any:
         """Make the mistake; NotApplicable where it cannot be made."""
@@ -95,7 +95,7 @@ class Exchange(Family):
             yield Hypothesis(what, fix, moved, across=not kind.name, rows=rows)
 
 
-def own_rows(attn: Kind) -> dict[str, Tensor]:
+def own_rows(attn: ModuleKind) -> dict[str, Tensor]:
     """The rows of q, k and v, counted one below the other."""
     sizes = [attn.shape(f"{part}.weight")[0] for part in PARTS]
     return dict(zip(PARTS, torch.arange(sum(sizes)).split(sizes), strict=True))
@@ -121,14 +121,16 @@ class Copied(Family):
 # --- rows of attention's projections -------------------------------------------------------------
 
 
-def heads_of(attn: Kind) -> dict[str, int]:
+def heads_of(attn: ModuleKind) -> dict[str, int]:
     """How many heads each projection has."""
     width = attn.first.head_dim
     counts = {part: attn.shape(f"{part}.weight")[0] // width for part in PARTS}
     return {**counts, "out": counts["q"]}
 
 
-def rows_of(attn: Kind, rows: Mapping[str, Tensor], together: bool = False) -> dict[str, Make]:
+def rows_of(
+    attn: ModuleKind, rows: Mapping[str, Tensor], together: bool = False
+) -> dict[str, Make]:
     """Projections with their rows (of `out`, columns) taken from elsewhere in q, k and v.
 
     `together`: a weight or a bias only where all three have one, since they lie in one tensor.
@@ -159,7 +161,7 @@ def _cut(parts: Sequence[nn.Parameter], index: Tensor) -> Make:
 
 
 @dataclass(frozen=True)
-class Rows(Family):
+class PermutedRows(Family):
     """Rows of projections that lie in one order and are read in another.
 
     Orders are einops patterns; `{}` stands for the axis that counts heads (h of queries, g of keys
@@ -233,7 +235,7 @@ class Rows(Family):
         return (torch.arange(count)[:, None] * width + one).flatten()
 
     def _miscounted(
-        self, attn: Kind, counts: Mapping[str, int], width: int, rules: Rules
+        self, attn: ModuleKind, counts: Mapping[str, int], width: int, rules: Rules
     ) -> Iterator[Hypothesis]:
         (part,) = self.parts
         own, count = counts[part], counts.get(self.heads, 1)
@@ -251,7 +253,12 @@ class Rows(Family):
         yield replace(made, what=what, fix=fix, across=True)
 
     def _hypothesis(
-        self, attn: Kind, rows: dict[str, Tensor], rules: Rules, of: str = "", letter: str = ""
+        self,
+        attn: ModuleKind,
+        rows: dict[str, Tensor],
+        rules: Rules,
+        of: str = "",
+        letter: str = "",
     ) -> Hypothesis:
         letter = letter or LETTERS[next(iter(rows))]
         a, b = (f"({text.format(letter)})" for text in (self.lie, self.read))
@@ -325,7 +332,7 @@ class Fused(Family):
                 rows=rows,
             )
 
-    def _layouts(self, attn: Kind) -> dict[str, Tensor]:
+    def _layouts(self, attn: ModuleKind) -> dict[str, Tensor]:
         """Layout -> (rows,) the rows of the fused tensor that q, k and v are, one after another."""
         count, width = heads_of(attn), attn.first.head_dim
         q, k, v = own_rows(attn).values()
@@ -464,7 +471,7 @@ def _rolled(p: nn.Parameter, by: int) -> Make:
 
 
 @dataclass(frozen=True)
-class Added(Family):
+class AddedTable(Family):
     """A table that is added to embeddings and should not be; `row`: another of its rows should."""
 
     name: str
@@ -595,7 +602,7 @@ class ExpertOrder(Family):
 
 
 @dataclass(frozen=True)
-class Field(Family):
+class WrongField(Family):
     """A config field with another value; `wrong` gives it, or the fields that change."""
 
     name: str

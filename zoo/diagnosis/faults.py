@@ -24,7 +24,7 @@ from zoo.diagnosis import attention, planting
 from zoo.diagnosis.attention import at, rotates
 from zoo.diagnosis.edits import PARTS, Hypothesis, block_of
 from zoo.diagnosis.families import (
-    Added,
+    AddedTable,
     AnyField,
     Attends,
     Code,
@@ -33,16 +33,16 @@ from zoo.diagnosis.families import (
     ExchangedTransposed,
     ExpertOrder,
     Family,
-    Field,
     Fused,
     LayerOrder,
     NormOffset,
-    Rows,
+    PermutedRows,
     RowsOff,
     Rules,
     Scaled,
     Transposed,
     TransposedHead,
+    WrongField,
 )
 from zoo.diagnosis.kinds import blocks, kinds
 
@@ -62,7 +62,7 @@ class Fault:
     cause: str = ""
 
     @property
-    def kind(self) -> planting.Kind:
+    def kind(self) -> planting.Target:
         return self.edit.kind
 
     def hypotheses(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
@@ -71,7 +71,7 @@ class Fault:
 
     def is_named(self, fault: str, text: str) -> bool:
         """Whether a reported cause is this fault, by its name or by what it says."""
-        field = rf"\b{self.edit.name} is" if isinstance(self.edit, Field) else ""
+        field = rf"\b{self.edit.name} is" if isinstance(self.edit, WrongField) else ""
         pattern = self.cause or field
         return fault == self.name or bool(pattern and re.search(pattern, text))
 
@@ -107,13 +107,14 @@ def _rotary_rows() -> Iterator[Fault]:
     for a, b, lie in ((PAIRS, HALVES, "pairs"), (HALVES, PAIRS, "halves")):
         for parts in (PARTS[:2], ("k",), ("q",)):
             planted = lie == "halves" and len(parts) == 1
-            yield Fault(f"{'_'.join(parts)}_rows_in_{lie}", Rows(parts, a, b), OUT * planted)
+            name = f"{'_'.join(parts)}_rows_in_{lie}"
+            yield Fault(name, PermutedRows(parts, a, b), OUT * planted)
     for part, other in (("k", "q"), ("k", "one"), ("q", "k"), ("q", "one")):
         for a, b, lie in ((HALVES, PAIRS, "halves"), (PAIRS, HALVES, "pairs")):
             for again in (False, True):
                 planted = (part, other, lie, again) == ("k", "q", "halves", False)
                 name = f"{part}_rows_in_{lie}_of_{other}_heads{'_again' * again}"
-                yield Fault(name, Rows((part,), a, b, other, again), OUT * planted)
+                yield Fault(name, PermutedRows((part,), a, b, other, again), OUT * planted)
 
 
 def _roles() -> Iterator[Fault]:
@@ -140,14 +141,14 @@ def _fused() -> Iterator[Fault]:
 
 
 def _heads() -> Iterator[Fault]:
-    """Rows that go through all heads before the next one of each, and queries that share a key."""
+    """Rows that go through all heads before the next one of each; queries that share a key."""
     for parts in (("v",), ("out",), ("q",), ("k",), PARTS, (*PARTS, "out")):
         planted = parts in (("v",), ("out",))
         name = f"{'_'.join(parts)}_heads"
-        yield Fault(f"{name}_interleaved", Rows(parts, "e {}", "{} e"), OUT * planted)
-        yield Fault(f"{name}_not_interleaved", Rows(parts, "{} e", "e {}"))
-    yield Fault("q_out_heads_as_r_g", Rows(("q", "out"), "r g e", "g r e"))
-    yield Fault("q_out_heads_as_g_r", Rows(("q", "out"), "g r e", "r g e"))
+        yield Fault(f"{name}_interleaved", PermutedRows(parts, "e {}", "{} e"), OUT * planted)
+        yield Fault(f"{name}_not_interleaved", PermutedRows(parts, "{} e", "e {}"))
+    yield Fault("q_out_heads_as_r_g", PermutedRows(("q", "out"), "r g e", "g r e"))
+    yield Fault("q_out_heads_as_g_r", PermutedRows(("q", "out"), "g r e", "r g e"))
 
 
 def _exchanges() -> Iterator[Fault]:
@@ -194,9 +195,9 @@ def _numbers() -> Iterator[Fault]:
         for by in (sign * n for n in range(1, most + 1) for sign in (-1, 1)):
             at = r"out embed$" if (table, by) == ("vocabulary", 1) else ""
             yield Fault(f"{table}_rows_off_by_{by:+d}", RowsOff(by, names), at, r"off by \+1 row")
-    yield Fault("types_added", Added("types.weight"))
-    yield Fault("positions_added", Added("positions.weight"))
-    yield Fault("type_of_plain_text", Added("types.weight", row=1))
+    yield Fault("types_added", AddedTable("types.weight"))
+    yield Fault("positions_added", AddedTable("positions.weight"))
+    yield Fault("type_of_plain_text", AddedTable("types.weight", row=1))
     yield Fault("embed_divided_by_root_of_width", Scaled("embed", -1))
     yield Fault("head_divided_by_root_of_width", Scaled("head", -1))
     yield Fault("embed_multiplied_by_root_of_width", Scaled("embed", 1))
@@ -207,28 +208,29 @@ def _numbers() -> Iterator[Fault]:
 def _fields() -> Iterator[Fault]:
     """Config fields with a wrong value, as they are planted; then any field with another."""
     p, gelu = planting, r"(act|mlp) is .*(silu|gelu)"
-    yield Fault("eps_ten_times", Field("eps", p.ten_times_eps), NORM)
-    yield Fault("eps_of_another_library", Field("eps", p.other_eps), NORM)
-    yield Fault("rope_base_default", Field("rope_base", p.default_base), OUT,
+    yield Fault("eps_ten_times", WrongField("eps", p.ten_times_eps), NORM)
+    yield Fault("eps_of_another_library", WrongField("eps", p.other_eps), NORM)
+    yield Fault("rope_base_default", WrongField("rope_base", p.default_base), OUT,
                 r"rope_base is 10000\.0, not")
-    yield Fault("rope_scaling_ignored", Field("rope", p.no_scaling), OUT,
+    yield Fault("rope_scaling_ignored", WrongField("rope", p.no_scaling), OUT,
                 r"rope is .*default.*, not")
-    yield Fault("rope_factor_a_tenth_larger", Field("rope", p.larger_factor), OUT,
+    yield Fault("rope_factor_a_tenth_larger", WrongField("rope", p.larger_factor), OUT,
                 r"rope is .*factor.*, not .*factor")
-    yield Fault("rope_ramp_rounding", Field("rope", p.other_rounding), OUT,
+    yield Fault("rope_ramp_rounding", WrongField("rope", p.other_rounding), OUT,
                 r"rope is .*, not .*truncate")
-    yield Fault("act_other_gelu", Field("act", p.other_gelu), MLP_IN, gelu)
-    yield Fault("act_silu_for_gelu", Field("act", p.silu_or_gelu), MLP_IN, gelu)
-    yield Fault("window_off_by_one", Field("window", lambda c: p.window_of(c) + 1), WINDOW)
-    yield Fault("window_ignored", Field("window", lambda c: 10**6 + 0 * p.window_of(c)), WINDOW)
-    yield Fault("one_expert_fewer", Field("experts_per_token", p.one_fewer), MLP_IN)
-    edit = Field("parallel", lambda c: not p.value_of(c, "parallel"))
+    yield Fault("act_other_gelu", WrongField("act", p.other_gelu), MLP_IN, gelu)
+    yield Fault("act_silu_for_gelu", WrongField("act", p.silu_or_gelu), MLP_IN, gelu)
+    yield Fault("window_off_by_one", WrongField("window", lambda c: p.window_of(c) + 1), WINDOW)
+    yield Fault("window_ignored", WrongField("window", p.no_window), WINDOW)
+    yield Fault("one_expert_fewer", WrongField("experts_per_token", p.one_fewer), MLP_IN)
+    edit = WrongField("parallel", lambda c: not p.value_of(c, "parallel"))
     yield Fault("parallel_branches", edit, r"in blocks\.0\.(norm2|mlp\.up)$|out blocks\.0\.norm2$")
-    edit = Field("repeat", lambda c: not p.value_of(c, "repeat"))
+    edit = WrongField("repeat", lambda c: not p.value_of(c, "repeat"))
     yield Fault("layers_run_twice", edit, r"in blocks\.[01]\.norm1(, time 2)?$")
-    yield Fault("score_cap_missing", Field("score_cap", p.no_cap), OUT)
-    yield Fault("distance_doubled", Field("max_distance", p.doubled_distance), OUT)
-    yield Fault("padding_unknown", Field("pad", p.no_padding), r"out (embed\.weight|the model)$")
+    yield Fault("score_cap_missing", WrongField("score_cap", p.no_cap), OUT)
+    yield Fault("distance_doubled", WrongField("max_distance", p.doubled_distance), OUT)
+    yield Fault("padding_unknown", WrongField("pad", p.no_padding),
+                r"out (embed\.weight|the model)$")
     yield Fault("config_field", AnyField())
 
 

@@ -14,7 +14,7 @@ from zoo.diagnosis.edits import Make, stars
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModuleKind:
     """Modules whose names differ in the layer's number alone, and the model's parameters."""
 
     name: str  # blocks.*.attn; empty: the model itself
@@ -68,27 +68,27 @@ class Kind:
         return lambda: change(self.parameters[name].data)
 
 
-def kinds(model: Model, *types: type[nn.Module]) -> list[Kind]:
+def kinds(model: Model, *types: type[nn.Module]) -> list[ModuleKind]:
     """All modules of some types, by kind."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     named = dict[str, dict[str, nn.Module]]()
     for name, module in model.named_modules():
         if isinstance(module, types or nn.Module):
             named.setdefault(stars(name), {})[name] = module
-    return [Kind(name, modules, parameters) for name, modules in named.items()]
+    return [ModuleKind(name, modules, parameters) for name, modules in named.items()]
 
 
-def attentions(model: Model) -> list[Kind]:
+def attentions(model: Model) -> list[ModuleKind]:
     """Attentions whose projections are plain: no adapter stands beside them."""
     every = kinds(model, Attention)
     return [k for k in every if all(k.has(f"{p}.weight") for p in ("q", "k", "v", "out"))]
 
 
-def norms(model: Model) -> list[Kind]:
+def norms(model: Model) -> list[ModuleKind]:
     """Modules whose weight has one axis."""
     return [k for k in kinds(model) if k.has("weight") and len(k.shape("weight")) == 1]
 
 
-def blocks(model: Model) -> list[Kind]:
+def blocks(model: Model) -> list[ModuleKind]:
     """The layers of each stack."""
     return [k for k in kinds(model) if k.name.endswith("blocks.*")]

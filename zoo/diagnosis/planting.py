@@ -19,7 +19,7 @@ from converters.spec import Spec
 from zoo.components.attention import Biased, attend
 from zoo.components.masks import Mask
 
-Kind = Literal["mapping", "config", "model"]
+Target = Literal["mapping", "config", "model"]
 
 
 class NotApplicable(Exception):
@@ -224,6 +224,10 @@ def window_of(config: Any) -> int:
     return int(config.window)
 
 
+def no_window(config: Any) -> int:
+    return max(window_of(config), 10**6)
+
+
 def one_fewer(config: Any) -> int:
     need(value_of(config, "experts") and config.experts_per_token > 1)
     return int(config.experts_per_token - 1)
@@ -289,8 +293,8 @@ def ignore_input(model: Any, name: str) -> None:
 
     @functools.wraps(forward)
     def run(*args: Any, **named: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **named}
-        return forward(**{k: v for k, v in given.items() if k != name})
+        inputs = {**dict(zip(names, args, strict=False)), **named}
+        return forward(**{k: v for k, v in inputs.items() if k != name})
 
     model.forward = run
 

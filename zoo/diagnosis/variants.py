@@ -61,8 +61,8 @@ def config_hypotheses(model: Model) -> Iterator[Hypothesis]:
         if isinstance(attn.first.rotary, Rotary) and hasattr(config, "rope_base"):
             for base in bases(attn.first.rotary.base):
                 yield config_hypothesis(config, rope_base=base)
-            known = (*scalings(config.rope), *USUAL) if config.rope is not PLAIN else USUAL
-            for scaling in dict.fromkeys(known):
+            choices = (*scalings(config.rope), *USUAL) if config.rope is not PLAIN else USUAL
+            for scaling in dict.fromkeys(choices):
                 if scaling != config.rope:
                     yield config_hypothesis(config, rope=scaling)
 

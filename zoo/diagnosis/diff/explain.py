@@ -37,19 +37,19 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
     scene = Scene(comparison, difference)
     if difference.back:
         return [_confirmed(scene, idea) for idea in gradients.ideas(scene)]
-    found = list[Cause]()
+    causes = list[Cause]()
     for idea in _ideas(scene):
-        if idea.what not in {cause.what for cause in found}:
-            found.append(_confirmed(scene, idea))
-        if len(found) == MOST or (found and found[-1].restored and not found[-1].put):
+        if idea.what not in {cause.what for cause in causes}:
+            causes.append(_confirmed(scene, idea))
+        if len(causes) == MOST or (causes and causes[-1].restored and not causes[-1].put):
             break
-    return sorted(found, key=lambda cause: (not cause.restored, cause.put, not cause.tried))
+    return sorted(causes, key=lambda cause: (not cause.restored, cause.put, not cause.tried))
 
 
 def _unmet(comparison: Comparison, difference: Difference) -> Iterator[Cause]:
     for names in difference.untied:
-        said = f"{' and '.join(names)} are no longer one array: the tie is broken"
-        cause = Cause(said, "they share one again")
+        what = f"{' and '.join(names)} are no longer one array: the tie is broken"
+        cause = Cause(what, "they share one again")
         model = comparison.matching.model
         other, owner = (name.rpartition(".") for name in names)
         array = model.get_submodule(owner[0])._parameters[owner[2]]
@@ -102,7 +102,7 @@ def _sure(scene: Scene) -> Iterator[Hypothesis]:
 
 def _confirmed(scene: Scene, idea: Hypothesis) -> Cause:
     """What became of it, and of the other model's numbers in its place where it undoes nothing."""
-    lone = Cause(idea.what, idea.fix, spec_lines.told(scene, idea), fault=idea.fault)
+    lone = Cause(idea.what, idea.fix, spec_lines.advice(scene, idea), fault=idea.fault)
     if scene.difference.back and not idea.undoes:
         return lone
     but = idea.touched if idea.undoes else {scene.name}
@@ -128,5 +128,5 @@ def _tried(
     if again.first is None:
         return replace(cause, tried=True, restored=True)
     if scene.later(again):
-        return replace(cause, tried=True, after=str(again.first.reading))
+        return replace(cause, tried=True, after=str(again.first.measurement))
     return cause

@@ -50,7 +50,7 @@ class Trace:
     diagnosed: bool
     where: str = ""  # variant and way in which it was seen; empty: in none
     place: str = ""
-    said: tuple[str, ...] = ()  # the causes, the first one first
+    causes: tuple[str, ...] = ()  # the most likely first
 
     @property
     def ok(self) -> bool:
@@ -59,7 +59,7 @@ class Trace:
     @property
     def restored(self) -> bool:
         """Whether the first cause was undone, and nothing differed then."""
-        return self.diagnosed and any("Parity is restored" in said for said in self.said[:1])
+        return self.diagnosed and any("Parity is restored" in text for text in self.causes[:1])
 
 
 class Tracer:
@@ -102,10 +102,10 @@ class Tracer:
     def traced(
         self, fault: Fault, where: str, difference: Difference, causes: Sequence[Cause]
     ) -> Trace:
-        place, said = placed(difference), tuple(map(str, causes))
+        place, texts = placed(difference), tuple(map(str, causes))
         located = re.search(fault.at, place) is not None
-        right = bool(causes) and fault.is_named(causes[0].fault, said[0])
-        return Trace(self.entry.name, fault.name, located, right, where, place, said)
+        right = bool(causes) and fault.is_named(causes[0].fault, texts[0])
+        return Trace(self.entry.name, fault.name, located, right, where, place, texts)
 
 
 def compared(model: Model, reference: Reference, way: str) -> Comparison:
@@ -118,7 +118,7 @@ def compared(model: Model, reference: Reference, way: str) -> Comparison:
 def placed(difference: Difference) -> str:
     """`in` or `out`, and a module; or what else shows it."""
     if (first := difference.first) is not None:
-        return f"{first.reading.side} {first.reading}"
+        return f"{first.measurement.side} {first.measurement}"
     ties = [f"tie {' and '.join(names)}" for names in difference.untied]
     return "; ".join([*ties, *difference.idle])
 
@@ -136,8 +136,8 @@ def run(
             tracer = Tracer(entry, scratch)
             for fault in faults:
                 seen(entry.name, fault.name)
-                if (found := tracer.trace(fault)) is not None:
-                    yield found
+                if (trace := tracer.trace(fault)) is not None:
+                    yield trace
 
 
 Killed = Collection[tuple[str, str]]  # (architecture, bug) that the gate noticed
@@ -163,8 +163,8 @@ def table(traces: Iterable[Trace], killed: Killed) -> str:
     if short:
         lines += ["", "| fell short | in | seen at | said first |", "|---|---|---|---|"]
     for t in short:
-        said = t.said[0].replace("|", "\\|") if t.said else "nothing"
-        lines.append(f"| {t.fault} | {t.architecture} | {t.place or 'nowhere'} | {said} |")
+        text = t.causes[0].replace("|", "\\|") if t.causes else "nothing"
+        lines.append(f"| {t.fault} | {t.architecture} | {t.place or 'nowhere'} | {text} |")
     return "\n".join(lines)
 
 
@@ -186,13 +186,15 @@ def page(traces: Iterable[Trace], killed: Killed) -> str:
 def to_record(traces: Iterable[Trace], verdicts: Iterable[Verdict]) -> dict[str, dict[str, Any]]:
     """Architecture -> what became of each bug that can be planted there, for the record."""
     traced = {(t.architecture, t.fault): t for t in traces}
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for verdict in verdicts:
         trace = traced.get((verdict.architecture, verdict.fault))
-        entry = found.setdefault(verdict.architecture, {})
+        entry = entries.setdefault(verdict.architecture, {})
         if trace is not None:
             killed = verdict.by if verdict.status == "killed" else ""
-            short = {} if trace.ok else {"place": trace.place, "said": (*trace.said, "nothing")[0]}
+            short = (
+                {} if trace.ok else {"place": trace.place, "said": (*trace.causes, "nothing")[0]}
+            )
             entry[verdict.fault] = {
                 "killed": killed,
                 "located": trace.located,
@@ -201,9 +203,10 @@ def to_record(traces: Iterable[Trace], verdicts: Iterable[Verdict]) -> dict[str,
             }
         elif verdict.status == "killed":
             entry[verdict.fault] = {"refused": verdict.by}  # when it is loaded: it never runs
-    known = registry.architectures()
+    architectures = registry.architectures()
     return {
-        name: {**evidence.stamp("bugs", known[name]), "bugs": bugs} for name, bugs in found.items()
+        name: {**evidence.stamp("bugs", architectures[name]), "bugs": bugs}
+        for name, bugs in entries.items()
     }
 
 
@@ -214,12 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
     parser.add_argument("--record", action="store_true", help="into zoo/evidence.json")
     options = parser.parse_args(arguments)
-    known = registry.architectures()
-    if odd := [name for name in options.names if name not in known]:
-        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    architectures = registry.architectures()
+    if unknown := [name for name in options.names if name not in architectures]:
+        parser.error(
+            f"no architecture is called {unknown[0]!r}.{did_you_mean(unknown[0], architectures)}"
+        )
     if options.record:
         evidence.read()  # what is wrong with it is said before hours of work
-    chosen = [known[name] for name in options.names] or None
+    chosen = [architectures[name] for name in options.names] or None
     verdicts = gate(chosen, lambda v: passing(f"{v.architecture}: {v.fault}", sys.stderr))
     killed = {(v.architecture, v.fault) for v in verdicts if v.status == "killed"}
     traces = list(run(chosen, seen=lambda *names: passing(": ".join(names), sys.stderr)))

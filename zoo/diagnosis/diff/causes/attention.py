@@ -44,8 +44,9 @@ def _content_and_positions(scene: Scene, name: str) -> Iterator[Hypothesis]:
     here = [n.rpartition(".")[0] for n in scene.alike()]
     for terms in ATTENDED if hasattr(attn, "position_terms") else ():
         if set(terms) != set(attn.position_terms):
+            here_and_there = spelled(attn.position_terms), spelled(terms)
             idea = Hypothesis(
-                f"{stars(name)}: here {spelled(attn.position_terms)}, in the other model {spelled(terms)}",
+                f"{stars(name)}: here {here_and_there[0]}, in the other model {here_and_there[1]}",
                 f"position_terms is {terms}",
                 settings={one: {"position_terms": terms} for one in here},
             )
@@ -163,7 +164,7 @@ def _listen(scene: Scene, name: str) -> tuple[list[Mask], Form] | None:
     handle = attn.register_forward_pre_hook(hear, with_kwargs=True)
     try:
         for inputs in scene.comparison.way.other()[:3]:
-            left = scene.reading.call
+            left = scene.measurement.call
             try:
                 with torch.no_grad():
                     call(scene.fresh, inputs)

@@ -52,17 +52,17 @@ def row_variants(scene: Scene, name: str) -> Iterator[Variant]:
 
 def variants_of(scene: Scene, own: Form, sizes: Sizes, trial: Trial) -> Iterator[Variant]:
     """Other code, the likeliest first."""
-    known = [
+    listed = [
         replace(variant, fault=fault.name)
         for fault in FAULTS.values()
         if isinstance(fault.edit, Attends)
         if (variant := fault.edit.variant(own, sizes)) is not None
     ]
-    yield from (v for v in known if v.kind == "rotary")
+    yield from (v for v in listed if v.kind == "rotary")
     yield from rotaries(scene, own)
-    yield from (_with_field(scene, v, own) for v in known if v.kind == "scale")
+    yield from (_with_field(scene, v, own) for v in listed if v.kind == "scale")
     yield from _scales(scene, own)
-    yield from (v for v in known if v.kind not in ("rotary", "scale"))
+    yield from (v for v in listed if v.kind not in ("rotary", "scale"))
     yield from _masks(scene)
     yield from _later(scene)
     yield from terms(own)

@@ -33,7 +33,7 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
 
 def _is_wrong(scene: Scene, hypothesis: Hypothesis) -> bool:
     """Whether one of its parameters is not what the rules make of the other model's."""
-    expected = ((scene.held[n], scene.matching.expected(n)) for n in hypothesis.parameters)
+    expected = ((scene.parameters[n], scene.matching.expected(n)) for n in hypothesis.parameters)
     return any(x is not None and not torch.equal(own.to(x.dtype), x) for own, x in expected)
 
 
@@ -41,12 +41,12 @@ def _mends(scene: Scene, hypothesis: Hypothesis) -> bool:
     """Whether the models agree at the place; where it is not compared then, in the whole stack."""
     edited = replace(hypothesis, moved=True)
     if scene.side == "out" or scene.name not in edited.touched:
-        return scene.error_with(hypothesis) <= scene.reading.limit
+        return scene.error_with(hypothesis) <= scene.measurement.limit
     with applied(scene.model, hypothesis) as model:
         again = scene.comparison.again(model, scene.difference.healed, edited.touched)
     if again.first is None:
         return True
-    stacks = [n.split(".")[0] for n in (scene.name, again.first.reading.match.native)]
+    stacks = [n.split(".")[0] for n in (scene.name, again.first.measurement.match.native)]
     return stacks == ["encoder", "decoder"]
 
 
@@ -73,9 +73,10 @@ def at_place(scene: Scene, hypothesis: Hypothesis) -> Hypothesis:
 
 
 def _modules(scene: Scene) -> set[str]:
-    """Modules at the place or beside it, and those whose outputs are not compared."""
-    beside = scene.name.rpartition(".")[0]
-    matches = scene.matching.matches
+    """Modules at the place or beside it, the block's norms, and what is not compared."""
+    beside, block = scene.name.rpartition(".")[0], block_of(scene.name)
+    matches, shapes = scene.matching.matches, scene.matching.plan.native.shapes
     near = {n for n in matches if beside and n.rpartition(".")[0] == beside}
+    near |= {n for n in matches if block_of(n) == block and len(shapes.get(f"{n}.weight", ())) == 1}
     split = {n for n, match in matches.items() if not match.whole}
     return {scene.name, *near, *split, *scene.unseen}

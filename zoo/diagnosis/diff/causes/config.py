@@ -38,20 +38,20 @@ def tried(scene: Scene, flags: bool = False) -> Iterator[Hypothesis]:
 
 def _heals(scene: Scene, changes: Changes) -> bool:
     try:
-        return scene.error_of(scene.rebuilt(changes)) <= scene.reading.limit
+        return scene.error_of(scene.rebuilt(changes)) <= scene.measurement.limit
     except (RuntimeError, ZooError, ValueError, IndexError, TypeError, ZeroDivisionError):
         return False
 
 
 def _unlike(scene: Scene) -> Iterator[Changes]:
-    known = scene.model.provenance
-    if known is None or known.origin.dialect != "hf" or not known.origin.config:
+    provenance = scene.model.provenance
+    if provenance is None or provenance.origin.dialect != "hf" or not provenance.origin.config:
         return
     dialect = spec_of(scene.model).dialect("hf")
-    said, _ = dialect.read_config(parse_json(known.origin.config.encode(), "config.json"))
+    read, _ = dialect.read_config(parse_json(provenance.origin.config.encode(), "config.json"))
     config = scene.model.config
     try:
-        there = type(config)(**{**said, "head": config.head})
+        there = type(config)(**{**read, "head": config.head})
     except ConfigError:
         return
     unlike = {

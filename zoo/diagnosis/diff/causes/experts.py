@@ -29,12 +29,12 @@ class Mixed:
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
     """Each side is a known mixture of the same experts, or there is no idea."""
     module, name = scene.module, scene.name
-    given = scene.known(name, "in") or scene.known(f"{name}.router", "in")
-    if not isinstance(module, Experts) or given is None or given.ours is None:
+    source = scene.flow_at(name, "in") or scene.flow_at(f"{name}.router", "in")
+    if not isinstance(module, Experts) or source is None or source.ours is None:
         return
     if scene.flow.ours is None or scene.flow.theirs is None:
         return
-    ours, theirs = (_fitted(module, given.ours, y) for y in (scene.flow.ours, scene.flow.theirs))
+    ours, theirs = (_fitted(module, source.ours, y) for y in (scene.flow.ours, scene.flow.theirs))
     if ours is None or theirs is None:
         return
     name = stars(name)

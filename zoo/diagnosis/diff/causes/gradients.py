@@ -18,7 +18,7 @@ STEP = 1e-6  # of a derivative taken by differences
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
     name, flow = scene.name, scene.flow
-    learns = name in scene.reading.match.parameters
+    learns = name in scene.measurement.match.parameters
     if flow.ours is None or not flow.ours.any():
         yield from _cut(scene, learns)
         return
@@ -62,19 +62,19 @@ def _row(scene: Scene) -> Iterator[Hypothesis]:
 
 def _readers(scene: Scene) -> list[str]:
     """The modules that are given what comes out there, and agree in what comes back to them."""
-    given = scene.comparison.heard[scene.name][scene.reading.call].values["out"]
-    found = []
+    output = scene.comparison.heard[scene.name][scene.measurement.call].values["out"]
+    readers = []
     for name, calls in scene.comparison.heard.items():
         values = [one.values["in"] for one in calls]
-        if any(x.shape == given.shape and torch.equal(x, given) for x in values):
-            found.append(name)
-    return found
+        if any(x.shape == output.shape and torch.equal(x, output) for x in values):
+            readers.append(name)
+    return readers
 
 
 def _derived(scene: Scene) -> Iterator[Hypothesis]:
     """Whether it gives back the derivative of what it computes, by a small step."""
-    flow, module = scene.agreed.get((scene.name, "out", scene.reading.call)), scene.module
-    x, ours = _given(scene, scene.name), scene.flow.ours
+    flow, module = scene.agreed.get((scene.name, "out", scene.measurement.call)), scene.module
+    x, ours = _input(scene, scene.name), scene.flow.ours
     if flow is None or flow.ours is None or module is None or x is None or ours is None:
         return
     random = torch.Generator().manual_seed(0)
@@ -84,8 +84,8 @@ def _derived(scene: Scene) -> Iterator[Hypothesis]:
             moved = ((module(x + step) - module(x - step)) * flow.ours).sum()
         except (RuntimeError, TypeError):
             return
-    told, own = float(moved), float(2 * (step * ours).sum())
-    if abs(told - own) > 1e-4 * abs(told):
+    numeric, own = float(moved), float(2 * (step * ours).sum())
+    if abs(numeric - own) > 1e-4 * abs(numeric):
         what = "is not the derivative of what it computes: something in it is detached"
         yield Hypothesis(f"what {stars(scene.name)} gives back {what}")
 
@@ -116,8 +116,8 @@ def _parts(scene: Scene, readers: list[str]) -> Iterator[Hypothesis]:
 
 def _back(scene: Scene, name: str) -> Iterator[Tensor]:
     """(tokens, features) of the gradient that a module of the class makes of what comes to it."""
-    flow: Flow | None = scene.agreed.get((name, "out", scene.reading.call))
-    module, x = dict(scene.fresh.named_modules()).get(name), _given(scene, name)
+    flow: Flow | None = scene.agreed.get((name, "out", scene.measurement.call))
+    module, x = dict(scene.fresh.named_modules()).get(name), _input(scene, name)
     if flow is None or flow.ours is None or module is None or x is None:
         return
     if len(x) != len(flow.ours):
@@ -132,9 +132,9 @@ def _back(scene: Scene, name: str) -> Iterator[Tensor]:
     yield gradient
 
 
-def _given(scene: Scene, name: str) -> Tensor | None:
+def _input(scene: Scene, name: str) -> Tensor | None:
     """(tokens, features) of what a module was given."""
-    calls, k = scene.comparison.heard.get(name, []), scene.reading.call
+    calls, k = scene.comparison.heard.get(name, []), scene.measurement.call
     if len(calls) <= k:
         return None
     return scene.comparison.way.tokens([calls[k].values["in"]], scene.flow.counts)

@@ -24,19 +24,19 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
     flow = scene.flow
     if flow.theirs is None or flow.ours is None or flow.ours.shape != flow.theirs.shape:
         return
-    weight = scene.held.get(f"{scene.name}.weight")
+    weight = scene.parameters.get(f"{scene.name}.weight")
     if weight is None:
         weight = scene.matching.expected(f"{scene.name}.weight")
-    given = scene.known(scene.name, "in")
+    source = scene.flow_at(scene.name, "in")
     if weight is None:
         return
     yield from _factor(scene)
     if isinstance(scene.module, nn.Embedding):
         yield from _rows(scene, weight)
-    elif given is not None and weight.dim() == 1:
-        yield from _norm(scene, given.ours, weight)  # type: ignore[arg-type]
-    elif given is not None and weight.dim() == 2:
-        yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
+    elif source is not None and weight.dim() == 1:
+        yield from _norm(scene, source.ours, weight)  # type: ignore[arg-type]
+    elif source is not None and weight.dim() == 2:
+        yield from _product(scene, source.ours, weight)  # type: ignore[arg-type]
 
 
 # --- what they do --------------------------------------------------------------------------------
@@ -56,9 +56,9 @@ def _rows(scene: Scene, table: Tensor) -> Iterator[Hypothesis]:
             f"{name}: row {int(ours[0])} is taken everywhere: what says which is ignored"
         )
     elif len(theirs.unique()) == 1:
-        told = "what says which is ignored there"
+        reason = "what says which is ignored there"
         yield Hypothesis(
-            f"{name}: row {int(theirs[0])} is taken everywhere in the other model: {told}"
+            f"{name}: row {int(theirs[0])} is taken everywhere in the other model: {reason}"
         )
     elif scene.comparison.way.name == "cached" and len(by[by != 0].unique()) == 1:
         first = int((by != 0).nonzero()[0])
@@ -86,8 +86,8 @@ def _looked_up(table: Tensor, x: Tensor | None) -> Tensor | None:
 
 
 def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
-    bias = scene.held.get(f"{scene.name}.bias")
-    if bias is None and f"{scene.name}.bias" in scene.reading.match.parameters:
+    bias = scene.parameters.get(f"{scene.name}.bias")
+    if bias is None and f"{scene.name}.bias" in scene.measurement.match.parameters:
         bias = scene.matching.expected(f"{scene.name}.bias")
     ours, theirs = (
         normed(x, y, weight, bias)  # type: ignore[arg-type]
@@ -118,13 +118,13 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
         yield Hypothesis(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
     elif not _close(ours.eps, theirs.eps):
         what = f"{name}: eps is {ours.eps:.3g} here and {theirs.eps:.3g} there"
-        config, known = scene.model.config, _near(scene, theirs.eps)
+        config, eps = scene.model.config, _near(scene, theirs.eps)
         fields = [n for n, v in vars(config).items() if "eps" in n and _close(v, ours.eps)]
         if scene.steady and len(fields) == 1:
-            yield Hypothesis(what, f"{fields[0]} is {known:g}", config={fields[0]: known})
+            yield Hypothesis(what, f"{fields[0]} is {eps:g}", config={fields[0]: eps})
         else:
-            settings = {n: {"eps": known} for n in scene.alike()}
-            yield Hypothesis(what, f"eps of {name} is {known:g}", settings=settings)
+            settings = {n: {"eps": eps} for n in scene.alike()}
+            yield Hypothesis(what, f"eps of {name} is {eps:g}", settings=settings)
 
 
 def _norm_moved(scene: Scene) -> str | None:
@@ -145,8 +145,8 @@ def _norm_moved(scene: Scene) -> str | None:
                 continue
             with torch.no_grad():
                 normed = norm(x)
-            found = summed({**parts, name: normed}, wanted)
-            if found is not None and found.parts.get(name) == 1:
+            total = summed({**parts, name: normed}, wanted)
+            if total is not None and total.parts.get(name) == 1:
                 return name
     return None
 
@@ -207,7 +207,7 @@ def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
     """A matrix that is what it should be by the rules, and the other multiplies by another."""
-    parameters, name = scene.held, scene.name
+    parameters, name = scene.parameters, scene.name
     bias = parameters.get(f"{name}.bias")
     shift = torch.zeros(()) if bias is None else bias
     y: Tensor = scene.flow.theirs  # type: ignore[assignment]

@@ -25,7 +25,7 @@ class Made:
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
     """Each side is a known function of `gate` and `up`, or there is no idea."""
     name = scene.name.rpartition(".")[0]
-    gate, up = (scene.known(f"{name}.{part}") for part in ("gate", "up"))
+    gate, up = (scene.flow_at(f"{name}.{part}") for part in ("gate", "up"))
     if up is None or scene.flow.ours is None or scene.flow.theirs is None:
         return
     parts = {"up": up.ours} | ({} if gate is None else {"gate": gate.ours})
@@ -49,8 +49,8 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
         )
     else:
         what = f"{stars(name)}: the activation is {ours.act} here and {theirs.act} there"
-        said = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
-        if scene.steady and said is ACTIVATIONS.get(ours.act, ""):
+        configured = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
+        if scene.steady and configured is ACTIVATIONS.get(ours.act, ""):
             yield Hypothesis(what, f"act is {theirs.act}", config={"act": theirs.act})
         elif theirs.act in ACTIVATIONS:
             settings = {one: {"act": ACTIVATIONS[theirs.act]} for one in here}
@@ -63,18 +63,18 @@ def _own(scene: Scene) -> Any:
     return getattr(scene.fresh.get_submodule(scene.name.rpartition(".")[0]), "act", None)
 
 
-def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, said: str) -> Made | None:
+def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, configured: str) -> Made | None:
     """The one that fits best: some differ by little."""
-    named = {a: f for a, f in ACTIVATIONS.items() if a == said} | ACTIVATIONS
+    named = {a: f for a, f in ACTIVATIONS.items() if a == configured} | ACTIVATIONS
     if own is not None and own not in ACTIVATIONS.values():
         named["the class's own"] = own
-    best, found = FITS, None
+    best, fit = FITS, None
     with torch.no_grad():
         for act, function in named.items():
             for of, made in _forms(parts, function):
-                if (off := error(made, wanted)) <= best and (found is None or off < best / 2):
-                    best, found = off, Made(act, of)
-    return found
+                if (off := error(made, wanted)) <= best and (fit is None or off < best / 2):
+                    best, fit = off, Made(act, of)
+    return fit
 
 
 def _forms(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ NARROW = (torch.bfloat16, torch.float16, torch.float32)
 def restless(scene: Scene) -> Iterator[Hypothesis]:
     """Two runs of the native model that are not the same."""
     again = scene.error_of(scene.model)
-    if abs(again - scene.reading.error) > 1e-6 * scene.reading.error:
+    if abs(again - scene.measurement.error) > 1e-6 * scene.measurement.error:
         training = [n for n, m in scene.model.named_modules() if m.training and n]
         which = f", such as {training[0]}" if training else ""
         yield Hypothesis(
@@ -37,12 +37,15 @@ def padding(scene: Scene) -> Iterator[Hypothesis]:
     if scene.comparison.way.name != "padded" or inputs.mask is None:
         return
     vocab = scene.model.config.vocab
-    for what, given in (("padding", inputs), ("the padding of what it answers to", inputs.answer)):
-        if given is None or given.mask is None:
+    for what, question in (
+        ("padding", inputs),
+        ("the padding of what it answers to", inputs.answer),
+    ):
+        if question is None or question.mask is None:
             continue
-        hidden = torch.where(given.mask.bool(), given.ids, (given.ids + 1) % vocab)
-        other = replace(given, ids=hidden)
-        changed = other if given is inputs else replace(inputs, answer=other)
+        hidden = torch.where(question.mask.bool(), question.ids, (question.ids + 1) % vocab)
+        other = replace(question, ids=hidden)
+        changed = other if question is inputs else replace(inputs, answer=other)
         with torch.no_grad():
             a, b = (call(scene.model, each) for each in (inputs, changed))
         rows = range(len(inputs.ids))
@@ -51,7 +54,11 @@ def padding(scene: Scene) -> Iterator[Hypothesis]:
             for x, y in zip(a, b, strict=True)
             for n in rows
         ):
-            of = "the question's padding" if inputs.answer is not None and given is inputs else what
+            of = (
+                "the question's padding"
+                if inputs.answer is not None and question is inputs
+                else what
+            )
             yield Hypothesis(f"{of} is looked at: other tokens there change what real tokens get")
             return
 
@@ -113,21 +120,21 @@ def outputs(scene: Scene) -> Iterator[Hypothesis]:
             return
 
 
-def _bent(scene: Scene, plain: Tensor, given: Tensor) -> str | None:
+def _bent(scene: Scene, plain: Tensor, output: Tensor) -> str | None:
     """What was done to the last layer's output."""
-    if fits(plain, given):
+    if fits(plain, output):
         return "is given as it is"
     for cap in (n for n in scene.numbers if n > 1):
-        if fits((plain / cap).tanh() * cap, given):
+        if fits((plain / cap).tanh() * cap, output):
             return f"is softly capped at {cap:g}"
-    found = (a for a, f in ACTIVATIONS.items() if a != "linear" and fits(f(plain), given))
-    return next((f"goes through {act}" for act in found), None)
+    acts = (a for a, f in ACTIVATIONS.items() if a != "linear" and fits(f(plain), output))
+    return next((f"goes through {act}" for act in acts), None)
 
 
 def rounding(scene: Scene) -> Iterator[Hypothesis]:
     """What is computed in less than it should be."""
-    ours, theirs, given = scene.flow.ours, scene.flow.theirs, scene.known(scene.name, "in")
-    where, off = stars(scene.name), scene.reading.error
+    ours, theirs, source = scene.flow.ours, scene.flow.theirs, scene.flow_at(scene.name, "in")
+    where, off = stars(scene.name), scene.measurement.error
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return
     flows = "comes out of" if scene.side == "out" else "goes into"
@@ -135,12 +142,12 @@ def rounding(scene: Scene) -> Iterator[Hypothesis]:
         if held_in(ours, dtype) and not held_in(theirs, dtype):
             yield Hypothesis(f"what {flows} {where} is rounded to {str(dtype)[6:]} here")
             return
-    if scene.side == "out" and given is not None and isinstance(scene.module, nn.Module):
+    if scene.side == "out" and source is not None and isinstance(scene.module, nn.Module):
         module = scene.fresh.get_submodule(scene.name)
         for dtype in (torch.float64, *reversed(NARROW)):
             try:
                 with torch.no_grad():
-                    made = copy.deepcopy(module).to(dtype)(given.ours.to(dtype))  # type: ignore[union-attr]
+                    made = copy.deepcopy(module).to(dtype)(source.ours.to(dtype))  # type: ignore[union-attr]
             except (RuntimeError, TypeError):
                 continue
             if not isinstance(made, Tensor) or error(made, ours) > off / 3:
@@ -150,8 +157,8 @@ def rounding(scene: Scene) -> Iterator[Hypothesis]:
                 return
             break
     if off < 8 * torch.finfo(torch.float32).eps:
-        told = "by no more than float32 rounds: something on the way to it is computed in float32"
-        yield Hypothesis(f"what {flows} {where} differs {told}")
+        size = "by no more than float32 rounds: something on the way to it is computed in float32"
+        yield Hypothesis(f"what {flows} {where} differs {size}")
 
 
 def held_in(x: Tensor, dtype: torch.dtype) -> bool:

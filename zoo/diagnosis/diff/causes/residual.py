@@ -26,25 +26,25 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
     if not outs:
         return
     ours, theirs = (summed(outs, x) for x in (flow.ours, flow.theirs))
-    yield from _told(scene, outs, ours, theirs)
+    yield from _explained(scene, outs, ours, theirs)
 
 
 def _outputs(scene: Scene) -> dict[str, Tensor]:
     """What came before and may be summed, by where it came from."""
-    wanted, found = scene.flow.ours, dict[str, Tensor]()
+    wanted, outputs = scene.flow.ours, dict[str, Tensor]()
     assert wanted is not None
     for (name, side, call), flow in scene.agreed.items():
         x = flow.ours
         again = f", time {call + 1}" if call else ""
         if x is not None and side == "out" and x.shape[-1] == wanted.shape[-1]:
             if len(x) == len(wanted):
-                found[name + again] = x
+                outputs[name + again] = x
             elif len(x) and not len(wanted) % len(x):  # the same for all rows
-                found[name + again] = x.repeat(len(wanted) // len(x), 1)
-    return found
+                outputs[name + again] = x.repeat(len(wanted) // len(x), 1)
+    return outputs
 
 
-def _told(
+def _explained(
     scene: Scene, outs: dict[str, Tensor], ours: Sum | None, theirs: Sum | None
 ) -> Iterator[Hypothesis]:
     place = f"what goes into {scene.name}"
@@ -56,23 +56,23 @@ def _told(
             what = f"{place} is {least:.6g} times what it is there"
             yield _weighed(scene, what, dict.fromkeys(names, 1 / least))
             return
-        said = (
+        counts = (
             f"{n} is in it {_times(ours.parts.get(n, 0))} here "
             f"and {_times(theirs.parts.get(n, 0))} there"
             for n in names
         )
-        what = f"{place}: {', '.join(said)}"
+        what = f"{place}: {', '.join(counts)}"
         if all(ours.parts.get(n) and theirs.parts.get(n) for n in names):
             by = {n: theirs.parts[n] / ours.parts[n] for n in names}
             yield _weighed(scene, what, {n: by[n] for n in names if ", time" not in n})
         yield Hypothesis(what)
         return
-    for side, given, known in (
+    for side, value, other in (
         ("here", scene.flow.ours, theirs),
         ("there", scene.flow.theirs, ours),
     ):
-        assert given is not None
-        if (how := _bent(scene, outs, given, known)) is not None:
+        assert value is not None
+        if (how := _bent(scene, outs, value, other)) is not None:
             yield Hypothesis(f"{place}: {how} {side}, and not in the other model")
     if ours is not None:
         yield Hypothesis(f"{place} is {ours} here, and there it is no sum of what came before")
@@ -82,9 +82,11 @@ def _told(
 
 def _weighed(scene: Scene, what: str, factors: Mapping[str, float]) -> Hypothesis:
     """What is added up, each in its part; in every layer alike."""
-    said = ", ".join(f"{stars(name)} counts {by:.6g} times as much" for name, by in factors.items())
+    weights = ", ".join(
+        f"{stars(name)} counts {by:.6g} times as much" for name, by in factors.items()
+    )
     every = {each: by for name, by in factors.items() for each in scene.alike(name)}
-    return Hypothesis(what, said, factors=every)
+    return Hypothesis(what, weights, factors=every)
 
 
 def _times(weight: float) -> str:
@@ -92,22 +94,22 @@ def _times(weight: float) -> str:
     return {0: "not at all", 1: "once", 2: "twice"}.get(whole, f"{weight:.6g} times")
 
 
-def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | None) -> str | None:
+def _bent(scene: Scene, outs: dict[str, Tensor], value: Tensor, other: Sum | None) -> str | None:
     """What was done to a sum on its way."""
-    if known is not None:
-        plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
-        if fits(plain - plain.mean(-1, keepdim=True), given):
+    if other is not None:
+        plain = torch.stack([w * outs[n] for n, w in other.parts.items()]).sum(0)
+        if fits(plain - plain.mean(-1, keepdim=True), value):
             return "it is centered: its mean is taken away"
-        if (how := _normed(scene, outs, given, known)) is not None:
+        if (how := _normed(scene, outs, value, other)) is not None:
             return how
         for act, function in ACTIVATIONS.items():
-            if act != "linear" and fits(function(plain), given):
+            if act != "linear" and fits(function(plain), value):
                 return f"it goes through {act}"
         rows = scene.rows(plain)
         for by in (1, -1):
-            if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), given):
+            if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), value):
                 return "it is moved by a place"
-        ratio = given / plain
+        ratio = value / plain
         kept = ratio[(ratio != 0) & plain.abs().gt(1e-6)]
         if (
             len(kept) < 0.99 * ratio.numel()
@@ -118,9 +120,9 @@ def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | Non
     return None
 
 
-def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) -> str | None:
+def _normed(scene: Scene, outs: dict[str, Tensor], value: Tensor, other: Sum) -> str | None:
     """A norm of the same block that one of the parts, or all of it, went through."""
-    plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
+    plain = torch.stack([w * outs[n] for n, w in other.parts.items()]).sum(0)
     norms = {
         name: module
         for name, module in scene.fresh.named_modules()
@@ -129,10 +131,10 @@ def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) ->
     }
     with torch.no_grad():
         for norm, module in norms.items():
-            if fits(module(plain), given):
+            if fits(module(plain), value):
                 return f"it goes through {norm}"
-            for name in known.parts:
-                if fits(plain - outs[name] + module(outs[name]), given):
+            for name in other.parts:
+                if fits(plain - outs[name] + module(outs[name]), value):
                     return f"{name} goes through {norm} on its way: the norm is moved"
     return None
 
@@ -143,8 +145,8 @@ def _constant(scene: Scene) -> Iterator[Hypothesis]:
     delta = (flow.ours - flow.theirs).double()  # type: ignore[operator]
     if (delta - delta[0]).abs().max() > FITS * flow.theirs.abs().max():  # type: ignore[union-attr]
         return
-    held = {n: p.data.double() for n, p in scene.model.named_parameters()}
-    biases = {n: b for n, b in held.items() if n.endswith("bias") and b.shape == delta[0].shape}
+    own = {n: p.data.double() for n, p in scene.model.named_parameters()}
+    biases = {n: b for n, b in own.items() if n.endswith("bias") and b.shape == delta[0].shape}
     for name, bias in biases.items():
         for sign, side in ((1, "here"), (-1, "there")):
             if fits(sign * bias, delta[0]):
@@ -163,13 +165,13 @@ def _picked(scene: Scene) -> Iterator[Hypothesis]:
         if rows is None or len(rows) != len(ours):
             continue
         places = {"first": 0, "last": -1, "second": 1, "last but one": -2}
-        told = [
+        positions = [
             next((w for w, n in places.items() if fits(torch.stack([r[n] for r in rows]), y)), None)
             for y in (ours, theirs)
             if all(len(r) > 1 for r in rows)
         ]
-        if len(told) == 2 and told[0] != told[1]:
-            here, there = (w or "another" for w in told)
+        if len(positions) == 2 and positions[0] != positions[1]:
+            here, there = (w or "another" for w in positions)
             yield Hypothesis(
                 f"what goes into {scene.name}: the {here} token of {name} here, the {there} there"
             )
@@ -224,7 +226,7 @@ def _whole(scene: Scene, missing: Collection[str], name: str) -> str:
 def _times_run(scene: Scene) -> Iterator[Hypothesis]:
     record = scene.comparison.theirs()[0].records[0]
     here = sum(name == scene.name and side == "in" for name, side, _ in scene.comparison.flows)
-    there = sum(len(record[name]) for name in scene.reading.match.others[:1])
+    there = sum(len(record[name]) for name in scene.measurement.match.others[:1])
     if here != there and here and there:
         block = block_of(scene.name)
         most = [k for n, _, k in scene.comparison.flows if n.startswith(f"{block}.attn.")]

@@ -57,8 +57,8 @@ def rotaries(scene: Scene, own: Form) -> Iterator[Variant]:
         yield variant(f"theta is {base:g}", rotary, rope_base=base)
     for scaling in scalings(standard.scaling, scene.scalings, scene.numbers):
         rotary = Rotary(standard.width, standard.base, scaling, standard.limit)
-        said = ", ".join(f"{k} {v}" for k, v in scaling.to_json().items())
-        yield variant(f"the rope's scaling is {said}", rotary, rope=scaling.to_json())
+        spelled = ", ".join(f"{k} {v}" for k, v in scaling.to_json().items())
+        yield variant(f"the rope's scaling is {spelled}", rotary, rope=scaling.to_json())
     whole = getattr(config, "head_dim", None) or config.dim // config.heads
     for width in dict.fromkeys((whole, standard.width // 2, standard.width // 4, whole // 2)):
         if width % 2 == 0 and 0 < width != standard.width:

@@ -42,17 +42,19 @@ class Scene:
     def __post_init__(self) -> None:
         first = self.difference.first
         assert first is not None
-        self.first, self.reading = first, first.reading
+        self.first, self.measurement = first, first.measurement
         self.model: Model = self.comparison.matching.model
-        self.flow = by_tokens(self.comparison.flows[self.reading.place], self.model, self.module)
+        self.flow = by_tokens(
+            self.comparison.flows[self.measurement.place], self.model, self.module
+        )
 
     @property
     def name(self) -> str:
-        return self.reading.match.native
+        return self.measurement.match.native
 
     @property
     def side(self) -> Side:
-        return self.reading.side
+        return self.measurement.side
 
     @property
     def matching(self) -> Matching:
@@ -69,7 +71,7 @@ class Scene:
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
     @cached_property
-    def held(self) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, Tensor]:
         """The native model's parameters, tied ones by each of their names."""
         named = self.model.named_parameters(remove_duplicate=False)
         return {name: p.data for name, p in named}
@@ -105,11 +107,11 @@ class Scene:
             error = self.error_of(self.fresh)
         except (RuntimeError, ZooError):
             return False
-        told = self.reading.error
-        return error == told or abs(error - told) <= 1e-6 * told
+        before = self.measurement.error
+        return error == before or abs(error - before) <= 1e-6 * before
 
     @cached_property
-    def said(self) -> dict[str, Any]:
+    def other_config(self) -> dict[str, Any]:
         """The other model's own config, where it has one."""
         config: Any = getattr(self.comparison.other.module, "config", None)
         return config.to_dict() if hasattr(config, "to_dict") else {}
@@ -117,42 +119,44 @@ class Scene:
     @cached_property
     def numbers(self) -> list[float]:
         """Every number in it."""
-        return list(dict.fromkeys(float(x) for x in _leaves(self.said) if type(x) in (int, float)))
+        return list(
+            dict.fromkeys(float(x) for x in _leaves(self.other_config) if type(x) in (int, float))
+        )
 
     @cached_property
     def scalings(self) -> list[dict[str, Any]]:
         """Every scaling of a rope in it."""
-        found = [value for value in self.said.values() if isinstance(value, dict)]
-        return [value for value in found if {"type", "rope_type"} & value.keys()]
+        mappings = [value for value in self.other_config.values() if isinstance(value, dict)]
+        return [value for value in mappings if {"type", "rope_type"} & value.keys()]
 
-    def known(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
+    def flow_at(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
         """What flowed there, where it agrees."""
-        place = (name, side, self.reading.call if call is None else call)
+        place = (name, side, self.measurement.call if call is None else call)
         return self.agreed.get(place)
 
     def made(self, name: str) -> Tensor | None:
         """What this model gave there: it agrees, or there is nothing to compare it with."""
-        place = (name, "out", self.reading.call)
+        place = (name, "out", self.measurement.call)
         if place in self.comparison.flows:
-            return None if (flow := self.known(name)) is None else flow.ours
+            return None if (flow := self.flow_at(name)) is None else flow.ours
         calls = self.comparison.heard.get(name, [])
-        if len(calls) <= self.reading.call:
+        if len(calls) <= self.measurement.call:
             return None
         return self.comparison.way.tokens(
-            [calls[self.reading.call].values["out"]], self.flow.counts
+            [calls[self.measurement.call].values["out"]], self.flow.counts
         )
 
     @cached_property
     def agreed(self) -> dict[Place, Flow]:
-        found = dict[Place, Flow]()
-        for reading in self.difference.readings:
-            if reading.place == self.reading.place:
+        flows = dict[Place, Flow]()
+        for measurement in self.difference.readings:
+            if measurement.place == self.measurement.place:
                 break
             # of what is healed, one is a multiple of the other
-            fine = reading.ok or reading.place in self.difference.healed
-            if fine and self.comparison.flows[reading.place].comparable:
-                found[reading.place] = self.comparison.flows[reading.place]
-        return found
+            fine = measurement.ok or measurement.place in self.difference.healed
+            if fine and self.comparison.flows[measurement.place].comparable:
+                flows[measurement.place] = self.comparison.flows[measurement.place]
+        return flows
 
     def error_of(self, model: Model) -> float:
         """What the place's error is in another native model; it runs no further than that."""
@@ -162,17 +166,17 @@ class Scene:
             return 0.0 if again.first is None or self.later(again) else float("inf")
         if module is None or not self.flow.counts or comparison.way.name == "cached":
             return self.comparison.again(model, self.difference.healed, ()).error(
-                self.reading.place
+                self.measurement.place
             )
-        found = list[Tensor]()
-        left = self.reading.call
+        values = list[Tensor]()
+        left = self.measurement.call
 
         def hear(_: nn.Module, args: Any, out: Any = None) -> None:
             nonlocal left
             left -= 1
             if left < 0:
                 x = out if self.side == "out" else args[0]
-                found.append(x if isinstance(x, Tensor) else next(iter(x)))
+                values.append(x if isinstance(x, Tensor) else next(iter(x)))
                 raise Reached
 
         handle = (
@@ -181,10 +185,10 @@ class Scene:
             else module.register_forward_pre_hook(hear)
         )
         with handle, suppress(Reached), torch.no_grad():
-            for given, more in comparison.way.native():
-                call(model, given, **more)
-        ours = comparison.way.tokens(found, self.flow.counts) if found else None
-        theirs = comparison.flows[self.reading.place].theirs
+            for inputs, more in comparison.way.native():
+                call(model, inputs, **more)
+        ours = comparison.way.tokens(values, self.flow.counts) if values else None
+        theirs = comparison.flows[self.measurement.place].theirs
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return float("inf")
         return error(ours, theirs)
@@ -200,7 +204,7 @@ class Scene:
     def later(self, again: Difference) -> bool:
         """Whether another run parts later than this one did."""
         assert again.first is not None
-        flow = self.comparison.flows.get(again.first.reading.place)
+        flow = self.comparison.flows.get(again.first.measurement.place)
         return flow is not None and flow.at > self.flow.at
 
     def restores(self, idea: Hypothesis) -> bool:
@@ -215,11 +219,11 @@ class Scene:
 
     def in_stacks(self) -> list[str]:
         """Likewise, in an encoder and in a decoder."""
-        found = self.alike()
+        names = self.alike()
         for a, b in (("encoder.", "decoder."), ("decoder.", "encoder.")):
             if self.name.startswith(a):
-                found += self.alike(b + self.name.removeprefix(a))
-        return found
+                names += self.alike(b + self.name.removeprefix(a))
+        return names
 
     def everywhere(self) -> list[Place]:
         """This place wherever the same code runs; of a norm's output, that of every such norm."""
@@ -288,7 +292,7 @@ def applied(model: Model, idea: Hypothesis, scene: Scene) -> Iterator[Model]:
         if idea.undoes:
             stack.enter_context(edits.applied(model, idea))
         else:
-            stack.enter_context(put(model, scene, [scene.reading.place]))
+            stack.enter_context(put(model, scene, [scene.measurement.place]))
         yield model
 
 
@@ -320,14 +324,14 @@ class _Put:
     left: int
     before: int = 0  # tokens of each row that came in an earlier part
 
-    def __call__(self, given: Any) -> Any:
+    def __call__(self, value: Any) -> Any:
         if self.way.name != "cached":  # there each part is given once
             self.left -= 1
             if self.left != -1:
                 return None
-        if isinstance(given, Tensor):
-            return self.changed(given)
-        return (self.changed(given[0]), *given[1:])
+        if isinstance(value, Tensor):
+            return self.changed(value)
+        return (self.changed(value[0]), *value[1:])
 
     def changed(self, x: Tensor) -> Tensor:
         theirs, mask = self.theirs, self.way.inputs.mask

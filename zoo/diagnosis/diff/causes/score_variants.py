@@ -113,8 +113,8 @@ def merges() -> Iterator[Variant]:
     """What comes out of the heads, put together otherwise."""
 
     def variant(what: str, merge: Callable[[Tensor], Tensor]) -> Variant:
-        def changed(kept: Any, *given: Any) -> Tensor:
-            y: Tensor = kept(*given)
+        def changed(kept: Any, *args: Any) -> Tensor:
+            y: Tensor = kept(*args)
             return rearrange(merge(y), "b s (h e) -> b h s e", h=y.shape[1])
 
         return Variant(
@@ -135,8 +135,8 @@ def merges() -> Iterator[Variant]:
 
 
 def _flipped(part: int, form: Form) -> Form:
-    def flipped(kept: Any, *given: Any) -> Tensor:
-        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(given)))
+    def flipped(kept: Any, *args: Any) -> Tensor:
+        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(args)))
         return out
 
     return replace(form, attend=partial(flipped, form.attend))
@@ -207,13 +207,13 @@ def _disentangled(attn: nn.Module) -> Iterator[Variant]:
             setattr(other, name, value)
         return Variant("sum", what, lambda form: replace(form, attend=other.look))
 
-    given: Any = attn
-    if not given.position_terms or given.distances is None:
+    module: Any = attn
+    if not module.position_terms or module.distances is None:
         return
     for looks in ATTENDED:
-        if set(looks) != set(given.position_terms):
+        if set(looks) != set(module.position_terms):
             yield variant(f"{spelled(looks)}, not as the config says", position_terms=looks)
-    distances: Any = given.distances.__self__
+    distances: Any = module.distances.__self__
     other = copy.copy(distances)
     other._modules = dict(distances._modules)
     other.norm = None
