@@ -127,10 +127,10 @@ class Replacing:
 
     def _own(self, place: Path, below: set[str]) -> set[str]:
         """Of an earlier output of the same writer, all that nobody changed since."""
-        said, listed = self.output.said, _listed(place)
+        summary, listed = self.output.said, _listed(place)
         written = manifest.read(place) if listed else {}
-        if "writer" not in said or any(
-            written.get(key) != said.get(key) for key in ("writer", "to", "architecture")
+        if "writer" not in summary or any(
+            written.get(key) != summary.get(key) for key in ("writer", "to", "architecture")
         ):
             raise _exists(f"{place}: exists already")
         changed = {n for n in below & listed.keys() if not _is_intact(place, n, listed)}
@@ -141,7 +141,7 @@ class Replacing:
             more = sorted(loaded - listed.keys())
             problems += [f"{name} was not written with the others" for name in more]
         if problems:
-            raise _exists(f"{place}: not as {said['writer']} left it: {listing(problems)}")
+            raise _exists(f"{place}: not as {summary['writer']} left it: {listing(problems)}")
         return {MANIFEST, *listed} - changed
 
     def _forced(self, place: Path, below: set[str]) -> set[str]:

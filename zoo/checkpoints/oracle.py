@@ -52,13 +52,13 @@ class Oracle:
     def __init__(self, reference_class: str) -> None:
         entries = registry.architectures().values()
         entry = next((e for e in entries if reference_class in e.heads), None)
-        said = dict(entry.oracle) if entry is not None else {}
-        self.model_type: str = said.get("model_type", entry.model_type if entry else "")
-        self.reference_class = said.get("classes", {}).get(reference_class, reference_class)
-        self.fields: dict[str, str] = said.get("fields", {})
-        self.twice: str = said.get("twice", "")
+        oracle = dict(entry.oracle) if entry is not None else {}
+        self.model_type: str = oracle.get("model_type", entry.model_type if entry else "")
+        self.reference_class = oracle.get("classes", {}).get(reference_class, reference_class)
+        self.fields: dict[str, str] = oracle.get("fields", {})
+        self.twice: str = oracle.get("twice", "")
         self.own: dict[str, Any] = {}
-        if entry is not None and said:
+        if entry is not None and oracle:
             self.own = {"model_type": entry.model_type, "architectures": [reference_class]}
 
     def library_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,11 +70,11 @@ class Oracle:
         classes = {"model_type": self.model_type, "architectures": [self.reference_class]}
         return {**renamed, **classes}
 
-    def own_config(self, library: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    def own_config(self, library: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config that the library wrote, as the architecture's own files have it."""
         kept = {n: v for n, v in library.items() if n not in self.fields.values()}
         names = (*self.fields, self.twice) if self.own else ()
-        return {**kept, **{n: said[n] for n in names if n in said}, **self.own}
+        return {**kept, **{n: own[n] for n in names if n in own}, **self.own}
 
     @contextmanager
     def directory(self, source: Path) -> Iterator[Path]:
