@@ -213,7 +213,8 @@ def test_a_padded_row_is_as_if_alone(to: str, tmp_path: Path) -> None:
     torch.testing.assert_close(padded[1, :9], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@each_graph
+@pytest.mark.slow
+@pytest.mark.parametrize("to", graphs.GRAPHS)
 def test_dual_chunks_at_any_length(to: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Eager code takes queries in turns, and a graph all at once."""
     monkeypatch.setattr(dual_chunk, "ROWS", 4)
@@ -681,9 +682,10 @@ def test_what_cannot_be_traced_is_refused_by_name(tmp_path: Path, monkeypatch: A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_is_written_and_not_read(source: Path, tmp_path: Path) -> None:
-    zoo.convert(source, tmp_path / "g", to="onnx")
+@each_graph
+def test_a_graph_is_written_and_not_read(to: str, source: Path, tmp_path: Path) -> None:
+    zoo.convert(source, tmp_path / "g", to=to)
     with pytest.raises(ZooError):
         zoo.load(tmp_path / "g")
     said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert said["to"] == "onnx"
+    assert said["to"] == to
