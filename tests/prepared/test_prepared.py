@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from tiny import build, run
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -27,7 +27,7 @@ TOKENS = 33
 SPLITS = ([20, 13], [10] + [1] * 23, [10, 1, 1, 5, 16])
 FIRST = [(name, next(iter(variants))) for name, variants in registry.variants().items()]
 OTHERS = [(name, v) for name, (_, *later) in registry.variants().items() for v in later]
-CASES = first([*FIRST, *OTHERS])
+CASES = first_of([*FIRST, *OTHERS])
 NAMES = sorted(registry.architectures())
 Hot = Callable[[str, str], Path]
 

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from tiny import build
@@ -48,7 +48,7 @@ KNOWN = registry.architectures()
 # tracing takes seconds: of one architecture in `make test`, of all in `make test-all`, of every
 # variant in `make graphs`
 QUICK = list(KNOWN)[:1]
-each_graph = pytest.mark.parametrize("to", first(sorted(graphs.GRAPHS, reverse=True), 1))
+each_graph = pytest.mark.parametrize("to", first_of(sorted(graphs.GRAPHS, reverse=True), 1))
 VARIANTS = [
     pytest.param(name, variant, marks=() if n == 0 and name in QUICK else pytest.mark.long)
     for name, entry in sorted(KNOWN.items())
@@ -240,7 +240,7 @@ def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "head", "inputs", "outputs"),
-    first(
+    first_of(
         [
             ("llama", "lm", "input_ids attention_mask", "logits"),
             ("gpt2", "none", "input_ids attention_mask", "last_hidden_state"),
