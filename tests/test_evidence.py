@@ -69,6 +69,7 @@ def one_more(text: str) -> str:
     return f"{text}\nONE_MORE = 1\n"
 
 
+@pytest.mark.slow
 def test_a_stamp_covers_all_that_verification_imports(copy: Path) -> None:
     for name in (
         "zoo/models/gpt2.py",
@@ -91,12 +92,14 @@ def test_a_stamp_covers_all_that_verification_imports(copy: Path) -> None:
     assert evidence.digest("zoo.parity", other) != evidence.digest("zoo.parity", GPT2)
 
 
+@pytest.mark.slow
 def test_a_stamp_leaves_out_what_measures_nothing(copy: Path) -> None:
     for name in ("zoo/models/llama.py", "zoo/cli/app.py", "zoo/report/page.py", "zoo/evidence.py"):
         assert not is_changed_by(copy / name, one_more), name
     assert not is_changed_by(copy / "converters/specs/llama.yaml", lambda text: text + "\na: {}\n")
 
 
+@pytest.mark.slow
 def test_sections_are_stamped_apart(copy: Path) -> None:
     """Planted bugs are measured by code that parity does not import, and round trips by other."""
     for name, sections in (

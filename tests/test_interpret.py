@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from tiny import answer, build, hot
 from torch import Tensor, nn
 
@@ -503,7 +503,7 @@ def test_threads_look_at_once() -> None:
 # --- compiled, prepared, wrapped -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", first(["gpt2", "t5"], 1))
+@pytest.mark.parametrize("name", first_of(["gpt2", "t5"], 1))
 def test_compiled_code_is_looked_into_as_it_is_written(name: str) -> None:
     """Whether it was compiled before or not; and nothing is compiled anew for it."""
     model = hot(build(name))

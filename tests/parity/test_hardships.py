@@ -349,7 +349,7 @@ def test_dropped_tensors_are_in_the_manifest(source: Path, out: Path) -> None:
 
 
 def first_of(files: dict[str, Any]) -> dict[str, Any]:
-    return next(said for said in files.values() if "tensors" in said)
+    return next(file for file in files.values() if "tensors" in file)
 
 
 def set_to(*path: str, value: Any) -> Change:
