@@ -120,7 +120,7 @@ class Command(TyperCommand):
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Write the line that begins with "usage:"."""
-        words = [param.metavar for param in self.params if param.param_type_name == "argument"]
+        words = [str(p.metavar) for p in self.params if p.param_type_name == "argument"]
         formatter.write_usage(ctx.command_path, " ".join([*words, "[OPTIONS]"]), _USAGE)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -250,7 +250,7 @@ class Root(TyperGroup):
         from typer._click.shell_completion import CompletionItem
 
         names = [name for name in COMMANDS if name.startswith(incomplete)]
-        options = TyperCommand.shell_complete(self, ctx, incomplete)  # type: ignore[arg-type]
+        options = TyperCommand.shell_complete(self, ctx, incomplete)
         return [*(CompletionItem(name, help=COMMANDS[name].summary) for name in names), *options]
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
