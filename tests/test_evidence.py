@@ -21,7 +21,7 @@ COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of our own, a copy of what there is."""
-    place = tmp_path / "zoo/evidence.json"
+    place = tmp_path / "evidence.json"
     shutil.copy(evidence.place(), place)
     monkeypatch.setattr("zoo.evidence.place", lambda: place)
     return place

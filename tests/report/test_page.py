@@ -339,13 +339,13 @@ def test_what_cannot_be_written_is_said_before_the_work(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("zoo.verify", lambda *_, **__: pytest.fail("too late"))
-    file = tmp_path / "zoo/evidence.json"
+    file = tmp_path / "evidence.json"
     file.write_text("[]")
     if wrong == "record":
         monkeypatch.setattr("zoo.evidence.place", lambda: file)
     place = tmp_path / "report" if wrong == "record" else file
     assert app.main(["verify", "gpt2", "--html", str(place)]) == 1
-    assert "zoo/evidence.json" in capsys.readouterr().err
+    assert "evidence.json" in capsys.readouterr().err
 
 
 def rendered(place: Path, scratch: Path, fragment: str = "") -> str:
@@ -425,7 +425,7 @@ def test_the_list_of_what_is_verified(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of our own, a copy of what there is."""
-    place = tmp_path / "zoo/evidence.json"
+    place = tmp_path / "evidence.json"
     shutil.copy(evidence.place(), place)
     monkeypatch.setattr("zoo.evidence.place", lambda: place)
     return place
