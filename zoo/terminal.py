@@ -1,4 +1,4 @@
-"""Color and progress where a person looks on; plain lines where a file or a program does."""
+"""Color and progress on a terminal; plain lines in a file or a pipe."""
 
 import os
 import re
@@ -18,12 +18,13 @@ class Escaped:
         self.unescaped = stream
 
     def write(self, text: str) -> int:
+        """Write the text with control characters escaped; our own colors pass on a terminal."""
         if text.isprintable() or text == "\n":
             return self.unescaped.write(text)
         # nothing but our own colors passes, and only where they are shown
         parts = _STYLE.split(text) if has_color(self.unescaped) else [text]
-        kept = (part if n % 2 else printable(part) for n, part in enumerate(parts))
-        self.unescaped.write("".join(kept))
+        escaped = (part if n % 2 else printable(part) for n, part in enumerate(parts))
+        self.unescaped.write("".join(escaped))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -36,14 +37,16 @@ def unescaped(stream: Any) -> Any:
 
 
 def has_color(stream: TextIO) -> bool:
+    """Whether colors may be written: on a terminal that has them, unless NO_COLOR is set."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, style: str, color: bool = True) -> str:
+    """The text in a style, where `color` is true."""
     return f"{style}{text}{_OFF}" if color and style else text
 
 
 def passing(text: str, stream: TextIO) -> None:
-    """A line that the next one replaces; nothing where nobody watches."""
+    """Print a line that the next one replaces; nothing where the stream is no terminal."""
     if stream.isatty():
         print(f"{_WIPE}{printable(text)}", end="", file=unescaped(stream), flush=True)
