@@ -160,7 +160,7 @@ def diff(
     json: Json = False,
 ) -> int:
     """Compare two models module by module; exit with 1 where they differ."""
-    how = {
+    how: dict[str, Any] = {
         "dtype": dtype,
         "way": way,
         "backward": backward,

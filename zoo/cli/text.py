@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import redirect_stdout
-from typing import Annotated
+from typing import Annotated, Any
 
 import zoo
 from zoo.cli.command import Commands
@@ -162,8 +162,8 @@ def embed(
     if bool(texts) == bool(file):
         raise UsageError("embed: either texts or --file")
     passages = texts or lines_of(read_text(file or ""))
-    how = {"normalize": normalize, "truncate": truncate}
-    vectors = zoo.embed(loading.load(ref), passages, pooling=pooling, **how).tolist()
+    how: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "truncate": truncate}
+    vectors = zoo.embed(loading.load(ref), passages, **how).tolist()
     for passage, vector in zip(passages, vectors, strict=True):
         if json:
             print(to_json({"text": passage, "embedding": vector}, indent=None))
