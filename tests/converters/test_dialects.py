@@ -771,12 +771,12 @@ def test_configs_that_a_dialect_cannot_express_are_refused_by_name(tmp_path: Pat
     ):
         with pytest.raises(UsageError, match=why):
             zoo.save(small, tmp_path / "out", to=to, layout=layout)
-    with pytest.raises(UsageError, match="hf leaves nothing to choose"):
+    with pytest.raises(UsageError, match="hf has no options"):
         zoo.save(model, tmp_path / "out", to="hf", layout={"shards": 2})
     model = model_of("llama", "meta")
     with pytest.raises(ConfigError, match="n_heads: 6 cannot be cut into 4"):
         zoo.save(model, tmp_path / "out", to="meta", layout={"shards": 4})
-    with pytest.raises(LossyExport, match=r"holds F32, and .* hold more"):
+    with pytest.raises(LossyExport, match=r"stores F32, and .* have more precision"):
         zoo.save(model_of("llama", "llama2c").double(), tmp_path / "out", to="llama2c")
     zoo.save(model_of("llama", "llama2c").bfloat16(), tmp_path / "out", to="llama2c")
 
@@ -852,7 +852,7 @@ def test_parts_write_the_same_files_as_a_whole_conversion(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
     (path,) = (tmp_path / ".out.zoo-partial").glob("*.pth")
     data = bytearray(path.read_bytes())
-    data[-40] ^= 1  # in the zip's directory, which holds no tensor
+    data[-40] ^= 1  # in the zip's directory, which has no tensor
     path.write_bytes(data)
     with pytest.raises(CorruptCheckpoint, match=r"part 2 of 2: .* around its tensors .*part 2/2"):
         zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="1/2")
@@ -883,7 +883,7 @@ def test_bf16_stays_and_casts_are_asked_for(tmp_path: Path) -> None:
     assert zoo.load(tmp_path / "meta", config={}).norm.weight.dtype == torch.bfloat16
     zoo.convert(tmp_path / "meta", tmp_path / "half", to="meta", dtype="float16")
     assert zoo.load(tmp_path / "half").norm.weight.dtype == torch.float16
-    with pytest.raises(UsageError, match="llama2c holds F32 alone"):
+    with pytest.raises(UsageError, match="llama2c has F32 only"):
         zoo.convert(tmp_path / "meta", tmp_path / "no", to="llama2c", dtype="bfloat16")
 
 
@@ -1012,7 +1012,7 @@ def test_what_is_written_beside_its_source_can_be_replaced(tmp_path: Path) -> No
         for _ in range(2):
             zoo.convert(source, place, to=to, force=True)
         assert list(check(place)) == []
-        with pytest.raises(OutputExists, match="holds what is to be read"):
+        with pytest.raises(OutputExists, match="contains the source"):
             zoo.convert(source, tmp_path / "a", to=to, force=True)
 
 

@@ -544,7 +544,7 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
         Corrupt,
         "of type 4294967295",
     ),
-    "key twice": (raw(key("a", 4, bytes(4)) * 2, keys=2), Corrupt, "key a stands twice"),
+    "key twice": (raw(key("a", 4, bytes(4)) * 2, keys=2), Corrupt, "key a occurs twice"),
     "key not UTF-8": (raw(key(b"\xff", 4, bytes(4)), keys=1), Corrupt, "key 0 is not UTF-8"),
     "text not UTF-8": (
         raw(key("a", 8, text(b"ok\xc3")), keys=1),
@@ -599,7 +599,7 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
     "tensor twice": (
         raw(info("a") * 2, tensors=2, body=bytes(32)),
         Corrupt,
-        "tensor a stands twice",
+        "tensor a occurs twice",
     ),
     "five axes": (one(1, 1, 1, 1, 2), Corrupt, "tensor a.weight has 5 axes"),
     "2^32 axes": (
@@ -848,7 +848,7 @@ def test_mutated_files_raise_only_our_errors(
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.gguf")
-    with pytest.raises(UnsafePath, match="no regular file"):
+    with pytest.raises(UnsafePath, match="not a regular file"):
         GGUFReader(tmp_path / "fifo.gguf")
     with pytest.raises(NotACheckpoint, match="No such file"):
         GGUFReader(tmp_path / "none.gguf")
