@@ -68,10 +68,6 @@ def asked(model: Any, dialect: str, spec: str) -> dict[str, Any]:
     return {name: getattr(model.config, name) for name in actual[1].needs} if actual else {}
 
 
-def test_a_spec_laid_over_another_has_its_hf_alone() -> None:
-    assert list(load_spec("mistral").dialects) == ["hf"]
-
-
 # --- against files made by hand ------------------------------------------------------------------
 
 
@@ -854,7 +850,7 @@ def test_parts_write_the_same_files_as_a_whole_conversion(tmp_path: Path) -> Non
     data = bytearray(path.read_bytes())
     data[-40] ^= 1  # in the zip's directory, which has no tensor
     path.write_bytes(data)
-    with pytest.raises(CorruptCheckpoint, match=r"part 2 of 2: .* around its tensors .*part 2/2"):
+    with pytest.raises(CorruptCheckpoint, match=r"part 2 of 2: .* outside its tensors .*part 2/2"):
         zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="1/2")
     zoo.convert(tmp_path / "native", tmp_path / "out", **how, part="2/2")
     for path in (tmp_path / "whole").iterdir():
@@ -867,7 +863,7 @@ def test_check_finds_what_was_changed(tmp_path: Path) -> None:
     data = path.read_bytes()
     fields = json.loads((tmp_path / "out" / "zoo-manifest.json").read_text())["files"]["ckpt.pt"]
     start, size = fields["tensors"]["transformer.wpe.weight"]["at"]
-    for at, what in ((start + size - 1, "transformer.wpe.weight"), (5, "around"), (-3, "around")):
+    for at, what in ((start + size - 1, "transformer.wpe.weight"), (5, "outside"), (-3, "outside")):
         broken = bytearray(data)
         broken[at] ^= 1
         path.write_bytes(broken)
@@ -997,9 +993,9 @@ def test_options_that_a_dialect_lacks_are_refused(tmp_path: Path) -> None:
     model = model_of("llama", "llama2c")
     zoo.save(model, tmp_path / "hf")
     for to in ("gguf", "meta"):
-        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' leaves that not"):
+        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' does not support it"):
             zoo.convert(tmp_path / "hf", tmp_path / "out", to=to, max_shard_size=1 << 20)
-        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' leaves that not"):
+        with pytest.raises(UsageError, match=rf"max_shard_size: to='{to}' does not support it"):
             zoo.save(model, tmp_path / "out", to=to, max_shard_size=1 << 20)
     with pytest.raises(UsageError, match="llama2c has no 'group'; it has version"):
         zoo.convert(tmp_path / "hf", tmp_path / "out", to="llama2c", layout={"group": 2})
@@ -1043,3 +1039,7 @@ def test_required_zero_biases_are_not_reported(
     assert "all zero" not in capsys.readouterr().err
     stored = zoo.info(path).stored  # the head is the embedding under a second name
     assert stored is not None and stored.bytes < path.stat().st_size
+
+
+def test_a_spec_laid_over_another_has_its_hf_alone() -> None:
+    assert list(load_spec("mistral").dialects) == ["hf"]

@@ -148,14 +148,6 @@ def put(path: Path, data: bytes) -> Path:
 # --- reading what the library writes --------------------------------------------------------------
 
 
-def test_kinds_are_those_of_the_library() -> None:
-    for number, kind in KINDS.items():
-        assert Type(number).name == kind.name
-        assert gguf.GGML_QUANT_SIZES[Type(number)] == (kind.block, kind.size)
-    names = {number: name for name, number in Type.__members__.items()}
-    assert {number: kind.name for number, kind in KINDS.items()} | UNREAD == names
-
-
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 5), (2, 1, 3, 2)])
 def test_plain_types_are_views(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
@@ -211,6 +203,14 @@ def test_quantized_types_are_decoded_as_the_library_does(
         for top in (0, len(matrix) - 1):
             box = slice(top, len(matrix)), slice(left, right)
             assert same(reader.numbers("a", *box), matrix[box])
+
+
+def test_kinds_are_those_of_the_library() -> None:
+    for number, kind in KINDS.items():
+        assert Type(number).name == kind.name
+        assert gguf.GGML_QUANT_SIZES[Type(number)] == (kind.block, kind.size)
+    names = {number: name for name, number in Type.__members__.items()}
+    assert {number: kind.name for number, kind in KINDS.items()} | UNREAD == names
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"])

@@ -49,6 +49,42 @@ def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), bytes(raw.tolist())
 
 
+BUNDLES = {
+    "mixed/one": ("words", "wide"),
+    "mixed/two": (),
+    "mixed/snappy": ("words", "wide"),
+    "gpt2": (),
+    "bert": (),
+    "objects": ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE"),
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A copy of the fixtures, whole: the packed index goes with the shard of the plain one."""
+    home = tmp_path / "tf"
+    shutil.copytree(DATA, home)
+    for shard in (home / "mixed").glob("one.data-*"):
+        shutil.copy(shard, shard.with_name(shard.name.replace("one", "snappy")))
+    return home
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_bundles_of_tensorflow(data: Path, name: str) -> None:
+    """Names, shapes, dtypes and bits are those that it was given."""
+    index = find_bundle(data / name)
+    reader, same = TFBundleReader(index), SafetensorsReader(index.with_name("same.safetensors"))
+    assert reader.tensors == same.tensors
+    assert set(reader.skipped) == set(BUNDLES[name])
+    for tensor in same.tensors:
+        assert bits(reader.tensor(tensor)) == bits(same.tensor(tensor)), tensor
+    for tensor in reader.skipped:
+        with pytest.raises(MissingTensors, match=f"{tensor} is no tensor: h"):
+            reader.tensor(tensor)
+    with pytest.raises(MissingTensors, match="has no tensor"):
+        reader.tensor("no such")
+
+
 def test_only_the_encoder_of_the_tests_is_at_hand() -> None:
     """Nothing below leans on TensorFlow."""
     assert "tensorflow" not in sys.modules
@@ -214,41 +250,6 @@ def test_damaged_messages_are_refused(data: bytes, expected: str) -> None:
 
 
 # --- what TensorFlow wrote -----------------------------------------------------------------------
-
-BUNDLES = {
-    "mixed/one": ("words", "wide"),
-    "mixed/two": (),
-    "mixed/snappy": ("words", "wide"),
-    "gpt2": (),
-    "bert": (),
-    "objects": ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE"),
-}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A copy of the fixtures, whole: the packed index goes with the shard of the plain one."""
-    home = tmp_path / "tf"
-    shutil.copytree(DATA, home)
-    for shard in (home / "mixed").glob("one.data-*"):
-        shutil.copy(shard, shard.with_name(shard.name.replace("one", "snappy")))
-    return home
-
-
-@pytest.mark.parametrize("name", BUNDLES)
-def test_bundles_of_tensorflow(data: Path, name: str) -> None:
-    """Names, shapes, dtypes and bits are those that it was given."""
-    index = find_bundle(data / name)
-    reader, same = TFBundleReader(index), SafetensorsReader(index.with_name("same.safetensors"))
-    assert reader.tensors == same.tensors
-    assert set(reader.skipped) == set(BUNDLES[name])
-    for tensor in same.tensors:
-        assert bits(reader.tensor(tensor)) == bits(same.tensor(tensor)), tensor
-    for tensor in reader.skipped:
-        with pytest.raises(MissingTensors, match=f"{tensor} is no tensor: h"):
-            reader.tensor(tensor)
-    with pytest.raises(MissingTensors, match="has no tensor"):
-        reader.tensor("no such")
 
 
 def test_the_fixtures_are_of_the_kinds_they_stand_for(data: Path) -> None:

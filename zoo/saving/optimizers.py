@@ -305,8 +305,9 @@ def _read(
         return all(x.dim() == 0 or tuple(x.shape) == shape for x in tensors)
 
     def fits(order: tuple[str, ...]) -> bool:
-        pairs = zip(order, numbers, strict=False)
-        return len(order) == len(numbers) and all(fits_one(*pair) for pair in pairs)
+        if len(order) != len(numbers):
+            return False
+        return all(fits_one(*pair) for pair in zip(order, numbers, strict=True))
 
     fitting = list(dict.fromkeys(each for each in orders if fits(each)))
     if names is not None and not fitting:
