@@ -67,11 +67,11 @@ class Evidence:
         return self.variants - sum(map(len, broken))
 
     def to_record(self) -> dict[str, Any]:
-        told = asdict(self)
+        record = asdict(self)
         for name in ("name", "stamp", "bugs", "trips", "unseen"):
-            del told[name]
-        del told["drawings"]  # these follow from the code, and are no measurements
-        return _short({**self.stamp, "ok": self.ok, **told})
+            del record[name]
+        del record["drawings"]  # these follow from the code, and are no measurements
+        return _short({**self.stamp, "ok": self.ok, **record})
 
 
 @dataclass
@@ -102,26 +102,26 @@ def _short(x: Any) -> Any:
 
 def gather(
     report: Report,
-    known: Mapping[str, evidence.Section],
+    sections: Mapping[str, evidence.Section],
     tell: Callable[[str], object] = str,
 ) -> Run:
     """All that a page shows; `report` is verify's of these architectures, `known` the record."""
     entries, by_name = registry.architectures(), dict[str, list[Row]]()
     for row in report.rows:
         by_name.setdefault(_named(row.subject)[0], []).append(row)
-    found = []
+    architectures = []
     for name, rows in by_name.items():
         tell(name)
         seconds = {_named(s)[1]: t for s, t in report.seconds.items() if _named(s)[0] == name}
-        found.append(_evidence(name, entries.get(name), rows, seconds))
-        found[-1].bugs = known.get("bugs", {}).get(name)
-        found[-1].trips = known.get("trips", {}).get(name)
-    return Run(found)
+        architectures.append(_evidence(name, entries.get(name), rows, seconds))
+        architectures[-1].bugs = sections.get("bugs", {}).get(name)
+        architectures[-1].trips = sections.get("trips", {}).get(name)
+    return Run(architectures)
 
 
 def of_checkpoints(report: Report) -> dict[str, dict[str, Any]]:
     """Name -> what was measured on the weights of a checkpoint's own revision, for the record."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for subject, published in report.published.items():
         rows = [row for row in report.rows if row.subject == subject]
         entry = registry.checkpoints()[published.name]
@@ -140,8 +140,8 @@ def of_checkpoints(report: Report) -> dict[str, dict[str, Any]]:
             "revision": published.revision,
             "checks": checks,
         }
-        found[published.name] = _short(measured)
-    return found
+        results[published.name] = _short(measured)
+    return results
 
 
 def _named(subject: str) -> tuple[str, str]:
@@ -159,7 +159,7 @@ def _evidence(
 ) -> Evidence:
     variants = list(dict.fromkeys(_named(row.subject)[1] for row in rows))
     checks = dict.fromkeys(row.check for row in rows)
-    found = Evidence(
+    result = Evidence(
         name,
         evidence.stamp("parity", entry),
         len(variants),
@@ -168,17 +168,17 @@ def _evidence(
     )
     tiny = [variant for variant in variants if entry is not None and variant in entry.variants]
     if entry is None or not tiny:
-        return found
+        return result
     with TemporaryDirectory(prefix="zoo-evidence-") as scratch:
         directory = Path(scratch, "first")
         try:
             hot_checkpoint(entry, tiny[0], directory)
-            _look_at(found, directory)
+            _look_at(result, directory)
             for dtype in DTYPES:
-                found.heat[dtype] = _by_layer(diff(directory, dtype=dtype).readings)
+                result.heat[dtype] = _by_layer(diff(directory, dtype=dtype).readings)
         except Exception as error:  # what does not run is what the page is read for
-            found.unseen = f"{tiny[0]}: {type(error).__name__}: {error}"
-    return found
+            result.unseen = f"{tiny[0]}: {type(error).__name__}: {error}"
+    return result
 
 
 def _worst(rows: Iterable[Row]) -> Measured:
@@ -210,7 +210,7 @@ def _by_layer(readings: Iterable[Any]) -> dict[str, tuple[float | None, float]]:
     return worst
 
 
-def _look_at(found: Evidence, directory: Path) -> None:
+def _look_at(result: Evidence, directory: Path) -> None:
     """Its wiring, and the largest of what it holds."""
     model = load(directory, modules=False)
     ids = torch.full((1, 5), model.config.vocab - 1)
@@ -219,11 +219,11 @@ def _look_at(found: Evidence, directory: Path) -> None:
     def run() -> object:
         return model(ids, **more)
 
-    found.drawings["the model"] = layers_joined(wiring(model, model, run))
+    result.drawings["the model"] = layers_joined(wiring(model, model, run))
     for name, part in model.named_modules():
         if name.endswith("blocks.0"):
-            found.drawings[name.removesuffix(".0")] = wiring(model, part, run)
-    held = dict(model.named_parameters())
-    found.parameters = sum(p.numel() for p in held.values())
-    largest = max(held, key=lambda name: held[name].numel())
-    found.largest = f"{largest} {'×'.join(map(str, held[largest].shape))}"
+            result.drawings[name.removesuffix(".0")] = wiring(model, part, run)
+    parameters = dict(model.named_parameters())
+    result.parameters = sum(p.numel() for p in parameters.values())
+    largest = max(parameters, key=lambda name: parameters[name].numel())
+    result.largest = f"{largest} {'×'.join(map(str, parameters[largest].shape))}"

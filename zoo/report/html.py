@@ -51,8 +51,8 @@ svg .small { fill: var(--soft); font-size: 9.5px } .node { fill: var(--box); str
 
 def tag(name: str, inside: str, **attributes: str) -> str:
     """`class_` is class; attributes are escaped, what is inside is HTML already."""
-    said = "".join(f' {k.rstrip("_")}="{escape(v)}"' for k, v in attributes.items() if v)
-    return f"<{name}{said}>{inside}</{name}>"
+    attributes_text = "".join(f' {k.rstrip("_")}="{escape(v)}"' for k, v in attributes.items() if v)
+    return f"<{name}{attributes_text}>{inside}</{name}>"
 
 
 def cells(*texts: object, **attributes: str) -> list[str]:

@@ -56,8 +56,10 @@ TRIPS_ABOUT = (
 
 def page(run: Run) -> str:
     """HTML, whole."""
-    found = run.architectures
-    title = ", ".join(dict.fromkeys(["zoo: parity", *(each.stamp["date"] for each in found)]))
+    architectures = run.architectures
+    title = ", ".join(
+        dict.fromkeys(["zoo: parity", *(each.stamp["date"] for each in architectures)])
+    )
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -65,26 +67,26 @@ def page(run: Run) -> str:
             f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
             "<h1>zoo: what was measured</h1>",
             *_summary(run),
-            *(_matrix(found) if found else ()),
-            *(line for each in found for line in _chapter(each)),
+            *(_matrix(architectures) if architectures else ()),
+            *(line for each in architectures for line in _chapter(each)),
             "</body></html>",
         ]
     )
 
 
 def _summary(run: Run) -> Iterator[str]:
-    found = run.architectures
-    if not found:
+    architectures = run.architectures
+    if not architectures:
         yield tag("p", "Nothing was measured.")
         return
-    variants = sum(each.variants for each in found)
-    failures = [line for each in found for line in _failures(each, link=True)]
-    told = "NOT all within their limits" if failures else "all within their limits"
-    dates = ", ".join(dict.fromkeys(each.stamp["date"] for each in found))
+    variants = sum(each.variants for each in architectures)
+    failures = [line for each in architectures for line in _failures(each, link=True)]
+    verdict = "NOT all within their limits" if failures else "all within their limits"
+    dates = ", ".join(dict.fromkeys(each.stamp["date"] for each in architectures))
     yield tag(
         "p",
-        f"{dates}. Of {len(found)} architectures, {variants} variants: "
-        f"{tag('span', told, class_=_class(not failures))}.",
+        f"{dates}. Of {len(architectures)} architectures, {variants} variants: "
+        f"{tag('span', verdict, class_=_class(not failures))}.",
     )
     if more := failures[MANY:]:
         failures[MANY:] = [tag("li", f"and {len(more)} more, below", class_="bad")]
@@ -98,8 +100,8 @@ def _failures(each: Evidence, link: bool = False) -> Iterator[str]:
     for check, measured in each.checks.items():
         for variant, why in measured.failed.items():
             limit = f" (at most {measured.limit:g})" if measured.limit else ""
-            told = f"{check} of {variant}: {why}{limit}"
-            yield tag("li", name + escape(told), class_="bad")
+            text = f"{check} of {variant}: {why}{limit}"
+            yield tag("li", name + escape(text), class_="bad")
     if each.unseen:
         yield tag("li", f"{name}not drawn, {escape(each.unseen)}", class_="bad")
     for bug, became in (each.bugs or {}).get("bugs", {}).items():
@@ -112,15 +114,17 @@ def _failures(each: Evidence, link: bool = False) -> Iterator[str]:
 # --- the matrix ----------------------------------------------------------------------------------
 
 
-def _matrix(found: list[Evidence]) -> Iterator[str]:
-    columns = [name for name, of in COLUMNS.items() if any(set(of) & {*e.checks} for e in found)]
+def _matrix(architectures: list[Evidence]) -> Iterator[str]:
+    columns = [
+        name for name, of in COLUMNS.items() if any(set(of) & {*e.checks} for e in architectures)
+    ]
     groups = {"parity": 2 + len(columns), "planted bugs": 5, "round trips": 7}
     over = [tag("th", "")]
     over += [tag("th", n, class_="group", colspan=str(count)) for n, count in groups.items()]
     head = ("architecture", "loads", *columns, "measured")
     head += (*BUGS, "measured", *TRIPS, "measured")
     above = tag("tr", "".join(over))
-    yield table(head, (_row(each, columns) for each in found), "matrix", above)
+    yield table(head, (_row(each, columns) for each in architectures), "matrix", above)
     yield tag(
         "p",
         "Each number is the worst of all variants; below, with its limit. What is beyond it is "
@@ -128,7 +132,10 @@ def _matrix(found: list[Evidence]) -> Iterator[str]:
     )
     listed = [f"{tag('b', n)}: {escape(ABOUT[n])}" for n in ("loads", *columns)]
     yield folded("What the columns say", tag("p", ". ".join(listed) + ".") + tag("p", BUGS_ABOUT))
-    yield tag("ul", "".join(tag("li", line) for line in (*_with(found), *_extremes(found))))
+    yield tag(
+        "ul",
+        "".join(tag("li", line) for line in (*_with(architectures), *_extremes(architectures))),
+    )
 
 
 def _row(each: Evidence, columns: Iterable[str]) -> Iterator[str]:
@@ -190,43 +197,43 @@ def _trips_cells(each: Evidence) -> Iterator[str]:
 
 
 def _date(section: str, name: str, entry: Mapping[str, Any]) -> str:
-    told = evidence.when(section, name, entry)
-    return tag("td", escape(told), class_="" if told == entry["date"] else "old")
+    date = evidence.when(section, name, entry)
+    return tag("td", escape(date), class_="" if date == entry["date"] else "old")
 
 
-def _with(found: Iterable[Evidence]) -> Iterator[str]:
+def _with(architectures: Iterable[Evidence]) -> Iterator[str]:
     """What each part was measured with; of several, all."""
-    found = list(found)
+    architectures = list(architectures)
     stamps = {
-        "parity": [each.stamp for each in found],
-        "bugs": [each.bugs for each in found if each.bugs],
-        "trips": [each.trips for each in found if each.trips],
+        "parity": [each.stamp for each in architectures],
+        "bugs": [each.bugs for each in architectures if each.bugs],
+        "trips": [each.trips for each in architectures if each.trips],
     }
     for section, entries in stamps.items():
-        left = len(found) - len(entries)
+        left = len(architectures) - len(entries)
         also = f"; not run of {left} architectures" if entries and left else ""
         used = dict.fromkeys(
             ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
             for entry in entries
         )
-        told = " or ".join(used) or f"not run; {evidence.SECTIONS[section]} does"
-        yield escape(f"{PARTS[section]}: {told}{also}.")
+        versions = " or ".join(used) or f"not run; {evidence.SECTIONS[section]} does"
+        yield escape(f"{PARTS[section]}: {versions}{also}.")
 
 
-def _extremes(found: Iterable[Evidence]) -> Iterator[str]:
+def _extremes(architectures: Iterable[Evidence]) -> Iterator[str]:
     """The slowest and the largest of all."""
-    took = {f"{each.name}/{v}": t for each in found for v, t in each.seconds.items()}
+    took = {f"{each.name}/{v}": t for each in architectures for v, t in each.seconds.items()}
     if took:
         slowest = max(took, key=lambda name: took[name])
         total = _time(sum(took.values()))
         yield escape(f"Slowest: {slowest}, {_time(took[slowest])} of {total} for all of parity.")
-    if largest := _largest({each.name for each in found}):
+    if largest := _largest({each.name for each in architectures}):
         yield f"Largest checkpoint with a name: {largest}."
 
 
 def _largest(names: Collection[str]) -> str:
-    known = [c for c in registry.checkpoints().values() if c.architecture in names]
-    most = max(known, key=lambda c: c.parameters, default=None)
+    published = [c for c in registry.checkpoints().values() if c.architecture in names]
+    most = max(published, key=lambda c: c.parameters, default=None)
     return escape(f"{most.name}, {most.parameters:,} parameters") if most else ""
 
 
@@ -250,7 +257,7 @@ def _chapter(each: Evidence) -> Iterator[str]:
     total = sum(each.seconds.values())
     took = f", {_time(total)}" if total else ""
     failures = "".join(_failures(each))
-    known = registry.architectures().get(each.name)
+    entry = registry.architectures().get(each.name)
     parts = [
         tag("ul", failures) if failures else "",
         tag("div", "".join(_drawings(each)), class_="drawings") if each.drawings else "",
@@ -261,7 +268,7 @@ def _chapter(each: Evidence) -> Iterator[str]:
         tag("h3", f"Planted bugs ({escape(evidence.when('bugs', each.name, each.bugs))})"),
         _bugs(each) if each.bugs else "",
         tag("h3", "Facts") + tag("p", " ".join(_facts(each))),
-        tag("h3", "Spec") + spec_tables.shown(load_spec(known.spec)) if known else "",
+        tag("h3", "Spec") + spec_tables.shown(load_spec(entry.spec)) if entry else "",
     ]
     about = f"{tag('h2', escape(each.name))} variants: {each.variants}{took}"
     # what failed lies open; a link to what is inside opens it without a script
@@ -271,8 +278,8 @@ def _chapter(each: Evidence) -> Iterator[str]:
 
 def _drawings(each: Evidence) -> Iterator[str]:
     for name, nodes in each.drawings.items():
-        told = tag("figcaption", f"{escape(name)}, as it ran")
-        yield tag("figure", svg(nodes, f"{each.name}: {name}") + told)
+        caption = tag("figcaption", f"{escape(name)}, as it ran")
+        yield tag("figure", svg(nodes, f"{each.name}: {name}") + caption)
 
 
 def _checks(each: Evidence) -> str:
@@ -294,10 +301,10 @@ def _trips(each: Evidence) -> str:
         return [cells(s, *(one.get(to, "") for to in targets)) for s, one in named.items()]
 
     head, counts = ("from, to", *targets), each.trips["counts"]
-    told = ", ".join(f"{count} {name}" for name in TRIPS if (count := counts.get(name)))
+    text = ", ".join(f"{count} {name}" for name in TRIPS if (count := counts.get(name)))
     more = rows(variants=True)
     return (
-        tag("p", f"{told}. {TRIPS_ABOUT}")
+        tag("p", f"{text}. {TRIPS_ABOUT}")
         + table(head, rows(variants=False))
         + (
             folded(f"{len(more)} variants as the reference writes them", table(head, more))
@@ -320,8 +327,8 @@ def _bugs(each: Evidence) -> str:
         marks = ["yes" if became.get(name) else "no" for name in BUGS[2:]]
         rows.append(cells(bug, killed, *marks, short))
     counts = counted(each.bugs)
-    told = ", ".join(f"{counts[name]} {name}" for name in BUGS)
-    return folded(told, table(("bug", "killed by", *BUGS[2:], "said instead"), rows, "words"))
+    text = ", ".join(f"{counts[name]} {name}" for name in BUGS)
+    return folded(text, table(("bug", "killed by", *BUGS[2:], "said instead"), rows, "words"))
 
 
 def _facts(each: Evidence) -> Iterator[str]:
@@ -356,9 +363,9 @@ def _heat(each: Evidence) -> str:
 def _warm(error: float | None, limit: float) -> str:
     """Eight powers of ten below the limit and less are cold."""
     if error is None or error > limit:
-        told = "no number" if error is None else f"{error:.1e}"
+        text = "no number" if error is None else f"{error:.1e}"
         style = "--share: 1"
-        return tag("td", f"{told}, limit {limit:.1e}", class_="bad", style=style)
+        return tag("td", f"{text}, limit {limit:.1e}", class_="bad", style=style)
     share = 1 + math.log10(error / limit) / 8 if error else 0.0
     style = f"--share: {max(0.0, share):.2f}"
     return tag("td", f"{error:.1e}", style=style, title=f"limit {limit:.1e}")

@@ -17,12 +17,12 @@ def shown(spec: Spec) -> str:
 def _dialect(dialect: Dialect) -> str:
     lines, fields = [*_lines(dialect)], [*_fields(dialect)]
     about = f" ({dialect.container.about})" if dialect.container and dialect.container.about else ""
-    told = f"{dialect.name}{about}: {len(lines)} lines of tensors, {len(fields)} of its config"
+    title = f"{dialect.name}{about}: {len(lines)} lines of tensors, {len(fields)} of its config"
     parts = [table(("in its files", "in the model", ""), (cells(*each) for each in lines), "rules")]
     if fields:
         head = ("in its config", "in the model", "")
         parts.append(table(head, (cells(*each) for each in fields), "rules"))
-    return folded(escape(told), "".join(parts))
+    return folded(escape(title), "".join(parts))
 
 
 def _lines(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
@@ -30,9 +30,9 @@ def _lines(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
         yield f"{dialect.prefix}…", "", "before names, or not"
     yield from _rules(dialect.weights, "")
     for when in dialect.when:
-        told = f"if {when.field}" if when.holds else f"if not {when.field}"
-        yield from _rules(when.weights, told)
-        yield from _rules(when.heads, f"{told}, and the model has it")
+        condition = f"if {when.field}" if when.holds else f"if not {when.field}"
+        yield from _rules(when.weights, condition)
+        yield from _rules(when.heads, f"{condition}, and the model has it")
     yield from _rules(dialect.alternatives, "where it is there, instead")
     yield from _rules(dialect.heads, "if the model has it")
     for one, other in dialect.tied:
@@ -45,9 +45,9 @@ def _lines(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
         yield f"…{suffix}", "", f"dropped: {why}"
 
 
-def _rules(rules: tuple[Rule, ...], told: str) -> Iterator[tuple[str, str, str]]:
+def _rules(rules: tuple[Rule, ...], condition: str) -> Iterator[tuple[str, str, str]]:
     for rule in rules:
-        yield str(rule.source), ", ".join(map(str, rule.targets)), told
+        yield str(rule.source), ", ".join(map(str, rule.targets)), condition
 
 
 def _fields(dialect: Dialect) -> Iterator[tuple[str, str, str]]:

@@ -45,8 +45,8 @@ class Tracer(TorchDispatchMode):
             self._kept.append(tensor)
 
     def makers(self, *values: Any) -> tuple[int, ...]:
-        found = (self._from.get(x.data_ptr(), ()) for value in values for x in _tensors(value))
-        return tuple(dict.fromkeys(n for each in found for n in each))
+        sources = (self._from.get(x.data_ptr(), ()) for value in values for x in _tensors(value))
+        return tuple(dict.fromkeys(n for each in sources for n in each))
 
     def add(self, label: str, about: str, reads: tuple[int, ...]) -> tuple[int, ...]:
         self.nodes.append(Node(label, about, reads))
@@ -98,12 +98,12 @@ def about(part: nn.Module) -> str:
     """Its class, and the shapes of what it holds; of much, how much."""
     if len([*part.parameters()]) > MANY:
         return f"{type(part).__name__}, {sum(p.numel() for p in part.parameters()):,} parameters"
-    held = [
+    shapes = [
         f"{name.removesuffix('weight').rstrip('.')} {'×'.join(map(str, p.shape))}".strip()
         for name, p in part.named_parameters()
         if not name.endswith("bias")
     ]
-    return ", ".join([type(part).__name__, *held])
+    return ", ".join([type(part).__name__, *shapes])
 
 
 def wiring(model: nn.Module, module: nn.Module, run: Callable[[], object]) -> list[Node]:
