@@ -219,8 +219,8 @@ HEAD = "architectures: {}\n"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (HEAD + "checkpoints:\n  a: 1\n  a: 2\n", "line 4: key 'a' stands twice"),
-        (HEAD + "checkpoints:\n  a: {x: 1, x: 2}\n", "line 3: key 'x' stands twice"),
+        (HEAD + "checkpoints:\n  a: 1\n  a: 2\n", "line 4: key 'a' occurs twice"),
+        (HEAD + "checkpoints:\n  a: {x: 1, x: 2}\n", "line 3: key 'x' occurs twice"),
         (HEAD + "checkpoints: {}\ncheckpoints: {}\n", "'checkpoints' stands 2 times"),
         (HEAD, "'checkpoints' stands 0 times"),
         (HEAD + "chekpoints: {}\n", "unknown section 'chekpoints'. Did you mean checkpoints"),

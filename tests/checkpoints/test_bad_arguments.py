@@ -227,9 +227,9 @@ def test_force_replaces_neither_the_source_nor_its_neighbours(tmp_path: Path) ->
     models = tmp_path / "models"
     for name in ("gpt2", "bert"):
         zoo.save(build(name).eval(), models / name)
-    with pytest.raises(OutputExists, match="holds what is to be read"):
+    with pytest.raises(OutputExists, match="contains the source"):
         zoo.convert(models / "gpt2", models, to="hf", force=True)
-    with pytest.raises(OutputExists, match="holds what is to be read"):
+    with pytest.raises(OutputExists, match="contains the source"):
         zoo.convert(models / "gpt2", models / "gpt2", to="native", force=True)
     zoo.save(build("gpt2").eval(), models, force=True)
     assert {"bert", "gpt2", "model.safetensors"} < set(os.listdir(models))

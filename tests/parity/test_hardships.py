@@ -448,7 +448,7 @@ def test_a_source_does_not_go_with_its_blobs(source: Path, tmp_path: Path) -> No
     for path in source.iterdir():
         shutil.copy(path, blobs / path.name)
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
-    with pytest.raises(OutputExists, match="holds what is to be read"):
+    with pytest.raises(OutputExists, match="contains the source"):
         zoo.convert(snapshot, blobs, to="native", force=True)
 
 
