@@ -64,9 +64,9 @@ class Load:
         module, _, name = target.rpartition(".")
         real = getattr(zoo.verbs.resolve(module), name)
 
-        def counting(*given: Any, **named: Any) -> Any:
+        def counting(*arguments: Any, **named: Any) -> Any:
             self.searches.append(name)
-            return real(*given, **named)
+            return real(*arguments, **named)
 
         patch.setattr(target, counting)
 
