@@ -73,8 +73,8 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Victims:
 def sample(victims: Victims, kind: str, name: str) -> tuple[Files, Callable[[Path], None]]:
     """(its files, how they are read)"""
     victim = victims(kind)
-    named = next(each for each in victim.samples if each.name == name)
-    return dict(named.files), partial(victim.read, **named.told)
+    found = next(each for each in victim.samples if each.name == name)
+    return dict(found.files), partial(victim.read, **found.told)
 
 
 def written(files: Mapping[str, bytes], place: Path) -> Path:
@@ -145,12 +145,12 @@ def loop(path: Path) -> None:
 HARMS = (absent, empty, cut, longer, another, pointer, folder, pipe, device, outside, loop)
 
 
-OWN_PATH = "gguf-words"  # by its own path, which may be a link to anywhere
+GIVEN = "gguf-words"  # by its own path, which may be a link to anywhere
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "harm"),
-    [(k, n, harm) for k, n in EVERY for harm in HARMS if (k, harm) != (OWN_PATH, outside)],
+    [(k, n, harm) for k, n in EVERY for harm in HARMS if (k, harm) != (GIVEN, outside)],
 )
 def test_files_that_are_none(
     victims: Victims, tmp_path: Path, kind: str, name: str, harm: Callable[[Path], None]
@@ -181,11 +181,11 @@ JSON = {
     "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep enough": b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}",
 }
-WITH_FIELDS = [("hf", "llama"), ("meta", "1"), ("tf-models", "gpt2"), ("tf-models", "bert")]
+TOLD = [("hf", "llama"), ("meta", "1"), ("tf-models", "gpt2"), ("tf-models", "bert")]
 
 
 @pytest.mark.parametrize("case", JSON)
-@pytest.mark.parametrize(("kind", "name"), WITH_FIELDS)
+@pytest.mark.parametrize(("kind", "name"), TOLD)
 def test_configs_that_are_no_json(
     victims: Victims, tmp_path: Path, kind: str, name: str, case: str
 ) -> None:
@@ -218,16 +218,16 @@ def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
     """A sample whose config says something else."""
     if "model.gguf" in files:
         (place / "g").mkdir()
-        values, infos = fuzzed.gguf_parts(files["model.gguf"], place / "g")
-        above = values["general.architecture"].value
+        said, infos = fuzzed.gguf_parts(files["model.gguf"], place / "g")
+        above = said["general.architecture"].value
         layout = gguf.lay_out(
-            infos, {**values, **{f"{above}.{k}": v for k, v in changes.items()}}, ""
+            infos, {**said, **{f"{above}.{k}": v for k, v in changes.items()}}, ""
         )
         return {"model.gguf": layout.head + bytes(layout.size)}
     if "ckpt.pt" in files:
-        archive = torch.load(io.BytesIO(files["ckpt.pt"]), weights_only=True)
-        archive["model_args"] |= changes
-        return {"ckpt.pt": fuzzed_models.zip_of(archive, place)}
+        found = torch.load(io.BytesIO(files["ckpt.pt"]), weights_only=True)
+        found["model_args"] |= changes
+        return {"ckpt.pt": fuzzed_models.zip_of(found, place)}
     (file,) = (n for n in files if n.endswith(".json"))
     return {**files, file: json.dumps({**json.loads(files[file]), **changes}).encode()}
 
@@ -235,7 +235,7 @@ def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
 def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
     files, read = sample(victims, kind, name)
-    layers, heads, width, unknown = FIELDS[kind, name].split()
+    layers, heads, width, odd = FIELDS[kind, name].split()
     cases: dict[str, tuple[dict[str, Any], type[ZooError] | tuple[type[ZooError], ...], str]] = {
         "many layers": ({layers: 10**9}, ResourceLimit, layers),
         "a layer more": ({layers: 2}, ConfigError, f"{layers}: 1 found, 2 declared"),
@@ -250,13 +250,13 @@ def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, 
             (ShapeMismatch, ResourceLimit),
             "2147483644|8589934576",
         ),
-        "unknown": ({unknown: 2}, ConfigError, f"{unknown}.*unknown"),
+        "unknown": ({odd: 2}, ConfigError, f"{odd}.*unknown"),
     }
-    for case, (changes, kinds, message) in cases.items():
+    for case, (changes, kinds, told) in cases.items():
         place = tmp_path / case
         place.mkdir()
         with pytest.raises(
-            kinds, match=message.replace(".", r"\.", message.count("attention."))
+            kinds, match=told.replace(".", r"\.", told.count("attention."))
         ) as error:
             read(written(saying(files, place, changes), place / "files"))
         assert "files" in str(error.value), case
@@ -266,9 +266,9 @@ def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, 
 def test_a_share_of_more_than_a_head(tmp_path: Path, share: float) -> None:
     """In numbers so large that their product is infinite."""
     variant = next(iter(registry.architectures()["neox"].variants.values()))
-    config = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
-    config.pop("rope_parameters", None)
-    text = json.dumps({**config, "rotary_pct": share})
+    said = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
+    said.pop("rope_parameters", None)
+    text = json.dumps({**said, "rotary_pct": share})
     with pytest.raises(ConfigError, match=f"rotary_factor: {re.escape(str(share))} is more"):
         zoo.load(written({"config.json": text.encode()}, tmp_path / "x"), weights="random")
 
@@ -280,7 +280,7 @@ TENSORS += [(k, n) for k, n in EVERY if k in ("gguf-models", "gptq", "awq", "fp8
 STORED = ("F32", "F16", "BF16")  # in a GGUF file that is written here
 
 
-def tensors_of(files: Files, place: Path) -> tuple[str, dict[str, Tensor]]:
+def held(files: Files, place: Path) -> tuple[str, dict[str, Tensor]]:
     """(a file of weights, its tensors by the names that they have there)"""
     for file, data in files.items():
         if file.endswith(".safetensors"):
@@ -302,19 +302,19 @@ def _tensor(data: bytes, info: TensorInfo) -> Tensor:
     return raw.view(torch_dtype(info.dtype)).view(info.shape)
 
 
-def _weights(archive: Any) -> Any:
-    return next((archive[key] for key in ("model", "model_state_dict") if key in archive), archive)
+def _weights(found: Any) -> Any:
+    return next((found[key] for key in ("model", "model_state_dict") if key in found), found)
 
 
 def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
     """The same files with other tensors in the place of those."""
-    file, _ = tensors_of(files, place / "before")
+    file, _ = held(files, place / "before")
     if file.endswith(".safetensors"):
         return {**files, file: fuzzed.packed(tensors)}
     if file.endswith(".gguf"):
-        values, _ = fuzzed.gguf_parts(files[file], place)
+        said, _ = fuzzed.gguf_parts(files[file], place)
         infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
-        layout = gguf.lay_out(infos, values, "here")
+        layout = gguf.lay_out(infos, said, "here")
         out = bytearray(layout.head + bytes(layout.size))
         for name, start in layout.starts.items():
             raw = bytes(tensors[name].reshape(-1).view(torch.uint8).tolist())
@@ -324,11 +324,11 @@ def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
         bundles.bundle(place / "x", tensors)
         made = {p.name: p.read_bytes() for p in place.glob("x.*")}
         return {**files, **made}
-    archive = torch.load(io.BytesIO(files[file]), weights_only=True)
-    state = _weights(archive)
+    found = torch.load(io.BytesIO(files[file]), weights_only=True)
+    state = _weights(found)
     state.clear()
     state.update(tensors)
-    return {**files, file: fuzzed_models.zip_of(archive, place)}
+    return {**files, file: fuzzed_models.zip_of(found, place)}
 
 
 def matrix(tensors: Mapping[str, Tensor]) -> str:
@@ -347,7 +347,7 @@ def test_tensors_that_are_not_as_they_should_be(
     victims: Victims, tmp_path: Path, kind: str, name: str
 ) -> None:
     files, read = sample(victims, kind, name)
-    file, tensors = tensors_of(files, tmp_path / "weights")
+    file, tensors = held(files, tmp_path / "held")
     one = matrix(tensors)
     x = tensors[one]
     rest = {n: t for n, t in tensors.items() if n != one}
@@ -374,13 +374,13 @@ def test_tensors_that_are_not_as_they_should_be(
             continue  # which the format does not have
         with pytest.raises(ZooError) as error:
             read(written(holding(files, changed, place / "made"), place / "files"))
-        message = str(error.value)
-        assert str(place / "files") in message, (case, message)
+        told = str(error.value)
+        assert str(place / "files") in told, (case, told)
         if case not in ("none", "of a wrapper's", "from one on"):
             named = {one, last[0], *changed.keys() - tensors.keys()}
-            assert any(word in message for word in named), (case, message)
+            assert any(word in told for word in named), (case, told)
         if "torch." in case:
-            assert isinstance(error.value, DtypeMismatch), (case, message)
+            assert isinstance(error.value, DtypeMismatch), (case, told)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -390,7 +390,7 @@ def test_numbers_that_are_none(
 ) -> None:
     """A conversion looks at each, however it is held."""
     files, _ = sample(victims, kind, name)
-    _, tensors = tensors_of(files, tmp_path / "weights")
+    _, tensors = held(files, tmp_path / "held")
     one = next(n for n in (matrix(tensors).replace("qweight", "scales"),) if n in tensors)
     if tensors[one].dtype == torch.float8_e4m3fn:
         one = next(n for n in tensors if n.startswith(f"{one}_scale"))
@@ -398,9 +398,9 @@ def test_numbers_that_are_none(
     tensors[one].view(-1)[-1] = value
     (tmp_path / "made").mkdir()
     place = written(holding(files, tensors, tmp_path / "made"), tmp_path / "files")
-    fields = next(s.told for s in victims(kind).samples if s.name == name)
+    told = next(s.told for s in victims(kind).samples if s.name == name)
     with pytest.raises(NonFinite, match=r"blocks\.0\.\S+"):
-        zoo.convert(place, tmp_path / "out", to="native", config=fields)
+        zoo.convert(place, tmp_path / "out", to="native", config=told)
     assert not (tmp_path / "out").exists()
 
 
@@ -415,7 +415,7 @@ PREFIXED = {  # what names may begin with
 @pytest.mark.parametrize(("kind", "name"), PREFIXED)
 def test_one_name_in_two_forms(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
     files, read = sample(victims, kind, name)
-    _, tensors = tensors_of(files, tmp_path / "weights")
+    _, tensors = held(files, tmp_path / "held")
     (tmp_path / "made").mkdir()
     first = next(n for n in tensors if n.startswith(PREFIXED[kind, name]))
     bare = first.removeprefix(PREFIXED[kind, name])
@@ -435,7 +435,7 @@ TIED = {  # a second name of a table's, where files may have both
 @pytest.mark.parametrize(("kind", "name"), TIED)
 def test_ties_that_are_none(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
     files, read = sample(victims, kind, name)
-    _, tensors = tensors_of(files, tmp_path / "weights")
+    _, tensors = held(files, tmp_path / "held")
     first, second = TIED[kind, name]
     (tmp_path / "made").mkdir()
     tensors[second] = tensors[first].clone()
@@ -477,8 +477,8 @@ def test_zips_and_pickles(victims: Victims, tmp_path: Path, kind: str, name: str
     at = next(n for n, (entry, _) in enumerate(entries) if entry.endswith("data.pkl"))
     weights = max((entry for entry in entries if "/data/" in entry[0]), key=lambda e: len(e[1]))
 
-    def fails(case: str, data: bytes, kinds: Any, message: str) -> None:
-        with pytest.raises(kinds, match=message) as error:
+    def fails(case: str, data: bytes, kinds: Any, told: str) -> None:
+        with pytest.raises(kinds, match=told) as error:
             read(written({**files, file: data}, tmp_path / case.replace(" ", "-")))
         assert file in str(error.value), case
 
