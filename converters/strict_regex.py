@@ -90,16 +90,16 @@ class _Reader:
     def alternatives(self, depth: int) -> list[list[_Part]]:
         if depth > DEEPEST:
             raise _Slow(f"nests groups deeper than {DEEPEST} levels")
-        found: list[list[_Part]] = [[]]
+        alternatives: list[list[_Part]] = [[]]
         while (character := self.next()) not in ("", ")"):
             if character == "|":
                 self.at += 1
-                found.append([])
+                alternatives.append([])
             else:
                 part = self.part(depth)
                 self.repeat(part)
-                found[-1].append(part)
-        return found
+                alternatives[-1].append(part)
+        return alternatives
 
     def part(self, depth: int) -> _Part:
         character = self.next()
@@ -185,9 +185,9 @@ def _check(sequence: list[_Part], before: int, last: bool, unbounded: int) -> tu
             if part.most > 1 and not _has_one_length(part.alternatives):
                 raise _Slow("repeats a group that itself repeats, or chooses")
             inside = 0 if part.least == 0 and ends else before
-            found = [_check(each, inside, ends, unbounded) for each in part.alternatives]
-            before = before if part.asserts else max(before, *(after for after, _ in found))
-            choices *= sum(count for _, count in found)
+            checked = [_check(each, inside, ends, unbounded) for each in part.alternatives]
+            before = before if part.asserts else max(before, *(after for after, _ in checked))
+            choices *= sum(count for _, count in checked)
         if part.many:
             before += 1
         else:
