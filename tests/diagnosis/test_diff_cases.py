@@ -371,13 +371,13 @@ def looking(
 
 def moved_behind(by: int) -> Plant:
     """Positions of what comes behind others in a cache."""
-    kept = masks._behind
+    kept = masks._after_others
 
     def behind(step: Any, window: int | None) -> Mask:
         mask = kept(step, window)
         return Mask(mask.allowed, mask.positions + by, mask.causal, mask.keys)
 
-    return code(masks, "_behind", behind)
+    return code(masks, "_after_others", behind)
 
 
 def rms(scale: Callable[[Tensor, float], Tensor]) -> Plant:
