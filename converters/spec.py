@@ -1,4 +1,4 @@
-"""The schema of specs/*.yaml: what each dialect calls tensors and config fields."""
+"""Specs: what each dialect of an architecture calls its tensors and config fields."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _SECTIONS = (
     "tied",
     "aliases",
     "drop",
-    "slots",
+    "optimizer_slots",
 )
 _CONFIG_SECTIONS = (
     *("config", "defaults", "require", "ignore", "exclusive"),
-    *("is", "needs", "unsaid", "words", "keys", "tables", "write", "zeros", "forgets"),
+    *("detect", "required", "null_values", "value_map", "key_map", "field_tensors", "write"),
+    *("zero_filled", "lossy_fields"),
 )
-_SPEC_KEYS = ("axes", "shapes", "present", "head")
+NATIVE = "native"  # the file of a spec that is about the model, and no dialect's
+_NATIVE_SECTIONS = ("axes", "shapes", "present", "head")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class When:
 
 @dataclass(frozen=True)
 class Container:
-    """What the files of a dialect are, whatever the architecture: `common.<dialect>.yaml` says it.
+    """What the files of a dialect are, whatever the architecture: `common/<dialect>.yaml` says it.
 
     `{shard}` in the file's name: there may be several, and tensors are called `0/name`, `1/name` …
     """
@@ -87,24 +89,30 @@ class Dialect:
     tied: tuple[tuple[Template, Template], ...] = ()
     aliases: tuple[tuple[Template, Template], ...] = ()
     drop: tuple[tuple[Template, str], ...] = ()
-    slots: Mapping[str, str] = field(default_factory=dict)  # behind a known name: why it is dropped
+    optimizer_slots: Mapping[str, str] = field(
+        default_factory=dict
+    )  # behind a known name: why it is dropped
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # native fields a config leaves out
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     exclusive: tuple[tuple[str, ...], ...] = ()  # fields of which one counts: they may not differ
     container: Container | None = None  # None: hf, whose files are what they always were
-    is_: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that tell it
-    needs: tuple[str, ...] = ()  # native fields without which nothing can be read
-    unsaid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that say nothing
-    words: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
+    detect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that tell it
+    required: tuple[str, ...] = ()  # native fields without which nothing can be read
+    null_values: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # values that say nothing
+    value_map: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
     # of a field that is an object: native key -> its own; it has no others
-    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    tables: Mapping[str, str] = field(default_factory=dict)  # array that says a native field: which
+    key_map: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    field_tensors: Mapping[str, str] = field(
+        default_factory=dict
+    )  # array that says a native field: which
     write: Mapping[str, Any] = field(default_factory=dict)  # `{field}` or a constant; null: not
     # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
-    zeros: Mapping[str, Any] = field(default_factory=dict)
-    forgets: frozenset[str] = frozenset()  # native fields that may be lost
+    zero_filled: Mapping[str, Any] = field(default_factory=dict)
+    lossy_fields: frozenset[str] = frozenset()  # native fields that may be lost
     reference: str = ""  # its list in reference_fields.yaml, if there is one
 
     @property
@@ -129,14 +137,16 @@ class Dialect:
         names = {disk, disk[len(prefix) :] if disk.startswith(prefix) else disk}
         if any(template.match(name) is not None for template in known for name in names):
             return True
-        return any(disk.endswith(s) and self.knows(disk.removesuffix(s)) for s in self.slots)
+        return any(
+            disk.endswith(s) and self.knows(disk.removesuffix(s)) for s in self.optimizer_slots
+        )
 
     def dropped(self, disk: str) -> str | None:
         """Why a tensor of this name is not wanted; None if it is, or is not known."""
         for template, reason in self.drop:
             if template.match(disk) is not None:
                 return reason
-        for suffix, reason in self.slots.items():
+        for suffix, reason in self.optimizer_slots.items():
             if disk.endswith(suffix) and self.knows(disk.removesuffix(suffix)):
                 return reason
         return None
@@ -151,10 +161,10 @@ class Dialect:
         return out
 
     def _native(self, name: str, value: Any) -> Any:
-        if name in self.keys and isinstance(value, dict):
-            names = {theirs: mine for mine, theirs in self.keys[name].items()}
+        if name in self.key_map and isinstance(value, dict):
+            names = {theirs: mine for mine, theirs in self.key_map[name].items()}
             value = {names.get(key, key): inner for key, inner in value.items()}
-        pairs = self.words.get(name, ())
+        pairs = self.value_map.get(name, ())
         return next((n for r, n in pairs if r == value and type(r) is type(value)), value)
 
     # --- config, both ways ---
@@ -166,9 +176,9 @@ class Dialect:
 
         What one field maps out of an object is no part of it for another that maps the whole.
         """
-        if self.unsaid:
+        if self.null_values:
             kept = reference.items()
-            reference = {k: v for k, v in kept if v not in self.unsaid.get(k, ())}
+            reference = {k: v for k, v in kept if v not in self.null_values.get(k, ())}
         ignore = frozenset(ignore)
         fields = dict(self.defaults)
         for name, paths in self.config.items():
@@ -304,13 +314,13 @@ class Dialect:
             for key in outer:
                 place = place.setdefault(key, {})
             value = fields[name]
-            if name in self.words:
-                said = [r for r, native in self.words[name] if native == value]
-                if not said and name not in self.keys:
+            if name in self.value_map:
+                said = [r for r, native in self.value_map[name] if native == value]
+                if not said and name not in self.key_map:
                     continue  # left out; it comes back different if that means something else
                 value = said[0] if said else value
-            if name in self.keys and isinstance(value, dict):
-                keys = self.keys[name]
+            if name in self.key_map and isinstance(value, dict):
+                keys = self.key_map[name]
                 value = {keys[key]: inner for key, inner in value.items() if key in keys}
             if isinstance(value, dict) and isinstance(place.get(last), dict):
                 place[last] = {**value, **place[last]}
@@ -367,26 +377,33 @@ class Spec:
 
 @cache
 def load_spec(name: str) -> Spec:
-    path = SPECS / f"{name}.yaml"
-    if not path.is_file():
-        raise SpecError(f"{path}: no such spec.{did_you_mean(name, spec_names())}")
-    return parse_spec(name, _read(path), f"converters/specs/{path.name}")
+    """Read the folder `specs/<name>`: `native.yaml` and a file per dialect."""
+    folder = SPECS / name
+    if not (folder / f"{NATIVE}.yaml").is_file():
+        raise SpecError(f"{folder}: no such spec.{did_you_mean(name, spec_names())}")
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    names.sort(key="hf".__ne__)  # the published layout is named first
+    return parse_spec(
+        name, {file: _read(f"{name}/{file}") for file in names}, f"converters/specs/{name}"
+    )
 
 
-def _read(path: Path, below: tuple[str, ...] = ()) -> Any:
-    """A spec's text; `like: other` lays it over that one: a null takes away, a list adds."""
-    data = _mapping(read_yaml(path, SpecError), path.name)
+def _read(file: str, below: tuple[str, ...] = ()) -> Any:
+    """One file of a spec, laid over the file that its `like:` names.
+
+    A null removes what the file below has, a list adds to it.
+    """
+    path = SPECS / f"{file}.yaml"
+    data = _mapping(read_yaml(path, SpecError), f"{file}.yaml")
     if (other := data.pop("like", None)) is None:
         return data
-    if path.stem in below:
-        raise SpecError(f"{path.name}: like: {' -> '.join((*below, path.stem))} goes round")
-    base = SPECS / f"{other}.yaml"
-    if not base.is_file():
-        raise SpecError(f"{path.name}: like: no spec {other!r}.{did_you_mean(other, spec_names())}")
-    under = _read(base, (*below, path.stem))
-    # another dialect's names are not taken for an architecture's own unless it says so
-    wanted = {*_SPEC_KEYS, "hf", *data}
-    return _laid_over({key: value for key, value in under.items() if key in wanted}, data)
+    if file in below:
+        raise SpecError(f"{file}.yaml: like: {' -> '.join((*below, file))} is a circle")
+    if not isinstance(other, str) or not (SPECS / f"{other}.yaml").is_file():
+        files = (path.relative_to(SPECS).with_suffix("") for path in SPECS.glob("*/*.yaml"))
+        near = did_you_mean(str(other), map(str, files))
+        raise SpecError(f"{file}.yaml: like: no file {other!r}.{near}")
+    return _laid_over(_read(other, (*below, file)), data)
 
 
 def _laid_over(base: Any, more: Any) -> Any:
@@ -401,20 +418,28 @@ def _laid_over(base: Any, more: Any) -> Any:
 
 
 def spec_names() -> list[str]:
-    return sorted(p.stem for p in SPECS.glob("*.yaml") if not p.stem.startswith("common."))
+    """Every folder of specs that is one architecture's."""
+    return sorted(path.parent.name for path in SPECS.glob(f"*/{NATIVE}.yaml"))
 
 
-def parse_spec(name: str, data: Any, where: str = "") -> Spec:
-    """A spec from plain data; every section that does not belong is an error."""
-    data = _mapping(data, where)
-    axes = _mapping(data.get("axes") or {}, f"{where}: axes")
-    shapes = data.get("shapes") or []
+def parse_spec(name: str, files: Any, where: str = "") -> Spec:
+    """A spec from plain data: what stands in `native.yaml`, and in each dialect's file.
+
+    Every section that does not belong is an error.
+    """
+    files = _mapping(files, where)
+    at = f"{where}/{NATIVE}.yaml"
+    native = _mapping(files.get(NATIVE) or {}, at)
+    if odd := [key for key in native if key not in _NATIVE_SECTIONS]:
+        raise SpecError(f"{at}: no section {odd[0]!r}.{did_you_mean(odd[0], _NATIVE_SECTIONS)}")
+    axes = _mapping(native.get("axes") or {}, f"{at}: axes")
+    shapes = native.get("shapes") or []
     if not isinstance(shapes, list) or not all(isinstance(line, str) for line in shapes):
-        raise SpecError(f"{where}: shapes: expected a list of native tensors with their axes")
+        raise SpecError(f"{at}: shapes: expected a list of native tensors with their axes")
     dialects = {
-        key: _dialect(key, _section(data, key, where), f"{where}: {key}")
-        for key in data
-        if key not in _SPEC_KEYS
+        key: _dialect(key, _mapping(data, f"{where}/{key}.yaml"), f"{where}/{key}.yaml")
+        for key, data in files.items()
+        if key != NATIVE
     }
     if "hf" in dialects:
         dialects["hf"] = replace(dialects["hf"], reference=name)
@@ -423,24 +448,13 @@ def parse_spec(name: str, data: Any, where: str = "") -> Spec:
         where,
         axes,
         dialects,
-        tuple(parse_ref(line, f"{where}: shapes") for line in shapes),
-        _mapping(data.get("present") or {}, f"{where}: present"),
+        tuple(parse_ref(line, f"{at}: shapes") for line in shapes),
+        _mapping(native.get("present") or {}, f"{at}: present"),
         tuple(
-            (_paths(heads, f"{where}: head"), name)
-            for heads, name in _mapping(data.get("head") or {}, f"{where}: head").items()
+            (_paths(heads, f"{at}: head"), name)
+            for heads, name in _mapping(native.get("head") or {}, f"{at}: head").items()
         ),
     )
-
-
-def _section(data: dict[str, Any], key: str, where: str, below: tuple[str, ...] = ()) -> Any:
-    """A dialect's lines, laid over those of another that it is `like`."""
-    section = _mapping(data[key], f"{where}: {key}")
-    if (other := section.get("like")) is None:
-        return section
-    if other not in data or other in (*below, key, *_SPEC_KEYS):
-        raise SpecError(f"{where}: {key}: like: no other dialect {other!r} to lay it over")
-    mine = {name: value for name, value in section.items() if name != "like"}
-    return _laid_over(_section(data, other, where, (*below, key)), mine)
 
 
 def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
@@ -449,23 +463,23 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         raise SpecError(f"{where}: no section {odd[0]!r}.{did_you_mean(odd[0], known)}")
 
     def section(key: str) -> dict[str, Any]:
-        return _mapping(data.get(key) or {}, f"{where}.{key}")
+        return _mapping(data.get(key) or {}, f"{where}: {key}")
 
     def rules(key: str) -> tuple[Rule, ...]:
-        return _rules(section(key), f"{where}.{key}")
+        return _rules(section(key), f"{where}: {key}")
 
     def pairs(key: str) -> tuple[tuple[Template, Template], ...]:
-        at = f"{where}.{key}"
+        at = f"{where}: {key}"
         return tuple((parse_name(a, at), parse_name(b, at)) for a, b in section(key).items())
 
     common = _common(name)
     ignored = data.get("ignore") or []
     if not isinstance(ignored, list):
-        raise SpecError(f"{where}.ignore: expected a list of field names")
+        raise SpecError(f"{where}: ignore: expected a list of field names")
     require = {**common["require"], **section("require")}
     for key, values in require.items():
         if not isinstance(values, list):
-            raise SpecError(f"{where}.require.{key}: expected a list of the values implemented")
+            raise SpecError(f"{where}: require.{key}: expected a list of the values implemented")
     dialect = Dialect(
         name=name,
         where=where,
@@ -473,33 +487,33 @@ def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
         weights=rules("weights"),
         heads=rules("heads"),
         alternatives=rules("alternatives"),
-        when=tuple(_when(key, more, f"{where}.when") for key, more in section("when").items()),
+        when=tuple(_when(key, more, f"{where}: when") for key, more in section("when").items()),
         optional=section("optional"),
         tied=pairs("tied"),
         aliases=pairs("aliases"),
-        drop=tuple((parse_name(n, f"{where}.drop"), r) for n, r in section("drop").items()),
-        slots=section("slots"),
-        config={k: _paths(v, f"{where}.config.{k}") for k, v in section("config").items()},
+        drop=tuple((parse_name(n, f"{where}: drop"), r) for n, r in section("drop").items()),
+        optimizer_slots=section("optimizer_slots"),
+        config={k: _paths(v, f"{where}: config.{k}") for k, v in section("config").items()},
         defaults=section("defaults"),
         require={k: tuple(v) for k, v in require.items()},
         ignore=frozenset(ignored) | frozenset(common["ignore"]),
         exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),
         container=common["container"],
-        is_={k: tuple(v) if type(v) is list else (v,) for k, v in section("is").items()},
-        needs=tuple(data.get("needs") or ()),
-        unsaid={k: tuple(v) for k, v in section("unsaid").items()},
-        words={k: tuple((a, b) for a, b in pairs) for k, pairs in section("words").items()},
-        keys=section("keys"),
-        tables=section("tables"),
+        detect={k: tuple(v) if type(v) is list else (v,) for k, v in section("detect").items()},
+        required=tuple(data.get("required") or ()),
+        null_values={k: tuple(v) for k, v in section("null_values").items()},
+        value_map={k: tuple((a, b) for a, b in pairs) for k, pairs in section("value_map").items()},
+        key_map=section("key_map"),
+        field_tensors=section("field_tensors"),
         write=section("write"),
-        zeros=section("zeros"),
-        forgets=frozenset([*(data.get("forgets") or ()), *common["forgets"]]),
+        zero_filled=section("zero_filled"),
+        lossy_fields=frozenset([*(data.get("lossy_fields") or ()), *common["lossy_fields"]]),
     )
     for template, _ in dialect.drop + dialect.tied + dialect.aliases:
         if not str(template).strip():
             raise SpecError(f"{where}: an empty name")
-    if "" in dialect.slots:
-        raise SpecError(f"{where}.slots: an empty name")
+    if "" in dialect.optimizer_slots:
+        raise SpecError(f"{where}: slots: an empty name")
     return dialect
 
 
@@ -529,14 +543,14 @@ def _paths(text: Any, where: str) -> tuple[str, ...]:
 @cache
 def _common(dialect: str) -> dict[str, Any]:
     """What every config of a dialect may hold, whatever the architecture."""
-    path = SPECS / f"common.{dialect}.yaml"
+    path = SPECS / "common" / f"{dialect}.yaml"
     data = _mapping(read_yaml(path, SpecError), path.name) if path.is_file() else {}
     said = data.get("container")
     return {
         "ignore": data.get("ignore") or [],
         "require": data.get("require") or {},
-        "forgets": data.get("forgets") or [],
-        "container": None if said is None else _container(said, f"{path.name}: container"),
+        "lossy_fields": data.get("lossy_fields") or [],
+        "container": None if said is None else _container(said, f"common/{path.name}: container"),
     }
 
 

@@ -48,7 +48,7 @@ def tree(root: Path, name: str) -> None:
     mine = (f"  {name}:", f"architecture: {name}\n")
     kept = [b for b in blocks if not b.startswith(mine[0]) and mine[1] not in b]
     (root / "registry.yaml").write_text("".join(kept), encoding="utf-8")
-    (root / f"converters/specs/{name}.yaml").unlink()
+    shutil.rmtree(root / f"converters/specs/{name}")
     (root / f"zoo/models/{name}.py").unlink(missing_ok=True)
 
 
@@ -65,8 +65,8 @@ def compared(name: str, like: str, reference: str) -> tuple[Any, ...]:
         started = time.perf_counter()
         draft = scaffold.draft(name, like, reference, root=Path(scratch))
         took = time.perf_counter() - started
-    text = draft.files[f"converters/specs/{name}.yaml"]
-    found: Dialect = parse_spec(name, yaml.safe_load(text)).dialect("hf")
+    text = draft.files[f"converters/specs/{name}/hf.yaml"]
+    found: Dialect = parse_spec(name, {"hf": yaml.safe_load(text)}).dialect("hf")
     mine, theirs = rules(found.weights + found.heads), rules(wanted.weights + wanted.heads)
     right = {f for f, paths in found.config.items() if paths[0] in wanted.config.get(f, ())}
     every = {f for f in wanted.config if f in fields}

@@ -269,7 +269,7 @@ class Located(NamedTuple):
             return kind(**{**self.fields, **changes, "head": head})
         dialect = self.foreign.dialect
         given = {**self.fields, **dialect.native_names(changes, kind.__dataclass_fields__)}
-        if lacking := [name for name in dialect.needs if given.get(name) is None]:
+        if lacking := [name for name in dialect.required if given.get(name) is None]:
             words = [dialect.reference_field(name) for name in lacking]
             odd = sorted(given.keys() - kind.__dataclass_fields__.keys())
             raise ConfigError(
@@ -736,7 +736,7 @@ def told_by_tables(
 ) -> dict[str, Any]:
     """Native fields that small arrays tell: how rotary frequencies are scaled."""
     told: dict[str, Any] = {}
-    for name, field_ in dialect.tables.items():
+    for name, field_ in dialect.field_tensors.items():
         if name not in there:
             continue
         numbers = tensor(name)

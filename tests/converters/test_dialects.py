@@ -65,7 +65,7 @@ def model_of(spec: str, *dialects: str, **changes: Any) -> Any:
 def asked(model: Any, dialect: str, spec: str) -> dict[str, Any]:
     """What a dialect has to be told."""
     found = EVERY.get((spec, dialect))
-    return {name: getattr(model.config, name) for name in found[1].needs} if found else {}
+    return {name: getattr(model.config, name) for name in found[1].required} if found else {}
 
 
 def test_a_spec_laid_over_another_has_its_hf_alone() -> None:

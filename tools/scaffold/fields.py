@@ -39,7 +39,7 @@ class Fields:
 
     def __init__(self, like: Architecture, dialect: Dialect, found: Survey) -> None:
         self.like, self.found = like, found
-        raw = read_yaml(SPECS / f"{like.spec}.yaml", SpecError)["hf"]
+        raw = read_yaml(SPECS / like.spec / "hf.yaml", SpecError)
         known = {**found.defaults, **found.config}
         self.paths: dict[str, tuple[str, ...]] = {}
         self.guessed: list[str] = []
@@ -95,29 +95,29 @@ class Fields:
             return self.like.config_class(**kept, head=head)
 
     def text(self) -> list[str]:
-        out = ["  config:"]
+        out = ["config:"]
         sure = {n: p for n, p in self.paths.items() if n not in self.guessed}
-        out += [f"    {native}: {' | '.join(paths)}" for native, paths in sure.items()]
-        out += ["    # guessed by name"] if self.guessed else []
-        out += [f"    {native}: {self.paths[native][0]}" for native in self.guessed]
-        out += [f"    # {MARK} {name}: no field is called so" for name in self.missing]
+        out += [f"  {native}: {' | '.join(paths)}" for native, paths in sure.items()]
+        out += ["  # guessed by name"] if self.guessed else []
+        out += [f"  {native}: {self.paths[native][0]}" for native in self.guessed]
+        out += [f"  # {MARK} {name}: no field is called so" for name in self.missing]
         if self.refused:
-            out.append(f"    # {MARK} {self.like.name}'s config refuses a value: {self.refused}")
+            out.append(f"  # {MARK} {self.like.name}'s config refuses a value: {self.refused}")
         fixed = {k: v for k, v in self.unknown.items() if _neutral(v)}
         for name, value in self.unknown.items():
             if name not in fixed:
                 usual = self.found.defaults.get(name)
                 where = f"{shortened(value)} here"
                 where += f", usually {shortened(usual)}" if usual != value else ""
-                out.append(f"    # {MARK} {name} ({where}): under config, require or ignore")
+                out.append(f"  # {MARK} {name} ({where}): under config, require or ignore")
         if self.require or fixed:
-            out.append("  require:")
-            out += [f"    {name}: {flow(allowed)}" for name, allowed in self.require.items()]
+            out.append("require:")
+            out += [f"  {name}: {flow(allowed)}" for name, allowed in self.require.items()]
         if fixed:
-            out.append("    # guessed: as the tiny checkpoints have it; any other value is refused")
-            out += [f"    {k}: {flow([] if v is None else [v])}" for k, v in fixed.items()]
+            out.append("  # guessed: as the tiny checkpoints have it; any other value is refused")
+            out += [f"  {k}: {flow([] if v is None else [v])}" for k, v in fixed.items()]
         if self.ignore:
-            out.append(f"  ignore: {flow(self.ignore)}")
+            out.append(f"ignore: {flow(self.ignore)}")
         return out
 
 

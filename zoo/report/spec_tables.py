@@ -41,7 +41,7 @@ def _lines(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
         yield str(old), str(new), "an old name of the other, read alone"
     for name, why in dialect.drop:
         yield str(name), "", f"dropped: {why}"
-    for suffix, why in dialect.slots.items():
+    for suffix, why in dialect.optimizer_slots.items():
         yield f"…{suffix}", "", f"dropped: {why}"
 
 
@@ -52,7 +52,9 @@ def _rules(rules: tuple[Rule, ...], told: str) -> Iterator[tuple[str, str, str]]
 
 def _fields(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
     for name, paths in dialect.config.items():
-        words = "; ".join(f"{theirs!r} is {mine!r}" for theirs, mine in dialect.words.get(name, ()))
+        words = "; ".join(
+            f"{theirs!r} is {mine!r}" for theirs, mine in dialect.value_map.get(name, ())
+        )
         missing = f"{dialect.defaults[name]!r} if left out" if name in dialect.defaults else ""
         yield " or ".join(paths), name, "; ".join(filter(None, (words, missing)))
     for name, value in dialect.defaults.items():
@@ -64,7 +66,7 @@ def _fields(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
         yield ", ".join(sorted(dialect.ignore)), "", "read by nothing that computes"
     for group in dialect.exclusive:
         yield ", ".join(group), "", "one of them counts"
-    if dialect.needs:
-        yield "", ", ".join(dialect.needs), "to be told: the files do not say it"
-    if dialect.forgets:
-        yield "", ", ".join(sorted(dialect.forgets)), "not written: inference does not need it"
+    if dialect.required:
+        yield "", ", ".join(dialect.required), "to be told: the files do not say it"
+    if dialect.lossy_fields:
+        yield "", ", ".join(sorted(dialect.lossy_fields)), "not written: inference does not need it"

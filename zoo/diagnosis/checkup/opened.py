@@ -142,7 +142,7 @@ def _is_silent(located: Located, config: Mapping[str, Any]) -> bool:
         return False
     dialect = located.foreign.dialect
     said = {**located.fields, **dialect.native_names(config, located.fields)}
-    return any(said.get(name) is None for name in dialect.needs)
+    return any(said.get(name) is None for name in dialect.required)
 
 
 def _fitting(located: Located, model: Model, checkpoint: Checkpoint) -> Fitting:
