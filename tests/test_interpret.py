@@ -167,7 +167,7 @@ def test_distances_are_seen_and_patched(name: str) -> None:
     model = hot(build(name)).double()
     inputs, place = given(model), "encoder.distances" if name == "t5" else "distances"
     if name != "t5":  # distances alone look at distances
-        model.config = replace(model.config, placed=False)
+        model.config = replace(model.config, absolute_positions=False)
 
     def none(terms: Any) -> Any:
         if isinstance(terms, Tensor):
@@ -221,7 +221,7 @@ def test_patterns_with_a_cache(name: str, tokens: int) -> None:
 
 
 def test_what_runs_again_has_a_number() -> None:
-    model = hot(build("mobilellm", twice=True))
+    model = hot(build("mobilellm", repeat=True))
     _, kept = model.run_with_cache(**given(model), names=["blocks.0", "blocks.1:in", "norm:in"])
     assert [*kept] == ["blocks.0", "blocks.0@2", "blocks.1:in", "blocks.1:in@2", "norm:in"]
     assert torch.equal(kept["blocks.0@2"], kept["blocks.1:in"])
@@ -640,8 +640,8 @@ def test_the_lens_reads_states_as_the_head_would(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "more"),
     [
-        ("mobilellm", {"twice": True}, 3),
-        ("deberta-v2", {"head": "enhanced_masked_lm", "placed": False}, 2),
+        ("mobilellm", {"repeat": True}, 3),
+        ("deberta-v2", {"head": "enhanced_masked_lm", "absolute_positions": False}, 2),
         ("deberta-v2", {"conv": 3}, 0),
         ("bert", {"head": "pretraining"}, 0),
         ("bert", {"head": "question_answering"}, 0),

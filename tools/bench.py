@@ -216,7 +216,8 @@ def bench_moe(rounds: int) -> dict[str, float]:
     layers = {}
     for experts in (4, 8, 16, 32, 64):
         for chosen in (1, 2, 4):
-            layer = Experts(dim, hidden, ACTIVATIONS["silu"], experts=experts, chosen=chosen)
+            silu = ACTIVATIONS["silu"]
+            layer = Experts(dim, hidden, silu, experts=experts, experts_per_token=chosen)
             layer.router.weight.data.normal_()
             layer.draw(0.02)
             layers[experts, chosen] = layer

@@ -45,6 +45,7 @@ from converters.strict_json import parse_json
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.finite import first_where, source_of
+from zoo.checkpoints.former import current_fields
 from zoo.checkpoints.sources import NATIVE_FILE
 from zoo.components.model import Model
 from zoo.components.rotary import Llama3
@@ -769,8 +770,8 @@ def _read_native(source: sources.Source, path: Path, head: str | None) -> Locate
     if problems := list(_native_problems(data)):
         raise ConfigError("\n  ".join([f"{path}: not what zoo writes:", *problems]))
     entry = registry.architectures()[data["architecture"]]
-    fields, origin = dict(data["config"]), data["origin"]
-    named = fields.pop("head")
+    fields = current_fields(data["config"], entry.config_class.__dataclass_fields__)
+    named, origin = fields.pop("head"), data["origin"]
     heads = (head or named,)
     spec = load_spec(entry.spec)
     return Located(source, entry, spec, heads, fields, origin["class"], origin["config"], data)

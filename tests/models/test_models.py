@@ -47,7 +47,7 @@ def test_compiled_without_breaks(name: str, head: str) -> None:
 @pytest.mark.parametrize(("name", "head"), COMPILED)
 @pytest.mark.parametrize("pad", [None, 3])
 def test_exported_for_any_batch_and_length(name: str, head: str, pad: int | None) -> None:
-    if pad is None and getattr(build(name).config, "offset", False):
+    if pad is None and getattr(build(name).config, "positions_after_pad", False):
         pad = 1  # places are counted from behind it: there is no such model without
     model = build(name, head=head, pad=pad).eval()
     axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=50)}

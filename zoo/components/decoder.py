@@ -30,7 +30,7 @@ class Decoder(Model):
             self.score = Linear(c.dim, len(c.labels), bias=False)
         self.finish()
 
-    def looks(
+    def masks(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> list[Mask]:
         """What each layer's queries see; all that is given to the model is checked here."""

@@ -11,10 +11,10 @@ class Experts(nn.Module):
     """Gated MLPs stacked along their first axis; only those that were chosen run."""
 
     def __init__(
-        self, dim: int, hidden: int, act: Activation, *, experts: int, chosen: int
+        self, dim: int, hidden: int, act: Activation, *, experts: int, experts_per_token: int
     ) -> None:
         super().__init__()
-        self.act, self.experts, self.chosen = act, experts, chosen
+        self.act, self.experts, self.experts_per_token = act, experts, experts_per_token
         self.router = Linear(dim, experts, bias=False)
         self.gate = nn.Parameter(torch.empty(experts, hidden, dim))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
@@ -28,13 +28,13 @@ class Experts(nn.Module):
         tokens = x.flatten(0, 1)
         scores = self.router(tokens)
         wide = torch.promote_types(x.dtype, torch.float32)
-        share, index = scores.softmax(dim=-1, dtype=wide).topk(self.chosen, dim=-1)
+        share, index = scores.softmax(dim=-1, dtype=wide).topk(self.experts_per_token, dim=-1)
         share = share / share.sum(dim=-1, keepdim=True)
         run = self.run_all if torch.compiler.is_compiling() else self.run_chosen
         return run(tokens, share, index).view_as(x)
 
     def run_chosen(self, tokens: Tensor, share: Tensor, index: Tensor) -> Tensor:
-        """(tokens, dim) from each token's (tokens, chosen) shares and experts."""
+        """(tokens, dim) from each token's (tokens, experts_per_token) shares and experts."""
         out = torch.zeros_like(tokens)
         for expert in index.unique().tolist():
             row, place = (index == expert).nonzero(as_tuple=True)

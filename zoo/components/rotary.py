@@ -272,7 +272,7 @@ class Rotated(Config):
     rope: Scaling = PLAIN
 
     @property
-    def turned(self) -> int:
+    def rotary_dim(self) -> int:
         """How much of each head is turned."""
         return self.head_dim  # type: ignore[attr-defined]
 
@@ -286,11 +286,11 @@ class Rotated(Config):
         return self.positions if self.rope.unbounded else self.limit
 
     def rotary(self) -> Rotary:
-        return Rotary(self.turned, self.rope_base, self.rope, self.positions)
+        return Rotary(self.rotary_dim, self.rope_base, self.rope, self.positions)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.turned % 2 or self.turned < 2:
-            yield f"head_dim: {self.turned} of it are turned, and rotary turns pairs"
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            yield f"head_dim: {self.rotary_dim} of it are turned, and rotary turns pairs"
         else:
-            yield from self.rope.misfits(self.turned, self.rope_base)
+            yield from self.rope.misfits(self.rotary_dim, self.rope_base)

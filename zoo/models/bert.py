@@ -20,20 +20,20 @@ class Config(encoder.Config):
     vocab: int = 30522
     layers: int = 12
     positions: int = 512
-    offset: bool = False  # places are counted from behind the padding id's
+    positions_after_pad: bool = False  # places are counted from behind the padding id's
     types: int = 2  # of tokens; 0: none
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.offset and self.pad is None:
+        if self.positions_after_pad and self.pad is None:
             yield "pad: null, and places are counted from behind the padding id's"
         elif self.limit < 1:
             yield f"positions: {self.positions} leave none behind the padding id's {self.pad}"
 
     @property
     def behind(self) -> int | None:
-        return self.pad if self.offset else None
+        return self.pad if self.positions_after_pad else None
 
     @property
     def limit(self) -> int:

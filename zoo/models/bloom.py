@@ -74,7 +74,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.masks(input_ids, attention_mask, cache)[0]
         x = self.embed_norm(self.embed(input_ids))
         for block in self.blocks:
             x = block(x, mask)

@@ -20,11 +20,11 @@ from zoo.errors import ConfigError
 PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretraining left
 
 
-class Looks(tuple[str, ...]):
+class PositionTerms(tuple[str, ...]):
     """Who looks at whom beside contents at contents: c2p, contents at places, and p2c."""
 
     @classmethod
-    def from_json(cls, value: Any) -> "Looks":
+    def from_json(cls, value: Any) -> "PositionTerms":
         names = value.split("|") if isinstance(value, str) else value or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
@@ -37,7 +37,7 @@ class Looks(tuple[str, ...]):
         return list(self)
 
 
-NOWHERE = Looks()
+NO_TERMS = PositionTerms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,14 @@ class Config(encoder.Config):
     head_dim: int = config.DERIVED
     pooler_dim: int = config.DERIVED
     positions: int = 512
-    placed: bool = True  # inputs hold their absolute places
+    absolute_positions: bool = True  # inputs hold their absolute places
     types: int = 0  # of tokens
     eps: float = 1e-7
     relative: bool = False
-    looks: Looks = NOWHERE
-    reach: int = -1  # of distances; positions
+    position_terms: PositionTerms = NO_TERMS
+    max_distance: int = -1  # of distances; positions
     log_buckets: int = -1  # for distances, far ones together; each has its own
-    shared: bool = False  # places go through the projections of contents
+    shared_projections: bool = False  # places go through the projections of contents
     legacy: bool = config.DERIVED  # the masked LM's head is one that the reference added
     key_bias: bool = True  # the first version has none
     table_norm: str = "none"
@@ -70,11 +70,13 @@ class Config(encoder.Config):
 
     @property
     def limit(self) -> int | None:
-        return self.positions if self.placed or self.head == "enhanced_masked_lm" else None
+        return (
+            self.positions if self.absolute_positions or self.head == "enhanced_masked_lm" else None
+        )
 
     @property
     def longest(self) -> int:
-        return self.reach if self.reach > 0 else self.positions
+        return self.max_distance if self.max_distance > 0 else self.positions
 
     def derived(self) -> Mapping[str, Any]:
         own = {"head_dim": self.dim // self.heads, "pooler_dim": self.dim}
@@ -96,8 +98,8 @@ class Distances(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.buckets, self.reach = c.log_buckets, c.longest
-        self.span = self.buckets if self.buckets > 0 else self.reach
+        self.buckets, self.max_distance = c.log_buckets, c.longest
+        self.span = self.buckets if self.buckets > 0 else self.max_distance
         self.embed = Embedding(2 * self.span, c.dim)
         self.norm = nn.LayerNorm(c.dim, c.eps) if c.table_norm == "layer_norm" else None
 
@@ -121,19 +123,19 @@ class Distances(nn.Module):
         near = self.buckets // 2
         wide = torch.promote_types(self.embed.weight.dtype, torch.float32)
         far = behind.abs().clamp(min=near).to(wide)
-        most = torch.tensor((self.reach - 1) / near, dtype=wide).log()
+        most = torch.tensor((self.max_distance - 1) / near, dtype=wide).log()
         grown = ((far / near).log() / most * (near - 1)).ceil() + near
         return torch.where(behind.abs() <= near, behind, grown.long() * behind.sign())
 
 
 class Disentangled(Attention):
     def __init__(self, c: Config, distances: Callable[[Mask], tuple[Tensor, Tensor]] | None):
-        scale = (c.head_dim * (1 + len(c.looks))) ** -0.5
+        scale = (c.head_dim * (1 + len(c.position_terms))) ** -0.5
         shape = (c.dim, c.heads, c.heads, c.head_dim)
         super().__init__(*shape, bias=True, dropout=c.attn_dropout, scale=scale, attend=self.look)
         self.k = Linear(c.dim, c.dim, bias=c.key_bias)
-        self.looks, self.distances = c.looks, distances
-        own = [] if c.shared or distances is None else c.looks
+        self.position_terms, self.distances = c.position_terms, distances
+        own = [] if c.shared_projections or distances is None else c.position_terms
         self.pos_k = Linear(c.dim, c.dim, bias=c.key_bias) if "c2p" in own else None
         self.pos_q = Linear(c.dim, c.dim) if "p2c" in own else None
         self.table_dropout = nn.Dropout(c.dropout)
@@ -141,13 +143,13 @@ class Disentangled(Attention):
     def look(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
     ) -> Tensor:
-        if self.distances is None or not self.looks:
+        if self.distances is None or not self.position_terms:
             return attend(q, k, v, mask, scale, dropout)
         vectors, rows = self.distances(mask)
         vectors, bias = self.table_dropout(vectors), torch.zeros((), dtype=q.dtype, device=q.device)
-        if "c2p" in self.looks:
+        if "c2p" in self.position_terms:
             bias = bias + self.at(rows, q, (self.pos_k or self.k)(vectors))
-        if "p2c" in self.looks:
+        if "p2c" in self.position_terms:
             bias = bias + self.at(rows.mT, k, (self.pos_q or self.q)(vectors)).mT
         return attend(q, k, v, mask, scale, dropout, bias * scale)
 
@@ -216,7 +218,7 @@ class Model(encoder.Encoder):
         mask = masks.full(input_ids, attention_mask)
         x = self.embed(input_ids)
         places = None if self.positions is None else self.positions(mask.positions)
-        if self.config.placed:
+        if self.config.absolute_positions:
             x = x + places
         if self.types is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -231,7 +233,7 @@ class Model(encoder.Encoder):
             if n == 0 and self.conv is not None:
                 x = self.conv(states[0], x)
             states.append(x)
-        if self.config.head == "enhanced_masked_lm" and not self.config.placed:
+        if self.config.head == "enhanced_masked_lm" and not self.config.absolute_positions:
             x = states[-2] + places
             for _ in range(2):  # places ask, and the last layer answers from the one before it
                 x = self.blocks[-1](x, mask, states[-2])

@@ -39,7 +39,7 @@ class Config(Rotated):
     heads_known: ClassVar = decoder.HEADS
 
     @property
-    def turned(self) -> int:
+    def rotary_dim(self) -> int:
         return self.dim // self.heads
 
     def derived(self) -> Mapping[str, Any]:
@@ -65,7 +65,7 @@ class Block(nn.Module):
         else:
             self.norm1 = nn.LayerNorm(c.dim, c.eps)
             self.norm2 = None if c.parallel else nn.LayerNorm(c.dim, c.eps)
-        self.attn = Attention(c.dim, c.heads, c.kv_heads, c.turned, bias=c.bias, **places)
+        self.attn = Attention(c.dim, c.heads, c.kv_heads, c.rotary_dim, bias=c.bias, **places)
         self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
         self.attn_dropout, self.dropout = nn.Dropout(c.attn_dropout), nn.Dropout(c.dropout)
 
@@ -84,7 +84,7 @@ class Model(decoder.Decoder):
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim)
         # the term is rounded to bf16 in every dtype, and scaled as the scores are
-        term = Biased(Alibi(c.heads, c.turned**-0.5, torch.bfloat16))
+        term = Biased(Alibi(c.heads, c.rotary_dim**-0.5, torch.bfloat16))
         places = {"attend": term, "dropout": c.attn_dropout} if c.alibi else {"rotary": c.rotary()}
         self.blocks = nn.ModuleList(Block(c, places) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.dim, c.eps)
@@ -93,7 +93,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.masks(input_ids, attention_mask, cache)[0]
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

@@ -27,7 +27,7 @@ class Config(Rotated, config.Windowed):
     head_dim: int = config.DERIVED  # dim / heads
     hidden: int = 11008
     experts: int = 0  # none: one MLP for every token
-    chosen: int = 2  # experts a token goes through
+    experts_per_token: int = 2  # experts a token goes through
     act: str = "silu"
     eps: float = 1e-6
     attn_bias: bool = False
@@ -35,7 +35,7 @@ class Config(Rotated, config.Windowed):
     mlp_bias: bool = False
     attn_dropout: float | None = 0.0
     tied: bool = False
-    twice: bool = False  # each block runs two times
+    repeat: bool = False  # each block runs two times
     dual_chunk: DualChunk | None = None  # ordinary attention
     heads_known: ClassVar = decoder.HEADS
 
@@ -48,8 +48,8 @@ class Config(Rotated, config.Windowed):
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
         if self.head_dim * self.heads != self.dim and self.dim % self.heads:
             yield from config.divides("heads", self.heads, "dim", self.dim)
-        if self.experts and self.chosen > self.experts:
-            yield f"chosen: {self.chosen} of {self.experts} experts"
+        if self.experts and self.experts_per_token > self.experts:
+            yield f"experts_per_token: {self.experts_per_token} of {self.experts} experts"
 
 
 class Block(nn.Module):
@@ -70,7 +70,9 @@ class Block(nn.Module):
         act = activations.ACTIVATIONS[c.act]
         self.mlp: nn.Module = GatedMLP(c.dim, c.hidden, act, bias=c.mlp_bias)
         if c.experts:
-            self.mlp = Experts(c.dim, c.hidden, act, experts=c.experts, chosen=c.chosen)
+            self.mlp = Experts(
+                c.dim, c.hidden, act, experts=c.experts, experts_per_token=c.experts_per_token
+            )
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = x + self.attn(self.norm1(x), mask)
@@ -91,9 +93,9 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        looks = self.looks(input_ids, attention_mask, cache)
+        masks = self.masks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
-        for block, mask in zip(self.blocks, looks, strict=False):
-            for _ in range(1 + self.config.twice):
+        for block, mask in zip(self.blocks, masks, strict=False):
+            for _ in range(1 + self.config.repeat):
                 x = block(x, mask)
         return self.read_out(self.norm(x), input_ids, attention_mask)

@@ -32,7 +32,7 @@ class Config(Rotated):
     heads_known: ClassVar = decoder.HEADS
 
     @property
-    def turned(self) -> int:
+    def rotary_dim(self) -> int:
         return int(self.dim // self.heads * self.rope_share)
 
     def derived(self) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.masks(input_ids, attention_mask, cache)[0]
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

@@ -33,7 +33,7 @@ class Config(config.Config):
     act: str = config.DERIVED  # what mlp says
     gated: bool = config.DERIVED
     buckets: int = 32
-    distance: int = 128
+    max_distance: int = 128
     eps: float = 1e-6
     dropout: float = 0.1
     tied: bool = True  # and the states scaled before it, which an untied head's are not
@@ -65,7 +65,7 @@ class Distances(nn.Module):
     def __init__(self, c: Config, both_ways: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.buckets, c.heads))
-        self.reach, self.both_ways = c.distance, both_ways
+        self.max_distance, self.both_ways = c.max_distance, both_ways
 
     def draw(self, std: float) -> None:
         nn.init.normal_(self.weight, 0, std)
@@ -82,7 +82,7 @@ class Distances(nn.Module):
             later, ahead = (ahead > 0) * count, -ahead.abs()
         far, near = (-ahead).clamp(min=0), count // 2
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        grown = (far.to(wide) / near).log() / math.log(self.reach / near) * (count - near)
+        grown = (far.to(wide) / near).log() / math.log(self.max_distance / near) * (count - near)
         shared = (near + grown.clamp(min=0).long()).clamp(max=count - 1)
         return later + torch.where(far < near, far, shared)
 

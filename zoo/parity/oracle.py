@@ -37,7 +37,7 @@ class Oracle:
         self.model_type: str = said.get("model_type", entry.model_type if entry else "")
         self.reference_class = said.get("classes", {}).get(reference_class, reference_class)
         self.fields: dict[str, str] = said.get("fields", {})
-        self.twice: str = said.get("twice", "")
+        self.repeat: str = said.get("repeat", "")
         self.own: dict[str, Any] = {}
         if entry is not None and said:
             self.own = {"model_type": entry.model_type, "architectures": [reference_class]}
@@ -46,7 +46,7 @@ class Oracle:
         """The library's fields, for the layers that a checkpoint holds."""
         if not self.own:
             return dict(config)
-        kept = {n: v for n, v in config.items() if n not in (*self.fields.values(), self.twice)}
+        kept = {n: v for n, v in config.items() if n not in (*self.fields.values(), self.repeat)}
         renamed = {self.fields.get(n, n): v for n, v in kept.items()}
         classes = {"model_type": self.model_type, "architectures": [self.reference_class]}
         return {**renamed, **classes}
@@ -54,7 +54,7 @@ class Oracle:
     def own_config(self, library: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
         """What the library wrote, as the architecture's own files have it."""
         kept = {n: v for n, v in library.items() if n not in self.fields.values()}
-        names = (*self.fields, self.twice) if self.own else ()
+        names = (*self.fields, self.repeat) if self.own else ()
         return {**kept, **{n: said[n] for n in names if n in said}, **self.own}
 
     @contextmanager
@@ -67,7 +67,7 @@ class Oracle:
         checkpoint = open_checkpoint(source)
         tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.tensors}
         library = self.library_config(config)
-        if config.get(self.twice):
+        if config.get(self.repeat):
             library["num_hidden_layers"] *= 2
             tensors = {
                 _moved(name, lambda n, k=k: 2 * n + k): x.clone()  # type: ignore[misc]
@@ -82,7 +82,7 @@ class Oracle:
     def fold(self, source: Path) -> Callable[[str], str]:
         """The one name of what the library has two of, where layers were written out twice."""
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        twice = bool(self.twice and config.get(self.twice))
+        twice = bool(self.repeat and config.get(self.repeat))
         return lambda name: _moved(name, lambda n: n // 2) if twice else name
 
     def folded(self, source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def fuses(reference_class: str) -> bool:
 def on_meta(reference_class: str, config: Mapping[str, Any]) -> nn.Module:
     """Names, shapes and order of the reference's parameters, without their numbers."""
     library, oracle = transformers(), Oracle(reference_class)
-    if config.get(oracle.twice):
+    if config.get(oracle.repeat):
         raise ParityError(f"the reference has two layers for each of {reference_class}'s")
     said = {**oracle.library_config(config), "model_type": oracle.model_type}
     with torch.device("meta"):
