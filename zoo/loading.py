@@ -504,7 +504,7 @@ def locate(
         found = _read(source, head, ignore_config, mmap)
         found = found._replace(mmap=mmap, ignore_config=tuple(ignore_config))
         _check_name(found, head)
-    if expect is not None and found.entry.model is not expect:
+    if expect is not None and not issubclass(found.entry.model, expect):
         raise UnsupportedArchitecture(
             f"{ref}: a {found.entry.name} checkpoint, and {expect.__module__}.Model was asked for. "
             f"Use zoo.load, or {found.entry.model.__module__}.Model"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.components.masks import Mask
 from zoo.components.model import Linear
-from zoo.components.rotary import UNTURNED
+from zoo.components.rotary import NO_ROTARY, Rotation
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask, float, float], Tensor]
 Term = Callable[[Tensor, Tensor, Mask], Tensor]
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         out_bias: bool | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
-        rotary: Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]] = UNTURNED,
+        rotary: Rotation = NO_ROTARY,
         attend: Attend = attend,
     ) -> None:
         super().__init__()

@@ -30,16 +30,20 @@ class Decoder(Model):
             self.score = Linear(c.dim, len(c.labels), bias=False)
         self.finish()
 
+    def mask(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Mask:
+        """Check the inputs of a model whose layers share one causal mask, and make it."""
+        return self.masks(input_ids, attention_mask, cache)[0]
+
     def masks(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> list[Mask]:
-        """What each layer's queries see; all that is given to the model is checked here."""
+        """Check the model's inputs, and make each layer's causal mask, windowed or not."""
         c = self.config
         if cache is not None and c.head == "sequence_classification":
             raise InputError("a row is classified as a whole, and a cache gives it in parts")
         inputs.check(input_ids, c, cache)
-        found = masks.windowed(input_ids, attention_mask, c.windows(), cache)
-        return [found[window] for window in c.windows()]
+        by_window = masks.windowed(input_ids, attention_mask, c.windows(), cache)
+        return [by_window[window] for window in c.windows()]
 
     def read_out(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         match self.config.head:

@@ -50,7 +50,7 @@ class DualChunk:
         return self.chunk_size - self.local_size
 
 
-class DualChunked:
+class DualChunkAttention:
     """An `attend` that turns queries and keys itself."""
 
     def __init__(self, sizes: DualChunk, rotary: Rotary) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass
 from typing import Any, ClassVar
 
@@ -14,15 +14,17 @@ from zoo.components.config import Config
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError, did_you_mean
 
+Rotation = Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]]  # of queries and keys
 
-class Unturned:
-    """No rotary at all: positions come from elsewhere."""
+
+class NoRotary:
+    """Leaves queries and keys alone: positions come from elsewhere."""
 
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         return q, k
 
 
-UNTURNED = Unturned()
+NO_ROTARY = NoRotary()
 
 
 class Rotary:
