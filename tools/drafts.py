@@ -59,7 +59,7 @@ def rules(of: tuple[Rule, ...]) -> set[str]:
 def compared(name: str, like: str, reference: str) -> tuple[Any, ...]:
     """(seconds, rules right, rules, config fields right, fields, marks, only data or not)"""
     wanted = load_spec(registry.architectures()[name].spec).dialect("hf")
-    fields = registry.architectures()[name].config_class.__dataclass_fields__
+    fields = registry.architectures()[name].config_class.model_fields
     with tempfile.TemporaryDirectory(prefix="zoo-draft-") as scratch:
         tree(Path(scratch), name)
         started = time.perf_counter()

@@ -269,10 +269,10 @@ class Located(NamedTuple):
         if self.foreign is None:
             return kind(**{**self.fields, **changes, "head": head})
         dialect = self.foreign.dialect
-        given = {**self.fields, **dialect.native_names(changes, kind.__dataclass_fields__)}
+        given = {**self.fields, **dialect.native_names(changes, kind.model_fields)}
         if lacking := [name for name in dialect.required if given.get(name) is None]:
             words = [dialect.reference_field(name) for name in lacking]
-            odd = sorted(given.keys() - kind.__dataclass_fields__.keys())
+            odd = sorted(given.keys() - kind.model_fields.keys())
             raise ConfigError(
                 f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
                 f"nothing says {listing(words)} (looked in {self.foreign.config_from} and at the "
@@ -770,7 +770,7 @@ def _read_native(source: sources.Source, path: Path, head: str | None) -> Locate
     if problems := list(_native_problems(data)):
         raise ConfigError("\n  ".join([f"{path}: not what zoo writes:", *problems]))
     entry = registry.architectures()[data["architecture"]]
-    fields = current_fields(data["config"], entry.config_class.__dataclass_fields__)
+    fields = current_fields(data["config"], entry.config_class.model_fields)
     named, origin = fields.pop("head"), data["origin"]
     heads = (head or named,)
     spec = load_spec(entry.spec)

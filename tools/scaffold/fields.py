@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,9 +66,7 @@ class Fields:
         )
         self.unknown = {k: v for k, v in found.config.items() if k not in spoken}
         needed = {
-            f.name
-            for f in dataclasses.fields(like.config_class)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            name for name, field in like.config_class.model_fields.items() if field.is_required()
         }
         for native, paths in absent:
             near = [k for k in CALLED.get(native, "").split() if k in self.unknown]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -34,8 +33,7 @@ USUAL: tuple[Scaling, ...] = (
 
 def of_config(model: Model) -> Iterator[Hypothesis]:
     config = model.config
-    for field in fields(config):
-        name = field.name
+    for name in type(config).model_fields:
         if name in LEFT or "dropout" in name or (name == "tied" and isinstance(model, Decoder)):
             continue
         for value in _values(config, name):
