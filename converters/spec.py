@@ -5,36 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.language import Ref, Rule, Template, parse_name, parse_ref, parse_rule
 from converters.reference_fields import INNER, ROPE, SHARED, cannot_matter, reference_fields
-from converters.strict_yaml import read_yaml
+from converters.spec_files import (
+    NATIVE,
+    SPECS,
+    Container,
+    DialectFile,
+    NativeFile,
+    Rules,
+    Texts,
+    WhenRules,
+    checked,
+    common,
+    files,
+    read_file,
+    spec_names,
+)
 from zoo.errors import SpecError, did_you_mean, listing, option
 
-SPECS = Path(__file__).parent / "specs"
+Value = TypeVar("Value")
 MOST_UNKNOWN = 200  # fields of one config, each of which is compared with all known ones
-
-_SECTIONS = (
-    "prefix",
-    "weights",
-    "heads",
-    "when",
-    "alternatives",
-    "optional",
-    "tied",
-    "aliases",
-    "drop",
-    "optimizer_slots",
-)
-_CONFIG_SECTIONS = (
-    *("config", "defaults", "require", "ignore", "exclusive"),
-    *("detect", "required", "null_values", "value_map", "key_map", "field_tensors", "write"),
-    *("zero_filled", "lossy_fields"),
-)
-NATIVE = "native"  # the file of a spec that is about the model, and no dialect's
-_NATIVE_SECTIONS = ("axes", "shapes", "present", "head")
 
 
 @dataclass(frozen=True)
@@ -48,30 +41,6 @@ class When:
 
     def of(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get(self.field)) == self.holds
-
-
-@dataclass(frozen=True)
-class Container:
-    """What the files of a dialect are, whatever the architecture: `common/<dialect>.yaml` says it.
-
-    `{shard}` in the file's name: there may be several, and tensors are called `0/name`, `1/name` …
-    """
-
-    format: str
-    file: str = ""  # as it is written; none: it is read alone
-    within: tuple[str, ...] = ("",)  # the key of a nested file that weights stand under
-    # a file beside it, a key of the file's own values, `.` for all of these; `{key}`: of those the
-    # ones below the name that stands there
-    config: str = ""
-    beside: tuple[str, ...] = ()  # names below which no value is about the model
-    wide: tuple[str, ...] = ()  # tensors in F32, as vectors are
-    about: str = ""  # for people
-    fixed: Mapping[str, int] = field(default_factory=dict)  # of what its format leaves to choose
-    names: Mapping[str, str] = field(default_factory=dict)  # a file beside it: what others call it
-
-    @property
-    def sharded(self) -> bool:
-        return "{shard" in self.file
 
 
 @dataclass(frozen=True)
@@ -377,195 +346,126 @@ class Spec:
 
 @cache
 def load_spec(name: str) -> Spec:
-    """Read the folder `specs/<name>`: `native.yaml` and a file per dialect."""
-    folder = SPECS / name
-    if not (folder / f"{NATIVE}.yaml").is_file():
-        raise SpecError(f"{folder}: no such spec.{did_you_mean(name, spec_names())}")
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    """Read the folder `specs/<name>`: `native.yaml` and a file per dialect.
+
+    Args:
+        name: The spec's name, which `registry.yaml` gives for each architecture.
+
+    Returns:
+        The spec with all its dialects, `hf` first.
+
+    Raises:
+        SpecError: There is no such spec, or a file of it is wrong.
+    """
+    if name not in spec_names():
+        raise SpecError(f"{SPECS / name}: no such spec.{did_you_mean(name, spec_names())}")
+    names = [file.partition("/")[2] for file in files() if file.startswith(f"{name}/")]
     names.sort(key="hf".__ne__)  # the published layout is named first
-    return parse_spec(
-        name, {file: _read(f"{name}/{file}") for file in names}, f"converters/specs/{name}"
-    )
+    read = {file: read_file(f"{name}/{file}") for file in names}
+    return parse_spec(name, read, f"converters/specs/{name}", name)
 
 
-def _read(file: str, below: tuple[str, ...] = ()) -> Any:
-    """One file of a spec, laid over the file that its `like:` names.
+def parse_spec(name: str, read: Mapping[str, Any], where: str = "", folder: str = "") -> Spec:
+    """Make a spec of plain data: what `native.yaml` and each dialect's file hold.
 
-    A null removes what the file below has, a list adds to it.
+    Args:
+        name: The spec's name.
+        read: Plain data by file: `{"native": {"axes": …}, "hf": {"weights": …}}`.
+        where: The folder that messages name.
+        folder: The folder in `specs/` that the data was read from, to find lines for messages.
+
+    Returns:
+        The spec.
+
+    Raises:
+        SpecError: Some of the data is wrong; the message lists every problem of a file.
     """
-    path = SPECS / f"{file}.yaml"
-    data = _mapping(read_yaml(path, SpecError), f"{file}.yaml")
-    if (other := data.pop("like", None)) is None:
-        return data
-    if file in below:
-        raise SpecError(f"{file}.yaml: like: {' -> '.join((*below, file))} is a circle")
-    if not isinstance(other, str) or not (SPECS / f"{other}.yaml").is_file():
-        files = (path.relative_to(SPECS).with_suffix("") for path in SPECS.glob("*/*.yaml"))
-        near = did_you_mean(str(other), map(str, files))
-        raise SpecError(f"{file}.yaml: like: no file {other!r}.{near}")
-    return _laid_over(_read(other, (*below, file)), data)
 
+    def at(file: str) -> tuple[str, str]:
+        return f"{where}/{file}.yaml", f"{folder}/{file}" if folder else ""
 
-def _laid_over(base: Any, more: Any) -> Any:
-    if isinstance(base, dict) and isinstance(more, dict):
-        both = {
-            key: _laid_over(value, more[key]) if key in more else value
-            for key, value in base.items()
-        }
-        both |= {key: value for key, value in more.items() if key not in base}
-        return {key: value for key, value in both.items() if value is not None}
-    return base + more if isinstance(base, list) and isinstance(more, list) else more
-
-
-def spec_names() -> list[str]:
-    """Every folder of specs that is one architecture's."""
-    return sorted(path.parent.name for path in SPECS.glob(f"*/{NATIVE}.yaml"))
-
-
-def parse_spec(name: str, files: Any, where: str = "") -> Spec:
-    """A spec from plain data: what stands in `native.yaml`, and in each dialect's file.
-
-    Every section that does not belong is an error.
-    """
-    files = _mapping(files, where)
-    at = f"{where}/{NATIVE}.yaml"
-    native = _mapping(files.get(NATIVE) or {}, at)
-    if odd := [key for key in native if key not in _NATIVE_SECTIONS]:
-        raise SpecError(f"{at}: no section {odd[0]!r}.{did_you_mean(odd[0], _NATIVE_SECTIONS)}")
-    axes = _mapping(native.get("axes") or {}, f"{at}: axes")
-    shapes = native.get("shapes") or []
-    if not isinstance(shapes, list) or not all(isinstance(line, str) for line in shapes):
-        raise SpecError(f"{at}: shapes: expected a list of native tensors with their axes")
+    native = checked(NativeFile, read.get(NATIVE, {}), *at(NATIVE))
     dialects = {
-        key: _dialect(key, _mapping(data, f"{where}/{key}.yaml"), f"{where}/{key}.yaml")
-        for key, data in files.items()
-        if key != NATIVE
+        file: _dialect(file, checked(DialectFile, data, *at(file)), at(file)[0])
+        for file, data in read.items()
+        if file != NATIVE
     }
     if "hf" in dialects:
         dialects["hf"] = replace(dialects["hf"], reference=name)
+    heads = _lines(native.head)
     return Spec(
         name,
         where,
-        axes,
+        _lines(native.axes),
         dialects,
-        tuple(parse_ref(line, f"{at}: shapes") for line in shapes),
-        _mapping(native.get("present") or {}, f"{at}: present"),
-        tuple(
-            (_paths(heads, f"{at}: head"), name)
-            for heads, name in _mapping(native.get("head") or {}, f"{at}: head").items()
-        ),
+        tuple(parse_ref(line, f"{at(NATIVE)[0]}: shapes") for line in native.shapes or ()),
+        _lines(native.present),
+        tuple((_paths(head), array) for head, array in heads.items()),
     )
 
 
-def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
-    if odd := [k for k in data if k not in _SECTIONS + _CONFIG_SECTIONS]:
-        known = _SECTIONS + _CONFIG_SECTIONS
-        raise SpecError(f"{where}: no section {odd[0]!r}.{did_you_mean(odd[0], known)}")
+def _dialect(name: str, file: DialectFile, where: str) -> Dialect:
+    shared = common(name)
 
-    def section(key: str) -> dict[str, Any]:
-        return _mapping(data.get(key) or {}, f"{where}: {key}")
+    def rules(lines: Rules | None, section: str) -> tuple[Rule, ...]:
+        return tuple(parse_rule(a, b, f"{where}: {section}") for a, b in (lines or {}).items())  # type: ignore[arg-type]
 
-    def rules(key: str) -> tuple[Rule, ...]:
-        return _rules(section(key), f"{where}: {key}")
+    def names(lines: Texts | None, section: str) -> tuple[tuple[Template, str], ...]:
+        at = f"{where}: {section}"
+        return tuple((parse_name(name, at), other) for name, other in _lines(lines).items())
 
-    def pairs(key: str) -> tuple[tuple[Template, Template], ...]:
-        at = f"{where}: {key}"
-        return tuple((parse_name(a, at), parse_name(b, at)) for a, b in section(key).items())
+    def pairs(lines: Texts | None, section: str) -> tuple[tuple[Template, Template], ...]:
+        at = f"{where}: {section}"
+        return tuple((name, parse_name(other, at)) for name, other in names(lines, section))
 
-    common = _common(name)
-    ignored = data.get("ignore") or []
-    if not isinstance(ignored, list):
-        raise SpecError(f"{where}: ignore: expected a list of field names")
-    require = {**common["require"], **section("require")}
-    for key, values in require.items():
-        if not isinstance(values, list):
-            raise SpecError(f"{where}: require.{key}: expected a list of the values implemented")
-    dialect = Dialect(
+    def when(condition: str, below: WhenRules) -> When:
+        section = f"when.{condition}"
+        sections = (rules(below.weights, section), rules(below.heads, section))
+        field = condition.removeprefix("not ")
+        return When(field, field == condition, *sections)
+
+    return Dialect(
         name=name,
         where=where,
-        prefix=data.get("prefix") or "",
-        weights=rules("weights"),
-        heads=rules("heads"),
-        alternatives=rules("alternatives"),
-        when=tuple(_when(key, more, f"{where}: when") for key, more in section("when").items()),
-        optional=section("optional"),
-        tied=pairs("tied"),
-        aliases=pairs("aliases"),
-        drop=tuple((parse_name(n, f"{where}: drop"), r) for n, r in section("drop").items()),
-        optimizer_slots=section("optimizer_slots"),
-        config={k: _paths(v, f"{where}: config.{k}") for k, v in section("config").items()},
-        defaults=section("defaults"),
-        require={k: tuple(v) for k, v in require.items()},
-        ignore=frozenset(ignored) | frozenset(common["ignore"]),
-        exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),
-        container=common["container"],
-        detect={k: tuple(v) if type(v) is list else (v,) for k, v in section("detect").items()},
-        required=tuple(data.get("required") or ()),
-        null_values={k: tuple(v) for k, v in section("null_values").items()},
-        value_map={k: tuple((a, b) for a, b in pairs) for k, pairs in section("value_map").items()},
-        key_map=section("key_map"),
-        field_tensors=section("field_tensors"),
-        write=section("write"),
-        zero_filled=section("zero_filled"),
-        lossy_fields=frozenset([*(data.get("lossy_fields") or ()), *common["lossy_fields"]]),
+        prefix=file.prefix or "",
+        weights=rules(file.weights, "weights"),
+        heads=rules(file.heads, "heads"),
+        alternatives=rules(file.alternatives, "alternatives"),
+        when=tuple(when(*item) for item in _lines(file.when).items()),
+        optional=_lines(file.optional),
+        tied=pairs(file.tied, "tied"),
+        aliases=pairs(file.aliases, "aliases"),
+        drop=names(file.drop, "drop"),
+        optimizer_slots=_lines(file.optimizer_slots),
+        config={field: _paths(paths) for field, paths in _lines(file.config).items()},
+        defaults=file.defaults or {},
+        require=_tuples({**shared.require, **_lines(file.require)}),
+        ignore=frozenset([*(file.ignore or ()), *shared.ignore]),
+        exclusive=tuple(map(tuple, file.exclusive or ())),
+        container=shared.container,
+        detect={
+            key: tuple(value) if isinstance(value, list) else (value,)
+            for key, value in (file.detect or {}).items()
+        },
+        required=tuple(file.required or ()),
+        null_values=_tuples(_lines(file.null_values)),
+        value_map=_tuples(_lines(file.value_map)),
+        key_map={field: _lines(keys) for field, keys in _lines(file.key_map).items()},
+        field_tensors=_lines(file.field_tensors),
+        write=file.write or {},
+        zero_filled=_lines(file.zero_filled),
+        lossy_fields=frozenset([*(file.lossy_fields or ()), *shared.lossy_fields]),
     )
-    for template, _ in dialect.drop + dialect.tied + dialect.aliases:
-        if not str(template).strip():
-            raise SpecError(f"{where}: an empty name")
-    if "" in dialect.optimizer_slots:
-        raise SpecError(f"{where}: slots: an empty name")
-    return dialect
 
 
-def _rules(data: dict[str, Any], where: str) -> tuple[Rule, ...]:
-    return tuple(parse_rule(source, target, where) for source, target in data.items())
+def _lines(section: Mapping[str, Value | None] | None) -> dict[str, Value]:
+    """A section less what is null."""
+    return {key: value for key, value in (section or {}).items() if value is not None}
 
 
-def _when(condition: str, data: Any, where: str) -> When:
-    """`field: {weights: …, heads: …}`, or `not field: …`."""
-    name = condition.removeprefix("not ")
-    where = f"{where}.{condition}"
-    data = _mapping(data, where)
-    if not name.isidentifier() or data.keys() - {"weights", "heads"}:
-        raise SpecError(f"{where}: expected a field, or `not` one, with weights: or heads: below")
-    sections = (_mapping(data.get(key) or {}, f"{where}.{key}") for key in ("weights", "heads"))
-    weights, heads = (_rules(section, where) for section in sections)
-    return When(name, name == condition, weights, heads)
+def _tuples(lists: Mapping[str, Iterable[Any]]) -> dict[str, tuple[Any, ...]]:
+    return {key: tuple(values) for key, values in lists.items()}
 
 
-def _paths(text: Any, where: str) -> tuple[str, ...]:
-    paths = tuple(p.strip() for p in text.split("|")) if isinstance(text, str) else ()
-    if not paths or not all(all(part for part in p.split(".")) for p in paths):
-        raise SpecError(f"{where}: expected a field or several joined by |, found {text!r}")
-    return paths
-
-
-@cache
-def _common(dialect: str) -> dict[str, Any]:
-    """What every config of a dialect may hold, whatever the architecture."""
-    path = SPECS / "common" / f"{dialect}.yaml"
-    data = _mapping(read_yaml(path, SpecError), path.name) if path.is_file() else {}
-    said = data.get("container")
-    return {
-        "ignore": data.get("ignore") or [],
-        "require": data.get("require") or {},
-        "lossy_fields": data.get("lossy_fields") or [],
-        "container": None if said is None else _container(said, f"common/{path.name}: container"),
-    }
-
-
-def _container(data: Any, where: str) -> Container:
-    data = _mapping(data, where)
-    known = Container.__dataclass_fields__
-    if odd := [key for key in data if key not in known]:
-        raise SpecError(f"{where}: no field {odd[0]!r}.{did_you_mean(odd[0], known)}")
-    within = data.get("within", "")
-    lists = {"within": tuple(within) if isinstance(within, list) else (within,)}
-    lists |= {name: tuple(data[name]) for name in ("beside", "wide") if name in data}
-    return Container(**{**data, **lists})
-
-
-def _mapping(data: Any, where: str) -> dict[str, Any]:
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise SpecError(f"{where}: expected `name: …` lines, found {type(data).__name__}")
-    return data
+def _paths(text: str) -> tuple[str, ...]:
+    return tuple(path.strip() for path in text.split("|"))

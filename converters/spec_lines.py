@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import yaml
 
 from converters.language import parse_rule
-from converters.spec import SPECS, Spec
+from converters.spec import Spec
+from converters.spec_files import chain
 from zoo.errors import SpecError
 
 RULE_SECTIONS = ("weights", "heads", "when", "alternatives")
@@ -66,12 +67,5 @@ def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
 
 def _files(spec: Spec, dialect: str) -> Iterator[tuple[str, yaml.Node | None]]:
     """A dialect's file, and those that it is laid over."""
-    name = f"{spec.name}/{dialect}"
-    while name:
-        path = SPECS / f"{name}.yaml"
-        if not path.is_file():
-            return
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        yield f"converters/specs/{name}.yaml", root
-        like = _child(root, "like")
-        name = like.value if like is not None else ""
+    for name, text in chain(f"{spec.name}/{dialect}"):
+        yield f"converters/specs/{name}.yaml", yaml.compose(text, Loader=yaml.SafeLoader)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from annotated_types import MinLen
 
 from converters.strict_yaml import parse_yaml
+from converters.validation import (
+    AfterValidator,
+    Entry,
+    Field,
+    ValidationError,
+    line_of,
+)
+from converters.validation import problems as problems_of
 from zoo.errors import (
     ConfigError,
     UnknownName,
@@ -23,11 +33,16 @@ from zoo.errors import (
 _SECTIONS = ("architectures", "checkpoints", "variants")
 _NOT_IN_NAMES = ("/", "\\", ":")  # such a reference is a path or an address
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class RegistryError(ZooError):
     """registry.yaml does not parse or contradicts itself."""
+
+
+def _is_within(path: str) -> str:
+    if not path.strip() or {"", ".", ".."} & {*path.split("/")} or "\\" in path:
+        raise ValueError
+    return path
 
 
 class Architecture(NamedTuple):
@@ -111,17 +126,17 @@ class CheckpointEntry(NamedTuple):
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    return parse_architectures(_section("architectures"))
+    return parse_architectures(_section("architectures"), _text())
 
 
 @cache
 def checkpoints() -> dict[str, CheckpointEntry]:
-    return parse_checkpoints(_section("checkpoints"), architectures())
+    return parse_checkpoints(_section("checkpoints"), architectures(), _text())
 
 
 @cache
 def variants() -> dict[str, dict[str, dict[str, Any]]]:
-    return parse_variants(_section("variants"), architectures())
+    return parse_variants(_section("variants"), architectures(), _text())
 
 
 def named(ref: Any) -> CheckpointEntry | None:
@@ -174,170 +189,229 @@ def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architectur
     return found, reference_class
 
 
-# --- schema --------------------------------------------------------------------------------------
+# --- what the file may hold ----------------------------------------------------------------------
 
-_Check = tuple[Callable[[Any], bool], str]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+class Former(Entry):
+    """Model types and classes of code that was published before the reference had it."""
 
-
-def _is_heads(value: Any) -> bool:
-    heads = value.values() if _is_mapping(value) else ()
-    return bool(heads) and all(
-        _is_text(h) or (isinstance(h, list) and bool(h) and all(map(_is_text, h))) for h in heads
+    types: dict[str, dict[str, Any]] = Field(
+        title="`model type: fields` lines",
+        description="Former model types, each with the fields that such configs take for granted",
+    )
+    classes: dict[str, str] = Field(
+        title="`former class: class` lines", description="Former names of reference classes"
     )
 
 
-_TEXT: _Check = (_is_text, "some text")
-_MAPPING: _Check = (_is_mapping, "a mapping")
-_HEADS: _Check = (_is_heads, "reference classes, each with a head or a list of heads")
-_REPO_ID: _Check = (lambda v: _is_text(v) and bool(_REPO.fullmatch(v)), "org/name")
-_PLAIN: _Check = (
-    lambda v: _is_text(v) and not {"", ".", ".."} & {*v.split("/")} and "\\" not in v,
-    "a path within",
-)
-_COUNT: _Check = (lambda v: type(v) is int and v > 0, "a positive whole number")
-_FLAG: _Check = (lambda v: type(v) is bool, "true or false")
+class ArchitectureFields(Entry):
+    """An entry of `architectures`."""
 
-_ARCHITECTURE = {
-    "model_type": _TEXT,
-    "heads": _HEADS,
-    "model": _TEXT,
-    "spec": _TEXT,
-    "oracle": _MAPPING,
-    "former": (
-        lambda v: (
-            _is_mapping(v)
-            and v.keys() == {"types", "classes"}
-            and all(map(_is_mapping, v.values()))
-        ),
-        "types: with their fields, and classes:",
-    ),
-}
-_CHECKPOINT = {
-    "architecture": _TEXT,
-    "repo": _REPO_ID,
-    "revision": _TEXT,
-    "license": _TEXT,
-    "parameters": _COUNT,
-    "class": _TEXT,
-    "config": _MAPPING,
-    "file": _PLAIN,
-    "golden": _PLAIN,
-}
-_VARIANT = {"class": _TEXT, "config": _MAPPING, "untied": _FLAG}
-
-
-def parse_architectures(data: Any) -> dict[str, Architecture]:
-    entries = _entries(
-        "architectures", data, _ARCHITECTURE, optional=("model", "spec", "oracle", "former")
+    model_type: Text = Field(title="some text", description="`model_type` in config.json")
+    heads: Annotated[dict[str, Text | Annotated[list[Text], Field(min_length=1)]], MinLen(1)] = (
+        Field(
+            title="reference classes, each with a head or a list of heads",
+            description="The head of each class; of several, the first whose tensors are there",
+        )
     )
+    model: Text | None = Field(
+        None, title="some text", description="The module in zoo/models; default: the entry's name"
+    )
+    spec: Text | None = Field(
+        None, title="some text", description="The folder of specs; default: the entry's name"
+    )
+    oracle: dict[str, Any] = Field(
+        default_factory=dict,
+        title="a mapping",
+        description="What the reference library has instead of an architecture that it lacks",
+    )
+    former: Former | None = Field(
+        None, title="types: with their fields, and classes:", description=Former.__doc__
+    )
+
+
+class CheckpointFields(Entry):
+    """An entry of `checkpoints`."""
+
+    architecture: Text = Field(title="some text", description="An entry of `architectures`")
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(
+        title="org/name", description="The repository on the hub"
+    )
+    revision: Text = Field(
+        title="some text", description="A commit, or `main` if none is known: it may move"
+    )
+    license: Text = Field(title="some text", description="The license of the weights")
+    parameters: Annotated[int, Field(gt=0)] = Field(
+        title="a positive whole number", description="Parameters of the class; tied ones count once"
+    )
+    reference_class: Text = Field(
+        alias="class", title="some text", description="The reference class that config.json names"
+    )
+    config: dict[str, Any] = Field(
+        title="a mapping", description="The fields of config.json that shape the model"
+    )
+    file: Annotated[str, AfterValidator(_is_within)] = Field(
+        "",
+        title="a path within",
+        description="The file of a repository of several that is this checkpoint",
+    )
+    golden: Annotated[str, AfterValidator(_is_within)] = Field(
+        "", title="a path within", description="Published outputs: a file in zoo/parity/golden"
+    )
+
+
+class VariantFields(Entry):
+    """A tiny config that parity is proven with."""
+
+    reference_class: Text = Field(alias="class", title="some text", description="Reference class")
+    config: dict[str, Any] = Field(
+        title="a mapping", description="Fields over the reference's own defaults"
+    )
+    untied: bool = Field(
+        False, title="true or false", description="The reference is made without tying its weights"
+    )
+
+
+class RegistryFile(Entry):
+    """registry.yaml: what zoo implements, and the checkpoints that have a name."""
+
+    architectures: dict[str, ArchitectureFields]
+    checkpoints: dict[str, CheckpointFields]
+    variants: dict[str, dict[str, VariantFields]]
+
+
+def parse_architectures(data: Any, text: str = "") -> dict[str, Architecture]:
+    """Check the section `architectures`.
+
+    Args:
+        data: The section as plain data.
+        text: The YAML text that it comes from, to name lines in messages.
+
+    Returns:
+        The architectures by name.
+
+    Raises:
+        RegistryError: Entries are wrong; the message lists every problem.
+    """
+    entries = _entries("architectures", data, ArchitectureFields, text)
     return {
         name: Architecture(
             name,
-            entry["model_type"],
-            {c: (h,) if isinstance(h, str) else tuple(h) for c, h in entry["heads"].items()},
-            module=entry.get("model", name),
-            spec=entry.get("spec", name),
-            oracle=entry.get("oracle", {}),
-            former_types=entry.get("former", {}).get("types", {}),
-            former_classes=entry.get("former", {}).get("classes", {}),
+            entry.model_type,
+            {c: (h,) if isinstance(h, str) else tuple(h) for c, h in entry.heads.items()},
+            module=entry.model or name,
+            spec=entry.spec or name,
+            oracle=entry.oracle,
+            former_types=entry.former.types if entry.former else {},
+            former_classes=entry.former.classes if entry.former else {},
         )
         for name, entry in entries.items()
     }
 
 
-def parse_checkpoints(data: Any, known: Mapping[str, Architecture]) -> dict[str, CheckpointEntry]:
-    entries = _entries("checkpoints", data, _CHECKPOINT, optional=("file", "golden"))
-    problems = []
+def parse_checkpoints(
+    data: Any, known: Mapping[str, Architecture], text: str = ""
+) -> dict[str, CheckpointEntry]:
+    """Check the section `checkpoints` against the known architectures.
+
+    Args:
+        data: The section as plain data.
+        known: The architectures by name.
+        text: The YAML text that it comes from, to name lines in messages.
+
+    Returns:
+        The checkpoints by name.
+
+    Raises:
+        RegistryError: Entries are wrong; the message lists every problem.
+    """
+    entries = _entries("checkpoints", data, CheckpointFields, text)
+    problems = list[Problem]()
     for name, entry in entries.items():
-        where = f"checkpoints.{name}"
+        path = ("checkpoints", name)
         if any(mark in name for mark in _NOT_IN_NAMES):
-            problems.append(f"{where}: a name with / or : would be read as a path")
-        problems += _class_problems(where, entry["architecture"], entry["class"], known)
-    _raise(problems)
-    return {
-        name: CheckpointEntry(
-            name,
-            entry["architecture"],
-            entry["repo"],
-            entry["revision"],
-            entry["license"],
-            entry["parameters"],
-            reference_class=entry["class"],
-            config=entry["config"],
-            file=entry.get("file", ""),
-            golden=entry.get("golden", ""),
-        )
-        for name, entry in entries.items()
-    }
+            problems.append((path, f"{'.'.join(path)}: a name with / or : would be read as a path"))
+        problems += _class_problems(path, entry.architecture, entry.reference_class, known)
+    _refuse(problems, text)
+    return {name: CheckpointEntry(name, **dict(entry)) for name, entry in entries.items()}
 
 
 def parse_variants(
-    data: Any, known: Mapping[str, Architecture]
+    data: Any, known: Mapping[str, Architecture], text: str = ""
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    if not _is_mapping(data):
+    """Check the section `variants` against the known architectures.
+
+    Args:
+        data: The section as plain data.
+        known: The architectures by name.
+        text: The YAML text that it comes from, to name lines in messages.
+
+    Returns:
+        The section: tiny configs by architecture and name.
+
+    Raises:
+        RegistryError: Entries are wrong; the message lists every problem.
+    """
+    if not isinstance(data, dict):
         raise RegistryError("registry.yaml: variants: expected a mapping by architecture")
-    parsed = {
-        architecture: _entries(f"variants.{architecture}", entries, _VARIANT, optional=("untied",))
-        for architecture, entries in data.items()
-    }
-    _raise(
-        problem
-        for architecture, entries in parsed.items()
-        for name, entry in entries.items()
-        for problem in _class_problems(
-            f"variants.{architecture}.{name}", architecture, entry["class"], known
-        )
-    )
-    return parsed
-
-
-def _entries(
-    where: str, data: Any, schema: Mapping[str, _Check], optional: tuple[str, ...] = ()
-) -> dict[str, dict[str, Any]]:
-    """`data` as it came, once every field of every entry is known, present and of its kind."""
-    if not _is_mapping(data):
-        raise RegistryError(f"registry.yaml: {where}: expected a mapping by name")
-    problems = []
-    for name, entry in data.items():
-        at = f"{where}.{name}"
-        if not _is_mapping(entry):
-            problems.append(f"{at}: expected a mapping, found {entry!r}")
-            continue
-        for field in schema:
-            if field not in entry and field not in optional:
-                problems.append(f"{at}: {field} is missing")
-        for field, value in entry.items():
-            if field not in schema:
-                problems.append(f"{at}: unknown field {field}.{did_you_mean(field, schema)}")
-            elif not schema[field][0](value):
-                problems.append(f"{at}: {field}: expected {schema[field][1]}, found {value!r}")
-    _raise(problems)
+    problems = list[Problem]()
+    for architecture, variants in data.items():
+        section = f"variants.{architecture}"
+        for name, entry in _entries(section, variants, VariantFields, text).items():
+            path = ("variants", str(architecture), name)
+            problems += _class_problems(path, architecture, entry.reference_class, known)
+    _refuse(problems, text)
     return data
 
 
+Fields = TypeVar("Fields", bound=Entry)
+Keys = tuple[str, ...]
+Problem = tuple[Keys, str]  # the keys under which a value stands, what is wrong with it
+
+
+def _entries(section: str, data: Any, model: type[Fields], text: str) -> dict[str, Fields]:
+    """Each entry as a model, once all of them are valid."""
+    if not isinstance(data, dict):
+        raise RegistryError(f"registry.yaml: {section}: expected a mapping by name")
+    entries, problems = dict[str, Fields](), list[Problem]()
+    for name, entry in data.items():
+        path = (*section.split("."), str(name))
+        if type(name) is not str:
+            problems.append((path, f"{'.'.join(path)}: expected a name"))
+        try:
+            entries[name] = model.model_validate(entry)
+        except ValidationError as error:
+            problems += [
+                ((*path, *each.path), f"{'.'.join(path)}: {each}")
+                for each in problems_of(model, error, "field")
+            ]
+    _refuse(problems, text)
+    return entries
+
+
 def _class_problems(
-    where: str, architecture: str, reference_class: str, known: Mapping[str, Architecture]
-) -> list[str]:
+    path: Keys, architecture: str, reference_class: str, known: Mapping[str, Architecture]
+) -> list[Problem]:
+    where = ".".join(path)
     if architecture not in known:
         near = did_you_mean(architecture, known)
-        return [f"{where}: no architecture is called {architecture!r}.{near}"]
+        return [(path, f"{where}: no architecture is called {architecture!r}.{near}")]
     if reference_class not in known[architecture].heads:
         near = did_you_mean(reference_class, known[architecture].heads)
-        return [f"{where}: {architecture} has no class {reference_class!r}.{near}"]
+        return [(path, f"{where}: {architecture} has no class {reference_class!r}.{near}")]
     return []
 
 
-def _raise(problems: Any) -> None:
-    if problems := list(problems):
-        raise RegistryError("registry.yaml: " + "; ".join(problems))
+def _refuse(problems: Iterable[Problem], text: str) -> None:
+    """Raise an error that lists the problems, if there are any, with their lines in the text."""
+    messages = [
+        f"line {line}: {message}" if text and (line := line_of(text, path)) else message
+        for path, message in problems
+    ]
+    if messages:
+        raise RegistryError("registry.yaml: " + "; ".join(messages))
 
 
 # --- reading -------------------------------------------------------------------------------------

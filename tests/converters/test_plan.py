@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import spec as spec_module
+from converters import spec_files
 from converters.carry_out import carry_out, invert
 from converters.formats import TensorInfo
 from converters.plan import Native, identity_plan, make_plan, target_names
@@ -427,7 +427,7 @@ class TestSpec:
     @pytest.mark.parametrize(
         ("change", "why"),
         [
-            ({"wieghts": {}}, "no section 'wieghts'. Did you mean weights"),
+            ({"wieghts": {}}, "unknown section wieghts. Did you mean weights"),
             ({"when": {"a == b": {}}}, "when.a == b: expected a field"),
             ({"when": {"gated": {"x": "y"}}}, "when.gated: expected a field"),
             ({"weights": {"a [b": "c"}}, "column 3"),
@@ -440,6 +440,24 @@ class TestSpec:
         with pytest.raises(SpecError, match=r"specs/toy/hf\.yaml: ") as error:
             spec(**change)
         assert why in str(error.value)
+
+    def test_a_bad_value_is_named_with_its_line_in_the_file_that_has_it(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(spec_files, "SPECS", tmp_path)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "native.yaml").write_text("axes: {}\n")
+        (tmp_path / "a" / "hf.yaml").write_text("weights: {x: y}\nrequire:\n  u: [1]\n  v: 2\n")
+        (tmp_path / "b" / "hf.yaml").write_text("like: a/hf\nconfig: {dim: 'd |'}\nfoo: 1\n")
+        with pytest.raises(SpecError) as error:
+            load_spec.__wrapped__("b")
+        said = str(error.value)
+        assert (
+            "converters/specs/a/hf.yaml: line 4: require.v: expected a list of the values" in said
+        )
+        assert "converters/specs/b/hf.yaml: line 2: config.dim: expected a field or several" in said
+        assert "unknown section foo" in said
 
     def test_what_a_config_leaves_out(self):
         hf = spec(config={"kv_heads": "n_kv"}, defaults={"kv_heads": 8, "bias": True}).dialect("hf")
@@ -509,7 +527,7 @@ class TestSpec:
             make_plan(made, "hf", {}, native, header({name: (D, D)}))
 
     def test_a_spec_laid_over_another(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(spec_module, "SPECS", tmp_path)
+        monkeypatch.setattr(spec_files, "SPECS", tmp_path)
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
         (tmp_path / "a" / "native.yaml").write_text("axes: {layer: layers}\n")

@@ -19,9 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import converters.spec
 import zoo
-from converters import spec_lines
+from converters import spec_files
 from converters.spec import SPECS, load_spec
 from zoo import registry
 from zoo.components import alibi, attention, masks, mlp, moe, norm
@@ -77,7 +76,7 @@ def spec(file: str, *edits: tuple[str, str]) -> Plant:
             assert old in text, old
             text = text.replace(old, new, 1)
         (copy / file / "hf.yaml").write_text(text)
-        with patch.object(converters.spec, "SPECS", copy), patch.object(spec_lines, "SPECS", copy):
+        with patch.object(spec_files, "SPECS", copy):
             load_spec.cache_clear()
             try:
                 yield zoo.load(directory, dtype="float64")
@@ -175,7 +174,7 @@ SPECS_READ_WRONG = [
             ("init_std: initializer_factor", "init_std: layer_norm_epsilon"),
         ),
         r"out encoder\.blocks\.0\.norm1$",
-        r"restored if eps is 0\.001. It is read by line 43 .* as layer_norm_epsilon",
+        r"restored if eps is 0\.001. It is read by line 44 .* as layer_norm_epsilon",
         "gated-own-head",
     ),
     Case(

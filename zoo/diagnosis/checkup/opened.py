@@ -290,4 +290,4 @@ def _safetensors(path: Path) -> Checkpoint | None:
 
 def _by_content(path: Path) -> Checkpoint | None:
     found = open_place(path)
-    return None if found is None else found.checkpoint(Container(found.kind))
+    return None if found is None else found.checkpoint(Container(format=found.kind))
