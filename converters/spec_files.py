@@ -97,7 +97,7 @@ class DialectFile(Entry):
     optional: Texts | None = Field(
         None,
         title="`module: reason` lines",
-        description="Native modules that the chosen head may lack, each with the reason",
+        description="Modules that a file may hold and the chosen head does not read: the reason",
     )
     tied: Texts | None = Field(
         None, title="`name: name` lines", description="Second names of the same array"

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from annotated_types import MinLen
-
 from converters.strict_yaml import parse_yaml
 from converters.validation import (
     AfterValidator,
@@ -210,11 +208,11 @@ class ArchitectureFields(Entry):
     """An entry of `architectures`."""
 
     model_type: Text = Field(title="some text", description="`model_type` in config.json")
-    heads: Annotated[dict[str, Text | Annotated[list[Text], Field(min_length=1)]], MinLen(1)] = (
-        Field(
-            title="reference classes, each with a head or a list of heads",
-            description="The head of each class; of several, the first whose tensors are there",
-        )
+    heads: Annotated[
+        dict[str, Text | Annotated[list[Text], Field(min_length=1)]], Field(min_length=1)
+    ] = Field(
+        title="reference classes, each with a head or a list of heads",
+        description="The head of each class; of several, the first whose tensors are there",
     )
     model: Text | None = Field(
         None, title="some text", description="The module in zoo/models; default: the entry's name"

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
-from annotated_types import Lt
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -57,11 +56,15 @@ ActivationName = Annotated[
 class Parsed:
     """A field's type that `from_json` makes of plain JSON and `to_json` turns back."""
 
-    json_schema: ClassVar[Mapping[str, Any]] = {}
+    json_schema: ClassVar[Mapping[str, Any]]
 
     @classmethod
     def from_json(cls, value: Any) -> Any:
         """Parse plain JSON; a ConfigError says what is wrong with it."""
+        raise NotImplementedError
+
+    def to_json(self) -> Any:
+        """The value as plain JSON."""
         raise NotImplementedError
 
     @classmethod
@@ -331,9 +334,10 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def _is_fraction(config: type[Config], name: str) -> bool:
     field = config.model_fields[name]
-    parts = [*_parts(field.annotation), *field.metadata]
-    metadata = [m for part in parts for m in getattr(part, "metadata", ())]
-    return any(isinstance(each, Lt) for each in (*parts, *metadata))
+    annotations = [field, *_parts(field.annotation)]
+    metadata = [each for part in annotations for each in getattr(part, "metadata", ())]
+    metadata += [each for part in metadata for each in getattr(part, "metadata", ())]
+    return any(hasattr(each, "lt") for each in metadata)
 
 
 def _type_names(config: type[Config], name: str) -> list[str]:
