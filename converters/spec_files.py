@@ -28,7 +28,7 @@ Pair = Annotated[tuple[Any, Any], Field(strict=False)]
 Condition = Annotated[str, Field(pattern=r"^(not )?[A-Za-z_]\w*$")]
 
 LIKE = Field(
-    None,
+    default=None,
     title="another file of specs, as folder/name",
     description="The file that this one is laid over: a null removes one of its lines, a list adds",
 )
@@ -39,22 +39,22 @@ class NativeFile(Entry):
 
     like: Text | None = LIKE
     axes: Texts | None = Field(
-        None,
+        default=None,
         title="`axis: field` lines",
         description="The config field, or quotient of two, that gives the size of an axis",
     )
     shapes: list[Text] | None = Field(
-        None,
+        default=None,
         title="a list of native tensors with their axes",
         description="Native arrays whose axes are config fields: a file's shapes give the fields",
     )
     present: dict[Condition, Text | None] | None = Field(
-        None,
+        default=None,
         title="`field: native name` lines",
         description="Flags that are true (`not` flags: false) if a file holds this native array",
     )
     head: dict[Paths, Text | None] | None = Field(
-        None,
+        default=None,
         title="`head: native name` lines",
         description="The head of files that name no class: the first whose native array is there",
     )
@@ -63,8 +63,8 @@ class NativeFile(Entry):
 class WhenRules(Entry):
     """Rules below a condition."""
 
-    weights: Rules | None = Field(None, title="`name: …` lines")
-    heads: Rules | None = Field(None, title="`name: …` lines")
+    weights: Rules | None = Field(default=None, title="`name: …` lines")
+    heads: Rules | None = Field(default=None, title="`name: …` lines")
 
 
 class DialectFile(Entry):
@@ -72,114 +72,118 @@ class DialectFile(Entry):
 
     like: Text | None = LIKE
     prefix: str | None = Field(
-        None, title="some text", description="Published names come with and without it"
+        default=None, title="some text", description="Published names come with and without it"
     )
     weights: Rules | None = Field(
-        None,
+        default=None,
         title="`name: …` lines",
         description="Rules, `name in the file: name in the model`, with axes where they differ",
     )
     heads: Rules | None = Field(
-        None,
+        default=None,
         title="`name: …` lines",
         description="Rules of task heads, which never have the prefix",
     )
     when: dict[Condition, WhenRules | None] | None = Field(
-        None,
+        default=None,
         title="a field, or `not` one, with weights: or heads: below",
         description="Rules that apply if a native field is true, or `not`",
     )
     alternatives: Rules | None = Field(
-        None,
+        default=None,
         title="`name: …` lines",
         description="Rules that replace those of the same targets if their sources are there",
     )
     optional: Texts | None = Field(
-        None,
+        default=None,
         title="`module: reason` lines",
         description="Modules that a file may hold and the chosen head does not read: the reason",
     )
     tied: Texts | None = Field(
-        None, title="`name: name` lines", description="Second names of the same array"
+        default=None, title="`name: name` lines", description="Second names of the same array"
     )
     aliases: Texts | None = Field(
-        None, title="`name: name` lines", description="Old names, which are read and not written"
+        default=None,
+        title="`name: name` lines",
+        description="Old names, which are read and not written",
     )
     drop: Texts | None = Field(
-        None,
+        default=None,
         title="`name: reason` lines",
         description="Tensors that are not wanted, each with the reason",
     )
     optimizer_slots: Texts | None = Field(
-        None,
+        default=None,
         title="`suffix: reason` lines",
         description="Suffixes of optimizer state beside a tensor, each with the reason to drop it",
     )
     config: dict[Text, Paths | None] | None = Field(
-        None,
+        default=None,
         title="a field or several joined by |",
         description="Native field: the file's field. Of several, the first that is present counts",
     )
     defaults: dict[Text, Any] | None = Field(
-        None, title="`field: value` lines", description="Native fields that configs leave out"
+        default=None,
+        title="`field: value` lines",
+        description="Native fields that configs leave out",
     )
     require: dict[Text, list[Any] | None] | None = Field(
-        None,
+        default=None,
         title="a list of the values implemented",
         description="Values that are implemented; others are refused. []: only null or absent",
     )
     ignore: list[Text] | None = Field(
-        None,
+        default=None,
         title="a list of field names",
         description="Fields that do not change what inference computes",
     )
     exclusive: list[list[Text]] | None = Field(
-        None,
+        default=None,
         title="lists of field names",
         description="Spellings of one field, which may not differ if several are present",
     )
     detect: dict[Text, Any] | None = Field(
-        None,
+        default=None,
         title="`key: value` lines",
         description="Values in the file that tell this dialect from others with the same names",
     )
     required: list[Text] | None = Field(
-        None,
+        default=None,
         title="a list of native fields",
         description="Native fields that the user has to give if the file does not hold them",
     )
     null_values: dict[Text, list[Any] | None] | None = Field(
-        None,
+        default=None,
         title="a list of values",
         description="Values of a field that stand for null",
     )
     value_map: dict[Text, list[Pair] | None] | None = Field(
-        None,
+        default=None,
         title="pairs of a value in the file and the native one",
         description="Pairs of a value in the file and the native value, by native field",
     )
     key_map: dict[Text, Texts | None] | None = Field(
-        None,
+        default=None,
         title="`native key: key in the file` lines",
         description="Names of the keys of a field that is an object, by native field",
     )
     field_tensors: Texts | None = Field(
-        None,
+        default=None,
         title="`tensor: native field` lines",
         description="Tensors whose values give a native field of the config",
     )
     write: dict[Text, Any] | None = Field(
-        None,
+        default=None,
         title="`key: value` lines",
         description='More keys to write: a constant or "{native field}"; null: never write it',
     )
     zero_filled: dict[Text, bool | Text | None] | None = Field(
-        None,
+        default=None,
         title="`flag: true or another flag` lines",
         description="Flags of tensors that files must hold: zeros are written where they lack",
     )
     lossy_fields: list[Text] | None = Field(
-        None,
+        default=None,
         title="a list of native fields",
         description="Native fields that this dialect cannot hold and that may be lost",
     )
@@ -190,30 +194,32 @@ class Container(Entry):
 
     format: Text = Field(title="the name of a format", description="A format of converters.formats")
     file: str = Field(
-        "",
+        default="",
         title="some text",
         description="The file's name when written; `{shard}` numbers files; empty: read alone",
     )
     within: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        ("",),
+        default=("",),
         title="a list of keys",
         description="The key of a nested file under which the weights are: the first that is there",
     )
     config: str = Field(
-        "",
+        default="",
         title="some text",
         description="A file beside it, a key of the file's values, `.` for all of them, or `{key}`:"
         " those whose names begin with the value of `key`",
     )
     beside: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (),
+        default=(),
         title="a list of names",
         description="Top-level names whose values are not about the model",
     )
     wide: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), title="a list of tensors", description="Tensors that are kept in F32, as vectors are"
+        default=(),
+        title="a list of tensors",
+        description="Tensors that are kept in F32, as vectors are",
     )
-    about: str = Field("", title="some text", description="What messages call such files")
+    about: str = Field(default="", title="some text", description="What messages call such files")
     fixed: dict[str, int] = Field(
         default_factory=dict,
         title="`setting: number` lines",
@@ -234,7 +240,7 @@ class Container(Entry):
 class CommonFile(Entry):
     """`common/<dialect>.yaml`: what a dialect has whatever the architecture."""
 
-    container: Container | None = Field(None, title="the fields of a container")
+    container: Container | None = Field(default=None, title="the fields of a container")
     ignore: list[Text] = Field(default_factory=list, title="a list of field names")
     require: dict[Text, list[Any]] = Field(
         default_factory=dict, title="a list of the values implemented"

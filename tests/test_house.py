@@ -224,7 +224,16 @@ def output(*arguments: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-HEAVY = ("torch", "numpy", "transformers", "huggingface_hub", "safetensors", "einops", "yaml")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "einops",
+    "yaml",
+    "pydantic",
+)
 LOADED = f"import sys; print([m for m in {HEAVY} if m in sys.modules])"
 
 

@@ -215,10 +215,14 @@ class ArchitectureFields(Entry):
         description="The head of each class; of several, the first whose tensors are there",
     )
     model: Text | None = Field(
-        None, title="some text", description="The module in zoo/models; default: the entry's name"
+        default=None,
+        title="some text",
+        description="The module in zoo/models; default: the entry's name",
     )
     spec: Text | None = Field(
-        None, title="some text", description="The folder of specs; default: the entry's name"
+        default=None,
+        title="some text",
+        description="The folder of specs; default: the entry's name",
     )
     oracle: dict[str, Any] = Field(
         default_factory=dict,
@@ -226,7 +230,7 @@ class ArchitectureFields(Entry):
         description="What the reference library has instead of an architecture that it lacks",
     )
     former: Former | None = Field(
-        None, title="types: with their fields, and classes:", description=Former.__doc__
+        default=None, title="types: with their fields, and classes:", description=Former.__doc__
     )
 
 
@@ -251,12 +255,14 @@ class CheckpointFields(Entry):
         title="a mapping", description="The fields of config.json that shape the model"
     )
     file: Annotated[str, AfterValidator(_is_within)] = Field(
-        "",
+        default="",
         title="a path within",
         description="The file of a repository of several that is this checkpoint",
     )
     golden: Annotated[str, AfterValidator(_is_within)] = Field(
-        "", title="a path within", description="Published outputs: a file in zoo/parity/golden"
+        default="",
+        title="a path within",
+        description="Published outputs: a file in zoo/parity/golden",
     )
 
 
@@ -268,7 +274,9 @@ class VariantFields(Entry):
         title="a mapping", description="Fields over the reference's own defaults"
     )
     untied: bool = Field(
-        False, title="true or false", description="The reference is made without tying its weights"
+        default=False,
+        title="true or false",
+        description="The reference is made without tying its weights",
     )
 
 

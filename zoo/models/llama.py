@@ -32,7 +32,7 @@ class Config(Rotated, config.Windowed):
     mlp_bias: bool = False
     attn_dropout: config.Fraction | None = 0.0
     tied: bool = False
-    heads_known: ClassVar = decoder.HEADS
+    heads_known: ClassVar[tuple[str, ...]] = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
         width = self.dim // self.heads
