@@ -27,12 +27,12 @@ from converters.spec_files import (
 from zoo.errors import SpecError, did_you_mean, listing, option
 
 Value = TypeVar("Value")
-MOST_UNKNOWN = 200  # fields of one config, each of which is compared with all known ones
+MOST_UNKNOWN = 200  # fields of one config: each is compared with all names, for suggestions
 
 
 @dataclass(frozen=True)
 class When:
-    """Rules that count where a native field of the config holds something, or where it does not."""
+    """Rules that apply if a native field is true, or if it is false (`holds=False`)."""
 
     field: str
     holds: bool
@@ -40,12 +40,13 @@ class When:
     heads: tuple[Rule, ...] = ()
 
     def of(self, config: Mapping[str, Any]) -> bool:
+        """Whether the rules apply under this native config."""
         return bool(config.get(self.field)) == self.holds
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One way to lay an architecture's weights out."""
+    """One way to lay out an architecture's weights. `DialectFile` describes each section."""
 
     name: str
     where: str = ""
@@ -53,43 +54,36 @@ class Dialect:
     weights: tuple[Rule, ...] = ()
     heads: tuple[Rule, ...] = ()
     when: tuple[When, ...] = ()
-    alternatives: tuple[Rule, ...] = ()  # where their sources are there, others' place is theirs
+    alternatives: tuple[Rule, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[tuple[Template, Template], ...] = ()
     aliases: tuple[tuple[Template, Template], ...] = ()
     drop: tuple[tuple[Template, str], ...] = ()
-    optimizer_slots: Mapping[str, str] = field(
-        default_factory=dict
-    )  # behind a known name: why it is dropped
+    optimizer_slots: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # native fields a config leaves out
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
-    exclusive: tuple[tuple[str, ...], ...] = ()  # fields of which one counts: they may not differ
-    container: Container | None = None  # None: hf, whose files are what they always were
-    detect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that tell it
-    required: tuple[str, ...] = ()  # native fields without which nothing can be read
-    null_values: Mapping[str, tuple[Any, ...]] = field(
-        default_factory=dict
-    )  # values that say nothing
+    exclusive: tuple[tuple[str, ...], ...] = ()
+    container: Container | None = None  # None: hf, whose files need no description
+    detect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    null_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     value_map: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
-    # of a field that is an object: native key -> its own; it has no others
     key_map: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    field_tensors: Mapping[str, str] = field(
-        default_factory=dict
-    )  # array that says a native field: which
-    write: Mapping[str, Any] = field(default_factory=dict)  # `{field}` or a constant; null: not
-    # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
+    field_tensors: Mapping[str, str] = field(default_factory=dict)
+    write: Mapping[str, Any] = field(default_factory=dict)
     zero_filled: Mapping[str, Any] = field(default_factory=dict)
-    lossy_fields: frozenset[str] = frozenset()  # native fields that may be lost
+    lossy_fields: frozenset[str] = frozenset()
     reference: str = ""  # its list in reference_fields.yaml, if there is one
 
     @property
     def rules(self) -> tuple[Rule, ...]:
+        """All rules without a condition."""
         return self.weights + self.heads + self.alternatives
 
     def under(self, config: Mapping[str, Any]) -> Dialect:
-        """With the rules that count under this config, and no more conditions."""
+        """The dialect with the rules that apply under a native config, and no conditions."""
         chosen = [when for when in self.when if when.of(config)]
         weights = sum((when.weights for when in chosen), self.weights)
         return replace(
@@ -97,21 +91,22 @@ class Dialect:
         )
 
     def knows(self, disk: str) -> bool:
-        """Whether anything is said of a tensor of this name."""
+        """Whether any section names a tensor of this name."""
         prefix = self.prefix
         rules = self.rules + sum((when.weights + when.heads for when in self.when), ())
-        known = [rule.source.name for rule in rules]
-        known += [name for pair in self.aliases for name in pair[:1]]
-        known += [name for name, _ in (*self.tied, *self.drop)]
+        templates = [rule.source.name for rule in rules]
+        templates += [name for pair in self.aliases for name in pair[:1]]
+        templates += [name for name, _ in (*self.tied, *self.drop)]
         names = {disk, disk[len(prefix) :] if disk.startswith(prefix) else disk}
-        if any(template.match(name) is not None for template in known for name in names):
+        if any(template.match(name) is not None for template in templates for name in names):
             return True
         return any(
-            disk.endswith(s) and self.knows(disk.removesuffix(s)) for s in self.optimizer_slots
+            disk.endswith(suffix) and self.knows(disk.removesuffix(suffix))
+            for suffix in self.optimizer_slots
         )
 
     def dropped(self, disk: str) -> str | None:
-        """Why a tensor of this name is not wanted; None if it is, or is not known."""
+        """The reason to drop a tensor of this name; None if it is wanted or unknown."""
         for template, reason in self.drop:
             if template.match(disk) is not None:
                 return reason
@@ -120,12 +115,12 @@ class Dialect:
                 return reason
         return None
 
-    def native_names(self, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-        """What is given in the dialect's own words, in native ones; what neither has, as it is."""
-        known, out = set(known), dict[str, Any]()
-        for key, value in given.items():
+    def native_names(self, fields: Mapping[str, Any], native: Iterable[str]) -> dict[str, Any]:
+        """Rename fields from the dialect's words to native ones; others stay as they are."""
+        native, out = set(native), dict[str, Any]()
+        for key, value in fields.items():
             named = [n for n, paths in self.config.items() if key in paths]
-            for name in [key] if key in known or not named else named:
+            for name in [key] if key in native or not named else named:
                 out[name] = self._native(name, value)
         return out
 
@@ -141,25 +136,28 @@ class Dialect:
     def read_config(
         self, reference: Mapping[str, Any], ignore: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
-        """Native fields that the reference's config sets, and everything that is wrong with it.
+        """Read a config of this dialect.
 
-        What one field maps out of an object is no part of it for another that maps the whole.
+        A part of an object that one field maps is left out for a field that maps the whole object.
+
+        Args:
+            reference: The config as the file has it.
+            ignore: Fields that the user declares to change nothing.
+
+        Returns:
+            The native fields that it sets, and every problem with it.
         """
         if self.null_values:
-            kept = reference.items()
-            reference = {k: v for k, v in kept if v not in self.null_values.get(k, ())}
+            nulls = self.null_values
+            reference = {k: v for k, v in reference.items() if v not in nulls.get(k, ())}
         ignore = frozenset(ignore)
         fields = dict(self.defaults)
         for name, paths in self.config.items():
-            found = (
-                value
-                for path in paths
-                if (value := self._value(reference, path, ignore)) is not None
-            )
-            if (value := next(found, None)) is not None:
+            values = (self._value(reference, path, ignore) for path in paths)
+            if (value := next((v for v in values if v is not None), None)) is not None:
                 fields[name] = self._native(name, value)
             elif any(_is_null(reference, path) for path in paths):
-                fields[name] = None  # said, and not the same as left out
+                fields[name] = None  # an explicit null is not the same as an absent field
         return fields, self._audit(reference, ignore)
 
     def _value(self, reference: Mapping[str, Any], path: str, ignore: frozenset[str]) -> Any:
@@ -177,34 +175,34 @@ class Dialect:
         return path in INNER and self._is_listed and key not in reference_fields()[ROPE]
 
     def _flat(self, reference: Mapping[str, Any]) -> dict[str, Any]:
-        """What the audit goes over: fields, and parts of those that are objects."""
+        """The fields that the audit checks, and the parts of fields that are objects."""
         every = {path for paths in self.config.values() for path in paths}
         outer = {path.partition(".")[0] for path in every}
         flat: dict[str, Any] = {}
         for key, value in reference.items():
             inner = value if isinstance(value, dict) and key in outer else {}
-            # of an object of which parts are mapped, and never the whole, each part is a field
+            # an object of which only parts are mapped: each part is a field
             if isinstance(value, dict) and key in outer - every:
                 flat |= {f"{key}.{part}": each for part, each in inner.items()}
             else:
                 unread = (part for part in inner if self._is_unread(key, part))
                 flat |= {key: value, **{f"{key}.{part}": inner[part] for part in unread}}
-        given = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
-        return flat | {key: value for key, value in given.items() if value is not None}
+        nested = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
+        return flat | {key: value for key, value in nested.items() if value is not None}
 
     @property
     def _is_listed(self) -> bool:
-        """Whether the fields that the reference reads are known; else each unknown is an error."""
+        """Whether there is a list of the fields that the reference reads."""
         return bool(self.reference) and self.reference in reference_fields()
 
     @cached_property
     def _mapped(self) -> frozenset[str]:
-        """Fields that native ones are read from, and objects that hold such fields."""
+        """Fields that `config` maps, and objects that hold such fields."""
         every = {path for paths in self.config.values() for path in paths}
         return frozenset(every | {path.partition(".")[0] for path in every})
 
     def _fields(self) -> frozenset[str]:
-        """Every field that may change the function, whether zoo implements it or not."""
+        """Every field that may change the function, implemented or not."""
         names = self._mapped | self.require.keys()
         if not self._is_listed:
             return names | self.ignore
@@ -212,16 +210,16 @@ class Dialect:
         return names | ((read[SHARED] | read[self.reference]) - self.ignore)
 
     def unused(self, reference: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-        """Fields that are neither mapped nor read by the reference: they change nothing."""
+        """Unknown fields that the reference never reads, so that they change nothing."""
         unknown = self._unknown(self._flat(reference), frozenset(ignore))
         return [key for key, value in unknown if self._cannot_matter(key, value, reference)]
 
     def _unknown(self, flat: Mapping[str, Any], ignore: frozenset[str]) -> list[tuple[str, Any]]:
-        known = self._mapped | self.ignore | ignore | self.require.keys()
-        return [(key, value) for key, value in flat.items() if key not in known]
+        declared = self._mapped | self.ignore | ignore | self.require.keys()
+        return [(key, value) for key, value in flat.items() if key not in declared]
 
     def _scope(self, key: str, reference: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
-        """(a field's own name, names of the fields known where it stands)"""
+        """A field's own name, and the names of the fields at its level."""
         outer, _, inner = key.rpartition(".")
         if outer in INNER and self._is_listed and key not in reference:
             return inner, reference_fields()[ROPE]
@@ -230,17 +228,16 @@ class Dialect:
     def _cannot_matter(self, key: str, value: Any, reference: Mapping[str, Any]) -> bool:
         if not self._is_listed:
             return False
-        name, known = self._scope(key, reference)
+        name, fields = self._scope(key, reference)
         if name != key and isinstance(value, dict):
-            return False  # beside rotary's own keys, a scaling for some of the layers
-        return cannot_matter(name, known)
+            return False  # a rotary scaling for some of the layers
+        return cannot_matter(name, fields)
 
     def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
         problems = []
         for names in self.exclusive:
-            found = (_look_up(reference, name) for name in names)
-            given = [value for value in found if value is not None]
-            if any(value != given[0] for value in given):
+            values = [v for name in names if (v := _look_up(reference, name)) is not None]
+            if any(value != values[0] for value in values):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
         flat = self._flat(reference)
         for key, value in flat.items():
@@ -261,19 +258,19 @@ class Dialect:
                 continue
             field_name, fields = self._scope(key, reference)
             if field_name in fields:
-                told = f"{key}: the reference reads this field, and zoo does not implement it."
+                problem = f"{key}: the reference reads this field, and zoo does not implement it."
             else:
-                told = f"{key}: unknown field.{did_you_mean(field_name, fields)}"
+                problem = f"{key}: unknown field.{did_you_mean(field_name, fields)}"
             way_out = option("ignore_config", (key,))
-            problems.append(f"{told} If it does not change inference, pass {way_out}")
+            problems.append(f"{problem} If it does not change inference, pass {way_out}")
         return problems
 
     def reference_field(self, native: str) -> str:
-        """What the reference calls a native field, for messages."""
+        """The reference's name of a native field, for messages."""
         return self.config[native][0] if native in self.config else native
 
     def write_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reference's config for native fields, each under its first path."""
+        """The dialect's config for native fields, each under its first name."""
         out: dict[str, Any] = {}
         for name, paths in self.config.items():
             if name not in fields:
@@ -284,10 +281,10 @@ class Dialect:
                 place = place.setdefault(key, {})
             value = fields[name]
             if name in self.value_map:
-                said = [r for r, native in self.value_map[name] if native == value]
-                if not said and name not in self.key_map:
-                    continue  # left out; it comes back different if that means something else
-                value = said[0] if said else value
+                spellings = [r for r, native in self.value_map[name] if native == value]
+                if not spellings and name not in self.key_map:
+                    continue  # cannot be spelled; reading back shows whether it matters
+                value = spellings[0] if spellings else value
             if name in self.key_map and isinstance(value, dict):
                 keys = self.key_map[name]
                 value = {keys[key]: inner for key, inner in value.items() if key in keys}
@@ -306,7 +303,7 @@ class Dialect:
 
 
 def _is_null(config: Mapping[str, Any], path: str) -> bool:
-    """The field is there and holds null."""
+    """Whether the field is present and null."""
     outer, _, last = path.rpartition(".")
     place = _look_up(config, outer) if outer else config
     return isinstance(place, Mapping) and last in place and place[last] is None
@@ -329,18 +326,19 @@ class Spec:
     where: str
     axes: Mapping[str, str]
     dialects: Mapping[str, Dialect]
-    shapes: tuple[Ref, ...] = ()  # native arrays whose axes, and numbers, are native fields
-    present: Mapping[str, str] = field(default_factory=dict)  # field, or `not` one: a native name
-    # (heads, a native name that only they have), of files that name no class; the first counts
+    shapes: tuple[Ref, ...] = ()
+    present: Mapping[str, str] = field(default_factory=dict)
     head: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def dialect(self, name: str) -> Dialect:
+        """The dialect of this name; a SpecError lists those that there are."""
         if name not in self.dialects:
-            known = ", ".join(self.dialects)
-            raise SpecError(f"{self.where}: no dialect {name!r}; there is {known}")
+            names = ", ".join(self.dialects)
+            raise SpecError(f"{self.where}: no dialect {name!r}; there is {names}")
         return self.dialects[name]
 
     def with_dialect(self, dialect: Dialect) -> Spec:
+        """A copy with a dialect added or replaced."""
         return replace(self, dialects={**self.dialects, dialect.name: dialect})
 
 

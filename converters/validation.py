@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from converters.strict_yaml import collector_paused
 from zoo.errors import did_you_mean
 
-# pydantic makes many objects that stay: collecting garbage meanwhile doubles the time of its import
-_collecting = gc.isenabled()
-gc.disable()
-try:
+with collector_paused():  # collecting garbage doubles the time of this import
     from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-finally:
-    if _collecting:
-        gc.enable()
 
 __all__ = ["AfterValidator", "Entry", "Field", "Problem", "ValidationError", "line_of", "problems"]
 

@@ -1,4 +1,4 @@
-"""registry.yaml, read and checked: what zoo implements, and the checkpoints that have a name."""
+"""registry.yaml: the architectures that zoo implements, and the checkpoints that have a name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from zoo.errors import (
 )
 
 _SECTIONS = ("architectures", "checkpoints", "variants")
-_NOT_IN_NAMES = ("/", "\\", ":")  # such a reference is a path or an address
+_NOT_IN_NAMES = ("/", "\\", ":")  # a reference with one of them is a path or a URL
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -44,26 +44,26 @@ def _is_within(path: str) -> str:
 
 
 class Architecture(NamedTuple):
-    """One file in zoo/models, one spec, and which of its heads each reference class stands for."""
+    """An architecture: its model file, its spec, and the head of each reference class."""
 
     name: str
     model_type: str
-    heads: Mapping[str, tuple[str, ...]]  # several: the first whose tensors are there
+    heads: Mapping[str, tuple[str, ...]]  # of several, the first whose tensors are there
     module: str
     spec: str
     oracle: Mapping[str, Any] = {}  # what the reference library has instead of it
-    # of code from before the reference had it: model types with their own defaults, and classes
+    # of code that is older than the reference: model types with their defaults, and classes
     former_types: Mapping[str, Mapping[str, Any]] = {}
     former_classes: Mapping[str, str] = {}
 
     def modern(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config as the reference's own class has it; the names of fields are the spec's."""
+        """A config in which a former model type and its defaults are today's."""
         assumed = self.former_types.get(str(config.get("model_type")), {})
         return {**assumed, **config, "model_type": self.model_type}
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
-        """Tiny configs that parity is proven with, by name: `class` and `config`."""
+        """The tiny configs that parity is proven with, by name: `class` and `config`."""
         return variants().get(self.name, {})
 
     @property
@@ -72,10 +72,12 @@ class Architecture(NamedTuple):
 
     @property
     def model(self) -> Any:
+        """The class `Model` of the architecture's module."""
         return self._module.Model
 
     @property
     def config_class(self) -> Any:
+        """The class `Config` of the architecture's module."""
         return self._module.Config
 
 
@@ -95,11 +97,12 @@ class CheckpointEntry(NamedTuple):
 
     @property
     def pinned(self) -> bool:
+        """Whether the revision is a commit, which cannot move."""
         return _COMMIT.fullmatch(self.revision) is not None
 
     @property
     def reference_config(self) -> dict[str, Any]:
-        """What the repository's config.json says, as far as the model depends on it."""
+        """The part of the repository's config.json that the model depends on."""
         model_type = architectures()[self.architecture].model_type
         return {
             "model_type": model_type,
@@ -108,6 +111,7 @@ class CheckpointEntry(NamedTuple):
         }
 
     def to_json(self) -> dict[str, Any]:
+        """What `zoo list --json` prints of it."""
         return {
             "name": self.name,
             "architecture": self.architecture,
@@ -124,32 +128,36 @@ class CheckpointEntry(NamedTuple):
 
 @cache
 def architectures() -> dict[str, Architecture]:
+    """Every architecture by name."""
     return parse_architectures(_section("architectures"), _text())
 
 
 @cache
 def checkpoints() -> dict[str, CheckpointEntry]:
+    """Every published checkpoint by name."""
     return parse_checkpoints(_section("checkpoints"), architectures(), _text())
 
 
 @cache
 def variants() -> dict[str, dict[str, dict[str, Any]]]:
+    """Tiny configs by architecture and name."""
     return parse_variants(_section("variants"), architectures(), _text())
 
 
 def named(ref: Any) -> CheckpointEntry | None:
-    """The checkpoint that `ref` names, if it is a name. A path is none, and costs no parsing."""
+    """The checkpoint that `ref` names, or None. Nothing is parsed for a path."""
     if not isinstance(ref, str) or any(mark in ref for mark in _NOT_IN_NAMES):
         return None
     return checkpoints().get(ref)
 
 
 def find(name: str) -> CheckpointEntry:
-    known = checkpoints()
-    if name not in known:
-        near = did_you_mean(name.lower(), known) or " `zoo list` shows all of them."
+    """The checkpoint of this name; an UnknownName suggests others."""
+    names = checkpoints()
+    if name not in names:
+        near = did_you_mean(name.lower(), names) or " `zoo list` shows all of them."
         raise UnknownName(f"no checkpoint is called {name!r}.{near}")
-    return known[name]
+    return names[name]
 
 
 def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architecture, str | None]:
@@ -162,29 +170,29 @@ def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architectur
     ):
         raise ConfigError(f"{where}: architectures: expected class names, found {classes!r}")
     reference_class = classes[0] if classes else None
-    known = architectures()
+    implemented = architectures()
     if model_type is None:
         # configs of the first years name only the class
-        found = next((a for a in known.values() if reference_class in a.heads), None)
+        entry = next((a for a in implemented.values() if reference_class in a.heads), None)
     else:
-        found = next(
-            (a for a in known.values() if model_type in (a.model_type, *a.former_types)), None
+        entry = next(
+            (a for a in implemented.values() if model_type in (a.model_type, *a.former_types)), None
         )
-    if found is None:
+    if entry is None:
         asked = f"model_type {model_type!r}" if model_type else "no model_type"
         if reference_class:
             asked += f" and class {reference_class}"
-        types = sorted(a.model_type for a in known.values())
+        types = sorted(a.model_type for a in implemented.values())
         near = did_you_mean(model_type or "", types)
         raise UnsupportedArchitecture(f"{where}: {asked}; zoo implements {', '.join(types)}.{near}")
-    reference_class = found.former_classes.get(reference_class or "", reference_class)
-    if reference_class is not None and reference_class not in found.heads:
+    reference_class = entry.former_classes.get(reference_class or "", reference_class)
+    if reference_class is not None and reference_class not in entry.heads:
         raise UnsupportedArchitecture(
             f"{where}: architectures: {reference_class} is not implemented for "
-            f"{found.model_type}; there is {listing(found.heads)}."
-            f"{did_you_mean(reference_class, found.heads)}"
+            f"{entry.model_type}; there is {listing(entry.heads)}."
+            f"{did_you_mean(reference_class, entry.heads)}"
         )
-    return found, reference_class
+    return entry, reference_class
 
 
 # --- what the file may hold ----------------------------------------------------------------------
@@ -318,13 +326,13 @@ def parse_architectures(data: Any, text: str = "") -> dict[str, Architecture]:
 
 
 def parse_checkpoints(
-    data: Any, known: Mapping[str, Architecture], text: str = ""
+    data: Any, implemented: Mapping[str, Architecture], text: str = ""
 ) -> dict[str, CheckpointEntry]:
-    """Check the section `checkpoints` against the known architectures.
+    """Check the section `checkpoints` against the architectures.
 
     Args:
         data: The section as plain data.
-        known: The architectures by name.
+        implemented: The architectures by name.
         text: The YAML text that it comes from, to name lines in messages.
 
     Returns:
@@ -339,19 +347,19 @@ def parse_checkpoints(
         path = ("checkpoints", name)
         if any(mark in name for mark in _NOT_IN_NAMES):
             problems.append((path, f"{'.'.join(path)}: a name with / or : would be read as a path"))
-        problems += _class_problems(path, entry.architecture, entry.reference_class, known)
+        problems += _class_problems(path, entry.architecture, entry.reference_class, implemented)
     _refuse(problems, text)
     return {name: CheckpointEntry(name, **dict(entry)) for name, entry in entries.items()}
 
 
 def parse_variants(
-    data: Any, known: Mapping[str, Architecture], text: str = ""
+    data: Any, implemented: Mapping[str, Architecture], text: str = ""
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Check the section `variants` against the known architectures.
+    """Check the section `variants` against the architectures.
 
     Args:
         data: The section as plain data.
-        known: The architectures by name.
+        implemented: The architectures by name.
         text: The YAML text that it comes from, to name lines in messages.
 
     Returns:
@@ -367,7 +375,7 @@ def parse_variants(
         section = f"variants.{architecture}"
         for name, entry in _entries(section, variants, VariantFields, text).items():
             path = ("variants", str(architecture), name)
-            problems += _class_problems(path, architecture, entry.reference_class, known)
+            problems += _class_problems(path, architecture, entry.reference_class, implemented)
     _refuse(problems, text)
     return data
 
@@ -398,14 +406,14 @@ def _entries(section: str, data: Any, model: type[Fields], text: str) -> dict[st
 
 
 def _class_problems(
-    path: Keys, architecture: str, reference_class: str, known: Mapping[str, Architecture]
+    path: Keys, architecture: str, reference_class: str, implemented: Mapping[str, Architecture]
 ) -> list[Problem]:
     where = ".".join(path)
-    if architecture not in known:
-        near = did_you_mean(architecture, known)
+    if architecture not in implemented:
+        near = did_you_mean(architecture, implemented)
         return [(path, f"{where}: no architecture is called {architecture!r}.{near}")]
-    if reference_class not in known[architecture].heads:
-        near = did_you_mean(reference_class, known[architecture].heads)
+    if reference_class not in implemented[architecture].heads:
+        near = did_you_mean(reference_class, implemented[architecture].heads)
         return [(path, f"{where}: {architecture} has no class {reference_class!r}.{near}")]
     return []
 
@@ -424,7 +432,7 @@ def _refuse(problems: Iterable[Problem], text: str) -> None:
 
 
 def beside(name: str) -> Path:
-    """Beside this file in an installed package, at the root in a checkout."""
+    """The path of a data file: beside this file if installed, at the root in a checkout."""
     here = Path(__file__).with_name(name)
     return here if here.is_file() else here.parents[1] / here.name
 
@@ -439,12 +447,12 @@ def _text() -> str:
 
 
 def parse_section(text: str, name: str) -> Any:
-    """What stands under one top-level key. Only that is parsed: loading needs no variants."""
+    """Parse what is under one top-level key, and nothing else: loading needs no variants."""
     starts = [*re.finditer(r"(?m)^(?![\s#]|---)([^:\n]+)", text)]
     keys = [match[1] for match in starts]
-    if odd := [key for key in keys if key not in _SECTIONS]:
-        near = did_you_mean(odd[0], _SECTIONS)
-        raise RegistryError(f"registry.yaml: unknown section {odd[0]!r}.{near}")
+    if unknown := [key for key in keys if key not in _SECTIONS]:
+        near = did_you_mean(unknown[0], _SECTIONS)
+        raise RegistryError(f"registry.yaml: unknown section {unknown[0]!r}.{near}")
     if keys.count(name) != 1:
         raise RegistryError(
             f"registry.yaml: section {name!r} stands {keys.count(name)} times in it"
@@ -452,6 +460,6 @@ def parse_section(text: str, name: str) -> Any:
     at = keys.index(name)
     first = starts[at].start()
     last = starts[at + 1].start() if at + 1 < len(starts) else len(text)
-    # the lines above stay, empty, so that an error points at the right one
+    # empty lines instead of the sections above keep line numbers right
     alone = "\n" * text.count("\n", 0, first) + text[first:last]
     return parse_yaml(alone, "registry.yaml", RegistryError)[name]

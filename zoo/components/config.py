@@ -172,12 +172,12 @@ class Config(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         """Check and derive fields; a ConfigError lists every problem."""
-        known = type(self).model_fields
+        fields = type(self).model_fields
         # null asks for the derived value
         values = {
             name: value
             for name, value in values.items()
-            if value is not None or name not in known or known[name].default is not None
+            if value is not None or name not in fields or fields[name].default is not None
         }
         self._validate(values)
         derived = {n: v for n, v in self.derived().items() if getattr(self, n) is None}
