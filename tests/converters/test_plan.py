@@ -452,12 +452,12 @@ class TestSpec:
         (tmp_path / "b" / "hf.yaml").write_text("like: a/hf\nconfig: {dim: 'd |'}\nfoo: 1\n")
         with pytest.raises(SpecError) as error:
             load_spec.__wrapped__("b")
-        said = str(error.value)
+        message = str(error.value)
         assert (
-            "converters/specs/a/hf.yaml: line 4: require.v: expected a list of the values" in said
+            "converters/specs/a/hf.yaml: line 4: require.v: expected a list of the values" in message
         )
-        assert "converters/specs/b/hf.yaml: line 2: config.dim: expected a field or several" in said
-        assert "unknown section foo" in said
+        assert "converters/specs/b/hf.yaml: line 2: config.dim: expected a field or several" in message
+        assert "unknown section foo" in message
 
     def test_what_a_config_leaves_out(self):
         hf = spec(config={"kv_heads": "n_kv"}, defaults={"kv_heads": 8, "bias": True}).dialect("hf")
