@@ -84,7 +84,7 @@ def find(place: Path, mmap: bool | None = None) -> DialectMatch | None:
             continue
         unmapped = _unknown(dialect, container, checkpoint)
         values = opened.values
-        wrong = [k for k, allowed in dialect.is_.items() if values.get(k) not in allowed]
+        wrong = [k for k, allowed in dialect.detect.items() if values.get(k) not in allowed]
         if not unmapped and not wrong and checkpoint.tensors:
             reference, source = _reference(container, opened, checkpoint)
             shards = len(opened.readers) if container.sharded else 1

@@ -36,20 +36,23 @@ class Placeholder(NamedTuple):
     values: tuple[str, ...] = ()
 
     def spell(self, index: int) -> str:
+        """The text that stands for an index: a listed value, or the number."""
         return self.values[index] if self.values else str(index)
 
 
 @dataclass(frozen=True)
 class Template:
-    """A tensor's name with placeholders; formats bindings and matches names, in linear time."""
+    """A tensor's name with placeholders. It formats indices and matches names in linear time."""
 
     parts: tuple[str | Placeholder, ...]
 
     @cached_property
     def placeholders(self) -> dict[str, Placeholder]:
+        """The placeholders by name."""
         return {part.name: part for part in self.parts if isinstance(part, Placeholder)}
 
     def format(self, binding: Mapping[str, int]) -> str:
+        """The name with an index for each placeholder."""
         parts = self.parts
         return "".join(p if isinstance(p, str) else p.spell(binding[p.name]) for p in parts)
 
@@ -124,6 +127,7 @@ class Pattern:
 
     @property
     def pieces(self) -> tuple[tuple[str, ...], ...]:
+        """The parts of the ragged axis: `(r|one|one)` has three. Empty if there is none."""
         if self.ragged is None:
             return ()
         d, k = self.ragged
@@ -133,6 +137,7 @@ class Pattern:
 
     @cached_property
     def axes(self) -> frozenset[str]:
+        """Every axis that the pattern names."""
         flat = (n for dim in self.dims for n in dim)
         names = (a for n in flat for a in ([n] if isinstance(n, str) else sum(n.parts, ())))
         return frozenset(names)
@@ -150,6 +155,7 @@ class Pattern:
         return (*self.dims[:d], *apart, *self.dims[d + 1 :])  # type: ignore[arg-type]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that the pattern has with these sizes."""
         return tuple(prod(_length(node, sizes) for node in dim) for dim in self.dims)
 
     def apart(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -163,6 +169,7 @@ class Pattern:
 
     @property
     def ragged_dim(self) -> int:
+        """The index of the ragged axis in the shape that `apart` gives."""
         assert self.ragged is not None
         return sum(self.ragged)
 
@@ -234,6 +241,18 @@ class _Reader:
 
 
 def parse_name(text: str, where: str = "") -> Template:
+    """Parse a tensor's name with placeholders.
+
+    Args:
+        text: The name as a spec has it: `h.{layer}.ln_{n=1,2}.weight`.
+        where: The file and section, for messages.
+
+    Returns:
+        The name as a template.
+
+    Raises:
+        SpecError: The text is malformed; the message points at the column.
+    """
     reader = _Reader(text, where)
     template = _name(reader)
     if reader.peek():
@@ -427,6 +446,19 @@ class Rule:
 
 
 def parse_rule(source: str, target: str | Sequence[str], where: str = "") -> Rule:
+    """Parse a line of a spec.
+
+    Args:
+        source: The tensor in the file: `c_attn.weight [i (n o)]`.
+        target: The tensor of the model, or a list of them: `attn.{n=q,k,v}.weight [o i]`.
+        where: The file and section, for messages.
+
+    Returns:
+        The rule, whose two sides have the same axes.
+
+    Raises:
+        SpecError: A side is malformed, or an axis is on one side alone.
+    """
     texts = [target] if isinstance(target, str) else list(target)
     if not texts or not all(isinstance(t, str) for t in texts):
         raise SpecError(f"{where}: {source}: expected a tensor's name or a list of them")
@@ -474,9 +506,9 @@ def _check_rule(rule: Rule) -> None:
                 raise fail(f"'{name}' is an axis of neither side")
         left = {a for dim in source.pattern.choose(k) for a in dim} | set(rule.stacked)
         right = {a for dim in target.pattern.choose(k) for a in dim} | set(rule.spread(target))
-        if odd := sorted((left ^ right) - {"1", "one"}):
-            side = "left" if odd[0] in left else "right"
-            raise fail(f"axis '{odd[0]}' is on the {side} alone")
+        if alone := sorted((left ^ right) - {"1", "one"}):
+            side = "left" if alone[0] in left else "right"
+            raise fail(f"axis '{alone[0]}' is on the {side} alone")
 
 
 def _count(placeholder: Placeholder) -> str:
@@ -487,20 +519,20 @@ def _count(placeholder: Placeholder) -> str:
 
 
 def solve(pattern: Pattern, shape: Sequence[int], sizes: Sizes) -> str | None:
-    """Fill in the axes of `pattern` that `shape` determines; what cannot be, in words, or None."""
+    """Add to `sizes` the axes that `shape` determines. Returns the problem, or None."""
     if len(pattern.dims) != len(shape):
         return f"{len(shape)} dimensions, and {pattern} has {len(pattern.dims)}"
     for dim, length in zip(pattern.dims, shape, strict=True):
         unknown = [n for n in dim if isinstance(n, str) and n != "1" and n not in sizes]
-        known = [n for n in dim if n not in unknown]
-        ragged = next((n for n in known if isinstance(n, Ragged)), None)
+        solved = [n for n in dim if n not in unknown]
+        ragged = next((n for n in solved if isinstance(n, Ragged)), None)
         if ragged and (problem := _solve_ragged(ragged, dim, length, sizes)):
             return problem
         if ragged and any(a not in sizes for part in ragged.parts for a in part if a != "1"):
             continue
         if len(unknown) > 1:
             continue
-        rest = prod(_length(n, sizes) for n in known)
+        rest = prod(_length(n, sizes) for n in solved)
         if unknown:
             if rest == 0 or length % rest:
                 return f"{length} is not divisible by {rest} in {pattern.describe(sizes)}"
@@ -547,10 +579,12 @@ class Transform:
         return [dict(zip(names, point, strict=True)) for point in product(*ranges)]
 
     def source_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the file."""
         assert self.rule.source.pattern is not None
         return self.rule.source.pattern.shape(self._sizes)
 
     def target_shape(self, target: Ref) -> tuple[int, ...]:
+        """The shape of a tensor of the model."""
         assert target.pattern is not None
         return target.pattern.shape(self._sizes)
 
@@ -580,10 +614,11 @@ class Transform:
         return self.forward([torch.full(shape, n, dtype=torch.int32) for n in range(count)])
 
     def targets_of(self, sources: Sequence[Tensor | Lazy]) -> list[Lazy]:
-        """`forward` without a copy: arrays that are made as they are asked for."""
+        """`forward` without a copy: each array is made when it is read."""
         return moved(partial(self._move, self._sides[0], self._sides[1]), sources)
 
     def sources_of(self, targets: Sequence[Tensor | Lazy]) -> list[Lazy]:
+        """The inverse of `targets_of`."""
         return moved(partial(self._move, self._sides[1], self._sides[0]), targets)
 
     @cached_property
@@ -610,11 +645,12 @@ class Transform:
                     chosen = dict(zip(other.index, corner, strict=True))
                     parts[other.first + n].append(other.part(view, mine.axes, point, chosen))
         return [
-            Lazy(shape, space, found)
-            for (shape, space), found in zip(there.layout(), parts, strict=True)
+            Lazy(shape, space, pieces)
+            for (shape, space), pieces in zip(there.layout(), parts, strict=True)
         ]
 
     def length(self, node: Node) -> int:
+        """The size of an axis or of a ragged concatenation."""
         return _length(node, self._sizes)
 
 

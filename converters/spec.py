@@ -1,43 +1,38 @@
-"""The schema of specs/*.yaml: what each dialect calls tensors and config fields."""
+"""Specs: what each dialect of an architecture calls its tensors and config fields."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.language import Ref, Rule, Template, parse_name, parse_ref, parse_rule
 from converters.reference_fields import INNER, ROPE, SHARED, cannot_matter, reference_fields
-from converters.strict_yaml import read_yaml
+from converters.spec_files import (
+    NATIVE,
+    SPECS,
+    Container,
+    DialectFile,
+    NativeFile,
+    Rules,
+    Texts,
+    WhenRules,
+    checked,
+    common,
+    files,
+    read_file,
+    spec_names,
+)
 from zoo.errors import SpecError, did_you_mean, listing, option
 
-SPECS = Path(__file__).parent / "specs"
-MOST_UNKNOWN = 200  # fields of one config, each of which is compared with all known ones
-
-_SECTIONS = (
-    "prefix",
-    "weights",
-    "heads",
-    "when",
-    "alternatives",
-    "optional",
-    "tied",
-    "aliases",
-    "drop",
-    "slots",
-)
-_CONFIG_SECTIONS = (
-    *("config", "defaults", "require", "ignore", "exclusive"),
-    *("is", "needs", "unsaid", "words", "keys", "tables", "write", "zeros", "forgets"),
-)
-_SPEC_KEYS = ("axes", "shapes", "present", "head")
+Value = TypeVar("Value")
+MOST_UNKNOWN = 200  # fields of one config: each is compared with all names, for suggestions
 
 
 @dataclass(frozen=True)
 class When:
-    """Rules that count where a native field of the config holds something, or where it does not."""
+    """Rules that apply if a native field is true, or if it is false (`holds=False`)."""
 
     field: str
     holds: bool
@@ -45,36 +40,13 @@ class When:
     heads: tuple[Rule, ...] = ()
 
     def of(self, config: Mapping[str, Any]) -> bool:
+        """Whether the rules apply under this native config."""
         return bool(config.get(self.field)) == self.holds
 
 
 @dataclass(frozen=True)
-class Container:
-    """What the files of a dialect are, whatever the architecture: `common.<dialect>.yaml` says it.
-
-    `{shard}` in the file's name: there may be several, and tensors are called `0/name`, `1/name` …
-    """
-
-    format: str
-    file: str = ""  # as it is written; none: it is read alone
-    within: tuple[str, ...] = ("",)  # the key of a nested file that weights stand under
-    # a file beside it, a key of the file's own values, `.` for all of these; `{key}`: of those the
-    # ones below the name that stands there
-    config: str = ""
-    beside: tuple[str, ...] = ()  # names below which no value is about the model
-    wide: tuple[str, ...] = ()  # tensors in F32, as vectors are
-    about: str = ""  # for people
-    fixed: Mapping[str, int] = field(default_factory=dict)  # of what its format leaves to choose
-    names: Mapping[str, str] = field(default_factory=dict)  # a file beside it: what others call it
-
-    @property
-    def sharded(self) -> bool:
-        return "{shard" in self.file
-
-
-@dataclass(frozen=True)
 class Dialect:
-    """One way to lay an architecture's weights out."""
+    """One way to lay out an architecture's weights. `DialectFile` describes each section."""
 
     name: str
     where: str = ""
@@ -82,37 +54,36 @@ class Dialect:
     weights: tuple[Rule, ...] = ()
     heads: tuple[Rule, ...] = ()
     when: tuple[When, ...] = ()
-    alternatives: tuple[Rule, ...] = ()  # where their sources are there, others' place is theirs
+    alternatives: tuple[Rule, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[tuple[Template, Template], ...] = ()
     aliases: tuple[tuple[Template, Template], ...] = ()
     drop: tuple[tuple[Template, str], ...] = ()
-    slots: Mapping[str, str] = field(default_factory=dict)  # behind a known name: why it is dropped
+    optimizer_slots: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # native fields a config leaves out
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     require: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
-    exclusive: tuple[tuple[str, ...], ...] = ()  # fields of which one counts: they may not differ
-    container: Container | None = None  # None: hf, whose files are what they always were
-    is_: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that tell it
-    needs: tuple[str, ...] = ()  # native fields without which nothing can be read
-    unsaid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that say nothing
-    words: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
-    # of a field that is an object: native key -> its own; it has no others
-    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    tables: Mapping[str, str] = field(default_factory=dict)  # array that says a native field: which
-    write: Mapping[str, Any] = field(default_factory=dict)  # `{field}` or a constant; null: not
-    # flags of tensors that may not lack here: zeros stand for them, always or if another flag holds
-    zeros: Mapping[str, Any] = field(default_factory=dict)
-    forgets: frozenset[str] = frozenset()  # native fields that may be lost
+    exclusive: tuple[tuple[str, ...], ...] = ()
+    container: Container | None = None  # None: hf, whose files need no description
+    detect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    null_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    value_map: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
+    key_map: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    field_tensors: Mapping[str, str] = field(default_factory=dict)
+    write: Mapping[str, Any] = field(default_factory=dict)
+    zero_filled: Mapping[str, Any] = field(default_factory=dict)
+    lossy_fields: frozenset[str] = frozenset()
     reference: str = ""  # its list in reference_fields.yaml, if there is one
 
     @property
     def rules(self) -> tuple[Rule, ...]:
+        """All rules without a condition."""
         return self.weights + self.heads + self.alternatives
 
     def under(self, config: Mapping[str, Any]) -> Dialect:
-        """With the rules that count under this config, and no more conditions."""
+        """The dialect with the rules that apply under a native config, and no conditions."""
         chosen = [when for when in self.when if when.of(config)]
         weights = sum((when.weights for when in chosen), self.weights)
         return replace(
@@ -120,41 +91,44 @@ class Dialect:
         )
 
     def knows(self, disk: str) -> bool:
-        """Whether anything is said of a tensor of this name."""
+        """Whether any section names a tensor of this name."""
         prefix = self.prefix
         rules = self.rules + sum((when.weights + when.heads for when in self.when), ())
-        known = [rule.source.name for rule in rules]
-        known += [name for pair in self.aliases for name in pair[:1]]
-        known += [name for name, _ in (*self.tied, *self.drop)]
+        templates = [rule.source.name for rule in rules]
+        templates += [name for pair in self.aliases for name in pair[:1]]
+        templates += [name for name, _ in (*self.tied, *self.drop)]
         names = {disk, disk[len(prefix) :] if disk.startswith(prefix) else disk}
-        if any(template.match(name) is not None for template in known for name in names):
+        if any(template.match(name) is not None for template in templates for name in names):
             return True
-        return any(disk.endswith(s) and self.knows(disk.removesuffix(s)) for s in self.slots)
+        return any(
+            disk.endswith(suffix) and self.knows(disk.removesuffix(suffix))
+            for suffix in self.optimizer_slots
+        )
 
     def dropped(self, disk: str) -> str | None:
-        """Why a tensor of this name is not wanted; None if it is, or is not known."""
+        """The reason to drop a tensor of this name; None if it is wanted or unknown."""
         for template, reason in self.drop:
             if template.match(disk) is not None:
                 return reason
-        for suffix, reason in self.slots.items():
+        for suffix, reason in self.optimizer_slots.items():
             if disk.endswith(suffix) and self.knows(disk.removesuffix(suffix)):
                 return reason
         return None
 
-    def native_names(self, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-        """What is given in the dialect's own words, in native ones; what neither has, as it is."""
-        known, out = set(known), dict[str, Any]()
-        for key, value in given.items():
+    def native_names(self, fields: Mapping[str, Any], native: Iterable[str]) -> dict[str, Any]:
+        """Rename fields from the dialect's words to native ones; others stay as they are."""
+        native, out = set(native), dict[str, Any]()
+        for key, value in fields.items():
             named = [n for n, paths in self.config.items() if key in paths]
-            for name in [key] if key in known or not named else named:
+            for name in [key] if key in native or not named else named:
                 out[name] = self._native(name, value)
         return out
 
     def _native(self, name: str, value: Any) -> Any:
-        if name in self.keys and isinstance(value, dict):
-            names = {theirs: mine for mine, theirs in self.keys[name].items()}
+        if name in self.key_map and isinstance(value, dict):
+            names = {theirs: mine for mine, theirs in self.key_map[name].items()}
             value = {names.get(key, key): inner for key, inner in value.items()}
-        pairs = self.words.get(name, ())
+        pairs = self.value_map.get(name, ())
         return next((n for r, n in pairs if r == value and type(r) is type(value)), value)
 
     # --- config, both ways ---
@@ -162,25 +136,28 @@ class Dialect:
     def read_config(
         self, reference: Mapping[str, Any], ignore: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
-        """Native fields that the reference's config sets, and everything that is wrong with it.
+        """Read a config of this dialect.
 
-        What one field maps out of an object is no part of it for another that maps the whole.
+        A part of an object that one field maps is left out for a field that maps the whole object.
+
+        Args:
+            reference: The config as the file has it.
+            ignore: Fields that the user declares to change nothing.
+
+        Returns:
+            The native fields that it sets, and every problem with it.
         """
-        if self.unsaid:
-            kept = reference.items()
-            reference = {k: v for k, v in kept if v not in self.unsaid.get(k, ())}
+        if self.null_values:
+            nulls = self.null_values
+            reference = {k: v for k, v in reference.items() if v not in nulls.get(k, ())}
         ignore = frozenset(ignore)
         fields = dict(self.defaults)
         for name, paths in self.config.items():
-            found = (
-                value
-                for path in paths
-                if (value := self._value(reference, path, ignore)) is not None
-            )
-            if (value := next(found, None)) is not None:
+            values = (self._value(reference, path, ignore) for path in paths)
+            if (value := next((v for v in values if v is not None), None)) is not None:
                 fields[name] = self._native(name, value)
             elif any(_is_null(reference, path) for path in paths):
-                fields[name] = None  # said, and not the same as left out
+                fields[name] = None  # an explicit null is not the same as an absent field
         return fields, self._audit(reference, ignore)
 
     def _value(self, reference: Mapping[str, Any], path: str, ignore: frozenset[str]) -> Any:
@@ -198,34 +175,34 @@ class Dialect:
         return path in INNER and self._is_listed and key not in reference_fields()[ROPE]
 
     def _flat(self, reference: Mapping[str, Any]) -> dict[str, Any]:
-        """What the audit goes over: fields, and parts of those that are objects."""
+        """The fields that the audit checks, and the parts of fields that are objects."""
         every = {path for paths in self.config.values() for path in paths}
         outer = {path.partition(".")[0] for path in every}
         flat: dict[str, Any] = {}
         for key, value in reference.items():
             inner = value if isinstance(value, dict) and key in outer else {}
-            # of an object of which parts are mapped, and never the whole, each part is a field
+            # an object of which only parts are mapped: each part is a field
             if isinstance(value, dict) and key in outer - every:
                 flat |= {f"{key}.{part}": each for part, each in inner.items()}
             else:
                 unread = (part for part in inner if self._is_unread(key, part))
                 flat |= {key: value, **{f"{key}.{part}": inner[part] for part in unread}}
-        given = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
-        return flat | {key: value for key, value in given.items() if value is not None}
+        nested = {key: _look_up(reference, key) for key in self.require.keys() - flat.keys()}
+        return flat | {key: value for key, value in nested.items() if value is not None}
 
     @property
     def _is_listed(self) -> bool:
-        """Whether the fields that the reference reads are known; else each unknown is an error."""
+        """Whether there is a list of the fields that the reference reads."""
         return bool(self.reference) and self.reference in reference_fields()
 
     @cached_property
     def _mapped(self) -> frozenset[str]:
-        """Fields that native ones are read from, and objects that hold such fields."""
+        """Fields that `config` maps, and objects that hold such fields."""
         every = {path for paths in self.config.values() for path in paths}
         return frozenset(every | {path.partition(".")[0] for path in every})
 
     def _fields(self) -> frozenset[str]:
-        """Every field that may change the function, whether zoo implements it or not."""
+        """Every field that may change the function, implemented or not."""
         names = self._mapped | self.require.keys()
         if not self._is_listed:
             return names | self.ignore
@@ -233,16 +210,16 @@ class Dialect:
         return names | ((read[SHARED] | read[self.reference]) - self.ignore)
 
     def unused(self, reference: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-        """Fields that are neither mapped nor read by the reference: they change nothing."""
+        """Unknown fields that the reference never reads, so that they change nothing."""
         unknown = self._unknown(self._flat(reference), frozenset(ignore))
         return [key for key, value in unknown if self._cannot_matter(key, value, reference)]
 
     def _unknown(self, flat: Mapping[str, Any], ignore: frozenset[str]) -> list[tuple[str, Any]]:
-        known = self._mapped | self.ignore | ignore | self.require.keys()
-        return [(key, value) for key, value in flat.items() if key not in known]
+        declared = self._mapped | self.ignore | ignore | self.require.keys()
+        return [(key, value) for key, value in flat.items() if key not in declared]
 
     def _scope(self, key: str, reference: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
-        """(a field's own name, names of the fields known where it stands)"""
+        """A field's own name, and the names of the fields at its level."""
         outer, _, inner = key.rpartition(".")
         if outer in INNER and self._is_listed and key not in reference:
             return inner, reference_fields()[ROPE]
@@ -251,17 +228,16 @@ class Dialect:
     def _cannot_matter(self, key: str, value: Any, reference: Mapping[str, Any]) -> bool:
         if not self._is_listed:
             return False
-        name, known = self._scope(key, reference)
+        name, fields = self._scope(key, reference)
         if name != key and isinstance(value, dict):
-            return False  # beside rotary's own keys, a scaling for some of the layers
-        return cannot_matter(name, known)
+            return False  # a rotary scaling for some of the layers
+        return cannot_matter(name, fields)
 
     def _audit(self, reference: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
         problems = []
         for names in self.exclusive:
-            found = (_look_up(reference, name) for name in names)
-            given = [value for value in found if value is not None]
-            if any(value != given[0] for value in given):
+            values = [v for name in names if (v := _look_up(reference, name)) is not None]
+            if any(value != values[0] for value in values):
                 problems.append(f"{' and '.join(names)} differ, and only one of them can count")
         flat = self._flat(reference)
         for key, value in flat.items():
@@ -282,19 +258,19 @@ class Dialect:
                 continue
             field_name, fields = self._scope(key, reference)
             if field_name in fields:
-                told = f"{key}: the reference reads this field, and zoo does not implement it."
+                problem = f"{key}: the reference reads this field, and zoo does not implement it."
             else:
-                told = f"{key}: unknown field.{did_you_mean(field_name, fields)}"
+                problem = f"{key}: unknown field.{did_you_mean(field_name, fields)}"
             way_out = option("ignore_config", (key,))
-            problems.append(f"{told} If it does not change inference, pass {way_out}")
+            problems.append(f"{problem} If it does not change inference, pass {way_out}")
         return problems
 
     def reference_field(self, native: str) -> str:
-        """What the reference calls a native field, for messages."""
+        """The reference's name of a native field, for messages."""
         return self.config[native][0] if native in self.config else native
 
     def write_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reference's config for native fields, each under its first path."""
+        """The dialect's config for native fields, each under its first name."""
         out: dict[str, Any] = {}
         for name, paths in self.config.items():
             if name not in fields:
@@ -304,13 +280,13 @@ class Dialect:
             for key in outer:
                 place = place.setdefault(key, {})
             value = fields[name]
-            if name in self.words:
-                said = [r for r, native in self.words[name] if native == value]
-                if not said and name not in self.keys:
-                    continue  # left out; it comes back different if that means something else
-                value = said[0] if said else value
-            if name in self.keys and isinstance(value, dict):
-                keys = self.keys[name]
+            if name in self.value_map:
+                spellings = [r for r, native in self.value_map[name] if native == value]
+                if not spellings and name not in self.key_map:
+                    continue  # cannot be spelled; reading back shows whether it matters
+                value = spellings[0] if spellings else value
+            if name in self.key_map and isinstance(value, dict):
+                keys = self.key_map[name]
                 value = {keys[key]: inner for key, inner in value.items() if key in keys}
             if isinstance(value, dict) and isinstance(place.get(last), dict):
                 place[last] = {**value, **place[last]}
@@ -327,7 +303,7 @@ class Dialect:
 
 
 def _is_null(config: Mapping[str, Any], path: str) -> bool:
-    """The field is there and holds null."""
+    """Whether the field is present and null."""
     outer, _, last = path.rpartition(".")
     place = _look_up(config, outer) if outer else config
     return isinstance(place, Mapping) and last in place and place[last] is None
@@ -350,208 +326,144 @@ class Spec:
     where: str
     axes: Mapping[str, str]
     dialects: Mapping[str, Dialect]
-    shapes: tuple[Ref, ...] = ()  # native arrays whose axes, and numbers, are native fields
-    present: Mapping[str, str] = field(default_factory=dict)  # field, or `not` one: a native name
-    # (heads, a native name that only they have), of files that name no class; the first counts
+    shapes: tuple[Ref, ...] = ()
+    present: Mapping[str, str] = field(default_factory=dict)
     head: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def dialect(self, name: str) -> Dialect:
+        """The dialect of this name; a SpecError lists those that there are."""
         if name not in self.dialects:
-            known = ", ".join(self.dialects)
-            raise SpecError(f"{self.where}: no dialect {name!r}; there is {known}")
+            names = ", ".join(self.dialects)
+            raise SpecError(f"{self.where}: no dialect {name!r}; there is {names}")
         return self.dialects[name]
 
     def with_dialect(self, dialect: Dialect) -> Spec:
+        """A copy with a dialect added or replaced."""
         return replace(self, dialects={**self.dialects, dialect.name: dialect})
 
 
 @cache
 def load_spec(name: str) -> Spec:
-    path = SPECS / f"{name}.yaml"
-    if not path.is_file():
-        raise SpecError(f"{path}: no such spec.{did_you_mean(name, spec_names())}")
-    return parse_spec(name, _read(path), f"converters/specs/{path.name}")
+    """Read the folder `specs/<name>`: `native.yaml` and a file per dialect.
+
+    Args:
+        name: The spec's name, which `registry.yaml` gives for each architecture.
+
+    Returns:
+        The spec with all its dialects, `hf` first.
+
+    Raises:
+        SpecError: There is no such spec, or a file of it is wrong.
+    """
+    if name not in spec_names():
+        raise SpecError(f"{SPECS / name}: no such spec.{did_you_mean(name, spec_names())}")
+    names = [file.partition("/")[2] for file in files() if file.startswith(f"{name}/")]
+    names.sort(key="hf".__ne__)  # the published layout is named first
+    read = {file: read_file(f"{name}/{file}") for file in names}
+    return parse_spec(name, read, f"converters/specs/{name}", name)
 
 
-def _read(path: Path, below: tuple[str, ...] = ()) -> Any:
-    """A spec's text; `like: other` lays it over that one: a null takes away, a list adds."""
-    data = _mapping(read_yaml(path, SpecError), path.name)
-    if (other := data.pop("like", None)) is None:
-        return data
-    if path.stem in below:
-        raise SpecError(f"{path.name}: like: {' -> '.join((*below, path.stem))} goes round")
-    base = SPECS / f"{other}.yaml"
-    if not base.is_file():
-        raise SpecError(f"{path.name}: like: no spec {other!r}.{did_you_mean(other, spec_names())}")
-    under = _read(base, (*below, path.stem))
-    # another dialect's names are not taken for an architecture's own unless it says so
-    wanted = {*_SPEC_KEYS, "hf", *data}
-    return _laid_over({key: value for key, value in under.items() if key in wanted}, data)
+def parse_spec(name: str, read: Mapping[str, Any], where: str = "", folder: str = "") -> Spec:
+    """Make a spec of plain data: what `native.yaml` and each dialect's file hold.
 
+    Args:
+        name: The spec's name.
+        read: Plain data by file: `{"native": {"axes": …}, "hf": {"weights": …}}`.
+        where: The folder that messages name.
+        folder: The folder in `specs/` that the data was read from, to find lines for messages.
 
-def _laid_over(base: Any, more: Any) -> Any:
-    if isinstance(base, dict) and isinstance(more, dict):
-        both = {
-            key: _laid_over(value, more[key]) if key in more else value
-            for key, value in base.items()
-        }
-        both |= {key: value for key, value in more.items() if key not in base}
-        return {key: value for key, value in both.items() if value is not None}
-    return base + more if isinstance(base, list) and isinstance(more, list) else more
+    Returns:
+        The spec.
 
+    Raises:
+        SpecError: Some of the data is wrong; the message lists every problem of a file.
+    """
 
-def spec_names() -> list[str]:
-    return sorted(p.stem for p in SPECS.glob("*.yaml") if not p.stem.startswith("common."))
+    def at(file: str) -> tuple[str, str]:
+        return f"{where}/{file}.yaml", f"{folder}/{file}" if folder else ""
 
-
-def parse_spec(name: str, data: Any, where: str = "") -> Spec:
-    """A spec from plain data; every section that does not belong is an error."""
-    data = _mapping(data, where)
-    axes = _mapping(data.get("axes") or {}, f"{where}: axes")
-    shapes = data.get("shapes") or []
-    if not isinstance(shapes, list) or not all(isinstance(line, str) for line in shapes):
-        raise SpecError(f"{where}: shapes: expected a list of native tensors with their axes")
+    native = checked(NativeFile, read.get(NATIVE, {}), *at(NATIVE))
     dialects = {
-        key: _dialect(key, _section(data, key, where), f"{where}: {key}")
-        for key in data
-        if key not in _SPEC_KEYS
+        file: _dialect(file, checked(DialectFile, data, *at(file)), at(file)[0])
+        for file, data in read.items()
+        if file != NATIVE
     }
     if "hf" in dialects:
         dialects["hf"] = replace(dialects["hf"], reference=name)
+    heads = _lines(native.head)
     return Spec(
         name,
         where,
-        axes,
+        _lines(native.axes),
         dialects,
-        tuple(parse_ref(line, f"{where}: shapes") for line in shapes),
-        _mapping(data.get("present") or {}, f"{where}: present"),
-        tuple(
-            (_paths(heads, f"{where}: head"), name)
-            for heads, name in _mapping(data.get("head") or {}, f"{where}: head").items()
-        ),
+        tuple(parse_ref(line, f"{at(NATIVE)[0]}: shapes") for line in native.shapes or ()),
+        _lines(native.present),
+        tuple((_paths(head), array) for head, array in heads.items()),
     )
 
 
-def _section(data: dict[str, Any], key: str, where: str, below: tuple[str, ...] = ()) -> Any:
-    """A dialect's lines, laid over those of another that it is `like`."""
-    section = _mapping(data[key], f"{where}: {key}")
-    if (other := section.get("like")) is None:
-        return section
-    if other not in data or other in (*below, key, *_SPEC_KEYS):
-        raise SpecError(f"{where}: {key}: like: no other dialect {other!r} to lay it over")
-    mine = {name: value for name, value in section.items() if name != "like"}
-    return _laid_over(_section(data, other, where, (*below, key)), mine)
+def _dialect(name: str, file: DialectFile, where: str) -> Dialect:
+    shared = common(name)
 
+    def rules(lines: Rules | None, section: str) -> tuple[Rule, ...]:
+        return tuple(parse_rule(a, b, f"{where}: {section}") for a, b in (lines or {}).items())  # type: ignore[arg-type]
 
-def _dialect(name: str, data: dict[str, Any], where: str) -> Dialect:
-    if odd := [k for k in data if k not in _SECTIONS + _CONFIG_SECTIONS]:
-        known = _SECTIONS + _CONFIG_SECTIONS
-        raise SpecError(f"{where}: no section {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    def names(lines: Texts | None, section: str) -> tuple[tuple[Template, str], ...]:
+        at = f"{where}: {section}"
+        return tuple((parse_name(name, at), other) for name, other in _lines(lines).items())
 
-    def section(key: str) -> dict[str, Any]:
-        return _mapping(data.get(key) or {}, f"{where}.{key}")
+    def pairs(lines: Texts | None, section: str) -> tuple[tuple[Template, Template], ...]:
+        at = f"{where}: {section}"
+        return tuple((name, parse_name(other, at)) for name, other in names(lines, section))
 
-    def rules(key: str) -> tuple[Rule, ...]:
-        return _rules(section(key), f"{where}.{key}")
+    def when(condition: str, below: WhenRules) -> When:
+        section = f"when.{condition}"
+        sections = (rules(below.weights, section), rules(below.heads, section))
+        field = condition.removeprefix("not ")
+        return When(field, field == condition, *sections)
 
-    def pairs(key: str) -> tuple[tuple[Template, Template], ...]:
-        at = f"{where}.{key}"
-        return tuple((parse_name(a, at), parse_name(b, at)) for a, b in section(key).items())
-
-    common = _common(name)
-    ignored = data.get("ignore") or []
-    if not isinstance(ignored, list):
-        raise SpecError(f"{where}.ignore: expected a list of field names")
-    require = {**common["require"], **section("require")}
-    for key, values in require.items():
-        if not isinstance(values, list):
-            raise SpecError(f"{where}.require.{key}: expected a list of the values implemented")
-    dialect = Dialect(
+    return Dialect(
         name=name,
         where=where,
-        prefix=data.get("prefix") or "",
-        weights=rules("weights"),
-        heads=rules("heads"),
-        alternatives=rules("alternatives"),
-        when=tuple(_when(key, more, f"{where}.when") for key, more in section("when").items()),
-        optional=section("optional"),
-        tied=pairs("tied"),
-        aliases=pairs("aliases"),
-        drop=tuple((parse_name(n, f"{where}.drop"), r) for n, r in section("drop").items()),
-        slots=section("slots"),
-        config={k: _paths(v, f"{where}.config.{k}") for k, v in section("config").items()},
-        defaults=section("defaults"),
-        require={k: tuple(v) for k, v in require.items()},
-        ignore=frozenset(ignored) | frozenset(common["ignore"]),
-        exclusive=tuple(tuple(names) for names in data.get("exclusive") or []),
-        container=common["container"],
-        is_={k: tuple(v) if type(v) is list else (v,) for k, v in section("is").items()},
-        needs=tuple(data.get("needs") or ()),
-        unsaid={k: tuple(v) for k, v in section("unsaid").items()},
-        words={k: tuple((a, b) for a, b in pairs) for k, pairs in section("words").items()},
-        keys=section("keys"),
-        tables=section("tables"),
-        write=section("write"),
-        zeros=section("zeros"),
-        forgets=frozenset([*(data.get("forgets") or ()), *common["forgets"]]),
+        prefix=file.prefix or "",
+        weights=rules(file.weights, "weights"),
+        heads=rules(file.heads, "heads"),
+        alternatives=rules(file.alternatives, "alternatives"),
+        when=tuple(when(*item) for item in _lines(file.when).items()),
+        optional=_lines(file.optional),
+        tied=pairs(file.tied, "tied"),
+        aliases=pairs(file.aliases, "aliases"),
+        drop=names(file.drop, "drop"),
+        optimizer_slots=_lines(file.optimizer_slots),
+        config={field: _paths(paths) for field, paths in _lines(file.config).items()},
+        defaults=file.defaults or {},
+        require=_tuples({**shared.require, **_lines(file.require)}),
+        ignore=frozenset([*(file.ignore or ()), *shared.ignore]),
+        exclusive=tuple(map(tuple, file.exclusive or ())),
+        container=shared.container,
+        detect={
+            key: tuple(value) if isinstance(value, list) else (value,)
+            for key, value in (file.detect or {}).items()
+        },
+        required=tuple(file.required or ()),
+        null_values=_tuples(_lines(file.null_values)),
+        value_map=_tuples(_lines(file.value_map)),
+        key_map={field: _lines(keys) for field, keys in _lines(file.key_map).items()},
+        field_tensors=_lines(file.field_tensors),
+        write=file.write or {},
+        zero_filled=_lines(file.zero_filled),
+        lossy_fields=frozenset([*(file.lossy_fields or ()), *shared.lossy_fields]),
     )
-    for template, _ in dialect.drop + dialect.tied + dialect.aliases:
-        if not str(template).strip():
-            raise SpecError(f"{where}: an empty name")
-    if "" in dialect.slots:
-        raise SpecError(f"{where}.slots: an empty name")
-    return dialect
 
 
-def _rules(data: dict[str, Any], where: str) -> tuple[Rule, ...]:
-    return tuple(parse_rule(source, target, where) for source, target in data.items())
+def _lines(section: Mapping[str, Value | None] | None) -> dict[str, Value]:
+    """A section less what is null."""
+    return {key: value for key, value in (section or {}).items() if value is not None}
 
 
-def _when(condition: str, data: Any, where: str) -> When:
-    """`field: {weights: …, heads: …}`, or `not field: …`."""
-    name = condition.removeprefix("not ")
-    where = f"{where}.{condition}"
-    data = _mapping(data, where)
-    if not name.isidentifier() or data.keys() - {"weights", "heads"}:
-        raise SpecError(f"{where}: expected a field, or `not` one, with weights: or heads: below")
-    sections = (_mapping(data.get(key) or {}, f"{where}.{key}") for key in ("weights", "heads"))
-    weights, heads = (_rules(section, where) for section in sections)
-    return When(name, name == condition, weights, heads)
+def _tuples(lists: Mapping[str, Iterable[Any]]) -> dict[str, tuple[Any, ...]]:
+    return {key: tuple(values) for key, values in lists.items()}
 
 
-def _paths(text: Any, where: str) -> tuple[str, ...]:
-    paths = tuple(p.strip() for p in text.split("|")) if isinstance(text, str) else ()
-    if not paths or not all(all(part for part in p.split(".")) for p in paths):
-        raise SpecError(f"{where}: expected a field or several joined by |, found {text!r}")
-    return paths
-
-
-@cache
-def _common(dialect: str) -> dict[str, Any]:
-    """What every config of a dialect may hold, whatever the architecture."""
-    path = SPECS / f"common.{dialect}.yaml"
-    data = _mapping(read_yaml(path, SpecError), path.name) if path.is_file() else {}
-    said = data.get("container")
-    return {
-        "ignore": data.get("ignore") or [],
-        "require": data.get("require") or {},
-        "forgets": data.get("forgets") or [],
-        "container": None if said is None else _container(said, f"{path.name}: container"),
-    }
-
-
-def _container(data: Any, where: str) -> Container:
-    data = _mapping(data, where)
-    known = Container.__dataclass_fields__
-    if odd := [key for key in data if key not in known]:
-        raise SpecError(f"{where}: no field {odd[0]!r}.{did_you_mean(odd[0], known)}")
-    within = data.get("within", "")
-    lists = {"within": tuple(within) if isinstance(within, list) else (within,)}
-    lists |= {name: tuple(data[name]) for name in ("beside", "wide") if name in data}
-    return Container(**{**data, **lists})
-
-
-def _mapping(data: Any, where: str) -> dict[str, Any]:
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise SpecError(f"{where}: expected `name: …` lines, found {type(data).__name__}")
-    return data
+def _paths(text: str) -> tuple[str, ...]:
+    return tuple(path.strip() for path in text.split("|"))

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import yaml
 
 from converters.language import parse_rule
-from converters.spec import SPECS, Spec
-from converters.strict_yaml import read_yaml
+from converters.spec import Spec
+from converters.spec_files import chain
 from zoo.errors import SpecError
 
 RULE_SECTIONS = ("weights", "heads", "when", "alternatives")
 
 
 def field_line(spec: Spec, name: str, dialect: str = "hf", section: str = "config") -> str:
-    """Return `line 30 of converters/specs/x.yaml: eps: …`, where a config field is read."""
-    for file, part in _sections(spec, dialect):
+    """Where a config field is read: `line 30 of converters/specs/x/hf.yaml: eps: …`, or ""."""
+    for file, part in _files(spec, dialect):
         for key, value in _pairs(_child(part, section)):
             if key.value == name and value.value != "null":
                 return f"line {key.start_mark.line + 1} of {file}: {name}: {value.value}"
@@ -24,11 +24,8 @@ def field_line(spec: Spec, name: str, dialect: str = "hf", section: str = "confi
 
 
 def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
-    """Return `line 14 of converters/specs/x.yaml: …`, the rule of a native parameter.
-
-    The result is empty if no rule makes it.
-    """
-    for file, section in _sections(spec, dialect):
+    """The rule of a native parameter: `line 14 of converters/specs/x/hf.yaml: …`, or ""."""
+    for file, section in _files(spec, dialect):
         for place in RULE_SECTIONS:
             for key, value in _rules(_child(section, place)):
                 targets = _targets(value)
@@ -68,14 +65,7 @@ def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
     return next((value for key, value in _pairs(node) if key.value == name), None)
 
 
-def _sections(spec: Spec, dialect: str) -> Iterator[tuple[str, yaml.Node | None]]:
-    """Yield one dialect's section of a spec's file, then those of the specs it extends."""
-    name = spec.name
-    while name:
-        path = SPECS / f"{name}.yaml"
-        if not path.is_file():
-            return
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        yield f"converters/specs/{path.name}", _child(root, dialect)
-        data = read_yaml(path, SpecError)
-        name = data.get("like", "") if isinstance(data, dict) else ""
+def _files(spec: Spec, dialect: str) -> Iterator[tuple[str, yaml.Node | None]]:
+    """A dialect's file, and those that it is laid over."""
+    for name, text in chain(f"{spec.name}/{dialect}"):
+        yield f"converters/specs/{name}.yaml", yaml.compose(text, Loader=yaml.SafeLoader)

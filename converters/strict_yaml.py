@@ -1,7 +1,10 @@
-"""YAML as plain data; a key that occurs twice is an error."""
+"""Read YAML as plain data; a duplicate key is an error."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Strict(_Loader):
-    """The safe loader, which by itself would let the last of two equal keys win."""
+    """The safe loader, which refuses duplicate keys instead of keeping the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -26,10 +29,26 @@ class _Strict(_Loader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, where: str, error: type[ZooError]) -> Any:
-    """Return the data in `text`; raise `error` with the line of any fault."""
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector while many objects are made that stay.
+
+    Beside torch's objects each of its passes takes longer than what it is called from.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        return _Strict(text).get_single_data()
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def parse_yaml(text: str, where: str, error: type[ZooError]) -> Any:
+    """Parse YAML into plain data; `error` is raised with the line of what is wrong."""
+    try:
+        with collector_paused():
+            return _Strict(text).get_single_data()
     except yaml.MarkedYAMLError as fault:
         line = fault.problem_mark.line + 1 if fault.problem_mark else "?"
         raise error(f"{where}: line {line}: {fault.problem}") from None
@@ -38,9 +57,9 @@ def parse_yaml(text: str, where: str, error: type[ZooError]) -> Any:
 
 
 def read_yaml(path: Path, error: type[ZooError]) -> Any:
-    """Return the data in a YAML file; raise `error` with the line of any fault."""
+    """Parse a YAML file into plain data; `error` names the file and the line."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
-        raise error(f"{path.name}: {fault}") from None
-    return parse_yaml(text, path.name, error)
+        raise error(f"{path.parent.name}/{path.name}: {fault}") from None
+    return parse_yaml(text, f"{path.parent.name}/{path.name}", error)

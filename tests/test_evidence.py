@@ -85,9 +85,9 @@ def test_a_stamp_covers_all_that_verification_imports(copy: Path) -> None:
         if (copy / name).is_file():
             assert is_changed_by(copy / name, one_more), name
     rule = "h.{layer}.ln_{n=1,2}"
-    for spec in ("gpt2.yaml", "common.hf.yaml"):
+    for spec in ("gpt2/hf.yaml", "gpt2/native.yaml", "common/hf.yaml"):
         assert is_changed_by(copy / "converters/specs" / spec, lambda text: text + "\nmore: {}\n")
-    assert rule in (copy / "converters/specs/gpt2.yaml").read_text()
+    assert rule in (copy / "converters/specs/gpt2/hf.yaml").read_text()
     other = GPT2._replace(heads={**GPT2.heads, "Other": ("lm",)})
     assert evidence.digest("zoo.parity", other) != evidence.digest("zoo.parity", GPT2)
 
@@ -96,7 +96,9 @@ def test_a_stamp_covers_all_that_verification_imports(copy: Path) -> None:
 def test_a_stamp_leaves_out_what_measures_nothing(copy: Path) -> None:
     for name in ("zoo/models/llama.py", "zoo/cli/app.py", "zoo/report/page.py", "zoo/evidence.py"):
         assert not is_changed_by(copy / name, one_more), name
-    assert not is_changed_by(copy / "converters/specs/llama.yaml", lambda text: text + "\na: {}\n")
+    assert not is_changed_by(
+        copy / "converters/specs/llama/hf.yaml", lambda text: text + "\na: {}\n"
+    )
 
 
 @pytest.mark.slow
@@ -117,7 +119,7 @@ def test_comments_docstrings_and_layout_do_not_count(copy: Path) -> None:
     assert not is_changed_by(path, lambda text: f"{text}\n# a comment\n")
     assert not is_changed_by(path, lambda text: text.replace("(self, x", "(\n        self, x"))
     assert is_changed_by(path, lambda text: text.replace("(self, x", "(self, y", 1))
-    spec = copy / "converters/specs/gpt2.yaml"
+    spec = copy / "converters/specs/gpt2/hf.yaml"
     assert not is_changed_by(spec, lambda text: f"# a comment\n{text}")
 
 

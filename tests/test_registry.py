@@ -162,8 +162,8 @@ def test_siblings_are_named_by_default_and_overridable() -> None:
         ({**A, "head": {}}, r"architectures\.a: unknown field head\. Did you mean heads"),
         ({"heads": {"AModel": "none"}}, r"architectures\.a: model_type is missing"),
         ({**A, "heads": {}}, r"architectures\.a: heads: expected reference classes"),
-        ({**A, "heads": {"AModel": []}}, r"architectures\.a: heads: expected"),
-        ({**A, "heads": {"AModel": 1}}, r"architectures\.a: heads: expected"),
+        ({**A, "heads": {"AModel": []}}, r"architectures\.a: heads\.AModel: expected"),
+        ({**A, "heads": {"AModel": 1}}, r"architectures\.a: heads\.AModel: expected"),
         ("x", r"architectures\.a: expected a mapping"),
     ],
 )
@@ -211,6 +211,18 @@ def test_variants_are_checked_too() -> None:
         registry.parse_variants({"a": {"tiny": {"class": "B", "config": {}}}}, PARSED)
     with pytest.raises(RegistryError, match="no architecture is called 'b'"):
         registry.parse_variants({"b": good["a"]}, PARSED)
+
+
+def test_a_bad_value_is_named_with_its_line() -> None:
+    text = yaml.safe_dump({"checkpoints": {"c": {**C, "repo": "name", "parameters": 0}}})
+    data = registry.parse_section(f"architectures: {{}}\n{text}", "checkpoints")
+    with pytest.raises(RegistryError) as error:
+        registry.parse_checkpoints(data, PARSED, text)
+    lines = {
+        name: 1 + text[: text.index(f"{name}:")].count("\n") for name in ("repo", "parameters")
+    }
+    assert f"line {lines['repo']}: checkpoints.c: repo: expected org/name" in str(error.value)
+    assert f"line {lines['parameters']}: checkpoints.c: parameters: " in str(error.value)
 
 
 HEAD = "architectures: {}\n"

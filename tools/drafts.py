@@ -48,7 +48,7 @@ def tree(root: Path, name: str) -> None:
     mine = (f"  {name}:", f"architecture: {name}\n")
     kept = [b for b in blocks if not b.startswith(mine[0]) and mine[1] not in b]
     (root / "registry.yaml").write_text("".join(kept), encoding="utf-8")
-    (root / f"converters/specs/{name}.yaml").unlink()
+    shutil.rmtree(root / f"converters/specs/{name}")
     (root / f"zoo/models/{name}.py").unlink(missing_ok=True)
 
 
@@ -59,14 +59,14 @@ def rules(of: tuple[Rule, ...]) -> set[str]:
 def compared(name: str, like: str, reference: str) -> tuple[Any, ...]:
     """(seconds, rules right, rules, config fields right, fields, marks, only data or not)"""
     wanted = load_spec(registry.architectures()[name].spec).dialect("hf")
-    fields = registry.architectures()[name].config_class.__dataclass_fields__
+    fields = registry.architectures()[name].config_class.model_fields
     with tempfile.TemporaryDirectory(prefix="zoo-draft-") as scratch:
         tree(Path(scratch), name)
         started = time.perf_counter()
         draft = scaffold.draft(name, like, reference, root=Path(scratch))
         took = time.perf_counter() - started
-    text = draft.files[f"converters/specs/{name}.yaml"]
-    drafted: Dialect = parse_spec(name, yaml.safe_load(text)).dialect("hf")
+    text = draft.files[f"converters/specs/{name}/hf.yaml"]
+    drafted: Dialect = parse_spec(name, {"hf": yaml.safe_load(text)}).dialect("hf")
     mine, theirs = rules(drafted.weights + drafted.heads), rules(wanted.weights + wanted.heads)
     right = {f for f, paths in drafted.config.items() if paths[0] in wanted.config.get(f, ())}
     every = {f for f in wanted.config if f in fields}

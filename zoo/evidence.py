@@ -195,7 +195,7 @@ def digest(measuring: str, entry: Architecture) -> str:
     modules = reached([measuring, *(name for name in loading if _path(name))]) - _LEFT_OUT
     parts = [f"{name} {_code(name)}" for name in sorted(modules)]
     parts += [_data(SPECS / f"{name}.yaml") for name in _specs(entry.spec)]
-    parts += [_data(path) for path in sorted(SPECS.glob("common.*.yaml"))]
+    parts += [_data(path) for path in sorted(SPECS.glob("common/*.yaml"))]
     parts.append(json.dumps([entry._asdict(), entry.variants], sort_keys=True, default=list))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -299,11 +299,13 @@ def _is_text(statement: ast.stmt) -> bool:
     )
 
 
-def _specs(name: str) -> Iterator[str]:
-    """A spec and those that it is laid over."""
-    while name:
-        yield name
-        name = _yaml(SPECS / f"{name}.yaml").get("like", "")
+def _specs(name: str) -> list[str]:
+    """The files of a spec, and those that they inherit from."""
+    names = [f"{name}/{path.stem}" for path in sorted((SPECS / name).glob("*.yaml"))]
+    for file in names:
+        if (parent := _yaml(SPECS / f"{file}.yaml").get("like", "")) not in ("", *names):
+            names.append(parent)
+    return names
 
 
 @cache
@@ -313,4 +315,4 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _data(path: Path) -> str:
-    return f"{path.name} {json.dumps(_yaml(path), default=str)}"
+    return f"{path.parent.name}/{path.name} {json.dumps(_yaml(path), default=str)}"

@@ -1,16 +1,24 @@
-"""registry.yaml, read and checked: what zoo implements, and the checkpoints that have a name."""
+"""registry.yaml: the architectures that zoo implements, and the checkpoints that have a name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from converters.strict_yaml import parse_yaml
+from converters.validation import (
+    AfterValidator,
+    Entry,
+    Field,
+    ValidationError,
+    line_of,
+)
+from converters.validation import problems as problems_of
 from zoo.errors import (
     ConfigError,
     UnknownName,
@@ -21,36 +29,41 @@ from zoo.errors import (
 )
 
 _SECTIONS = ("architectures", "checkpoints", "variants")
-_NOT_IN_NAMES = ("/", "\\", ":")  # such a reference is a path or an address
+_NOT_IN_NAMES = ("/", "\\", ":")  # a reference with one of them is a path or a URL
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class RegistryError(ZooError):
     """registry.yaml does not parse or contradicts itself."""
 
 
+def _is_within(path: str) -> str:
+    if not path.strip() or {"", ".", ".."} & {*path.split("/")} or "\\" in path:
+        raise ValueError
+    return path
+
+
 class Architecture(NamedTuple):
-    """One file in zoo/models, one spec, and which of its heads each reference class stands for."""
+    """An architecture: its model file, its spec, and the head of each reference class."""
 
     name: str
     model_type: str
-    heads: Mapping[str, tuple[str, ...]]  # several: the first whose tensors are there
+    heads: Mapping[str, tuple[str, ...]]  # of several, the first whose tensors are there
     module: str
     spec: str
     oracle: Mapping[str, Any] = {}  # what the reference library has instead of it
-    # of code from before the reference had it: model types with their own defaults, and classes
+    # of code that is older than the reference: model types with their defaults, and classes
     former_types: Mapping[str, Mapping[str, Any]] = {}
     former_classes: Mapping[str, str] = {}
 
     def modern(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config as the reference's own class has it; the names of fields are the spec's."""
+        """A config in which a former model type and its defaults are today's."""
         assumed = self.former_types.get(str(config.get("model_type")), {})
         return {**assumed, **config, "model_type": self.model_type}
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
-        """Tiny configs that parity is proven with, by name: `class` and `config`."""
+        """The tiny configs that parity is proven with, by name: `class` and `config`."""
         return variants().get(self.name, {})
 
     @property
@@ -59,10 +72,12 @@ class Architecture(NamedTuple):
 
     @property
     def model(self) -> Any:
+        """The class `Model` of the architecture's module."""
         return self._module.Model
 
     @property
     def config_class(self) -> Any:
+        """The class `Config` of the architecture's module."""
         return self._module.Config
 
 
@@ -82,11 +97,12 @@ class CheckpointEntry(NamedTuple):
 
     @property
     def pinned(self) -> bool:
+        """Whether the revision is a commit, which cannot move."""
         return _COMMIT.fullmatch(self.revision) is not None
 
     @property
     def reference_config(self) -> dict[str, Any]:
-        """What the repository's config.json says, as far as the model depends on it."""
+        """The part of the repository's config.json that the model depends on."""
         model_type = architectures()[self.architecture].model_type
         return {
             "model_type": model_type,
@@ -95,6 +111,7 @@ class CheckpointEntry(NamedTuple):
         }
 
     def to_json(self) -> dict[str, Any]:
+        """What `zoo list --json` prints of it."""
         return {
             "name": self.name,
             "architecture": self.architecture,
@@ -111,32 +128,36 @@ class CheckpointEntry(NamedTuple):
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    return parse_architectures(_section("architectures"))
+    """Every architecture by name."""
+    return parse_architectures(_section("architectures"), _text())
 
 
 @cache
 def checkpoints() -> dict[str, CheckpointEntry]:
-    return parse_checkpoints(_section("checkpoints"), architectures())
+    """Every published checkpoint by name."""
+    return parse_checkpoints(_section("checkpoints"), architectures(), _text())
 
 
 @cache
 def variants() -> dict[str, dict[str, dict[str, Any]]]:
-    return parse_variants(_section("variants"), architectures())
+    """Tiny configs by architecture and name."""
+    return parse_variants(_section("variants"), architectures(), _text())
 
 
 def named(ref: Any) -> CheckpointEntry | None:
-    """The checkpoint that `ref` names, if it is a name. A path is none, and costs no parsing."""
+    """The checkpoint that `ref` names, or None. Nothing is parsed for a path."""
     if not isinstance(ref, str) or any(mark in ref for mark in _NOT_IN_NAMES):
         return None
     return checkpoints().get(ref)
 
 
 def find(name: str) -> CheckpointEntry:
-    known = checkpoints()
-    if name not in known:
-        near = did_you_mean(name.lower(), known) or " `zoo list` shows all of them."
+    """The checkpoint of this name; an UnknownName suggests others."""
+    names = checkpoints()
+    if name not in names:
+        near = did_you_mean(name.lower(), names) or " `zoo list` shows all of them."
         raise UnknownName(f"no checkpoint is called {name!r}.{near}")
-    return known[name]
+    return names[name]
 
 
 def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architecture, str | None]:
@@ -149,202 +170,269 @@ def architecture_for(config: Mapping[str, Any], where: str) -> tuple[Architectur
     ):
         raise ConfigError(f"{where}: architectures: expected class names, found {classes!r}")
     reference_class = classes[0] if classes else None
-    known = architectures()
+    implemented = architectures()
     if model_type is None:
         # configs of the first years name only the class
-        found = next((a for a in known.values() if reference_class in a.heads), None)
+        entry = next((a for a in implemented.values() if reference_class in a.heads), None)
     else:
-        found = next(
-            (a for a in known.values() if model_type in (a.model_type, *a.former_types)), None
+        entry = next(
+            (a for a in implemented.values() if model_type in (a.model_type, *a.former_types)), None
         )
-    if found is None:
+    if entry is None:
         asked = f"model_type {model_type!r}" if model_type else "no model_type"
         if reference_class:
             asked += f" and class {reference_class}"
-        types = sorted(a.model_type for a in known.values())
+        types = sorted(a.model_type for a in implemented.values())
         near = did_you_mean(model_type or "", types)
         raise UnsupportedArchitecture(f"{where}: {asked}; zoo implements {', '.join(types)}.{near}")
-    reference_class = found.former_classes.get(reference_class or "", reference_class)
-    if reference_class is not None and reference_class not in found.heads:
+    reference_class = entry.former_classes.get(reference_class or "", reference_class)
+    if reference_class is not None and reference_class not in entry.heads:
         raise UnsupportedArchitecture(
             f"{where}: architectures: {reference_class} is not implemented for "
-            f"{found.model_type}; there is {listing(found.heads)}."
-            f"{did_you_mean(reference_class, found.heads)}"
+            f"{entry.model_type}; there is {listing(entry.heads)}."
+            f"{did_you_mean(reference_class, entry.heads)}"
         )
-    return found, reference_class
+    return entry, reference_class
 
 
-# --- schema --------------------------------------------------------------------------------------
+# --- what the file may hold ----------------------------------------------------------------------
 
-_Check = tuple[Callable[[Any], bool], str]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+class Former(Entry):
+    """Model types and classes of code that was published before the reference had it."""
 
-
-def _is_heads(value: Any) -> bool:
-    heads = value.values() if _is_mapping(value) else ()
-    return bool(heads) and all(
-        _is_text(h) or (isinstance(h, list) and bool(h) and all(map(_is_text, h))) for h in heads
+    types: dict[str, dict[str, Any]] = Field(
+        title="`model type: fields` lines",
+        description="Former model types, each with the fields that such configs take for granted",
+    )
+    classes: dict[str, str] = Field(
+        title="`former class: class` lines", description="Former names of reference classes"
     )
 
 
-_TEXT: _Check = (_is_text, "some text")
-_MAPPING: _Check = (_is_mapping, "a mapping")
-_HEADS: _Check = (_is_heads, "reference classes, each with a head or a list of heads")
-_REPO_ID: _Check = (lambda v: _is_text(v) and bool(_REPO.fullmatch(v)), "org/name")
-_PLAIN: _Check = (
-    lambda v: _is_text(v) and not {"", ".", ".."} & {*v.split("/")} and "\\" not in v,
-    "a path within",
-)
-_COUNT: _Check = (lambda v: type(v) is int and v > 0, "a positive whole number")
-_FLAG: _Check = (lambda v: type(v) is bool, "true or false")
+class ArchitectureFields(Entry):
+    """An entry of `architectures`."""
 
-_ARCHITECTURE = {
-    "model_type": _TEXT,
-    "heads": _HEADS,
-    "model": _TEXT,
-    "spec": _TEXT,
-    "oracle": _MAPPING,
-    "former": (
-        lambda v: (
-            _is_mapping(v)
-            and v.keys() == {"types", "classes"}
-            and all(map(_is_mapping, v.values()))
-        ),
-        "types: with their fields, and classes:",
-    ),
-}
-_CHECKPOINT = {
-    "architecture": _TEXT,
-    "repo": _REPO_ID,
-    "revision": _TEXT,
-    "license": _TEXT,
-    "parameters": _COUNT,
-    "class": _TEXT,
-    "config": _MAPPING,
-    "file": _PLAIN,
-    "golden": _PLAIN,
-}
-_VARIANT = {"class": _TEXT, "config": _MAPPING, "untied": _FLAG}
-
-
-def parse_architectures(data: Any) -> dict[str, Architecture]:
-    entries = _entries(
-        "architectures", data, _ARCHITECTURE, optional=("model", "spec", "oracle", "former")
+    model_type: Text = Field(title="some text", description="`model_type` in config.json")
+    heads: Annotated[
+        dict[str, Text | Annotated[list[Text], Field(min_length=1)]], Field(min_length=1)
+    ] = Field(
+        title="reference classes, each with a head or a list of heads",
+        description="The head of each class; of several, the first whose tensors are there",
     )
+    model: Text | None = Field(
+        default=None,
+        title="some text",
+        description="The module in zoo/models; default: the entry's name",
+    )
+    spec: Text | None = Field(
+        default=None,
+        title="some text",
+        description="The folder of specs; default: the entry's name",
+    )
+    oracle: dict[str, Any] = Field(
+        default_factory=dict,
+        title="a mapping",
+        description="What the reference library has instead of an architecture that it lacks",
+    )
+    former: Former | None = Field(
+        default=None, title="types: with their fields, and classes:", description=Former.__doc__
+    )
+
+
+class CheckpointFields(Entry):
+    """An entry of `checkpoints`."""
+
+    architecture: Text = Field(title="some text", description="An entry of `architectures`")
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(
+        title="org/name", description="The repository on the hub"
+    )
+    revision: Text = Field(
+        title="some text", description="A commit, or `main` if none is known: it may move"
+    )
+    license: Text = Field(title="some text", description="The license of the weights")
+    parameters: Annotated[int, Field(gt=0)] = Field(
+        title="a positive whole number", description="Parameters of the class; tied ones count once"
+    )
+    reference_class: Text = Field(
+        alias="class", title="some text", description="The reference class that config.json names"
+    )
+    config: dict[str, Any] = Field(
+        title="a mapping", description="The fields of config.json that shape the model"
+    )
+    file: Annotated[str, AfterValidator(_is_within)] = Field(
+        default="",
+        title="a path within",
+        description="The file of a repository of several that is this checkpoint",
+    )
+    golden: Annotated[str, AfterValidator(_is_within)] = Field(
+        default="",
+        title="a path within",
+        description="Published outputs: a file in zoo/parity/golden",
+    )
+
+
+class VariantFields(Entry):
+    """A tiny config that parity is proven with."""
+
+    reference_class: Text = Field(alias="class", title="some text", description="Reference class")
+    config: dict[str, Any] = Field(
+        title="a mapping", description="Fields over the reference's own defaults"
+    )
+    untied: bool = Field(
+        default=False,
+        title="true or false",
+        description="The reference is made without tying its weights",
+    )
+
+
+class RegistryFile(Entry):
+    """registry.yaml: what zoo implements, and the checkpoints that have a name."""
+
+    architectures: dict[str, ArchitectureFields]
+    checkpoints: dict[str, CheckpointFields]
+    variants: dict[str, dict[str, VariantFields]]
+
+
+def parse_architectures(data: Any, text: str = "") -> dict[str, Architecture]:
+    """Check the section `architectures`.
+
+    Args:
+        data: The section as plain data.
+        text: The YAML text that it comes from, to name lines in messages.
+
+    Returns:
+        The architectures by name.
+
+    Raises:
+        RegistryError: Entries are wrong; the message lists every problem.
+    """
+    entries = _entries("architectures", data, ArchitectureFields, text)
     return {
         name: Architecture(
             name,
-            entry["model_type"],
-            {c: (h,) if isinstance(h, str) else tuple(h) for c, h in entry["heads"].items()},
-            module=entry.get("model", name),
-            spec=entry.get("spec", name),
-            oracle=entry.get("oracle", {}),
-            former_types=entry.get("former", {}).get("types", {}),
-            former_classes=entry.get("former", {}).get("classes", {}),
+            entry.model_type,
+            {c: (h,) if isinstance(h, str) else tuple(h) for c, h in entry.heads.items()},
+            module=entry.model or name,
+            spec=entry.spec or name,
+            oracle=entry.oracle,
+            former_types=entry.former.types if entry.former else {},
+            former_classes=entry.former.classes if entry.former else {},
         )
         for name, entry in entries.items()
     }
 
 
-def parse_checkpoints(data: Any, known: Mapping[str, Architecture]) -> dict[str, CheckpointEntry]:
-    entries = _entries("checkpoints", data, _CHECKPOINT, optional=("file", "golden"))
-    problems = []
+def parse_checkpoints(
+    data: Any, implemented: Mapping[str, Architecture], text: str = ""
+) -> dict[str, CheckpointEntry]:
+    """Check the section `checkpoints` against the architectures.
+
+    Args:
+        data: The section as plain data.
+        implemented: The architectures by name.
+        text: The YAML text that it comes from, to name lines in messages.
+
+    Returns:
+        The checkpoints by name.
+
+    Raises:
+        RegistryError: Entries are wrong; the message lists every problem.
+    """
+    entries = _entries("checkpoints", data, CheckpointFields, text)
+    problems = list[Problem]()
     for name, entry in entries.items():
-        where = f"checkpoints.{name}"
+        path = ("checkpoints", name)
         if any(mark in name for mark in _NOT_IN_NAMES):
-            problems.append(f"{where}: a name with / or : would be read as a path")
-        problems += _class_problems(where, entry["architecture"], entry["class"], known)
-    _raise(problems)
-    return {
-        name: CheckpointEntry(
-            name,
-            entry["architecture"],
-            entry["repo"],
-            entry["revision"],
-            entry["license"],
-            entry["parameters"],
-            reference_class=entry["class"],
-            config=entry["config"],
-            file=entry.get("file", ""),
-            golden=entry.get("golden", ""),
-        )
-        for name, entry in entries.items()
-    }
+            problems.append((path, f"{'.'.join(path)}: a name with / or : would be read as a path"))
+        problems += _class_problems(path, entry.architecture, entry.reference_class, implemented)
+    _refuse(problems, text)
+    return {name: CheckpointEntry(name, **dict(entry)) for name, entry in entries.items()}
 
 
 def parse_variants(
-    data: Any, known: Mapping[str, Architecture]
+    data: Any, implemented: Mapping[str, Architecture], text: str = ""
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    if not _is_mapping(data):
+    """Check the section `variants` against the architectures.
+
+    Args:
+        data: The section as plain data.
+        implemented: The architectures by name.
+        text: The YAML text that it comes from, to name lines in messages.
+
+    Returns:
+        The section: tiny configs by architecture and name.
+
+    Raises:
+        RegistryError: Entries are wrong; the message lists every problem.
+    """
+    if not isinstance(data, dict):
         raise RegistryError("registry.yaml: variants: expected a mapping by architecture")
-    parsed = {
-        architecture: _entries(f"variants.{architecture}", entries, _VARIANT, optional=("untied",))
-        for architecture, entries in data.items()
-    }
-    _raise(
-        problem
-        for architecture, entries in parsed.items()
-        for name, entry in entries.items()
-        for problem in _class_problems(
-            f"variants.{architecture}.{name}", architecture, entry["class"], known
-        )
-    )
-    return parsed
-
-
-def _entries(
-    where: str, data: Any, schema: Mapping[str, _Check], optional: tuple[str, ...] = ()
-) -> dict[str, dict[str, Any]]:
-    """`data` as it came, once every field of every entry is known, present and of its kind."""
-    if not _is_mapping(data):
-        raise RegistryError(f"registry.yaml: {where}: expected a mapping by name")
-    problems = []
-    for name, entry in data.items():
-        at = f"{where}.{name}"
-        if not _is_mapping(entry):
-            problems.append(f"{at}: expected a mapping, found {entry!r}")
-            continue
-        for field in schema:
-            if field not in entry and field not in optional:
-                problems.append(f"{at}: {field} is missing")
-        for field, value in entry.items():
-            if field not in schema:
-                problems.append(f"{at}: unknown field {field}.{did_you_mean(field, schema)}")
-            elif not schema[field][0](value):
-                problems.append(f"{at}: {field}: expected {schema[field][1]}, found {value!r}")
-    _raise(problems)
+    problems = list[Problem]()
+    for architecture, variants in data.items():
+        section = f"variants.{architecture}"
+        for name, entry in _entries(section, variants, VariantFields, text).items():
+            path = ("variants", str(architecture), name)
+            problems += _class_problems(path, architecture, entry.reference_class, implemented)
+    _refuse(problems, text)
     return data
 
 
+Fields = TypeVar("Fields", bound=Entry)
+Keys = tuple[str, ...]
+Problem = tuple[Keys, str]  # the keys under which a value stands, what is wrong with it
+
+
+def _entries(section: str, data: Any, model: type[Fields], text: str) -> dict[str, Fields]:
+    """Each entry as a model, once all of them are valid."""
+    if not isinstance(data, dict):
+        raise RegistryError(f"registry.yaml: {section}: expected a mapping by name")
+    entries, problems = dict[str, Fields](), list[Problem]()
+    for name, entry in data.items():
+        path = (*section.split("."), str(name))
+        if type(name) is not str:
+            problems.append((path, f"{'.'.join(path)}: expected a name"))
+        try:
+            entries[name] = model.model_validate(entry)
+        except ValidationError as error:
+            problems += [
+                ((*path, *each.path), f"{'.'.join(path)}: {each}")
+                for each in problems_of(model, error, "field")
+            ]
+    _refuse(problems, text)
+    return entries
+
+
 def _class_problems(
-    where: str, architecture: str, reference_class: str, known: Mapping[str, Architecture]
-) -> list[str]:
-    if architecture not in known:
-        near = did_you_mean(architecture, known)
-        return [f"{where}: no architecture is called {architecture!r}.{near}"]
-    if reference_class not in known[architecture].heads:
-        near = did_you_mean(reference_class, known[architecture].heads)
-        return [f"{where}: {architecture} has no class {reference_class!r}.{near}"]
+    path: Keys, architecture: str, reference_class: str, implemented: Mapping[str, Architecture]
+) -> list[Problem]:
+    where = ".".join(path)
+    if architecture not in implemented:
+        near = did_you_mean(architecture, implemented)
+        return [(path, f"{where}: no architecture is called {architecture!r}.{near}")]
+    if reference_class not in implemented[architecture].heads:
+        near = did_you_mean(reference_class, implemented[architecture].heads)
+        return [(path, f"{where}: {architecture} has no class {reference_class!r}.{near}")]
     return []
 
 
-def _raise(problems: Any) -> None:
-    if problems := list(problems):
-        raise RegistryError("registry.yaml: " + "; ".join(problems))
+def _refuse(problems: Iterable[Problem], text: str) -> None:
+    """Raise an error that lists the problems, if there are any, with their lines in the text."""
+    messages = [
+        f"line {line}: {message}" if text and (line := line_of(text, path)) else message
+        for path, message in problems
+    ]
+    if messages:
+        raise RegistryError("registry.yaml: " + "; ".join(messages))
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def beside(name: str) -> Path:
-    """Beside this file in an installed package, at the root in a checkout."""
+    """The path of a data file: beside this file if installed, at the root in a checkout."""
     here = Path(__file__).with_name(name)
     return here if here.is_file() else here.parents[1] / here.name
 
@@ -359,12 +447,12 @@ def _text() -> str:
 
 
 def parse_section(text: str, name: str) -> Any:
-    """What stands under one top-level key. Only that is parsed: loading needs no variants."""
+    """Parse what is under one top-level key, and nothing else: loading needs no variants."""
     starts = [*re.finditer(r"(?m)^(?![\s#]|---)([^:\n]+)", text)]
     keys = [match[1] for match in starts]
-    if odd := [key for key in keys if key not in _SECTIONS]:
-        near = did_you_mean(odd[0], _SECTIONS)
-        raise RegistryError(f"registry.yaml: unknown section {odd[0]!r}.{near}")
+    if unknown := [key for key in keys if key not in _SECTIONS]:
+        near = did_you_mean(unknown[0], _SECTIONS)
+        raise RegistryError(f"registry.yaml: unknown section {unknown[0]!r}.{near}")
     if keys.count(name) != 1:
         raise RegistryError(
             f"registry.yaml: section {name!r} stands {keys.count(name)} times in it"
@@ -372,6 +460,6 @@ def parse_section(text: str, name: str) -> Any:
     at = keys.index(name)
     first = starts[at].start()
     last = starts[at + 1].start() if at + 1 < len(starts) else len(text)
-    # the lines above stay, empty, so that an error points at the right one
+    # empty lines instead of the sections above keep line numbers right
     alone = "\n" * text.count("\n", 0, first) + text[first:last]
     return parse_yaml(alone, "registry.yaml", RegistryError)[name]

@@ -65,7 +65,11 @@ def model_of(spec: str, *dialects: str, **changes: Any) -> Any:
 def asked(model: Any, dialect: str, spec: str) -> dict[str, Any]:
     """What a dialect has to be told."""
     actual = EVERY.get((spec, dialect))
-    return {name: getattr(model.config, name) for name in actual[1].needs} if actual else {}
+    return {name: getattr(model.config, name) for name in actual[1].required} if actual else {}
+
+
+def test_a_spec_laid_over_another_has_its_hf_alone() -> None:
+    assert list(load_spec("mistral").dialects) == ["hf"]
 
 
 # --- against files made by hand ------------------------------------------------------------------
@@ -1039,7 +1043,3 @@ def test_required_zero_biases_are_not_reported(
     assert "all zero" not in capsys.readouterr().err
     stored = zoo.info(path).stored  # the head is the embedding under a second name
     assert stored is not None and stored.bytes < path.stat().st_size
-
-
-def test_a_spec_laid_over_another_has_its_hf_alone() -> None:
-    assert list(load_spec("mistral").dialects) == ["hf"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import spec as spec_module
+from converters import spec_files
 from converters.carry_out import carry_out, invert
 from converters.formats import TensorInfo
 from converters.plan import Native, identity_plan, make_plan, target_names
@@ -29,7 +29,9 @@ from zoo.errors import (
 LAYERS, H, G, E, D, F, V, X = 3, 4, 2, 6, 10, 7, 13, 5
 
 SPEC = {
-    "axes": {"layer": "layers", "h": "heads", "g": "kv_heads", "expert": "experts"},
+    "native": {
+        "axes": {"layer": "layers", "h": "heads", "g": "kv_heads", "expert": "experts"},
+    },
     "hf": {
         "prefix": "model.",
         "weights": {
@@ -90,7 +92,7 @@ def header(shapes, dtype="F32"):
 
 
 def spec(**changes):
-    return parse_spec("toy", {**SPEC, "hf": {**SPEC["hf"], **changes}}, "specs/toy.yaml")
+    return parse_spec("toy", {**SPEC, "hf": {**SPEC["hf"], **changes}}, "specs/toy")
 
 
 def plan(shapes, *, where=None, **kind):
@@ -220,7 +222,9 @@ def test_a_tied_name_does_not_stand_for_one_of_several_parts():
 
 def test_a_copy_that_a_shard_lacks_is_missing():
     rules = {"{shard}/one": "one", "{shard}/two": "two"}
-    made = parse_spec("toy", {"axes": {"shard": "shards"}, "hf": {"weights": rules}}, "toy.yaml")
+    made = parse_spec(
+        "toy", {"native": {"axes": {"shard": "shards"}}, "hf": {"weights": rules}}, "toy"
+    )
     both = Native({"one": (D,), "two": (D,)})
     there = dict.fromkeys(("0/one", "1/one", "0/two", "1/two"), (D,))
     assert make_plan(made, "hf", {"shards": 2}, both, header(there)).steps
@@ -342,7 +346,7 @@ class TestShards:
     SPEC = parse_spec(
         "meta",
         {
-            "axes": {"g": "kv_heads"},
+            "native": {"axes": {"g": "kv_heads"}},
             "meta": {
                 "weights": {
                     "{shard}/wq [o i]": "q [(shard o) i]",
@@ -392,7 +396,7 @@ def test_two_rules_for_one_tensor_are_refused():
 
 def test_an_unsolved_axis_is_named():
     rules = {"w [(a b)]": "m [(b a)]"}
-    toy = parse_spec("toy", {"hf": {"weights": rules}}, "specs/toy.yaml")
+    toy = parse_spec("toy", {"hf": {"weights": rules}}, "specs/toy")
     with pytest.raises(SpecError, match="axis 'a' cannot be solved"):
         make_plan(toy, "hf", {}, Native({"m": (6,)}), header({"w": (6,)}))
 
@@ -423,7 +427,7 @@ class TestSpec:
     @pytest.mark.parametrize(
         ("change", "why"),
         [
-            ({"wieghts": {}}, "no section 'wieghts'. Did you mean weights"),
+            ({"wieghts": {}}, "unknown section wieghts. Did you mean weights"),
             ({"when": {"a == b": {}}}, "when.a == b: expected a field"),
             ({"when": {"gated": {"x": "y"}}}, "when.gated: expected a field"),
             ({"weights": {"a [b": "c"}}, "column 3"),
@@ -433,9 +437,30 @@ class TestSpec:
         ],
     )
     def test_schema_errors_say_where(self, change, why):
-        with pytest.raises(SpecError, match=r"specs/toy\.yaml: hf") as error:
+        with pytest.raises(SpecError, match=r"specs/toy/hf\.yaml: ") as error:
             spec(**change)
         assert why in str(error.value)
+
+    def test_a_bad_value_is_named_with_its_line_in_the_file_that_has_it(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(spec_files, "SPECS", tmp_path)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "native.yaml").write_text("axes: {}\n")
+        (tmp_path / "a" / "hf.yaml").write_text("weights: {x: y}\nrequire:\n  u: [1]\n  v: 2\n")
+        (tmp_path / "b" / "hf.yaml").write_text("like: a/hf\nconfig: {dim: 'd |'}\nfoo: 1\n")
+        with pytest.raises(SpecError) as error:
+            load_spec.__wrapped__("b")
+        message = str(error.value)
+        assert (
+            "converters/specs/a/hf.yaml: line 4: require.v: expected a list of the values"
+            in message
+        )
+        assert (
+            "converters/specs/b/hf.yaml: line 2: config.dim: expected a field or several" in message
+        )
+        assert "unknown section foo" in message
 
     def test_what_a_config_leaves_out(self):
         hf = spec(config={"kv_heads": "n_kv"}, defaults={"kv_heads": 8, "bias": True}).dialect("hf")
@@ -505,21 +530,23 @@ class TestSpec:
             make_plan(made, "hf", {}, native, header({name: (D, D)}))
 
     def test_a_spec_laid_over_another(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(spec_module, "SPECS", tmp_path)
-        (tmp_path / "a.yaml").write_text(
-            "axes: {layer: layers}\nhf:\n  weights: {x: one, y: two}\n  ignore: [u]\n"
-        )
-        (tmp_path / "b.yaml").write_text(
-            "like: a\nhf:\n  weights: {y: null, z: two}\n  ignore: [v]\n  prefix: m.\n"
-        )
+        monkeypatch.setattr(spec_files, "SPECS", tmp_path)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "a" / "native.yaml").write_text("axes: {layer: layers}\n")
+        (tmp_path / "b" / "native.yaml").write_text("like: a/native\naxes: {h: heads}\n")
+        below, above = tmp_path / "a" / "hf.yaml", tmp_path / "b" / "hf.yaml"
+        below.write_text("weights: {x: one, y: two}\nignore: [u]\n")
+        above.write_text("like: a/hf\nweights: {y: null, z: two}\nignore: [v]\nprefix: m.\n")
+        assert load_spec.__wrapped__("b").axes == {"layer": "layers", "h": "heads"}
         made = load_spec.__wrapped__("b").dialect("hf")
         assert [str(rule) for rule in made.weights] == ["x: one", "z: two"]
         assert {"u", "v"} <= made.ignore and made.prefix == "m."
-        (tmp_path / "a.yaml").write_text("like: b\n")
-        with pytest.raises(SpecError, match="goes round"):
+        below.write_text("like: b/hf\n")
+        with pytest.raises(SpecError, match="b/hf -> a/hf -> b/hf is a circle"):
             load_spec.__wrapped__("b")
-        (tmp_path / "b.yaml").write_text("like: aa\n")
-        with pytest.raises(SpecError, match="Did you mean a"):
+        above.write_text("like: aa/hf\n")
+        with pytest.raises(SpecError, match="Did you mean a/hf"):
             load_spec.__wrapped__("b")
 
     def test_config_both_ways(self):

@@ -19,9 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import converters.spec
 import zoo
-from converters import spec_lines
+from converters import spec_files
 from converters.spec import SPECS, load_spec
 from zoo import registry
 from zoo.components import alibi, attention, masks, mlp, moe, norm
@@ -72,12 +71,12 @@ def spec(file: str, *edits: tuple[str, str]) -> Plant:
     def plant(directory: Path, scratch: Path) -> Iterator[Any]:
         copy = scratch / "specs"
         shutil.copytree(SPECS, copy)
-        text = (copy / f"{file}.yaml").read_text()
+        text = (copy / file / "hf.yaml").read_text()
         for old, new in edits:
             assert old in text, old
             text = text.replace(old, new, 1)
-        (copy / f"{file}.yaml").write_text(text)
-        with patch.object(converters.spec, "SPECS", copy), patch.object(spec_lines, "SPECS", copy):
+        (copy / file / "hf.yaml").write_text(text)
+        with patch.object(spec_files, "SPECS", copy):
             load_spec.cache_clear()
             try:
                 yield zoo.load(directory, dtype="float64")
@@ -89,27 +88,27 @@ def spec(file: str, *edits: tuple[str, str]) -> Plant:
 
 FUSED = "[i (n o)]: blocks.{layer}.attn.{n=q,k,v}.weight"
 RAGGED = """query_key_value.{leaf} [(g (r|one|one) e){i}]:
-      - blocks.{{layer}}.attn.q.{leaf} [(g r e){i}]
-      - blocks.{{layer}}.attn.k.{leaf} [(g one e){i}]
-      - blocks.{{layer}}.attn.v.{leaf} [(g one e){i}]"""
+    - blocks.{{layer}}.attn.q.{leaf} [(g r e){i}]
+    - blocks.{{layer}}.attn.k.{leaf} [(g one e){i}]
+    - blocks.{{layer}}.attn.v.{leaf} [(g one e){i}]"""
 STACKED = """query_key_value.{leaf} [(q|k|v){i}]:
-      - blocks.{{layer}}.attn.q.{leaf} [q{i}]
-      - blocks.{{layer}}.attn.k.{leaf} [k{i}]
-      - blocks.{{layer}}.attn.v.{leaf} [v{i}]"""
+    - blocks.{{layer}}.attn.q.{leaf} [q{i}]
+    - blocks.{{layer}}.attn.k.{leaf} [k{i}]
+    - blocks.{{layer}}.attn.v.{leaf} [v{i}]"""
 SPECS_READ_WRONG = [
     Case(
         "weights in another order than their biases",
         "gpt2",
         spec("gpt2", (FUSED, FUSED.replace("q,k,v", "v,k,q"))),
         r"out blocks\.0\.attn\.q$",
-        r"rule of blocks\.\*\.attn\.q\.weight takes other rows .*restored.*line 15",
+        r"rule of blocks\.\*\.attn\.q\.weight takes other rows .*restored.*line 8",
     ),
     Case(
         "biases alone as if heads stood inside",
         "bloom",
         spec("bloom", ("bias [(h n e)]", "bias [(n h e)]")),
         r"out blocks\.0\.attn\.q$",
-        r"rule of blocks\.\*\.attn\.q\.bias takes other rows .*restored.*line 9",
+        r"rule of blocks\.\*\.attn\.q\.bias takes other rows .*restored.*line 8",
     ),
     Case(
         "a square in every layer",
@@ -120,7 +119,7 @@ SPECS_READ_WRONG = [
             ("out.weight [o i]", "out.weight"),
         ),
         r"out blocks\.0\.attn\.out$",
-        r"blocks\.\*\.attn\.out\.weight is transposed. Parity is restored.*line 17",
+        r"blocks\.\*\.attn\.out\.weight is transposed. Parity is restored.*line 10",
     ),
     Case(
         "groups read as one part below the other",
@@ -131,7 +130,7 @@ SPECS_READ_WRONG = [
             (RAGGED.format(leaf="bias", i=""), STACKED.format(leaf="bias", i="")),
         ),
         OUT,
-        r"are read as \[\(g \(r\|one\|one\) e\) i\], not .*Change line 7",
+        r"are read as \[\(g \(r\|one\|one\) e\) i\], not .*Change line 6",
         "grouped",
     ),
     Case(
@@ -163,7 +162,7 @@ SPECS_READ_WRONG = [
             ("decoder.blocks.{below}.mlp.{n=gate,up}", "decoder.blocks.{below}.mlp.{n=up,gate}"),
         ),
         r"in decoder\.blocks\.0\.mlp\.down$",
-        r"gate and .*up are exchanged. Change line 20",
+        r"gate and .*up are exchanged. Change line 27",
         "gated-own-head",
     ),
     Case(
@@ -175,7 +174,7 @@ SPECS_READ_WRONG = [
             ("init_std: initializer_factor", "init_std: layer_norm_epsilon"),
         ),
         r"out encoder\.blocks\.0\.norm1$",
-        r"restored if eps is 0\.001. It is read by line 41 .* as layer_norm_epsilon",
+        r"restored if eps is 0\.001. It is read by line 44 .* as layer_norm_epsilon",
         "gated-own-head",
     ),
     Case(
@@ -183,18 +182,18 @@ SPECS_READ_WRONG = [
         "gpt2",
         spec(
             "gpt2",
-            ("    eps: layer_norm_epsilon\n    scale", "    scale"),
-            ("[n_ctx", "[layer_norm_epsilon, n_ctx"),
+            ("  eps: layer_norm_epsilon\n  scale", "  scale"),
+            ("[\n  n_ctx", "[\n  layer_norm_epsilon, n_ctx"),
         ),
         r"out blocks\.0\.norm1$",
-        r"restored if eps is 3e-05. No line of .*gpt2.yaml reads it. .* as layer_norm_epsilon",
+        r"restored if eps is 3e-05. No line of .*gpt2/hf.yaml reads it. .* as layer_norm_epsilon",
     ),
     Case(
         "a default",
         "distilbert",
         spec("distilbert", ("eps: 1.0e-12", "eps: 1.0e-5")),
         r"out norm$",
-        r"restored if eps is 1e-12. It is a default, of line 36",
+        r"restored if eps is 1e-12. It is a default, of line 37",
     ),
     Case(
         "scores divided by another field's root",
@@ -205,7 +204,7 @@ SPECS_READ_WRONG = [
             ("[cache", "[query_pre_attn_scalar, cache"),
         ),
         OUT,
-        r"restored if query_scale is 11. It is read by line 13",
+        r"restored if query_scale is 11. It is read by line 14",
     ),
 ]
 

@@ -106,9 +106,9 @@ def test_the_line_to_change_is_named(made: Callable[[str], Path]) -> None:
     cause = zoo.diff(model, made("llama")).causes[0]
     assert cause.restored, cause
     assert "blocks.*.attn.k is read as [o i]" in cause.fix
-    text = Path("converters/specs/llama.yaml").read_text().splitlines()
+    text = Path("converters/specs/llama/hf.yaml").read_text().splitlines()
     line = next(n for n, each in enumerate(text, 1) if "self_attn.{n=q_proj" in each)
-    assert f"line {line} of converters/specs/llama.yaml: " in cause.change
+    assert f"line {line} of converters/specs/llama/hf.yaml: " in cause.change
     assert rule_line(spec, "blocks.3.attn.k.weight").startswith(f"line {line} of ")
     assert rule_line(spec, "blocks.3.attn.nothing") == ""
 

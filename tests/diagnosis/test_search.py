@@ -327,7 +327,7 @@ def test_faults_of_a_file(fault: str, wrong: Any) -> None:
 def test_fields_of_a_config(stories: Path, fields: dict[str, Any], fix: str) -> None:
     model = zoo.load(stories, config=fields)
     found = explanations(model, ids_of(model))[0]
-    assert fix in found.seen and "converters/specs/llama.yaml" in found.fix
+    assert fix in found.seen and "converters/specs/llama/hf.yaml" in found.fix
 
 
 def test_what_a_text_cannot_tell_is_not_claimed(stories: Path) -> None:

@@ -1,6 +1,5 @@
 """What every model does besides computing the reference's function, which parity proves."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def test_left_padding_changes_nothing(name: str, head: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_acts_in_training_only(name: str) -> None:
     config = registry.architectures()[name].config_class
-    rates = [f.name for f in dataclasses.fields(config) if f.name.endswith("dropout")]
+    rates = [name for name in config.model_fields if name.endswith("dropout")]
     model = build(name, **dict.fromkeys(rates, 0.1))
     assert not torch.equal(run(model, IDS)[0], run(model, IDS)[0])
     model.eval()

@@ -44,7 +44,7 @@ def trained(name: str, text: Tensor, vocab: int, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     entry = registry.architectures()[name]
     quiet = dict.fromkeys(("dropout", "attn_dropout", "embed_dropout"), 0.0)
-    names = entry.config_class.__dataclass_fields__
+    names = entry.config_class.model_fields
     fields = {**{f: v for f, v in quiet.items() if f in names}, "init_std": QUICK, **MODELS[name]}
     model = entry.model(entry.config_class(vocab=vocab, **fields))
     model.architecture = name

@@ -69,10 +69,12 @@ def olmo2() -> Draft:
 
 
 def hf(draft: Draft) -> dict[str, Any]:
-    text = draft.files[f"converters/specs/{draft.name}.yaml"]
-    parse_spec(draft.name, yaml.safe_load(text))
-    section: dict[str, Any] = yaml.safe_load(text)["hf"]
-    return section
+    folder = f"converters/specs/{draft.name}"
+    texts = {name: draft.files[f"{folder}/{name}.yaml"] for name in ("native", "hf")}
+    files = {name: yaml.safe_load(text) for name, text in texts.items()}
+    parse_spec(draft.name, files)
+    sections: dict[str, Any] = files["hf"]
+    return sections
 
 
 def names(rules: dict[str, Any]) -> set[tuple[str, ...]]:
@@ -90,8 +92,12 @@ def names(rules: dict[str, Any]) -> set[tuple[str, ...]]:
 def test_a_cousin_is_only_data() -> None:
     draft = mistral()
     assert draft.only_data
-    assert set(draft.files) == {"converters/specs/kin.yaml", "registry.yaml"}
-    llama = yaml.safe_load((ROOT / "converters/specs/llama.yaml").read_text())["hf"]
+    assert set(draft.files) == {
+        "converters/specs/kin/native.yaml",
+        "converters/specs/kin/hf.yaml",
+        "registry.yaml",
+    }
+    llama = yaml.safe_load((ROOT / "converters/specs/llama/hf.yaml").read_text())
     assert names(hf(draft)["weights"]) == names(llama["weights"])
     assert names(hf(draft)["heads"]) == names(llama["heads"])
 
@@ -121,7 +127,8 @@ def test_a_model_of_its_own() -> None:
     draft = olmo2()
     assert not draft.only_data
     assert set(draft.files) == {
-        "converters/specs/olmo2.yaml",
+        "converters/specs/olmo2/native.yaml",
+        "converters/specs/olmo2/hf.yaml",
         "zoo/models/olmo2.py",
         "registry.yaml",
     }
@@ -159,7 +166,7 @@ def test_names_that_nobody_told_it() -> None:
             "blocks.{layer}.attn.{n=q,k,v}.weight [o i]",
         ),
     }
-    assert "[(h n e) i]" in draft.files["converters/specs/gpt_neox.yaml"]
+    assert "[(h n e) i]" in draft.files["converters/specs/gpt_neox/hf.yaml"]
     assert found["config"]["eps"] == "layer_norm_eps"
     assert found["require"]["use_parallel_residual"] == [True]
     assert any("partial_rotary_factor" in mark for mark in draft.marks)
@@ -223,7 +230,7 @@ def test_writing_and_not_overwriting(tmp_path: Path) -> None:
     after = contents(root)
     assert {path for path in after if after[path] != before.get(path)} == set(draft.files)
     assert len(scaffold.left(root)) == len(draft.marks)
-    with pytest.raises(OutputExists, match=r"olmo2\.yaml, zoo/models/olmo2\.py: there already"):
+    with pytest.raises(OutputExists, match=r"olmo2/hf\.yaml, zoo/models/olmo2\.py: there already"):
         draft.write(root)
     with pytest.raises(OutputExists, match="olmo2 is there already"):
         scaffold.draft("olmo2", "llama", "Olmo2ForCausalLM", root=root)
@@ -244,7 +251,7 @@ def test_from_nothing_to_parity(tmp_path: Path) -> None:
     made = ("tools/new_arch.py", "kin", "--like", "llama", "--reference", "MistralForCausalLM")
     shown = run(root, *made, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert not (root / "converters/specs/kin.yaml").exists()
+    assert not (root / "converters/specs/kin").exists()
     done = run(root, *made)
     assert done.returncode == 0, done.stderr
     assert "only data" in done.stdout
@@ -256,9 +263,9 @@ def test_from_nothing_to_parity(tmp_path: Path) -> None:
     missing = run(root, *verify)
     assert missing.returncode == 1
     assert "sliding_window: unknown field" in missing.stdout
-    spec, entries = root / "converters/specs/kin.yaml", root / "registry.yaml"
+    spec, entries = root / "converters/specs/kin/hf.yaml", root / "registry.yaml"
     lines = [line for line in spec.read_text().splitlines() if scaffold.MARK not in line]
-    spec.write_text("\n".join([*lines, "  require: {sliding_window: []}", ""]))
+    spec.write_text("\n".join([*lines, "require: {sliding_window: []}", ""]))
     entries.write_text(entries.read_text().replace("sliding_window: 17", "sliding_window: null"))
     green = run(root, *verify)
     assert green.returncode == 0, green.stdout

@@ -40,6 +40,7 @@ class Draft:
         staged = {path: path.with_name(f".{path.name}.new") for path in texts}
         try:
             for path, place in staged.items():
+                place.parent.mkdir(exist_ok=True)
                 place.write_text(texts[path], encoding="utf-8")
             for path, place in staged.items():
                 place.replace(path)
@@ -95,7 +96,8 @@ def draft(
         )
     data = not guess.misses if only_data is None else only_data
     spec = guess.spec_text(name)
-    files = {f"converters/specs/{name}.yaml": spec}
+    folder = f"converters/specs/{name}"
+    files = {f"{folder}/native.yaml": guess.native_text(), f"{folder}/hf.yaml": spec}
     if not data:
         source = root / "zoo" / "models" / f"{entry.module}.py"
         files[f"zoo/models/{name}.py"] = guess.model_text(name, source.read_text(encoding="utf-8"))
@@ -120,7 +122,7 @@ def left(root: Path = ROOT) -> list[str]:
     """Every mark that is still in the tree: `file:line: what`."""
     return [
         f"{path.relative_to(root)}:{number}: {_said(line)}"
-        for pattern in ("zoo/models/*.py", "converters/specs/*.yaml", REGISTRY)
+        for pattern in ("zoo/models/*.py", "converters/specs/*/*.yaml", REGISTRY)
         for path in sorted(root.glob(pattern))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if MARK in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,7 +38,7 @@ class Fields:
 
     def __init__(self, like: Architecture, dialect: Dialect, found: Survey) -> None:
         self.like, self.found = like, found
-        raw = read_yaml(SPECS / f"{like.spec}.yaml", SpecError)["hf"]
+        raw = read_yaml(SPECS / like.spec / "hf.yaml", SpecError)
         known = {**found.defaults, **found.config}
         self.paths: dict[str, tuple[str, ...]] = {}
         self.guessed: list[str] = []
@@ -67,9 +66,7 @@ class Fields:
         )
         self.unknown = {k: v for k, v in found.config.items() if k not in spoken}
         needed = {
-            f.name
-            for f in dataclasses.fields(like.config_class)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            name for name, field in like.config_class.model_fields.items() if field.is_required()
         }
         for native, paths in absent:
             near = [k for k in CALLED.get(native, "").split() if k in self.unknown]
@@ -95,29 +92,29 @@ class Fields:
             return self.like.config_class(**kept, head=head)
 
     def text(self) -> list[str]:
-        out = ["  config:"]
+        out = ["config:"]
         sure = {n: p for n, p in self.paths.items() if n not in self.guessed}
-        out += [f"    {native}: {' | '.join(paths)}" for native, paths in sure.items()]
-        out += ["    # guessed by name"] if self.guessed else []
-        out += [f"    {native}: {self.paths[native][0]}" for native in self.guessed]
-        out += [f"    # {MARK} {name}: no field is called so" for name in self.missing]
+        out += [f"  {native}: {' | '.join(paths)}" for native, paths in sure.items()]
+        out += ["  # guessed by name"] if self.guessed else []
+        out += [f"  {native}: {self.paths[native][0]}" for native in self.guessed]
+        out += [f"  # {MARK} {name}: no field is called so" for name in self.missing]
         if self.refused:
-            out.append(f"    # {MARK} {self.like.name}'s config refuses a value: {self.refused}")
+            out.append(f"  # {MARK} {self.like.name}'s config refuses a value: {self.refused}")
         fixed = {k: v for k, v in self.unknown.items() if _neutral(v)}
         for name, value in self.unknown.items():
             if name not in fixed:
                 usual = self.found.defaults.get(name)
                 where = f"{shortened(value)} here"
                 where += f", usually {shortened(usual)}" if usual != value else ""
-                out.append(f"    # {MARK} {name} ({where}): under config, require or ignore")
+                out.append(f"  # {MARK} {name} ({where}): under config, require or ignore")
         if self.require or fixed:
-            out.append("  require:")
-            out += [f"    {name}: {flow(allowed)}" for name, allowed in self.require.items()]
+            out.append("require:")
+            out += [f"  {name}: {flow(allowed)}" for name, allowed in self.require.items()]
         if fixed:
-            out.append("    # guessed: as the tiny checkpoints have it; any other value is refused")
-            out += [f"    {k}: {flow([] if v is None else [v])}" for k, v in fixed.items()]
+            out.append("  # guessed: as the tiny checkpoints have it; any other value is refused")
+            out += [f"  {k}: {flow([] if v is None else [v])}" for k, v in fixed.items()]
         if self.ignore:
-            out.append(f"  ignore: {flow(self.ignore)}")
+            out.append(f"ignore: {flow(self.ignore)}")
         return out
 
 

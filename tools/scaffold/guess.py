@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converters.language import Rule, parse_rule
 from converters.plan import Native, make_plan
 from converters.spec import SPECS, Spec, load_spec, parse_spec
-from converters.strict_yaml import read_yaml
+from converters.strict_yaml import parse_yaml, read_yaml
 from scaffold.fields import Fields
 from scaffold.lines import Line, collapse, elementary, reads
 from scaffold.names import ALIKE, Family, alike, families, fits, fused, plain
@@ -32,7 +30,7 @@ class Guess:
         self.like, self.found = like, found
         self.spec = load_spec(like.spec)
         self.fields = Fields(like, self.spec.dialect("hf"), found)
-        self.raw = read_yaml(SPECS / f"{like.spec}.yaml", SpecError)["hf"]
+        self.raw = read_yaml(SPECS / like.spec / "hf.yaml", SpecError)
         # the kindred's rules, taken apart: which of them read something here?
         self.kept: dict[tuple[str, str], dict[Rule, bool]] = {
             (section, source): dict.fromkeys(elementary(parse_rule(source, targets)), False)
@@ -188,26 +186,27 @@ class Guess:
     def spec_text(self, name: str) -> str:
         lines = self.lines()
         out = [
+            "# yaml-language-server: $schema=../../../docs/schemas/dialect.json",
             f"# {name}: drafted from {self.found.reference_class} beside {self.like.name}.",
-            f"axes: {flow(self._axes())}",
-            "hf:",
         ]
         if self.found.prefix:
-            out.append(f"  prefix: {self.found.prefix}")
+            out.append(f"prefix: {self.found.prefix}")
         for section, head in (("weights", False), ("heads", True)):
             mine = [line for line in lines if line.head == head]
-            out += [f"  {section}:"] if mine else []
+            out += [f"{section}:"] if mine else []
             for before, line in zip([None, *mine], mine, strict=False):
                 out += line.text()[before is not None and before.note == line.note != "" :]
         for section in ("optional", "tied", "aliases", "drop"):
             if carried := self._carried(section):
-                out.append(f"  {section}:")
-                out += [f"    {quoted(key)}: {flow(value)}" for key, value in carried.items()]
+                out.append(f"{section}:")
+                out += [f"  {quoted(key)}: {flow(value)}" for key, value in carried.items()]
         return "\n".join([*out, *self.fields.text()]) + "\n"
 
-    def _axes(self) -> dict[str, str]:
-        known = set(self.fields.paths)
-        return {axis: field for axis, field in self.spec.axes.items() if field in known}
+    def native_text(self) -> str:
+        """`native.yaml`: the axes that the kindred's spec names and that are fields here too."""
+        axes = {a: field for a, field in self.spec.axes.items() if field in self.fields.paths}
+        schema = "# yaml-language-server: $schema=../../../docs/schemas/native.json"
+        return f"{schema}\naxes: {flow(axes)}\n"
 
     def _carried(self, section: str) -> dict[str, Any]:
         """The kindred's further names, where the module that they belong to is here too."""
@@ -236,7 +235,7 @@ class Guess:
 
     def verdict(self, name: str, text: str) -> list[str]:
         """What is wrong with the spec beside the kindred's model, as loading would say it."""
-        spec = _parsed(name, text)
+        spec = self._parsed(name, text)
         dialect = spec.dialect("hf")
         said: dict[str, str] = {}
         for probe in self.found.probes:
@@ -256,19 +255,18 @@ class Guess:
                 said.setdefault(kind, f"{probe.name}: {problem}")
         return list(said.values())
 
+    def _parsed(self, name: str, text: str) -> Spec:
+        texts = {"native": self.native_text(), "hf": text}
+        where = f"converters/specs/{name}"
+        files = {k: parse_yaml(t, f"{where}/{k}.yaml", SpecError) for k, t in texts.items()}
+        return parse_spec(name, files, where)
+
 
 def _beside(name: str, here: set[str]) -> bool:
     """Is there a name in `here` below the module that holds what `name` names?"""
     rules = elementary(parse_rule(name, name))
     paths = [str(rule.source.name).split(".")[:-2] or [str(rule.source.name)] for rule in rules]
     return any(known.split(".")[: len(p)] == p for p in paths for known in here)
-
-
-def _parsed(name: str, text: str) -> Spec:
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / f"{name}.yaml"
-        path.write_text(text, encoding="utf-8")
-        return parse_spec(name, read_yaml(path, SpecError), f"converters/specs/{name}.yaml")
 
 
 def registered(text: str, name: str, guess: Guess, module: str | None) -> str:

@@ -26,13 +26,13 @@ class Line:
         return parse_rule(self.source, self.targets)
 
     def text(self) -> list[str]:
-        out = [f"    # {self.note}"] if self.note else []
+        out = [f"  # {self.note}"] if self.note else []
         if isinstance(self.targets, str):
-            return [*out, f"    {quoted(self.source)}: {quoted(self.targets)}"]
+            return [*out, f"  {quoted(self.source)}: {quoted(self.targets)}"]
         return [
             *out,
-            f"    {quoted(self.source)}:",
-            *(f"      - {quoted(t)}" for t in self.targets),
+            f"  {quoted(self.source)}:",
+            *(f"    - {quoted(t)}" for t in self.targets),
         ]
 
 

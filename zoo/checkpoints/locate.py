@@ -268,7 +268,7 @@ def fields_by_tables(
 ) -> dict[str, Any]:
     """Return native fields that small arrays tell: how rotary frequencies are scaled."""
     by_tables: dict[str, Any] = {}
-    for name, field in dialect.tables.items():
+    for name, field in dialect.field_tensors.items():
         if name not in there:
             continue
         numbers = tensor(name)

@@ -84,10 +84,10 @@ class Located(NamedTuple):
     def _foreign_config(self, foreign: DialectMatch, head: str, changes: Mapping[str, Any]) -> Any:
         """Of files that may not say all of it; problems have the dialect's names of fields."""
         kind, dialect = self.entry.config_class, foreign.dialect
-        fields = {**self.fields, **dialect.native_names(changes, kind.__dataclass_fields__)}
-        if missing := [name for name in dialect.needs if fields.get(name) is None]:
+        fields = {**self.fields, **dialect.native_names(changes, kind.model_fields)}
+        if missing := [name for name in dialect.required if fields.get(name) is None]:
             words = [dialect.reference_field(name) for name in missing]
-            unknown = sorted(fields.keys() - kind.__dataclass_fields__.keys())
+            unknown = sorted(fields.keys() - kind.model_fields.keys())
             raise ConfigError(
                 f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
                 f"nothing says {listing(words)} (looked in {foreign.config_from} and at the "

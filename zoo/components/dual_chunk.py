@@ -15,16 +15,20 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
+from zoo.components.config import Parsed
 from zoo.components.masks import Mask
 from zoo.components.rotary import Rotary, rotate
 from zoo.errors import ConfigError
 
 ROWS = 1024  # queries whose scores are in memory at a time
+SCHEMA = {"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}}
 
 
 @dataclass(frozen=True)
-class DualChunk:
+class DualChunk(Parsed):
     """Sizes, and the length beyond which scores grow with the logarithm of the position."""
+
+    json_schema = SCHEMA
 
     chunk_size: int
     local_size: int

@@ -1,7 +1,6 @@
 """Encoders: the heads of the BERT family, which read their last hidden states."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -48,29 +47,29 @@ class Span(NamedTuple):
 Output = Tensor | Pooled | Pretraining | Span
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
     """What a config says of the blocks' branches and of heads."""
 
-    dim: int = 768
-    heads: int = 12
-    hidden: int = 3072
-    act: str = "gelu"
-    eps: float = 1e-12
-    dropout: float = 0.1
-    attn_dropout: float = 0.1
-    head_dropout: float | None = None  # dropout
-    head_act: str = config.DERIVED  # act
-    summary_act: str | None = None  # of a classifier's own layer; None: it reads the pooler
-    summary_dropout: float | None = 0.0  # before that layer; None: head_dropout
+    dim: config.Size = 768
+    heads: config.Size = 12
+    hidden: config.Size = 3072
+    act: config.ActivationName = "gelu"
+    eps: config.Positive = 1e-12
+    dropout: config.Fraction = 0.1
+    attn_dropout: config.Fraction = 0.1
+    head_dropout: config.Fraction | None = None  # dropout
+    head_act: config.ActivationName = config.DERIVED  # act
+    summary_act: config.ActivationName | None = None  # None: the classifier reads the pooler
+    summary_dropout: config.Fraction | None = 0.0  # before that layer; None: head_dropout
     lone_bias: bool = True  # the masked LM's bias has a second name
     tied: bool = True
-    pad: int | None = 0
+    pad: config.TokenId | None = 0
 
     def derived(self) -> Mapping[str, Any]:
         return {"head_act": self.act}
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
         if self.head == "question_answering" and len(self.labels) != 2:
             yield f"labels: {len(self.labels)}, and a span has 2, its start and its end"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.components.config import Config
+from zoo.components.config import Config, Parsed, Positive, Size
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError, did_you_mean
 
@@ -60,10 +60,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- scaling types: how each changes the frequencies for contexts longer than in training --------
 
 
+SCHEMA = {"type": ["object", "null"]}
+
+
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(Parsed):
     """Unscaled frequencies; `type` is the name that configs use."""
 
+    json_schema = SCHEMA
     type: ClassVar[str] = "default"
     unbounded: ClassVar[bool] = False  # adapts to any length
 
@@ -266,13 +270,12 @@ SCALINGS: dict[str, type[Scaling]] = {
 PLAIN = Scaling()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rotated(Config):
     """A config of rotary embedding."""
 
-    positions: int = 2048
+    positions: Size = 2048
     extrapolate: bool = False  # accept more tokens than positions
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
     rope: Scaling = PLAIN
 
     @property

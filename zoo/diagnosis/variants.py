@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from zoo.components.activations import ACTIVATIONS
@@ -51,7 +51,7 @@ def config_hypothesis(config: Any, **changes: Any) -> Hypothesis:
 def config_hypotheses(model: Model) -> Iterator[Hypothesis]:
     """Every field with each usual value; rope and heads, which depend on others, by themselves."""
     config = model.config
-    for name in (field.name for field in fields(config)):
+    for name in type(config).model_fields:
         if name in LEFT or "dropout" in name or (name == "tied" and isinstance(model, Decoder)):
             continue
         for value in _usual(config, name):

@@ -1,26 +1,24 @@
 """BERT: every token attends to every token; a norm follows each sum of stream and branch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from zoo.components import activations, encoder, inputs, masks
+from zoo.components import activations, config, encoder, inputs, masks
 from zoo.components.attention import Attention
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(encoder.Config):
     head: str = "masked_lm"
-    vocab: int = 30522
-    layers: int = 12
-    positions: int = 512
+    vocab: config.Size = 30522
+    layers: config.Layers = 12
+    positions: config.Size = 512
     positions_after_pad: bool = False  # position ids start at pad + 1 (RoBERTa)
-    types: int = 2  # of tokens; 0: none
+    types: config.Count = 2  # of tokens; 0: none
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """BLOOM: ALiBi instead of position embeddings, and a norm on the token embeddings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -14,20 +13,20 @@ from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
-    vocab: int = 250880
-    dim: int = 64
-    layers: int = 2
-    heads: int = 8
-    eps: float = 1e-5
+    vocab: config.Size = 250880
+    dim: config.Size = 64
+    layers: config.Layers = 2
+    heads: config.Size = 8
+    eps: config.Positive = 1e-5
     residual_normed: bool = False  # the residual stream is taken after the norms
-    dropout: float = 0.0
-    attn_dropout: float = 0.0
+    dropout: config.Fraction = 0.0
+    attn_dropout: config.Fraction = 0.0
     tied: bool = True
     heads_known: ClassVar = decoder.HEADS
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
 
 

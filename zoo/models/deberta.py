@@ -1,7 +1,6 @@
 """DeBERTa: content and relative position attend to each other, each with its own projections."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,8 +17,10 @@ from zoo.errors import ConfigError
 PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretraining left
 
 
-class PositionTerms(tuple[str, ...]):
+class PositionTerms(config.Parsed, tuple[str, ...]):
     """Terms of the scores beside content to content: c2p, content to position, and p2c."""
+
+    json_schema: ClassVar = {"type": ["array", "string", "null"]}
 
     @classmethod
     def from_json(cls, value: Any) -> "PositionTerms":
@@ -38,29 +39,28 @@ class PositionTerms(tuple[str, ...]):
 NO_TERMS = PositionTerms()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(encoder.Config):
     head: str = "masked_lm"
-    vocab: int = 128100
-    layers: int = 12
-    head_dim: int = config.DERIVED
-    pooler_dim: int = config.DERIVED
-    positions: int = 512
+    vocab: config.Size = 128100
+    layers: config.Layers = 12
+    head_dim: config.Size = config.DERIVED
+    pooler_dim: config.Size = config.DERIVED
+    positions: config.Size = 512
     absolute_positions: bool = True  # added to the embeddings
-    types: int = 0  # of tokens
-    eps: float = 1e-7
+    types: config.Count = 0  # of tokens
+    eps: config.Positive = 1e-7
     relative: bool = False
     position_terms: PositionTerms = NO_TERMS
-    max_distance: int = -1  # of distances; positions
-    log_buckets: int = -1  # for distances, far ones together; each has its own
+    max_distance: config.Limit = -1  # of distances; positions
+    log_buckets: config.Limit = -1  # for distances, far ones together; each has its own
     shared_projections: bool = False  # positions use the projections of contents
     legacy: bool = config.DERIVED  # the masked LM's head is one that the reference added
     key_bias: bool = True  # the first version has none
     table_norm: str = "none"
-    conv: int = 0  # tokens that a convolution beside the first layer sees
-    conv_groups: int = 1
-    conv_act: str = "tanh"
-    summary_act: str | None = "gelu"
+    conv: config.Count = 0  # tokens that a convolution beside the first layer sees
+    conv_groups: config.Size = 1
+    conv_act: config.ActivationName = "tanh"
+    summary_act: config.ActivationName | None = "gelu"
     heads_known: ClassVar = (
         *("masked_lm", *PREDICTIONS, "none"),
         *("sequence_classification", "token_classification", "question_answering"),

@@ -1,7 +1,6 @@
 """Falcon: attention and MLP run in parallel on one norm, on a norm each, or in sequence."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,25 +16,24 @@ from zoo.components.model import Embedding
 from zoo.components.rotary import Rotated
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(Rotated):
-    vocab: int = 65024
-    dim: int = 4544
-    layers: int = 32
-    heads: int = 71
-    kv_heads: int = config.DERIVED  # groups where they are grouped, one where the query is multi
-    groups: int = config.DERIVED  # heads
+    vocab: config.Size = 65024
+    dim: config.Size = 4544
+    layers: config.Layers = 32
+    heads: config.Size = 71
+    kv_heads: config.Size = config.DERIVED  # groups if grouped, one if multi-query, else heads
+    groups: config.Size = config.DERIVED  # heads
     grouped: bool = False  # the new decoder architecture
     multi_query: bool = True
     parallel: bool = True
-    norms: int | None = None  # before parallel branches; None: one, or two where grouped
+    norms: config.Size | None = None  # before parallel branches; None: one, or two where grouped
     alibi: bool = False
-    hidden: int = config.DERIVED  # four times dim
-    act: str = "gelu"
-    eps: float = 1e-5
+    hidden: config.Size = config.DERIVED  # four times dim
+    act: config.ActivationName = "gelu"
+    eps: config.Positive = 1e-5
     bias: bool = False
-    dropout: float = 0.0
-    attn_dropout: float = 0.0
+    dropout: config.Fraction = 0.0
+    attn_dropout: config.Fraction = 0.0
     tied: bool = True
     heads_known: ClassVar = decoder.HEADS
 

@@ -1,7 +1,6 @@
 """Gemma-2: norms before and after each branch, soft caps, a window in every second layer."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,26 +16,25 @@ from zoo.components.norm import OffsetRMSNorm
 from zoo.components.rotary import Rotary, Rotated
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(Rotated, config.Windowed):
-    vocab: int = 256000
-    dim: int = 2304
-    layers: int = 26
-    heads: int = 8
-    kv_heads: int = 4
-    head_dim: int = 256
-    hidden: int = 9216
-    act: str = "gelu_pytorch_tanh"
-    positions: int = 8192
-    eps: float = 1e-6
-    query_scale: int = 256  # scores are divided by its root
-    score_cap: float | None = 50.0
-    logit_cap: float | None = 30.0
-    window: int | None = 4096
+    vocab: config.Size = 256000
+    dim: config.Size = 2304
+    layers: config.Layers = 26
+    heads: config.Size = 8
+    kv_heads: config.Size = 4
+    head_dim: config.Size = 256
+    hidden: config.Size = 9216
+    act: config.ActivationName = "gelu_pytorch_tanh"
+    positions: config.Size = 8192
+    eps: config.Positive = 1e-6
+    query_scale: config.Size = 256  # scores are divided by its root
+    score_cap: config.Positive | None = 50.0
+    logit_cap: config.Positive | None = 30.0
+    window: config.Size | None = 4096
     attn_bias: bool = False
-    attn_dropout: float | None = 0.0
+    attn_dropout: config.Fraction | None = 0.0
     tied: bool = True
-    pad: int | None = 0
+    pad: config.TokenId | None = 0
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:

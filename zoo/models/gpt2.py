@@ -1,7 +1,6 @@
 """GPT-2: learned positions, norms before each branch, biases everywhere, a head tied to embed."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,22 +13,21 @@ from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
-    vocab: int = 50257
-    dim: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = config.DERIVED  # four times dim
-    act: str = "gelu_new"
-    positions: int = 1024
-    eps: float = 1e-5
+    vocab: config.Size = 50257
+    dim: config.Size = 768
+    layers: config.Layers = 12
+    heads: config.Size = 12
+    hidden: config.Size = config.DERIVED  # four times dim
+    act: config.ActivationName = "gelu_new"
+    positions: config.Size = 1024
+    eps: config.Positive = 1e-5
     scale_attn: bool = True  # by the root of the head width
     scale_attn_by_layer: bool = False  # and by the layer's number
     upcast_attn: bool = False
-    dropout: float = 0.1
-    embed_dropout: float = 0.1
-    attn_dropout: float = 0.1
+    dropout: config.Fraction = 0.1
+    embed_dropout: config.Fraction = 0.1
+    attn_dropout: config.Fraction = 0.1
     tied: bool = True
     bias: bool = True  # of norms and projections
     qkv_bias: bool = config.DERIVED  # bias
@@ -39,6 +37,7 @@ class Config(config.Config):
         return {"hidden": 4 * self.dim, "qkv_bias": self.bias}
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
 
 

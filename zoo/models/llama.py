@@ -1,7 +1,6 @@
 """Llama: RMS norms before each branch, rotary embedding, grouped queries, gated MLPs or experts."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,25 +15,24 @@ from zoo.components.norm import RMSNorm
 from zoo.components.rotary import Rotated, Rotation
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(Rotated, config.Windowed):
-    vocab: int = 32000
-    dim: int = 4096
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = config.DERIVED  # as many as heads
-    head_dim: int = config.DERIVED  # dim / heads
-    hidden: int = 11008
-    experts: int = 0  # none: one MLP for every token
-    experts_per_token: int = 2  # experts a token goes through
-    act: str = "silu"
-    eps: float = 1e-6
+    vocab: config.Size = 32000
+    dim: config.Size = 4096
+    layers: config.Layers = 32
+    heads: config.Size = 32
+    kv_heads: config.Size = config.DERIVED  # as many as heads
+    head_dim: config.Size = config.DERIVED  # dim / heads
+    hidden: config.Size = 11008
+    experts: config.Experts = 0  # none: one MLP for every token
+    experts_per_token: config.Size = 2  # experts a token goes through
+    act: config.ActivationName = "silu"
+    eps: config.Positive = 1e-6
     attn_bias: bool = False
     attn_out_bias: bool = config.DERIVED  # attn_bias
     mlp_bias: bool = False
-    attn_dropout: float | None = 0.0
+    attn_dropout: config.Fraction | None = 0.0
     tied: bool = False
-    heads_known: ClassVar = decoder.HEADS
+    heads_known: ClassVar[tuple[str, ...]] = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
         width = self.dim // self.heads

@@ -1,6 +1,5 @@
 """MobileLLM: a deep and thin Llama, each of whose blocks may run twice in a row."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,7 +8,6 @@ from zoo.components.masks import Cache
 from zoo.models import llama
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(llama.Config):
     repeat: bool = False  # run each block a second time
     heads_known: ClassVar = ("lm", "none")

@@ -1,7 +1,6 @@
 """GPT-NeoX: attention and MLP read one stream in parallel; part of each head is rotated."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,20 +13,19 @@ from zoo.components.model import Embedding
 from zoo.components.rotary import Rotary, Rotated
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(Rotated):
-    vocab: int = 50432
-    dim: int = 6144
-    layers: int = 44
-    heads: int = 64
-    hidden: int = config.DERIVED  # four times dim
-    act: str = "gelu"
-    eps: float = 1e-5
+    vocab: config.Size = 50432
+    dim: config.Size = 6144
+    layers: config.Layers = 44
+    heads: config.Size = 64
+    hidden: config.Size = config.DERIVED  # four times dim
+    act: config.ActivationName = "gelu"
+    eps: config.Positive = 1e-5
     parallel: bool = True
-    rope_share: float = 0.25  # of a head's width
+    rope_share: config.Amount = 0.25  # of a head's width
     attn_bias: bool = True
-    dropout: float = 0.0
-    attn_dropout: float = 0.0
+    dropout: config.Fraction = 0.0
+    attn_dropout: config.Fraction = 0.0
     tied: bool = False
     heads_known: ClassVar = decoder.HEADS
 

@@ -1,13 +1,10 @@
 """Qwen2: Llama with biases on q, k and v; models for a million tokens attend in dual chunks."""
 
-from dataclasses import dataclass
-
 from zoo.components.dual_chunk import DualChunk, DualChunkAttention
 from zoo.components.rotary import NO_ROTARY
 from zoo.models import llama
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(llama.Config):
     dual_chunk: DualChunk | None = None  # None: ordinary attention
 

@@ -1,7 +1,6 @@
 """T5: an encoder, a decoder that attends to it, and learned biases by distance for positions."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,27 +17,26 @@ from zoo.components.norm import RMSNorm
 from zoo.components.relative_bias import RelativeBias
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
-    vocab: int = 32128
-    dim: int = 512
-    layers: int = 6
-    decoder_layers: int = config.DERIVED  # layers
-    heads: int = 8
-    head_dim: int = 64
-    hidden: int = 2048
+    vocab: config.Size = 32128
+    dim: config.Size = 512
+    layers: config.Layers = 6
+    decoder_layers: config.Layers = config.DERIVED  # layers
+    heads: config.Size = 8
+    head_dim: config.Size = 64
+    hidden: config.Size = 2048
     mlp: str = "relu"  # gated- before it: of two projections
-    act: str = config.DERIVED  # what mlp says
+    act: config.ActivationName = config.DERIVED  # what mlp says
     gated: bool = config.DERIVED
-    buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
-    dropout: float = 0.1
+    buckets: config.Size = 32
+    max_distance: config.Size = 128
+    eps: config.Positive = 1e-6
+    dropout: config.Fraction = 0.1
     tied: bool = True  # and the states scaled before it, which an untied head's are not
     may_share: bool = True  # the embedding is the head where files hold no other
-    init_std: float = 1.0
-    pad: int | None = 0
-    start: int | None = config.DERIVED  # what answers begin with: pad
+    init_std: config.Amount = 1.0
+    pad: config.TokenId | None = 0
+    start: config.TokenId | None = config.DERIVED  # what answers begin with: pad
     heads_known: ClassVar = ("lm", "shared_lm", "encoder", "none")
 
     def derived(self) -> Mapping[str, Any]:
@@ -53,6 +51,7 @@ class Config(config.Config):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        yield from self.vocabulary_problems("start")
         if self.head == "shared_lm" and not self.may_share:
             yield "may_share: false, so the head is a matrix of its own"
 

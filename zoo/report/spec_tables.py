@@ -48,7 +48,7 @@ def _lines(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
         yield str(old), str(new), "legacy name, read and never written"
     for name, why in dialect.drop:
         yield str(name), "", f"dropped: {why}"
-    for suffix, why in dialect.slots.items():
+    for suffix, why in dialect.optimizer_slots.items():
         yield f"…{suffix}", "", f"dropped: {why}"
 
 
@@ -59,7 +59,9 @@ def _rules(rules: tuple[Rule, ...], note: str) -> Iterator[tuple[str, str, str]]
 
 def _fields(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
     for name, paths in dialect.config.items():
-        words = "; ".join(f"{theirs!r} is {mine!r}" for theirs, mine in dialect.words.get(name, ()))
+        words = "; ".join(
+            f"{theirs!r} is {mine!r}" for theirs, mine in dialect.value_map.get(name, ())
+        )
         missing = f"{dialect.defaults[name]!r} if missing" if name in dialect.defaults else ""
         yield " or ".join(paths), name, "; ".join(filter(None, (words, missing)))
     for name, value in dialect.defaults.items():
@@ -71,7 +73,7 @@ def _fields(dialect: Dialect) -> Iterator[tuple[str, str, str]]:
         yield ", ".join(sorted(dialect.ignore)), "", "ignored: does not change inference"
     for group in dialect.exclusive:
         yield ", ".join(group), "", "mutually exclusive"
-    if dialect.needs:
-        yield "", ", ".join(dialect.needs), "must be given: the files do not state it"
-    if dialect.forgets:
-        yield "", ", ".join(sorted(dialect.forgets)), "not written: inference does not need it"
+    if dialect.required:
+        yield "", ", ".join(dialect.required), "must be given: the files do not state it"
+    if dialect.lossy_fields:
+        yield "", ", ".join(sorted(dialect.lossy_fields)), "not written: inference does not need it"

@@ -139,7 +139,7 @@ class Export:
             if self._narrow(info):
                 sizes[info.dtype] += info.numel
         kind = max(sizes, key=lambda name: (sizes[name], name), default="F32")
-        architecture = self.dialect.is_["general.architecture"][0]
+        architecture = self.dialect.detect["general.architecture"][0]
         metadata = {"general.architecture": architecture, "general.type": "model"}
         metadata |= {"general.file_type": _FILE_TYPES.get(kind, 0)}
         metadata |= {"general.quantization_version": 2} if quantized else {}
@@ -187,7 +187,7 @@ def with_zeros(model: Model, dialect: Dialect) -> tuple[Model, dict[str, tuple[i
     config = model.config
     grown = {
         name: True
-        for name, when in dialect.zeros.items()
+        for name, when in dialect.zero_filled.items()
         if getattr(config, name) is False and (when is True or getattr(config, when))
     }
     if not grown:
@@ -291,7 +291,7 @@ def _stored_dtype(container: Container, info: TensorInfo) -> str:
 
 def _tables(dialect: Dialect, config: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return (tensors that hold a config field, the value of the field in the config then)."""
-    name = next((n for n, field_ in dialect.tables.items() if field_ == "rope"), None)
+    name = next((n for n, field_ in dialect.field_tensors.items() if field_ == "rope"), None)
     if name is None or not isinstance(config.rope, Llama3):
         return {}, {}
     return {name: config.rope.factors(config.rotary())}, {"rope": PLAIN.to_json()}
@@ -367,7 +367,7 @@ def _come_back(
         inferred |= fields_by_tables(dialect, fields, tables.__getitem__, tables)
     except ConfigError as error:
         raise LossyExport(f"to={dialect.name!r}: it would not be read back: {error}") from None
-    asked = {name: getattr(config, name) for name in dialect.needs if fields.get(name) is None}
+    asked = {name: getattr(config, name) for name in dialect.required if fields.get(name) is None}
     head = "lm" if "lm" in type(config).heads_known else config.head
     same_config(dialect, config, {**fields, **inferred, **asked, "head": head}, problems)
 
@@ -388,7 +388,7 @@ def same_config(
     lost += [
         f"{name}: {fields[name]!r} cannot be said there, and would be read as {read[name]!r}"
         for name in fields
-        if read[name] != fields[name] and name not in dialect.forgets
+        if read[name] != fields[name] and name not in dialect.lossy_fields
     ]
     if lost:
         raise LossyExport("\n  ".join([f"to={dialect.name!r}: not written:", *lost]))

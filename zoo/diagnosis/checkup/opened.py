@@ -149,7 +149,7 @@ def _is_silent(located: Located, config: Mapping[str, Any]) -> bool:
         return False
     dialect = located.foreign.dialect
     fields = {**located.fields, **dialect.native_names(config, located.fields)}
-    return any(fields.get(name) is None for name in dialect.needs)
+    return any(fields.get(name) is None for name in dialect.required)
 
 
 def _fitting(located: Located, model: Model, checkpoint: Checkpoint) -> Fitting:
@@ -297,4 +297,4 @@ def _safetensors(path: Path) -> Checkpoint | None:
 
 def _by_content(path: Path) -> Checkpoint | None:
     container = open_place(path)
-    return None if container is None else container.checkpoint(Container(container.kind))
+    return None if container is None else container.checkpoint(Container(format=container.kind))

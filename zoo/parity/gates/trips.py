@@ -129,7 +129,7 @@ def sayable(entry: Architecture, *dialects: str, wide: bool = False) -> dict[str
     spoken = [known for name in dialects if (known := foreign(entry).get(name)) is not None]
     granted = _granted(spoken)
     for each in spoken:
-        kept = {*each.config, *told, *each.needs, "layers"} - each.words.keys()
+        kept = {*each.config, *told, *each.required, "layers"} - each.value_map.keys()
         fields = {n: v for n, v in fields.items() if n in kept or n in granted}
     if wide:  # rows that divide into blocks, whatever the heads are
         fields = {n: v for n, v in fields.items() if n != "head_dim"}
@@ -164,7 +164,7 @@ def model_of(entry: Architecture, *dialects: str, wide: bool = False, **changes:
 def asked(entry: Architecture, dialect: str, model: Any) -> dict[str, Any]:
     """What a dialect has to be told."""
     known = foreign(entry).get(dialect)
-    return {name: getattr(model.config, name) for name in known.needs} if known else {}
+    return {name: getattr(model.config, name) for name in known.required} if known else {}
 
 
 # --- there and back ------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def _trip(
         back = place / "back"
         convert(place / "there", back, to=a.dialect, dtype=a.dtype, config=told_there, **how)
         models.append(load(back, head=head, config=asked(entry, a.dialect, first), modules=False))
-    forgets = frozenset().union(*(dialect.forgets for dialect in spoken.values()))
+    forgets = frozenset().union(*(dialect.lossy_fields for dialect in spoken.values()))
     odd = {line: None for each in models[1:] for line in differences(first, each)}
     left = [name for line in odd if (name := line.partition(": ")[0]) in forgets]
     problems = [line for line in odd if line.partition(": ")[0] not in forgets]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from converters.strict_json import parse_json
 from zoo.checkpoints.foreign import spec_of
@@ -25,14 +24,14 @@ def tried(scene: Scene, flags: bool = False) -> Iterator[Hypothesis]:
     if not scene.steady:
         return
     config = scene.model.config
-    for field in fields(config):
-        if field.name in NOT_TRIED or "dropout" in field.name:
+    for name in type(config).model_fields:
+        if name in NOT_TRIED or "dropout" in name:
             continue
-        if flags and not isinstance(getattr(config, field.name), bool):
+        if flags and not isinstance(getattr(config, name), bool):
             continue
-        for value in values(config, field.name, scene.numbers):
-            if _heals(scene, {field.name: value}):
-                yield config_hypothesis(config, **{field.name: value})
+        for value in values(config, name, scene.numbers):
+            if _heals(scene, {name: value}):
+                yield config_hypothesis(config, **{name: value})
                 break
 
 
@@ -55,9 +54,9 @@ def _unlike(scene: Scene) -> Iterator[Changes]:
     except ConfigError:
         return
     unlike = {
-        f.name: plain(getattr(there, f.name))
-        for f in fields(config)
-        if f.name != "labels" and getattr(there, f.name) != getattr(config, f.name)
+        name: plain(getattr(there, name))
+        for name in type(config).model_fields
+        if name != "labels" and getattr(there, name) != getattr(config, name)
     }
     yield from ({name: value} for name, value in unlike.items())
     if len(unlike) > 1:

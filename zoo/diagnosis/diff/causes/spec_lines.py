@@ -31,7 +31,7 @@ def advice(scene: Scene, idea: Hypothesis) -> str:
 def _field(scene: Scene, spec: Spec, name: str, value: Any) -> str:
     """The line that reads a field, and what the config calls the number that it should be."""
     line, keys = field_line(spec, name), _keys(scene, value)
-    read = f"It is read by {line}." if line else f"No line of {spec.where} reads it."
+    read = f"It is read by {line}." if line else f"No line of {spec.where}/hf.yaml reads it."
     if not line and (line := field_line(spec, name, section="defaults")):
         read = f"It is a default, of {line}."
     if len(keys) != 1 or keys[0] in line:
