@@ -452,14 +452,9 @@ class TestSpec:
         (tmp_path / "b" / "hf.yaml").write_text("like: a/hf\nconfig: {dim: 'd |'}\nfoo: 1\n")
         with pytest.raises(SpecError) as error:
             load_spec.__wrapped__("b")
-        message = str(error.value)
-        assert (
-            "converters/specs/a/hf.yaml: line 4: require.v: expected a list of the values"
-            in message
-        )
-        assert (
-            "converters/specs/b/hf.yaml: line 2: config.dim: expected a field or several" in message
-        )
+        message, folder = str(error.value), "converters/specs"
+        assert f"{folder}/a/hf.yaml: line 4: require.v: expected a list of the values" in message
+        assert f"{folder}/b/hf.yaml: line 2: config.dim: expected a field or several" in message
         assert "unknown section foo" in message
 
     def test_what_a_config_leaves_out(self):
