@@ -768,7 +768,7 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (
             {"quant_method": "bitsandbytes"},
-            r"'bitsandbytes' is not implemented .*\. Take the weights",
+            r"'bitsandbytes' is not implemented .*\. Use the original weights",
         ),
         ({"quant_method": "hqq"}, "only gptq, awq, fp8, compressed-tensors"),
         ({"quant_method": None}, "quant_method None"),
