@@ -808,7 +808,7 @@ def test_unimplemented_config_values_are_refused_by_name(
         ({"quant_method": "fp8", "weight_block_size": [0, 4]}, "not positive"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-            "'pack-quantized' .*Take the",
+            "'pack-quantized' .*Use the",
         ),
         ({"quant_method": "compressed-tensors"}, r"\.config_groups: expected"),
         (
