@@ -768,7 +768,7 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (
             {"quant_method": "bitsandbytes"},
-            r"'bitsandbytes' is not implemented .*\. Take the weights",
+            r"'bitsandbytes' is not implemented .*\. Use the original weights",
         ),
         ({"quant_method": "hqq"}, "only gptq, awq, fp8, compressed-tensors"),
         ({"quant_method": None}, "quant_method None"),
@@ -808,7 +808,7 @@ def test_unimplemented_config_values_are_refused_by_name(
         ({"quant_method": "fp8", "weight_block_size": [0, 4]}, "not positive"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-            "'pack-quantized' .*Take the",
+            "'pack-quantized' .*Use the",
         ),
         ({"quant_method": "compressed-tensors"}, r"\.config_groups: expected"),
         (
