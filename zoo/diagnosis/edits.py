@@ -42,6 +42,7 @@ class Hypothesis:
 
     @property
     def undoes(self) -> bool:
+        """Whether there is an edit, and not an explanation alone."""
         return bool(self.parameters or self.config or self.settings or self.factors)
 
     @property

@@ -79,6 +79,7 @@ def _shape(n: Numbers) -> str:
 
 
 def between_layers(numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Arrays that differ in scale or in precision from the same array of other layers."""
     families = families_of(n for n in numbers if n.finite and not n.constant).values()
     ordered = [sorted(each, key=lambda n: n.array.layer or 0) for each in families]
     yield from _scales(ordered)

@@ -17,6 +17,7 @@ class Finding:
     fix: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "what": self.what,
             "where": list(self.where),

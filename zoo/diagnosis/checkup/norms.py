@@ -20,6 +20,7 @@ _AROUND = 0.5  # how far the mean is from what is expected
 
 
 def between_norms(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Norms that are exchanged, and norms that lack one or have one too much."""
     yield from _exchanged(numbers)
     yield from _offset(contents, numbers)
 

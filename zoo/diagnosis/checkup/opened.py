@@ -53,10 +53,12 @@ class Array:
 
     @cached_property
     def family(self) -> str:
+        """Its name with a star for the layer's number."""
         return family_of(self.name)
 
     @cached_property
     def layer(self) -> int | None:
+        """The layer's number; None outside the layers."""
         match = _NUMBER.search(self.name)
         return None if match is None else int(match[0])
 
@@ -77,10 +79,12 @@ class Opened:
 
     @property
     def architecture(self) -> str:
+        """The architecture's name; empty where it is unknown."""
         return "" if self.located is None else self.located.entry.name
 
     @property
     def config(self) -> Any:
+        """The model's config; None where it is not understood."""
         return None if self.model is None else self.model.config
 
     @property

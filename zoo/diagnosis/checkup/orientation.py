@@ -82,6 +82,7 @@ class Stream:
         return a.alike(b) ** 2 * self.dim**2 / 2
 
     def knows(self, n: Numbers) -> bool:
+        """Whether a matrix reads or writes the residual stream."""
         return n.array.family in self.families
 
     def is_like_none(self, n: Numbers) -> bool:
@@ -94,6 +95,7 @@ class Stream:
         return median(every) if every else 0.0
 
     def writes(self, n: Numbers) -> bool:
+        """Whether a matrix writes to the residual stream."""
         return n.array.family in self.writing
 
     @property

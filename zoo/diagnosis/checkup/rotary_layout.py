@@ -75,6 +75,7 @@ def rough(read: Tensor) -> float:
 
 
 def rotary(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Rows of queries and keys in another order, other numbers of heads, exchanged values."""
     config = contents.config
     if not isinstance(config, Rotated) or getattr(config, "alibi", False):
         return

@@ -59,6 +59,7 @@ class Explanation:
 
     @property
     def nll(self) -> float:
+        """Nats a token, of logits as calm as is best."""
         return float(self.best.mean())
 
     def gain(self, than: Explanation) -> tuple[float, float]:
@@ -69,6 +70,8 @@ class Explanation:
 
 @dataclass
 class Search:
+    """The search for what makes a text likelier, with its count of what was tried."""
+
     model: Model
     ids: Tensor
     mask: int | None
@@ -83,6 +86,7 @@ class Search:
 
     @property
     def chance(self) -> float:
+        """What a token costs where all are alike, in nats."""
         return chance(self.model)
 
     def costs(self, model: Model, ids: Tensor) -> Tensor:
@@ -162,6 +166,7 @@ def once(some: Iterable[Tried]) -> list[Tried]:
 
 
 def sure(reading: Explanation, than: Explanation) -> bool:
+    """Whether an explanation makes a text likelier by more than noise."""
     gain, error = reading.gain(than)
     return gain > max(GAIN, ERRORS * error)
 
@@ -227,6 +232,7 @@ def _hopeless(search: Search) -> Iterator[Finding]:
 
 
 def shown(nll: float) -> str:
+    """A perplexity, as text."""
     value = math.exp(min(nll, 700.0))
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -59,22 +59,27 @@ class Numbers:
 
     @property
     def name(self) -> str:
+        """The array's name."""
         return self.array.name
 
     @property
     def count(self) -> int:
+        """How many numbers there are."""
         return prod(self.array.shape)
 
     @property
     def finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
         return not self.nans and not self.infs
 
     @property
     def constant(self) -> bool:
+        """Whether all numbers are equal."""
         return self.count > 1 and self.finite and self.low == self.high
 
     @property
     def matrix(self) -> bool:
+        """Whether the array has two axes or more."""
         return len(self.array.shape) >= 2 and min(self.array.shape[-2:]) > 1
 
     @cached_property
@@ -103,6 +108,7 @@ class Numbers:
         return float(rows.var()) / by_chance, sqrt(2 / (len(rows) - 1))
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "name": self.name,
             "files": list(self.array.files),
@@ -128,6 +134,7 @@ def _plain(value: float) -> float | None:
 
 
 def numbers_of(array: Array) -> Numbers:
+    """Read all of an array, in pieces, and measure it."""
     lazy = array.made()
     sums = _Sums(array.shape, _NORMAL[array.dtype])
     for down, across, block in blocks(lazy, array.shape):

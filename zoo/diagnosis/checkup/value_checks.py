@@ -44,10 +44,12 @@ def spoilt(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
 
 
 def files_of(numbers: Iterable[Numbers]) -> tuple[str, ...]:
+    """The names in the files of several arrays, each once."""
     return tuple(dict.fromkeys(name for n in numbers for name in n.array.files))
 
 
 def counted(names: Sequence[str]) -> str:
+    """How many tensors, as text."""
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
@@ -244,6 +246,7 @@ def _expected(each: Sequence[Numbers]) -> bool:
 
 
 def equal(a: Numbers, b: Numbers) -> bool:
+    """Whether two arrays hold the same numbers."""
     if a is b:
         return True
     pairs = zip(

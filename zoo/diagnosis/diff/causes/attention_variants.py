@@ -95,9 +95,12 @@ def _scales(scene: Scene, own: Form) -> Iterator[Variant]:
 
 
 def _mask(
-    what: str, change: Callable[[Tensor], Tensor], lone: bool = False, **config: int
+    what: str,
+    change: Callable[[Tensor], Tensor],
+    config: Mapping[str, int] | None = None,
+    lone: bool = False,
 ) -> Variant:
-    return Variant("mask", what, lambda form: form.masked(change), config, lone)
+    return Variant("mask", what, lambda form: form.masked(change), config or {}, lone)
 
 
 def _masks(scene: Scene) -> Iterator[Variant]:
@@ -110,7 +113,7 @@ def _masks(scene: Scene) -> Iterator[Variant]:
     windows = [int(n) for n in (*near, *scene.numbers, 1, 2) if 0 < n < tokens and n == int(n)]
     for window in dict.fromkeys(windows):
         config = {"window": window} if now else {}
-        yield _mask(f"tokens see {window} positions back", partial(_back, window=window), **config)
+        yield _mask(f"tokens see {window} positions back", partial(_back, window=window), config)
     yield _mask("tokens see back without a window", _back)
 
 

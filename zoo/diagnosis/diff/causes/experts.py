@@ -21,6 +21,8 @@ SHARES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Mixed:
+    """A mixture that fits: experts for each token, their shares, and what is activated."""
+
     chosen: int
     shares: str
     on: str  # what the activation is of

@@ -17,6 +17,7 @@ STEP = 1e-6  # of a derivative taken by differences
 
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    """Explain a gradient that differs where all values agree."""
     name, flow = scene.name, scene.flow
     learns = name in scene.measurement.match.parameters
     if flow.ours is None or not flow.ours.any():

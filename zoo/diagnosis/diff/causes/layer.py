@@ -19,6 +19,7 @@ AFTER = 12  # places are looked at for where a norm has gone
 
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    """Explain what comes out of a layer whose input agrees."""
     yield from parameters.ideas(scene)
     yield from catalogue.ideas(scene)
     flow = scene.flow

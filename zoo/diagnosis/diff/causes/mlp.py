@@ -18,6 +18,8 @@ PLAIN = "linear"  # the activation that is none
 
 @dataclass(frozen=True)
 class Made:
+    """A function of gate and up that fits: the activation, and what it is applied to."""
+
     act: str
     of: str  # what it is applied to
 

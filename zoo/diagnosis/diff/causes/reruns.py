@@ -162,4 +162,5 @@ def rounding(scene: Scene) -> Iterator[Hypothesis]:
 
 
 def held_in(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers are exact in a dtype."""
     return torch.equal(x.to(dtype).to(x.dtype), x)

@@ -19,6 +19,7 @@ from zoo.diagnosis.variants import bases, scalings
 
 
 def rotaries(scene: Scene, own: Form) -> Iterator[Variant]:
+    """Other bases, scalings, widths and precisions of a rotary embedding."""
     config = scene.model.config
 
     def variant(what: str, rotary: Any, lone: bool = False, **fields: Any) -> Variant:

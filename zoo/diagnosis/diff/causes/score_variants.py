@@ -194,6 +194,7 @@ ATTENDED: tuple[tuple[str, ...], ...] = ((), ("c2p",), ("p2c",), ("c2p", "p2c"))
 
 
 def spelled(terms: Sequence[str]) -> str:
+    """Terms of disentangled attention, as text."""
     names = {"c2p": "content attends to positions", "p2c": "positions attend to content"}
     return " and ".join(names[term] for term in terms) or "positions are not attended to"
 
