@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,12 +96,9 @@ def _scales(scene: Scene, own: Form) -> Iterator[Variant]:
 
 
 def _mask(
-    what: str,
-    change: Callable[[Tensor], Tensor],
-    config: Mapping[str, int] | None = None,
-    lone: bool = False,
+    what: str, change: Callable[[Tensor], Tensor], lone: bool = False, **config: int
 ) -> Variant:
-    return Variant("mask", what, lambda form: form.masked(change), config or {}, lone)
+    return Variant("mask", what, lambda form: form.masked(change), config, lone)
 
 
 def _masks(scene: Scene) -> Iterator[Variant]:
@@ -112,8 +110,8 @@ def _masks(scene: Scene) -> Iterator[Variant]:
     near = [n for n in (now and now + 1, now and now - 1) if n]
     windows = [int(n) for n in (*near, *scene.numbers, 1, 2) if 0 < n < tokens and n == int(n)]
     for window in dict.fromkeys(windows):
-        config = {"window": window} if now else {}
-        yield _mask(f"tokens see {window} positions back", partial(_back, window=window), config)
+        config: dict[str, Any] = {"window": window} if now else {}
+        yield _mask(f"tokens see {window} positions back", partial(_back, window=window), **config)
     yield _mask("tokens see back without a window", _back)
 
 
