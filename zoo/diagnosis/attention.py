@@ -1,4 +1,4 @@
-"""What an attention computes of queries, keys and values, and variants that code may have."""
+"""What an attention computes of queries, keys and values, and the variants that code may have."""
 
 from __future__ import annotations
 

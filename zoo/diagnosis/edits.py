@@ -1,4 +1,4 @@
-"""Hypotheses about a model, and the edits that undo them: applied for a while, then taken back."""
+"""Hypotheses about a model and the edits that undo them, applied and then taken back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bugs planted: edited specs, other config fields, and models tampered with after loading."""
+"""Plant bugs in a spec, in a config, or in a loaded model."""
 
 from __future__ import annotations
 

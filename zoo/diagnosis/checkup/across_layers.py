@@ -1,4 +1,4 @@
-"""What the same array of other layers tells: never trained, out of scale, coarser."""
+"""An array compared with the same array of other layers: untrained, out of scale, coarser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not fit together: config and tensors, tied names, a tokenizer and its rows."""
+"""Config, tensors, tied names and tokenizer: what contradicts what."""
 
 from __future__ import annotations
 

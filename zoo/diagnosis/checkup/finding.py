@@ -1,4 +1,4 @@
-"""One thing that looks wrong: where, what speaks for it, and what would mend it."""
+"""One finding of a diagnosis: what is wrong, where, the evidence, and the fix."""
 
 from __future__ import annotations
 

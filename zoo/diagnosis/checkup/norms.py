@@ -1,4 +1,4 @@
-"""What norms tell: which of a block's two a vector is, and whether one was taken from it."""
+"""Norms of blocks: which of two a vector is, and whether its weights lack one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint opened as far as it can be: what loading says of it, and its arrays by name."""
+"""A checkpoint opened as far as possible: why it does not load, and its arrays by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which way matrices stand in the residual stream: what reads it and what writes to it is alike.
+"""The residual stream's axis of each matrix: what reads the stream and what writes is alike.
 
 The products of a stream's features over a matrix's rows (its Gram matrix) resemble those of all
 others along the axis that lies in the stream, and none along the other one.

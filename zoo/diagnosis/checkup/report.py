@@ -1,4 +1,4 @@
-"""A diagnosis as a person reads it, and as a program does."""
+"""A diagnosis for people (text) and for programs (JSON)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How rotary rows lie: both members of a pair turn at one frequency, and are about as large.
+"""The order of rotary rows: both members of a pair have one frequency and are about as large.
 
 So the sizes of a head's rows follow one profile of its frequencies, in all heads and layers, twice
 in a row where the rows stand in halves. Values are not turned and have none.

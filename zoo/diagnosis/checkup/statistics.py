@@ -1,4 +1,4 @@
-"""What an array holds: every number is looked at, a block of rows at a time."""
+"""Statistics of an array: every number is read, a block of rows at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What numbers alone tell: those that are none, zeros, repeats, swapped bytes, holes in files."""
+"""Checks of numbers alone: NaN, zeros, repeated arrays, swapped bytes, missing parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of two models' flows: which leave the noise, and the first that does."""
+"""The result of a comparison: measurements, the first difference, and its causes."""
 
 from __future__ import annotations
 

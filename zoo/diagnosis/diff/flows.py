@@ -1,4 +1,4 @@
-"""Two models on the same tokens: how they are run, and what flows at each place of both."""
+"""Run two models on the same tokens and pair what goes in and out of their modules."""
 
 from __future__ import annotations
 

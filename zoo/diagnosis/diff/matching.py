@@ -1,4 +1,4 @@
-"""Which modules of two models hold the same numbers, and how their features lie: told by the rules.
+"""Match the modules of two models that hold the same numbers, and the order of their features.
 
 A rule that maps a weight maps what flows out of it: what it does to a weight's rows it does to the
 features that those rows give.

@@ -1,4 +1,4 @@
-"""Planted bugs, traced: where each is first seen, and what is said to be its cause."""
+"""Plant each fault and check that `zoo diff` locates and names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is held against: the reference, another native model, or a module of one's own."""
+"""The other side of a comparison: the reference, a native model, or a user's own module."""
 
 from __future__ import annotations
 

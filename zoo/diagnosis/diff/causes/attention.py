@@ -1,4 +1,4 @@
-"""Attention: queries, keys and values agree, and what both models made of them does not."""
+"""Attention whose queries, keys and values agree, and whose output does not."""
 
 from __future__ import annotations
 

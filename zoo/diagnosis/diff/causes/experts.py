@@ -1,4 +1,4 @@
-"""A mixture of experts: how many were chosen, their shares, and what each of them does."""
+"""Mixture of experts: how many experts a token uses, their shares, and gate against up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes back: which part of a gradient is lost, or counted otherwise, on its way."""
+"""Gradients that differ: which part is lost, or counted more or less than once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer that is given the same and gives something else: its parameters, or what it does."""
+"""A layer whose input agrees and whose output differs: its parameters, or what it computes."""
 
 from __future__ import annotations
 

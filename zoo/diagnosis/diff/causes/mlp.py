@@ -1,4 +1,4 @@
-"""What goes into `down`: what was made of the projections before it, which agree."""
+"""What goes into `down` of an MLP: gate, up and the activation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that are not what the other model's make of them, and what they are instead."""
+"""Parameters that differ from what the other model's make of them, and how they differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only running the model again can tell: dropout, padding, outputs in another order."""
+"""Causes that need another run of the model: dropout, padding, outputs in another order."""
 
 from __future__ import annotations
 

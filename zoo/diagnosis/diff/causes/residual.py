@@ -1,4 +1,4 @@
-"""What goes into a norm or a branch: which of the outputs before it each model added up."""
+"""What goes into a norm or a branch: which outputs each model added up before it."""
 
 from __future__ import annotations
 

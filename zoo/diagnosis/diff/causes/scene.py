@@ -1,4 +1,4 @@
-"""What is known where two models part: all that flowed before agrees, so it is told once."""
+"""The first difference: what both models made there, and of what; edits are tried on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be done otherwise with scores: terms, the softmax, and how heads are merged."""
+"""Variants of attention scores: added terms, the softmax, and how heads are merged."""
 
 from __future__ import annotations
 
