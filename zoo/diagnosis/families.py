@@ -317,7 +317,7 @@ class Fused(Family):
 
     def plant(self, target: Mapped) -> Any:
         """Let the rules cut fused parts in the other order."""
-        return target.fused_otherwise()
+        return target.fused_reordered()
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
         """Cut them as they lie."""

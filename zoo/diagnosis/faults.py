@@ -123,9 +123,9 @@ def _roles() -> Iterator[Fault]:
     yield Fault("q_k_exchanged", Exchange.of("q", "k", _equal_heads), OUT)
     yield Fault("k_v_exchanged", Exchange.of("k", "v"), OUT)
     yield Fault("q_v_exchanged", Exchange.of("q", "v"))
-    turned = {"q": "v", "k": "q", "v": "k"}
-    yield Fault("qkv_read_as_vqk", Exchange(turned, _equal_heads), OUT)
-    yield Fault("qkv_read_as_kvq", Exchange({b: a for a, b in turned.items()}))
+    cycle = {"q": "v", "k": "q", "v": "k"}
+    yield Fault("qkv_read_as_vqk", Exchange(cycle, _equal_heads), OUT)
+    yield Fault("qkv_read_as_kvq", Exchange({b: a for a, b in cycle.items()}))
     yield Fault("q_out_exchanged", Exchange.of("q", "out"))
     yield Fault("v_out_exchanged", Exchange.of("v", "out"))
 

@@ -112,7 +112,7 @@ class Mapped:
 
         return self.edited(change)
 
-    def fused_otherwise(self) -> Spec:
+    def fused_reordered(self) -> Spec:
         """Two axes of a group that holds queries, keys and values the other way about."""
 
         def change(source: str, targets: list[str]) -> tuple[str, list[str]]:

@@ -65,7 +65,7 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     if share > _MUCH:
         what = f"hardly trained: {of} are as initialized"
         fix = (
-            "if it should be trained: its layers may have been initialized anew where it was saved"
+            "if it should be trained: its layers may have been initialized again where it was saved"
         )
         return [Finding(what, files_of(random), seen, 0.8, fix)], False
     what = f"never trained, as initialized: {called(random)}"

@@ -190,10 +190,10 @@ def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
 def _shape_of(step: Step, n: int) -> Sequence[int]:
     import torch
 
-    turned = step.transform
-    assert turned is not None
-    metas = [torch.empty(turned.source_shape(), device="meta")] * len(step.sources)
-    return turned.targets_of(metas)[n].shape
+    transform = step.transform
+    assert transform is not None
+    metas = [torch.empty(transform.source_shape(), device="meta")] * len(step.sources)
+    return transform.targets_of(metas)[n].shape
 
 
 def _made(step: Step, checkpoint: Checkpoint, n: int, order: str = "") -> Lazy:

@@ -140,7 +140,7 @@ def numbers_of(array: Array) -> Numbers:
     for down, across, block in blocks(lazy, array.shape):
         sums.add(block, down, across)
     closer = _closer(lazy, sums.height, sums.width, array)
-    return Numbers(array, **sums.told(), **closer)
+    return Numbers(array, **sums.moments(), **closer)
 
 
 class _Sums:
@@ -190,7 +190,7 @@ class _Sums:
         if least < self.normal:
             self.denormal += int((bare < self.normal).sum())
 
-    def told(self) -> dict[str, Any]:
+    def moments(self) -> dict[str, Any]:
         count = max(self.height * self.width - self.nans - self.infs, 1)
         mean, square = float(self.sums.sum()) / count, float(self.rows.sum()) / count
         same = ("nans", "infs", "zeros", "denormal", "saturated", "low", "high", "marks", "empty")
@@ -220,8 +220,8 @@ class _Sketch:
     def put(self, block: Tensor, down: slice, across: slice) -> None:
         mine, theirs = _within(self.down, down), _within(self.across, across)
         self.rows[mine, across] = block[self.down[mine] - down.start].to(self.rows.dtype)
-        turned = block[:, self.across[theirs] - across.start].T
-        self.columns[theirs, down] = turned.to(self.rows.dtype)
+        columns = block[:, self.across[theirs] - across.start].T
+        self.columns[theirs, down] = columns.to(self.rows.dtype)
 
 
 _NONE = torch.zeros(0, 0)
@@ -315,8 +315,8 @@ def _orders(some: Tensor, dtype: str) -> tuple[float, float]:
     if some.element_size() < 2 or some.dtype == torch.float64:
         return 0.0, inf
     flat = some.contiguous().flatten()
-    turned = flat.view(torch.uint8).reshape(-1, flat.element_size()).flip(1).contiguous()
-    return _spread(flat), _spread(turned.flatten().view(flat.dtype))
+    swapped = flat.view(torch.uint8).reshape(-1, flat.element_size()).flip(1).contiguous()
+    return _spread(flat), _spread(swapped.flatten().view(flat.dtype))
 
 
 def _spread(values: Tensor) -> float:

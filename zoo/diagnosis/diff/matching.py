@@ -85,7 +85,7 @@ class Matching:
         except PlanError:
             if isinstance(other, Model) or not hasattr(other, "save_pretrained"):
                 raise
-            self.on_disk = _as_saved(other, fold)  # its files call some tensors otherwise
+            self.on_disk = _as_saved(other, fold)  # its files have other names for some tensors
             self.plan = planned(self.on_disk.header)
         self.steps = {target: step for step in self.plan.steps for target in step.targets}
         self.matches = {each.native: each for each in self._matches(self.plan.native)}

@@ -35,7 +35,7 @@ class Other:
     planned: Planned
     fold: Fold = str
     narrow: Other | None = None  # itself in a narrower dtype, where that is what is asked
-    trusted: bool = False  # the reference: where it is otherwise, the native side is wrong
+    trusted: bool = False  # the reference: where they differ, the native side is wrong
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         return self.run(inputs)

@@ -56,7 +56,7 @@ def _row(scene: Scene) -> Iterator[Hypothesis]:
     apart = (ours - theirs).abs().amax(-1) > FITS * theirs.abs().max()
     rows = apart.nonzero().flatten().tolist()
     if len(rows) == 1 and len(ours) > 1:
-        what = f"row {rows[0]} of {name} learns otherwise here: it is not known to be the padding's"
+        what = f"row {rows[0]} of {name} differs: only one model treats it as padding"
         config = {"pad": rows[0]} if hasattr(scene.model.config, "pad") else {}
         yield Hypothesis(what, f"pad is {rows[0]}", config=config)
 

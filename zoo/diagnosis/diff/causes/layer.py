@@ -106,9 +106,7 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
         )
     elif ours.centered != theirs.centered:
         here = "centered" if ours.centered else "not centered"
-        yield Hypothesis(
-            f"{name}: what goes into the norm is {here} here, and there it is otherwise"
-        )
+        yield Hypothesis(f"{name}: what goes into the norm is {here} here, and not so there")
     elif ours.offset != theirs.offset:
         yield Hypothesis(
             f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}"

@@ -92,7 +92,7 @@ def _coarse(
 
 
 def _exactly(standard: Rotary) -> str:
-    """What it is to be turned by exact angles, by how far the class's own are off."""
+    """What exact angles are called, by how far the class's own are off."""
     places = torch.arange(64)[None]
     x = torch.ones(1, 1, 64, standard.width, dtype=torch.float64)
     mask = Mask(None, places)

@@ -110,7 +110,7 @@ def _with_term(term: Any, form: Form) -> Form:
 
 
 def merges() -> Iterator[Variant]:
-    """What comes out of the heads, put together otherwise."""
+    """Other ways to merge the heads."""
 
     def variant(what: str, merge: Callable[[Tensor], Tensor]) -> Variant:
         def changed(kept: Any, *args: Any) -> Tensor:
