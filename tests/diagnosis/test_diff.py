@@ -123,7 +123,7 @@ def test_two_native_models(made: Callable[..., Path]) -> None:
         theirs.blocks[1].mlp.gate.weight.mul_(1.001)
     found = zoo.diff(ours, theirs)
     assert found.first is not None and found.first.place == "blocks.1.mlp.gate"
-    assert found.first.reading.match.parameters.keys() == {"blocks.1.mlp.gate.weight"}
+    assert found.first.measurement.match.parameters.keys() == {"blocks.1.mlp.gate.weight"}
 
 
 @pytest.mark.parametrize("name", first_of(ARCHITECTURES))

@@ -1,4 +1,4 @@
-"""What an attention computes of queries, keys and values, and variants that code may have."""
+"""What an attention computes of queries, keys and values, and the variants that code may have."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Form:
 
     @classmethod
     def of(cls, module: Any) -> Form:
+        """The form of an attention module."""
         return cls(module.rotary, module.attend, module.scale)
 
     def __call__(self, parts: Mapping[str, Tensor], mask: Mask, width: int) -> Tensor:
@@ -68,6 +69,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any, module: Any, layer: int) -> Sizes:
+        """Those of an attention module in a layer, counted from 1."""
         heads = config.heads
         kv_heads = getattr(config, "kv_heads", None) or heads
         return cls(config, module.head_dim, {"q": heads, "k": kv_heads, "v": kv_heads}, layer)

@@ -1,4 +1,4 @@
-"""Hypotheses about a model, and the edits that undo them: applied for a while, then taken back."""
+"""Hypotheses about a model and the edits that undo them, applied and then taken back."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Hypothesis:
 
     @property
     def undoes(self) -> bool:
+        """Whether there is an edit, and not an explanation alone."""
         return bool(self.parameters or self.config or self.settings or self.factors)
 
     @property

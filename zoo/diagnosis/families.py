@@ -49,6 +49,7 @@ class Family:
 
 
 def anything(config: Any) -> object:
+    """Whatever the config."""
     return True
 
 
@@ -69,13 +70,16 @@ class Exchange(Family):
 
     @classmethod
     def of(cls, a: str, b: str, when: Callable[[Any], object] = anything) -> Exchange:
+        """Two in each other's place."""
         return cls({a: b, b: a}, when)
 
     def plant(self, target: Mapped) -> Any:
+        """Exchange names on the native side of the rules."""
         need(self.when(target.config))
         return target.exchanged(self.sources)
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Exchange parameters of every kind of module that has both."""
         sources = {a.removeprefix("."): b for a, b in self.sources.items()}
         if not self.when(model.config):
             return
@@ -109,6 +113,7 @@ class Copied(Family):
     source: str
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Give one the other's numbers, where they are not tied."""
         whole = kinds(model)[0]
         if whole.has(f"{self.to}.weight") and not getattr(model.config, "tied", False):
             yield Hypothesis(
@@ -178,9 +183,11 @@ class PermutedRows(Family):
 
     @property
     def in_pairs(self) -> bool:
+        """Whether the rows are those of rotary pairs."""
         return "two" in self.lie
 
     def plant(self, target: Mapped) -> Any:
+        """Let the rules read rows in the wrong order."""
         config = target.config
         width = getattr(config, "head_dim", None) or config.dim // config.heads
         counts = {"h": config.heads, "g": getattr(config, "kv_heads", config.heads)}
@@ -199,6 +206,7 @@ class PermutedRows(Family):
         return target.spec
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Put rows in order, with weights and biases or either alone."""
         for attn in attentions(model):
             counts, width = heads_of(attn), attn.first.head_dim
             rotary = isinstance(attn.first.rotary, Rotary)
@@ -308,9 +316,11 @@ class Fused(Family):
     kind = "mapping"
 
     def plant(self, target: Mapped) -> Any:
-        return target.fused_otherwise()
+        """Let the rules cut fused parts in the other order."""
+        return target.fused_reordered()
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Cut them as they lie."""
         for attn in attentions(model):
             layouts, sizes = self._layouts(attn), [len(x) for x in own_rows(attn).values()]
             if not {self.lie, self.read} <= layouts.keys():
@@ -360,12 +370,14 @@ class Transposed(Family):
     kind = "mapping"
 
     def plant(self, target: Mapped) -> Any:
+        """Let the rules transpose a square."""
         config = target.config
         width = getattr(config, "head_dim", None) or config.dim // config.heads
         need(width * config.heads == config.dim)
         return target.transposed(f"blocks.0.attn.{self.parts[0]}.weight")
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Transpose matrices, or reorder the numbers of those that are not square."""
         for kind in kinds(model, *self.types):
             parts = self.parts or tuple(p for p in LETTERS if kind.is_square(f"{p}.weight"))
             leaves = [f"{part}.weight".removeprefix(".") for part in parts]
@@ -389,6 +401,7 @@ class TransposedHead(Transposed):
     """The square matrix that some heads have before the last one."""
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Transpose the square matrix of a head."""
         for each in super().undo(model, rules):
             names = list(each.parameters)
             inner = all(n.startswith("head.") and n.count(".") == 2 for n in names)
@@ -404,6 +417,7 @@ class ExchangedTransposed(Family):
     b: str
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Exchange both and transpose them."""
         for kind in kinds(model, MLP, GatedMLP):
             if kind.has(f"{self.a}.bias"):
                 continue
@@ -425,11 +439,13 @@ class NormOffset(Family):
     by: int
 
     def plant(self, target: Any) -> None:
+        """Add to the first norm of each block."""
         for block in blocks_of(target):
             norm = planting.part(block, "norm1")
             planting.overwrite(norm.weight, norm.weight + self.by)
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Subtract from all norms, or from those of one name."""
         stored = "a scale, and no offset from one" if self.by > 0 else "an offset from one"
         how = "what is stored - 1" if self.by > 0 else "1 + what is stored"
         one = [(k.name, k.each("weight", lambda x: x - self.by)) for k in norms(model)]
@@ -447,9 +463,11 @@ class RowsOff(Family):
     names: tuple[str, ...] = ()
 
     def plant(self, target: Any) -> None:
+        """Move the embedding's rows."""
         planting.overwrite(target.embed.weight, target.embed.weight.roll(self.by, 0))
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Move rows back."""
         parameters = dict(model.named_parameters())
         tokens = [n for n, p in parameters.items() if p.shape[0] == model.config.vocab]
         names = self.names or tokens
@@ -481,6 +499,7 @@ class AddedTable(Family):
     row: int = 0
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Leave a table out, or read another row of it."""
         table = dict(model.named_parameters()).get(self.name)
         if table is None or len(table) <= self.row:
             return
@@ -501,11 +520,13 @@ class Scaled(Family):
     power: int  # of what is applied, and should not be
 
     def plant(self, target: Any) -> None:
+        """Scale what a module reads."""
         need(target.config.head in ("lm", "shared_lm"))
         root = target.config.dim**0.5
         feed(target, self.module, lambda x: x * root**self.power)
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Scale what a module gives back."""
         module = dict(model.named_children()).get(self.module)
         if not isinstance(module, nn.Embedding | nn.Linear):
             return
@@ -558,11 +579,13 @@ class LayerOrder(Family):
     kind = "mapping"
 
     def plant(self, target: Mapped) -> Any:
+        """Let the rules read each layer from the next one's tensors."""
         count = target.config.layers
         need(count > 1)
         return target.exchanged({f"blocks.{i}": f"blocks.{(i + 1) % count}" for i in range(count)})
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Put layers in order."""
         for stack in blocks(model):
             names = list(stack.modules)
             for how, lie in orders(len(names)):
@@ -584,11 +607,13 @@ class ExpertOrder(Family):
     kind = "mapping"
 
     def plant(self, target: Mapped) -> Any:
+        """Let the rules exchange the gates of two experts."""
         count = getattr(target.config, "experts", 0)
         need(count > 1)
         return target.experts([1, 0, *range(2, count)])
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Put experts in order."""
         for moe in kinds(model, Experts):
             parts = ("gate", "up", "down")
             for how, lie in orders(moe.first.experts):
@@ -613,6 +638,7 @@ class WrongField(Family):
     kind = "config"
 
     def plant(self, target: Any) -> dict[str, Any]:
+        """The config fields that change."""
         value = self.wrong(target)
         return value if isinstance(value, dict) else {self.name: value}
 
@@ -623,6 +649,7 @@ class AnyField(Family):
     kind = "config"
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Each field with each usual value."""
         yield from config_hypotheses(model)
 
 
@@ -637,6 +664,7 @@ class Attends(Family):
     when: Callable[[Any], object] = anything  # of the model that it is planted in
 
     def plant(self, target: Any) -> None:
+        """Change every attention."""
         need(self.when(target))
         changed = False
         for n, block in enumerate(target.modules()):
@@ -656,6 +684,7 @@ class Attends(Family):
         return Variant(self.group, self.what, lambda form: self.change(form, sizes) or form)
 
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
+        """Change the attention of a model, where a text can tell."""
         for attn in attentions(model) if self.text else ():
             settings = dict[str, Mapping[str, Any]]()
             for n, (name, module) in enumerate(attn.modules.items()):
@@ -675,4 +704,5 @@ class Code(Family):
     tamper: Callable[[Any], object]
 
     def plant(self, target: Any) -> None:
+        """Tamper with the model."""
         self.tamper(target)

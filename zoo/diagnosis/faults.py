@@ -63,6 +63,7 @@ class Fault:
 
     @property
     def kind(self) -> planting.Target:
+        """What it is planted in."""
         return self.edit.kind
 
     def hypotheses(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
@@ -122,9 +123,9 @@ def _roles() -> Iterator[Fault]:
     yield Fault("q_k_exchanged", Exchange.of("q", "k", _equal_heads), OUT)
     yield Fault("k_v_exchanged", Exchange.of("k", "v"), OUT)
     yield Fault("q_v_exchanged", Exchange.of("q", "v"))
-    turned = {"q": "v", "k": "q", "v": "k"}
-    yield Fault("qkv_read_as_vqk", Exchange(turned, _equal_heads), OUT)
-    yield Fault("qkv_read_as_kvq", Exchange({b: a for a, b in turned.items()}))
+    cycle = {"q": "v", "k": "q", "v": "k"}
+    yield Fault("qkv_read_as_vqk", Exchange(cycle, _equal_heads), OUT)
+    yield Fault("qkv_read_as_kvq", Exchange({b: a for a, b in cycle.items()}))
     yield Fault("q_out_exchanged", Exchange.of("q", "out"))
     yield Fault("v_out_exchanged", Exchange.of("v", "out"))
 
@@ -164,6 +165,8 @@ def _exchanges() -> Iterator[Fault]:
     edit = Exchange({"blocks.0.norm1": "norm", ".norm": "blocks.0.norm1"})
     yield Fault("first_norm_final_norm_exchanged", edit, rf"in norm$|{FIRST}")
     yield Fault("embed_head_exchanged", Exchange.of("embed", "head", _is_untied), r"out embed$")
+    edit = Exchange.of("encoder.distances", "decoder.distances")
+    yield Fault("distances_of_stacks_exchanged", edit)
     yield Fault("head_holds_embed", Copied("head", "embed"))
     yield Fault("embed_holds_head", Copied("embed", "head"))
 

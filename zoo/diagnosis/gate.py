@@ -37,6 +37,7 @@ class Bench:
     _failing: dict[str, set[str]] = field(default_factory=dict)
 
     def truth(self, variant: str) -> Truth:
+        """The reference's results of a variant."""
         if variant not in self._truths:
             directory = self.scratch / self.entry.name / variant
             named = hot_checkpoint(self.entry, variant, directory)

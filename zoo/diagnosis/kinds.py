@@ -23,6 +23,7 @@ class ModuleKind:
 
     @property
     def first(self) -> Any:
+        """The module of the first layer."""
         return next(iter(self.modules.values()))
 
     def called(self, leaf: str, module: str | None = None) -> str:
@@ -31,12 +32,15 @@ class ModuleKind:
         return ".".join(part for part in (name, leaf) if part)
 
     def has(self, leaf: str) -> bool:
+        """Whether the modules have a parameter."""
         return self.called(leaf, next(iter(self.modules))) in self.parameters
 
     def shape(self, leaf: str) -> tuple[int, ...]:
+        """A parameter's shape in the first module."""
         return tuple(self.parameters[self.called(leaf, next(iter(self.modules)))].shape)
 
     def is_square(self, leaf: str) -> bool:
+        """Whether a parameter is a square matrix."""
         return self.has(leaf) and len(self.shape(leaf)) == 2 and len(set(self.shape(leaf))) == 1
 
     def each(self, leaf: str, change: Callable[[Tensor], Tensor]) -> dict[str, Make]:

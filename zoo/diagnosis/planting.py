@@ -1,4 +1,4 @@
-"""Bugs planted: edited specs, other config fields, and models tampered with after loading."""
+"""Plant bugs in a spec, in a config, or in a loaded model."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Mapped:
 
         return self.edited(change)
 
-    def fused_otherwise(self) -> Spec:
+    def fused_reordered(self) -> Spec:
         """Two axes of a group that holds queries, keys and values the other way about."""
 
         def change(source: str, targets: list[str]) -> tuple[str, list[str]]:
@@ -182,62 +182,75 @@ def rope_of(config: Any, **required: Any) -> dict[str, Any]:
 
 
 def ten_times_eps(config: Any) -> float:
+    """Ten times the eps of the config."""
     return 10 * float(value_of(config, "eps"))
 
 
 def other_eps(config: Any) -> float:
+    """The eps that another library has by default."""
     return 1e-6 if value_of(config, "eps") != 1e-6 else 1e-5
 
 
 def default_base(config: Any) -> float:
+    """The usual base of a rotary embedding."""
     need(value_of(config, "rope_base") != 10000.0)
     return 10000.0
 
 
 def no_scaling(config: Any) -> dict[str, Any]:
+    """No scaling of the rope."""
     need(rope_of(config).get("rope_type", "default") != "default")
     return {"rope": {"rope_type": "default"}}
 
 
 def larger_factor(config: Any) -> dict[str, Any]:
+    """A tenth more than the rope's factor."""
     rope = rope_of(config, factor=...)
     return {"rope": {**rope, "factor": 1.1 * rope["factor"]}}
 
 
 def other_rounding(config: Any) -> dict[str, Any]:
+    """YaRN's ramp with its ends rounded, or not."""
     rope = rope_of(config, rope_type="yarn")
     return {"rope": {**rope, "truncate": not rope.get("truncate", True)}}
 
 
 def other_gelu(config: Any) -> str:
+    """The exact gelu for its approximation, or the reverse."""
     other = {"gelu": "gelu_new", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
     need(value_of(config, "act") in other)
     return other[config.act]
 
 
 def silu_or_gelu(config: Any) -> str:
+    """Gelu for silu, silu for anything else."""
     return "gelu" if value_of(config, "act") in ("silu", "swish") else "silu"
 
 
 def window_of(config: Any) -> int:
+    """The window, where a layer has one."""
     need(hasattr(config, "windows") and any(config.windows()))
     return int(config.window)
 
 
 def no_window(config: Any) -> int:
+    """A window wider than any text."""
     return max(window_of(config), 10**6)
 
 
 def one_fewer(config: Any) -> int:
+    """One expert fewer for each token."""
     need(value_of(config, "experts") and config.experts_per_token > 1)
     return int(config.experts_per_token - 1)
 
 
 def no_cap(config: Any) -> None:
+    """No soft cap of scores."""
     value_of(config, "score_cap")
 
 
 def doubled_distance(config: Any) -> dict[str, Any]:
+    """Relative distances told apart twice as far."""
     if getattr(config, "log_buckets", 0) > 0:
         return {"max_distance": 2 * config.longest}
     need(not hasattr(config, "log_buckets"))  # its table has a row a distance
@@ -245,6 +258,7 @@ def doubled_distance(config: Any) -> dict[str, Any]:
 
 
 def no_padding(config: Any) -> dict[str, Any]:
+    """No padding token."""
     value_of(config, "pad")
     need(not hasattr(config, "start"))  # of an encoder-decoder only generation needs it
     return {"pad": None}
@@ -300,15 +314,18 @@ def ignore_input(model: Any, name: str) -> None:
 
 
 def padding_attended(model: Any) -> None:
+    """Ignore the attention mask."""
     ignore_input(model, "attention_mask")
 
 
 def token_types_ignored(model: Any) -> None:
+    """Ignore token type ids."""
     need(getattr(model.config, "types", 1) > 1)
     ignore_input(model, "token_type_ids")
 
 
 def outputs_exchanged(model: Any) -> None:
+    """Return two outputs the other way about."""
     forward = model.forward
     need("decoder_input_ids" not in inspect.signature(forward).parameters)
     out = forward(torch.zeros(1, 1, dtype=torch.long))
@@ -327,29 +344,35 @@ def feed(model: Any, name: str, change: Callable[..., Tensor]) -> None:
 
 
 def pooler_reads_last_token(model: Any) -> None:
+    """Feed the pooler the last token, not the first."""
     feed(model, "pooler", lambda x, *_: x.flip(1))
 
 
 def positions_count_padding(model: Any) -> None:
+    """Count positions from the row's start, padding included."""
     feed(model, "positions", lambda ids: torch.arange(ids.shape[1]).expand_as(ids))
 
 
 def convolution_after_layer(model: Any) -> None:
+    """Feed the convolution the layer's output, not its input."""
     feed(model, "conv", lambda x, y: y)
 
 
 def final_norm_missing(model: Any) -> None:
+    """Leave out the norm after the last stack."""
     stack = stacks(model)[-1]
     part(stack, "norm")
     stack.norm = nn.Identity()
 
 
 def positions_off_by_one(model: Any) -> None:
+    """Look up each position's successor."""
     last = len(part(model, "positions").weight) - 1
     feed(model, "positions", lambda ids: (ids + 1).clamp(max=last))
 
 
 def distance_directions(model: Any) -> None:
+    """Tell distances ahead and behind apart, or no longer."""
     modules = [module for module in model.modules() if hasattr(module, "both_ways")]
     need(modules)
     for module in modules:
@@ -357,12 +380,14 @@ def distance_directions(model: Any) -> None:
 
 
 def distances_reversed(model: Any) -> None:
+    """Count relative distances the other way."""
     distances = part(model, "distances")
     rows = distances.rows
     distances.rows = lambda positions: rows(-positions)
 
 
 def content_to_position_exchanged(model: Any) -> None:
+    """Let positions attend to content, not content to positions, or the reverse."""
     for block in blocks(model):
         terms = set(getattr(block.attn, "position_terms", ()))
         need(len(terms) == 1)
@@ -370,16 +395,19 @@ def content_to_position_exchanged(model: Any) -> None:
 
 
 def distance_norm_missing(model: Any) -> None:
+    """Leave out the norm of relative position vectors."""
     part(part(model, "distances"), "norm")
     model.distances.norm = None
 
 
 def convolution_reads_padding(model: Any) -> None:
+    """Feed the convolution noise where padding is."""
     noise = torch.randn(model.config.dim, dtype=model.embed.weight.dtype)
     feed(model, "conv", lambda x, *_: torch.where((x == 0).all(-1, keepdim=True), noise, x))
 
 
 def distance_bias_first_layer_only(model: Any) -> None:
+    """Add the bias by distance in the first layer alone."""
     need(isinstance(blocks(model)[-1].attn.attend, Biased) and len(blocks(model)) > 1)
     for stack in stacks(model):
         for block in list(stack.blocks)[1:]:
@@ -387,10 +415,12 @@ def distance_bias_first_layer_only(model: Any) -> None:
 
 
 def decoder_reads_itself(model: Any) -> None:
+    """Let the decoder's cross-attention read the decoder."""
     cross_attention(model, lambda read, x, mask, y: read(x, Mask(None, mask.positions)))
 
 
 def decoder_reads_padding(model: Any) -> None:
+    """Let the decoder's cross-attention read padding."""
     cross_attention(model, lambda read, x, mask, y: read(x, Mask(None, mask.positions), y))
 
 
@@ -408,12 +438,14 @@ def _centers(model: Any, norm: Any, shift: float) -> bool:
 
 
 def norm_centers_input(model: Any) -> None:
+    """Take the mean from the input of an RMS norm."""
     block = blocks(model)[0]
     need(not _centers(model, part(block, "norm1"), 0))
     feed(block, "norm1", lambda x: x - x.mean(-1, keepdim=True))
 
 
 def norm_does_not_center(model: Any) -> None:
+    """Keep the mean in the input of a layer norm."""
     norm = part(blocks(model)[0], "norm2")
     need(_centers(model, norm, 1))
     scale, shift = norm.weight, norm.bias
@@ -421,22 +453,26 @@ def norm_does_not_center(model: Any) -> None:
 
 
 def norm_moved_in_branch(model: Any) -> None:
+    """Move the norm from the input of attention to its output."""
     for block in blocks(model):
         norm, block.norm1 = part(block, "norm1"), nn.Identity()
         block.attn.register_forward_hook(lambda _, args, out, norm=norm: norm(out))
 
 
 def last_attention_left_out(model: Any) -> None:
+    """Leave the last attention out of the residual stream."""
     blocks(model)[-1].attn.register_forward_hook(lambda _, args, out: out * 0)
 
 
 def last_layer_skipped(model: Any) -> None:
+    """Leave out the last layer."""
     stack = stacks(model)[-1]
     need(len(stack.blocks) > 1)
     stack.blocks = stack.blocks[:-1]
 
 
 def first_two_layers_exchanged(model: Any) -> None:
+    """Exchange the first two layers."""
     stack = stacks(model)[0]
     need(len(stack.blocks) > 1)
     first, second, *rest = stack.blocks
@@ -444,18 +480,21 @@ def first_two_layers_exchanged(model: Any) -> None:
 
 
 def one_tensor_through_fp16(model: Any) -> None:
+    """Round the first MLP's output matrix to fp16."""
     mlp = dict(blocks(model)[0].mlp.named_parameters())
     weight = next(p for name, p in mlp.items() if name.startswith("down"))
     overwrite(weight, weight.half().to(weight.dtype))
 
 
 def bias_dropped(model: Any) -> None:
+    """Set the first attention's output bias to zero."""
     bias = blocks(model)[0].attn.out.bias
     need(bias is not None)
     overwrite(bias, torch.zeros_like(bias))
 
 
 def tie_broken(model: Any) -> None:
+    """Give tied weights an array each."""
     weight = model.embed.weight
     others = (m for m in model.modules() if m is not model.embed)
     tied = [module for module in others if getattr(module, "weight", None) is weight]
@@ -465,6 +504,7 @@ def tie_broken(model: Any) -> None:
 
 
 def dropout_active(model: Any) -> None:
+    """Leave dropout on in evaluation."""
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     need(any(layer.p for layer in layers))
     for layer in layers:

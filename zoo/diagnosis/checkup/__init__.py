@@ -1,1 +1,1 @@
-"""What is wrong in a checkpoint that nothing can be held against."""
+"""`zoo diagnose`: what is wrong in one checkpoint, without a reference to compare it with."""

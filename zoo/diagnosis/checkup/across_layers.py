@@ -1,4 +1,4 @@
-"""What the same array of other layers tells: never trained, out of scale, coarser."""
+"""An array compared with the same array of other layers: untrained, out of scale, coarser."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
     if share > _MUCH:
         what = f"hardly trained: {of} are as initialized"
         fix = (
-            "if it should be trained: its layers may have been initialized anew where it was saved"
+            "if it should be trained: its layers may have been initialized again where it was saved"
         )
         return [Finding(what, files_of(random), seen, 0.8, fix)], False
     what = f"never trained, as initialized: {called(random)}"
@@ -79,6 +79,7 @@ def _shape(n: Numbers) -> str:
 
 
 def between_layers(numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Arrays that differ in scale or in precision from the same array of other layers."""
     families = families_of(n for n in numbers if n.finite and not n.constant).values()
     ordered = [sorted(each, key=lambda n: n.array.layer or 0) for each in families]
     yield from _scales(ordered)

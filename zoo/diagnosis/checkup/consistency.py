@@ -1,4 +1,4 @@
-"""What does not fit together: config and tensors, tied names, a tokenizer and its rows."""
+"""Config, tensors, tied names and tokenizer: what contradicts what."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _BLOCKS = 4  # numbers, and tensors below each, that make layers
 
 def refused(contents: Opened) -> Iterator[Finding]:
     """What loading says against it, and of that what has one cause."""
-    turned = [
+    transposed = [
         name
         for name, (wanted, _) in contents.misshapen.items()
         if len(wanted) == 2 and contents.checkpoint.tensors[name].shape == wanted[::-1]
     ]
-    if turned:
-        name = turned[0]
+    if transposed:
+        name = transposed[0]
         here, wanted = contents.checkpoint.tensors[name].shape, contents.misshapen[name][0]
         seen = f"{name}: shape {list(here)}, expected {list(wanted)}"
-        what = f"transposed by their shapes: {counted(turned)}"
-        yield Finding(what, tuple(turned), seen, 0.99, "turn their axes round")
+        what = f"transposed by their shapes: {counted(transposed)}"
+        yield Finding(what, tuple(transposed), seen, 0.99, "transpose them")
     if contents.refused and not contents.unknown:
         lines = [line.strip() for line in contents.refused.splitlines()]
         problems = lines[1:] if len(lines) > 1 else lines
@@ -63,12 +63,12 @@ def holes(contents: Opened) -> Iterator[Finding]:
         every = set.union(*layers.values())
         for rest in sorted(every):
             lacks = [n for n, names in layers.items() if rest not in names]
-            # the first and the last may be otherwise
+            # the first and the last may differ
             inner = len(lacks) == 1 and 0 < lacks[0] < max(layers)
             if inner and usual > len(layers[lacks[0]]):
                 name = f"{stem}{lacks[0]}.{rest}"
                 seen = f"all other {len(layers) - 1} of {stem}* have {rest}"
-                fix = "it was not written, or is called otherwise"
+                fix = "it was not written, or has another name"
                 yield Finding(f"a tensor is missing: {name}", (name,), seen, 0.6, fix)
 
 

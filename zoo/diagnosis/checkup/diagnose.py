@@ -39,11 +39,30 @@ def diagnose(
     progress: Progress | None = None,
     **where: Any,
 ) -> Diagnosis:
-    """What looks wrong in a name, a directory or a file of any format, with nothing to compare to.
+    """Look for what is wrong in a checkpoint, with no reference to compare it with.
 
-    Every number is looked at, in pieces; files that do not load are told of as far as they can be
-    read. A text, or (s,) its `ids`, says more where the model loads: without either, a text of
-    zoo's own where there is a tokenizer. `config` and `where` are as `zoo.load` has them.
+    Every number is looked at, in pieces. Files that do not load are examined as far as they can be
+    read. Where the model loads and a tokenizer lies with it, a text is read under the hypotheses of
+    the catalogue of faults: what makes the text much likelier is reported.
+
+    Args:
+        ref: A name, a directory, or a file of any format.
+        text: A text of the kind that the model was trained on (default: one of zoo's own).
+        ids: (s,) token ids in place of a text.
+        config: Config fields that the file does not have, as in `zoo.load`.
+        progress: Called with how much is done, of how much, and the name of what is looked at.
+        **where: Where the files lie, as in `zoo.load`: revision, token ...
+
+    Returns:
+        A `Diagnosis`: `ok`, and `findings`, the most likely first.
+
+    Raises:
+        CheckpointError: The files cannot be read at all.
+        UsageError: An option is invalid.
+
+    Example:
+        >>> diagnosis = zoo.diagnose("broken.safetensors")
+        >>> [finding.what for finding in diagnosis.findings]
     """
     contents = opened(ref, config or {}, **where)
     arrays = [array for array in contents.arrays if 0 not in array.shape]

@@ -1,4 +1,4 @@
-"""One thing that looks wrong: where, what speaks for it, and what would mend it."""
+"""One finding of a diagnosis: what is wrong, where, the evidence, and the fix."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Finding:
     fix: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "what": self.what,
             "where": list(self.where),

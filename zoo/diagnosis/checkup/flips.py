@@ -38,6 +38,7 @@ class Flip(NamedTuple):
 
     @classmethod
     def of(cls, n: Numbers, way: int, before: float, after: float) -> Flip:
+        """A matrix flipped in one way, with its resemblance before and after."""
         made = n.array.flips[way]
         right = numbers_of(replace(n.array, made=made, flips=()))
         return cls(n, right, made.keywords["order"], before, after)

@@ -1,4 +1,4 @@
-"""How likely a model finds a text, token by token: what a wrong reading of its file makes worse."""
+"""The likelihood of a text, token by token: a file that is read wrong makes it worse."""
 
 from __future__ import annotations
 

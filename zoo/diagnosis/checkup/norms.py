@@ -1,4 +1,4 @@
-"""What norms tell: which of a block's two a vector is, and whether one was taken from it."""
+"""Norms of blocks: which of two a vector is, and whether its weights lack one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _AROUND = 0.5  # how far the mean is from what is expected
 
 
 def between_norms(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Norms that are exchanged, and norms that lack one or have one too much."""
     yield from _exchanged(numbers)
     yield from _offset(contents, numbers)
 

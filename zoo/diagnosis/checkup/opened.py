@@ -1,4 +1,4 @@
-"""A checkpoint opened as far as it can be: what loading says of it, and its arrays by name."""
+"""A checkpoint opened as far as possible: why it does not load, and its arrays by name."""
 
 from __future__ import annotations
 
@@ -60,10 +60,12 @@ class Array:
 
     @cached_property
     def family(self) -> str:
+        """Its name with a star for the layer's number."""
         return family_of(self.name)
 
     @cached_property
     def layer(self) -> int | None:
+        """The layer's number; None outside the layers."""
         match = _NUMBER.search(self.name)
         return None if match is None else int(match[0])
 
@@ -84,10 +86,12 @@ class Opened:
 
     @property
     def architecture(self) -> str:
+        """The architecture's name; empty where it is unknown."""
         return "" if self.located is None else self.located.entry.name
 
     @property
     def config(self) -> Any:
+        """The model's config; None where it is not understood."""
         return None if self.model is None else self.model.config
 
     @property
@@ -193,10 +197,10 @@ def _of_step(step: PlanStep, checkpoint: Checkpoint) -> Iterator[Array]:
 def _shape_of(step: PlanStep, n: int) -> Sequence[int]:
     import torch
 
-    turned = step.transform
-    assert turned is not None
-    metas = [torch.empty(turned.source_shape(), device="meta")] * len(step.sources)
-    return turned.targets_of(metas)[n].shape
+    transform = step.transform
+    assert transform is not None
+    metas = [torch.empty(transform.source_shape(), device="meta")] * len(step.sources)
+    return transform.targets_of(metas)[n].shape
 
 
 def _made(step: PlanStep, checkpoint: Checkpoint, n: int, order: str = "") -> Lazy:

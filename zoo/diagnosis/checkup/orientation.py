@@ -1,4 +1,4 @@
-"""Which way matrices stand in the residual stream: what reads it and what writes to it is alike.
+"""The residual stream's axis of each matrix: what reads the stream and what writes is alike.
 
 The products of a stream's features over a matrix's rows (its Gram matrix) resemble those of all
 others along the axis that lies in the stream, and none along the other one.
@@ -82,6 +82,7 @@ class Stream:
         return a.alike(b) ** 2 * self.dim**2 / 2
 
     def knows(self, n: Numbers) -> bool:
+        """Whether a matrix reads or writes the residual stream."""
         return n.array.family in self.families
 
     def is_like_none(self, n: Numbers) -> bool:
@@ -94,6 +95,7 @@ class Stream:
         return median(every) if every else 0.0
 
     def writes(self, n: Numbers) -> bool:
+        """Whether a matrix writes to the residual stream."""
         return n.array.family in self.writing
 
     @property

@@ -1,4 +1,4 @@
-"""A diagnosis as a person reads it, and as a program does."""
+"""A diagnosis for people (text) and for programs (JSON)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing looks wrong."""
         return not self.findings
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "ref": self.ref,
             "ok": self.ok,
@@ -45,6 +47,7 @@ class Diagnosis:
         }
 
     def to_text(self, color: bool = False, *, tensors: bool = False) -> str:
+        """For a terminal; `tensors` gives a line to each array."""
         parts = ["\n".join(self._head(color))]
         if self.findings:
             count = len(self.findings)

@@ -1,7 +1,7 @@
-"""How rotary rows lie: both members of a pair turn at one frequency, and are about as large.
+"""The order of rotary rows: both members of a pair have one frequency and are about as large.
 
 So the sizes of a head's rows follow one profile of its frequencies, in all heads and layers, twice
-in a row where the rows stand in halves. Values are not turned and have none.
+in a row where the rows stand in halves. Values are not rotated and have none.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _APART, _ALIKE = 1.2, 0.5
 _NOISE, _ALONE = 2.0, 3.6
 _TIE = 0.9  # of readings that explain as much, the one with the smoothest profile counts
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
-_FEW = 4  # rows of a head that are turned; less shows no profile
+_FEW = 4  # rows of a head that are rotated; less shows no profile
 
 
 @dataclass(frozen=True)
 class RowSizes:
-    """(layers, rows) logarithms of sizes, and how many heads and rows of each are turned."""
+    """(layers, rows) logarithms of sizes, and how many heads and rows of each are rotated."""
 
     arrays: tuple[Numbers, ...]
     sizes: Tensor
     heads: int
-    turned: int
+    rotary_dim: int
 
     def read(self, order: Tensor | None = None, heads: int = 0) -> Tensor:
-        """(layers, heads, turned), each head's around its own mean."""
+        """(layers, heads, rotary_dim), each head's around its own mean."""
         sizes = self.sizes if order is None else self.sizes[:, order]
         by_head = sizes.unflatten(1, (heads or self.heads, -1))
-        by_head = by_head[:, :, : by_head.shape[-1] if heads else self.turned]
+        by_head = by_head[:, :, : by_head.shape[-1] if heads else self.rotary_dim]
         return by_head - by_head.mean(-1, keepdim=True)
 
 
@@ -75,12 +75,13 @@ def rough(read: Tensor) -> float:
 
 
 def rotary(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    """Rows of queries and keys in another order, other numbers of heads, exchanged values."""
     config = contents.config
     if not isinstance(config, Rotated) or getattr(config, "alibi", False):
         return
     rows = {leaf: sizes for leaf in ("q", "k", "v") if (sizes := _rows(config, numbers, leaf))}
-    turned = [leaf for leaf in ("q", "k") if leaf in rows]
-    yield from _together([each for leaf in turned for each in _layout(config, leaf, rows[leaf])])
+    rotated = [leaf for leaf in ("q", "k") if leaf in rows]
+    yield from _together([each for leaf in rotated for each in _layout(config, leaf, rows[leaf])])
     yield from _heads(rows)
     yield from _exchanged(rows)
 
@@ -107,7 +108,7 @@ def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> RowSizes | 
 def _orders(config: Rotated, rows: RowSizes) -> Iterator[tuple[str, str, Tensor]]:
     """(what happened, how to read it, which row is which) of the usual mistakes."""
     count = rows.sizes.shape[1]
-    pairs = _interleaved(count, rows.heads, rows.turned)
+    pairs = _interleaved(count, rows.heads, rows.rotary_dim)
     how = f"(h={rows.heads} e two) -> (h two e)"
     yield "pairs stand side by side and are read as halves", how, pairs
     how = f"(h={rows.heads} two e) -> (h e two)"
@@ -115,7 +116,7 @@ def _orders(config: Rotated, rows: RowSizes) -> Iterator[tuple[str, str, Tensor]
     heads: int = config.heads  # type: ignore[attr-defined]
     for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
         width = count // other
-        if count % other or width % 2 or rows.turned * rows.heads != count:
+        if count % other or width % 2 or rows.rotary_dim * rows.heads != count:
             continue
         there = torch.empty(count, dtype=torch.long)
         there[_interleaved(count, other, width)] = torch.arange(count)
@@ -127,14 +128,14 @@ def _undone(rows: RowSizes) -> Tensor:
     """The order before pairs were brought into halves."""
     count = rows.sizes.shape[1]
     back = torch.empty(count, dtype=torch.long)
-    back[_interleaved(count, rows.heads, rows.turned)] = torch.arange(count)
+    back[_interleaved(count, rows.heads, rows.rotary_dim)] = torch.arange(count)
     return back
 
 
-def _interleaved(count: int, heads: int, turned: int) -> Tensor:
+def _interleaved(count: int, heads: int, rotary_dim: int) -> Tensor:
     """Where each row stands whose pair is beside it."""
     by_head = torch.arange(count).reshape(heads, -1).clone()
-    by_head[:, :turned] = by_head[:, :turned].unflatten(1, (-1, 2)).mT.flatten(1)
+    by_head[:, :rotary_dim] = by_head[:, :rotary_dim].unflatten(1, (-1, 2)).mT.flatten(1)
     return by_head.flatten()
 
 
@@ -198,9 +199,9 @@ def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
 def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     """Halves of halves that are alike are heads half as wide, or pairs brought there twice."""
     both = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
-    if len(both) < 2 or both[0].turned % 4:
+    if len(both) < 2 or both[0].rotary_dim % 4:
         return
-    if any(each.turned * each.heads != each.sizes.shape[1] for each in both):
+    if any(each.rotary_dim * each.heads != each.sizes.shape[1] for each in both):
         return
     narrow = [each.read(heads=2 * each.heads) for each in both]
     if any(float(explained(read).mean()) < _TOLD or apart(read) > _ALIKE for read in narrow):

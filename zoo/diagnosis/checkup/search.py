@@ -1,4 +1,4 @@
-"""A text under every likely reading of a file: what makes it likelier than it is as it is read."""
+"""A text under each hypothesis about a file: what makes it much likelier is reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
 # hundreds of hypotheses, gained at most 0.025 (docs/decisions/readings.md)
 GAIN, ERRORS = 0.06, 3.0
-EVEN = 0.02  # nats a token: two readings are as good as each other
+EVEN = 0.02  # nats a token: two explanations are as good as each other
 LEAST = 32  # tokens of a text
 CHANCE = 0.95  # of what a token costs where all are alike: from there on nothing is known
 
@@ -59,6 +59,7 @@ class Explanation:
 
     @property
     def nll(self) -> float:
+        """Nats a token, of logits as calm as is best."""
         return float(self.best.mean())
 
     def gain(self, than: Explanation) -> tuple[float, float]:
@@ -69,6 +70,8 @@ class Explanation:
 
 @dataclass
 class Search:
+    """The search for what makes a text likelier, with its count of what was tried."""
+
     model: Model
     ids: Tensor
     mask: int | None
@@ -83,6 +86,7 @@ class Search:
 
     @property
     def chance(self) -> float:
+        """What a token costs where all are alike, in nats."""
         return chance(self.model)
 
     def costs(self, model: Model, ids: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ class Search:
         least = min((r.nll for _, r in helps), default=0.0)
         # of what is as good, the more usual one
         helps.sort(key=lambda pair: (max(pair[1].nll, least + EVEN), pair[0]))
-        return [reading for _, reading in helps]
+        return [explanation for _, explanation in helps]
 
     def _coarse(
         self, model: Model, some: Iterable[Hypothesis], few: Tensor, before: float
@@ -161,8 +165,9 @@ def once(some: Iterable[Tried]) -> list[Tried]:
     return list(unique.values())
 
 
-def sure(reading: Explanation, than: Explanation) -> bool:
-    gain, error = reading.gain(than)
+def sure(explanation: Explanation, than: Explanation) -> bool:
+    """Whether an explanation makes a text likelier by more than noise."""
+    gain, error = explanation.gain(than)
     return gain > max(GAIN, ERRORS * error)
 
 
@@ -183,7 +188,7 @@ def explanations(
     mask: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Finding]:
-    """(s,) ids of a text in, and what makes it likelier than the file as it is read, best first.
+    """Find what makes a text of (s,) ids likelier than the file as it is read, the best first.
 
     Nothing, where nothing does so by more than noise. `mask` is the id that hides a token from a
     masked LM, that of the model's tokenizer unless it is given.
@@ -197,20 +202,20 @@ def explanations(
     return [_finding(search, each, best[0]) for each in best] or list(_hopeless(search))
 
 
-def _finding(search: Search, reading: Explanation, best: Explanation) -> Finding:
-    gain, whole = (each.gain(search.base)[0] for each in (reading, best))
-    certainty = 1 - reading.nll / search.chance
+def _finding(search: Search, explanation: Explanation, best: Explanation) -> Finding:
+    gain, whole = (each.gain(search.base)[0] for each in (explanation, best))
+    certainty = 1 - explanation.nll / search.chance
     # surely better; as good as the best; and good enough to be of a model that has learnt
     likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2 * certainty) ** 2
-    fixes = ", and ".join(each.fix for each in reading.hypotheses)
+    fixes = ", and ".join(each.fix for each in explanation.hypotheses)
     return Finding(
-        what="; and ".join(each.what for each in reading.hypotheses),
+        what="; and ".join(each.what for each in explanation.hypotheses),
         where=_where(
-            search.model, [name for each in reading.hypotheses for name in each.parameters]
+            search.model, [name for each in explanation.hypotheses for name in each.parameters]
         ),
-        seen=f"perplexity {shown(search.base.plain)} -> {shown(reading.plain)} if {fixes}",
+        seen=f"perplexity {shown(search.base.plain)} -> {shown(explanation.plain)} if {fixes}",
         likely=round(likely, 2),
-        fix=" ".join(filter(None, (_line(search.model, each) for each in reading.hypotheses))),
+        fix=" ".join(filter(None, (_line(search.model, each) for each in explanation.hypotheses))),
     )
 
 
@@ -218,7 +223,7 @@ def _hopeless(search: Search) -> Iterator[Finding]:
     if search.base.nll > CHANCE * search.chance:
         cost = shown(search.base.plain)
         yield Finding(
-            "a text is no likelier than chance, and no other reading makes it so",
+            "a text is no likelier than chance, and no hypothesis makes it so",
             (),
             f"perplexity {cost}, where each of {search.model.config.vocab:,} tokens is alike",
             0.5,
@@ -227,6 +232,7 @@ def _hopeless(search: Search) -> Iterator[Finding]:
 
 
 def shown(nll: float) -> str:
+    """A perplexity, as text."""
     value = math.exp(min(nll, 700.0))
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

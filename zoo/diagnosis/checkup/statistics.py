@@ -1,4 +1,4 @@
-"""What an array holds: every number is looked at, a block of rows at a time."""
+"""Statistics of an array: every number is read, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -59,22 +59,27 @@ class Numbers:
 
     @property
     def name(self) -> str:
+        """The array's name."""
         return self.array.name
 
     @property
     def count(self) -> int:
+        """How many numbers there are."""
         return prod(self.array.shape)
 
     @property
     def finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
         return not self.nans and not self.infs
 
     @property
     def constant(self) -> bool:
+        """Whether all numbers are equal."""
         return self.count > 1 and self.finite and self.low == self.high
 
     @property
     def matrix(self) -> bool:
+        """Whether the array has two axes or more."""
         return len(self.array.shape) >= 2 and min(self.array.shape[-2:]) > 1
 
     @cached_property
@@ -103,6 +108,7 @@ class Numbers:
         return float(rows.var()) / by_chance, sqrt(2 / (len(rows) - 1))
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "name": self.name,
             "files": list(self.array.files),
@@ -128,12 +134,13 @@ def _plain(value: float) -> float | None:
 
 
 def numbers_of(array: Array) -> Numbers:
+    """Read all of an array, in pieces, and measure it."""
     lazy = array.made()
     sums = _Sums(array.shape, _NORMAL[array.dtype])
     for down, across, block in blocks(lazy, array.shape):
         sums.add(block, down, across)
     closer = _closer(lazy, sums.height, sums.width, array)
-    return Numbers(array, **sums.told(), **closer)
+    return Numbers(array, **sums.moments(), **closer)
 
 
 class _Sums:
@@ -183,7 +190,7 @@ class _Sums:
         if least < self.normal:
             self.denormal += int((bare < self.normal).sum())
 
-    def told(self) -> dict[str, Any]:
+    def moments(self) -> dict[str, Any]:
         count = max(self.height * self.width - self.nans - self.infs, 1)
         mean, square = float(self.sums.sum()) / count, float(self.rows.sum()) / count
         same = ("nans", "infs", "zeros", "denormal", "saturated", "low", "high", "marks", "empty")
@@ -213,8 +220,8 @@ class _Sketch:
     def put(self, block: Tensor, down: slice, across: slice) -> None:
         mine, theirs = _within(self.down, down), _within(self.across, across)
         self.rows[mine, across] = block[self.down[mine] - down.start].to(self.rows.dtype)
-        turned = block[:, self.across[theirs] - across.start].T
-        self.columns[theirs, down] = turned.to(self.rows.dtype)
+        columns = block[:, self.across[theirs] - across.start].T
+        self.columns[theirs, down] = columns.to(self.rows.dtype)
 
 
 _NONE = torch.zeros(0, 0)
@@ -308,8 +315,8 @@ def _orders(some: Tensor, dtype: str) -> tuple[float, float]:
     if some.element_size() < 2 or some.dtype == torch.float64:
         return 0.0, inf
     flat = some.contiguous().flatten()
-    turned = flat.view(torch.uint8).reshape(-1, flat.element_size()).flip(1).contiguous()
-    return _spread(flat), _spread(turned.flatten().view(flat.dtype))
+    swapped = flat.view(torch.uint8).reshape(-1, flat.element_size()).flip(1).contiguous()
+    return _spread(flat), _spread(swapped.flatten().view(flat.dtype))
 
 
 def _spread(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What numbers alone tell: those that are none, zeros, repeats, swapped bytes, holes in files."""
+"""Checks of numbers alone: NaN, zeros, repeated arrays, swapped bytes, missing parts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SHOWN = 4
 
 def spoilt(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Arrays of which nothing else can be said."""
-    turned = [n for n in numbers if _APART < n.orders < inf and n.swapped < _TOGETHER]
-    if turned:
-        yield _turned(turned, numbers)
-        if 2 * len(turned) >= len(numbers):
+    swapped = [n for n in numbers if _APART < n.orders < inf and n.swapped < _TOGETHER]
+    if swapped:
+        yield _bytes_swapped(swapped, numbers)
+        if 2 * len(swapped) >= len(numbers):
             return  # so are those that are too small to tell
-        numbers = [n for n in numbers if n not in turned]
+        numbers = [n for n in numbers if n not in swapped]
     yield from _not_finite(numbers)
     cut = _cut_off(contents, numbers)
     if cut:
@@ -44,10 +44,12 @@ def spoilt(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
 
 
 def files_of(numbers: Iterable[Numbers]) -> tuple[str, ...]:
+    """The names in the files of several arrays, each once."""
     return tuple(dict.fromkeys(name for n in numbers for name in n.array.files))
 
 
 def counted(names: Sequence[str]) -> str:
+    """How many tensors, as text."""
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
@@ -78,18 +80,18 @@ def families_of(numbers: Iterable[Numbers]) -> dict[str, list[Numbers]]:
 # --- one array -----------------------------------------------------------------------------------
 
 
-def _turned(turned: Sequence[Numbers], numbers: Sequence[Numbers]) -> Finding:
-    first = turned[0]
+def _bytes_swapped(swapped: Sequence[Numbers], numbers: Sequence[Numbers]) -> Finding:
+    first = swapped[0]
     seen = (
         f"{first.name}: spread over {first.orders:.0f} powers of two, and over "
         f"{first.swapped:.1f} with the bytes of each number the other way round"
     )
     what = "the bytes of every number are the other way round"
-    if 2 * len(turned) < len(numbers):
-        what = f"the bytes of numbers are the other way round in {called(turned)}"
+    if 2 * len(swapped) < len(numbers):
+        what = f"the bytes of numbers are the other way round in {called(swapped)}"
     else:
-        turned = numbers
-    return Finding(what, files_of(turned), seen, 0.98, "swap the bytes of these tensors")
+        swapped = numbers
+    return Finding(what, files_of(swapped), seen, 0.98, "swap the bytes of these tensors")
 
 
 def _not_finite(numbers: Sequence[Numbers]) -> Iterator[Finding]:
@@ -244,6 +246,7 @@ def _expected(each: Sequence[Numbers]) -> bool:
 
 
 def equal(a: Numbers, b: Numbers) -> bool:
+    """Whether two arrays hold the same numbers."""
     if a is b:
         return True
     pairs = zip(

@@ -1,4 +1,4 @@
-"""Where two models part: the first module, in the order of execution, that leaves the noise.
+"""Find the first module, in the order of execution, where two models differ beyond noise.
 
 Both run on the same tokens; what goes into and comes out of each module that holds parameters is
 compared with what flows through the one of the other model that holds the same numbers.

@@ -1,4 +1,4 @@
-"""`zoo.diff`: what runs both models, and what is said of where they part."""
+"""`zoo.diff`: find the first module where two models differ, and the likely cause."""
 
 from __future__ import annotations
 
@@ -40,14 +40,35 @@ def diff(
     diagnose: bool = True,
     **reading: Any,
 ) -> Difference:
-    """Both models on the same tokens; the first module whose output leaves the noise, and why.
+    """Find the first module where two models differ, and the likely cause.
 
-    `ours` is native. `theirs` is what it is held against: the reference's reading of a directory
-    in its own form (by default of the one that `ours` was read from), another native model, or any
-    module whose parameters have the names of some dialect. `way` is "whole", "padded", "cached"
-    or "unmasked": with padding tokens that no mask hides. Where they part, `diagnose` looks for
-    the causes: in fp64, where rounding hides none. `reading` says how `ours` is read, as
-    `zoo.load` has it: head, config, ignore_config, revision …; an adapter is merged in.
+    Both models run on the same tokens. What goes into and comes out of each module is compared, by
+    the rules that map one model's weights to the other's.
+
+    Args:
+        ours: A native model, or what `zoo.load` reads one from.
+        theirs: What it is compared with: a directory in the reference's own format, another native
+            model, or any module whose parameters have a dialect's names. By default the reference's
+            model of the directory that `ours` was loaded from.
+        dtype: What both models compute in. Causes are always looked for in float64.
+        way: How tokens are fed: "whole", "padded", "cached" (in parts), or "unmasked" (with padding
+            tokens that no mask hides).
+        backward: Compare gradients, too, where all values agree.
+        text: The tokens of this text, by the model's tokenizer, in place of random ones.
+        seed: Of the random tokens, from 0 on.
+        diagnose: Look for the causes of a difference.
+        **reading: How `ours` is loaded, as in `zoo.load`: head, config, revision ...; an adapter is
+            merged.
+
+    Returns:
+        A `Difference`: `ok`, the `first` module that differs, and `causes`, the most likely first.
+
+    Raises:
+        UsageError: An option is invalid, or the models' modules cannot be matched.
+
+    Example:
+        >>> difference = zoo.diff("gpt2", my_model)
+        >>> print(difference.to_text())
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
@@ -172,6 +193,7 @@ def pad_of(other: sides.Other) -> int | None:
 def inputs_of(
     model: Model, way: str, text: str | None = None, seed: int = 0, pad: int | None = None
 ) -> Inputs:
+    """The tokens that both models are given."""
     config = model.config
     if text is not None:
         ids = torch.tensor([model.tokenizer.encode(text)])

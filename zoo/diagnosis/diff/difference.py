@@ -1,4 +1,4 @@
-"""What is told of two models' flows: which leave the noise, and the first that does."""
+"""The result of a comparison: measurements, the first difference, and its causes."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ class Measurement:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within its limit."""
         return self.error <= self.limit
 
     @property
     def place(self) -> Place:
+        """Module, side and call."""
         return self.match.native, self.side, self.call
 
     def __str__(self) -> str:
@@ -50,6 +52,7 @@ class Measurement:
         return f"{self.match.native or 'the model'}{again}"
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "module": self.match.native,
             "side": self.side,
@@ -62,6 +65,7 @@ class Measurement:
 
 
 def measured(flow: Flow, dtype: torch.dtype) -> Measurement:
+    """Measure a flow: its error and the limit in a dtype."""
     ours, theirs = flow.ours, flow.theirs
     measurement = partial(Measurement, flow.match, flow.side, flow.call)
     if ours is None and theirs is not None:
@@ -129,6 +133,7 @@ class Divergence:
         return [*lines, *(f"  rule: {rule}" for rule in match.rules)]
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         match = self.measurement.match
         return {
             **self.measurement.to_json(),
@@ -167,6 +172,7 @@ class Cause:
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "what": self.what,
             "fix": self.fix,
@@ -195,6 +201,7 @@ class Difference:
 
     @property
     def first(self) -> Divergence | None:
+        """The first place that differs; None where none does."""
         before: list[str] = []
         for measurement in self.readings:
             if not measurement.ok and measurement.place not in self.healed:
@@ -205,6 +212,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
+        """Whether the models agree."""
         return self.first is None and not self.idle and not self.untied
 
     def error(self, place: Place) -> float:
@@ -212,6 +220,7 @@ class Difference:
         return next((r.error for r in self.readings if r.place == place), math.inf)
 
     def to_text(self, color: bool = False) -> str:
+        """For a terminal."""
         head = f"{self.names[0]} against {self.names[1]}, {str(self.dtype)[6:]}, {self.way}"
         lines = [paint(head + (", gradients" if self.back else ""), BOLD, color)]
         count = len(self.readings)
@@ -228,6 +237,7 @@ class Difference:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
         first = self.first
         return {
             "ok": self.ok,

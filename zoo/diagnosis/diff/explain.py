@@ -1,4 +1,4 @@
-"""Why two models part: likely causes are tried where they do, and those that fit are confirmed."""
+"""Find the cause of a difference: try likely causes where it appears, confirm those that fit."""
 
 from __future__ import annotations
 

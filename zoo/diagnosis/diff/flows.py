@@ -1,4 +1,4 @@
-"""Two models on the same tokens: how they are run, and what flows at each place of both."""
+"""Run two models on the same tokens and pair what goes in and out of their modules."""
 
 from __future__ import annotations
 
@@ -140,6 +140,7 @@ class Flow:
 
     @property
     def place(self) -> Place:
+        """Module, side and call."""
         return self.match.native, self.side, self.call
 
     @property
@@ -150,6 +151,7 @@ class Flow:
 
     @property
     def comparable(self) -> bool:
+        """Whether both models have something of one shape there."""
         there = self.ours is not None and self.theirs is not None
         return there and self.ours.shape == self.theirs.shape  # type: ignore[union-attr]
 

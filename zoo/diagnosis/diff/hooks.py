@@ -1,4 +1,4 @@
-"""What flows through a model's modules while it runs, and back through them."""
+"""Hooks that record what flows through a model's modules, and gradients back through them."""
 
 from __future__ import annotations
 

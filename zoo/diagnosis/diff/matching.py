@@ -1,4 +1,4 @@
-"""Which modules of two models hold the same numbers, and how their features lie: told by the rules.
+"""Match the modules of two models that hold the same numbers, and the order of their features.
 
 A rule that maps a weight maps what flows out of it: what it does to a weight's rows it does to the
 features that those rows give.
@@ -85,7 +85,7 @@ class Matching:
         except PlanError:
             if isinstance(other, Model) or not hasattr(other, "save_pretrained"):
                 raise
-            self.on_disk = _as_saved(other, fold)  # its files call some tensors otherwise
+            self.on_disk = _as_saved(other, fold)  # its files have other names for some tensors
             self.plan = planned(self.on_disk.header)
         self.steps = {target: step for step in self.plan.steps for target in step.targets}
         self.matches = {each.native: each for each in self._matches(self.plan.native)}

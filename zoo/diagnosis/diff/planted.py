@@ -1,4 +1,4 @@
-"""Planted bugs, traced: where each is first seen, and what is said to be its cause."""
+"""Plant each fault and check that `zoo diff` locates and names it."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Trace:
 
     @property
     def ok(self) -> bool:
+        """Whether the fault was located and diagnosed."""
         return self.located and self.diagnosed
 
     @property
@@ -70,6 +71,7 @@ class Tracer:
         self._references: dict[str, Reference] = {}
 
     def reference(self, variant: str) -> Reference:
+        """The reference's model of a variant."""
         if variant not in self._references:
             directory = self.scratch / "traced" / self.entry.name / variant
             named = hot_checkpoint(self.entry, variant, directory)
@@ -102,6 +104,7 @@ class Tracer:
     def traced(
         self, fault: Fault, where: str, difference: Difference, causes: Sequence[Cause]
     ) -> Trace:
+        """Judge what was reported of a planted fault."""
         place, texts = placed(difference), tuple(map(str, causes))
         located = re.search(fault.at, place) is not None
         right = bool(causes) and fault.is_named(causes[0].fault, texts[0])
@@ -109,6 +112,7 @@ class Tracer:
 
 
 def compared(model: Model, reference: Reference, way: str) -> Comparison:
+    """Compare a model with the reference on tokens that are fed in some way."""
     other = sides.read_by(model, reference)
     matching = Matching(model, other.module, other.planned, other.fold)
     inputs = inputs_of(model, way, pad=pad_of(other))
@@ -128,6 +132,7 @@ def run(
     faults: Iterable[Fault] | None = None,
     seen: Callable[[str, str], None] = lambda architecture, bug: None,
 ) -> Iterator[Trace]:
+    """Trace each fault in each architecture that it can be planted in."""
     torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
     faults = planted_faults() if faults is None else list(faults)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Of which outputs a state is the sum, and how much of each."""
+"""A state of the residual stream as a weighted sum of outputs, by least squares."""
 
 from __future__ import annotations
 

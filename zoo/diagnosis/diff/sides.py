@@ -1,4 +1,4 @@
-"""What a model is held against: the reference, another native model, or a module of one's own."""
+"""The other side of a comparison: the reference, a native model, or a user's own module."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Other:
     planned: Planned
     fold: Fold = str
     narrow: Other | None = None  # itself in a narrower dtype, where that is what is asked
-    trusted: bool = False  # the reference: where it is otherwise, the native side is wrong
+    trusted: bool = False  # the reference: where they differ, the native side is wrong
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         return self.run(inputs)

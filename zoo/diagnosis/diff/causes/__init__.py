@@ -1,1 +1,1 @@
-"""Likely causes of a difference, by the kind of place in which it is first seen."""
+"""Likely causes of a difference, a file for each kind of module where it appears."""

@@ -1,4 +1,4 @@
-"""Attention: queries, keys and values agree, and what both models made of them does not."""
+"""Attention whose queries, keys and values agree, and whose output does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.diagnosis.attention import Form, Sizes, Variant, all_of
-from zoo.diagnosis.diff.causes import catalogue, parameters
+from zoo.diagnosis.diff.causes import catalogue
 from zoo.diagnosis.diff.causes.attention_trial import Trial
 from zoo.diagnosis.diff.causes.attention_variants import row_variants, variants_of
 from zoo.diagnosis.diff.causes.scene import Reached, Scene
@@ -34,7 +34,6 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
     if not explained:
         if scene.name.endswith(".out"):
             yield from catalogue.ideas(scene)
-        yield from parameters.exchanged(scene)
         yield from _content_and_positions(scene, name)
 
 

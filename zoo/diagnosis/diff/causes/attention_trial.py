@@ -29,10 +29,12 @@ class Trial:
 
     @property
     def heads(self) -> dict[str, int]:
+        """How many heads each part has."""
         first = self.rows[0]
         return {part: first[part].shape[-1] // self.width for part in PARTS}
 
     def error(self, form: Form, wanted: Tensor) -> float:
+        """How far what a form makes is from what is wanted."""
         try:
             out = self.made(form)
         except (RuntimeError, ValueError):
@@ -40,6 +42,7 @@ class Trial:
         return error(out, wanted) if out.shape == wanted.shape else math.inf
 
     def made(self, form: Form) -> Tensor:
+        """(tokens, h e) what a form makes of the sample."""
         with torch.no_grad():
             pairs = zip(self.rows, self.masks, strict=True)
             return torch.cat([form(row, mask, self.width) for row, mask in pairs])

@@ -40,7 +40,7 @@ def row_variants(scene: Scene, name: str, joint: bool = False) -> Iterator[Varia
         return replace(form, rows={**form.rows, **moved})
 
     some = [h for h in scene.hypotheses if h.rows and f"{name}." in " ".join(h.parameters)]
-    # where reading q otherwise does the same as reading k so, the one that a rule turns is to blame
+    # where another order of q does the same as one of k, the rule that reorders is to blame
     for each in sorted(some, key=lambda h: "as it stands" not in h.fix):
         if joint != (len(each.rows) > 1 and isinstance(FAULTS[each.fault].edit, PermutedRows)):
             continue

@@ -1,4 +1,4 @@
-"""Faults of the catalogue: what undoes each is tried where two models first differ."""
+"""The catalogue of faults: what undoes each is tried where two models first differ."""
 
 from __future__ import annotations
 

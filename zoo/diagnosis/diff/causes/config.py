@@ -1,4 +1,4 @@
-"""Fields of a config: the model built anew with another value, and looked at in the same place."""
+"""Config fields: rebuild the model with another value and compare at the same module."""
 
 from __future__ import annotations
 

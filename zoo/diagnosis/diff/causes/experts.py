@@ -1,4 +1,4 @@
-"""A mixture of experts: how many were chosen, their shares, and what each of them does."""
+"""Mixture of experts: how many experts a token uses, their shares, and gate against up."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ SHARES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Mixed:
+    """A mixture that fits: experts for each token, their shares, and what is activated."""
+
     chosen: int
     shares: str
     on: str  # what the activation is of

@@ -1,4 +1,4 @@
-"""What comes back: which part of a gradient is lost, or counted otherwise, on its way."""
+"""Gradients that differ: which part is lost, or counted more or less than once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ STEP = 1e-6  # of a derivative taken by differences
 
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    """Explain a gradient that differs where all values agree."""
     name, flow = scene.name, scene.flow
     learns = name in scene.measurement.match.parameters
     if flow.ours is None or not flow.ours.any():
@@ -55,7 +56,7 @@ def _row(scene: Scene) -> Iterator[Hypothesis]:
     apart = (ours - theirs).abs().amax(-1) > FITS * theirs.abs().max()
     rows = apart.nonzero().flatten().tolist()
     if len(rows) == 1 and len(ours) > 1:
-        what = f"row {rows[0]} of {name} learns otherwise here: it is not known to be the padding's"
+        what = f"row {rows[0]} of {name} differs: only one model treats it as padding"
         config = {"pad": rows[0]} if hasattr(scene.model.config, "pad") else {}
         yield Hypothesis(what, f"pad is {rows[0]}", config=config)
 

@@ -1,4 +1,4 @@
-"""A layer that is given the same and gives something else: its parameters, or what it does."""
+"""A layer whose input agrees and whose output differs: its parameters, or what it computes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ AFTER = 12  # places are looked at for where a norm has gone
 
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    """Explain what comes out of a layer whose input agrees."""
     yield from parameters.ideas(scene)
     yield from catalogue.ideas(scene)
     flow = scene.flow
@@ -105,9 +106,7 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
         )
     elif ours.centered != theirs.centered:
         here = "centered" if ours.centered else "not centered"
-        yield Hypothesis(
-            f"{name}: what goes into the norm is {here} here, and there it is otherwise"
-        )
+        yield Hypothesis(f"{name}: what goes into the norm is {here} here, and not so there")
     elif ours.offset != theirs.offset:
         yield Hypothesis(
             f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}"

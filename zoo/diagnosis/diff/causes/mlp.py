@@ -1,4 +1,4 @@
-"""What goes into `down`: what was made of the projections before it, which agree."""
+"""What goes into `down` of an MLP: gate, up and the activation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ PLAIN = "linear"  # the activation that is none
 
 @dataclass(frozen=True)
 class Made:
+    """A function of gate and up that fits: the activation, and what it is applied to."""
+
     act: str
     of: str  # what it is applied to
 

@@ -1,10 +1,9 @@
-"""Parameters that are not what the other model's make of them, and what they are instead."""
+"""Parameters that differ from what the other model's make of them, and how they differ."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ CLOSE = 0.2  # what whole numbers may be off by, in units of the root mean squar
 
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    """Parameters of the place that are not what the other model's make of them."""
     yield from _wrong(scene, scene.measurement.match.parameters)
     yield from _apart(scene)
 
@@ -29,46 +29,6 @@ def unseen(scene: Scene) -> Iterator[Hypothesis]:
     """Of modules whose outputs were not compared: of the same block, or of none."""
     shapes = scene.matching.plan.native.shapes
     yield from _wrong(scene, (n for n in shapes if n.rpartition(".")[0] in scene.unseen))
-
-
-def exchanged(scene: Scene) -> Iterator[Hypothesis]:
-    """Two such modules, or two beside the place, that hold what is the other's by the rules too."""
-    beside = scene.name.rpartition(".")[0]
-    near = [n for n in scene.matching.matches if n.rpartition(".")[0] == beside and n != scene.name]
-    modules = dict.fromkeys([*scene.unseen, *near])
-    own = scene.parameters
-    leaves = {
-        m: {n.rpartition(".")[2]: x.shape for n, x in own.items() if n.rpartition(".")[0] == m}
-        for m in modules
-    }
-    for a, b in combinations(modules, 2):
-        both = leaves[a].keys() & leaves[b].keys()
-        if not both or any(leaves[a][leaf] != leaves[b][leaf] for leaf in both):
-            continue
-        pairs = [(a, b)]
-        if block_of(a) != a and block_of(a) == block_of(b):
-            inner = b[len(block_of(b)) :]
-            pairs = [(n, block_of(n) + inner) for n in scene.alike(a)]
-        for kinds in (both, *({leaf} for leaf in both if len(both) > 1)):
-            parameters = {
-                f"{one}.{leaf}": own[f"{other}.{leaf}"]
-                for pair in pairs
-                for one, other in (pair, pair[::-1])
-                for leaf in kinds
-            }
-            leaf = "" if kinds == both else f".{next(iter(kinds))}"
-            names = f"{stars(a)}{leaf} and {stars(b)}{leaf}"
-            where = tuple(f"{n}.{leaf}" for n in (a, b) for leaf in kinds)
-            idea = Hypothesis(
-                f"{names} are in each other's place",
-                f"{names} are exchanged",
-                parameters=parameters,
-                where=where,
-                moved=True,
-            )
-            if scene.error_with(idea) <= scene.measurement.limit:
-                yield idea
-                return
 
 
 def _wrong(scene: Scene, names: Iterable[str]) -> Iterator[Hypothesis]:

@@ -1,4 +1,4 @@
-"""What only running the model again can tell: dropout, padding, outputs in another order."""
+"""Causes that need another run of the model: dropout, padding, outputs in another order."""
 
 from __future__ import annotations
 
@@ -162,4 +162,5 @@ def rounding(scene: Scene) -> Iterator[Hypothesis]:
 
 
 def held_in(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers are exact in a dtype."""
     return torch.equal(x.to(dtype).to(x.dtype), x)

@@ -1,4 +1,4 @@
-"""What goes into a norm or a branch: which of the outputs before it each model added up."""
+"""What goes into a norm or a branch: which outputs each model added up before it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from zoo.diagnosis.edits import Hypothesis, block_of, stars
 
 
 def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    """Explain what goes into a norm or a branch by what each model added up."""
     yield from _order(scene)
     flow = scene.flow
     if flow.ours is None or flow.theirs is None or flow.ours.shape != flow.theirs.shape:
@@ -182,10 +183,11 @@ def _picked(scene: Scene) -> Iterator[Hypothesis]:
 
 
 def _order(scene: Scene) -> Iterator[Hypothesis]:
-    """The other model runs what should be the same modules in another order."""
-    ours, theirs = _sequence(scene)
-    there = {name for name, _ in scene.model.named_modules()}
-    missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
+    """Modules that run in one of the two models alone, or another number of times."""
+    here = {name for name, _ in scene.model.named_modules()}
+    record, matches = scene.comparison.theirs()[0].records[0], scene.matching.matches.values()
+    there = [match.native for match in matches if any(record[name] for name in match.others)]
+    missing = [*scene.difference.idle, *(name for name in there if name not in here)]
     for name in dict.fromkeys(_whole(scene, missing, name) for name in missing):
         yield Hypothesis(f"{name} does not run here, and does in the other model")
     idle = [n for n, match in scene.matching.matches.items() if _runs_here_alone(scene, match)]
@@ -193,21 +195,6 @@ def _order(scene: Scene) -> Iterator[Hypothesis]:
         yield Hypothesis(f"{name} runs here, and not in the other model")
     if scene.flow.theirs is None:
         yield from _times_run(scene)
-    a, b = _blocks(ours), _blocks(theirs)
-    moved = {x: y for x, y in zip(a, b, strict=False) if x != y}
-    if not moved or sorted(a) != sorted(b) or any(stars(x) != stars(y) for x, y in moved.items()):
-        return
-    own = dict(scene.model.named_parameters())
-    made = {
-        name: own[to + name[len(block) :]].data
-        for block, to in moved.items()
-        for name in own
-        if name.startswith(f"{block}.") and to + name[len(block) :] in own
-    }
-    if all(made[n].shape == own[n].shape for n in made):
-        fix = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
-        what = "layers are in each other's place: the other model runs them in another order"
-        yield Hypothesis(what, fix, parameters=made, where=_first(made), moved=True)
 
 
 def _runs_here_alone(scene: Scene, match: Match) -> bool:
@@ -236,31 +223,3 @@ def _times_run(scene: Scene) -> Iterator[Hypothesis]:
 
 def _often(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _first(parameters: dict[str, Tensor]) -> tuple[str, ...]:
-    """One of each kind."""
-    kinds = dict[str, str]()
-    for name in parameters:
-        kinds.setdefault(stars(name), name)
-    return tuple(kinds.values())
-
-
-def _sequence(scene: Scene) -> tuple[list[str], list[str]]:
-    """The native names of matched modules, as each model ran them the first time."""
-    ours = sorted(
-        (f.at, name)
-        for (name, side, call), f in scene.comparison.flows.items()
-        if not call and name
-    )
-    record = scene.comparison.theirs()[0].records[0]
-    begun = [
-        (min(one.begun for n in match.others for one in record[n]), match.native)
-        for match in scene.matching.matches.values()
-        if any(record[n] for n in match.others)
-    ]
-    return list(dict.fromkeys(n for _, n in ours)), [n for _, n in sorted(begun)]
-
-
-def _blocks(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(b for n in names if (b := block_of(n)) != n))

@@ -19,6 +19,7 @@ from zoo.diagnosis.variants import bases, scalings
 
 
 def rotaries(scene: Scene, own: Form) -> Iterator[Variant]:
+    """Other bases, scalings, widths and precisions of a rotary embedding."""
     config = scene.model.config
 
     def variant(what: str, rotary: Any, lone: bool = False, **fields: Any) -> Variant:
@@ -91,7 +92,7 @@ def _coarse(
 
 
 def _exactly(standard: Rotary) -> str:
-    """What it is to be turned by exact angles, by how far the class's own are off."""
+    """What exact angles are called, by how far the class's own are off."""
     places = torch.arange(64)[None]
     x = torch.ones(1, 1, 64, standard.width, dtype=torch.float64)
     mask = Mask(None, places)

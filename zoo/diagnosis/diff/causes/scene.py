@@ -1,4 +1,4 @@
-"""What is known where two models part: all that flowed before agrees, so it is told once."""
+"""The first difference: what both models made there, and of what; edits are tried on it."""
 
 from __future__ import annotations
 
@@ -50,14 +50,17 @@ class Scene:
 
     @property
     def name(self) -> str:
+        """The native module at the place."""
         return self.measurement.match.native
 
     @property
     def side(self) -> Side:
+        """Whether what goes in or what comes out differs."""
         return self.measurement.side
 
     @property
     def matching(self) -> Matching:
+        """Which modules of both models hold the same."""
         return self.comparison.matching
 
     @cached_property
@@ -148,6 +151,7 @@ class Scene:
 
     @cached_property
     def agreed(self) -> dict[Place, Flow]:
+        """What flowed before the place, and agrees."""
         flows = dict[Place, Flow]()
         for measurement in self.difference.readings:
             if measurement.place == self.measurement.place:
@@ -217,14 +221,6 @@ class Scene:
         kind = re.sub(r"\.\d+\.", r".\\d+.", re.escape(name or self.name).replace(r"\.", "."))
         return [n for n, _ in self.model.named_modules() if re.fullmatch(kind, n)]
 
-    def in_stacks(self) -> list[str]:
-        """Likewise, in an encoder and in a decoder."""
-        names = self.alike()
-        for a, b in (("encoder.", "decoder."), ("decoder.", "encoder.")):
-            if self.name.startswith(a):
-                names += self.alike(b + self.name.removeprefix(a))
-        return names
-
     def everywhere(self) -> list[Place]:
         """This place wherever the same code runs; of a norm's output, that of every such norm."""
         modules = dict(self.model.named_modules())
@@ -279,6 +275,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def fits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors agree as far as their inputs do."""
     return ours.shape == theirs.shape and error(ours, theirs) <= FITS
 
 

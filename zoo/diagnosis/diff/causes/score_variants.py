@@ -1,4 +1,4 @@
-"""What may be done otherwise with scores: terms, the softmax, and how heads are merged."""
+"""Variants of attention scores: added terms, the softmax, and how heads are merged."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _with_term(term: Any, form: Form) -> Form:
 
 
 def merges() -> Iterator[Variant]:
-    """What comes out of the heads, put together otherwise."""
+    """Other ways to merge the heads."""
 
     def variant(what: str, merge: Callable[[Tensor], Tensor]) -> Variant:
         def changed(kept: Any, *args: Any) -> Tensor:
@@ -194,6 +194,7 @@ ATTENDED: tuple[tuple[str, ...], ...] = ((), ("c2p",), ("p2c",), ("c2p", "p2c"))
 
 
 def spelled(terms: Sequence[str]) -> str:
+    """Terms of disentangled attention, as text."""
     names = {"c2p": "content attends to positions", "p2c": "positions attend to content"}
     return " and ".join(names[term] for term in terms) or "positions are not attended to"
 

@@ -1,4 +1,4 @@
-"""Which line of a spec says what is to be changed."""
+"""The line of a spec that has to be changed."""
 
 from __future__ import annotations
 
