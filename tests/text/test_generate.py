@@ -26,8 +26,11 @@ from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
 from zoo.registry import Architecture
 from zoo.text.beams import _may_win, _Row
-from zoo.text.generate import Options, Pieces, Runner, generate, left_aligned
+from zoo.text.generate import generate
 from zoo.text.generation_config import defaults_of
+from zoo.text.options import GenerationOptions
+from zoo.text.pieces import TextPieces
+from zoo.text.runner import Runner, left_align
 from zoo.tokenizers import CharTokenizer
 
 WRITES = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -162,7 +165,7 @@ def test_a_row_is_the_row_alone(name: str, options: dict[str, Any]) -> None:
     each = options.get("num_return_sequences", 1)
     options = {"max_new_tokens": 6, "eos_token_id": this.ends, "pad_token_id": this.pad, **options}
     seeds = [7, 8, 9] if "num_beams" not in options else [None] * 3
-    for cached in (True,) if Options.of(options).sampled else (True, False):
+    for cached in (True,) if GenerationOptions.of(options).sampled else (True, False):
         seed = {} if seeds[0] is None else {"seed": seeds}
         got = generate(this.model, ids, mask, use_cache=cached, **options, **seed)
         for n in range(ROWS):
@@ -187,7 +190,7 @@ def test_logprobs_are_the_models_own(name: str) -> None:
             logits = this.model(ids, mask, decoder_input_ids=got.sequences)
         else:
             whole = torch.cat((mask, torch.ones_like(new)), dim=1)
-            rows, real = left_aligned(got.sequences, whole.bool())
+            rows, real = left_align(got.sequences, whole.bool())
             logits = this.model(rows, real)
     said = logits[:, -6:-1].log_softmax(dim=-1).gather(2, new[:, :, None]).squeeze(2)
     torch.testing.assert_close(got.logprobs.double(), said, atol=1e-5, rtol=0)
@@ -202,9 +205,9 @@ def test_a_beam_may_win_when_the_reference_goes_on(
     """Under "never" and a positive penalty the longest text has the best score, else the next."""
     from transformers import GenerationMixin
 
-    asked = Options(num_beams=2, early_stopping=early_stopping, length_penalty=penalty)
+    asked = GenerationOptions(num_beams=2, early_stopping=early_stopping, length_penalty=penalty)
     row = _Row([[], []], [(0.0, [1]), (worst, [2])])
-    found = _may_win(row, -10.0, length=5, most=20, asked=asked)
+    found = _may_win(row, -10.0, length=5, max_new=20, options=asked)
     want = GenerationMixin._check_early_stop_heuristic(
         torch.tensor([True])[:, None],
         torch.tensor([[-10.0, -11.0]]),
@@ -342,11 +345,11 @@ def test_no_half_characters() -> None:
     tokenizer = SimpleNamespace(stream=lambda **_: Bytes(), vocab_size=256)
     model: Any = SimpleNamespace(tokenizer=tokenizer)
     for stops in ((), ("漢é",), ("zz",), ("é",)):
-        pieces = Pieces(model, stops)
+        pieces = TextPieces(model, stops)
         out = [pieces.put(byte) for byte in text.encode()] + [pieces.end()]
         assert "".join(out) == (text.partition(stops[0])[0] if stops else text)
         assert "\ufffd" not in "".join(out)
-    pieces = Pieces(model, ("a",))
+    pieces = TextPieces(model, ("a",))
     assert [pieces.put(byte) for byte in "éa".encode() + b"\xe2"] == ["", "é", "", ""]
     assert pieces.end() == ""  # what comes behind a stop string is no part of the text
 
@@ -420,7 +423,7 @@ def test_tokens_as_they_come(speller: Any) -> None:
         rows[step.row].append(step.token)
     width = want.sequences.shape[1] - 10
     assert [row + [1] * (width - len(row)) for row in rows] == want.sequences[:, 10:].tolist()
-    with pytest.raises(UsageError, match="stream: beams"):
+    with pytest.raises(UsageError, match="stream: beam search"):
         speller.generate(ids, mask, stream=True, num_beams=2)
 
 
@@ -507,8 +510,8 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"num_beams": None}, "num_beams=None"),
         ({"do_sample": True, "temperature": 0}, "temperature=0 is greedy"),
         ({"temperature": "hot"}, "temperature='hot'"),
-        ({"num_beams": 2, "temperature": 1.0}, "beams neither sample"),
-        ({"num_return_sequences": 2}, "give a temperature"),
+        ({"num_beams": 2, "temperature": 1.0}, "works neither with sampling"),
+        ({"num_return_sequences": 2}, "set a temperature"),
         ({"num_beams": 2, "num_return_sequences": 3}, "more than 2 beams"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon'"),
         ({"num_beams": 2, "length_penalty": 1000.0}, "length_penalty=1000.0"),
@@ -520,7 +523,7 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"stop_strings": "x"}, "no checkpoint"),
         ({"temperature": 1.0, "seed": [1, 2]}, "one for each of 1 rows"),
         ({"assistant_model": "gpt2"}, "assistant_model"),
-        ({"assistant_model": build("gpt2", vocab=7)}, "7 tokens"),
+        ({"assistant_model": build("gpt2", vocab=7)}, "found 7"),
     ],
     ids=str,
 )
@@ -532,7 +535,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], told: str) -> None:
 
 def test_no_guesses_at_answers() -> None:
     this = case("t5")
-    with pytest.raises(UsageError, match="read a question apart"):
+    with pytest.raises(UsageError, match="not implemented for encoder-decoders"):
         this.write(assistant_model=this.model)
 
 
@@ -578,7 +581,9 @@ def test_encoders_write_nothing(name: str) -> None:
 
 def test_heads_that_write_nothing() -> None:
     for head in ("none", "sequence_classification"):
-        with pytest.raises(UsageError, match=f"head '{head}' writes no text; load it with"):
+        with pytest.raises(
+            UsageError, match=f"head '{head}' cannot generate text; load the model with"
+        ):
             build("gpt2", head=head).generate(IDS)
     with pytest.raises(UsageError, match="'encoder'"):
         build("t5", head="encoder").generate(IDS)
@@ -592,7 +597,7 @@ def test_empty_prompts(speller: Any) -> None:
         with pytest.raises(InputError):
             zoo.generate(speller, prompt)
     for more in ({"num_return_sequences": 2, "temperature": 1.0}, {"num_beams": 2}):
-        with pytest.raises(UsageError, match="one text at a time"):
+        with pytest.raises(UsageError, match="expected one text"):
             zoo.generate(speller, "abc", stream=True, **more)
 
 
@@ -636,9 +641,9 @@ def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
     (tmp_path / "x" / "config.json").write_text(json.dumps(config))
     more = tmp_path / "x" / "generation_config.json"
     more.unlink(missing_ok=True)
-    assert defaults_of(zoo.load(tmp_path / "x")).ends[:2] == ((5,), 6)
+    assert defaults_of(zoo.load(tmp_path / "x")).special[:2] == ((5,), 6)
     more.write_text('{"eos_token_id": [7, 8], "pad_token_id": 9}')
-    assert defaults_of(zoo.load(tmp_path / "x")).ends[:2] == ((7, 8), 9)
+    assert defaults_of(zoo.load(tmp_path / "x")).special[:2] == ((7, 8), 9)
     for wrong in (100000, "x", [1, 2.5], True):
         more.write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(ConfigError, match="eos_token_id"):
@@ -735,10 +740,10 @@ def test_a_prompts_logits_are_those_of_its_last_token_alone() -> None:
 
 
 def test_signs_of_sampling() -> None:
-    assert Options().sampled is False and Options(temperature=0.5).sampled
-    assert Options(do_sample=True).sampling.temperature == 1
-    assert Options(top_p=0.9).sampling.temperature == 1
-    assert Options(do_sample=False, temperature=0.5).sampling.greedy
+    assert GenerationOptions().sampled is False and GenerationOptions(temperature=0.5).sampled
+    assert GenerationOptions(do_sample=True).sampling.temperature == 1
+    assert GenerationOptions(top_p=0.9).sampling.temperature == 1
+    assert GenerationOptions(do_sample=False, temperature=0.5).sampling.greedy
 
 
 def test_another_thread_is_given_all_logits_meanwhile() -> None:

@@ -17,8 +17,8 @@ from zoo.cli.chat import Dialogue
 from zoo.errors import ConfigError, SequenceTooLong, TokenIdError, UsageError, ZooError
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
-from zoo.text.generate import asked_of
 from zoo.text.generation_config import NOT_IMPLEMENTED, defaults_of
+from zoo.text.options import resolve_options
 from zoo.tokenizers import CharTokenizer
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzAU:.\n"
@@ -146,7 +146,7 @@ def test_arguments_override_what_the_file_sets(gpt2: Pair, options: dict[str, An
     fields = {"max_length": 15, "num_beams": 2, "repetition_penalty": 1.6, "pad_token_id": 1}
     fields["suppress_tokens"] = gpt2.free[0][:2]
     assert gpt2.written(fields, **options).tolist() == gpt2.wanted(fields, **options).tolist()
-    assert asked_of(gpt2.model, {"max_length": 9})[0].most(gpt2.model, gpt2.ids) == 2
+    assert resolve_options(gpt2.model, {"max_length": 9})[0].max_new(gpt2.model, gpt2.ids) == 2
 
 
 def test_a_length_as_an_argument_overrides_any_in_the_file(gpt2: Pair) -> None:
@@ -176,12 +176,12 @@ def test_samples_follow_the_references_distribution(gpt2: Pair, sampling: dict[s
     """Each side's random numbers are its own: what they are drawn from is compared."""
     fields = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 1, **sampling}
     want = gpt2.wanted(fields, output_scores=True, return_dict_in_generate=True).scores[0]
-    asked, bounds = asked_of(gpt2.model, {})
+    asked, bounds = resolve_options(gpt2.model, {})
     assert asked.sampled
     rules = asked.constraints(gpt2.model, gpt2.ids, 1, bounds)
     with torch.no_grad():
         logits = gpt2.model(gpt2.ids)[:, -1].float()
-    found = asked.sampling.warped(rules.apply(logits, gpt2.ids.tolist(), 0))
+    found = asked.sampling.warp(rules.apply(logits, gpt2.ids.tolist(), 0))
     torch.testing.assert_close(found.softmax(-1), want.softmax(-1), rtol=0, atol=1e-6)
     assert gpt2.written(fields, seed=3).tolist() == gpt2.written(fields, seed=3).tolist()
     if "top_k" not in sampling and sampling.keys() <= {"temperature"}:
@@ -197,11 +197,11 @@ def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
         assert gpt2.written(fields, **options, max_new_tokens=8).tolist() == greedy
     assert gpt2.written(fields, num_return_sequences=3).shape[0] == 6
     # sampling asked for by an argument takes the file's temperature, and no top_k of its own
-    warm = asked_of(gpt2.model, {"top_p": 0.9})[0].sampling
+    warm = resolve_options(gpt2.model, {"top_p": 0.9})[0].sampling
     assert (warm.temperature, warm.top_k, warm.top_p) == (1.5, 50, 0.9)
     gpt2.file.write_text('{"temperature": 0.5}')
-    assert asked_of(gpt2.model, {"do_sample": True})[0].sampling.top_k == 0
-    assert not asked_of(gpt2.model, {})[0].sampled
+    assert resolve_options(gpt2.model, {"do_sample": True})[0].sampling.top_k == 0
+    assert not resolve_options(gpt2.model, {})[0].sampled
 
 
 @pytest.mark.parametrize(
@@ -219,13 +219,16 @@ def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
         ({"cache_implementation": "quantized"}, "cache_implementation: 'quantized'"),
         ({"dola_layers": "high"}, "dola_layers: 'high'"),
         ({"force_words_ids": [[4]]}, "force_words_ids"),
-        ({"do_sample": True, "num_beams": 3}, "num_beams: beams neither sample"),
-        ({"num_return_sequences": 2}, "num_return_sequences: all would be the same"),
+        ({"do_sample": True, "num_beams": 3}, "num_beams: beam search works neither with sampling"),
+        (
+            {"num_return_sequences": 2},
+            "num_return_sequences: greedy sequences would all be the same",
+        ),
         ({"do_sample": True, "temperature": 0}, "temperature=0 is greedy"),
         ({"do_sample": "yes"}, "do_sample='yes'"),
         ({"repetition_penalty": "much"}, "repetition_penalty='much'"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
-        ({"eos_token_id": "x"}, "eos_token_id: 'x'"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected an id below 113, found 'x'"),
         ({"bad_words_ids": 5}, "bad_words_ids=5"),
     ],
     ids=str,
@@ -260,8 +263,8 @@ def test_fields_of_beams_alone_pass_without_beams(gpt2: Pair, more: dict[str, An
 def test_ignored_fields_are_fields_of_the_file(gpt2: Pair) -> None:
     for wrong, told in (
         (["guidance_scal"], "does not set 'guidance_scal'. Did you mean guidance_scale"),
-        ("guidance_scale", "True, or names of fields"),
-        (3, "True, or names of fields"),
+        ("guidance_scale", "expected True, or names of fields"),
+        (3, "expected True, or names of fields"),
     ):
         with pytest.raises(UsageError) as caught:
             gpt2.written({"guidance_scale": 2}, ignore_generation_config=wrong)
@@ -305,7 +308,7 @@ def test_without_the_file_config_json_counts(tmp_path: Path) -> None:
 def test_ends_are_those_of_the_file_alone(gpt2: Pair) -> None:
     """The reference does not look for them in config.json where there is the file."""
     gpt2.file.write_text('{"eos_token_id": [-1, 7]}')
-    assert defaults_of(gpt2.model).ends == ((7,), None, None)
+    assert defaults_of(gpt2.model).special == ((7,), None, None)
 
 
 def test_guesses_ahead_obey_the_file(gpt2: Pair) -> None:

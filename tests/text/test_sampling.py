@@ -15,7 +15,7 @@ from zoo.models.gpt2 import Config as GPT2
 from zoo.text import sampling, speculative
 from zoo.text.constraints import Constraints
 from zoo.text.generate import generate
-from zoo.text.sampling import Dice, Sampling, pick, seeds_of
+from zoo.text.sampling import RowGenerators, Sampling, pick, seeds_of
 
 INF = float("inf")
 
@@ -95,7 +95,7 @@ def test_warpers_come_in_the_references_order() -> None:
         ref.MinPLogitsWarper(0.1),
     ):
         want = warper(None, want)
-    got = Sampling(temperature=1.3, top_k=12, top_p=0.8, min_p=0.1).warped(given)
+    got = Sampling(temperature=1.3, top_k=12, top_p=0.8, min_p=0.1).warp(given)
     assert torch.equal(got, want)
     left = got.isfinite().sum(dim=1)
     assert 1 < left.max() < 12
@@ -205,13 +205,13 @@ def counted(tokens: Tensor, vocab: int) -> Tensor:
 
 
 def test_draws_follow_the_distribution() -> None:
-    warm = Sampling(temperature=0.8, top_k=9).warped(LOGITS["plain"][:1])
+    warm = Sampling(temperature=0.8, top_k=9).warp(LOGITS["plain"][:1])
     chances = warm.double().softmax(dim=-1)
-    numbers = Dice([11]).numbers(20_000)
+    numbers = RowGenerators([11]).numbers(20_000)
     tokens = torch.cat([pick(chances, numbers[:, n : n + 1]) for n in range(20_000)])
     counts = counted(tokens, chances.shape[1])
     assert abs(chi_square(counts, chances[0])) < 4
-    other = Sampling(temperature=0.9, top_k=9).warped(LOGITS["plain"][:1]).double().softmax(dim=-1)
+    other = Sampling(temperature=0.9, top_k=9).warp(LOGITS["plain"][:1]).double().softmax(dim=-1)
     assert chi_square(counts, other[0]) > 10  # it can tell
 
 
@@ -224,7 +224,10 @@ def test_edges_of_the_numbers() -> None:
 
 
 def test_each_row_and_each_sample_has_its_own_numbers() -> None:
-    one, two = Dice(seeds_of([3, 4], 2, 2)).numbers(5), Dice(seeds_of(4, 1, 3)).numbers(5)
+    one, two = (
+        RowGenerators(seeds_of([3, 4], 2, 2)).numbers(5),
+        RowGenerators(seeds_of(4, 1, 3)).numbers(5),
+    )
     assert one[2:].tolist() == two[:2].tolist()
     assert len({tuple(row) for row in torch.cat((one, two[2:])).tolist()}) == 5
     assert len(set(seeds_of(None, 3, 3))) == 9
@@ -238,7 +241,7 @@ def test_each_row_and_each_sample_has_its_own_numbers() -> None:
 
 
 def test_negative_and_large_seeds() -> None:
-    assert Dice([-1, 2**80, 0]).numbers().shape == (3, 1)
+    assert RowGenerators([-1, 2**80, 0]).numbers().shape == (3, 1)
 
 
 # --- guessing ahead ------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ class Chain(Model):
 def distance_of_guesses(**options: Any) -> float:
     """How far the steps of a chain, guessed ahead by another one, are from the chain's own."""
     large, small = Chain(seed=1), Chain(seed=2)
-    chances = Sampling(**options).warped(large.head.weight.detach().T).softmax(dim=-1)
+    chances = Sampling(**options).warp(large.head.weight.detach().T).softmax(dim=-1)
     counts = torch.zeros_like(chances)
     for seed in range(2):
         row = generate(
@@ -296,10 +299,10 @@ def test_guesses_are_exact_in_distribution(how: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("rule", "wrong"),
     [
-        ("_holds", lambda mine, said, number: True),
-        ("_holds", lambda mine, said, number: bool(number < mine)),
-        ("_left", lambda mine, said: mine),
-        ("_left", lambda mine, said: (mine - said).abs()),
+        ("_accepts", lambda mine, draft, number: True),
+        ("_accepts", lambda mine, draft, number: bool(number < mine)),
+        ("_residual", lambda mine, draft: mine),
+        ("_residual", lambda mine, draft: (mine - draft).abs()),
     ],
     ids=["all hold", "as if alone", "drawn from all", "from too many"],
 )

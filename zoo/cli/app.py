@@ -773,14 +773,15 @@ def _place(text: str) -> Path:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from zoo.text.generate import Options, asked_of, complete
+    from zoo.text.generate import continue_texts
+    from zoo.text.options import GenerationOptions, resolve_options
 
-    asked = Options.of(_asked(options))  # before weights are looked at
+    asked = GenerationOptions.of(_asked(options))  # before weights are looked at
     if options.assistant and asked.num_beams > 1:
         raise UsageError("--assistant: beams do not guess ahead")
     model = _loaded(options)
     more = {**_asked(options), **_assistant(options, model)}
-    asked, bounds = asked_of(model, more)
+    asked, special_ids = resolve_options(model, more)
     several = asked.num_return_sequences > 1 or asked.num_beams > 1
     if not options.json and (options.stream or not (options.no_stream or several)):
         pieces = zoo.generate(model, options.text, stream=True, special=options.special, **more)
@@ -791,7 +792,7 @@ def _generate(options: argparse.Namespace) -> int:
             print(flush=True)
         return OK
     started = time.perf_counter()
-    found = complete(model, [options.text], asked, bounds, options.special)
+    found = continue_texts(model, [options.text], asked, special_ids, options.special)
     seconds = time.perf_counter() - started
     if options.json:
         texts = [each._asdict() for each in found]
@@ -805,9 +806,9 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     from zoo.cli.chat import talk
-    from zoo.text.generate import Options
+    from zoo.text.options import GenerationOptions
 
-    Options.of(_asked(options))
+    GenerationOptions.of(_asked(options))
     model = _loaded(options)
     talk(model, {**_asked(options), **_assistant(options, model)})
     return OK
@@ -816,11 +817,11 @@ def _chat(options: argparse.Namespace) -> int:
 def _assistant(options: argparse.Namespace, model: Model) -> dict[str, Model]:
     if not options.assistant:
         return {}
-    from zoo.text.speculative import check_words
+    from zoo.text.speculative import check_vocabulary
 
     small = zoo.load(options.assistant, mmap=options.mmap)
     try:
-        check_words(model, small)
+        check_vocabulary(model, small)
     except UsageError as error:
         told = str(error).removeprefix("assistant_model: ")
         raise UsageError(f"--assistant {options.assistant}: {told}") from None

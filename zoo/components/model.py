@@ -82,7 +82,7 @@ class Model(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Any:
-        """Each prompt with what follows it; options are those of `zoo.text.generate.Options`."""
+        """Each prompt with what follows it; options are those of `zoo.text.options.GenerationOptions`."""
         from zoo.text.generate import generate
 
         return generate(self, input_ids, attention_mask, **options)
