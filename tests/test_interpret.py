@@ -23,7 +23,7 @@ from zoo import registry
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.components.attention import Attention
 from zoo.errors import InputError, UsageError
-from zoo.interpret import places
+from zoo.interpret import hook_points
 
 ARCHITECTURES = registry.architectures()
 TOKENS = 11
@@ -301,7 +301,7 @@ def test_what_was_not_kept_is_said_by_name() -> None:
     model = build("gpt2")
     _, kept = model.run_with_cache(torch.zeros(1, 2, dtype=torch.int64), names="blocks.*.attn")
     with pytest.raises(
-        UsageError, match=r"blocks\.0\.atn.* not kept\. Did you mean blocks\.0\.attn"
+        UsageError, match=r"blocks\.0\.atn.* not recorded\. Did you mean blocks\.0\.attn"
     ):
         kept["blocks.0.atn"]
     assert kept.get("blocks.0.mlp") is None
@@ -311,10 +311,10 @@ def test_what_never_runs_is_said_by_name() -> None:
     model = build("deberta-v2")
     inputs = given(model)
     table = "distances.embed"  # which is not looked up in, but read as a whole
-    with pytest.raises(UsageError, match=f"{table}: known, and nothing flowed by"):
+    with pytest.raises(UsageError, match=f"{table}: hook points that were not used"):
         model.run_with_cache(**inputs, names=["embed", table])
     with (
-        pytest.raises(UsageError, match=f"{table}: nothing flowed by there, so nothing was"),
+        pytest.raises(UsageError, match=f"{table}: not used in this run, so nothing was"),
         model.patch({table: torch.zeros_like}),
     ):
         model(**inputs)
@@ -322,7 +322,7 @@ def test_what_never_runs_is_said_by_name() -> None:
 
 def test_names_do_not_depend_on_what_is_looked_at(model: Any) -> None:
     """Every name is one that a parameter's begins with, or stands for no parameters."""
-    known = {str(place) for place in places(model)}
+    known = {str(place) for place in hook_points(model)}
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     assert owners - {""} <= known
 
@@ -436,12 +436,12 @@ def test_patches_nest_and_leave_also_by_an_exception() -> None:
     [
         (
             torch.zeros(1, 1),
-            r"blocks\.0\.mlp is float32 \[2, 11, 48\] on cpu, and float32 \[1, 1\]",
+            r"blocks\.0\.mlp: expected float32 \[2, 11, 48\] on cpu, found float32 \[1, 1\]",
         ),
-        (torch.zeros(2, 11, 48).double(), r"float64 \[2, 11, 48\] on cpu cannot stand in"),
-        (lambda x: None, r"NoneType cannot stand in"),
-        (3, r"int cannot stand in"),
-        (lambda x: (x,), r"\(float32 \[2, 11, 48\] on cpu\) cannot stand in"),
+        (torch.zeros(2, 11, 48).double(), r"found float64 \[2, 11, 48\] on cpu"),
+        (lambda x: None, "found NoneType"),
+        (3, "found int"),
+        (lambda x: (x,), r"found \(float32 \[2, 11, 48\] on cpu\)"),
     ],
 )
 def test_values_that_cannot_stand_in(value: Any, told: str) -> None:
@@ -578,7 +578,7 @@ def test_a_prepared_model(tokens: int) -> None:
     torch.testing.assert_close(
         fast.logit_lens(**inputs), plain.logit_lens(**inputs), rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(UsageError, match="other parts: look into it as"):
+    with pytest.raises(UsageError, match="other parts: use the model as"):
         fast.run_with_cache(**inputs, names="blocks.0.attn.q")
     with pytest.raises(UsageError, match="a prepared model has no gradients"):
         fast.run_with_cache(**inputs, grad=True)
@@ -595,10 +595,10 @@ def test_a_part_that_gives_two() -> None:
         assert torch.equal(model(**inputs), plain * 2)
     with model.patch({"model": kept["model"]}):
         assert torch.equal(model(**inputs), plain)
-    wrong = pytest.raises(UsageError, match="cannot stand in")
+    wrong = pytest.raises(UsageError, match="expected .* found")
     with wrong, model.patch({"model": plain}):
         model(**inputs)
-    with pytest.raises(UsageError, match="'pooler' says nothing of its states"):
+    with pytest.raises(UsageError, match="'pooler' has no logits"):
         model.logit_lens(**inputs)
 
 
@@ -668,7 +668,7 @@ def test_the_lens_sees_patches() -> None:
 
 
 def test_the_lens_needs_a_head_and_a_whole_text() -> None:
-    with pytest.raises(UsageError, match="'none' says nothing of its states"):
+    with pytest.raises(UsageError, match="'none' has no logits"):
         build("gpt2", head="none").logit_lens(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(UsageError, match="no cache"):
         build("gpt2").logit_lens(torch.zeros(1, 2, dtype=torch.int64), cache=zoo.Cache(4))

@@ -44,7 +44,7 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, llama2c, unigrams
+from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, llama2c, sentencepiece_file
 
 KINDS = ("gpt2", "qwen2", "llama3", "llama2", "t5", "bert-uncased")
 MORE = ("xlm-roberta", "qwen", "tekken")
@@ -405,7 +405,7 @@ def fairseq(folder: Path) -> Any:
     numbers = range(3, model.get_piece_size())
     pieces = [(model.id_to_piece(n), model.get_score(n)) for n in numbers]
     first = [(text, 0.0) for text in XLM_SPECIALS[:4]]
-    table = unigrams.read_model(path).characters or None
+    table = sentencepiece_file.read_model(path).characters or None
     vocab = [*first, *pieces, ("<mask>", 0.0)]
     return ref.XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=table)
 
@@ -451,7 +451,9 @@ def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
         user_defined_symbols=["foxes"],
         control_symbols=["<ctl>"],
     )
-    assert unigrams.read_model(tmp_path / "x" / "sentencepiece.bpe.model").characters == b""
+    assert (
+        sentencepiece_file.read_model(tmp_path / "x" / "sentencepiece.bpe.model").characters == b""
+    )
     same_as_fairseq(tmp_path / "x", 500, seed=13)
     mine = zoo.tokenizer(tmp_path / "x")
     assert mine.id("<ctl>") in mine.special_tokens.values()
@@ -1194,7 +1196,7 @@ def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None
             text = json.dumps({"version": "1.0", "added_tokens": [], **said}).encode()
         else:
             words = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1)]
-            text = llama2c.model_of(words, falls_back=False) + b"\x12\x02\x18\x01"
+            text = llama2c.sentencepiece_model(words, falls_back=False) + b"\x12\x02\x18\x01"
             text += llama2c._bytes(3, llama2c._bytes(2, data))
         (tmp_path / name).write_bytes(text)
         zoo.tokenizer(tmp_path).encode("a")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from os import PathLike
 
-    from zoo.interpret import Kept
+    from zoo.interpret import Activations
     from zoo.loading import Provenance
     from zoo.lora import Adapter
     from zoo.tokenizers import Tokenizer
@@ -82,7 +82,7 @@ class Model(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Any:
-        """Each prompt with what follows it; options are those of `zoo.text.options.GenerationOptions`."""
+        """Each prompt with what follows it; see `zoo.text.options.GenerationOptions`."""
         from zoo.text.generate import generate
 
         return generate(self, input_ids, attention_mask, **options)
@@ -93,7 +93,7 @@ class Model(nn.Module):
         attention_mask: Tensor | None = None,
         names: str | Iterable[str] = "*",
         **options: Any,
-    ) -> tuple[Any, Kept]:
+    ) -> tuple[Any, Activations]:
         """Its output, and what flowed by at the places of these names (`zoo.interpret`)."""
         from zoo.interpret import run_with_cache
 

@@ -279,7 +279,7 @@ def unpacked(
     """
     from zoo.tokenizers import gguf
 
-    if not gguf.has_one(inside.said):
+    if not gguf.has_vocabulary(inside.said):
         return dict(carried), {}
     try:
         made = gguf.files(inside.said, Path(inside.path.name))
@@ -302,14 +302,14 @@ def exported_files(
     **how: Any,
 ) -> tuple[list[Shard], dict[str, bytes], dict[str, Path]]:
     """(files of tensors, texts, files to carry along), each with the vocabulary it should hold."""
-    from zoo.tokenizers import gguf, llama2c
+    from zoo.tokenizers import gguf, gguf_values, llama2c
 
     if made.container.format == "gguf":
         if MODULES in carried:
             told = "GGUF holds the model alone, and not what is made of its output"
             said["left"] = {MODULES: told}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
-        own = inside is not None and gguf.has_one(inside.said)
+        own = inside is not None and gguf.has_vocabulary(inside.said)
         if inside is not None:
             skipped = {f"general.{name}" for name in OWN_VALUES}
             values |= {
@@ -321,7 +321,7 @@ def exported_files(
             values = {k: v for k, v in values.items() if not k.startswith("tokenizer.")}
             values["tokenizer.ggml.model"] = "no_vocab"
         elif not own:
-            values |= gguf.values_of(carried, vocab)
+            values |= gguf_values.values_of(carried, vocab)
         shards, texts = made.files(items, values=values, **how)
         return shards, texts, licences(carried)
     shards, texts = made.files(items, **how)
@@ -330,7 +330,7 @@ def exported_files(
         kept, more = unpacked(inside, carried, said)
         texts |= more
     if made.container.format == "llama2c" and llama2c.FILE not in kept:
-        text = llama2c.made_of(kept)
+        text = llama2c.from_sentencepiece(kept)
         texts |= {} if text is None else {llama2c.FILE: text}
     return shards, texts, kept
 
@@ -614,7 +614,7 @@ def companions_of(
     directory: Path, file: Path | None, container: Container | None
 ) -> dict[str, Path]:
     """Likewise of a checkpoint in any dialect; of a file that was given alone, its tokenizer."""
-    from zoo.tokenizers.reading import beside
+    from zoo.tokenizers.load import beside
 
     if file is None:
         held = companions(directory)

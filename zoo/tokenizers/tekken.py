@@ -10,11 +10,11 @@ from typing import Any
 
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.bytelevel import ByteLevel, ranked
-from zoo.tokenizers.engines import MOST_ADDED, Added, place
+from zoo.tokenizers.engines import MOST_ADDED, Added, assign_ids
 from zoo.tokenizers.patterns import why_slow
 from zoo.tokenizers.settings import parse_vocabulary, read_bytes
 
-# what a file of these versions means that lists none
+# versions whose files list no special tokens, and the tokens that they mean
 _UNLISTED = ("v1", "v2", "v3", "v7")
 _SPECIALS = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
@@ -22,20 +22,21 @@ _SPECIALS = (
     *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
     "[TOOL_CONTENT]",
 )
-# a pattern that fits a part of a text leaves the rest out
+# a pattern that matches only parts of a text would lose the rest
 _PROBE = "It's Él, 12345 ways… (漢字)\n\n\tif x_1 != '😀':  \r\n"
 
 
 def from_tekken(path: Path, wanted: Iterable[Added]) -> ByteLevel:
-    found = parse_vocabulary(read_bytes(path), path)
-    config: dict[str, Any] = found["config"] if isinstance(found.get("config"), dict) else {}
-    vocab = found["vocab"] if isinstance(found.get("vocab"), list) else []
+    """Read a tekken.json."""
+    data = parse_vocabulary(read_bytes(path), path)
+    config: dict[str, Any] = data["config"] if isinstance(data.get("config"), dict) else {}
+    vocab = data["vocab"] if isinstance(data.get("vocab"), list) else []
     size: Any = config.get("default_vocab_size")
     special: Any = config.get("default_num_special_tokens")
     _refuse(path, _shape_problems(config.get("pattern"), vocab, size, special))
     entries = vocab[: size - special]  # a file may hold more than are used
     _refuse(path, _entry_problems(entries))
-    listed: Any = found.get("special_tokens")
+    listed: Any = data.get("special_tokens")
     if listed is None and config.get("version") in _UNLISTED:
         listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(_SPECIALS)]
     _refuse(path, _special_problems(listed, special))
@@ -45,7 +46,7 @@ def from_tekken(path: Path, wanted: Iterable[Added]) -> ByteLevel:
     wanted = list(wanted)
     there = {token.text for token in wanted}
     own = [Added(text, id) for text, id in ids.items() if text not in there]
-    added = place([*wanted, *own], ids, size, path)
+    added = assign_ids([*wanted, *own], ids, size, path)
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in entries]
     engine = ranked(tokens, config["pattern"], added, path, first=special)
     if (kept := engine.decode(engine.encode(_PROBE, special=False))) != _PROBE:
@@ -56,8 +57,8 @@ def from_tekken(path: Path, wanted: Iterable[Added]) -> ByteLevel:
 def _refuse(path: Path, problems: Iterable[str]) -> None:
     if problems := list(problems):
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-        told = [f"{path}: not what Mistral writes:", *problems[:20], *more]
-        raise BadTokenizer("\n  ".join(told))
+        lines = [f"{path}: not what Mistral writes:", *problems[:20], *more]
+        raise BadTokenizer("\n  ".join(lines))
 
 
 def _shape_problems(pattern: Any, vocab: Sequence[Any], size: Any, special: Any) -> Iterator[str]:
@@ -70,8 +71,10 @@ def _shape_problems(pattern: Any, vocab: Sequence[Any], size: Any, special: Any)
     if type(special) is not int or not 0 <= special <= MOST_ADDED:
         yield f"config.default_num_special_tokens: expected a count, found {special!r}"
     elif type(size) is not int or not special < size <= special + len(vocab):
-        told = f"expected at most {special} special tokens and {len(vocab)} others, found {size!r}"
-        yield f"config.default_vocab_size: {told}"
+        problem = (
+            f"expected at most {special} special tokens and {len(vocab)} others, found {size!r}"
+        )
+        yield f"config.default_vocab_size: {problem}"
 
 
 def _entry_problems(entries: Sequence[Any]) -> Iterator[str]:
@@ -82,14 +85,14 @@ def _entry_problems(entries: Sequence[Any]) -> Iterator[str]:
         try:
             base64.b64decode(entry.get("token_bytes", 0), validate=True)
         except (binascii.Error, TypeError, ValueError):
-            told = repr(entry.get("token_bytes"))[:40]
-            yield f"vocab.{rank}: token_bytes: expected base64, found {told}"
+            value = repr(entry.get("token_bytes"))[:40]
+            yield f"vocab.{rank}: token_bytes: expected base64, found {value}"
 
 
 def _special_problems(listed: Any, count: int) -> Iterator[str]:
     if not isinstance(listed, list):
-        told = "nothing, which only early versions may" if listed is None else repr(listed)[:40]
-        yield f"special_tokens: expected a list, found {told}"
+        problem = "nothing, which only early versions may" if listed is None else repr(listed)[:40]
+        yield f"special_tokens: expected a list, found {problem}"
         return
     if len(listed) > count:
         yield f"special_tokens: {len(listed)}, and config.default_num_special_tokens is {count}"
@@ -99,17 +102,17 @@ def _special_problems(listed: Any, count: int) -> Iterator[str]:
         entry = entry if isinstance(entry, dict) else {}
         rank, text = entry.get("rank"), entry.get("token_str")
         if type(rank) is not int or not 0 <= rank < len(listed) or rank in ranks:
-            told = f"expected each of 0..{len(listed) - 1} once, found {str(rank)[:20]}"
-            yield f"special_tokens.{n}: rank: {told}"
+            problem = f"expected each of 0..{len(listed) - 1} once, found {str(rank)[:20]}"
+            yield f"special_tokens.{n}: rank: {problem}"
         else:
             ranks.add(rank)
         if not isinstance(text, str) or not text or text in texts:
-            told = f"expected a text of its own, found {repr(text)[:40]}"
-            yield f"special_tokens.{n}: token_str: {told}"
+            problem = f"expected a text of its own, found {repr(text)[:40]}"
+            yield f"special_tokens.{n}: token_str: {problem}"
         else:
             texts.add(text)
 
 
 def _filler(id: int) -> str:
-    """What a special token is called that the file leaves out."""
+    """The name of a special token that the file does not list."""
     return f"<SPECIAL_{id}>"

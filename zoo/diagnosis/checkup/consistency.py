@@ -104,7 +104,7 @@ def vocabulary(found: Opened) -> Iterator[Finding]:
     rows = getattr(found.config, "vocab", None)
     if rows is None or found.located is None:
         return
-    from zoo.tokenizers.reading import read
+    from zoo.tokenizers.load import read
 
     try:
         count = read(found.place).vocab_size
