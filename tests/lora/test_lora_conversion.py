@@ -20,8 +20,8 @@ from converters.manifest import NAME, check
 from zoo.cli.app import main
 from zoo.errors import NotACheckpoint, PlanError, UsageError
 from zoo.lora.files import Factors
-from zoo.lora.merging import Low, Merged, Part, product
-from zoo.lora.places import Place
+from zoo.lora.merging import FactorSlice, LowRankUpdate, Merged, product
+from zoo.lora.targets import TargetMatrix
 from zoo.parity.reference import Reference
 
 ROOT = Path(__file__).parents[2]
@@ -159,9 +159,9 @@ def test_no_more_is_made_than_is_looked_at(embedding: bool) -> None:
     size = 200_000
     a, b = torch.randn(2, size), torch.randn(size, 2)
     every = torch.arange(size)
-    part = Part(Place("x", None, (0, every), (1, every)), every, every)
+    part = FactorSlice(TargetMatrix("x", None, (0, every), (1, every)), every, every)
     array = Decoded((size, size), torch.float32, lambda rows, columns: torch.ones(1, 1))
-    merged = Merged(array, [Low(part, Factors(a, b, 0.5, embedding))])
+    merged = Merged(array, [LowRankUpdate(part, Factors(a, b, 0.5, embedding))])
     found = merged.matrix(slice(150_001, 150_004), slice(7, 900))
     rows, columns = (a.mT, b.mT) if embedding else (b, a)
     wanted = 1 + rows[150_001:150_004] @ columns[:, 7:900] * 0.5

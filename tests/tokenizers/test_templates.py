@@ -172,7 +172,7 @@ def test_values_come_and_go_as_they_are() -> None:
     deep: list[object] = []
     for _ in range(5000):
         deep = [deep]
-    with pytest.raises(TemplateError, match="here: is given values that nest too deeply"):
+    with pytest.raises(TemplateError, match="here: the messages or variables nest too deeply"):
         rendered("{{ 1 }}", x=deep)
 
 

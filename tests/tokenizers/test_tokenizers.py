@@ -620,7 +620,7 @@ def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "QWenTokenizer"}')
     assert zoo.tokenizer(tmp_path).eos == count
     shutil.copyfile(made / "qwen" / "qwen.tiktoken", tmp_path / "qwen.tiktoken")
-    with pytest.raises(BadTokenizer, match=r"other\.tiktoken, qwen\.tiktoken, and one"):
+    with pytest.raises(BadTokenizer, match=r"one file of ranks, found other\.tiktoken, qwen\.tiktoken"):
         zoo.tokenizer(tmp_path)
     (tmp_path / "other.tiktoken").unlink()
     assert zoo.tokenizer(tmp_path).eos == count
@@ -778,7 +778,7 @@ def test_ids_that_stand_for_nothing(tmp_path: Path) -> None:
     mine = zoo.tokenizer(tmp_path / "x")
     ids = [1, 35, 40 + 0xC3, 35, 40 + 0xA9, 35]
     assert mine.decode(ids) == streamed(mine, ids) == "1é"
-    with pytest.raises(TokenIdError, match="35 stands for nothing"):
+    with pytest.raises(TokenIdError, match="35 has no token"):
         mine.token(35)
 
 
@@ -1122,7 +1122,7 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("qwen", "qwen.tiktoken", lambda d: d[: d.index(b" 200\n")], "line 201"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d[:-1], "it ends within"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x0a\x00", "without text"),
-        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "bytes are exp"),
+        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "expected bytes"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + d, "its first pieces"),
         (
             "xlm-roberta",
@@ -1205,7 +1205,7 @@ def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None
         told = "INTERNAL"
     else:
         read(table())
-        told = "a table .*for characters"
+        told = "a character map"
     with pytest.raises(BadTokenizer, match=f"{name}.*{told}"):
         read(TABLES[case])
 
@@ -1213,7 +1213,7 @@ def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None
 def test_files_too_large_are_not_read(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "gpt2", tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "vocab.bpe", 1 << 40)
-    with pytest.raises(BadTokenizer, match="more than the"):
+    with pytest.raises(BadTokenizer, match="larger than the"):
         zoo.tokenizer(tmp_path)
 
 
@@ -1350,7 +1350,7 @@ def test_no_template(talker: Tokenizer) -> None:
 
 def test_what_a_template_is_given(talker: Tokenizer) -> None:
     """Plain values alone: an object's methods might do anything."""
-    with pytest.raises(TemplateError, match="is given a"):
+    with pytest.raises(TemplateError, match="expected texts, numbers, lists and mappings, found a"):
         talker.chat([{"role": "user", "content": Path()}], template="{{ 1 }}")
     odd = type("Odd", (str,), {"harm": lambda self: "done"})("text")
     with pytest.raises(TemplateError):
