@@ -297,12 +297,12 @@ def test_arrays_that_several_modules_read_take_no_factors(tmp_path: Path) -> Non
             f"base_model.model.{name}.lora_embedding_B": torch.ones(dim, 3),
         }
         save_file({**made.factors, **more}, config, {"format": "pt"})
-        with pytest.raises(PlanError, match=f"{name}: an array that several modules read"):
+        with pytest.raises(PlanError, match=f"{name}: several modules share this array"):
             zoo.load(made.base, adapter=made.adapter)
     size = load_file(made.base / "model.safetensors")["shared.weight"].shape
     more = {"base_model.model.encoder.embed_tokens.weight": torch.ones(size)}
     save_file({**made.factors, **more}, config, {"format": "pt"})
-    with pytest.raises(PlanError, match=r"changed apart from shared.weight, and one array"):
+    with pytest.raises(PlanError, match=r"differs from shared.weight, and both are one array"):
         zoo.load(made.base, adapter=made.adapter)
 
 
@@ -314,7 +314,7 @@ def test_tables_that_are_read_whole_take_no_factors(tmp_path: Path) -> None:
     more = {f"{begin}A": torch.ones(3, size[0]), f"{begin}B": torch.ones(size[1], 3)}
     place = made.adapter / "adapter_model.safetensors"
     save_file({**made.factors, **more}, place, {"format": "pt"})
-    with pytest.raises(PlanError, match=r"distances.embed.weight is read as it lies"):
+    with pytest.raises(PlanError, match=r"distances.embed.weight is read directly"):
         zoo.load(made.base, adapter=made.adapter)
 
 
@@ -402,14 +402,14 @@ def test_configs_that_are_refused(field: str, value: Any, told: str, tmp_path: P
 
 
 def test_patterns_and_modules_by_the_thousand_are_refused(monkeypatch: Any) -> None:
-    settings = files.Settings(2, 4, ranks={f"a{n}": 2 for n in range(1000)})
+    settings = files.AdapterSettings(2, 4, ranks={f"a{n}": 2 for n in range(1000)})
     (problem,) = files._too_many(settings, [f"b{n}" for n in range(2000)])
     assert problem == f"1000 patterns for 2000 modules: more than {files.MOST_TRIES} pairs of them"
     (problem,) = files._too_many(settings, ["b" * 1000])
     assert "a name of 1000 characters" in problem
     (problem,) = files._too_many(settings, ["b\nc"])
     assert "a name of several lines" in problem
-    assert not list(files._too_many(files.Settings(2, 4), ["b" * 1000] * 5000))
+    assert not list(files._too_many(files.AdapterSettings(2, 4), ["b" * 1000] * 5000))
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_tensors_that_are_refused(tmp_path: Path) -> None:
         assert not any(isinstance(part, Lora) for part in model.modules())
     with pytest.raises(NotACheckpoint, match="no adapter"):
         model.load_adapter(tmp_path)
-    with pytest.raises(NotACheckpoint, match="an adapter is read from one on this disk"):
+    with pytest.raises(NotACheckpoint, match="an adapter is read from a local directory"):
         model.load_adapter("hf:org/adapter")
 
 

@@ -13,7 +13,7 @@ from zoo.components.cache import Cache
 from zoo.components.masks import Mask
 from zoo.components.norm import OffsetRMSNorm, RMSNorm
 from zoo.components.rotary import turn
-from zoo.prepared import kernels, prepare
+from zoo.prepared import fused, kernels, packed
 
 DTYPES = (torch.float32, torch.bfloat16)
 NONE = pytest.mark.skipif(kernels.library() is None, reason="no C compiler is here")
@@ -23,15 +23,15 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def packed(weight: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, prepare.MANY)
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, packed.MANY)
     return out
 
 
-def blocks_of(weight: torch.Tensor, bias: torch.Tensor | None) -> kernels.Blocks:
-    if not prepare.has_onednn(weight.dtype):
+def blocks_of(weight: torch.Tensor, bias: torch.Tensor | None) -> kernels.PackedBlocks:
+    if not packed.has_onednn(weight.dtype):
         pytest.skip(f"oneDNN packs no {weight.dtype} here")
-    blocks = kernels.Blocks.of(packed(weight), weight, bias)
+    blocks = kernels.PackedBlocks.of(pack(weight), weight, bias)
     if blocks is None:
         pytest.skip("oneDNN has another order on this machine")
     return blocks
@@ -50,7 +50,7 @@ def test_blocks(shape: tuple[int, int], biased: bool, dtype: torch.dtype) -> Non
     for rows in (1, 2, 3, 4, 5, 8, 9):
         x = drawn(2, rows, shape[1], dtype=dtype)
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        theirs = torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
+        theirs = torch.ops.mkldnn._linear_pointwise(x, pack(weight), bias, "none", [], "")
         for out in (torch.float32, dtype):
             got = blocks.product(x, out)
             assert got.dtype == out
@@ -94,9 +94,9 @@ def test_another_order_is_seen(shape: tuple[int, int]) -> None:
     for start in (0, len(weight) - 1):  # the first block, the last one
         other = weight.clone()
         other[start, 0] += 1
-        assert kernels.Blocks.of(packed(other), weight, None) is None
+        assert kernels.PackedBlocks.of(packed(other), weight, None) is None
     one = torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # row by row, in fp32
-    assert kernels.Blocks.of(one, weight, None) is None
+    assert kernels.PackedBlocks.of(one, weight, None) is None
 
 
 @NONE
@@ -105,7 +105,7 @@ def test_where_the_looked_at_blocks_are_plain_all_are_looked_at() -> None:
     other = weight.clone()
     other[64:128] = drawn(64, 32)
     blocks_of(weight, None)
-    assert kernels.Blocks.of(packed(other), weight, None) is None
+    assert kernels.PackedBlocks.of(packed(other), weight, None) is None
 
 
 @NONE
@@ -129,7 +129,7 @@ def test_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @NONE
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bytes_of_what_is_not_finite(value: float) -> None:
-    layer = prepare.Int8(drawn(64, 64), None)
+    layer = packed.Int8(drawn(64, 64), None)
     x = torch.ones(1, 64)
     x[0, 3] = value
     assert not layer(x).isfinite().any()
@@ -171,7 +171,7 @@ def test_norms(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> None:
     plain.weight.copy_(drawn(d))
     x = drawn(2, 3, 2 * d, dtype=dtype)[..., ::2]
     exact = deepcopy(plain).double()(x.double())
-    quick = prepare.QuickNorm(plain)
+    quick = fused.QuickNorm(plain)
     got = quick(x)
     assert got.dtype == dtype
     assert rms(got - exact) <= 1.1 * rms(plain(x) - exact) + 1e-12
@@ -188,7 +188,7 @@ def test_turning(own: bool, rest: int, dtype: torch.dtype) -> None:
     x = drawn(3, 1, 5, 16 + rest, dtype=dtype).transpose(1, 2)
     cos, sin = (drawn(3 if own else 1, 1, 1, 8 + n, dtype=dtype)[..., :8] for n in (1, 2))
     exact = turn(x.double(), cos.double(), sin.double())
-    got = kernels.turn(x, cos.contiguous(), sin.contiguous())
+    got = kernels.rotate(x, cos.contiguous(), sin.contiguous())
     assert rms(got - exact) <= 1.1 * rms(turn(x, cos, sin) - exact)
 
 
@@ -228,7 +228,7 @@ def test_a_compiler_that_makes_nothing_is_none(monkeypatch: pytest.MonkeyPatch) 
 @NONE
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_who_goes_through_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = prepare.OneDNN(drawn(128, 64), drawn(128), F.silu)
+    layer = packed.OneDNN(drawn(128, 64), drawn(128), F.silu)
     if layer.blocks is None:
         pytest.skip("oneDNN has another order on this machine")
     calls: list[int] = []

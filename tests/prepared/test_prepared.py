@@ -18,9 +18,11 @@ import zoo
 from zoo import registry
 from zoo.checkpoints.sentences import Pooling, SentenceModel
 from zoo.components.cache import Cache
+from zoo.components.heads import LOGITS
 from zoo.errors import MissingDependency, UsageError
 from zoo.parity import fixtures
 from zoo.prepared import prepare
+from zoo.prepared.last_only import last_only
 from zoo.text.inference import headless
 
 TOKENS = 33
@@ -65,7 +67,7 @@ def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
         for out in run(model, ids, mask):
             places = out.ndim > 1 and out.shape[1] == TOKENS
             yield (out[real] if places else out).double().flatten()
-        if "cache" not in accepts or model.config.head not in ("none", *prepare.LOGITS):
+        if "cache" not in accepts or model.config.head not in ("none", *LOGITS):
             continue
         if (model.config.limit_cached or TOKENS) < TOKENS:
             continue
@@ -130,7 +132,7 @@ def test_int8_says_what_it_loses(name: str) -> None:
     assert loss.tokens == ids.numel()
     apart = ((after - before).abs() / before.square().mean().sqrt()).max().item()
     assert loss.worst == pytest.approx(apart, rel=1e-6) or loss.worst > apart
-    assert (loss.kl is not None) == (model.config.head in prepare.LOGITS)
+    assert (loss.kl is not None) == (model.config.head in LOGITS)
 
 
 def test_what_loses_nothing_reports_no_loss() -> None:
@@ -241,7 +243,7 @@ def test_no_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_last_only(name: str, fast: bool) -> None:
     model = build(name).eval()
-    if model.config.head not in prepare.LOGITS:
+    if model.config.head not in LOGITS:
         with pytest.raises(UsageError, match="last_only"):
             zoo.prepare(model, last_only=True)
         assert not prepare.is_prepared(model)
@@ -256,7 +258,7 @@ def test_last_only(name: str, fast: bool) -> None:
                 TOKENS - 1 if mask is None else int(row.nonzero().max())
                 for row in masked(mask, ids)
             ]
-            with prepare.last_only(model):
+            with last_only(model):
                 (out,) = run(model, ids, mask)
             torch.testing.assert_close(out[:, 0], whole[torch.arange(len(ids)), last])
             assert run(model, ids, mask)[0].shape == whole.shape
@@ -276,7 +278,7 @@ def test_last_only_for_good() -> None:
         mask = torch.ones_like(ids)
         model(ids[:, :6], mask[:, :6], cache=past)
         torch.testing.assert_close(model(ids[:, 6:], mask, cache=past), whole[:, -1:])
-        with prepare.last_only(model):
+        with last_only(model):
             torch.testing.assert_close(model(ids), whole[:, -1:])
 
 
@@ -374,6 +376,6 @@ def test_prepared_and_compiled(
     assert counters["stats"]["unique_graphs"] == 2
     with (
         pytest.raises(UsageError, match="compiled"),
-        prepare.last_only(zoo.prepare(build(name), compile=True)),
+        last_only(zoo.prepare(build(name), compile=True)),
     ):
         pass
