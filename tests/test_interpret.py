@@ -66,7 +66,7 @@ def layers(model: Any) -> str:
 # --- what flows by -------------------------------------------------------------------------------
 
 
-def test_looking_changes_nothing(model: Any) -> None:
+def test_recording_does_not_change_the_output(model: Any) -> None:
     plain = model(**given(model))
     out, kept = model.run_with_cache(**given(model), names=["*", "*:*"])
     assert same(out, plain) and untouched(model)
@@ -74,7 +74,7 @@ def test_looking_changes_nothing(model: Any) -> None:
     assert {f"{layers(model)}.0", f"{layers(model)}.0.attn:pattern", "embed"} <= kept.keys()
 
 
-def test_patterns_hide_nothing(model: Any) -> None:
+def test_recording_patterns_records_everything_else_too(model: Any) -> None:
     """What is made once for all layers, such as T5's distances, is made in the model's own run."""
     _, alone = model.run_with_cache(**given(model))
     _, beside = model.run_with_cache(**given(model), names=["*", "*:pattern"])
@@ -83,7 +83,7 @@ def test_patterns_hide_nothing(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "deberta", "t5"])
-def test_looking_draws_no_random_numbers(name: str) -> None:
+def test_recording_draws_no_random_numbers(name: str) -> None:
     """Where a model drops out, it drops the same whether anybody looks or not."""
     model = hot(build(name)).train()
     outs = []
@@ -94,11 +94,11 @@ def test_looking_draws_no_random_numbers(name: str) -> None:
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
 
 
-def test_patterns_are_what_attention_did(model: Any) -> None:
+def test_patterns_reproduce_the_heads(model: Any) -> None:
     _, kept = model.run_with_cache(**given(model), names=[*HEADED, "*attn.out:in"])
-    found = [name for name in kept if ":pattern" in name]
-    assert len(found) >= sum(isinstance(m, Attention) for m in model.modules())
-    for name in found:
+    names = [name for name in kept if ":pattern" in name]
+    assert len(names) >= sum(isinstance(m, Attention) for m in model.modules())
+    for name in names:
         of = {what: kept[name.replace("pattern", what)] for what in ("q", "k", "v", "heads")}
         pattern, groups = kept[name], of["q"].shape[1] // of["v"].shape[1]
         assert pattern.shape == (*of["q"].shape[:3], of["k"].shape[2])
@@ -111,7 +111,7 @@ def test_patterns_are_what_attention_did(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "neox", "falcon", "mistral"])
-def test_patterns_look_back_and_at_no_padding(name: str) -> None:
+def test_patterns_are_causal_and_ignore_padding(name: str) -> None:
     model = hot(build(name))
     _, kept = model.run_with_cache(**given(model), names="*:pattern")
     for pattern in kept.values():
@@ -128,7 +128,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("entry", "variant"), VARIANTS)
-def test_every_variant(entry: registry.Architecture, variant: str) -> None:
+def test_patterns_of_every_variant(entry: registry.Architecture, variant: str) -> None:
     """Caps, windows, chunks, biases: a pattern is what its kernel does, and the lens ends right."""
     published = entry.variants[variant]["config"]
     fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
@@ -149,7 +149,7 @@ def test_every_variant(entry: registry.Architecture, variant: str) -> None:
         assert same(tuple(x[-1] for x in flat(model.logit_lens(**inputs))), tuple(flat(plain)))
 
 
-def test_patterns_are_those_of_the_formula() -> None:
+def test_patterns_match_the_formula() -> None:
     """Once by hand, for grouped heads that are turned."""
     model = hot(build("llama")).double()
     _, kept = model.run_with_cache(**given(model, padded=False), names="blocks.1.attn:*")
@@ -162,7 +162,7 @@ def test_patterns_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2", "t5"])
-def test_distances_are_seen_and_patched(name: str) -> None:
+def test_distances_are_recorded_and_patched(name: str) -> None:
     """Once a run, however many layers; of DeBERTa the vectors, and which of them stand where."""
     model = hot(build(name)).double()
     inputs, place = given(model), "encoder.distances" if name == "t5" else "distances"
@@ -189,7 +189,7 @@ def test_distances_are_seen_and_patched(name: str) -> None:
         torch.testing.assert_close(elsewhere.flip(1), without)
 
 
-def test_a_window_is_in_the_pattern() -> None:
+def test_patterns_show_the_sliding_window() -> None:
     model = hot(build("mistral", window=4))
     _, kept = model.run_with_cache(**given(model, padded=False), names="*:pattern")
     assert all(
@@ -220,7 +220,7 @@ def test_patterns_with_a_cache(name: str, tokens: int) -> None:
         torch.testing.assert_close(x, rows, rtol=1e-9, atol=1e-12)
 
 
-def test_what_runs_again_has_a_number() -> None:
+def test_a_second_run_of_a_module_has_a_number() -> None:
     model = hot(build("mobilellm", twice=True))
     _, kept = model.run_with_cache(**given(model), names=["blocks.0", "blocks.1:in", "norm:in"])
     assert [*kept] == ["blocks.0", "blocks.0@2", "blocks.1:in", "blocks.1:in@2", "norm:in"]
@@ -235,7 +235,7 @@ def test_a_layer_that_is_used_for_the_pattern_alone_counts_once() -> None:
     assert [*plain] == [name for name in kept if ":" not in name]
 
 
-def test_gradients_are_kept_where_they_are_asked_for(model: Any) -> None:
+def test_gradients_are_kept_on_request(model: Any) -> None:
     """Also those of patterns, through which nothing flows when nobody asks."""
     inputs = given(model)
     names = [f"{layers(model)}.0.attn", f"{layers(model)}.0.attn:pattern", "embed"]
@@ -267,7 +267,7 @@ def test_nothing_is_copied_or_attached() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         ("blocks.*.atn", r"'blocks\.\*\.atn' matches nothing\. Did you mean blocks\.\*\.attn"),
         ("blocks.1.mlp.dwn", r"Did you mean blocks\.1\.mlp\.down"),
@@ -280,24 +280,24 @@ def test_nothing_is_copied_or_attached() -> None:
         ("blocks", r"matches nothing"),
     ],
 )
-def test_a_name_that_is_none(names: Any, told: str) -> None:
+def test_names_that_match_nothing_are_refused(names: Any, message: str) -> None:
     model = build("gpt2")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         model.run_with_cache(torch.zeros(1, 2, dtype=torch.int64), names=names)
     if isinstance(names, str):
-        with pytest.raises(UsageError, match=told), model.patch({names: torch.zeros_like}):
+        with pytest.raises(UsageError, match=message), model.patch({names: torch.zeros_like}):
             pass
     assert untouched(model)
 
 
-def test_texts_are_told_how_to_become_ids() -> None:
+def test_a_text_instead_of_ids_is_refused() -> None:
     model = build("gpt2")
-    for told in (model.run_with_cache, model.logit_lens, model):
+    for function in (model.run_with_cache, model.logit_lens, model):
         with pytest.raises(InputError, match=r"found str\. Of texts, m\.tokenizer\.batch"):
-            told("a text")
+            function("a text")
 
 
-def test_what_was_not_kept_is_said_by_name() -> None:
+def test_an_activation_not_recorded_is_named() -> None:
     model = build("gpt2")
     _, kept = model.run_with_cache(torch.zeros(1, 2, dtype=torch.int64), names="blocks.*.attn")
     with pytest.raises(
@@ -307,7 +307,7 @@ def test_what_was_not_kept_is_said_by_name() -> None:
     assert kept.get("blocks.0.mlp") is None
 
 
-def test_what_never_runs_is_said_by_name() -> None:
+def test_a_hook_point_not_used_is_named() -> None:
     model = build("deberta-v2")
     inputs = given(model)
     table = "distances.embed"  # which is not looked up in, but read as a whole
@@ -320,11 +320,11 @@ def test_what_never_runs_is_said_by_name() -> None:
         model(**inputs)
 
 
-def test_names_do_not_depend_on_what_is_looked_at(model: Any) -> None:
+def test_hook_points_do_not_depend_on_hooks(model: Any) -> None:
     """Every name is one that a parameter's begins with, or stands for no parameters."""
-    known = {str(place) for place in hook_points(model)}
+    names = {str(place) for place in hook_points(model)}
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    assert owners - {""} <= known
+    assert owners - {""} <= names
 
 
 # --- patches -------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def test_a_patch_from_another_run_gives_that_runs_output(model: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["", ":in", ":q", ":v", ":pattern", ":heads"])
-def test_every_place_can_be_patched(model: Any, what: str) -> None:
+def test_every_hook_point_can_be_patched(model: Any, what: str) -> None:
     name, inputs = f"{layers(model)}.0.attn{what}", given(model)
     with torch.no_grad():
         plain = flat(model(**inputs))[0]
@@ -385,7 +385,7 @@ def test_a_pattern_knocked_out() -> None:
 
 @pytest.mark.parametrize("what", [":in", ":q", ":v", ":pattern", ":heads", ""])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_function_may_write_to_what_it_is_given(what: str, mode: Any) -> None:
+def test_a_patch_function_may_write_in_place(what: str, mode: Any) -> None:
     """It counts as if it had made another, and what others read stays as it is."""
     model = hot(build("llama"))
     inputs, name = given(model), f"blocks.1.attn{what}"
@@ -404,7 +404,7 @@ def test_a_function_may_write_to_what_it_is_given(what: str, mode: Any) -> None:
     assert kept["blocks.1.norm1"][..., 0].any() and not kept[name][..., 0].any()
 
 
-def test_a_function_that_writes_leaves_the_cache() -> None:
+def test_an_in_place_patch_leaves_the_cache() -> None:
     """Values lie in the key-value cache: a patch says what flows on, not what was."""
     model, past = hot(build("llama")), zoo.Cache(TOKENS)
     ids = given(model, padded=False)["input_ids"]
@@ -415,7 +415,7 @@ def test_a_function_that_writes_leaves_the_cache() -> None:
         assert kept["blocks.0.attn:v"][:, :, :-1].abs().amin(dim=-1).gt(0).any()
 
 
-def test_patches_nest_and_leave_also_by_an_exception() -> None:
+def test_patches_nest_and_end_with_an_exception() -> None:
     model = hot(build("gpt2"))
     inputs = given(model)
     plain = model(**inputs)
@@ -432,7 +432,7 @@ def test_patches_nest_and_leave_also_by_an_exception() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (
             torch.zeros(1, 1),
@@ -444,13 +444,13 @@ def test_patches_nest_and_leave_also_by_an_exception() -> None:
         (lambda x: (x,), r"found \(float32 \[2, 11, 48\] on cpu\)"),
     ],
 )
-def test_values_that_cannot_stand_in(value: Any, told: str) -> None:
+def test_patches_of_another_shape_or_dtype_are_refused(value: Any, message: str) -> None:
     model = build("gpt2")
     width = model.config.dim
     if isinstance(value, Tensor) and value.shape[-1] == 48:
         value = value[..., :1].expand(2, 11, width)
-    told = told.replace("48", str(width))
-    with pytest.raises(UsageError, match=told), model.patch({"blocks.0.mlp": value}):
+    message = message.replace("48", str(width))
+    with pytest.raises(UsageError, match=message), model.patch({"blocks.0.mlp": value}):
         model(**given(model))
     assert untouched(model)
 
@@ -477,7 +477,7 @@ def test_generation_is_patched(name: str) -> None:
     assert len(blocks) > 1 and torch.equal(model.generate(ids, **options), patched)
 
 
-def test_another_thread_sees_no_patch() -> None:
+def test_other_threads_see_no_patch() -> None:
     model = hot(build("llama"))
     inputs = given(model)
     plain = model(**inputs)
@@ -487,7 +487,7 @@ def test_another_thread_sees_no_patch() -> None:
         assert not torch.allclose(model(**inputs), plain)
 
 
-def test_threads_look_at_once() -> None:
+def test_threads_record_at_once() -> None:
     model = hot(build("llama"))
     inputs = given(model)
 
@@ -495,15 +495,15 @@ def test_threads_look_at_once() -> None:
         return [*model.run_with_cache(**inputs, names=["*", "*:*"])[1]]
 
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(look, range(12)))
-    assert all(names == found[0] for names in found) and untouched(model)
+        results = list(threads.map(look, range(12)))
+    assert all(names == results[0] for names in results) and untouched(model)
 
 
 # --- compiled, prepared, wrapped -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_compiled_code_is_looked_into_as_it_is_written(name: str) -> None:
+def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
     """Whether it was compiled before or not; and nothing is compiled anew for it."""
     model = hot(build(name))
     inputs, graphs = given(model, padded=False), list[Any]()
@@ -522,16 +522,16 @@ def test_compiled_code_is_looked_into_as_it_is_written(name: str) -> None:
         assert not graphs
         plain = compiled(**inputs)
         assert len(graphs) == 1
-        for change, said in zip(changes, expected, strict=True):
+        for change, result in zip(changes, expected, strict=True):
             with model.patch(change):
-                assert torch.equal(compiled(**inputs), said)
-            assert not torch.allclose(said, plain)
+                assert torch.equal(compiled(**inputs), result)
+            assert not torch.allclose(result, plain)
             _, kept = compiled.run_with_cache(**inputs, names=change)
             assert [*kept] == [*change]
         assert torch.equal(compiled(**inputs), plain) and len(graphs) == 1
 
 
-def test_the_lens_on_a_model_compiled_in_place() -> None:
+def test_logit_lens_of_a_compiled_model() -> None:
     model = hot(build("gpt2"))
     expected = model.logit_lens(**given(model))
     model.compile(backend="eager")
@@ -557,7 +557,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_what_is_compiled_within_a_patch_does_not_keep_it(root: Path) -> None:
+def test_compiled_code_does_not_keep_a_patch(root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILED_WITHIN], cwd=root, capture_output=True, text=True
     )
@@ -565,7 +565,7 @@ def test_what_is_compiled_within_a_patch_does_not_keep_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_a_prepared_model(tokens: int) -> None:
+def test_prepared_models_are_recorded_and_patched(tokens: int) -> None:
     plain, fast = hot(build("llama")), zoo.prepare(hot(build("llama")))
     names = ["blocks.[0-9]", "blocks.*.attn:*"]
     inputs = given(plain, padded=False)
@@ -584,7 +584,7 @@ def test_a_prepared_model(tokens: int) -> None:
         fast.run_with_cache(**inputs, grad=True)
 
 
-def test_a_part_that_gives_two() -> None:
+def test_modules_with_two_outputs_are_patched() -> None:
     """Such as the model within a sentence model."""
     model = SentenceModel(hot(build("bert", head="pooler")), [], [])
     inputs = given(model)
@@ -595,7 +595,7 @@ def test_a_part_that_gives_two() -> None:
         assert torch.equal(model(**inputs), plain * 2)
     with model.patch({"model": kept["model"]}):
         assert torch.equal(model(**inputs), plain)
-    wrong = pytest.raises(UsageError, match="expected .* found")
+    wrong = pytest.raises(UsageError, match=r"expected .* found")
     with wrong, model.patch({"model": plain}):
         model(**inputs)
     with pytest.raises(UsageError, match="'pooler' has no logits"):
@@ -605,22 +605,22 @@ def test_a_part_that_gives_two() -> None:
 # --- the lens ------------------------------------------------------------------------------------
 
 
-def test_the_lens_ends_with_what_the_model_says(model: Any) -> None:
+def test_logit_lens_ends_with_the_models_output(model: Any) -> None:
     inputs = given(model)
     with torch.no_grad():
         out = model(**inputs)
     if model.config.head in model.headless:
         pytest.skip("no head")
-    said, blocks = model.logit_lens(**inputs), len(model.get_submodule(layers(model)))
-    assert torch.equal(said[-1], out) and untouched(model)
-    assert said.shape == (blocks + 1, *out.shape)
-    assert not any(torch.allclose(a, b) for a, b in pairwise(said))
+    logits, blocks = model.logit_lens(**inputs), len(model.get_submodule(layers(model)))
+    assert torch.equal(logits[-1], out) and untouched(model)
+    assert logits.shape == (blocks + 1, *out.shape)
+    assert not any(torch.allclose(a, b) for a, b in pairwise(logits))
     lazy = model.logit_lens(**inputs, lazy=True)
-    assert all(torch.equal(a, b) for a, b in zip(lazy, said, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(lazy, logits, strict=True))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "t5", "bert"])
-def test_the_lens_reads_states_as_the_head_would(name: str) -> None:
+def test_logit_lens_applies_norm_and_head(name: str) -> None:
     """By hand: the final norm, T5's scale, the head, Gemma's cap."""
     model = hot(build(name)).double()
     inputs = given(model)
@@ -628,13 +628,13 @@ def test_the_lens_reads_states_as_the_head_would(name: str) -> None:
     x = kept[f"{layers(model)}.0"]
     with torch.no_grad():
         if name == "t5":
-            said = model.head(model.decoder.norm(x) * model.config.dim**-0.5)
+            logits = model.head(model.decoder.norm(x) * model.config.dim**-0.5)
         else:
-            said = model.head(x if name == "bert" else model.norm(x))
+            logits = model.head(x if name == "bert" else model.norm(x))
         if name == "gemma2":
-            said = (said / model.config.logit_cap).tanh() * model.config.logit_cap
+            logits = (logits / model.config.logit_cap).tanh() * model.config.logit_cap
     assert model.config.tied or name == "llama"
-    torch.testing.assert_close(model.logit_lens(**inputs)[1], said, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.logit_lens(**inputs)[1], logits, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -648,26 +648,26 @@ def test_the_lens_reads_states_as_the_head_would(name: str) -> None:
         ("gpt2", {"head": "sequence_classification"}, 0),
     ],
 )
-def test_the_lens_on_odd_models(name: str, changes: dict[str, Any], more: int) -> None:
+def test_logit_lens_of_unusual_models(name: str, changes: dict[str, Any], more: int) -> None:
     """Blocks that run again, a convolution between them, heads that say several things."""
     model = hot(build(name, **changes))
     inputs = given(model)
     with torch.no_grad():
         out = model(**inputs)
-    said = model.logit_lens(**inputs)
-    assert same(tuple(x[-1] for x in flat(said)), tuple(flat(out)))
-    assert type(said) is type(out)
-    assert len(flat(said)[0]) == model.config.layers + more + 1
+    logits = model.logit_lens(**inputs)
+    assert same(tuple(x[-1] for x in flat(logits)), tuple(flat(out)))
+    assert type(logits) is type(out)
+    assert len(flat(logits)[0]) == model.config.layers + more + 1
 
 
-def test_the_lens_sees_patches() -> None:
+def test_logit_lens_sees_patches() -> None:
     model = hot(build("gpt2"))
     inputs = given(model)
     with torch.no_grad(), model.patch({"blocks.0.attn": torch.zeros_like}):
         assert torch.equal(model.logit_lens(**inputs)[-1], model(**inputs))
 
 
-def test_the_lens_needs_a_head_and_a_whole_text() -> None:
+def test_logit_lens_needs_a_head_and_a_whole_text() -> None:
     with pytest.raises(UsageError, match="'none' has no logits"):
         build("gpt2", head="none").logit_lens(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(UsageError, match="no cache"):
@@ -678,22 +678,22 @@ def test_the_lens_needs_a_head_and_a_whole_text() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     """In half the steps that it takes by itself."""
-    found = induction.main(["--steps", "300"])
-    heads = found.induction.shape[1]
-    assert found.induction[1].max() > 10 * found.chance
-    assert found.before[0].max() > 5 * found.chance
-    assert found.induction[0].max() < 5 * found.chance
-    assert found.groups["induction"] and all(layer == 1 for layer, _ in found.groups["induction"])
-    assert sum(map(len, found.groups.values())) == 2 * heads
+    result = induction.main(["--steps", "300"])
+    heads = result.induction.shape[1]
+    assert result.induction[1].max() > 10 * result.chance
+    assert result.before[0].max() > 5 * result.chance
+    assert result.induction[0].max() < 5 * result.chance
+    assert result.groups["induction"] and all(layer == 1 for layer, _ in result.groups["induction"])
+    assert sum(map(len, result.groups.values())) == 2 * heads
     chance = math.log(induction.VOCAB)
-    assert found.plain < chance / 2 < found.lens[1]
-    assert found.lens[-1] == found.plain
+    assert result.plain < chance / 2 < result.lens[1]
+    assert result.lens[-1] == result.plain
     for way in ("zero", "mean"):
-        assert found.without["induction", way] > found.plain + 1.5
-        assert found.without["one back", way] > found.plain + 1.5
-    assert found.recovered[1].max() > 0.15 > found.recovered[0].max()
+        assert result.without["induction", way] > result.plain + 1.5
+        assert result.without["one back", way] > result.plain + 1.5
+    assert result.recovered[1].max() > 0.15 > result.recovered[0].max()
     assert "loss without heads" in capsys.readouterr().out
 
 

@@ -43,7 +43,9 @@ def blocks_of(weight: torch.Tensor, bias: torch.Tensor | None) -> kernels.Packed
     "shape", [(64, 64), (65, 67), (100, 37), (63, 130), (256, 1000), (768, 3072)]
 )
 @pytest.mark.parametrize("biased", [True, False])
-def test_blocks(shape: tuple[int, int], biased: bool, dtype: torch.dtype) -> None:
+def test_blocks_are_as_exact_as_onednn(
+    shape: tuple[int, int], biased: bool, dtype: torch.dtype
+) -> None:
     weight = drawn(*shape, dtype=dtype)
     bias = drawn(shape[0], dtype=dtype) if biased else None
     blocks = blocks_of(weight, bias)
@@ -63,14 +65,14 @@ def rms(x: torch.Tensor) -> float:
 
 
 @NONE
-def test_rows_with_gaps_are_read_as_they_are() -> None:
+def test_strided_rows_are_read() -> None:
     weight, wide = drawn(96, 64), drawn(3, 128)
     got = blocks_of(weight, None).product(wide[:, ::2], torch.float32)
     torch.testing.assert_close(got, wide[:, ::2] @ weight.T)
 
 
 @NONE
-def test_nan_and_infinity_stay_what_they_are() -> None:
+def test_nan_and_infinity_are_kept() -> None:
     for dtype in DTYPES:
         x = torch.tensor([[float("nan")] * 64, [float("inf")] * 64], dtype=dtype)
         got = blocks_of(torch.ones(64, 64, dtype=dtype), None).product(x, dtype)
@@ -79,16 +81,16 @@ def test_nan_and_infinity_stay_what_they_are() -> None:
 
 
 @NONE
-@pytest.mark.parametrize("odd", [1, 3])
-def test_halves_are_rounded_to_even(odd: int) -> None:
-    x = torch.tensor([[1, odd * 2**-8]], dtype=torch.bfloat16)
+@pytest.mark.parametrize("integer", [1, 3])
+def test_halves_are_rounded_to_even(integer: int) -> None:
+    x = torch.tensor([[1, integer * 2**-8]], dtype=torch.bfloat16)
     got = blocks_of(torch.ones(64, 2, dtype=torch.bfloat16), None).product(x, torch.bfloat16)
-    assert (got == torch.tensor(1 + odd * 2**-8).bfloat16()).all()
+    assert (got == torch.tensor(1 + integer * 2**-8).bfloat16()).all()
 
 
 @NONE
 @pytest.mark.parametrize("shape", [(128, 64), (100, 37)])
-def test_another_order_is_seen(shape: tuple[int, int]) -> None:
+def test_another_block_layout_is_detected(shape: tuple[int, int]) -> None:
     weight = drawn(*shape)
     blocks_of(weight, None)
     for start in (0, len(weight) - 1):  # the first block, the last one
@@ -100,7 +102,7 @@ def test_another_order_is_seen(shape: tuple[int, int]) -> None:
 
 
 @NONE
-def test_where_the_looked_at_blocks_are_plain_all_are_looked_at() -> None:
+def test_constant_blocks_lead_to_a_check_of_all() -> None:
     weight = torch.zeros(64 * 7, 32)
     other = weight.clone()
     other[64:128] = drawn(64, 32)
@@ -111,7 +113,7 @@ def test_where_the_looked_at_blocks_are_plain_all_are_looked_at() -> None:
 @NONE
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (33, 768), (100, 37), (17, 4097), (5, 1)])
-def test_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_int8_products_are_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, shape, generator=random, dtype=torch.int8)
     weight[0] = 127
@@ -128,7 +130,7 @@ def test_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @NONE
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bytes_of_what_is_not_finite(value: float) -> None:
+def test_int8_products_of_infinite_inputs(value: float) -> None:
     layer = packed.Int8(drawn(64, 64), None)
     x = torch.ones(1, 64)
     x[0, 3] = value
@@ -145,7 +147,7 @@ def test_bytes_of_what_is_not_finite(value: float) -> None:
     [(1, 12, 12, 170, 64), (3, 8, 4, 33, 24), (2, 6, 1, 1, 7), (1, 4, 2, 1000, 128)],
 )
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_of_one(
+def test_attention_of_one_query(
     b: int, h: int, g: int, t: int, e: int, masked: bool, dtype: torch.dtype
 ) -> None:
     q = drawn(b, 1, h, e, dtype=dtype).transpose(1, 2)
@@ -166,7 +168,7 @@ def test_attention_of_one(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [RMSNorm, OffsetRMSNorm])
 @pytest.mark.parametrize("d", [1, 15, 64, 100])
-def test_norms(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> None:
+def test_norms_match_torch(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> None:
     plain = kind(d, 1e-5).to(dtype).requires_grad_(False)
     plain.weight.copy_(drawn(d))
     x = drawn(2, 3, 2 * d, dtype=dtype)[..., ::2]
@@ -184,7 +186,7 @@ def test_norms(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rest", [0, 6])
 @pytest.mark.parametrize("own", [True, False])
-def test_turning(own: bool, rest: int, dtype: torch.dtype) -> None:
+def test_rotary_matches_torch(own: bool, rest: int, dtype: torch.dtype) -> None:
     x = drawn(3, 1, 5, 16 + rest, dtype=dtype).transpose(1, 2)
     cos, sin = (drawn(3 if own else 1, 1, 1, 8 + n, dtype=dtype)[..., :8] for n in (1, 2))
     exact = turn(x.double(), cos.double(), sin.double())
@@ -194,7 +196,7 @@ def test_turning(own: bool, rest: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("int8", [False, True])
-def test_without_a_compiler_torch_does_it(
+def test_without_a_compiler_torch_computes(
     name: str, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def logits(compiler: str) -> torch.Tensor:
@@ -215,7 +217,7 @@ def test_without_a_compiler_torch_does_it(
     torch.testing.assert_close(without, with_them, atol=0.05 if int8 else 1e-5, rtol=0)
 
 
-def test_a_compiler_that_makes_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_compiler_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for compiler in ("false", "true"):
             monkeypatch.setenv("CC", compiler)
@@ -227,7 +229,7 @@ def test_a_compiler_that_makes_nothing_is_none(monkeypatch: pytest.MonkeyPatch) 
 
 @NONE
 @pytest.mark.parametrize("rows", [1, 8, 9])
-def test_who_goes_through_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_use_the_kernels(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = packed.OneDNN(drawn(128, 64), drawn(128), F.silu)
     if layer.blocks is None:
         pytest.skip("oneDNN has another order on this machine")
@@ -244,7 +246,7 @@ def test_who_goes_through_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == ([rows] if rows <= layer.few else [])
 
 
-def test_without_a_temporary_directory_torch_computes_it_all(
+def test_without_a_temporary_directory_torch_computes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def nowhere(*args: object, **options: object) -> None:

@@ -73,8 +73,8 @@ def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
             continue
         for split in SPLITS:
             past, parts = Cache(TOKENS), []
-            given = (None,) * len(split) if mask is None else mask.split(split, 1)
-            for part, its_mask in zip(ids.split(split, 1), given, strict=True):
+            mask_parts = (None,) * len(split) if mask is None else mask.split(split, 1)
+            for part, its_mask in zip(ids.split(split, 1), mask_parts, strict=True):
                 if "decoder_input_ids" in accepts:
                     parts.append(model(ids, mask, part, its_mask, cache=past))
                 else:
@@ -104,7 +104,7 @@ FLOOR = 1.5
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
-def test_no_further_from_the_truth(name: str, variant: str, hot: Hot) -> None:
+def test_prepared_is_as_exact_as_plain(name: str, variant: str, hot: Hot) -> None:
     place = hot(name, variant)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         plain = zoo.load(place, dtype=dtype)
@@ -120,7 +120,7 @@ def test_no_further_from_the_truth(name: str, variant: str, hot: Hot) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_int8_says_what_it_loses(name: str) -> None:
+def test_int8_reports_its_loss(name: str) -> None:
     model = build(name).eval()
     ids = ids_for(model)[:2, :16]
     with torch.no_grad():
@@ -135,11 +135,11 @@ def test_int8_says_what_it_loses(name: str) -> None:
     assert (loss.kl is not None) == (model.config.head in LOGITS)
 
 
-def test_what_loses_nothing_reports_no_loss() -> None:
+def test_lossless_preparation_reports_no_loss() -> None:
     assert zoo.prepare(build("gpt2")).prepared.loss is None
 
 
-def test_changed_in_place_and_every_linear_layer_goes() -> None:
+def test_every_linear_layer_is_replaced_in_place() -> None:
     model = build("llama")
     before = [weakref.ref(p) for p in model.parameters()]
     assert zoo.prepare(model) is model
@@ -180,7 +180,9 @@ def test_without_onednn_weights_are_fused_all_the_same(monkeypatch: pytest.Monke
         lambda m, place: m.load_state_dict({}),
     ],
 )
-def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+def test_training_saving_and_copying_are_refused(
+    use: Callable[[Any, Path], Any], tmp_path: Path
+) -> None:
     model = zoo.prepare(build("gpt2"))
     with pytest.raises(UsageError, match="prepared"):
         use(model, tmp_path / "out")
@@ -189,7 +191,7 @@ def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path:
     assert all(p.dtype is torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 
-def test_a_sentence_model_and_the_model_in_it(tmp_path: Path) -> None:
+def test_a_sentence_model_is_prepared_with_its_inner_model(tmp_path: Path) -> None:
     model = SentenceModel(
         build("bert", head="none"), [Pooling(("mean_tokens",))], ["1_Pooling"]
     ).eval()
@@ -203,27 +205,27 @@ def test_a_sentence_model_and_the_model_in_it(tmp_path: Path) -> None:
                 use(one)
 
 
-def test_what_changes_nothing_is_allowed() -> None:
+def test_calls_without_effect_are_allowed() -> None:
     model = zoo.prepare(build("gpt2"))
     assert model.eval().float().to("cpu").requires_grad_(False) is model
 
 
-def test_gradients_are_refused_and_not_left_out() -> None:
+def test_gradients_are_refused() -> None:
     model = zoo.prepare(build("llama"))
     model.embed.weight.requires_grad = True
     with pytest.raises(UsageError, match="no gradients"):
         model(torch.ones(1, 4, dtype=torch.long))
 
 
-def test_meta_and_strangers_are_refused() -> None:
+def test_meta_models_and_other_modules_are_refused() -> None:
     with torch.device("meta"):
         model = build("gpt2")
-    for odd in (model, torch.nn.Linear(2, 2), None):
+    for value in (model, torch.nn.Linear(2, 2), None):
         with pytest.raises(UsageError):
-            zoo.prepare(odd)
+            zoo.prepare(value)
 
 
-def test_no_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cpp_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder, exc
 
     def none() -> None:
@@ -268,7 +270,7 @@ def masked(mask: Tensor | None, ids: Tensor) -> Tensor:
     return torch.ones_like(ids) if mask is None else mask
 
 
-def test_last_only_for_good() -> None:
+def test_prepared_with_last_only() -> None:
     model, ids = build("gpt2").eval(), torch.arange(20).view(2, 10)
     with torch.no_grad():
         whole = model(ids)
@@ -282,7 +284,7 @@ def test_last_only_for_good() -> None:
             torch.testing.assert_close(model(ids), whole[:, -1:])
 
 
-def test_what_another_thread_reads_is_not_cut() -> None:
+def test_last_only_does_not_affect_other_threads() -> None:
     model, ids = zoo.prepare(build("gpt2"), last_only=True), torch.arange(20).view(2, 10)
     first, second = torch.ones_like(ids), torch.ones_like(ids)
     first[:, 4:] = 0
@@ -298,7 +300,7 @@ def test_what_another_thread_reads_is_not_cut() -> None:
     torch.testing.assert_close(inner[0], want[1])
 
 
-def test_a_prepared_model_reads_texts_as_it_was() -> None:
+def test_a_prepared_model_scores_and_embeds_like_before() -> None:
     plain, fast = build("gpt2").eval(), zoo.prepare(build("gpt2"))
     ids = ids_for(plain, 1)[0]
     assert zoo.perplexity(fast, ids, window=16).nll == pytest.approx(
@@ -310,7 +312,7 @@ def test_a_prepared_model_reads_texts_as_it_was() -> None:
     assert fast(ids[None]).shape[-1] == plain.config.vocab
 
 
-def test_who_wants_every_place_is_not_given_the_last() -> None:
+def test_perplexity_with_last_only_is_refused() -> None:
     last, other = zoo.prepare(build("gpt2"), last_only=True), build("gpt2").eval()
     ids = ids_for(other, 1)[:, :9]
     with pytest.raises(UsageError, match="last_only=True"):
@@ -352,7 +354,7 @@ def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> No
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "int8"), [("gpt2", False), ("llama", False), ("llama", True)])
-def test_prepared_and_compiled(
+def test_prepared_and_compiled_agree(
     name: str, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # what another process is writing would be read half done

@@ -54,7 +54,7 @@ every_writer = pytest.mark.parametrize(
 )
 
 
-def test_all_but_encoders_are_here() -> None:
+def test_every_architecture_but_encoders_generates() -> None:
     encoders = {name for name, variants in WRITERS.items() if not variants}
     assert encoders == {
         *("bert", "roberta", "xlm-roberta", "distilbert", "deberta", "deberta-v2"),
@@ -91,10 +91,10 @@ class Case:
         options["eos_token_id"] = options.pop("eos_token_id") or None
         ask = partial(self.reference.generate, do_sample=False, **options)
         mask = torch.ones_like(self.ids) if mask is None else mask
-        said = self.reference.config
+        config = self.reference.config
         # its cache has a place for each layer of the encoder, and fails where the decoder has more
-        ask = partial(ask, use_cache=not said.is_encoder_decoder)
-        if said.is_encoder_decoder or said._attn_implementation != "eager":
+        ask = partial(ask, use_cache=not config.is_encoder_decoder)
+        if config.is_encoder_decoder or config._attn_implementation != "eager":
             return ask(self.ids, attention_mask=mask)
         # its plain attention overflows in fp64, to NaN at padding: each row alone
         rows = []
@@ -130,7 +130,7 @@ UNPADDED: list[dict[str, Any]] = [
 
 
 @every_variant
-def test_as_the_reference(name: str, variant: str) -> None:
+def test_generate_matches_the_reference(name: str, variant: str) -> None:
     this = case(name, variant)
     for ends in ([], this.ends):
         for mask, all_options in ((None, PLAIN + UNPADDED), (this.left, PLAIN[:3])):
@@ -159,7 +159,7 @@ def padded(ids: Tensor) -> tuple[Tensor, Tensor]:
     ],
     ids=["greedy", "beams", "samples", "masses"],
 )
-def test_a_row_is_the_row_alone(name: str, options: dict[str, Any]) -> None:
+def test_a_row_does_not_depend_on_its_batch(name: str, options: dict[str, Any]) -> None:
     this = case(name)
     ids, mask = padded(this.ids)
     each = options.get("num_return_sequences", 1)
@@ -173,13 +173,13 @@ def test_a_row_is_the_row_alone(name: str, options: dict[str, Any]) -> None:
             row = ids[n : n + 1, mask[n].bool()]
             alone = generate(this.model, row, **options, **one)
             new = alone[:, 1 if name == "t5" else row.shape[1] :]
-            found = got[n * each : (n + 1) * each, 1 if name == "t5" else WIDTH :]
-            assert found[:, : new.shape[1]].tolist() == new.tolist()
-            assert (found[:, new.shape[1] :] == this.pad).all()
+            rows = got[n * each : (n + 1) * each, 1 if name == "t5" else WIDTH :]
+            assert rows[:, : new.shape[1]].tolist() == new.tolist()
+            assert (rows[:, new.shape[1] :] == this.pad).all()
 
 
 @every_writer
-def test_logprobs_are_the_models_own(name: str) -> None:
+def test_logprobs_are_those_of_the_model_itself(name: str) -> None:
     this = case(name)
     ids, mask = padded(this.ids)
     options = {"max_new_tokens": 5, "eos_token_id": [], "temperature": 0.7, "top_k": 9, "seed": 3}
@@ -192,22 +192,22 @@ def test_logprobs_are_the_models_own(name: str) -> None:
             whole = torch.cat((mask, torch.ones_like(new)), dim=1)
             rows, real = left_align(got.sequences, whole.bool())
             logits = this.model(rows, real)
-    said = logits[:, -6:-1].log_softmax(dim=-1).gather(2, new[:, :, None]).squeeze(2)
-    torch.testing.assert_close(got.logprobs.double(), said, atol=1e-5, rtol=0)
+    expected = logits[:, -6:-1].log_softmax(dim=-1).gather(2, new[:, :, None]).squeeze(2)
+    torch.testing.assert_close(got.logprobs.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.5, 2.0])
 @pytest.mark.parametrize("worst", [-500.0, -120.0, -60.0, -1.5, -0.7, -0.1])
-def test_a_beam_may_win_when_the_reference_goes_on(
+def test_beam_search_stops_when_the_reference_does(
     early_stopping: Any, penalty: float, worst: float
 ) -> None:
     """Under "never" and a positive penalty the longest text has the best score, else the next."""
     from transformers import GenerationMixin
 
-    asked = GenerationOptions(num_beams=2, early_stopping=early_stopping, length_penalty=penalty)
+    options = GenerationOptions(num_beams=2, early_stopping=early_stopping, length_penalty=penalty)
     row = _Row([[], []], [(0.0, [1]), (worst, [2])])
-    found = _may_win(row, -10.0, length=5, max_new=20, options=asked)
+    may_win = _may_win(row, -10.0, length=5, max_new=20, options=options)
     want = GenerationMixin._check_early_stop_heuristic(
         torch.tensor([True])[:, None],
         torch.tensor([[-10.0, -11.0]]),
@@ -219,10 +219,10 @@ def test_a_beam_may_win_when_the_reference_goes_on(
         early_stopping,
         penalty,
     )
-    assert found is bool(want)
+    assert may_win is bool(want)
 
 
-def test_scores_of_beams_are_means() -> None:
+def test_beam_scores_are_divided_by_length() -> None:
     this = case("llama")
     got = this.write(
         max_new_tokens=5, num_beams=3, length_penalty=1.0, eos_token_id=[], return_logprobs=True
@@ -233,7 +233,7 @@ def test_scores_of_beams_are_means() -> None:
     torch.testing.assert_close(got.logprobs[:, 0].double(), each.mean(dim=1), atol=1e-5, rtol=0)
 
 
-def test_what_has_ended_does_not_go_on() -> None:
+def test_finished_beams_do_not_continue() -> None:
     """Nothing but ends: no beam is left to go on, and none that has ended stands in for one."""
     model = build("gpt2", vocab=3).double()
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 4}
@@ -247,7 +247,7 @@ MOST: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": []}
 
 
 @pytest.mark.parametrize("name", [name for name, v in WRITERS.items() if v and name != "t5"])
-def test_guessing_ahead_is_greedy(name: str) -> None:
+def test_speculative_decoding_gives_the_greedy_tokens(name: str) -> None:
     this = case(name)
     ids, mask = padded(this.ids)
     other = build("gpt2", vocab=this.config.vocab).double().eval()
@@ -275,7 +275,7 @@ def test_guessing_ahead_is_greedy(name: str) -> None:
     ],
     ids=str,
 )
-def test_guessing_ahead_with_penalties(options: dict[str, Any]) -> None:
+def test_speculative_decoding_obeys_penalties(options: dict[str, Any]) -> None:
     for name in ("llama", "bloom"):
         this = case(name)
         small = build("gpt2", vocab=this.config.vocab).double().eval()
@@ -285,7 +285,7 @@ def test_guessing_ahead_with_penalties(options: dict[str, Any]) -> None:
             assert got.tolist() == want
 
 
-def test_guesses_that_hold_cost_the_large_model_few_calls() -> None:
+def test_accepted_proposals_save_calls_of_the_large_model() -> None:
     """Else it is only slow: one call looks at all guesses and gives one token more."""
     this, calls, read = case("llama"), [], []
     small = Case(registry.architectures()["llama"], WRITERS["llama"][0]).model  # the same weights
@@ -328,7 +328,7 @@ def piecewise(tmp_path_factory: pytest.TempPathFactory) -> Any:
 WARM: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0}
 
 
-def test_streams_are_the_text(speller: Any, piecewise: Any) -> None:
+def test_streamed_pieces_join_to_the_text(speller: Any, piecewise: Any) -> None:
     for model, prompt in ((speller, "abc"), (piecewise, "the 漢")):
         for seed in range(2):
             for stops in ((), ("e", "ab"), ("\n",)):
@@ -339,7 +339,7 @@ def test_streams_are_the_text(speller: Any, piecewise: Any) -> None:
                 assert all(pieces) and not any(stop in whole for stop in stops)
 
 
-def test_no_half_characters() -> None:
+def test_streamed_pieces_have_whole_characters() -> None:
     """One token is one byte here: those of a character come out together, and at the end too."""
     text = "a😀漢é" * 2
     tokenizer = SimpleNamespace(stream=lambda **_: Bytes(), vocab_size=256)
@@ -367,7 +367,7 @@ class Bytes:
         return self.decoder.decode(b"", final=True)
 
 
-def test_tokens_that_only_the_model_has(tmp_path: Path) -> None:
+def test_ids_beyond_the_tokenizers_vocabulary_have_no_text(tmp_path: Path) -> None:
     """Tables are often wider than the vocabulary: what lies beyond it is no text, and no error."""
     zoo.save(hot(build("llama", vocab=2 * len(CHARACTERS))), tmp_path / "x")
     CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
@@ -375,10 +375,10 @@ def test_tokens_that_only_the_model_has(tmp_path: Path) -> None:
     for stops in ((), ("zz",)):
         more = {**WARM, "seed": 1, "stop_strings": stops}
         row = model.generate(torch.tensor([model.tokenizer.encode("abc")]), **more)[0, 3:]
-        known = row[row < len(CHARACTERS)]
-        assert len(known) < len(row)
+        decodable = row[row < len(CHARACTERS)]
+        assert len(decodable) < len(row)
         text = zoo.generate(model, "abc", **more)
-        assert text == model.tokenizer.decode(known)
+        assert text == model.tokenizer.decode(decodable)
         assert text == "".join(zoo.generate(model, "abc", stream=True, **more))
 
 
@@ -413,7 +413,7 @@ def test_several_texts_and_samples(speller: Any) -> None:
     assert guessed == zoo.generate(speller, "abc", max_new_tokens=9)
 
 
-def test_tokens_as_they_come(speller: Any) -> None:
+def test_stream_of_tokens_matches_the_whole(speller: Any) -> None:
     ids, mask = padded(torch.randint(0, len(CHARACTERS), (3, 10)))
     options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3, "eos_token_id": [1]}
     want = speller.generate(ids, mask, return_logprobs=True, pad_token_id=1, **options)
@@ -427,7 +427,7 @@ def test_tokens_as_they_come(speller: Any) -> None:
         speller.generate(ids, mask, stream=True, num_beams=2)
 
 
-def test_texts_with_their_logprobs(speller: Any) -> None:
+def test_texts_are_returned_with_logprobs(speller: Any) -> None:
     options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
     got = zoo.generate(speller, "abc", return_logprobs=True, **options)
     assert got.text == zoo.generate(speller, "abc", **options)
@@ -441,7 +441,7 @@ def test_texts_with_their_logprobs(speller: Any) -> None:
         zoo.generate(speller, "abc", return_logprobs=True, stream=True)
 
 
-def test_answers_to_texts(tmp_path: Path) -> None:
+def test_encoder_decoders_answer_texts(tmp_path: Path) -> None:
     zoo.save(hot(build("t5", vocab=len(CHARACTERS), pad=None, start=None)), tmp_path / "x")
     CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
     with pytest.raises(ConfigError, match="decoder_start_token_id: missing"):
@@ -449,8 +449,8 @@ def test_answers_to_texts(tmp_path: Path) -> None:
     (tmp_path / "x" / "generation_config.json").write_text('{"decoder_start_token_id": 0}')
     model = zoo.load(tmp_path / "x")
     options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
-    found = zoo.generate(model, ["abc", "a bead"], **options)
-    for text, answer in zip(["abc", "a bead"], found, strict=True):
+    answers = zoo.generate(model, ["abc", "a bead"], **options)
+    for text, answer in zip(["abc", "a bead"], answers, strict=True):
         ids = torch.tensor([model.tokenizer.encode(text)])
         rows = model.generate(ids, **options)
         assert answer == model.tokenizer.decode(rows[0, 1:])  # behind the one that begins it
@@ -480,7 +480,7 @@ def stories(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return zoo.load(place)
 
 
-def test_stories(stories: Any, fixtures: Path) -> None:
+def test_a_trained_model_continues_a_story(stories: Any, fixtures: Path) -> None:
     expected = json.loads((fixtures / "stories260K" / "EXPECTED.json").read_text())
     ids, text = expected["greedy_ids_from_BOS"], expected["greedy_text"]
     count = len(ids) - 1
@@ -500,7 +500,7 @@ IDS = torch.tensor([[1, 2, 3]])
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"temprature": 1.0}, "Did you mean temperature"),
         ({"max_tokens": 5}, "max_new_tokens"),
@@ -527,31 +527,31 @@ IDS = torch.tensor([[1, 2, 3]])
     ],
     ids=str,
 )
-def test_options_that_mean_nothing(options: dict[str, Any], told: str) -> None:
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         build("gpt2").eval().generate(IDS, **options)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_no_guesses_at_answers() -> None:
+def test_speculative_decoding_of_encoder_decoders_is_refused() -> None:
     this = case("t5")
     with pytest.raises(UsageError, match="not implemented for encoder-decoders"):
         this.write(assistant_model=this.model)
 
 
 @pytest.mark.parametrize("ids", [[1, 100000], torch.tensor([-1]), 1.5, "x"], ids=str)
-def test_an_end_that_is_no_token(ids: Any) -> None:
+def test_an_end_token_outside_the_vocabulary_is_refused(ids: Any) -> None:
     with pytest.raises(TokenIdError, match=r"eos_token_id: (100000|-1|1.5|'x') is outside"):
         build("gpt2").generate(IDS, eos_token_id=ids)
 
 
 @pytest.mark.parametrize("id", [-1, 100000, 1.5, "x"])
-def test_padding_that_is_no_token(id: Any) -> None:
+def test_a_pad_token_outside_the_vocabulary_is_refused(id: Any) -> None:
     with pytest.raises(TokenIdError, match="pad_token_id"):
         build("gpt2").generate(IDS, pad_token_id=id, max_new_tokens=1)
 
 
-def test_values_that_mean_what_others_do() -> None:
+def test_options_accept_tensors_and_none() -> None:
     this = case("llama")
     ends = this.write(eos_token_id=this.ends).tolist()
     assert this.write(eos_token_id=torch.tensor(this.ends), stop_strings=None).tolist() == ends
@@ -559,7 +559,7 @@ def test_values_that_mean_what_others_do() -> None:
     assert this.write(eos_token_id=torch.tensor(this.ends[0])).tolist() == one
 
 
-def test_a_model_in_training_writes_as_at_rest() -> None:
+def test_a_model_in_training_mode_generates_without_dropout() -> None:
     model = build("gpt2")
     want = hot(model).generate(IDS, **MOST).tolist()
     model.train()
@@ -568,18 +568,18 @@ def test_a_model_in_training_writes_as_at_rest() -> None:
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 2]), torch.zeros(1, 0).long(), "text", [[1]]])
-def test_what_is_no_prompt(ids: Any) -> None:
+def test_wrong_input_ids_are_refused(ids: Any) -> None:
     with pytest.raises(InputError, match="input_ids"):
         build("gpt2").generate(ids)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "deberta-v2"])
-def test_encoders_write_nothing(name: str) -> None:
+def test_encoders_refuse_to_generate(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is an encoder"):
         build(name).generate(IDS)
 
 
-def test_heads_that_write_nothing() -> None:
+def test_heads_without_logits_refuse_to_generate() -> None:
     for head in ("none", "sequence_classification"):
         with pytest.raises(
             UsageError, match=f"head '{head}' cannot generate text; load the model with"
@@ -589,7 +589,7 @@ def test_heads_that_write_nothing() -> None:
         build("t5", head="encoder").generate(IDS)
 
 
-def test_empty_prompts(speller: Any) -> None:
+def test_empty_prompts_are_refused(speller: Any) -> None:
     for prompt in ("", ["abc", ""]):
         with pytest.raises(InputError, match="an empty text"):
             zoo.generate(speller, prompt)
@@ -601,7 +601,7 @@ def test_empty_prompts(speller: Any) -> None:
             zoo.generate(speller, "abc", stream=True, **more)
 
 
-def test_no_more_than_there_are_positions(speller: Any) -> None:
+def test_generation_stops_at_the_last_position(speller: Any) -> None:
     """Of 64: as many as fit, if nobody says how many; the last token needs no position."""
     assert speller.generate(torch.ones(1, 60).long()).shape == (1, 64)
     assert speller.generate(torch.ones(1, 60).long(), max_new_tokens=5).shape == (1, 65)
@@ -615,13 +615,13 @@ def test_no_more_than_there_are_positions(speller: Any) -> None:
     assert speller.generate(torch.ones(1, 80).long(), mask, max_new_tokens=40).shape == (1, 120)
 
 
-def test_an_assistant_needs_positions_too(speller: Any) -> None:
+def test_an_assistant_with_few_positions_is_refused(speller: Any) -> None:
     small = build("gpt2", vocab=len(CHARACTERS), positions=16).eval()
     with pytest.raises(SequenceTooLong, match=r"assistant_model: .* 16 positions"):
         zoo.generate(speller, "abc", assistant_model=small, max_new_tokens=20)
 
 
-def test_beyond_positions_that_adapt() -> None:
+def test_dynamic_rope_goes_beyond_its_positions_without_a_cache() -> None:
     this = Case(registry.architectures()["llama"], "rope-dynamic-beyond")  # 19 positions
     with pytest.raises(SequenceTooLong, match="use_cache=False goes on beyond them"):
         generate(this.model, this.ids, max_new_tokens=15)
@@ -634,7 +634,7 @@ def test_beyond_positions_that_adapt() -> None:
     assert generate(this.model, this.ids).shape == (ROWS, 19)
 
 
-def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
+def test_end_tokens_come_from_generation_config_first(tmp_path: Path) -> None:
     zoo.save(build("gpt2").eval(), tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     config |= {"eos_token_id": 5, "pad_token_id": 6}
@@ -650,7 +650,7 @@ def test_ends_come_from_generation_config_first(tmp_path: Path) -> None:
             zoo.load(tmp_path / "x").generate(IDS)
 
 
-def test_the_files_are_read_once_a_call(tmp_path: Path, monkeypatch: Any) -> None:
+def test_generation_config_is_read_once_a_call(tmp_path: Path, monkeypatch: Any) -> None:
     read: list[Path] = []
 
     def counted(path: Path, error: Any) -> Any:
@@ -682,7 +682,7 @@ T5_IDS = {"pad_token_id": 3, "decoder_start_token_id": 7, "eos_token_id": 9}
 
 
 @pytest.mark.parametrize("kind", ("made", "published", "changed", "without", "head"))
-def test_t5_saved_anew_answers_alike(tmp_path: Path, kind: str) -> None:
+def test_a_saved_t5_answers_like_the_original(tmp_path: Path, kind: str) -> None:
     """In memory, read again, and in the reference: what answers begin with goes along."""
     from transformers import T5ForConditionalGeneration
 
@@ -690,16 +690,16 @@ def test_t5_saved_anew_answers_alike(tmp_path: Path, kind: str) -> None:
     model = hot(build("t5", tied=kind != "head", **fields))
     if kind not in ("made", "without"):
         source = zoo.save(model, tmp_path / "source")
-        said = json.loads((source / "config.json").read_text()) | T5_IDS
-        (source / "config.json").write_text(json.dumps(said, indent=1))
+        config = json.loads((source / "config.json").read_text()) | T5_IDS
+        (source / "config.json").write_text(json.dumps(config, indent=1))
         changes = {"changed": {"start": 11}, "head": {"dropout": 0.0}}
         model = zoo.load(source, config=changes.get(kind, {}))
     place = zoo.save(model, tmp_path / "x")
-    said = json.loads((place / "config.json").read_text())
+    config = json.loads((place / "config.json").read_text())
     start = {"changed": 11, "without": 0}.get(kind, 7)
-    assert said["decoder_start_token_id"] == start
-    assert said["pad_token_id"] == (0 if kind == "without" else 3)
-    assert said["eos_token_id"] == (None if kind in ("made", "without") else 9)
+    assert config["decoder_start_token_id"] == start
+    assert config["pad_token_id"] == (0 if kind == "without" else 3)
+    assert config["eos_token_id"] == (None if kind in ("made", "without") else 9)
     if kind == "published":
         assert (place / "config.json").read_bytes() == (source / "config.json").read_bytes()
     reference = T5ForConditionalGeneration.from_pretrained(place).eval()
@@ -710,7 +710,7 @@ def test_t5_saved_anew_answers_alike(tmp_path: Path, kind: str) -> None:
         assert torch.equal(each.generate(ids, max_new_tokens=12), wanted)
 
 
-def test_an_interrupted_step_leaves_the_cache_as_it_was() -> None:
+def test_an_interrupted_step_leaves_the_cache_unchanged() -> None:
     model = build("llama").double().eval()
     runner = Runner(model, IDS, None, room=9)
     with torch.no_grad():
@@ -731,7 +731,7 @@ def interrupted(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_prompts_logits_are_those_of_its_last_token_alone() -> None:
+def test_only_the_last_logits_of_a_prompt_are_computed() -> None:
     model, seen = build("gpt2").eval(), []
     model.head.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
     model.generate(IDS, max_new_tokens=4, eos_token_id=[])
@@ -739,22 +739,22 @@ def test_a_prompts_logits_are_those_of_its_last_token_alone() -> None:
     assert model(IDS).shape[1] == 3
 
 
-def test_signs_of_sampling() -> None:
+def test_options_of_sampling_turn_sampling_on() -> None:
     assert GenerationOptions().sampled is False and GenerationOptions(temperature=0.5).sampled
     assert GenerationOptions(do_sample=True).sampling.temperature == 1
     assert GenerationOptions(top_p=0.9).sampling.temperature == 1
     assert GenerationOptions(do_sample=False, temperature=0.5).sampling.greedy
 
 
-def test_another_thread_is_given_all_logits_meanwhile() -> None:
+def test_other_threads_get_all_logits_during_generation() -> None:
     model, ids = build("gpt2").eval(), torch.arange(20).view(2, 10)
-    found: list[Tensor] = []
+    results: list[Tensor] = []
 
     def meanwhile(*_: Any) -> None:
         hook.remove()
-        found.append(ThreadPoolExecutor(1).submit(model, ids).result())
+        results.append(ThreadPoolExecutor(1).submit(model, ids).result())
 
     hook = model.norm.register_forward_pre_hook(meanwhile)
     with torch.no_grad():
         Runner(model, ids, None, room=2).feed()
-    torch.testing.assert_close(found[0], model(ids))
+    torch.testing.assert_close(results[0], model(ids))

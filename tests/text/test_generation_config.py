@@ -98,7 +98,7 @@ def fields_of(this: Pair) -> Iterator[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", range(29))
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_generate_without_options_gives_the_references_ids(
+def test_generate_without_options_matches_the_reference(
     name: str, number: int, request: pytest.FixtureRequest
 ) -> None:
     this: Pair = request.getfixturevalue(name)
@@ -124,9 +124,9 @@ def test_every_case_is_compared_and_changes_the_output(gpt2: Pair) -> None:
 def test_forced_first_token_of_a_one_token_prompt(gpt2: Pair, more: dict[str, Any]) -> None:
     fields = {"max_new_tokens": 5, "pad_token_id": 1, "forced_bos_token_id": 9, **more}
     ids = gpt2.ids[:, :1]
-    found = gpt2.written(fields, ids)
-    assert found.tolist() == gpt2.wanted(fields, ids).tolist()
-    assert (found[:, 1] == 9).all()
+    written = gpt2.written(fields, ids)
+    assert written.tolist() == gpt2.wanted(fields, ids).tolist()
+    assert (written[:, 1] == 9).all()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -181,17 +181,17 @@ def test_samples_follow_the_references_distribution(gpt2: Pair, sampling: dict[s
     rules = asked.constraints(gpt2.model, gpt2.ids, 1, bounds)
     with torch.no_grad():
         logits = gpt2.model(gpt2.ids)[:, -1].float()
-    found = asked.sampling.warp(rules.apply(logits, gpt2.ids.tolist(), 0))
-    torch.testing.assert_close(found.softmax(-1), want.softmax(-1), rtol=0, atol=1e-6)
+    warped = asked.sampling.warp(rules.apply(logits, gpt2.ids.tolist(), 0))
+    torch.testing.assert_close(warped.softmax(-1), want.softmax(-1), rtol=0, atol=1e-6)
     assert gpt2.written(fields, seed=3).tolist() == gpt2.written(fields, seed=3).tolist()
     if "top_k" not in sampling and sampling.keys() <= {"temperature"}:
-        assert found.isfinite().sum(dim=1).tolist() == [50, 50]
+        assert warped.isfinite().sum(dim=1).tolist() == [50, 50]
 
 
 def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
     fields = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 8, "pad_token_id": 1}
-    found = {tuple(gpt2.written(fields, seed=seed)[0].tolist()) for seed in range(6)}
-    assert len(found) == 6
+    samples = {tuple(gpt2.written(fields, seed=seed)[0].tolist()) for seed in range(6)}
+    assert len(samples) == 6
     greedy = gpt2.written({"max_new_tokens": 8, "pad_token_id": 1}).tolist()
     for options in ({"do_sample": False}, {"temperature": 0}, {"ignore_generation_config": True}):
         assert gpt2.written(fields, **options, max_new_tokens=8).tolist() == greedy
@@ -205,7 +205,7 @@ def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"guidance_scale": 1.5}, "guidance_scale: 1.5"),
         ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty: 1.2"),
@@ -233,10 +233,12 @@ def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_implemented_is_named(gpt2: Pair, fields: dict[str, Any], told: str) -> None:
+def test_fields_not_implemented_are_refused_by_name(
+    gpt2: Pair, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         gpt2.written(fields)
-    assert told in str(caught.value) and str(gpt2.file) in str(caught.value)
+    assert message in str(caught.value) and str(gpt2.file) in str(caught.value)
     if "eos_token_id" not in fields:
         assert "ignore_generation_config=True" in str(caught.value)
         every = tuple(fields)
@@ -245,7 +247,7 @@ def test_what_is_not_implemented_is_named(gpt2: Pair, fields: dict[str, Any], to
 
 
 @pytest.mark.parametrize("name", NOT_IMPLEMENTED)
-def test_neutral_values_of_what_is_not_implemented_pass(gpt2: Pair, name: str) -> None:
+def test_neutral_values_of_fields_not_implemented_pass(gpt2: Pair, name: str) -> None:
     plain = gpt2.written({}).tolist()
     for value in (None, *NOT_IMPLEMENTED[name]):
         assert gpt2.written({name: value}).tolist() == plain
@@ -255,20 +257,20 @@ def test_neutral_values_of_what_is_not_implemented_pass(gpt2: Pair, name: str) -
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("more", [{}, {"num_beams": 1}], ids=str)
-def test_fields_of_beams_alone_pass_without_beams(gpt2: Pair, more: dict[str, Any]) -> None:
+def test_beam_fields_are_ignored_without_beams(gpt2: Pair, more: dict[str, Any]) -> None:
     fields = {"max_new_tokens": 5, "diversity_penalty": 0.5, "num_beam_groups": 2, **more}
     assert gpt2.written(fields).tolist() == gpt2.wanted(fields).tolist()
 
 
-def test_ignored_fields_are_fields_of_the_file(gpt2: Pair) -> None:
-    for wrong, told in (
+def test_ignoring_an_unset_field_is_refused(gpt2: Pair) -> None:
+    for wrong, message in (
         (["guidance_scal"], "does not set 'guidance_scal'. Did you mean guidance_scale"),
         ("guidance_scale", "expected True, or names of fields"),
         (3, "expected True, or names of fields"),
     ):
         with pytest.raises(UsageError) as caught:
             gpt2.written({"guidance_scale": 2}, ignore_generation_config=wrong)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_a_prompt_beyond_max_length_is_refused(gpt2: Pair) -> None:
@@ -278,7 +280,7 @@ def test_a_prompt_beyond_max_length_is_refused(gpt2: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
-def test_forced_tokens_are_tokens(gpt2: Pair, name: str) -> None:
+def test_forced_tokens_outside_the_vocabulary_are_refused(gpt2: Pair, name: str) -> None:
     with pytest.raises(TokenIdError, match=f"{name}: 1000000 is outside"):
         gpt2.written({name: 10**6})
     for fields in ({"bad_words_ids": [[10**6]]}, {"sequence_bias": [[[10**6], 1.0]]}):
@@ -286,7 +288,7 @@ def test_forced_tokens_are_tokens(gpt2: Pair, name: str) -> None:
             gpt2.written(fields)
 
 
-def test_without_the_file_config_json_counts(tmp_path: Path) -> None:
+def test_config_json_counts_without_generation_config(tmp_path: Path) -> None:
     """As files of before 2023 have it, and as the reference still reads them."""
     from transformers import AutoModelForCausalLM
 
@@ -305,13 +307,13 @@ def test_without_the_file_config_json_counts(tmp_path: Path) -> None:
     assert model.generate(ids).shape == (1, 24)
 
 
-def test_ends_are_those_of_the_file_alone(gpt2: Pair) -> None:
+def test_end_tokens_come_from_generation_config_only(gpt2: Pair) -> None:
     """The reference does not look for them in config.json where there is the file."""
     gpt2.file.write_text('{"eos_token_id": [-1, 7]}')
     assert defaults_of(gpt2.model).special == ((7,), None, None)
 
 
-def test_guesses_ahead_obey_the_file(gpt2: Pair) -> None:
+def test_speculative_decoding_obeys_generation_config(gpt2: Pair) -> None:
     c = gpt2.free[0][2]
     fields = {"max_new_tokens": 12, "pad_token_id": 1, "eos_token_id": c, "min_new_tokens": 5}
     fields |= {"begin_suppress_tokens": gpt2.free[0][:1], "forced_eos_token_id": 9}
@@ -333,7 +335,9 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_text_commands_obey_the_file(speller: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_command_obeys_generation_config(
+    speller: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = speller / "generation_config.json"
     file.write_text("{}")
     assert main(["generate", str(speller), "abc"]) == 0
@@ -353,7 +357,7 @@ def test_text_commands_obey_the_file(speller: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == plain
 
 
-def test_a_dialogue_obeys_the_file(speller: Path) -> None:
+def test_chat_obeys_generation_config(speller: Path) -> None:
     file = speller / "generation_config.json"
     file.write_text('{"max_new_tokens": 7, "no_repeat_ngram_size": 1}')
     text = "".join(Dialogue(zoo.load(speller)).answer("abc"))
@@ -383,7 +387,7 @@ def test_a_dialogue_obeys_the_file(speller: Path) -> None:
     ],
     ids=lambda fields: next(iter(reversed(fields))),
 )
-def test_values_that_no_generation_can_have_are_refused(
+def test_values_out_of_range_in_the_file_are_refused(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     place = zoo.save(build("gpt2").eval(), tmp_path / "x")

@@ -106,13 +106,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
-    parts, told = HOSTILE[name]
+    parts, message = HOSTILE[name]
     with pytest.raises(BadTokenizer) as caught:
         read(tmp_path, **parts)
-    assert told in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_steps_as_published_ones_have_them(tmp_path: Path) -> None:
+def test_steps_of_published_tokenizers_are_accepted(tmp_path: Path) -> None:
     llama = several(NORMAL, [{"type": "Prepend", "prepend": "▁"}, replace("▁", String=" ")])
     albert = several(
         NORMAL,
@@ -140,13 +140,13 @@ def test_normalizers_nested_too_deep_are_refused(tmp_path: Path, depth: int) -> 
 
 
 @pytest.mark.parametrize("filler", ["[],", "{},", '["a"],', '{"a":1},'])
-def test_vocabulary_of_nothing_is_refused_before_it_is_built(tmp_path: Path, filler: str) -> None:
+def test_an_inflated_vocabulary_is_refused_before_it_is_built(tmp_path: Path, filler: str) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model":[' + filler * (10**7 // len(filler)) + "0]}")
     with pytest.raises(ResourceLimit, match="MB of memory"):
         zoo.tokenizer(tmp_path)
 
 
-def test_added_tokens_take_long_runs_of_spaces_along() -> None:
+def test_added_tokens_strip_long_runs_of_spaces_quickly() -> None:
     """In steps that grow with the text: of 40,000 spaces a pattern would try all pairs."""
     flags = {"lstrip": True, "rstrip": True}
     split = Splitter({"<m>": Added("<m>", 7, **flags), "<s>": Added("<s>", 8, single_word=True)})
@@ -156,7 +156,7 @@ def test_added_tokens_take_long_runs_of_spaces_along() -> None:
     assert list(split(spaces, True)) == [spaces]
 
 
-def test_added_tokens_of_a_file_take_long_runs_of_spaces_along(tmp_path: Path) -> None:
+def test_added_tokens_of_a_file_strip_long_runs_of_spaces_quickly(tmp_path: Path) -> None:
     flags = {"lstrip": True, "rstrip": True, "single_word": True, "normalized": False}
     token = {"id": 2, "content": "<m>", "special": True, **flags}
     tokenizer = read(tmp_path, added_tokens=[token], pre_tokenizer={"type": "Whitespace"})
@@ -164,7 +164,7 @@ def test_added_tokens_of_a_file_take_long_runs_of_spaces_along(tmp_path: Path) -
     assert tokenizer.encode(f"a{spaces}<m>{spaces}b", special=True) == [0, 2, 1]
 
 
-def test_errors_are_ours(tmp_path: Path) -> None:
+def test_errors_of_other_libraries_become_ours(tmp_path: Path) -> None:
     for value in (5, "x", [], [[]], {"type": "Sequence"}, {"type": "Replace", "pattern": 5}):
         for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor", "model"):
             with pytest.raises(ZooError):

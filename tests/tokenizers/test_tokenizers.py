@@ -209,8 +209,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=400,
         character_coverage=0.98,
     )
-    said = '{"tokenizer_class": "XLMRobertaTokenizer"}'
-    (top / "xlm-roberta" / "tokenizer_config.json").write_text(said)
+    config = '{"tokenizer_class": "XLMRobertaTokenizer"}'
+    (top / "xlm-roberta" / "tokenizer_config.json").write_text(config)
     (top / "qwen").mkdir()
     tokens = enumerate(ranks(bytelevel.PATTERNS["qwen2"]))
     lines = (base64.b64encode(token) + b" %d\n" % n for n, token in tokens)
@@ -247,21 +247,23 @@ def oracle(folder: Path, kind: str) -> Oracle:
         model = sentencepiece.SentencePieceProcessor(model_file=str(next(folder.glob("*.model"))))
         return Oracle(model.encode, _through_pieces(model, kind).decode, model)
     if kind == "llama3":
-        found = _through_ranks(folder / "tokenizer.model")
+        reference = _through_ranks(folder / "tokenizer.model")
     elif kind == "bert-uncased":
-        found = ref.BertTokenizer(vocab=str(folder / "vocab.txt"))
+        reference = ref.BertTokenizer(vocab=str(folder / "vocab.txt"))
     elif kind == "gpt2":
         vocab, merges = str(folder / "encoder.json"), str(folder / "vocab.bpe")
-        found = ref.GPT2Tokenizer(vocab=vocab, merges=merges)
+        reference = ref.GPT2Tokenizer(vocab=vocab, merges=merges)
     else:
         vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-        found = ref.Qwen2Tokenizer(vocab=vocab, merges=merges)
+        reference = ref.Qwen2Tokenizer(vocab=vocab, merges=merges)
 
     def encode(text: str) -> list[int]:
-        ids = found(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return list(ids)
 
-    return Oracle(encode, lambda ids: found.decode(ids, clean_up_tokenization_spaces=False), found)
+    return Oracle(
+        encode, lambda ids: reference.decode(ids, clean_up_tokenization_spaces=False), reference
+    )
 
 
 def _through_pieces(model: Any, kind: str) -> Any:
@@ -311,17 +313,17 @@ def same(folder: Path, kind: str, count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_texts(everywhere: Path, kind: str) -> None:
+def test_random_texts_match_the_reference(everywhere: Path, kind: str) -> None:
     same(everywhere / kind, kind, 1000, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_thousand_random_texts(kinds: Path, kind: str) -> None:
+def test_ten_thousand_random_texts_match_the_reference(kinds: Path, kind: str) -> None:
     same(kinds / kind, kind, 10_000, seed=2)
 
 
-def test_llama_is_the_references_class_too(kinds: Path) -> None:
+def test_llama_matches_the_references_class(kinds: Path) -> None:
     """Where that one does as sentencepiece: transformers 5 drops the space before a space."""
     folder = kinds / "llama2"
     mine, reference = zoo.tokenizer(folder), _through_pieces(oracle(folder, "llama2").backend, "")
@@ -332,7 +334,7 @@ def test_llama_is_the_references_class_too(kinds: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ("gpt2", "qwen2", "llama3", "bert-uncased"))
-def test_special_tokens_in_a_text_if_asked(kinds: Path, kind: str) -> None:
+def test_special_tokens_in_a_text_are_read_on_request(kinds: Path, kind: str) -> None:
     mine, reference = zoo.tokenizer(kinds / kind), copy.deepcopy(oracle(kinds / kind, kind).backend)
     if kind != "bert-uncased":  # what only one of the two knows would be text to the other
         reference.add_special_tokens({"extra_special_tokens": list(mine.special_tokens)})
@@ -349,9 +351,9 @@ def test_any_ids_decode_and_stream_alike(kinds: Path, kind: str) -> None:
     """Not only those that a text gives: a model may stop in the middle of a character."""
     mine, reference = zoo.tokenizer(kinds / kind), oracle(kinds / kind, kind)
     draw = random.Random(5)
-    known = mine.vocab_size if kind not in ("qwen2", "llama3") else mine.eos
+    size = mine.vocab_size if kind not in ("qwen2", "llama3") else mine.eos
     for _ in range(300):
-        ids = [draw.randrange(known) for _ in range(draw.randint(1, 20))]
+        ids = [draw.randrange(size) for _ in range(draw.randint(1, 20))]
         shown = mine.decode(ids)
         assert streamed(mine, ids) == shown
         if kind != "llama2":
@@ -364,17 +366,17 @@ def test_any_ids_decode_and_stream_alike(kinds: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"), [("gpt2", "gpt-2"), ("llama2", "llama-spm"), ("bert-uncased", "bert-bge")]
 )
-def test_vectors(fixtures: Path, kind: str, name: str) -> None:
+def test_llama_cpps_vectors(fixtures: Path, kind: str, name: str) -> None:
     vectors = fixtures / "tokenizer_vectors"
-    given = (vectors / f"{name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    texts = (vectors / f"{name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     wanted = (vectors / f"{name}.out").read_text().split("\n")
     mine = zoo.tokenizer(fixtures / "tokenizers" / kind)
-    assert len(given) == len(wanted) == 47
-    for text, ids in zip(given, wanted, strict=True):
+    assert len(texts) == len(wanted) == 47
+    for text, ids in zip(texts, wanted, strict=True):
         assert plain(mine, text) == [int(id) for id in ids.split()], repr(text)
 
 
-def test_known_answers(fixtures: Path) -> None:
+def test_published_examples(fixtures: Path) -> None:
     llama2 = zoo.tokenizer(fixtures / "tokenizers/llama2")
     wanted = [1, 306, 4658, 278, 6593, 310, 2834, 338]
     assert llama2.encode("I believe the meaning of life is") == wanted
@@ -417,8 +419,8 @@ def same_as_fairseq(folder: Path, count: int, seed: int) -> None:
     mine, reference = zoo.tokenizer(folder), fairseq(folder)
     apart = 0
     for text in texts(count, seed):
-        found = reference(text)["input_ids"]
-        assert mine.encode(text, special=True) == found, repr(text)
+        theirs = reference(text)["input_ids"]
+        assert mine.encode(text, special=True) == theirs, repr(text)
         ids = plain(mine, text)
         if any(special in text for special in XLM_SPECIALS):
             apart += 1
@@ -426,22 +428,22 @@ def same_as_fairseq(folder: Path, count: int, seed: int) -> None:
         else:
             theirs = reference(text, add_special_tokens=False, split_special_tokens=True)
             assert ids == theirs["input_ids"], repr(text)
-        shown = mine.decode(found)
-        assert shown == reference.decode(found, clean_up_tokenization_spaces=False), repr(text)
-        assert streamed(mine, found) == shown, repr(text)
+        shown = mine.decode(theirs)
+        assert shown == reference.decode(theirs, clean_up_tokenization_spaces=False), repr(text)
+        assert streamed(mine, theirs) == shown, repr(text)
     assert 0 < apart < count / 5
 
 
-def test_xlm_roberta_is_the_references(made: Path) -> None:
+def test_xlm_roberta_matches_the_reference(made: Path) -> None:
     same_as_fairseq(made / "xlm-roberta", 1000, seed=11)
 
 
 @pytest.mark.slow
-def test_xlm_roberta_on_ten_thousand_texts(made: Path) -> None:
+def test_xlm_roberta_matches_on_ten_thousand_texts(made: Path) -> None:
     same_as_fairseq(made / "xlm-roberta", 10_000, seed=12)
 
 
-def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
+def test_xlm_roberta_without_a_character_map(tmp_path: Path) -> None:
     write_pieces(
         tmp_path / "x" / "sentencepiece.bpe.model",
         model_type="unigram",
@@ -466,7 +468,7 @@ def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
     assert 4 in plain(mine, "a<ctl>b", special=True) and 4 not in plain(mine, "a<ctl>b")
 
 
-def test_fairseqs_ids_are_sentencepieces_but_for_the_first(made: Path) -> None:
+def test_fairseq_ids_are_sentencepiece_ids_except_the_first(made: Path) -> None:
     """Where no character is composed and no score is the same twice, so is the engine."""
     path = made / "xlm-roberta" / "sentencepiece.bpe.model"
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -480,7 +482,7 @@ def test_fairseqs_ids_are_sentencepieces_but_for_the_first(made: Path) -> None:
     assert plain(mine, "\ufffc") == [mine.id("\u2581"), 3]
 
 
-def test_the_config_says_what_fairseqs_tokens_are(made: Path, tmp_path: Path) -> None:
+def test_the_config_names_fairseqs_special_tokens(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "xlm-roberta", tmp_path, dirs_exist_ok=True)
     size = zoo.tokenizer(tmp_path).vocab_size
     config = {
@@ -509,7 +511,7 @@ def test_the_config_says_what_fairseqs_tokens_are(made: Path, tmp_path: Path) ->
         ({}, {"model_type": "mbart"}, False),
     ],
 )
-def test_other_families_ids_are_not_guessed(
+def test_unigrams_of_other_families_are_refused(
     made: Path, tmp_path: Path, config: Any, model: Any, fine: bool
 ) -> None:
     shutil.copytree(made / "xlm-roberta", tmp_path, dirs_exist_ok=True)
@@ -523,7 +525,7 @@ def test_other_families_ids_are_not_guessed(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"model_type": "bpe"}, "expected unigrams"),
         ({"model_type": "unigram", "byte_fallback": True}, "bytes to fall back on"),
@@ -534,12 +536,12 @@ def test_other_families_ids_are_not_guessed(
         ({"model_type": "unigram", "bos_id": -1}, "its first"),
     ],
 )
-def test_models_that_fairseqs_ids_are_not_for(
-    tmp_path: Path, options: dict[str, Any], told: str
+def test_models_that_do_not_fit_fairseq_ids_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "x" / "sentencepiece.bpe.model"
     write_pieces(path, vocab_size=700, character_coverage=0.98, **options)
-    with pytest.raises(BadTokenizer, match=told) as caught:
+    with pytest.raises(BadTokenizer, match=message) as caught:
         zoo.tokenizer(path.parent)
     assert str(path) in str(caught.value)
 
@@ -553,8 +555,8 @@ class Ranked(NamedTuple):
 
     def encode(self, text: str, **options: Any) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.composes else text
-        found = self.encoding.encode(text, disallowed_special=(), **options)
-        return [self.ids[rank] for rank in found]
+        ids = self.encoding.encode(text, disallowed_special=(), **options)
+        return [self.ids[rank] for rank in ids]
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode([self.ids.index(id) for id in ids])
@@ -582,7 +584,7 @@ def through_tiktoken(kind: str) -> Ranked:
 def same_as_tiktoken(folder: Path, count: int, seed: int) -> None:
     mine, reference = zoo.tokenizer(folder), through_tiktoken(folder.name)
     special = list(mine.special_tokens)
-    draw, found = random.Random(seed), 0
+    draw, specials = random.Random(seed), 0
     for text in texts(count, seed):
         text += draw.choice(["", "", draw.choice(special), draw.choice(special) + "\u0338 a"])
         ids = plain(mine, text)
@@ -593,22 +595,22 @@ def same_as_tiktoken(folder: Path, count: int, seed: int) -> None:
         ids = plain(mine, text, special=True)
         assert ids == reference.encode(text, allowed_special="all"), repr(text)
         assert mine.decode(ids) == reference.decode(ids)
-        found += any(id in mine.special_tokens.values() for id in ids)
-    assert found > count / 4
+        specials += any(id in mine.special_tokens.values() for id in ids)
+    assert specials > count / 4
 
 
 @pytest.mark.parametrize("kind", ("qwen", "tekken"))
-def test_ranks_are_tiktokens(made: Path, kind: str) -> None:
+def test_ranks_match_tiktoken(made: Path, kind: str) -> None:
     same_as_tiktoken(made / kind, 1000, seed=14)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ("qwen", "tekken"))
-def test_ranks_on_ten_thousand_texts(made: Path, kind: str) -> None:
+def test_ranks_match_tiktoken_on_ten_thousand_texts(made: Path, kind: str) -> None:
     same_as_tiktoken(made / kind, 10_000, seed=15)
 
 
-def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
+def test_qwen_tiktoken_file(made: Path, tmp_path: Path) -> None:
     mine = zoo.tokenizer(made / "qwen")
     count = mine.vocab_size - 208
     assert mine.token(count) == "<|endoftext|>" and mine.token(count + 207) == "<|extra_204|>"
@@ -620,7 +622,9 @@ def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "QWenTokenizer"}')
     assert zoo.tokenizer(tmp_path).eos == count
     shutil.copyfile(made / "qwen" / "qwen.tiktoken", tmp_path / "qwen.tiktoken")
-    with pytest.raises(BadTokenizer, match=r"one file of ranks, found other\.tiktoken, qwen\.tiktoken"):
+    with pytest.raises(
+        BadTokenizer, match=r"one file of ranks, found other\.tiktoken, qwen\.tiktoken"
+    ):
         zoo.tokenizer(tmp_path)
     (tmp_path / "other.tiktoken").unlink()
     assert zoo.tokenizer(tmp_path).eos == count
@@ -629,7 +633,7 @@ def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
         zoo.tokenizer(tmp_path)
 
 
-def test_tekkens_tokens(made: Path) -> None:
+def test_tekken_file(made: Path) -> None:
     mine = zoo.tokenizer(made / "tekken")
     assert [mine.unk, mine.bos, mine.eos, mine.pad] == [0, 1, 2, 5]
     assert mine.encode("fox") == [1, *plain(mine, "fox")]
@@ -638,7 +642,7 @@ def test_tekkens_tokens(made: Path) -> None:
     assert mine.vocab_size == file["config"]["default_vocab_size"] < len(file["vocab"])
 
 
-def test_tekkens_tokens_where_an_early_file_names_none(made: Path, tmp_path: Path) -> None:
+def test_early_tekken_file_without_special_tokens(made: Path, tmp_path: Path) -> None:
     file = json.loads((made / "tekken" / "tekken.json").read_text())
     del file["special_tokens"]
     file["config"] |= {"version": "v3", "default_num_special_tokens": 30}
@@ -711,7 +715,9 @@ def test_tokenizer_json_comes_first(made: Path, tmp_path: Path) -> None:
         ("bert-uncased", ["[CLS]"], ["[SEP]"]),
     ],
 )
-def test_custom(made: Path, kind: str, before: list[str], after: list[str]) -> None:
+def test_special_tokens_around_a_text_by_family(
+    made: Path, kind: str, before: list[str], after: list[str]
+) -> None:
     mine = zoo.tokenizer(made / kind)
     body = plain(mine, "the fox")
     ends = [list(map(mine.id, tokens)) for tokens in (before, after)]
@@ -723,7 +729,7 @@ def test_custom(made: Path, kind: str, before: list[str], after: list[str]) -> N
             mine.encode("", bos=True)
 
 
-def test_the_config_says_what_stands_around(made: Path, tmp_path: Path) -> None:
+def test_the_config_sets_special_tokens_around_a_text(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "llama2", tmp_path, dirs_exist_ok=True)
     config = {"add_bos_token": False, "add_eos_token": True, "padding_side": "left"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -747,12 +753,12 @@ def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> 
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
-def test_tokenizer_json_says_what_stands_around(kind: str, tmp_path: Path) -> None:
+def test_tokenizer_json_sets_special_tokens_around_a_text(kind: str, tmp_path: Path) -> None:
     """The reference heeds nothing beside it, and puts nothing where it says nothing."""
     import transformers as ref
 
-    known = [("<s>", 30), ("</s>", 31)]
-    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=known)
+    specials = [("<s>", 30), ("</s>", 31)]
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
     for n, around in enumerate((None, both)):
         for flag in (None, True, False):
             flags = {} if flag is None else {"add_bos_token": flag, "add_eos_token": flag}
@@ -763,7 +769,7 @@ def test_tokenizer_json_says_what_stands_around(kind: str, tmp_path: Path) -> No
             assert zoo.tokenizer(place).encode("1") == ([30, 1, 31] if n else [1])
 
 
-def test_ends_of_those_that_know_no_letters(tmp_path: Path) -> None:
+def test_post_processor_of_a_vocabulary_without_letters(tmp_path: Path) -> None:
     """What they do not know they drop, and where it was is not between the ends."""
     around = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 30), ("</s>", 31)]
@@ -772,7 +778,7 @@ def test_ends_of_those_that_know_no_letters(tmp_path: Path) -> None:
     assert zoo.tokenizer(tmp_path / "x").encode("1a") == [30, 1, 31]
 
 
-def test_ids_that_stand_for_nothing(tmp_path: Path) -> None:
+def test_ids_without_a_token_are_refused(tmp_path: Path) -> None:
     decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     write_json(tmp_path / "x", "PreTrainedTokenizerFast", {}, decoder=decoder)
     mine = zoo.tokenizer(tmp_path / "x")
@@ -782,7 +788,7 @@ def test_ids_that_stand_for_nothing(tmp_path: Path) -> None:
         mine.token(35)
 
 
-def test_t5_sentinels_where_the_config_says_t5(made: Path, tmp_path: Path) -> None:
+def test_t5_has_sentinel_tokens(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "t5", tmp_path, dirs_exist_ok=True)
     size = zoo.tokenizer(tmp_path).vocab_size
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
@@ -816,7 +822,7 @@ def test_added_tokens(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"added_tokens_decoder": {"5": {"content": "x9"}}}, "'x9' has id 5, and so has"),
         ({"added_tokens_decoder": {"99999999": {"content": "x9"}}}, "far beyond"),
@@ -832,23 +838,23 @@ def test_added_tokens(made: Path, tmp_path: Path) -> None:
         ({"chat_template": [{"name": "x"}]}, "chat_template"),
     ],
 )
-def test_settings_that_cannot_be(
-    made: Path, tmp_path: Path, config: dict[str, Any], told: str | None
+def test_wrong_settings_are_refused(
+    made: Path, tmp_path: Path, config: dict[str, Any], message: str | None
 ) -> None:
     shutil.copytree(made / "llama2", tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    if told is None:
+    if message is None:
         zoo.tokenizer(tmp_path)
         return
     with pytest.raises(BadTokenizer) as caught:
         zoo.tokenizer(tmp_path)
-    assert told in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 # --- the rest of the surface ---------------------------------------------------------------------
 
 
-def test_batches(made: Path) -> None:
+def test_batches_are_padded(made: Path) -> None:
     mine = zoo.tokenizer(made / "gpt2")
     long, short = plain(mine, "the quick fox"), plain(mine, "a")
     blank = [mine.eos] * (len(long) - 1)
@@ -869,7 +875,7 @@ def test_batches(made: Path) -> None:
         mine.batch(["a"], pad=10**6)
 
 
-def test_no_pad_token() -> None:
+def test_a_batch_without_a_pad_token_is_refused() -> None:
     mine = CharTokenizer.of("abc")
     with pytest.raises(UsageError, match="no pad token: pass pad="):
         mine.batch(["a", "ab"])
@@ -878,7 +884,7 @@ def test_no_pad_token() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_have_ids_and_ids_tokens(kinds: Path, kind: str) -> None:
+def test_tokens_and_ids_map_both_ways(kinds: Path, kind: str) -> None:
     mine = zoo.tokenizer(kinds / kind)
     for id in range(0, mine.vocab_size, 1 + mine.vocab_size // 997):
         assert mine.id(mine.token(id)) == id
@@ -895,7 +901,7 @@ def test_tokens_have_ids_and_ids_tokens(kinds: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS + MORE)
-def test_what_is_no_text(made: Path, kind: str) -> None:
+def test_input_that_is_no_text_is_refused(made: Path, kind: str) -> None:
     mine = zoo.tokenizer(made / kind)
     with pytest.raises(InputError, match="half a surrogate pair at character 1"):
         mine.encode("a\ud800")
@@ -903,7 +909,7 @@ def test_what_is_no_text(made: Path, kind: str) -> None:
         mine.encode(b"a")  # type: ignore[arg-type]
 
 
-def test_what_is_one_row_of_ids(made: Path) -> None:
+def test_decode_takes_one_row_of_ids(made: Path) -> None:
     mine = zoo.tokenizer(made / "llama2")
     ids = plain(mine, "the fox")
     one = mine.decode(ids[:1])
@@ -914,7 +920,7 @@ def test_what_is_one_row_of_ids(made: Path) -> None:
             mine.decode(wrong)  # type: ignore[arg-type]
 
 
-def test_a_stream_holds_back_and_skips(made: Path) -> None:
+def test_a_stream_waits_for_whole_characters(made: Path) -> None:
     mine = zoo.tokenizer(made / "llama2")
     stream, parts = mine.stream(skip_special=True), mine.encode("a \U0010fffd")
     shown = [stream.put(id) for id in parts]
@@ -925,7 +931,7 @@ def test_a_stream_holds_back_and_skips(made: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_runs(kinds: Path, kind: str) -> None:
+def test_long_runs_of_one_character(kinds: Path, kind: str) -> None:
     """A hundred thousand of one character: no hang, no crash, and it all comes back."""
     mine = zoo.tokenizer(kinds / kind)
     for piece in ("a", " ", "\n", "é", "!", "1", "'s", "a "):
@@ -937,13 +943,13 @@ def test_long_runs(kinds: Path, kind: str) -> None:
             assert mine.decode(ids) == text
 
 
-def test_whitespace_that_tiktoken_cannot_follow(made: Path) -> None:
+def test_whitespace_beyond_tiktokens_stack(made: Path) -> None:
     mine = zoo.tokenizer(made / "gpt2")
     for text in (" " * 10**6 + "a", "\n" * 10**6, " \n" * 10**6):
         assert mine.decode(plain(mine, text)) == text
 
 
-def test_copies_share_it(made: Path) -> None:
+def test_copies_share_the_tokenizer(made: Path) -> None:
     mine = zoo.tokenizer(made / "gpt2")
     assert copy.deepcopy(mine) is mine
     assert "gpt2" in repr(mine)
@@ -952,7 +958,7 @@ def test_copies_share_it(made: Path) -> None:
 # --- characters ----------------------------------------------------------------------------------
 
 
-def test_characters(tmp_path: Path) -> None:
+def test_character_tokenizer(tmp_path: Path) -> None:
     mine = CharTokenizer.of("hello wörld 😀")
     mine.save(tmp_path)
     again = zoo.tokenizer(tmp_path)
@@ -971,7 +977,7 @@ def test_characters(tmp_path: Path) -> None:
 # --- where it comes from -------------------------------------------------------------------------
 
 
-def test_a_models_tokenizer(made: Path, tmp_path: Path) -> None:
+def test_a_model_has_its_tokenizer(made: Path, tmp_path: Path) -> None:
     """It lies with the weights, is read when asked for, and goes where they go."""
     published = zoo.save(build("gpt2").eval(), tmp_path / "published")
     for path in (made / "gpt2").iterdir():
@@ -1003,18 +1009,18 @@ print(sorted(libraries & set(sys.modules)))
         assert shown.stdout.splitlines() == ["[]", used], shown.stderr
 
 
-def test_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenize_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokenize", str(made / "gpt2"), "fox<|endoftext|>", "--special", "--json"]) == 0
     mine = zoo.tokenizer(made / "gpt2")
-    found = json.loads(capsys.readouterr().out)
-    assert found["ids"] == [*plain(mine, "fox"), mine.eos]
-    assert found["tokens"][-1] == "<|endoftext|>"
+    output = json.loads(capsys.readouterr().out)
+    assert output["ids"] == [*plain(mine, "fox"), mine.eos]
+    assert output["tokens"][-1] == "<|endoftext|>"
     assert main(["tokenize", str(made / "bert-uncased"), "fox"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [["2", "[CLS]"], ["6", "fox"], ["3", "[SEP]"]]
 
 
-def test_directories_without_one(tmp_path: Path) -> None:
+def test_directories_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(NotACheckpoint, match=r"no tokenizer.*It holds notes\.txt"):
         zoo.tokenizer(tmp_path)
@@ -1024,7 +1030,7 @@ def test_directories_without_one(tmp_path: Path) -> None:
         zoo.tokenizer(tmp_path, revision="main")
 
 
-def test_files_out_of_the_directory(made: Path, tmp_path: Path) -> None:
+def test_files_outside_the_directory_are_refused(made: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").symlink_to(made / "llama2" / "tokenizer.model")
     with pytest.raises(UnsafePath):
         zoo.tokenizer(tmp_path)
@@ -1033,11 +1039,11 @@ def test_files_out_of_the_directory(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "kind"), [(["12", ".com"], "gpt2"), ([".com", "the"], "qwen2"), (["the"], "gpt2")]
 )
-def test_the_pattern_that_a_vocabulary_speaks_of(words: list[str], kind: str) -> None:
+def test_the_pattern_is_guessed_from_the_vocabulary(words: list[str], kind: str) -> None:
     assert bytelevel.guess(words) == kind
 
 
-def test_the_published_vocabularies_speak(fixtures: Path) -> None:
+def test_the_pattern_of_published_vocabularies_is_guessed(fixtures: Path) -> None:
     for kind, name in (("gpt2", "encoder.json"), ("qwen2", "vocab.json")):
         ids = bytelevel.read_ids(fixtures / "tokenizers" / kind / name)
         assert bytelevel.guess(ids) == kind
@@ -1073,7 +1079,7 @@ def damaged(data: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize(("kind", "name"), PLACES)
-def test_damage_is_an_error_of_ours_or_none(
+def test_damaged_files_raise_only_our_errors(
     made: Path, tmp_path: Path, kind: str, name: str
 ) -> None:
     shutil.copytree(made / kind, tmp_path, dirs_exist_ok=True)
@@ -1087,7 +1093,7 @@ def test_damage_is_an_error_of_ours_or_none(
     assert refused >= 3
 
 
-def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
+def test_damaged_tokenizer_json_raises_only_our_errors(made: Path, tmp_path: Path) -> None:
     oracle(made / "bert-uncased", "bert-uncased").backend.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     data = path.read_bytes()
@@ -1103,7 +1109,7 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "edit", "told"),
+    ("kind", "name", "edit", "message"),
     [
         ("gpt2", "vocab.bpe", lambda d: d + b"zz qq\n", "1 merges of or into tokens"),
         ("gpt2", "vocab.bpe", lambda d: d + b"zz\n", "expected two tokens, found 'zz'"),
@@ -1150,15 +1156,15 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("tekken", "tekken.json", lambda d: d.replace(b'size": ', b'size": 9'), "vocab_size"),
     ],
 )
-def test_damage_by_name(
-    made: Path, tmp_path: Path, kind: str, name: str, edit: Callable[[bytes], bytes], told: str
+def test_damaged_files_are_refused_by_name(
+    made: Path, tmp_path: Path, kind: str, name: str, edit: Callable[[bytes], bytes], message: str
 ) -> None:
     shutil.copytree(made / kind, tmp_path, dirs_exist_ok=True)
     path = tmp_path / name
     before = path.read_bytes()
     path.write_bytes(edit(before))
     assert path.read_bytes() != before
-    with pytest.raises(BadTokenizer, match=told) as caught:
+    with pytest.raises(BadTokenizer, match=message) as caught:
         zoo.tokenizer(tmp_path)
     assert str(path) in str(caught.value)
 
@@ -1185,15 +1191,17 @@ TABLES = {
 
 @pytest.mark.parametrize("case", TABLES)
 @pytest.mark.parametrize("name", ["tokenizer.model", "sentencepiece.bpe.model", "tokenizer.json"])
-def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None:
+def test_character_maps_that_point_outside_are_refused(
+    tmp_path: Path, name: str, case: str
+) -> None:
     """What reads them would read there, or take as much memory as they say."""
 
     def read(data: bytes) -> None:
         if name == "tokenizer.json":
             step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
             model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-            said = {"normalizer": {"type": "Sequence", "normalizers": [step]}, "model": model}
-            text = json.dumps({"version": "1.0", "added_tokens": [], **said}).encode()
+            config = {"normalizer": {"type": "Sequence", "normalizers": [step]}, "model": model}
+            text = json.dumps({"version": "1.0", "added_tokens": [], **config}).encode()
         else:
             words = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1)]
             text = llama2c.sentencepiece_model(words, falls_back=False) + b"\x12\x02\x18\x01"
@@ -1202,15 +1210,15 @@ def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None
         zoo.tokenizer(tmp_path).encode("a")
 
     if name == "tokenizer.model":  # sentencepiece looks itself, and more closely
-        told = "INTERNAL"
+        message = "INTERNAL"
     else:
         read(table())
-        told = "a character map"
-    with pytest.raises(BadTokenizer, match=f"{name}.*{told}"):
+        message = "a character map"
+    with pytest.raises(BadTokenizer, match=f"{name}.*{message}"):
         read(TABLES[case])
 
 
-def test_files_too_large_are_not_read(made: Path, tmp_path: Path) -> None:
+def test_files_too_large_are_refused(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "gpt2", tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "vocab.bpe", 1 << 40)
     with pytest.raises(BadTokenizer, match="larger than the"):
@@ -1277,7 +1285,7 @@ def talker(made: Path) -> Tokenizer:
 @pytest.mark.parametrize("messages", (SAID, SAID[1:], SAID[:2]), ids=len)
 @pytest.mark.parametrize("prompt", (True, False))
 @pytest.mark.parametrize("tools", (None, TOOLS), ids=("", "tools"))
-def test_chats_are_the_references(
+def test_chat_templates_match_the_reference(
     made: Path, tmp_path: Path, template: str, messages: Any, prompt: bool, tools: Any
 ) -> None:
     reference = _through_pieces(oracle(made / "llama2", "llama2").backend, "llama2")
@@ -1336,31 +1344,31 @@ def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("messages", ["hello", SAID[0], None, ["hello"], [("user", "hello")], 5])
-def test_what_is_no_dialogue(talker: Tokenizer, messages: Any) -> None:
+def test_wrong_messages_are_refused(talker: Tokenizer, messages: Any) -> None:
     with pytest.raises(InputError, match="messages: expected a list of mappings"):
         talker.chat(messages, template=CHATML)
     with pytest.raises(InputError, match="template=5"):
         talker.chat(SAID, template=5)  # type: ignore[arg-type]
 
 
-def test_no_template(talker: Tokenizer) -> None:
+def test_a_missing_template_is_refused(talker: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="no chat template 'default'; it has none"):
         talker.chat(SAID)
 
 
-def test_what_a_template_is_given(talker: Tokenizer) -> None:
+def test_objects_in_messages_are_refused(talker: Tokenizer) -> None:
     """Plain values alone: an object's methods might do anything."""
     with pytest.raises(TemplateError, match="expected texts, numbers, lists and mappings, found a"):
         talker.chat([{"role": "user", "content": Path()}], template="{{ 1 }}")
-    odd = type("Odd", (str,), {"harm": lambda self: "done"})("text")
+    harmful = type("Odd", (str,), {"harm": lambda self: "done"})("text")
     with pytest.raises(TemplateError):
-        talker.chat([{"content": odd}], template="{{ messages[0].content.harm() }}")
+        talker.chat([{"content": harmful}], template="{{ messages[0].content.harm() }}")
 
 
 def test_long_conversations_fit(talker: Tokenizer) -> None:
-    said = [{"role": "user", "content": "word " * 2000}] * 500
+    messages = [{"role": "user", "content": "word " * 2000}] * 500
     for template in (LLAMA2_CHAT, LLAMA3_CHAT, CHATML):
-        assert len(talker.chat(said, template=template)) > 4_900_000
+        assert len(talker.chat(messages, template=template)) > 4_900_000
 
 
 # --- whether case counts -------------------------------------------------------------------------
@@ -1373,35 +1381,35 @@ CASED = {  # of what a vocabulary may hold; each has other letters
 
 
 @pytest.mark.parametrize("language", CASED)
-@pytest.mark.parametrize("said", [None, True, False])
-def test_case_counts_where_the_words_have_capitals(
-    tmp_path: Path, language: str, said: bool | None
-) -> None:
+@pytest.mark.parametrize("setting", [None, True, False])
+def test_a_cased_vocabulary_keeps_case(tmp_path: Path, language: str, setting: bool | None) -> None:
     """Google's files do not say; where a tokenizer_config.json does, that is what counts."""
     words, text = CASED[language]
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", encoding="utf-8")
-    if said is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": said}))
-    found = zoo.tokenizer(tmp_path)
+    if setting is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": setting}))
+    tokenizer = zoo.tokenizer(tmp_path)
     small = text.lower() if language == "english" else "ete"  # accents go with capitals
-    whole = text if said is not True else small
+    whole = text if setting is not True else small
     expected = whole if whole in words else "[UNK]"
     assert [
-        found.token(id) for id in found.encode(text) if found.token(id) not in SPECIALS[2:4]
+        tokenizer.token(id)
+        for id in tokenizer.encode(text)
+        if tokenizer.token(id) not in SPECIALS[2:4]
     ] == [expected]
 
 
 @pytest.mark.parametrize("stray", [0, 2])
-def test_case_does_not_count_where_no_word_has_capitals(tmp_path: Path, stray: int) -> None:
+def test_an_uncased_vocabulary_lowercases(tmp_path: Path, stray: int) -> None:
     words = [*SPECIALS, "[Q]", "paris", "ete", "東", *(f"w{n}" for n in range(400))]
     words += ["A", "B"][:stray]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    found = zoo.tokenizer(tmp_path)
-    tokens = [found.token(id) for id in found.encode("Paris ÉTÉ")]
+    tokenizer = zoo.tokenizer(tmp_path)
+    tokens = [tokenizer.token(id) for id in tokenizer.encode("Paris ÉTÉ")]
     assert [token for token in tokens if token not in SPECIALS] == ["paris", "ete"]
 
 
-def test_case_in_googles_own_directory(tmp_path: Path) -> None:
+def test_googles_own_directory_lowercases(tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "data" / "tf" / "bert"
     for path in source.glob("bert*"):
         shutil.copy(path, tmp_path)
