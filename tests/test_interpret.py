@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return hot(build(request.param)).double()
 
 
-def given(model: Any, rows: int = 2, padded: bool = True) -> dict[str, Any]:
+def example_inputs(model: Any, rows: int = 2, padded: bool = True) -> dict[str, Any]:
     """Tokens, one row of them padded on the left; an encoder-decoder's answer too."""
     ids = torch.randint(5, 60, (rows, TOKENS), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids) if padded else None
@@ -67,8 +67,8 @@ def layers(model: Any) -> str:
 
 
 def test_recording_does_not_change_the_output(model: Any) -> None:
-    plain = model(**given(model))
-    out, kept = model.run_with_cache(**given(model), names=["*", "*:*"])
+    plain = model(**example_inputs(model))
+    out, kept = model.run_with_cache(**example_inputs(model), names=["*", "*:*"])
     assert same(out, plain) and untouched(model)
     assert not any(x.requires_grad for each in kept.values() for x in flat(each))
     assert {f"{layers(model)}.0", f"{layers(model)}.0.attn:pattern", "embed"} <= kept.keys()
@@ -76,8 +76,8 @@ def test_recording_does_not_change_the_output(model: Any) -> None:
 
 def test_recording_patterns_records_everything_else_too(model: Any) -> None:
     """What is made once for all layers, such as T5's distances, is made in the model's own run."""
-    _, alone = model.run_with_cache(**given(model))
-    _, beside = model.run_with_cache(**given(model), names=["*", "*:pattern"])
+    _, alone = model.run_with_cache(**example_inputs(model))
+    _, beside = model.run_with_cache(**example_inputs(model), names=["*", "*:pattern"])
     assert [*alone] == [name for name in beside if ":" not in name]
     assert all(same(alone[name], beside[name]) for name in alone)
 
@@ -89,13 +89,13 @@ def test_recording_draws_no_random_numbers(name: str) -> None:
     outs = []
     for names in ("*", "*:pattern"):
         torch.manual_seed(0)
-        out, _ = model.run_with_cache(**given(model), names=names)
+        out, _ = model.run_with_cache(**example_inputs(model), names=names)
         outs.append((out, torch.rand(3)))
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
 
 
 def test_patterns_reproduce_the_heads(model: Any) -> None:
-    _, kept = model.run_with_cache(**given(model), names=[*HEADED, "*attn.out:in"])
+    _, kept = model.run_with_cache(**example_inputs(model), names=[*HEADED, "*attn.out:in"])
     names = [name for name in kept if ":pattern" in name]
     assert len(names) >= sum(isinstance(m, Attention) for m in model.modules())
     for name in names:
@@ -113,7 +113,7 @@ def test_patterns_reproduce_the_heads(model: Any) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "neox", "falcon", "mistral"])
 def test_patterns_are_causal_and_ignore_padding(name: str) -> None:
     model = hot(build(name))
-    _, kept = model.run_with_cache(**given(model), names="*:pattern")
+    _, kept = model.run_with_cache(**example_inputs(model), names="*:pattern")
     for pattern in kept.values():
         assert not pattern.triu(1).any()
         assert not pattern[0, :, 3:, :3].any()
@@ -133,7 +133,7 @@ def test_patterns_of_every_variant(entry: registry.Architecture, variant: str) -
     published = entry.variants[variant]["config"]
     fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
     model = hot(entry.model(entry.config_class(**fields))).double()
-    inputs = given(model)
+    inputs = example_inputs(model)
     if model.config.head == "encoder":
         inputs = {name: x for name, x in inputs.items() if "decoder" not in name}
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_patterns_of_every_variant(entry: registry.Architecture, variant: str) -
 def test_patterns_match_the_formula() -> None:
     """Once by hand, for grouped heads that are turned."""
     model = hot(build("llama")).double()
-    _, kept = model.run_with_cache(**given(model, padded=False), names="blocks.1.attn:*")
+    _, kept = model.run_with_cache(**example_inputs(model, padded=False), names="blocks.1.attn:*")
     q, k = kept["blocks.1.attn:q"], kept["blocks.1.attn:k"]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -165,7 +165,7 @@ def test_patterns_match_the_formula() -> None:
 def test_distances_are_recorded_and_patched(name: str) -> None:
     """Once a run, however many layers; of DeBERTa the vectors, and which of them stand where."""
     model = hot(build(name)).double()
-    inputs, place = given(model), "encoder.distances" if name == "t5" else "distances"
+    inputs, place = example_inputs(model), "encoder.distances" if name == "t5" else "distances"
     if name != "t5":  # distances alone look at distances
         model.config = replace(model.config, placed=False)
 
@@ -191,7 +191,7 @@ def test_distances_are_recorded_and_patched(name: str) -> None:
 
 def test_patterns_show_the_sliding_window() -> None:
     model = hot(build("mistral", window=4))
-    _, kept = model.run_with_cache(**given(model, padded=False), names="*:pattern")
+    _, kept = model.run_with_cache(**example_inputs(model, padded=False), names="*:pattern")
     assert all(
         (x[..., 8, :] > 0).nonzero()[:, -1].unique().tolist() == [5, 6, 7, 8] for x in kept.values()
     )
@@ -202,7 +202,7 @@ def test_patterns_show_the_sliding_window() -> None:
 def test_patterns_with_a_cache(name: str, tokens: int) -> None:
     """Of later tokens they are the last rows of the whole text's, and stay as they were."""
     model = hot(build(name)).double()
-    inputs = given(model, padded=False)
+    inputs = example_inputs(model, padded=False)
     ids = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     names = [f"{layers(model)}.*.attn{what[1:]}" for what in HEADED]
     with torch.no_grad():
@@ -222,7 +222,9 @@ def test_patterns_with_a_cache(name: str, tokens: int) -> None:
 
 def test_a_second_run_of_a_module_has_a_number() -> None:
     model = hot(build("mobilellm", twice=True))
-    _, kept = model.run_with_cache(**given(model), names=["blocks.0", "blocks.1:in", "norm:in"])
+    _, kept = model.run_with_cache(
+        **example_inputs(model), names=["blocks.0", "blocks.1:in", "norm:in"]
+    )
     assert [*kept] == ["blocks.0", "blocks.0@2", "blocks.1:in", "blocks.1:in@2", "norm:in"]
     assert torch.equal(kept["blocks.0@2"], kept["blocks.1:in"])
 
@@ -230,14 +232,14 @@ def test_a_second_run_of_a_module_has_a_number() -> None:
 def test_a_layer_that_is_used_for_the_pattern_alone_counts_once() -> None:
     """DeBERTa's keys are projected again for distances: that is told, and not that we looked."""
     model = hot(build("deberta-v2"))
-    _, plain = model.run_with_cache(**given(model), names="*.attn.*")
-    _, kept = model.run_with_cache(**given(model), names=["*.attn.*", "*:pattern"])
+    _, plain = model.run_with_cache(**example_inputs(model), names="*.attn.*")
+    _, kept = model.run_with_cache(**example_inputs(model), names=["*.attn.*", "*:pattern"])
     assert [*plain] == [name for name in kept if ":" not in name]
 
 
 def test_gradients_are_kept_on_request(model: Any) -> None:
     """Also those of patterns, through which nothing flows when nobody asks."""
-    inputs = given(model)
+    inputs = example_inputs(model)
     names = [f"{layers(model)}.0.attn", f"{layers(model)}.0.attn:pattern", "embed"]
     model.requires_grad_(False)
     out, kept = model.run_with_cache(**inputs, names=names, grad=True)
@@ -258,7 +260,7 @@ def test_gradients_are_kept_on_request(model: Any) -> None:
 
 def test_nothing_is_copied_or_attached() -> None:
     model = hot(build("gpt2"))
-    out, kept = model.run_with_cache(**given(model))
+    out, kept = model.run_with_cache(**example_inputs(model))
     assert out.requires_grad and kept["head"].data_ptr() == out.data_ptr()
     assert not any(x.requires_grad for x in kept.values())
 
@@ -309,7 +311,7 @@ def test_an_activation_not_recorded_is_named() -> None:
 
 def test_a_hook_point_not_used_is_named() -> None:
     model = build("deberta-v2")
-    inputs = given(model)
+    inputs = example_inputs(model)
     table = "distances.embed"  # which is not looked up in, but read as a whole
     with pytest.raises(UsageError, match=f"{table}: hook points that were not used"):
         model.run_with_cache(**inputs, names=["embed", table])
@@ -332,7 +334,7 @@ def test_hook_points_do_not_depend_on_hooks(model: Any) -> None:
 
 def test_a_patch_from_another_run_gives_that_runs_output(model: Any) -> None:
     """All that the last block gives decides what is read out; and afterwards nothing is left."""
-    one, two = given(model, padded=False), given(model, padded=False)
+    one, two = example_inputs(model, padded=False), example_inputs(model, padded=False)
     two["input_ids"] = two["input_ids"].flip(1)
     if "decoder_input_ids" in two:
         two["decoder_input_ids"] = two["decoder_input_ids"].flip(1)
@@ -351,7 +353,7 @@ def test_a_patch_from_another_run_gives_that_runs_output(model: Any) -> None:
 
 @pytest.mark.parametrize("what", ["", ":in", ":q", ":v", ":pattern", ":heads"])
 def test_every_hook_point_can_be_patched(model: Any, what: str) -> None:
-    name, inputs = f"{layers(model)}.0.attn{what}", given(model)
+    name, inputs = f"{layers(model)}.0.attn{what}", example_inputs(model)
     with torch.no_grad():
         plain = flat(model(**inputs))[0]
         with model.patch({name: lambda x: x.flip(-1)}):
@@ -366,7 +368,7 @@ def test_every_hook_point_can_be_patched(model: Any, what: str) -> None:
 def test_a_pattern_knocked_out() -> None:
     """Without its edges to the first token a model says what it says when it cannot see it."""
     model = hot(build("llama")).double()
-    inputs = given(model, padded=False)
+    inputs = example_inputs(model, padded=False)
 
     def blind(pattern: Tensor) -> Tensor:
         pattern = pattern.clone()
@@ -388,7 +390,7 @@ def test_a_pattern_knocked_out() -> None:
 def test_a_patch_function_may_write_in_place(what: str, mode: Any) -> None:
     """It counts as if it had made another, and what others read stays as it is."""
     model = hot(build("llama"))
-    inputs, name = given(model), f"blocks.1.attn{what}"
+    inputs, name = example_inputs(model), f"blocks.1.attn{what}"
 
     def written(x: Tensor) -> Tensor:
         x[..., 0] = 0
@@ -407,7 +409,7 @@ def test_a_patch_function_may_write_in_place(what: str, mode: Any) -> None:
 def test_an_in_place_patch_leaves_the_cache() -> None:
     """Values lie in the key-value cache: a patch says what flows on, not what was."""
     model, past = hot(build("llama")), zoo.Cache(TOKENS)
-    ids = given(model, padded=False)["input_ids"]
+    ids = example_inputs(model, padded=False)["input_ids"]
     with torch.no_grad():
         with model.patch({"*:v": lambda x: x.zero_()}):
             model(ids[:, :-1], cache=past)
@@ -417,7 +419,7 @@ def test_an_in_place_patch_leaves_the_cache() -> None:
 
 def test_patches_nest_and_end_with_an_exception() -> None:
     model = hot(build("gpt2"))
-    inputs = given(model)
+    inputs = example_inputs(model)
     plain = model(**inputs)
     with model.patch({"blocks.0.attn": torch.zeros_like}):
         once = model(**inputs)
@@ -451,7 +453,7 @@ def test_patches_of_another_shape_or_dtype_are_refused(value: Any, message: str)
         value = value[..., :1].expand(2, 11, width)
     message = message.replace("48", str(width))
     with pytest.raises(UsageError, match=message), model.patch({"blocks.0.mlp": value}):
-        model(**given(model))
+        model(**example_inputs(model))
     assert untouched(model)
 
 
@@ -479,7 +481,7 @@ def test_generation_is_patched(name: str) -> None:
 
 def test_other_threads_see_no_patch() -> None:
     model = hot(build("llama"))
-    inputs = given(model)
+    inputs = example_inputs(model)
     plain = model(**inputs)
     changes = {"blocks.0.attn": torch.zeros_like, "blocks.1.attn:pattern": lambda x: x.flip(-1)}
     with ThreadPoolExecutor(1) as other, model.patch(changes):
@@ -489,7 +491,7 @@ def test_other_threads_see_no_patch() -> None:
 
 def test_threads_record_at_once() -> None:
     model = hot(build("llama"))
-    inputs = given(model)
+    inputs = example_inputs(model)
 
     def look(_: int) -> list[str]:
         return [*model.run_with_cache(**inputs, names=["*", "*:*"])[1]]
@@ -506,7 +508,7 @@ def test_threads_record_at_once() -> None:
 def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
     """Whether it was compiled before or not; and nothing is compiled anew for it."""
     model = hot(build(name))
-    inputs, graphs = given(model, padded=False), list[Any]()
+    inputs, graphs = example_inputs(model, padded=False), list[Any]()
 
     def counted(graph: Any, _: Any) -> Any:
         graphs.append(graph)
@@ -533,10 +535,10 @@ def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
 
 def test_logit_lens_of_a_compiled_model() -> None:
     model = hot(build("gpt2"))
-    expected = model.logit_lens(**given(model))
+    expected = model.logit_lens(**example_inputs(model))
     model.compile(backend="eager")
-    model(**given(model))
-    assert torch.equal(model.logit_lens(**given(model)), expected)
+    model(**example_inputs(model))
+    assert torch.equal(model.logit_lens(**example_inputs(model)), expected)
 
 
 COMPILED_WITHIN = """
@@ -568,7 +570,7 @@ def test_compiled_code_does_not_keep_a_patch(root: Path) -> None:
 def test_prepared_models_are_recorded_and_patched(tokens: int) -> None:
     plain, fast = hot(build("llama")), zoo.prepare(hot(build("llama")))
     names = ["blocks.[0-9]", "blocks.*.attn:*"]
-    inputs = given(plain, padded=False)
+    inputs = example_inputs(plain, padded=False)
     inputs["input_ids"] = inputs["input_ids"][:, :tokens]
     with torch.no_grad():
         kept = [model.run_with_cache(**inputs, names=names)[1] for model in (plain, fast)]
@@ -587,7 +589,7 @@ def test_prepared_models_are_recorded_and_patched(tokens: int) -> None:
 def test_modules_with_two_outputs_are_patched() -> None:
     """Such as the model within a sentence model."""
     model = SentenceModel(hot(build("bert", head="pooler")), [], [])
-    inputs = given(model)
+    inputs = example_inputs(model)
     plain, kept = model.run_with_cache(**inputs, names=["model", "model.pooler"])
     assert type(kept["model"]).__name__ == "Pooled"
     assert torch.equal(kept["model"].pooled, kept["model.pooler"])
@@ -606,7 +608,7 @@ def test_modules_with_two_outputs_are_patched() -> None:
 
 
 def test_logit_lens_ends_with_the_models_output(model: Any) -> None:
-    inputs = given(model)
+    inputs = example_inputs(model)
     with torch.no_grad():
         out = model(**inputs)
     if model.config.head in model.headless:
@@ -623,7 +625,7 @@ def test_logit_lens_ends_with_the_models_output(model: Any) -> None:
 def test_logit_lens_applies_norm_and_head(name: str) -> None:
     """By hand: the final norm, T5's scale, the head, Gemma's cap."""
     model = hot(build(name)).double()
-    inputs = given(model)
+    inputs = example_inputs(model)
     _, kept = model.run_with_cache(**inputs, names=f"{layers(model)}.0")
     x = kept[f"{layers(model)}.0"]
     with torch.no_grad():
@@ -651,7 +653,7 @@ def test_logit_lens_applies_norm_and_head(name: str) -> None:
 def test_logit_lens_of_unusual_models(name: str, changes: dict[str, Any], more: int) -> None:
     """Blocks that run again, a convolution between them, heads that say several things."""
     model = hot(build(name, **changes))
-    inputs = given(model)
+    inputs = example_inputs(model)
     with torch.no_grad():
         out = model(**inputs)
     logits = model.logit_lens(**inputs)
@@ -662,7 +664,7 @@ def test_logit_lens_of_unusual_models(name: str, changes: dict[str, Any], more: 
 
 def test_logit_lens_sees_patches() -> None:
     model = hot(build("gpt2"))
-    inputs = given(model)
+    inputs = example_inputs(model)
     with torch.no_grad(), model.patch({"blocks.0.attn": torch.zeros_like}):
         assert torch.equal(model.logit_lens(**inputs)[-1], model(**inputs))
 

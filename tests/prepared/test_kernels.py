@@ -96,7 +96,7 @@ def test_another_block_layout_is_detected(shape: tuple[int, int]) -> None:
     for start in (0, len(weight) - 1):  # the first block, the last one
         other = weight.clone()
         other[start, 0] += 1
-        assert kernels.PackedBlocks.of(packed(other), weight, None) is None
+        assert kernels.PackedBlocks.of(pack(other), weight, None) is None
     one = torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # row by row, in fp32
     assert kernels.PackedBlocks.of(one, weight, None) is None
 
@@ -107,7 +107,7 @@ def test_constant_blocks_lead_to_a_check_of_all() -> None:
     other = weight.clone()
     other[64:128] = drawn(64, 32)
     blocks_of(weight, None)
-    assert kernels.PackedBlocks.of(packed(other), weight, None) is None
+    assert kernels.PackedBlocks.of(pack(other), weight, None) is None
 
 
 @NONE

@@ -21,7 +21,7 @@ from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.errors import MissingDependency, UsageError
 from zoo.parity import fixtures
-from zoo.prepared import prepare
+from zoo.prepared import packed, prepare
 from zoo.prepared.last_only import last_only
 from zoo.text.inference import headless
 
@@ -154,7 +154,7 @@ def test_every_linear_layer_is_replaced_in_place() -> None:
 
 
 def test_without_onednn_weights_are_fused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "has_onednn", lambda dtype: False)
+    monkeypatch.setattr(packed, "has_onednn", lambda dtype: False)
     model, ids = build("llama").eval(), torch.arange(20).view(2, 10)
     with torch.no_grad():
         before = model(ids)

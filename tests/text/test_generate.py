@@ -85,8 +85,8 @@ class Case:
     def write(self, **options: Any) -> Any:
         return generate(self.model, self.ids, **options)
 
-    def told(self, mask: Tensor | None, **options: Any) -> Tensor:
-        """By the reference. It takes a padding id of 0 for none, behind beams."""
+    def expected(self, mask: Tensor | None, **options: Any) -> Tensor:
+        """The tokens of the reference, which reads a pad id of 0 as none in beam search."""
         self.reference.generation_config.eos_token_id = None
         options["eos_token_id"] = options.pop("eos_token_id") or None
         ask = partial(self.reference.generate, do_sample=False, **options)
@@ -137,7 +137,7 @@ def test_generate_matches_the_reference(name: str, variant: str) -> None:
             for options in all_options if ends else all_options[:1]:
                 more = {"max_new_tokens": this.new, "pad_token_id": this.pad, **options}
                 got = this.write(attention_mask=mask, eos_token_id=ends, **more)
-                want = this.told(mask, eos_token_id=ends, **more)
+                want = this.expected(mask, eos_token_id=ends, **more)
                 assert got.tolist() == want.tolist(), (ends, mask is None, options)
 
 

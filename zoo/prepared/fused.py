@@ -70,6 +70,7 @@ class QuickNorm(nn.Module):
         self.plain, self.offset = type(plain).forward, OFFSETS[type(plain)]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, d) from (…, d)."""
         if few(x, self.few) and kernels.usable(x) and not x.requires_grad:
             return kernels.norm(x, self.weight, self.eps, self.offset)
         return self.plain(self, x)  # type: ignore[arg-type]
@@ -85,6 +86,7 @@ class FusedGate(nn.Module):
         self.down = plain.down
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, d) from (…, d)."""
         gate, up = self.both(x).chunk(2, dim=-1)
         return self.down(self.act(gate) * up)
 

@@ -27,6 +27,7 @@ class Fixed(nn.Module):
         self.weight, self.bias = weight.contiguous(), bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, out) from (…, in), without gradients."""
         return self.product(without_gradient(x))
 
     def product(self, x: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class Packed(Fixed):
         _LAYERS[self.key] = self
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, out) from (…, in), without gradients."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
         y: Tensor = torch.ops.zoo.product(without_gradient(x), self.key, self.features)
@@ -97,6 +99,7 @@ class OneDNN(Packed):
         self.blocks = kernels.PackedBlocks.of(self.weight, weight, bias)
 
     def product(self, x: Tensor) -> Tensor:
+        """(…, out) from (…, in), by the best kernel for so many rows."""
         if self.blocks is not None and few(x, self.few) and kernels.usable(x):
             if self.act is None:
                 return self.blocks.product(x, x.dtype)
@@ -123,6 +126,7 @@ class Int8(Packed):
         self.wide = self.scale.float(), None if bias is None else bias.float()
 
     def product(self, x: Tensor) -> Tensor:
+        """(…, out) from (…, in), by the best kernel for so many rows."""
         if few(x, self.few) and kernels.usable(x):
             y = kernels.bytes_product(x, self.weight, *self.wide)
             if y is not None:

@@ -93,6 +93,7 @@ class ByteLevel:
         self._table = ByteTokens(pieces)
 
     def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text, without special tokens around it."""
         if self._composed == "text":
             text = self._normal.normalize_str(text)
         out: list[int] = []
@@ -111,15 +112,19 @@ class ByteLevel:
         return out
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return self._table.decode(ids)
 
     def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return self._table.stream()
 
     def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary writes it."""
         return self._texts.get(id) or spelling(self._pieces[id]) or None
 
     def id(self, token: str) -> int | None:
+        """The id of a token."""
         if token in self._added:
             return self._added[token].id
         try:

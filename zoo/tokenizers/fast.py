@@ -95,17 +95,20 @@ class Fast:
         return encoding.ids[:start], encoding.ids[stop:]
 
     def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text, without special tokens around it."""
         backend = self._backend if special else self._plain
         with refusing(self._where):
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         with refusing(self._where):
             text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
     def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return _Window(self)
 
     def whole(self, id: int) -> bool:
@@ -113,10 +116,12 @@ class Fast:
         return not (self._falls_back and _BYTE.fullmatch(self.token(id) or ""))
 
     def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary writes it."""
         text: str | None = self._backend.id_to_token(id)
         return text
 
     def id(self, token: str) -> int | None:
+        """The id of a token."""
         number: int | None = self._backend.token_to_id(token)
         return number
 

@@ -90,6 +90,7 @@ class SentencePieces:
         return KINDS["llama" if "bos" in roles else "t5"]._replace(roles=roles)
 
     def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text, without special tokens around it."""
         ids: list[int] = []
         bare = False
         for part in self._split(text, special):
@@ -101,13 +102,17 @@ class SentencePieces:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return self._table.decode(ids)
 
     def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return self._table.stream()
 
     def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary writes it."""
         return self._texts[id] or None
 
     def id(self, token: str) -> int | None:
+        """The id of a token."""
         return self._added[token].id if token in self._added else self._ids.get(token)
