@@ -1,4 +1,4 @@
-"""Looking inside: names, patterns, patches and the lens, on every architecture."""
+"""Interpretability on every architecture: activations, patterns, patching, logit lens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def example_inputs(model: Any, rows: int = 2, padded: bool = True) -> dict[str, Any]:
-    """Tokens, one row of them padded on the left; an encoder-decoder's answer too."""
+    """Inputs with one row padded on the left, and an encoder-decoder's answer."""
     ids = torch.randint(5, 60, (rows, TOKENS), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids) if padded else None
     if mask is not None:
@@ -45,7 +45,7 @@ def example_inputs(model: Any, rows: int = 2, padded: bool = True) -> dict[str, 
 
 
 def untouched(model: nn.Module) -> bool:
-    """Nothing listens, and every module is what it was."""
+    """Whether all hooks are removed, and every module is unchanged."""
     hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     attends = [m.attend for m in model.modules() if isinstance(m, Attention)]
     return not hooked and not any(type(a).__module__ == "zoo.interpret" for a in attends)
@@ -75,7 +75,7 @@ def test_recording_does_not_change_the_output(model: Any) -> None:
 
 
 def test_recording_patterns_records_everything_else_too(model: Any) -> None:
-    """What is made once for all layers, such as T5's distances, is made in the model's own run."""
+    """Tensors computed once for all layers, such as T5's distances, belong to the run itself."""
     _, alone = model.run_with_cache(**example_inputs(model))
     _, beside = model.run_with_cache(**example_inputs(model), names=["*", "*:pattern"])
     assert [*alone] == [name for name in beside if ":" not in name]
@@ -84,7 +84,7 @@ def test_recording_patterns_records_everything_else_too(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "deberta", "t5"])
 def test_recording_draws_no_random_numbers(name: str) -> None:
-    """Where a model drops out, it drops the same whether anybody looks or not."""
+    """Dropout is the same with and without hooks."""
     model = hot(build(name)).train()
     outs = []
     for names in ("*", "*:pattern"):
@@ -129,7 +129,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("entry", "variant"), VARIANTS)
 def test_patterns_of_every_variant(entry: registry.Architecture, variant: str) -> None:
-    """Caps, windows, chunks, biases: a pattern is what its kernel does, and the lens ends right."""
+    """Caps, windows, chunks, biases: patterns match the kernel, and the lens the output."""
     published = entry.variants[variant]["config"]
     fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
     model = hot(entry.model(entry.config_class(**fields))).double()
@@ -150,7 +150,7 @@ def test_patterns_of_every_variant(entry: registry.Architecture, variant: str) -
 
 
 def test_patterns_match_the_formula() -> None:
-    """Once by hand, for grouped heads that are turned."""
+    """By hand, for grouped heads with rotary embedding."""
     model = hot(build("llama")).double()
     _, kept = model.run_with_cache(**example_inputs(model, padded=False), names="blocks.1.attn:*")
     q, k = kept["blocks.1.attn:q"], kept["blocks.1.attn:k"]
@@ -163,10 +163,10 @@ def test_patterns_match_the_formula() -> None:
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2", "t5"])
 def test_distances_are_recorded_and_patched(name: str) -> None:
-    """Once a run, however many layers; of DeBERTa the vectors, and which of them stand where."""
+    """They run once for all layers; DeBERTa's are vectors and their indices."""
     model = hot(build(name)).double()
     inputs, place = example_inputs(model), "encoder.distances" if name == "t5" else "distances"
-    if name != "t5":  # distances alone look at distances
+    if name != "t5":  # only distances use positions then
         model.config = replace(model.config, placed=False)
 
     def none(terms: Any) -> Any:
@@ -185,7 +185,7 @@ def test_distances_are_recorded_and_patched(name: str) -> None:
             elsewhere = model(**turned)
     assert same(again, plain) and not torch.allclose(without, plain)
     assert [n for n in kept if n.startswith(place) and ":" not in n][-1] == place
-    if name != "t5":  # without them a text is a bag of tokens
+    if name != "t5":  # without distances a text is a bag of tokens
         torch.testing.assert_close(elsewhere.flip(1), without)
 
 
@@ -200,7 +200,7 @@ def test_patterns_show_the_sliding_window() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "t5"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_patterns_with_a_cache(name: str, tokens: int) -> None:
-    """Of later tokens they are the last rows of the whole text's, and stay as they were."""
+    """For later tokens they are the last rows of the whole text's patterns, and do not change."""
     model = hot(build(name)).double()
     inputs = example_inputs(model, padded=False)
     ids = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
@@ -230,7 +230,7 @@ def test_a_second_run_of_a_module_has_a_number() -> None:
 
 
 def test_a_layer_that_is_used_for_the_pattern_alone_counts_once() -> None:
-    """DeBERTa's keys are projected again for distances: that is told, and not that we looked."""
+    """DeBERTa projects keys again for distances, which is recorded; our own replay is not."""
     model = hot(build("deberta-v2"))
     _, plain = model.run_with_cache(**example_inputs(model), names="*.attn.*")
     _, kept = model.run_with_cache(**example_inputs(model), names=["*.attn.*", "*:pattern"])
@@ -238,7 +238,7 @@ def test_a_layer_that_is_used_for_the_pattern_alone_counts_once() -> None:
 
 
 def test_gradients_are_kept_on_request(model: Any) -> None:
-    """Also those of patterns, through which nothing flows when nobody asks."""
+    """Also gradients of patterns, which are not part of the graph without hooks."""
     inputs = example_inputs(model)
     names = [f"{layers(model)}.0.attn", f"{layers(model)}.0.attn:pattern", "embed"]
     model.requires_grad_(False)
@@ -312,7 +312,7 @@ def test_an_activation_not_recorded_is_named() -> None:
 def test_a_hook_point_not_used_is_named() -> None:
     model = build("deberta-v2")
     inputs = example_inputs(model)
-    table = "distances.embed"  # which is not looked up in, but read as a whole
+    table = "distances.embed"  # an embedding that is read as a whole, never looked up
     with pytest.raises(UsageError, match=f"{table}: hook points that were not used"):
         model.run_with_cache(**inputs, names=["embed", table])
     with (
@@ -323,7 +323,7 @@ def test_a_hook_point_not_used_is_named() -> None:
 
 
 def test_hook_points_do_not_depend_on_hooks(model: Any) -> None:
-    """Every name is one that a parameter's begins with, or stands for no parameters."""
+    """Every owner of a parameter is a hook point."""
     names = {str(place) for place in hook_points(model)}
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     assert owners - {""} <= names
@@ -333,7 +333,7 @@ def test_hook_points_do_not_depend_on_hooks(model: Any) -> None:
 
 
 def test_a_patch_from_another_run_gives_that_runs_output(model: Any) -> None:
-    """All that the last block gives decides what is read out; and afterwards nothing is left."""
+    """The last block's output decides the logits; afterwards the model is unchanged."""
     one, two = example_inputs(model, padded=False), example_inputs(model, padded=False)
     two["input_ids"] = two["input_ids"].flip(1)
     if "decoder_input_ids" in two:
@@ -366,7 +366,7 @@ def test_every_hook_point_can_be_patched(model: Any, what: str) -> None:
 
 
 def test_a_pattern_knocked_out() -> None:
-    """Without its edges to the first token a model says what it says when it cannot see it."""
+    """A model without attention to the first token equals one that has it masked."""
     model = hot(build("llama")).double()
     inputs = example_inputs(model, padded=False)
 
@@ -388,7 +388,7 @@ def test_a_pattern_knocked_out() -> None:
 @pytest.mark.parametrize("what", [":in", ":q", ":v", ":pattern", ":heads", ""])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_a_patch_function_may_write_in_place(what: str, mode: Any) -> None:
-    """It counts as if it had made another, and what others read stays as it is."""
+    """It works like returning a new tensor, and other readers see the old one."""
     model = hot(build("llama"))
     inputs, name = example_inputs(model), f"blocks.1.attn{what}"
 
@@ -407,7 +407,7 @@ def test_a_patch_function_may_write_in_place(what: str, mode: Any) -> None:
 
 
 def test_an_in_place_patch_leaves_the_cache() -> None:
-    """Values lie in the key-value cache: a patch says what flows on, not what was."""
+    """Values are views of the KV cache: a patch must not write to it."""
     model, past = hot(build("llama")), zoo.Cache(TOKENS)
     ids = example_inputs(model, padded=False)["input_ids"]
     with torch.no_grad():
@@ -459,7 +459,7 @@ def test_patches_of_another_shape_or_dtype_are_refused(value: Any, message: str)
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_generation_is_patched(name: str) -> None:
-    """At the prompt and at each token; without the last block as without its branches."""
+    """At the prompt and at each token: removing the last block equals removing its branches."""
     model = hot(build(name))
     ids = torch.tensor([[7, 8, 9]])
     last = f"{layers(model)}.{len(model.get_submodule(layers(model))) - 1}"
@@ -506,7 +506,7 @@ def test_threads_record_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
-    """Whether it was compiled before or not; and nothing is compiled anew for it."""
+    """Whether it was compiled before or not; nothing is compiled again."""
     model = hot(build(name))
     inputs, graphs = example_inputs(model, padded=False), list[Any]()
 
@@ -587,7 +587,7 @@ def test_prepared_models_are_recorded_and_patched(tokens: int) -> None:
 
 
 def test_modules_with_two_outputs_are_patched() -> None:
-    """Such as the model within a sentence model."""
+    """Such as the model inside a sentence model."""
     model = SentenceModel(hot(build("bert", head="pooler")), [], [])
     inputs = example_inputs(model)
     plain, kept = model.run_with_cache(**inputs, names=["model", "model.pooler"])
@@ -623,7 +623,7 @@ def test_logit_lens_ends_with_the_models_output(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "t5", "bert"])
 def test_logit_lens_applies_norm_and_head(name: str) -> None:
-    """By hand: the final norm, T5's scale, the head, Gemma's cap."""
+    """By hand: the final norm, T5's scale, the head, Gemma's soft cap."""
     model = hot(build(name)).double()
     inputs = example_inputs(model)
     _, kept = model.run_with_cache(**inputs, names=f"{layers(model)}.0")
@@ -651,7 +651,7 @@ def test_logit_lens_applies_norm_and_head(name: str) -> None:
     ],
 )
 def test_logit_lens_of_unusual_models(name: str, changes: dict[str, Any], more: int) -> None:
-    """Blocks that run again, a convolution between them, heads that say several things."""
+    """Repeated blocks, a convolution between blocks, heads with several outputs."""
     model = hot(build(name, **changes))
     inputs = example_inputs(model)
     with torch.no_grad():
@@ -681,7 +681,7 @@ def test_logit_lens_needs_a_head_and_a_whole_text() -> None:
 
 @pytest.mark.slow
 def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """In half the steps that it takes by itself."""
+    """In half the steps of the script's default."""
     result = induction.main(["--steps", "300"])
     heads = result.induction.shape[1]
     assert result.induction[1].max() > 10 * result.chance
@@ -700,7 +700,7 @@ def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_document_quotes_the_example(root: Path) -> None:
-    """What it cites of the code is what stands there."""
+    """The document's code is that of the example."""
     text = (root / "docs/looking-inside.md").read_text(encoding="utf-8")
     code = (root / "examples/induction.py").read_text(encoding="utf-8")
     lines = {line.strip() for line in code.splitlines()}

@@ -1,4 +1,4 @@
-"""LoRA directories of peft's on native models: apart, merged, trained, and given back."""
+"""LoRA adapters of peft on native models: loaded beside the weights, merged, trained, saved."""
 
 import copy
 import json
@@ -78,7 +78,7 @@ def test_the_fused_projections_share_one_factor(tmp_path: Path) -> None:
 
 
 class Beside(nn.Module):
-    """The reference's weight with factors of its own, in the layout of its file."""
+    """A weight of the reference with its factors, in the layout of its file."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, turned: bool) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def step(parameters: list[Tensor], loss: Callable[[], Tensor]) -> float:
 
 @pytest.mark.parametrize("key", ADAPTED)
 def test_one_step_of_training_matches_peft(key: str, tmp_path: Path) -> None:
-    # of single experts the reference has no modules in memory
+    # the reference has no modules for single experts in memory
     ends = tuple(e for e in ADAPTED[key] if not key.startswith("mixtral") or "proj" in e)
     made = Made(tmp_path, key, ends=ends)
     reference = Reference(made.base, made.reference_class, torch.float64, lifted=True)
@@ -111,7 +111,7 @@ def test_one_step_of_training_matches_peft(key: str, tmp_path: Path) -> None:
             continue
         b = made.factors[name.replace("_A", "_B")]
         disk = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        # in memory NeoX's head has another name than in its files
+        # NeoX's head has another name in memory than in files
         module = reference.model.get_submodule(disk.replace("embed_out", "lm_head"))
         turned = key.startswith("gpt2") or "embedding" in name
         beside[disk] = Beside(a, b, 5 / 3, turned)
@@ -241,7 +241,7 @@ def test_a_new_adapter_changes_nothing_and_is_trained(tmp_path: Path) -> None:
 def test_merging_unties_weights_that_differ(
     key: str, ends: tuple[str, ...], names: tuple[str, str], tmp_path: Path
 ) -> None:
-    """The head reads the embedding as it was; in peft a merge changes both."""
+    """Here the head keeps the old embedding; in peft a merge changes both."""
     made = Made(tmp_path, key, ends=ends)
     plain = zoo.load(made.base)
     model = zoo.load(made.base, adapter=made.adapter)
@@ -307,7 +307,7 @@ def test_factors_on_shared_arrays_are_refused(tmp_path: Path) -> None:
 
 
 def test_factors_on_distance_tables_are_refused(tmp_path: Path) -> None:
-    """The reference reads DeBERTa's by its weight: apart they change nothing, merged they do."""
+    """DeBERTa reads the table's weight directly: factors beside it would have no effect."""
     made = Made(tmp_path, "deberta-v2/v3", ends=("query_proj",))
     size = load_file(made.base / "model.safetensors")["deberta.encoder.rel_embeddings.weight"].shape
     begin = "base_model.model.deberta.encoder.rel_embeddings.lora_embedding_"
@@ -335,7 +335,7 @@ def test_untying_t5_is_refused(tmp_path: Path) -> None:
     save_file({**made.factors, **more}, place, {"format": "pt"})
     model = zoo.load(made.base, adapter=made.adapter)
     before = run(model)
-    with pytest.raises(UsageError, match="t5 with two computes another function"):
+    with pytest.raises(UsageError, match="t5 with separate arrays computes another function"):
         model.merge_adapter()
     assert run(model).equal(before)
     with pytest.raises(UsageError, match="another function"):
@@ -344,7 +344,7 @@ def test_untying_t5_is_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_trained_biases_under_two_names(tmp_path: Path) -> None:
-    """BERT's head has one under two names, and peft saves both."""
+    """BERT's head has one bias under two names, and peft saves both."""
     made = Made(tmp_path, "bert/masked-lm", ends=("query",), bias="all")
     new = load_file(made.base / "model.safetensors")["cls.predictions.bias"] + 1
     ends = ("bias", "decoder.bias")
@@ -501,7 +501,7 @@ def test_operations_without_or_with_an_adapter_are_refused(tmp_path: Path) -> No
 
 
 def both(place: Path) -> Made:
-    """A base whose directory holds an adapter too."""
+    """A base whose directory contains an adapter too."""
     made = Made(place, "gpt2/base", base_model_name_or_path="org/base")
     for path in made.adapter.iterdir():
         (made.base / path.name).write_bytes(path.read_bytes())
@@ -635,7 +635,7 @@ NARROW = {
     "regex": torch.bfloat16,
     "conv1d": torch.float32,
     "saved": torch.bfloat16,
-    "deberta": torch.float32,  # of which the library keeps some biases so whatever is asked for
+    "deberta": torch.float32,  # the library keeps some biases in fp32 always
 }
 
 
@@ -643,7 +643,7 @@ NARROW = {
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_saved_peft_adapters_match_peft(name: str, tmp_path: Path) -> None:
-    """Apart to the bits of noise; merged in memory and on the way to files, to the bit."""
+    """Beside the weights within noise; merged in memory or by convert to the same bits."""
     peft, library = pytest.importorskip("peft"), pytest.importorskip("transformers")
     key, config = VARIANTS[name]
     dtype, (architecture, variant) = NARROW.get(name, torch.float64), key.split("/")
@@ -651,7 +651,7 @@ def test_saved_peft_adapters_match_peft(name: str, tmp_path: Path) -> None:
     kind = hot_checkpoint(registry.architectures()[architecture], variant, base, dtype=dtype)
 
     def reference() -> Any:
-        # grouped products of experts want sizes that no tiny one has
+        # grouped products of experts need larger sizes
         more = {"experts_implementation": "eager"} if name == "experts" else {}
         return getattr(library, kind).from_pretrained(base, dtype=dtype, **more)
 
@@ -743,7 +743,9 @@ def test_heads_trained_by_peft_are_loaded(kind: str, tmp_path: Path) -> None:
 
     def reference() -> Any:
         more = {"num_labels": labels, "dtype": torch.float64}
-        more |= {"pad_token_id": 0} if name == "gpt2" else {}  # else it classifies no batch
+        more |= (
+            {"pad_token_id": 0} if name == "gpt2" else {}
+        )  # the reference needs it to classify a batch
         return getattr(library, kind).from_pretrained(base, **more)
 
     made = peft.get_peft_model(reference(), peft.LoraConfig(r=4, task_type=task, **config))

@@ -1,4 +1,4 @@
-"""`zoo convert --adapter`: each tensor with what the adapter adds to it, as it is read."""
+"""`zoo convert --adapter`: the adapter is merged into each tensor while converting."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_converting_an_adapter_equals_merging_and_saving(key: str, tmp_path: Pat
     assert same(tmp_path / "hf", tmp_path / "saved")
     wanted = tensors(made.merged)
     assert all(distance(x, wanted[n]) < 1e-14 for n, x in tensors(tmp_path / "hf").items())
-    # by way of native files, before the adapter and behind it
+    # through native files, before and after the adapter
     zoo.convert(made.base, tmp_path / "native", to="native")
     zoo.convert(tmp_path / "native", tmp_path / "hf2", adapter=made.adapter)
     assert same(tmp_path / "hf2", tmp_path / "hf")
@@ -56,7 +56,7 @@ def test_converting_an_adapter_equals_merging_and_saving(key: str, tmp_path: Pat
 @pytest.mark.parametrize("to", ["meta", "gguf"])
 @torch.no_grad()
 def test_from_and_to_other_dialects(to: str, tmp_path: Path) -> None:
-    """Factors are named by the reference, whatever the base is named by."""
+    """Factors have the reference's names, whatever dialect the base has."""
     made = Made(tmp_path, "llama/multi-head", ends=("q_proj", "down_proj"), dtype=torch.float32)
     kept: dict[str, Any] = {"to": to}
     zoo.convert(made.base, tmp_path / "first", **kept)
@@ -156,7 +156,7 @@ def test_conversion_in_parts_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("embedding", [False, True])
 def test_only_the_requested_part_of_an_update_is_computed(embedding: bool) -> None:
-    """Whole, this one would be 160 GB."""
+    """The whole matrix would be 160 GB."""
     size = 200_000
     a, b = torch.randn(2, size), torch.randn(size, 2)
     every = torch.arange(size)
@@ -188,7 +188,7 @@ def test_tiles_have_the_bits_of_the_whole_product(order: str) -> None:
 
 
 def classifier(made: Made, labels: int, task: str | None = "SEQ_CLS", **changes: Any) -> Tensor:
-    """The adapter with a head of its own, as peft saves modules_to_save."""
+    """The adapter with its own head, as peft saves modules_to_save."""
     place, config = (made.adapter / n for n in ("adapter_model.safetensors", "adapter_config.json"))
     dim = json.loads((made.base / "config.json").read_text())["hidden_size"]
     score = torch.randn(labels, dim, generator=torch.Generator().manual_seed(1)).double()
@@ -228,7 +228,7 @@ def test_an_adapter_brings_a_head_that_the_base_lacks(labels: int, tmp_path: Pat
         tmp_path / "out", "LlamaForSequenceClassification", torch.float64, lifted=True
     )
     assert distance(next(iter(again({"input_ids": ids}).values())).detach(), wanted) < FP64
-    # onto a classifier of other labels
+    # on a classifier with another number of labels
     zoo.convert(tmp_path / "out", tmp_path / "native", to="native")
     for base in (tmp_path / "native", tmp_path / "out"):
         other = Made(tmp_path / base.name / "x", "llama/base")
@@ -260,7 +260,7 @@ def test_missing_heads_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("key", "to"), [("gpt2/base", "native"), ("llama/base", "gguf")])
 @torch.no_grad()
 def test_whole_arrays_on_bases_of_other_names(key: str, to: str, tmp_path: Path) -> None:
-    """Biases and norms that were trained are of the base, whatever it calls them."""
+    """Trained biases and norms are mapped to the base's names."""
     ends = ADAPTED[key][:1]
     made = Made(tmp_path, key, ends=ends, dtype=torch.float32, bias="all")
     place, base = made.adapter / "adapter_model.safetensors", tensors(made.base)

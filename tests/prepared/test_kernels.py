@@ -1,4 +1,4 @@
-"""Kernels for a few rows: as exact as oneDNN's, and torch's in their place where there are none."""
+"""Kernels for a few rows: as exact as oneDNN's; without a compiler, torch computes."""
 
 from copy import deepcopy
 
@@ -120,12 +120,12 @@ def test_int8_products_are_exact(shape: tuple[int, int], dtype: torch.dtype) -> 
     scale, bias = drawn(shape[0]).abs(), drawn(shape[0])
     for rows in (1, 3):
         x = drawn(rows, shape[1], dtype=dtype)
-        x[0].fill_(3)  # the largest sums that there are
+        x[0].fill_(3)  # the largest possible sums
         got = kernels.bytes_product(x, weight, scale, bias)
         assert got is not None
         exact = F.linear(x.double(), weight.double() * scale.double()[:, None], bias.double())
         rounding = rms(exact.to(dtype) - exact)
-        assert rms(got - exact) <= rounding + 3e-5 * rms(exact)  # x is of 16 bits
+        assert rms(got - exact) <= rounding + 3e-5 * rms(exact)  # x is quantized to 16 bits
 
 
 @NONE
@@ -136,7 +136,7 @@ def test_int8_products_of_infinite_inputs(value: float) -> None:
     x[0, 3] = value
     assert not layer(x).isfinite().any()
     assert (layer(torch.zeros(1, 64)) == 0).all()
-    # zero, or the product itself, which is as small: that depends on the processor's instructions
+    # zero, or the tiny product itself, depending on the CPU
     assert (layer(torch.full((1, 64), 1e-42)).abs() < 1e-37).all()
 
 
@@ -151,7 +151,7 @@ def test_attention_of_one_query(
     b: int, h: int, g: int, t: int, e: int, masked: bool, dtype: torch.dtype
 ) -> None:
     q = drawn(b, 1, h, e, dtype=dtype).transpose(1, 2)
-    k, v = (drawn(b, g, t + n, e, dtype=dtype)[:, :, :t] for n in (3, 5))  # as a cache has them
+    k, v = (drawn(b, g, t + n, e, dtype=dtype)[:, :, :t] for n in (3, 5))  # strided, as in a cache
     allowed = None
     if masked:
         allowed = torch.rand(b, 1, 1, t, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -177,7 +177,7 @@ def test_norms_match_torch(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> N
     got = quick(x)
     assert got.dtype == dtype
     assert rms(got - exact) <= 1.1 * rms(plain(x) - exact) + 1e-12
-    assert rms(got - exact) > 0 or d == 1  # it did not go by way of fp64
+    assert rms(got - exact) > 0 or d == 1  # it was not computed in fp64
     many = x.repeat(quick.few, 1, 1)
     assert torch.equal(quick(many), plain(many))
 

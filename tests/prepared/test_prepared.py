@@ -1,4 +1,4 @@
-"""Prepared models compute what they did, within the error that their dtype makes anyway."""
+"""Prepared models compute the same function, within the error of their dtype."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from zoo.prepared.last_only import last_only
 from zoo.text.inference import headless
 
 TOKENS = 33
-# a row's first part has to hold a real token, and one of these stands behind nine of padding
+# a row's first part needs a real token, and one row begins with nine tokens of padding
 SPLITS = ([20, 13], [10] + [1] * 23, [10, 1, 1, 5, 16])
 CASES = [
     pytest.param(name, variant, marks=() if n == 0 else pytest.mark.long, id=f"{name}-{variant}")
@@ -39,7 +39,7 @@ Hot = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def hot(tmp_path_factory: pytest.TempPathFactory) -> Hot:
-    """A variant as the reference saves it, every parameter redrawn."""
+    """A variant as the reference saves it, with random parameters."""
 
     @cache
     def made(name: str, variant: str) -> Path:
@@ -60,7 +60,7 @@ def masks(rows: int) -> Iterator[Tensor | None]:
 
 @torch.no_grad()
 def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
-    """At all real tokens: whole, and through a cache in parts."""
+    """Outputs at all real tokens: at once, and in parts through a cache."""
     accepts = signature(type(model).forward).parameters
     for mask in masks(len(ids)):
         real = torch.ones_like(ids).bool() if mask is None else mask.bool()
@@ -88,7 +88,7 @@ def ids_for(model: Any, rows: int = 4) -> Tensor:
 
 
 def enough_for(model: Any) -> Tensor:
-    """Ratios of errors need many numbers, and some heads give few a row."""
+    """More rows for heads with few outputs: ratios of errors need many numbers."""
     ids = ids_for(model)
     few = min(x.numel() for x in outputs(model, ids)) < 1000
     return ids_for(model, 256) if few else ids
@@ -99,7 +99,7 @@ def error(model: Any, truth: list[Tensor], ids: Tensor) -> float:
     return torch.stack(squares).mean().sqrt().item()
 
 
-# Sums in another order: over 101 variants the ratio of errors was 1.2 at most.
+# sums have another order: over 101 variants the ratio of errors was 1.2 at most
 FLOOR = 1.5
 
 
@@ -150,7 +150,7 @@ def test_every_linear_layer_is_replaced_in_place() -> None:
     }
     assert not any(p.requires_grad for p in left.values())
     assert not any(isinstance(part, torch.nn.Linear) for part in model.modules())
-    assert not any(p() is not None for p in before)  # no second copy stays
+    assert not any(p() is not None for p in before)  # no second copy of the weights stays
 
 
 def test_without_onednn_weights_are_fused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,7 @@ def test_last_only_does_not_affect_other_threads() -> None:
     want = [model(ids, mask) for mask in (first, second)]
     inner: list[Tensor] = []
 
-    def meanwhile(*_: Any) -> None:  # between the mask of one and its head
+    def meanwhile(*_: Any) -> None:  # between the note of the mask and the head
         hook.remove()
         inner.append(ThreadPoolExecutor(1).submit(model, ids, second).result())
 
@@ -330,7 +330,7 @@ def test_perplexity_with_last_only_is_refused() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> None:
-    """One graph for the prompt, one for every token after it, in a second dialogue too."""
+    """One graph for the prompt and one for every later token, in a second dialogue too."""
     torch._dynamo.reset()
     counters.clear()
     model = build(name).eval()
@@ -350,14 +350,14 @@ def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> No
     assert not counters["graph_break"]
 
 
-# torch's own compiler uses what torch has deprecated
+# torch.compile itself uses deprecated functions
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "int8"), [("gpt2", False), ("llama", False), ("llama", True)])
 def test_prepared_and_compiled_agree(
     name: str, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # what another process is writing would be read half done
+    # a cache shared with other processes could be read half-written
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     counters.clear()

@@ -1,4 +1,4 @@
-"""Generation against the reference's own, each row against the row alone, text against its ids."""
+"""`generate`: tokens as the reference's, rows independent of their batch, streamed text."""
 
 import base64
 import codecs
@@ -42,7 +42,7 @@ NEW, ROWS, WIDTH = 12, 3, 10
 
 
 def cases() -> Iterator[Any]:
-    """Every variant that writes; the first of each architecture in the ordinary tests."""
+    """Every variant that generates; the first of each architecture is not marked long."""
     for name, variants in WRITERS.items():
         for n, variant in enumerate(variants):
             yield pytest.param(name, variant, marks=(pytest.mark.long,) if n else ())
@@ -54,15 +54,8 @@ every_writer = pytest.mark.parametrize(
 )
 
 
-def test_every_architecture_but_encoders_generates() -> None:
-    encoders = {name for name, variants in WRITERS.items() if not variants}
-    assert encoders == {
-        *("bert", "roberta", "xlm-roberta", "distilbert", "deberta", "deberta-v2"),
-    }
-
-
 class Case:
-    """A model, the reference's of the same weights, and prompts that both can go on with."""
+    """A model, the reference with the same weights, and prompts for both."""
 
     def __init__(self, entry: Architecture, variant: str) -> None:
         with TemporaryDirectory() as scratch:
@@ -78,7 +71,7 @@ class Case:
         self.left = torch.ones_like(self.ids)
         self.left[0, :5] = self.left[2, :2] = 0
         free = self.write(max_new_tokens=self.new, eos_token_id=[])[:, -self.new :]
-        # tokens that do come, so that rows end at different times
+        # tokens that are generated, so that rows end at different times
         self.ends = sorted({int(free[0, self.new // 3]), int(free[2, self.new // 2])})
         self.pad = next(id for id in (1, 2, 3) if id not in self.ends)
 
@@ -92,11 +85,11 @@ class Case:
         ask = partial(self.reference.generate, do_sample=False, **options)
         mask = torch.ones_like(self.ids) if mask is None else mask
         config = self.reference.config
-        # its cache has a place for each layer of the encoder, and fails where the decoder has more
+        # its cache has as many layers as the encoder, and fails if the decoder has more
         ask = partial(ask, use_cache=not config.is_encoder_decoder)
         if config.is_encoder_decoder or config._attn_implementation != "eager":
             return ask(self.ids, attention_mask=mask)
-        # its plain attention overflows in fp64, to NaN at padding: each row alone
+        # its eager attention overflows to NaN at padding in fp64: run each row alone
         rows = []
         for ids, real in zip(self.ids, mask.bool(), strict=True):
             for row in ask(ids[real][None], attention_mask=torch.ones_like(ids[real])[None]):
@@ -121,7 +114,7 @@ PLAIN: list[dict[str, Any]] = [
     },
     {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never"},
 ]
-# the reference counts padding among what was said before; zoo does not
+# the reference counts padding among the previous tokens; zoo does not
 UNPADDED: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4},
     {"no_repeat_ngram_size": 2},
@@ -141,8 +134,15 @@ def test_generate_matches_the_reference(name: str, variant: str) -> None:
                 assert got.tolist() == want.tolist(), (ends, mask is None, options)
 
 
+def test_every_architecture_but_encoders_generates() -> None:
+    encoders = {name for name, variants in WRITERS.items() if not variants}
+    assert encoders == {
+        *("bert", "roberta", "xlm-roberta", "distilbert", "deberta", "deberta-v2"),
+    }
+
+
 def padded(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of 10, 7 and 5 tokens: as they are, right-padded, padded on both sides."""
+    """Rows of 10, 7 and 5 tokens: without padding, padded right, padded on both sides."""
     ids, mask = ids.clone(), torch.ones_like(ids)
     mask[1, 7:] = mask[2, :2] = mask[2, 7:] = 0
     return ids.masked_fill(mask == 0, 0), mask
@@ -202,7 +202,7 @@ def test_logprobs_are_those_of_the_model_itself(name: str) -> None:
 def test_beam_search_stops_when_the_reference_does(
     early_stopping: Any, penalty: float, worst: float
 ) -> None:
-    """Under "never" and a positive penalty the longest text has the best score, else the next."""
+    """The bound for running beams: the longest text under "never", else the next token."""
     from transformers import GenerationMixin
 
     options = GenerationOptions(num_beams=2, early_stopping=early_stopping, length_penalty=penalty)
@@ -234,7 +234,7 @@ def test_beam_scores_are_divided_by_length() -> None:
 
 
 def test_finished_beams_do_not_continue() -> None:
-    """Nothing but ends: no beam is left to go on, and none that has ended stands in for one."""
+    """If every token is an end token, no beam runs on, and finished ones are not reused."""
     model = build("gpt2", vocab=3).double()
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 4}
     rows = generate(model, torch.tensor([[0, 2]]), eos_token_id=[0, 1, 2], **options)
@@ -243,7 +243,7 @@ def test_finished_beams_do_not_continue() -> None:
 
 MOST: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": []}
 
-# --- guessing ahead ------------------------------------------------------------------------------
+# --- speculative decoding -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name, v in WRITERS.items() if v and name != "t5"])
@@ -286,7 +286,7 @@ def test_speculative_decoding_obeys_penalties(options: dict[str, Any]) -> None:
 
 
 def test_accepted_proposals_save_calls_of_the_large_model() -> None:
-    """Else it is only slow: one call looks at all guesses and gives one token more."""
+    """One call of the large model checks all proposals and yields one token more."""
     this, calls, read = case("llama"), [], []
     small = Case(registry.architectures()["llama"], WRITERS["llama"][0]).model  # the same weights
     small.register_forward_pre_hook(lambda _, args: read.extend(args[0][0].tolist()))
@@ -295,9 +295,9 @@ def test_accepted_proposals_save_calls_of_the_large_model() -> None:
         row = generate(this.model, this.ids[:1], assistant_model=small, **MOST)[0].tolist()
     finally:
         hook.remove()
-    # a token; five guesses and one more, twice
+    # the prompt; then five proposals and one more token, twice
     assert calls == [WIDTH, 6, 5]
-    assert read == row[: len(read)] and len(read) >= len(row) - 2  # each token once, none left out
+    assert read == row[: len(read)] and len(read) >= len(row) - 2  # each token is read once
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ CHARACTERS = "abcdefghijklm \n.😀é漢"
 
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model that writes single characters, some of them of several bytes."""
+    """A character-level model; some characters have several bytes."""
     place = tmp_path_factory.mktemp("speller") / "x"
     zoo.save(hot(build("llama", vocab=len(CHARACTERS), positions=64)), place)
     CharTokenizer.of(CHARACTERS).save(place)
@@ -340,7 +340,7 @@ def test_streamed_pieces_join_to_the_text(speller: Any, piecewise: Any) -> None:
 
 
 def test_streamed_pieces_have_whole_characters() -> None:
-    """One token is one byte here: those of a character come out together, and at the end too."""
+    """Tokens are bytes here: a character appears with its last byte, also at the end."""
     text = "a😀漢é" * 2
     tokenizer = SimpleNamespace(stream=lambda **_: Bytes(), vocab_size=256)
     model: Any = SimpleNamespace(tokenizer=tokenizer)
@@ -351,7 +351,7 @@ def test_streamed_pieces_have_whole_characters() -> None:
         assert "\ufffd" not in "".join(out)
     pieces = TextPieces(model, ("a",))
     assert [pieces.put(byte) for byte in "éa".encode() + b"\xe2"] == ["", "é", "", ""]
-    assert pieces.end() == ""  # what comes behind a stop string is no part of the text
+    assert pieces.end() == ""  # text after a stop string is dropped
 
 
 class Bytes:
@@ -368,7 +368,7 @@ class Bytes:
 
 
 def test_ids_beyond_the_tokenizers_vocabulary_have_no_text(tmp_path: Path) -> None:
-    """Tables are often wider than the vocabulary: what lies beyond it is no text, and no error."""
+    """Embeddings are often padded beyond the vocabulary: such ids are no text, and no error."""
     zoo.save(hot(build("llama", vocab=2 * len(CHARACTERS))), tmp_path / "x")
     CharTokenizer.of(CHARACTERS).save(tmp_path / "x")
     model = zoo.load(tmp_path / "x")
@@ -390,7 +390,7 @@ def test_stop_strings_end_a_row(speller: Any) -> None:
     assert zoo.generate(speller, "abc", **WARM, seed=5, stop_strings=["☃", stop]) == free[:place]
     ids = speller.tokenizer.batch(["abc"]).input_ids
     row = speller.generate(ids, **WARM, seed=5, stop_strings=stop)[0, 3:]
-    assert speller.tokenizer.decode(row) == free[: place + 3]  # and nothing more was computed
+    assert speller.tokenizer.decode(row) == free[: place + 3]  # and no further token was computed
     plain = zoo.generate(speller, "abc", max_new_tokens=40)
     more: dict[str, Any] = {"max_new_tokens": 40, "stop_strings": plain[7:9]}
     ahead = zoo.generate(speller, "abc", assistant_model=speller, **more)
@@ -453,7 +453,7 @@ def test_encoder_decoders_answer_texts(tmp_path: Path) -> None:
     for text, answer in zip(["abc", "a bead"], answers, strict=True):
         ids = torch.tensor([model.tokenizer.encode(text)])
         rows = model.generate(ids, **options)
-        assert answer == model.tokenizer.decode(rows[0, 1:])  # behind the one that begins it
+        assert answer == model.tokenizer.decode(rows[0, 1:])  # without the start token
         assert answer == "".join(zoo.generate(model, text, stream=True, **options))
 
 
@@ -487,7 +487,7 @@ def test_a_trained_model_continues_a_story(stories: Any, fixtures: Path) -> None
     assert stories.generate(torch.tensor([[1]]), max_new_tokens=count).tolist() == [ids]
     assert zoo.generate(stories, "", max_new_tokens=count) == text
     assert "".join(zoo.generate(stories, "", max_new_tokens=count, stream=True)) == text
-    # the space between a prompt and what follows it is part of what follows
+    # the space after the prompt is part of the new text
     start = text[: text.index(" a time")]
     assert zoo.generate(stories, start, max_new_tokens=3).startswith(" a time")
     short = zoo.generate(stories, "", max_new_tokens=count, stop_strings="park.\nLily")
@@ -602,14 +602,14 @@ def test_empty_prompts_are_refused(speller: Any) -> None:
 
 
 def test_generation_stops_at_the_last_position(speller: Any) -> None:
-    """Of 64: as many as fit, if nobody says how many; the last token needs no position."""
+    """64 positions: by default as many tokens as fit; the last token needs no position."""
     assert speller.generate(torch.ones(1, 60).long()).shape == (1, 64)
     assert speller.generate(torch.ones(1, 60).long(), max_new_tokens=5).shape == (1, 65)
     with pytest.raises(SequenceTooLong, match=r"65 tokens.* 64 positions: fewer max_new_tokens"):
         speller.generate(torch.ones(1, 60).long(), max_new_tokens=6)
     with pytest.raises(SequenceTooLong):
         speller.generate(torch.ones(1, 65).long())
-    # padding takes no positions
+    # padding uses no positions
     mask = torch.zeros(1, 80).long()
     mask[0, 30:40] = 1
     assert speller.generate(torch.ones(1, 80).long(), mask, max_new_tokens=40).shape == (1, 120)
@@ -683,7 +683,7 @@ T5_IDS = {"pad_token_id": 3, "decoder_start_token_id": 7, "eos_token_id": 9}
 
 @pytest.mark.parametrize("kind", ("made", "published", "changed", "without", "head"))
 def test_a_saved_t5_answers_like_the_original(tmp_path: Path, kind: str) -> None:
-    """In memory, read again, and in the reference: what answers begin with goes along."""
+    """In memory, loaded again, and in the reference: the decoder start token is saved."""
     from transformers import T5ForConditionalGeneration
 
     fields = {} if kind == "without" else {"pad": 3, "start": 7}

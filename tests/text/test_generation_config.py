@@ -1,4 +1,4 @@
-"""generation_config.json against the reference: `generate(ids)` with no options on both sides."""
+"""Defaults of generation_config.json: `generate(ids)` without options matches the reference."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyzAU:.\n"
 
 
 class Pair:
-    """A model and the reference's, of one directory whose generation_config.json changes."""
+    """A model and the reference, of one directory whose generation_config.json changes."""
 
     def __init__(self, place: Path, name: str) -> None:
         entry = registry.architectures()[name]
@@ -60,14 +60,14 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def fields_of(this: Pair) -> Iterator[dict[str, Any]]:
-    """Each field that greedy and beam search read, with tokens that do come."""
+    """Each field that greedy and beam search read, with tokens that are generated."""
     (a, b, c, d, *_), other = this.free[0], this.free[1][5]
     new: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 1}
     yield {}
     yield {"max_length": 15}
     yield {"max_length": 12, "max_new_tokens": 9}
     yield {"eos_token_id": c, "pad_token_id": 2}
-    yield {"eos_token_id": [other, d]}  # padding is the first of them
+    yield {"eos_token_id": [other, d]}  # rows are padded with the first
     yield {**new, "eos_token_id": c, "min_length": 13}
     yield {**new, "eos_token_id": c, "min_new_tokens": 6}
     yield {**new, "eos_token_id": c, "min_length": 40, "min_new_tokens": 4}
@@ -89,7 +89,7 @@ def fields_of(this: Pair) -> Iterator[dict[str, Any]]:
     yield {**new, "num_beams": 3, "no_repeat_ngram_size": 1, "renormalize_logits": True}
     yield {**new, "num_beams": 3, "eos_token_id": c, "min_new_tokens": 5, "suppress_tokens": [a]}
     yield {**new, "num_beams": 2, "forced_eos_token_id": 9, "eos_token_id": [9]}
-    # what samples alone do not count without do_sample, nor do beams' alone without beams
+    # fields of sampling have no effect without do_sample, nor those of beams without beams
     yield {**new, "temperature": 0.0, "top_k": 3, "top_p": 0.5, "typical_p": 0.2}
     yield {**new, "do_sample": False, "length_penalty": 3.0, "early_stopping": True}
     yield {**new, "use_cache": False, "transformers_version": "4.1", "chat_format": "x"}
@@ -103,7 +103,7 @@ def test_generate_without_options_matches_the_reference(
 ) -> None:
     this: Pair = request.getfixturevalue(name)
     fields = list(fields_of(this))[number]
-    if name == "t5":  # saved with its config; without it the reference has nothing to begin with
+    if name == "t5":  # without it the reference has no decoder start token
         fields = {"decoder_start_token_id": 4, "pad_token_id": 1, **fields}
         fields |= {"use_cache": False}
     assert this.written(fields).tolist() == this.wanted(fields).tolist()
@@ -115,7 +115,7 @@ def test_every_case_is_compared_and_changes_the_output(gpt2: Pair) -> None:
     assert len(cases) == 29
     plain = gpt2.written({"max_new_tokens": 12, "pad_token_id": 1}).tolist()
     for fields in cases[3:-3]:
-        if "forced_bos_token_id" not in fields:  # after a single token alone
+        if "forced_bos_token_id" not in fields:  # it needs a prompt of one token
             assert gpt2.written(fields).tolist() != plain, fields
 
 
@@ -173,7 +173,7 @@ def test_a_length_as_an_argument_overrides_any_in_the_file(gpt2: Pair) -> None:
     ids=str,
 )
 def test_samples_follow_the_references_distribution(gpt2: Pair, sampling: dict[str, Any]) -> None:
-    """Each side's random numbers are its own: what they are drawn from is compared."""
+    """Random numbers differ, so the distributions are compared."""
     fields = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 1, **sampling}
     want = gpt2.wanted(fields, output_scores=True, return_dict_in_generate=True).scores[0]
     asked, bounds = resolve_options(gpt2.model, {})
@@ -196,7 +196,7 @@ def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
     for options in ({"do_sample": False}, {"temperature": 0}, {"ignore_generation_config": True}):
         assert gpt2.written(fields, **options, max_new_tokens=8).tolist() == greedy
     assert gpt2.written(fields, num_return_sequences=3).shape[0] == 6
-    # sampling asked for by an argument takes the file's temperature, and no top_k of its own
+    # sampling set by an argument uses the file's temperature, and no default top_k
     warm = resolve_options(gpt2.model, {"top_p": 0.9})[0].sampling
     assert (warm.temperature, warm.top_k, warm.top_p) == (1.5, 50, 0.9)
     gpt2.file.write_text('{"temperature": 0.5}')
@@ -251,7 +251,7 @@ def test_neutral_values_of_fields_not_implemented_pass(gpt2: Pair, name: str) ->
     plain = gpt2.written({}).tolist()
     for value in (None, *NOT_IMPLEMENTED[name]):
         assert gpt2.written({name: value}).tolist() == plain
-    idle = {"top_h": 0.4, "assistant_ensemble_weight": 0.5}  # without samples, without assistant
+    idle = {"top_h": 0.4, "assistant_ensemble_weight": 0.5}  # no sampling, no assistant
     assert gpt2.written(idle).tolist() == plain
 
 
@@ -289,7 +289,7 @@ def test_forced_tokens_outside_the_vocabulary_are_refused(gpt2: Pair, name: str)
 
 
 def test_config_json_counts_without_generation_config(tmp_path: Path) -> None:
-    """As files of before 2023 have it, and as the reference still reads them."""
+    """Checkpoints from before 2023 have these fields in config.json; the reference reads them."""
     from transformers import AutoModelForCausalLM
 
     entry = registry.architectures()["gpt2"]
@@ -308,7 +308,7 @@ def test_config_json_counts_without_generation_config(tmp_path: Path) -> None:
 
 
 def test_end_tokens_come_from_generation_config_only(gpt2: Pair) -> None:
-    """The reference does not look for them in config.json where there is the file."""
+    """With generation_config.json the reference does not read end tokens from config.json."""
     gpt2.file.write_text('{"eos_token_id": [-1, 7]}')
     assert defaults_of(gpt2.model).special == ((7,), None, None)
 

@@ -1,4 +1,4 @@
-"""Warpers against the reference's, draws against the distribution that they are drawn from."""
+"""Sampling: warpers match the reference, and samples follow their distribution."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def logits() -> dict[str, Tensor]:
         "flat": plain * 1e-4,
         "ties": plain.round(),
         "equal": torch.zeros(2, 9),
-        "quarters": torch.zeros(2, 4),  # whose sums meet a bound exactly
+        "quarters": torch.zeros(2, 4),  # cumulative sums equal a bound exactly
         "masked": plain.masked_fill(plain < 0.3, -INF),
         "one left": torch.full((2, 9), -INF).index_fill(1, torch.tensor([4]), 1.5),
         "two tokens": plain[:, :2],
@@ -85,7 +85,7 @@ def test_penalties_match_the_reference(kind: str) -> None:
 
 
 def test_warpers_apply_in_the_references_order() -> None:
-    """Temperature, top-k, top-p, min-p: each of the later ones sees what the former left."""
+    """Temperature, top-k, top-p, min-p: each applies to the result of those before."""
     import transformers as ref
 
     logits = LOGITS["plain"] * 2
@@ -156,7 +156,7 @@ def test_constraint_values_out_of_range_are_refused(wrong: dict[str, Any]) -> No
 
 
 def test_single_bad_words_and_biases_are_applied_together() -> None:
-    """However many there are; with longer ones beside them."""
+    """The cost does not grow with their number, with longer sequences beside them."""
 
     def applied(count: int) -> tuple[torch.Tensor, int]:
         biases = [[[n], 0.5 * n] for n in range(count, 2 * count)]
@@ -193,7 +193,7 @@ def test_single_bad_words_and_biases_are_applied_together() -> None:
 
 
 def chi_square(counts: Tensor, chances: Tensor) -> float:
-    """Against its own mean and spread: below 4 is what chance does, 10 is not."""
+    """Chi-square in units of its standard deviation: below 4 is chance, 10 is not."""
     expected = chances * counts.sum()
     seen = expected > 0
     assert (counts[~seen] == 0).all()
@@ -214,11 +214,11 @@ def test_samples_follow_the_distribution() -> None:
     counts = counted(tokens, chances.shape[1])
     assert abs(chi_square(counts, chances[0])) < 4
     other = Sampling(temperature=0.9, top_k=9).warp(LOGITS["plain"][:1]).double().softmax(dim=-1)
-    assert chi_square(counts, other[0]) > 10  # it can tell
+    assert chi_square(counts, other[0]) > 10  # the test detects another distribution
 
 
 def test_pick_never_chooses_probability_zero() -> None:
-    """0 is a number that comes up, and what has no chance is never chosen by it."""
+    """The random number may be 0, and must not choose a token of probability 0."""
     chances = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
     numbers = torch.tensor([0.0, 0.2499, 0.25, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
     assert pick(chances.expand(6, 5), numbers[:, None]).tolist() == [1, 1, 3, 3, 3, 3]
@@ -246,13 +246,13 @@ def test_negative_and_large_seeds_are_accepted() -> None:
     assert RowGenerators([-1, 2**80, 0]).numbers().shape == (3, 1)
 
 
-# --- guessing ahead ------------------------------------------------------------------------------
+# --- speculative decoding -------------------------------------------------------------------------
 
 VOCAB = 5
 
 
 class Chain(Model):
-    """What follows depends on the last token and on whether its place is even: all is countable."""
+    """A Markov chain: the next token depends on the last one and on the parity of its position."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(GPT2(vocab=VOCAB, dim=2, heads=1, positions=10**6))
@@ -270,7 +270,7 @@ class Chain(Model):
 
 
 def distance_of_guesses(**options: Any) -> float:
-    """How far the steps of a chain, guessed ahead by another one, are from the chain's own."""
+    """The distance of a chain's steps under speculative decoding from its own distribution."""
     large, small = Chain(seed=1), Chain(seed=2)
     chances = Sampling(**options).warp(large.head.weight.detach().T).softmax(dim=-1)
     counts = torch.zeros_like(chances)

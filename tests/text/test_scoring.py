@@ -1,4 +1,4 @@
-"""Perplexity, gaps and vectors: against the reference, and against plain readings of each."""
+"""perplexity, fill and embed: against the reference, and against plain implementations."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def names(case: object) -> str | None:
 
 @pytest.fixture(scope="session")
 def hot(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A hot checkpoint of a variant, with a vocabulary of words that every one has room for."""
+    """A checkpoint of a variant with random weights, and a small vocabulary of words."""
 
     @cache
     def write(architecture: str, variant: str = "") -> Path:
@@ -82,7 +82,7 @@ def some_ids(count: int, vocab: int = 100) -> list[int]:
 
 
 def expected(reference: Any, ids: list[int], window: int, stride: int) -> float:
-    """The reference's losses, with labels where no window before had scored; nats together."""
+    """The sum of the reference's losses in nats, with labels at tokens not scored before."""
     total, scored = 0.0, 1
     while scored < len(ids):
         end = len(ids) if scored == 1 and len(ids) <= window else 0
@@ -98,7 +98,7 @@ def expected(reference: Any, ids: list[int], window: int, stride: int) -> float:
 
 @pytest.mark.parametrize(("entry", "variant"), DECODERS, ids=names)
 def test_perplexity_matches_the_reference(hot: Any, entry: Architecture, variant: str) -> None:
-    """In fp32 on both sides, whose noise on a mean of logarithms is below 1e-6."""
+    """In fp32 on both sides; the noise of a mean of logarithms is below 1e-6."""
     root = hot(entry.name, variant)
     reference = Reference(root, entry.variants[variant]["class"], torch.float32).model
     model, ids = zoo.load(root), some_ids(50)
@@ -133,7 +133,7 @@ def test_logits_in_chunks_score_like_all_at_once(
 def test_perplexity_keeps_one_chunk_of_logits_in_memory(
     hot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And none where nothing is scored."""
+    """No logits are computed for tokens that are not scored."""
     model = zoo.load(hot("gpt2"))
     monkeypatch.setattr(perplexity, "LOGITS", 6 * model.config.vocab)
     seen: dict[str, list[int]] = {"embed": [], "head": []}
@@ -161,7 +161,7 @@ def test_each_token_is_scored_once(length: int, window: int, stride: int) -> Non
 def test_windows_of_models_without_a_position_limit(
     hot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rotary type that adapts scores beyond its positions too, where no cache goes on."""
+    """Dynamic rotary embedding scores beyond its positions too, without a cache."""
     model = zoo.load(hot("llama", "rope-dynamic"), dtype="float64")
     positions = model.config.positions
     assert (model.config.limit, model.config.limit_cached) == (None, positions)
@@ -173,7 +173,7 @@ def test_windows_of_models_without_a_position_limit(
     monkeypatch.setattr(perplexity, "LOGITS", 7 * model.config.vocab)
     nll = zoo.perplexity(model, ids, window=len(ids)).nll
     assert nll == pytest.approx(wanted, rel=1e-12)
-    with torch.no_grad():  # the last window, of which two tokens are new
+    with torch.no_grad():  # the last window, in which two tokens are new
         logits = model(torch.tensor([ids[2:-1]]))[0, -2:].log_softmax(dim=-1)
     wanted = (-logits[range(2), ids[-2:]].sum()).item()
     nll = zoo.perplexity(model, ids, window=len(ids) - 2, stride=2).nll * (len(ids) - 1)
@@ -183,7 +183,7 @@ def test_windows_of_models_without_a_position_limit(
 
 
 class Letters(CharTokenizer):
-    """Characters with a token that stands before each text."""
+    """A character tokenizer with a begin token."""
 
     @classmethod
     def begun(cls, text: str, *, custom: bool) -> Tokenizer:
@@ -209,7 +209,7 @@ def test_bytes_per_token_leave_out_the_unscored_first_token(hot: Any) -> None:
         assert (forced.tokens, forced.bytes) == (15, size)
         assert forced.nll == zoo.perplexity(model, [0, *ids[-15:]]).nll
         begun = zoo.perplexity(model, "\0" + text, bos=bos)
-        assert begun.bytes == size + 1 - first  # a text may begin with what stands before texts
+        assert begun.bytes == size + 1 - first  # a text may begin with the bos token itself
     assert zoo.perplexity(model, torch.tensor(ids)) == alone
     assert zoo.perplexity(model, torch.tensor(ids, dtype=torch.int32)) == alone
 
@@ -264,7 +264,7 @@ def test_wrong_arguments_of_perplexity_are_refused(
 def test_only_decoders_are_scored_and_only_masked_lms_fill(
     entry: Architecture, variant: str
 ) -> None:
-    """Each variant does at most one of the two, by its head."""
+    """Each variant does at most one of the two, depending on its head."""
     fields = entry.variants[variant]
     head = entry.heads[fields["class"]][0]
     from converters.spec import load_spec
@@ -304,7 +304,7 @@ def test_fill_matches_the_references_pipeline(hot: Any, entry: Architecture, var
     pipe = transformers.FillMaskPipeline(model=reference, tokenizer=tokenizer, device="cpu")
     model = zoo.load(root)
     for text in GAPS:
-        # its tokenizer has no names for the last rows of the model's table
+        # the tokenizer has no tokens for the last rows of the embedding
         guesses, expected = zoo.fill(model, text, top=7), pipe(text, top_k=model.config.vocab)
         expected = expected if isinstance(expected[0], list) else [expected]
         assert len(guesses) == text.count("[MASK]")
@@ -327,7 +327,7 @@ def test_every_masked_lm_head_fills(hot: Any) -> None:
 
 
 def test_mask_tokens_of_other_names_are_read(hot: Any) -> None:
-    """As RoBERTa writes it."""
+    """RoBERTa writes <mask>."""
     model = zoo.load(hot("roberta"))
     settings = {"mask_token": {"content": "<mask>", "lstrip": True}, "unk_token": "[UNK]"}
     root = model.provenance.directory
@@ -373,7 +373,7 @@ def test_fill_without_a_mask_token_is_refused(hot: Any) -> None:
 
 
 def states(body: Model, text: str) -> Tensor:
-    """(s, d) of a text alone."""
+    """(s, d) hidden states of a text alone."""
     with torch.no_grad():
         return body(torch.tensor([body.tokenizer.encode(text)]))[0]
 
@@ -390,7 +390,7 @@ PLAIN = {
 def test_an_embedding_does_not_depend_on_its_batch(
     hot: Any, entry: Architecture, variant: str
 ) -> None:
-    """In any batch and order, whatever head is loaded: to 1e-12 in fp64."""
+    """In any batch and order, with any head, to 1e-12 in fp64."""
     root = hot(entry.name, variant)
     model = zoo.load(root, dtype="float64")
     body = zoo.load(root, head=entry.model.headless[0], dtype="float64")
@@ -416,7 +416,7 @@ def test_pooling_is_done_in_fp32(hot: Any) -> None:
 
 
 def test_texts_of_similar_length_share_a_batch(hot: Any) -> None:
-    """Texts of a length go together."""
+    """This saves padding."""
     model = zoo.load(hot("bert", "bare"))
     seen: list[tuple[int, ...]] = []
     model.embed.register_forward_hook(lambda m, i, out: seen.append(tuple(i[0].shape)))
@@ -439,7 +439,7 @@ def test_embed_follows_modules_json(tmp_path: Path) -> None:
 
 
 def test_sentence_bert_config_limits_and_lowercases(tmp_path: Path) -> None:
-    """How many tokens they have at most, and of which case: in files beside modules.json."""
+    """Its max_seq_length and do_lower_case are obeyed."""
     root = sentence_checkpoint(tmp_path / "s", "mean_tokens")
     (root / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     (root / "tokenizer_config.json").write_text('{"do_lower_case": false}')
@@ -471,7 +471,7 @@ def test_sentence_bert_config_limits_and_lowercases(tmp_path: Path) -> None:
 
 
 def test_embed_limit_follows_the_loaded_head(hot: Any) -> None:
-    """DeBERTa's enhanced mask decoder brings an end of positions along."""
+    """DeBERTa's enhanced mask decoder has a limit of positions; the model without it has none."""
     root = hot("deberta-v2")
     model = zoo.load(root, head="enhanced_masked_lm", weights="random")
     model.tokenizer = zoo.tokenizer(root)

@@ -1,4 +1,4 @@
-"""A real trained model: stories260K, whose greedy text and logits others have computed."""
+"""A trained model, stories260K: greedy text and logits as published."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ def stories(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def publish(source: Path, directory: Path) -> None:
-    """llama2.c's version 0, laid out as an HF directory: all layers of a kind stand together."""
+    """Write llama2.c's version 0, with all layers of a kind together, as an HF directory."""
     data = source.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
     assert vocab > 0, "a negative vocabulary means a head of its own"
@@ -55,7 +55,7 @@ def publish(source: Path, directory: Path) -> None:
 
     for name, tensor in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # pairs stand side by side there, and half a head apart here
+            # rotary pairs are adjacent there, and half a head apart here
             halves = "(h e two) i -> (h two e) i"
             tensors[name] = rearrange(tensor, halves, two=2, e=dim // heads // 2).contiguous()
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -92,5 +92,5 @@ def test_logits(stories: Model, fixtures: Path) -> None:
     greedy = json.loads((place / "EXPECTED.json").read_text())["greedy_ids_from_BOS"]
     truth = torch.from_numpy(np.load(place / "ref_logits_64tok.npy"))
     logits = stories(torch.tensor([greedy[:64]]))
-    # llama2.c's own distance from the reference is 4.4e-5
+    # llama2.c's own error against the reference is 4.4e-5
     torch.testing.assert_close(logits.reshape(truth.shape), truth, atol=2e-4, rtol=0)

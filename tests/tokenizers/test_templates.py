@@ -1,4 +1,4 @@
-"""Chat templates from strangers: what the sandbox forbids, and the limits of its child process."""
+"""Untrusted chat templates: the sandbox, and the limits of its child process."""
 
 import json
 import os
@@ -39,7 +39,7 @@ FORBIDDEN = {
 
 
 def doubled(value: str, name: str = "n") -> str:
-    """A namespace's `s` that holds itself twice, forty times over."""
+    """A namespace's `s`, doubled forty times."""
     start = f"{{% set {name} = namespace(s={value}) %}}"
     again = f"{{% set {name}.s = [{name}.s, {name}.s] %}}"
     return f"{start}{{% for i in range(40) %}}{again}{{% endfor %}}"
@@ -125,6 +125,18 @@ def rendered(template: str, **variables: object) -> str:
     )
 
 
+def test_values_pass_through_a_template_unchanged() -> None:
+    values = {"a": [1, 2.5, None, True, -0.0, "é\ud800", {"b": 10**30}], 3: float("inf")}
+    assert json.loads(rendered("{{ x.a|tojson }}", x=values)) == values["a"]
+    shown = rendered("{{ x.a[4] }} {{ x[3] }} {{ x.a[5] }} {{ x.a[6].b }}", x=values)
+    assert shown == f"-0.0 inf é\ud800 {10**30}"
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TemplateError, match="here: the messages or variables nest too deeply"):
+        rendered("{{ 1 }}", x=deep)
+
+
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_forbidden_operations_of_templates_are_refused(name: str) -> None:
     with pytest.raises(TemplateError, match=r"^here: ") as caught:
@@ -134,7 +146,7 @@ def test_forbidden_operations_of_templates_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*ENDLESS, *LARGE])
 def test_hostile_template_runs_into_a_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With less time than it has, so that this takes less too."""
+    """With a shorter limit, so that the test is faster."""
     monkeypatch.setattr(template_process, "SECONDS", 0.05 if name in ENDLESS else 2.0)
     message = "of processor time" if name in ENDLESS else "40 MB of memory"
     with pytest.raises(TemplateError, match=f"^here: takes more than .*{message}"):
@@ -160,22 +172,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
 
 
 def test_limits_grow_with_the_conversation() -> None:
-    text = "ü😀" * 3_000_000  # four bytes a character, in memory and on the way
+    text = "ü😀" * 3_000_000  # four bytes a character, in memory and in the pipe
     assert len(rendered("{{ m ~ '!' }}", m=text)) == len(text) + 1
     with pytest.raises(TemplateError, match="makes a text of 18000000 characters, of at most"):
         rendered("{{ m }}{{ m }}{{ m }}", m=text)
-
-
-def test_values_pass_through_a_template_unchanged() -> None:
-    values = {"a": [1, 2.5, None, True, -0.0, "é\ud800", {"b": 10**30}], 3: float("inf")}
-    assert json.loads(rendered("{{ x.a|tojson }}", x=values)) == values["a"]
-    shown = rendered("{{ x.a[4] }} {{ x[3] }} {{ x.a[5] }} {{ x.a[6].b }}", x=values)
-    assert shown == f"-0.0 inf é\ud800 {10**30}"
-    deep: list[object] = []
-    for _ in range(5000):
-        deep = [deep]
-    with pytest.raises(TemplateError, match="here: the messages or variables nest too deeply"):
-        rendered("{{ 1 }}", x=deep)
 
 
 def test_every_filter_is_available() -> None:
@@ -190,7 +190,7 @@ def test_one_process_renders_all_texts_of_a_template() -> None:
     (renderer,) = chat._idle
     with pytest.raises(TemplateError, match="has no attribute 'a'"):
         rendered("{{ n }}!" + "{{ n.a.b }}", n=1)
-    assert len(chat._idle) == 2  # it refused, and is sound
+    assert len(chat._idle) == 2  # it refused the text, and is reused
     for n in range(chat.MOST_IDLE + 1):
         rendered(f"{n}")
     assert len(chat._idle) == chat.MOST_IDLE and renderer not in chat._idle
@@ -264,7 +264,7 @@ def test_an_interrupted_reply_does_not_answer_the_next_request(
 def test_the_process_does_not_get_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither secrets, nor where else modules are to be found."""
+    """Neither secrets, nor other paths of modules."""
     (tmp_path / "jinja2.py").write_text("raise SystemExit(3)")
     (tmp_path / "json.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A stranger's tokenizer.json: steps that lengthen texts, slow patterns, large vocabularies."""
+"""Untrusted tokenizer.json: steps that lengthen texts, slow patterns, large vocabularies."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ def replace(content: str, **pattern: str) -> dict[str, Any]:
 
 
 def table(*texts: str) -> dict[str, Any]:
-    """A table that finds none of its texts, which stand in it all the same."""
+    """A character map that contains a text which it never uses."""
     data = (1024).to_bytes(4, "little") + bytes(1024) + b"".join(t.encode() + b"\0" for t in texts)
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
@@ -104,14 +104,6 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
-    parts, message = HOSTILE[name]
-    with pytest.raises(BadTokenizer) as caught:
-        read(tmp_path, **parts)
-    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
 def test_steps_of_published_tokenizers_are_accepted(tmp_path: Path) -> None:
     llama = several(NORMAL, [{"type": "Prepend", "prepend": "▁"}, replace("▁", String=" ")])
     albert = several(
@@ -131,6 +123,14 @@ def test_steps_of_published_tokenizers_are_accepted(tmp_path: Path) -> None:
         assert read(tmp_path, normalizer=normalizer, pre_tokenizer=cut).encode("a")
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    parts, message = HOSTILE[name]
+    with pytest.raises(BadTokenizer) as caught:
+        read(tmp_path, **parts)
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.parametrize("depth", [100, 5000])
 def test_normalizers_nested_too_deep_are_refused(tmp_path: Path, depth: int) -> None:
     head, tail = '{"type":"Sequence","normalizers":[', "]}"
@@ -147,7 +147,7 @@ def test_an_inflated_vocabulary_is_refused_before_it_is_built(tmp_path: Path, fi
 
 
 def test_added_tokens_strip_long_runs_of_spaces_quickly() -> None:
-    """In steps that grow with the text: of 40,000 spaces a pattern would try all pairs."""
+    """In linear time: a pattern would try all pairs of 40,000 spaces."""
     flags = {"lstrip": True, "rstrip": True}
     split = Splitter({"<m>": Added("<m>", 7, **flags), "<s>": Added("<s>", 8, single_word=True)})
     spaces = " " * 200_000

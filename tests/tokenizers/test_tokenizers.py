@@ -74,7 +74,7 @@ EDGES = ("", " ", "  ", "\n", "a", " a", "a ", "\0", "\u0301", "'s", "Hello worl
 
 
 def texts(count: int, seed: int = 0) -> Iterator[str]:
-    """Edges, then random strings of up to a dozen stretches, each from one script or none."""
+    """Edge cases, then random strings of up to a dozen runs, each of one script."""
     yield from EDGES
     draw = random.Random(seed)
     for _ in range(count):
@@ -118,7 +118,7 @@ TEKKEN_PATTERN = r"\p{Lu}*[\p{Ll}\p{M}]+|\p{N}|[^\s\p{N}]|\s+(?!\S)|\s+"
 
 
 def ranks(split: str) -> list[bytes]:
-    """Bytes in their order, then what a BPE trained by `tokenizers` merges."""
+    """All bytes in order, then the merges of a BPE trained by `tokenizers`."""
     backend = Backend(models.BPE())
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Split(Regex(split), "isolated")
@@ -143,7 +143,7 @@ def write_tekken(path: Path) -> None:
     config = {
         "pattern": TEKKEN_PATTERN,
         "num_vocab_tokens": len(vocab),
-        "default_vocab_size": len(vocab) - 20 + 10,  # so that some are left out
+        "default_vocab_size": len(vocab) - 20 + 10,  # so that some special tokens are unlisted
         "default_num_special_tokens": 10,
         "version": "v13",
     }
@@ -166,7 +166,7 @@ def write_pieces(path: Path, **options: Any) -> None:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of each kind, as small as they come."""
+    """A small directory of each kind."""
     top = tmp_path_factory.mktemp("tokenizers")
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -220,19 +220,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _folder(request: pytest.FixtureRequest) -> Path:
-    """The directory that holds one of each kind."""
+    """The directory with one tokenizer of each kind."""
     if request.param == "made":
         return Path(request.getfixturevalue("made"))
     return Path(request.getfixturevalue("fixtures")) / "tokenizers"
 
 
-# reading the published ones takes the reference seconds: only what has to be asked of them is fast
+# the reference takes seconds to read published files
 kinds = pytest.fixture(_folder, params=("made", pytest.param("published", marks=pytest.mark.slow)))
 everywhere = pytest.fixture(_folder, params=("made", "published"), name="everywhere")
 
 
 class Oracle(NamedTuple):
-    """The reference, with special tokens in a text taken for text and for such."""
+    """The reference, with special tokens in a text read as text, and read as special."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -267,7 +267,7 @@ def oracle(folder: Path, kind: str) -> Oracle:
 
 
 def _through_pieces(model: Any, kind: str) -> Any:
-    """The reference's class on the pieces of a model, whose file it needs protobuf to read."""
+    """The reference's class on the pieces of a model; for the file itself it needs protobuf."""
     import transformers as ref
     from transformers.tokenization_utils_base import generate_merges
 
@@ -324,7 +324,7 @@ def test_ten_thousand_random_texts_match_the_reference(kinds: Path, kind: str) -
 
 
 def test_llama_matches_the_references_class(kinds: Path) -> None:
-    """Where that one does as sentencepiece: transformers 5 drops the space before a space."""
+    """Except where it differs from sentencepiece: transformers 5 drops a space before a space."""
     folder = kinds / "llama2"
     mine, reference = zoo.tokenizer(folder), _through_pieces(oracle(folder, "llama2").backend, "")
     for text in texts(1000, seed=3):
@@ -336,7 +336,7 @@ def test_llama_matches_the_references_class(kinds: Path) -> None:
 @pytest.mark.parametrize("kind", ("gpt2", "qwen2", "llama3", "bert-uncased"))
 def test_special_tokens_in_a_text_are_read_on_request(kinds: Path, kind: str) -> None:
     mine, reference = zoo.tokenizer(kinds / kind), copy.deepcopy(oracle(kinds / kind, kind).backend)
-    if kind != "bert-uncased":  # what only one of the two knows would be text to the other
+    if kind != "bert-uncased":  # a special token of only one of the two would be text to the other
         reference.add_special_tokens({"extra_special_tokens": list(mine.special_tokens)})
     special = 0
     for text in texts(1000, seed=4):
@@ -348,7 +348,7 @@ def test_special_tokens_in_a_text_are_read_on_request(kinds: Path, kind: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_ids_decode_and_stream_alike(kinds: Path, kind: str) -> None:
-    """Not only those that a text gives: a model may stop in the middle of a character."""
+    """Also ids that no text has: a model may stop within a character."""
     mine, reference = zoo.tokenizer(kinds / kind), oracle(kinds / kind, kind)
     draw = random.Random(5)
     size = mine.vocab_size if kind not in ("qwen2", "llama3") else mine.eos
@@ -359,7 +359,7 @@ def test_any_ids_decode_and_stream_alike(kinds: Path, kind: str) -> None:
         if kind != "llama2":
             assert shown == reference.decode(ids)
         elif not set(ids) & set(mine.special_tokens.values()):
-            # half a character: one mark for each of its bytes, and the whole ones before it stay
+            # half a character: one U+FFFD for each byte, and the characters before it stay
             assert shown == reference.backend.decode(ids)
 
 
@@ -399,7 +399,7 @@ XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 def fairseq(folder: Path) -> Any:
-    """The reference's class as it reads such a file, for which it needs protobuf."""
+    """The reference's class for such a file, which it needs protobuf to read."""
     import transformers as ref
 
     path = folder / "sentencepiece.bpe.model"
@@ -469,7 +469,7 @@ def test_xlm_roberta_without_a_character_map(tmp_path: Path) -> None:
 
 
 def test_fairseq_ids_are_sentencepiece_ids_except_the_first(made: Path) -> None:
-    """Where no character is composed and no score is the same twice, so is the engine."""
+    """If no character is composed and all scores differ."""
     path = made / "xlm-roberta" / "sentencepiece.bpe.model"
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     mine = zoo.tokenizer(path.parent)
@@ -528,7 +528,7 @@ def test_unigrams_of_other_families_are_refused(
     ("options", "message"),
     [
         ({"model_type": "bpe"}, "expected unigrams"),
-        ({"model_type": "unigram", "byte_fallback": True}, "bytes to fall back on"),
+        ({"model_type": "unigram", "byte_fallback": True}, "byte fallback"),
         (
             {"model_type": "unigram", "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
             "twice: </s>",
@@ -547,7 +547,7 @@ def test_models_that_do_not_fit_fairseq_ids_are_refused(
 
 
 class Ranked(NamedTuple):
-    """tiktoken itself on the tables that are made here, and the id of each of its ranks."""
+    """tiktoken itself on the tables of this file, and the id of each rank."""
 
     encoding: tiktoken.Encoding
     ids: list[int]
@@ -658,7 +658,7 @@ def test_early_tekken_file_without_special_tokens(made: Path, tmp_path: Path) ->
 
 
 def test_many_special_tokens_are_found_quickly(made: Path, tmp_path: Path) -> None:
-    """A published tekken.json has a thousand: 24 kB took seven seconds, and take a millisecond."""
+    """A published tekken.json has a thousand: 24 kB of text once took seven seconds."""
     file = json.loads((made / "tekken" / "tekken.json").read_text())
     more = {"default_num_special_tokens": 1000, "default_vocab_size": 1500}
     (tmp_path / "tekken.json").write_text(json.dumps(file | {"config": file["config"] | more}))
@@ -673,7 +673,7 @@ def test_many_special_tokens_are_found_quickly(made: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json(kinds: Path, kind: str, tmp_path: Path) -> None:
-    """As the reference saves it, which brings in every decoder that these kinds need."""
+    """As the reference saves it, with every decoder that these kinds need."""
     reference = oracle(kinds / kind, kind).backend
     if kind in ("llama2", "t5"):
         reference = _through_pieces(reference, kind)
@@ -739,7 +739,7 @@ def test_the_config_sets_special_tokens_around_a_text(made: Path, tmp_path: Path
 
 
 def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> None:
-    """Some numbers, <s>, </s> and bytes, of a class that `kind` names."""
+    """Numbers, <s>, </s> and bytes, with `kind` as tokenizer_class."""
     place.mkdir()
     numbers = {str(n): n for n in range(20)}
     bytes_ = {f"<0x{n:02X}>": 40 + n for n in range(256)}
@@ -754,7 +754,7 @@ def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
 def test_tokenizer_json_sets_special_tokens_around_a_text(kind: str, tmp_path: Path) -> None:
-    """The reference heeds nothing beside it, and puts nothing where it says nothing."""
+    """Like the reference: other files do not count, and without a post-processor there are none."""
     import transformers as ref
 
     specials = [("<s>", 30), ("</s>", 31)]
@@ -770,7 +770,7 @@ def test_tokenizer_json_sets_special_tokens_around_a_text(kind: str, tmp_path: P
 
 
 def test_post_processor_of_a_vocabulary_without_letters(tmp_path: Path) -> None:
-    """What they do not know they drop, and where it was is not between the ends."""
+    """Such a vocabulary drops unknown letters, so the probe text must be one of its tokens."""
     around = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 30), ("</s>", 31)]
     )
@@ -815,7 +815,7 @@ def test_added_tokens(made: Path, tmp_path: Path) -> None:
     mine = zoo.tokenizer(tmp_path)
     assert (mine.pad, mine.mask, mine.vocab_size) == (size, size + 2, size + 4)
     assert list(mine.special_tokens.values()) == [0, 1, 2, size, size + 2]
-    # what is not special is found in any text, and the other takes the space before it along
+    # tokens that are not special are matched in any text; lstrip includes the space before
     assert plain(mine, "foxesfox") == [size + 1, size + 3]
     assert plain(mine, "the  <mark>foxes", special=True) == [*plain(mine, "the"), size, size + 1]
     assert mine.decode([size, size + 1]) == "<mark>foxes"
@@ -932,7 +932,7 @@ def test_a_stream_waits_for_whole_characters(made: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_runs_of_one_character(kinds: Path, kind: str) -> None:
-    """A hundred thousand of one character: no hang, no crash, and it all comes back."""
+    """A hundred thousand of one character: no hang, no crash, and decoding returns them."""
     mine = zoo.tokenizer(kinds / kind)
     for piece in ("a", " ", "\n", "é", "!", "1", "'s", "a "):
         text = piece * 100_000
@@ -978,7 +978,7 @@ def test_character_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_model_has_its_tokenizer(made: Path, tmp_path: Path) -> None:
-    """It lies with the weights, is read when asked for, and goes where they go."""
+    """It is read from the checkpoint when first used, and saved with the model."""
     published = zoo.save(build("gpt2").eval(), tmp_path / "published")
     for path in (made / "gpt2").iterdir():
         shutil.copyfile(path, published / path.name)
@@ -1170,11 +1170,11 @@ def test_damaged_files_are_refused_by_name(
 
 
 def table(*units: int, size: int = 1024, texts: bytes = b"a\0") -> bytes:
-    """One that replaces characters, of which the first units are given."""
+    """A character map with these first units."""
     return struct.pack("<257I", size, *units, *[0] * (256 - len(units))) + texts
 
 
-LEAF, BEYOND = 1 << 31, 1 << 20  # a unit where a text begins; one that points far away
+LEAF, BEYOND = 1 << 31, 1 << 20  # a unit where a text begins; one that points far outside
 TABLES = {
     "more than there is": table(size=0xFFFFFF00),
     "half a unit": table(size=1022),
@@ -1194,7 +1194,7 @@ TABLES = {
 def test_character_maps_that_point_outside_are_refused(
     tmp_path: Path, name: str, case: str
 ) -> None:
-    """What reads them would read there, or take as much memory as they say."""
+    """The library would read outside the map, or allocate as much memory as it claims."""
 
     def read(data: bytes) -> None:
         if name == "tokenizer.json":
@@ -1209,7 +1209,7 @@ def test_character_maps_that_point_outside_are_refused(
         (tmp_path / name).write_bytes(text)
         zoo.tokenizer(tmp_path).encode("a")
 
-    if name == "tokenizer.model":  # sentencepiece looks itself, and more closely
+    if name == "tokenizer.model":  # sentencepiece checks its maps itself
         message = "INTERNAL"
     else:
         read(table())
@@ -1325,7 +1325,7 @@ def test_named_templates(made: Path, tmp_path: Path) -> None:
 
 
 def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
-    """As the reference writes several, and reads them; what a checkpoint has is carried along."""
+    """As the reference saves several templates; saving a model copies them."""
     reference = _through_pieces(oracle(made / "llama2", "llama2").backend, "llama2")
     texts = {"default": "default", "tool_use": "{{ tools|length }} tools", "rag": "documents"}
     reference.chat_template = texts
@@ -1357,7 +1357,7 @@ def test_a_missing_template_is_refused(talker: Tokenizer) -> None:
 
 
 def test_objects_in_messages_are_refused(talker: Tokenizer) -> None:
-    """Plain values alone: an object's methods might do anything."""
+    """Only plain values are accepted: an object's methods could do anything."""
     with pytest.raises(TemplateError, match="expected texts, numbers, lists and mappings, found a"):
         talker.chat([{"role": "user", "content": Path()}], template="{{ 1 }}")
     harmful = type("Odd", (str,), {"harm": lambda self: "done"})("text")
@@ -1374,7 +1374,7 @@ def test_long_conversations_fit(talker: Tokenizer) -> None:
 # --- whether case counts -------------------------------------------------------------------------
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CASED = {  # of what a vocabulary may hold; each has other letters
+CASED = {  # words of cased vocabularies in several scripts
     "english": (["Paris", "paris", "the", "##s", "."], "Paris"),
     "multilingual": (["Москва", "москва", "été", "Été", "東", "京", "##ს", "और"], "Été"),
 }
@@ -1383,13 +1383,13 @@ CASED = {  # of what a vocabulary may hold; each has other letters
 @pytest.mark.parametrize("language", CASED)
 @pytest.mark.parametrize("setting", [None, True, False])
 def test_a_cased_vocabulary_keeps_case(tmp_path: Path, language: str, setting: bool | None) -> None:
-    """Google's files do not say; where a tokenizer_config.json does, that is what counts."""
+    """Without do_lower_case in tokenizer_config.json, as in Google's files, the words decide."""
     words, text = CASED[language]
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", encoding="utf-8")
     if setting is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": setting}))
     tokenizer = zoo.tokenizer(tmp_path)
-    small = text.lower() if language == "english" else "ete"  # accents go with capitals
+    small = text.lower() if language == "english" else "ete"  # lowercasing also strips accents
     whole = text if setting is not True else small
     expected = whole if whole in words else "[UNK]"
     assert [

@@ -272,7 +272,7 @@ def untied(model: Any, ties: Mapping[str, str]) -> Any:
     if getattr(model.config, "tied", False) and {*tied} <= _TIES:
         return model.config.replace(tied=False)
     raise UsageError(
-        f"{listing(sorted({*ties, *ties.values()}))}: one array, the adapter does not change all "
-        f"that read it alike, and {model.architecture} with two computes another function. Keep "
-        "the adapter apart"
+        f"{listing(sorted({*ties, *ties.values()}))}: one array, which the adapter does not change "
+        f"alike for all its readers, and {model.architecture} with separate arrays computes "
+        "another function. Use the adapter without merging it"
     )

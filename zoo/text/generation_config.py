@@ -1,6 +1,6 @@
 """The defaults that a checkpoint sets for generation, read as the reference's `generate` does.
 
-They stand in generation_config.json; where there is none, in the same fields of config.json.
+They are in generation_config.json; where there is none, in the same fields of config.json.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ NO_DEFAULTS = Defaults({}, PresetIds((), None, None), "")
 
 
 def defaults_of(model: Model) -> Defaults:
-    """Read the defaults from the checkpoint's files, anew at each call."""
+    """Read the defaults from the checkpoint's files, again at each call."""
     start, pad = (getattr(model.config, name, None) for name in ("start", "pad"))
     own = {"decoder_start_token_id": start, "pad_token_id": pad}
     fields, source = dict[str, Any](), "the model's config"

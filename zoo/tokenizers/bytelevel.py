@@ -237,7 +237,7 @@ def _bytes(text: str) -> bytes:
     try:
         return bytes([values[letter] for letter in text])
     except KeyError as error:
-        raise BadTokenizer(f"{text!r}: {error} stands for no byte") from None
+        raise BadTokenizer(f"{text!r}: {error} is not the spelling of a byte") from None
 
 
 def merges_of(tokens: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:

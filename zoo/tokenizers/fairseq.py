@@ -79,6 +79,6 @@ def _check(model: SentencePieceModel, path: Path) -> None:
         there = listing(piece.text for piece in model.pieces[:3])
         problems.append(f"expected <unk>, <s> and </s> as its first pieces, found {there}")
     if BYTE in kinds:
-        problems.append("bytes to fall back on, which these ids have no place for")
+        problems.append("byte fallback, for which these ids have no room")
     if problems:
         raise BadTokenizer("\n  ".join([f"{path}: not what fairseq's ids are for:", *problems]))

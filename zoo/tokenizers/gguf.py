@@ -134,7 +134,7 @@ def _as_pieces(fields: _Fields) -> dict[str, bytes]:
     fields.settings["tokenizer_class"] = "LlamaTokenizer"
     fields.settings["add_bos_token"] = fields.flag("add_bos_token", True)
     fields.settings["add_eos_token"] = fields.flag("add_eos_token", False)
-    model = llama2c.model_of(
+    model = llama2c.sentencepiece_model(
         pieces,
         prefix=fields.flag("add_space_prefix", True),
         collapse=fields.flag("remove_extra_whitespaces", False),
