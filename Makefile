@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8
+# Each file's tests run in one process, so that its module fixtures are built once. Compiled files
+# are kept whatever the shell says: tests start dozens of processes that import zoo.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n auto --maxprocesses=8 --dist loadfile
+QUICK := not slow and not long and not release
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example test test-fast test-all check stamps format lint types mutants mutate diagnosis formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
+.PHONY: help setup demo example test test-all check stamps format lint types mutants mutate diagnosis formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -27,18 +30,15 @@ demo: $(READY) ## the main job, offline: make, plan, convert, load, prove, give 
 example: $(READY) ## induction heads: a small model is trained, looked into and taken apart
 	@$(RUN) examples/induction.py
 
-test: $(READY) ## every test, of many alike the first of each architecture
-	$(PYTEST) -m "not long and not release"
+test: $(READY) ## in five minutes: every behavior, of many alike the first
+	$(PYTEST) -m "$(QUICK)"
 
-test-fast: $(READY) ## the tests that take no more than a few seconds
-	$(PYTEST) -m "not slow and not long and not release"
+test-all: $(READY) ## every test of every variant; REST=1 leaves out what `make test` runs
+	$(PYTEST) -m "$(if $(REST),not ($(QUICK)) and )not release"
 
-test-all: $(READY) ## every test of every variant
-	$(PYTEST)
+check: format lint types test ## what CI runs, before `make test-all`
 
-check: format lint types test ## what CI runs, before `make stamps`
-
-stamps: $(READY) ## whether zoo/evidence.json was measured on this code, this torch and transformers
+stamps: $(READY) ## at a release: zoo/evidence.json was measured on this code, torch and transformers
 	@$(PYTEST) -n 0 -q -m release tests/test_evidence.py
 
 format: $(READY)

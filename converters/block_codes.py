@@ -1,4 +1,4 @@
-"""Numbers that a file holds in another form: so many of them at a time become so many bytes."""
+"""Codes for blocks of numbers: a fixed count of numbers becomes a fixed count of bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Coding(NamedTuple):
-    """`unit` numbers, one behind the other in row-major order, are `width` bytes of a file."""
+    """A code: each `unit` numbers in row-major order become `width` bytes."""
 
     name: str
     unit: int
@@ -18,11 +18,12 @@ class Coding(NamedTuple):
     encode: Callable[[Tensor], Tensor]  # (n, unit) of float32 to as many rows of bytes
 
     def nbytes(self, numel: int) -> int:
+        """Bytes of `numel` numbers."""
         return numel // self.unit * self.width
 
 
 def in_units(pieces: Iterator[Tensor], coding: Coding) -> Iterator[tuple[Tensor, Tensor]]:
-    """(numbers as float32, their bytes) of whole units, however the pieces are cut."""
+    """Yield (numbers as float32, their bytes) in whole units, however the pieces are cut."""
     import torch
 
     left = torch.empty(0)
@@ -37,7 +38,7 @@ def in_units(pieces: Iterator[Tensor], coding: Coding) -> Iterator[tuple[Tensor,
 
 
 def _scales(groups: Tensor) -> Tensor:
-    """(n, 1): so that the largest number of each group is 127."""
+    """(n, 1): the scale that maps the largest number of each group to 127."""
     return groups.abs().amax(dim=1, keepdim=True) / 127.0
 
 
@@ -56,13 +57,13 @@ def _scale_bytes(groups: Tensor) -> Tensor:
 
 
 def int8_groups(unit: int) -> tuple[Coding, Coding]:
-    """llama2.c's: whole numbers of an array, and the float32 scales of their groups."""
+    """Return llama2.c's codes: int8 numbers of an array, and the float32 scales of its groups."""
     whole = Coding(f"int8 in groups of {unit}", unit, unit, _whole)
     return whole, Coding(f"scales of groups of {unit}", unit, 4, _scale_bytes)
 
 
 def q8_0() -> Coding:
-    """GGUF's: of each 32 numbers a scale in half precision, and 32 whole ones of eight bits."""
+    """Return GGUF's Q8_0: for each 32 numbers a float16 scale and 32 int8 numbers."""
     from converters.quantized.blocks import quantize_q8_0
 
     return Coding("Q8_0", 32, 34, quantize_q8_0)

@@ -1,4 +1,4 @@
-"""A plan carried out: tensors on disk to tensors of the model, and back."""
+"""Carry out a plan: tensors on disk to tensors of the model, and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from converters.lazy import Lazy, equal
-from converters.plan import Plan, Step
+from converters.plan import Plan, PlanStep
 from zoo.errors import MissingTensors, TieConflict, listing
 
 if TYPE_CHECKING:
@@ -18,29 +18,44 @@ Read = Callable[[str], "Tensor"]
 def carry_out(
     plan: Plan, read: Read, *, trust: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Native names and tensors, step by step; what only renames or restrides is a view.
+    """Yield (native name, tensor), step by step.
 
-    `trust` names tensors on disk that win where tied names hold different values.
+    Steps that only rename or change strides yield views.
+
+    Args:
+        plan: A proven plan.
+        read: Returns a tensor by its name on disk.
+        trust: Names on disk that win where tied names hold different values.
+
+    Raises:
+        TieConflict: If tied names hold different values and none is trusted.
     """
     for step in plan.steps:
         yield from zip(step.targets, forward(step, read, trust), strict=True)
 
 
-def forward(step: Step, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
-    held: dict[str, Tensor] = {}  # no name is read twice
+def forward(step: PlanStep, read: Read, trust: Collection[str] = ()) -> Sequence[Tensor]:
+    """Return the native tensors of one step."""
+    cache: dict[str, Tensor] = {}  # no name is read twice
 
     def once(name: str) -> Tensor:
-        if name not in held:
-            held[name] = read(name)
-        return held[name]
+        if name not in cache:
+            cache[name] = read(name)
+        return cache[name]
 
     names = agreed(step, lambda name: Lazy.of(once(name)), trust)
     tensors = [once(name) for name in names]
     return tensors if step.transform is None else step.transform.forward(tensors)
 
 
-def agreed(step: Step, read: Callable[[str], Lazy], trust: Collection[str]) -> tuple[str, ...]:
-    """The names to read where several hold one array: equal ones, or the ones that are trusted."""
+def agreed(step: PlanStep, read: Callable[[str], Lazy], trust: Collection[str]) -> tuple[str, ...]:
+    """Return the names to read where several hold one array.
+
+    They are the ones in `trust`, or the first if all are equal.
+
+    Raises:
+        TieConflict: If they differ and none is trusted.
+    """
     if not step.also:
         return step.sources
     for names in (step.sources, *step.also):
@@ -61,7 +76,11 @@ def agreed(step: Step, read: Callable[[str], Lazy], trust: Collection[str]) -> t
 
 
 def invert(plan: Plan, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their modern names on disk, from those of the model."""
+    """Return tensors by their names on disk, from those of the model.
+
+    Raises:
+        MissingTensors: If a native tensor is missing.
+    """
     if missing := [t for step in plan.steps for t in step.targets if t not in native]:
         raise MissingTensors(f"{len(missing)} native tensors missing: {listing(missing)}")
     out: dict[str, Tensor] = {}
@@ -74,6 +93,7 @@ def invert(plan: Plan, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {plan.modern.get(name, name): out[name] for name in order}
 
 
-def backward(step: Step, native: Mapping[str, Tensor]) -> Sequence[Tensor]:
+def backward(step: PlanStep, native: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Return the tensors on disk of one step."""
     tensors = [native[name] for name in step.targets]
     return tensors if step.transform is None else step.transform.backward(tensors)

@@ -1,4 +1,4 @@
-"""Files of weights that no index names: what each is by its bytes, and which belong together."""
+"""Files of weights without an index: recognized by their bytes, and grouped into checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.checkpoint import Checkpoint, Reader, confined
+from converters.checkpoint import Checkpoint, Reader
 from converters.formats import TensorInfo, open_regular
+from converters.paths import confined
 from zoo.errors import (
     AmbiguousCheckpoint,
     CheckpointError,
@@ -32,20 +33,20 @@ _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 class Format(NamedTuple):
-    """A kind of file that is known by its bytes.
+    """A format that is recognized by a file's bytes.
 
-    `open` gives the readers of a file and of those that it says belong to it, mapped or not. Beside
-    what every reader has they may offer `values` (what else the file says), `span` (where a
-    tensor's bytes lie as they are; None if they do not), `quantized` (what stands in other
-    numbers), `size` (a tensor's bytes), `place` (the same of two names of one array) and `files`
-    (all that they read).
+    `open` returns the readers of a file and of those that belong to it. Besides the methods of
+    every
+    `Reader` they may have `values` (metadata), `span` (where a tensor's bytes are in the file; None
+    if they are not contiguous), `quantized` (tensor -> type it is stored in), `size` (bytes of a
+    tensor), `place` (equal for two names of one array) and `files` (all files that they read).
     """
 
     module: str
     open: Callable[[Any, Path, bool | None], list[tuple[Path, Any]]]
     about: str
     is_: Callable[[bytes, bytes, int], bool]  # of its first and last bytes and its size
-    meant: Callable[[Any, Path], Path] | None = None  # of all in a directory, where a note says it
+    meant: Callable[[Any, Path], Path] | None = None  # the file that a directory names as current
 
 
 def _is_llama2c(head: bytes, tail: bytes, size: int) -> bool:
@@ -76,7 +77,7 @@ FORMATS: dict[str, Format] = {
         lambda head, tail, size: tail.endswith(bytes.fromhex("57fb808b247547db")),
         lambda module, place: module.find_bundle(place),
     ),
-    # without a magic, so after all others
+    # no magic number, so it is tried last
     "llama2c": Format(
         "llama2c",
         lambda module, path, mmap: [(path, module.Llama2cReader(path, mmap))],
@@ -87,7 +88,7 @@ FORMATS: dict[str, Format] = {
 
 
 def index_of(path: Path) -> Path | None:
-    """The file that says what it is, of a bundle given by its prefix or one of its data files."""
+    """Return the index of a TensorFlow bundle from its prefix or one of its data files."""
     if path.name:
         index = path.with_name(_DATA.sub("", path.name) + ".index")
         if os.path.isfile(index) and kind_of(index) == "tf":
@@ -96,30 +97,33 @@ def index_of(path: Path) -> Path | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """The format of a file, by its bytes; None where none is known."""
+    """Return the format of a file by its bytes; None if it is unknown."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
         head, tail = os.pread(fd, 512, 0), os.pread(fd, 512, max(0, size - 512))
     finally:
         os.close(fd)
-    return next((name for name, known in FORMATS.items() if known.is_(head, tail, size)), None)
+    return next((name for name, form in FORMATS.items() if form.is_(head, tail, size)), None)
 
 
-class Opened(NamedTuple):
-    """Files of one format that are one checkpoint."""
+class FileSet(NamedTuple):
+    """Files of one format that form one checkpoint."""
 
     kind: str
     readers: tuple[tuple[Path, Any], ...]
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """What the first file says beside its tensors."""
-        found: Mapping[str, Any] = getattr(self.readers[0][1], "values", {})
-        return found
+        """Metadata of the first file."""
+        values: Mapping[str, Any] = getattr(self.readers[0][1], "values", {})
+        return values
 
     def checkpoint(self, container: Container) -> Checkpoint | None:
-        """Its tensors as a dialect calls them; None where the key that they stand under is gone."""
+        """Return the tensors under the names of a dialect.
+
+        The result is None if the key above them in the file is missing.
+        """
         tensors: dict[str, TensorInfo] = {}
         where: dict[str, str] = {}
         shared: dict[str, str] = {}
@@ -163,8 +167,8 @@ class Opened(NamedTuple):
 
 
 def _files(path: Path, reader: Any) -> tuple[Path, ...]:
-    found: tuple[Path, ...] = getattr(reader, "files", (path,))
-    return found
+    files: tuple[Path, ...] = getattr(reader, "files", (path,))
+    return files
 
 
 def _key(within: tuple[str, ...], names: Mapping[str, Any]) -> str | None:
@@ -174,7 +178,7 @@ def _key(within: tuple[str, ...], names: Mapping[str, Any]) -> str | None:
 
 
 def _shared(reader: Any, names: Mapping[str, str]) -> dict[str, str]:
-    """name -> an earlier name of the same array."""
+    """Return name -> an earlier name of the same array."""
     if not hasattr(reader, "place"):
         return {}
     first: dict[object, str] = {}
@@ -183,7 +187,7 @@ def _shared(reader: Any, names: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Renamed:
-    """A reader whose tensors are called as their dialect calls them."""
+    """A reader whose tensors have a dialect's names."""
 
     def __init__(self, reader: Any, names: Mapping[str, str]) -> None:
         self.path: Path = reader.path
@@ -194,32 +198,38 @@ class _Renamed:
         }
 
     def tensor(self, name: str) -> torch.Tensor:
-        found: torch.Tensor = self._reader.tensor(self._names[name])
-        return found
+        """Return a tensor."""
+        tensor: torch.Tensor = self._reader.tensor(self._names[name])
+        return tensor
 
     def decoder(self, name: str) -> Read | None:
-        found: Read | None = self._reader.decoder(self._names[name])
-        return found
+        """Return what reads or decodes a box of a tensor."""
+        read: Read | None = self._reader.decoder(self._names[name])
+        return read
 
     def size(self, name: str) -> int:
+        """Return the bytes of a tensor in the file."""
         size = getattr(self._reader, "size", None)
         return self.tensors[name].nbytes if size is None else int(size(self._names[name]))
 
     def span(self, name: str) -> tuple[int, int] | None:
+        """Return where a tensor's bytes are, if they are contiguous and plain."""
         span = getattr(self._reader, "span", None)
         if self._names[name] in getattr(self._reader, "quantized", ()):
             return None
-        found: tuple[int, int] | None = span(self._names[name]) if span is not None else None
-        return found
+        span_in_file: tuple[int, int] | None = span(self._names[name]) if span is not None else None
+        return span_in_file
 
 
 # --- one dtype for all --------------------------------------------------------------------------
 
 
 def alike(checkpoint: Checkpoint, wide: tuple[str, ...]) -> Checkpoint:
-    """All tensors in one dtype, where files hold vectors (and those in `wide`) in F32 by custom.
+    """Return the checkpoint with all tensors in one dtype.
 
-    It is that of the others if the vectors' numbers are all exact in it, else F32.
+    Some files hold vectors, and the tensors in `wide`, in F32 by convention. The common dtype is
+    that
+    of the others if every number of the vectors is exact in it, otherwise F32.
     """
     from converters.formats import torch_dtype
 
@@ -228,11 +238,11 @@ def alike(checkpoint: Checkpoint, wide: tuple[str, ...]) -> Checkpoint:
     narrow = kinds - {"F32"}
     if len(kinds) == 1 or not kinds <= {"F32", "F16", "BF16"}:
         return checkpoint
-    held = {name: info for name, info in tensors.items() if info.dtype == "F32"}
+    singles = {name: info for name, info in tensors.items() if info.dtype == "F32"}
     kind = next(iter(narrow))
-    if len(narrow) > 1 or any(len(i.shape) > 1 and n not in wide for n, i in held.items()):
+    if len(narrow) > 1 or any(len(i.shape) > 1 and n not in wide for n, i in singles.items()):
         kind = "F32"
-    for name in held if kind != "F32" else ():
+    for name in singles if kind != "F32" else ():
         numbers = checkpoint.tensor(name)
         if not bool((numbers.to(torch_dtype(kind)).float() == numbers).all()):
             kind = "F32"
@@ -245,7 +255,7 @@ def alike(checkpoint: Checkpoint, wide: tuple[str, ...]) -> Checkpoint:
 
 
 class _Cast:
-    """A reader whose tensors are all of one dtype."""
+    """A reader whose tensors all have one dtype."""
 
     def __init__(self, reader: Any, dtype: str) -> None:
         self.path: Path = reader.path
@@ -253,32 +263,35 @@ class _Cast:
         self._reader, self._dtype = reader, dtype
         self.tensors = {n: TensorInfo(n, i.shape, dtype) for n, i in reader.tensors.items()}
 
-    def _held(self, name: str) -> bool:
-        found: str = self._reader.tensors[name].dtype
-        return found == self._dtype
+    def _is_stored_so(self, name: str) -> bool:
+        code: str = self._reader.tensors[name].dtype
+        return code == self._dtype
 
     def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, cast."""
         from converters.formats import torch_dtype
 
-        found: torch.Tensor = self._reader.tensor(name)
-        return found.to(torch_dtype(self._dtype))
+        tensor: torch.Tensor = self._reader.tensor(name)
+        return tensor.to(torch_dtype(self._dtype))
 
     def decoder(self, name: str) -> Read | None:
+        """Return what reads a box of a tensor, cast."""
         from converters.formats import torch_dtype
 
         read: Read | None = self._reader.decoder(name)
-        if read is None or self._held(name):
+        if read is None or self._is_stored_so(name):
             return read
         box, kind = read, torch_dtype(self._dtype)
         return lambda rows, columns: box(rows, columns).to(kind)
 
     def span(self, name: str) -> tuple[int, int] | None:
-        found: tuple[int, int] | None = self._reader.span(name) if self._held(name) else None
-        return found
+        """Return where a tensor's bytes are, if no cast is needed."""
+        span: tuple[int, int] | None = self._reader.span(name) if self._is_stored_so(name) else None
+        return span
 
 
 def known_files(root: Path) -> dict[str, str]:
-    """Name -> format of the files in a directory that say what they are."""
+    """Return name -> format of the files in a directory that are recognized."""
     kinds: dict[str, str] = {}
     for name in sorted(os.listdir(root)):
         if name.startswith("."):
@@ -286,14 +299,26 @@ def known_files(root: Path) -> dict[str, str]:
         try:
             kind = kind_of(confined(root, name))
         except (CheckpointError, SourceError):
-            continue  # a folder, a link to elsewhere: nothing that this directory holds
+            continue  # a folder or a link out of this directory
         if kind is not None:
             kinds[name] = kind
     return kinds
 
 
-def open_place(place: Path, mmap: bool | None = None) -> Opened | None:
-    """The checkpoint that a file belongs to or a directory holds; None where there is none."""
+def open_place(place: Path, mmap: bool | None = None) -> FileSet | None:
+    """Open the checkpoint that a file belongs to or a directory holds.
+
+    Args:
+        place: A file or a directory.
+        mmap: Whether files are mapped or read when a tensor is used; None leaves it to the format.
+
+    Returns:
+        The files, or None if none is recognized.
+
+    Raises:
+        AmbiguousCheckpoint: If a directory holds several checkpoints.
+        MissingShard: If one of several files is missing.
+    """
     single = not place.is_dir()
     root = place.parent if single else place
     kinds = known_files(root)
@@ -303,22 +328,24 @@ def open_place(place: Path, mmap: bool | None = None) -> Opened | None:
     if not kinds:
         return None
     kind, first = next(iter(kinds.values())), next(iter(kinds))
-    known = FORMATS[kind]
-    module = import_module(f"converters.formats.{known.module}")
-    if set(kinds.values()) == {kind} and _SPLIT.search(first):  # which names the others itself
-        together = known.open(module, confined(root, first), mmap)
+    form = FORMATS[kind]
+    module = import_module(f"converters.formats.{form.module}")
+    if set(kinds.values()) == {kind} and _SPLIT.search(
+        first
+    ):  # a split names its other files itself
+        together = form.open(module, confined(root, first), mmap)
         if kinds.keys() <= {path.name for path, _ in together}:
-            return Opened(kind, tuple(together))
-    if known.meant is not None and set(kinds.values()) == {kind}:
-        names = [known.meant(module, place).name]
+            return FileSet(kind, tuple(together))
+    if form.meant is not None and set(kinds.values()) == {kind}:
+        names = [form.meant(module, place).name]
     else:
         names = _shards(root, sorted(kinds))
-    every = [pair for name in names for pair in known.open(module, confined(root, name), mmap)]
-    return Opened(kind, tuple(every))
+    every = [pair for name in names for pair in form.open(module, confined(root, name), mmap)]
+    return FileSet(kind, tuple(every))
 
 
 def _shards(root: Path, names: list[str]) -> list[str]:
-    """The files of one checkpoint in order: one, or all that are numbered alike, from 00 on."""
+    """Return the files of one checkpoint in order: one, or all that are numbered from 00 on."""
     matches = [_SHARD.fullmatch(name) for name in names]
     stems = {match.group(1, 3) for match in matches if match is not None}
     if None in matches or len(stems) != 1:
@@ -340,4 +367,5 @@ def _shards(root: Path, names: list[str]) -> list[str]:
 
 
 def known_formats() -> str:
-    return ", ".join(known.about for known in FORMATS.values())
+    """Return the names of all formats, for messages."""
+    return ", ".join(form.about for form in FORMATS.values())

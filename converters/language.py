@@ -14,7 +14,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from converters.lazy import Lazy, Part, moved
+from converters.lazy import Lazy, Patch, moved
 from zoo.errors import SpecError
 
 if TYPE_CHECKING:
@@ -595,7 +595,7 @@ class Transform:
     def _move(self, here: _Side, there: _Side, tensors: Sequence[Tensor]) -> list[Lazy]:
         """Every part of every tensor `here`, turned into its place `there`."""
         assert self.rule.source.pattern is not None
-        parts: list[list[Part]] = [[] for _ in range(there.count)]
+        parts: list[list[Patch]] = [[] for _ in range(there.count)]
         for k in range(len(self.rule.source.pattern.pieces) or 1):
             mine, other = here.place(k), there.place(k)
             views = [
@@ -714,7 +714,7 @@ class _Place:
 
     def part(
         self, view: Tensor, axes: Sequence[str], point: Mapping[str, int], chosen: Mapping[str, int]
-    ) -> Part:
+    ) -> Patch:
         """A view of such axes as it stands here, in the tensor that `chosen` names."""
         left = list(axes)
         for axis in reversed(range(len(left))):
@@ -735,7 +735,7 @@ class _Place:
             shape = view.shape
             view = view.reshape(*shape[:d], self._width, *shape[d + len(self._ragged) :])
             box[d : d + len(self._ragged)] = [slice(self._offset, self._offset + self._width)]
-        return Part(tuple(box), view)
+        return Patch(tuple(box), view)
 
 
 def _stack(views: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

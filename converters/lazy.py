@@ -1,4 +1,4 @@
-"""Arrays whose parts lie elsewhere: made whole, or a bounded piece at a time in row-major order."""
+"""Lazy arrays: their parts are elsewhere; made whole, or a bounded piece at a time."""
 
 from __future__ import annotations
 
@@ -13,54 +13,58 @@ if TYPE_CHECKING:
 Box = tuple[slice, ...]  # a range on every axis
 Read = Callable[[slice, slice], "Tensor"]  # rows and columns of a matrix
 
-_PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in the cache
-_ENOUGH = 1 << 14  # so many take longer to decode than to ask for
-_Axis = tuple[int, int, int]  # how far apart, how many, which one
+_PIECE = 1 << 16  # numbers decoded at a time: intermediate results stay in the cache
+_ENOUGH = 1 << 14  # decoding so many takes longer than a call
+_Axis = tuple[int, int, int]  # stride, size, number of the axis
 
 
-class Part(NamedTuple):
-    """What stands in a box of an array: a view of another."""
+class Patch(NamedTuple):
+    """One box of a lazy array, filled by a view of another array."""
 
     box: Box
-    view: Tensor  # on meta where the other's numbers are still to be made
-    of: Lazy | None = None  # which is this one then
+    view: Tensor  # on meta if `of` still has to be decoded or read
+    of: Lazy | None = None  # the array that `view` shows
 
 
 class Lazy:
-    """An array of `shape`, its parts laid out in a `space` of as many numbers and often more axes.
+    """An array of `shape` whose patches are laid out in a `space` of as many numbers.
 
-    Axes that a shape merges are apart in the space, so that a part stays a view however it is
-    turned; row by row both hold the same numbers in the same order.
+    The space often has more axes: axes that the shape merges are separate in it, so that a patch
+    stays
+    a view under any permutation. Row by row, both hold the same numbers in the same order.
     """
 
-    def __init__(self, shape: Sequence[int], space: Sequence[int], parts: Sequence[Part]) -> None:
+    def __init__(self, shape: Sequence[int], space: Sequence[int], parts: Sequence[Patch]) -> None:
         self.shape, self.space, self.parts = tuple(shape), tuple(space), tuple(parts)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Lazy:
-        return cls(tensor.shape, tensor.shape, [Part(_whole(tensor.shape), tensor)])
+        """Return a tensor as a lazy array."""
+        return cls(tensor.shape, tensor.shape, [Patch(_whole(tensor.shape), tensor)])
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of its numbers."""
         return self.parts[0].view.dtype
 
     @property
     def width(self) -> int:
+        """Size of the last axis."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def plain(self) -> Tensor | None:
-        """The tensor that it is, if it is one and no more."""
+        """The tensor, if the array is one tensor and nothing else."""
         if len(self.parts) != 1 or self.space != self.shape or self.parts[0].of is not None:
             return None
         return self.parts[0].view
 
     def whole(self) -> Tensor:
-        """A view where there is one part and its axes merge; else a tensor of its own."""
+        """Return a tensor: a view if there is one patch whose axes merge, otherwise a copy."""
         return self.region(_whole(self.space)).reshape(self.shape)
 
     def pieces(self, limit: int) -> Iterator[Tensor]:
-        """Of at most `limit` bytes each, or one number, one behind the other in row-major order."""
+        """Yield tensors of at most `limit` bytes (or one number) in row-major order."""
         width = self.dtype.itemsize
         axis, rest = 0, prod(self.space) * width
         while axis < len(self.space) and rest > limit:
@@ -69,7 +73,7 @@ class Lazy:
         if not axis:
             yield self.region(_whole(self.space))
             return
-        # `axis` is the first that is whole in every piece; the one before it goes in steps
+        # `axis` is the first that is whole in every piece; the one before it advances in steps
         step = max(1, limit // max(1, rest))
         for start in _corners(self.space[: axis - 1]):
             for row in range(0, self.space[axis - 1], step):
@@ -78,21 +82,21 @@ class Lazy:
                 yield self.region((*outer, slice(row, end), *_whole(self.space[axis:])))
 
     def region(self, box: Box) -> Tensor:
-        """What stands in a box: a view if it is one part's, else gathered."""
+        """Return the numbers in a box: a view if one patch covers it, otherwise a copy."""
         import torch
 
         boxes = [_overlap(part.box, box) for part in self.parts]
         pairs = zip(boxes, self.parts, strict=True)
-        found = [(common, part) for common, part in pairs if common is not None]
-        if len(found) == 1 and found[0][0] == box:
-            return _inside(found[0][1], box)
+        overlaps = [(common, part) for common, part in pairs if common is not None]
+        if len(overlaps) == 1 and overlaps[0][0] == box:
+            return _inside(overlaps[0][1], box)
         out = torch.empty([axis.stop - axis.start for axis in box], dtype=self.dtype)
-        for common, part in found:
+        for common, part in overlaps:
             out[_relative(common, box)] = _inside(part, common)
         return out
 
     def matrix(self, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) of it, all axes but the last counted as one."""
+        """Return (rows, columns), with all axes but the last flattened into rows."""
         import torch
 
         axis = len(self.space)
@@ -111,9 +115,9 @@ class Lazy:
         return out
 
     def window(self, view: Tensor) -> Tensor:
-        """The numbers that a view of an array on meta, which stands for this one, would show.
+        """Return the numbers that `view` shows, a view of a meta tensor in the place of this array.
 
-        They are taken out of the matrix around them; of several where gaps would be most of it.
+        They are taken from the matrix around them, or from several if most of it would be gaps.
         """
         plain = self.plain
         if plain is not None and plain.is_contiguous():
@@ -131,13 +135,13 @@ class Lazy:
                 for at in range(n):
                     out.select(axis, at).copy_(self.window(view.select(axis, at)))
                 return out
-        found = self.matrix(slice(row, row + height), slice(column, column + breadth))
+        block = self.matrix(slice(row, row + height), slice(column, column + breadth))
         strides = [s // self.width * breadth if s >= self.width else s for s in view.stride()]
-        return found.as_strided(view.shape, strides)
+        return block.as_strided(view.shape, strides)
 
 
 class Decoded(Lazy):
-    """An array that is made of other numbers: `read` makes those of a part of its rows."""
+    """An array that is decoded from other numbers: `read` decodes a part of its rows."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, read: Read) -> None:
         super().__init__(shape, shape, ())
@@ -145,14 +149,17 @@ class Decoded(Lazy):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of its numbers."""
         return self._dtype
 
     def region(self, box: Box) -> Tensor:
+        """Return the numbers in a box."""
         import torch
 
         return self.window(torch.empty(self.shape, device="meta")[box])
 
     def matrix(self, rows: slice, columns: slice) -> Tensor:
+        """Decode (rows, columns), a bounded piece at a time."""
         import torch
 
         height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -168,15 +175,16 @@ class Decoded(Lazy):
         return out
 
 
-class Stored(Decoded):
-    """An array that lies in a file: `read` reads what is asked for, straight into its place."""
+class FileBacked(Decoded):
+    """An array in a file: `read` reads what is asked for directly."""
 
     def matrix(self, rows: slice, columns: slice) -> Tensor:
+        """Read (rows, columns)."""
         return self._read(rows, columns)
 
 
 def equal(a: Lazy, b: Lazy) -> bool:
-    """Whether both hold the same numbers, a bounded piece at a time."""
+    """Return whether both arrays hold the same numbers, comparing bounded pieces."""
     import torch
 
     pieces = (array.pieces(_PIECE * array.dtype.itemsize) for array in (a, b))
@@ -186,20 +194,23 @@ def equal(a: Lazy, b: Lazy) -> bool:
 def moved(
     move: Callable[[Sequence[Tensor]], list[Lazy]], arrays: Sequence[Tensor | Lazy]
 ) -> list[Lazy]:
-    """What `move` makes of arrays by views, with no more of them made than is looked at."""
+    """Apply `move`, which makes arrays from tensors by views, to arrays.
+
+    No more of lazy arrays is decoded or read than is used of the results.
+    """
     import torch
 
-    held = [array if isinstance(array, Lazy) else Lazy.of(array) for array in arrays]
-    plain = [array.plain for array in held]
+    lazies = [array if isinstance(array, Lazy) else Lazy.of(array) for array in arrays]
+    plain = [array.plain for array in lazies]
     tensors = [tensor for tensor in plain if tensor is not None]
-    if len(tensors) == len(held):
+    if len(tensors) == len(lazies):
         return move(tensors)
-    metas = [torch.empty(array.shape, dtype=array.dtype, device="meta") for array in held]
+    metas = [torch.empty(array.shape, dtype=array.dtype, device="meta") for array in lazies]
     made = move(metas)
-    of = {id(meta): array for meta, array in zip(metas, held, strict=True)}
+    of = {id(meta): array for meta, array in zip(metas, lazies, strict=True)}
     parts = [[part._replace(of=of.get(_base(part.view))) for part in m.parts] for m in made]
     if any(p.of is None or not _in_rows(p.view, p.of.width) for each in parts for p in each):
-        return move([array.whole() for array in held])  # joined in a way that no view shows
+        return move([array.whole() for array in lazies])  # joined in a way that no view expresses
     return [Lazy(m.shape, m.space, each) for m, each in zip(made, parts, strict=True)]
 
 
@@ -208,21 +219,21 @@ def _base(view: Tensor) -> int:
 
 
 def _reach(view: Tensor, width: int) -> tuple[list[_Axis], list[_Axis]]:
-    """A view's axes that go along a matrix's rows, and those that go along its columns."""
+    """Return a view's axes along a matrix's rows, and those along its columns."""
     axes = [(s, n, at) for at, (n, s) in enumerate(zip(view.shape, view.stride(), strict=True))]
     high = [(s // width, n, at) for s, n, at in axes if n > 1 and s >= width]
     return high, [(s, n, at) for s, n, at in axes if n > 1 and s < width]
 
 
 def _in_rows(view: Tensor, width: int) -> bool:
-    """Whether each of a view's axes goes along rows or along columns, and ends where these do."""
+    """Return whether each axis of a view is along rows or columns and stays inside a row."""
     _, wide = _reach(view, width)
     end = view.storage_offset() % width + sum((n - 1) * s for s, n, _ in wide)
-    odd = [s for s, n in zip(view.stride(), view.shape, strict=True) if n > 1 and s > width]
-    return end < width and not any(s % width for s in odd)
+    strides = [s for s, n in zip(view.stride(), view.shape, strict=True) if n > 1 and s > width]
+    return end < width and not any(s % width for s in strides)
 
 
-def _inside(part: Part, box: Box) -> Tensor:
+def _inside(part: Patch, box: Box) -> Tensor:
     view = part.view if part.box == box else part.view[_relative(box, part.box)]
     return view if part.of is None else part.of.window(view)
 
@@ -236,7 +247,7 @@ def _size(box: Box) -> int:
 
 
 def _boxes(start: int, stop: int, space: Sequence[int]) -> Iterator[Box]:
-    """What lies from one place to another in row-major order, as boxes one behind the other."""
+    """Yield a range of positions in row-major order as consecutive boxes."""
     if not space:
         yield ()
         return

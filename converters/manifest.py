@@ -1,4 +1,4 @@
-"""zoo-manifest.json: what a directory was made of, and a digest of every part of it."""
+"""zoo-manifest.json: what a directory was made from, and digests of every part of it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from converters.checkpoint import MANIFEST, confined
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Item, Output, Shard, digest
-from converters.store import prune
+from converters.paths import confined
+from converters.staging.destination import prune
 from converters.strict_json import read_json
-from converters.writer import Report, write_small_files
+from converters.weight_files import MANIFEST
+from converters.writer import WriteReport, write_small_files
 from zoo.errors import CheckpointError, ConfigError, NotACheckpoint, listing
 
 NAME = MANIFEST
@@ -29,7 +30,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Damage(NamedTuple):
-    """A file, the tensor in it if that is known, and what is wrong."""
+    """A file, the tensor in it if there is one, and what is wrong."""
 
     file: str
     tensor: str
@@ -39,8 +40,8 @@ class Damage(NamedTuple):
         return f"{self.file}: {f'{self.tensor}: ' if self.tensor else ''}{self.what}"
 
 
-def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
-    """No times and no places in it: the same conversion gives the same bytes."""
+def manifest(output: Output, report: WriteReport, versions: dict[str, str]) -> bytes:
+    """Return the manifest. It has no times or paths: the same conversion gives the same bytes."""
     files: dict[str, Any] = {}
     for shard in output.shards:
         seen = report.tensors.get(shard.name, {})
@@ -66,7 +67,7 @@ def manifest(output: Output, report: Report, versions: dict[str, str]) -> bytes:
         "format": FORMAT,
         "job": output.job(),
         "versions": versions,
-        **output.said,
+        **output.notes,
         "sources": {
             path.name: {"size": path.stat().st_size, "sha256": report.sources.get(path.name)}
             for path in output.sources
@@ -81,14 +82,14 @@ def _kind(item: Item) -> str:
 
 
 def _place(shard: Shard, item: Item) -> dict[str, Any]:
-    """Where its bytes lie, in a file whose own header is not what `check` reads."""
+    """Return a tensor's position, for files other than safetensors."""
     if shard.name.endswith(".safetensors"):
         return {}
     return {"at": [shard.start(item), item.nbytes]}
 
 
-def finish(output: Output, directory: Path, report: Report, versions: dict[str, str]) -> None:
-    """All that is no tensor, and nothing that is not of the output; the manifest last."""
+def finish(output: Output, directory: Path, report: WriteReport, versions: dict[str, str]) -> None:
+    """Complete a directory: remove other files, write those without tensors, the manifest last."""
     names = [shard.name for shard in output.shards] + [*output.texts, *output.carried]
     prune(directory, names)
     write_small_files(output, directory, report)
@@ -97,6 +98,12 @@ def finish(output: Output, directory: Path, report: Report, versions: dict[str, 
 
 
 def read(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory.
+
+    Raises:
+        NotACheckpoint: If there is none.
+        ConfigError: If it is damaged or of another version.
+    """
     path = directory / NAME
     if not path.exists():
         raise NotACheckpoint(f"{directory}: no {NAME} in it, so there is nothing to check against")
@@ -110,19 +117,19 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def decoded(directory: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Native name -> what its numbers stood in, by the manifest that was written with them."""
-    # one that is not there says nothing; one that is damaged is `check`'s to name
+    """Return native name -> type it was stored in, by the manifest written with `files`."""
+    # a missing manifest records nothing; a damaged one is reported by `check`
     with suppress(ConfigError, CheckpointError, NotACheckpoint):
-        said = read(directory)
-        found = said.get("quantised", {})
-        known = {path.name for path in files} <= said["files"].keys()
-        if known and all(isinstance(kind, str) for kind in found.values()):
-            return dict(found)
+        data = read(directory)
+        names = data.get("quantised", {})
+        is_complete = {path.name for path in files} <= data["files"].keys()
+        if is_complete and all(isinstance(kind, str) for kind in names.values()):
+            return dict(names)
     return {}
 
 
 def _problem(data: dict[str, Any]) -> str:
-    """What no writer of this format would write."""
+    """Return the first thing in a manifest that no writer of this format writes."""
     if data.get("format") != FORMAT:
         return f"format {data.get('format')!r}, and this zoo reads {FORMAT}"
     files = data.get("files")
@@ -131,28 +138,28 @@ def _problem(data: dict[str, Any]) -> str:
     adapter = data.get("adapter", {})
     if not isinstance(adapter, dict) or not all(isinstance(d, str) for d in adapter.values()):
         return "adapter: no digests by names"
-    for name, said in files.items():
-        if not isinstance(said, dict) or type(said.get("size")) is not int:
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int:
             return f"files.{name}: no size"
-        if not isinstance(said.get("sha256"), str | None):
+        if not isinstance(entry.get("sha256"), str | None):
             return f"files.{name}: no sha256"
-        if "tensors" not in said:
-            if said.get("sha256") is None:
+        if "tensors" not in entry:
+            if entry.get("sha256") is None:
                 return f"files.{name}: no sha256"
             continue
-        tensors = said["tensors"]
-        if not isinstance(said.get("header"), str) or not isinstance(tensors, dict):
+        tensors = entry["tensors"]
+        if not isinstance(entry.get("header"), str) or not isinstance(tensors, dict):
             return f"files.{name}: no header or no tensors"
         for tensor, one in tensors.items():
             if not isinstance(one, dict) or not isinstance(one.get("xxh3"), str):
                 return f"files.{name}: {tensor}: no digest"
-        if not name.endswith(".safetensors") and not _tiles(tensors, said["size"]):
+        if not name.endswith(".safetensors") and not _tiles(tensors, entry["size"]):
             return f"files.{name}: its tensors do not lie side by side in it"
     return ""
 
 
 def _tiles(tensors: dict[str, Any], size: int) -> bool:
-    """Whether every tensor has a place, none of them overlap, and all are in the file."""
+    """Return whether every tensor has a position in the file and none overlap."""
     places = [one.get("at") for one in tensors.values()]
     if not all(
         isinstance(p, list) and len(p) == 2 and all(type(n) is int and n >= 0 for n in p)
@@ -168,7 +175,12 @@ def _tiles(tensors: dict[str, Any], size: int) -> bool:
 
 
 def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
-    """Everything that is not as the manifest says; with `sha256` each file's own digest too."""
+    """Yield every difference between a directory and its manifest.
+
+    Args:
+        directory: A directory with a manifest.
+        sha256: Whether to compare each file's SHA-256 too, besides the digests of its tensors.
+    """
     files = read(directory)["files"]
     for path in sorted(directory.iterdir()):
         if path.name not in files and any(fnmatch(path.name, pattern) for pattern in _LOADED):
@@ -178,29 +190,32 @@ def check(directory: Path, *, sha256: bool = False) -> Iterator[Damage]:
 
 
 def check_file(
-    directory: Path, name: str, said: dict[str, Any], *, sha256: bool = False
+    directory: Path, name: str, entry: dict[str, Any], *, sha256: bool = False
 ) -> Iterator[Damage]:
-    """What of one file is not as its entry in the manifest says."""
+    """Yield the differences between a file and its entry in the manifest."""
     try:
         path = confined(directory, name)
         size = path.stat().st_size
     except CheckpointError as error:
         yield Damage(name, "", str(error))
         return
-    if size != said["size"]:
-        yield Damage(name, "", f"{size} bytes, and {said['size']} were written")
-    elif "tensors" in said:
+    if size != entry["size"]:
+        yield Damage(name, "", f"{size} bytes, and {entry['size']} were written")
+    elif "tensors" in entry:
         look = _check_tensors if name.endswith(".safetensors") else _check_places
-        found = list(look(path, name, said))
-        yield from found
-        if sha256 and not found and said["sha256"]:
-            yield from _check_file(path, name, said["sha256"])
+        damages = list(look(path, name, entry))
+        yield from damages
+        if sha256 and not damages and entry["sha256"]:
+            yield from _check_file(path, name, entry["sha256"])
     else:
-        yield from _check_file(path, name, said["sha256"])
+        yield from _check_file(path, name, entry["sha256"])
 
 
 def named_by_digest(directory: Path) -> list[Damage] | None:
-    """Damaged weights in a hub's cache, whose blobs bear their sha256; None where none does."""
+    """Return damaged files of a hub's cache, whose blobs are named by their SHA-256.
+
+    The result is None if no file is such a link.
+    """
     blobs = {
         path: path.resolve().name
         for path in sorted(directory.iterdir())
@@ -217,19 +232,21 @@ def _check_file(path: Path, name: str, wanted: str) -> Iterator[Damage]:
             yield Damage(name, "", "differs from what was written (sha256)")
 
 
-def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Damage]:
+def _check_tensors(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Damage]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         file.seek(0)
-        head = file.read(8 + min(length, said["size"]))
-        if xxhash.xxh3_128_hexdigest(head) != said["header"]:
+        head = file.read(8 + min(length, entry["size"]))
+        if xxhash.xxh3_128_hexdigest(head) != entry["header"]:
             yield Damage(name, "", "its header differs from what was written")
             return
         reader = SafetensorsReader(path)
-        if odd := reader.tensors.keys() ^ said["tensors"].keys():
-            yield Damage(name, "", f"its tensors are not those of the manifest: {listing(odd)}")
+        if difference := reader.tensors.keys() ^ entry["tensors"].keys():
+            yield Damage(
+                name, "", f"its tensors are not those of the manifest: {listing(difference)}"
+            )
             return
-        for tensor, one in said["tensors"].items():
+        for tensor, one in entry["tensors"].items():
             start, end = reader.span(tensor)
             file.seek(start)
             state, left = xxhash.xxh3_128(), end - start
@@ -240,24 +257,24 @@ def _check_tensors(path: Path, name: str, said: dict[str, Any]) -> Iterator[Dama
                 yield Damage(name, tensor, "differs from what was written (xxh3-128)")
 
 
-def _check_places(path: Path, name: str, said: dict[str, Any]) -> Iterator[Damage]:
-    """A file of any format: each tensor where it was written, and all the bytes between them."""
+def _check_places(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Damage]:
+    """Check a file of any format: each tensor at its position, and all bytes between."""
     rest, reached = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
 
-        def taken(state: xxhash.xxh3_128, size: int) -> xxhash.xxh3_128:
+        def consume(state: xxhash.xxh3_128, size: int) -> xxhash.xxh3_128:
             left = size
             while left and (piece := file.read(min(left, _CHUNK))):
                 state.update(piece)
                 left -= len(piece)
             return state
 
-        for tensor, one in sorted(said["tensors"].items(), key=lambda pair: pair[1]["at"]):
+        for tensor, one in sorted(entry["tensors"].items(), key=lambda pair: pair[1]["at"]):
             start, size = one["at"]
-            taken(rest, start - reached)
-            if taken(xxhash.xxh3_128(), size).hexdigest() != one["xxh3"]:
+            consume(rest, start - reached)
+            if consume(xxhash.xxh3_128(), size).hexdigest() != one["xxh3"]:
                 yield Damage(name, tensor, "differs from what was written (xxh3-128)")
             reached = start + size
-        taken(rest, said["size"] - reached)
-    if rest.hexdigest() != said["header"]:
+        consume(rest, entry["size"] - reached)
+    if rest.hexdigest() != entry["header"]:
         yield Damage(name, "", "what stands around its tensors differs from what was written")

@@ -1,4 +1,4 @@
-"""Out of memory, in one line that says how much was asked for and what to do."""
+"""Turn a shortage of memory into one message: how much was asked for and what to do."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from zoo.errors import ResourceLimit
 
-# what torch's allocators say, each in a RuntimeError
+# messages of torch's allocators, each in a RuntimeError
 _REFUSED = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 _ASKED = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGT]iB))")
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that there was no more memory."""
+    """Return whether an error reports that memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
@@ -27,7 +27,10 @@ def is_shortage(error: BaseException) -> bool:
 
 @contextmanager
 def enough(task: str | Callable[[], str], way_out: str) -> Iterator[None]:
-    """A shortage of memory within becomes ResourceLimit: what `task` says, sizes, the way out."""
+    """Turn a shortage of memory inside the block into ResourceLimit.
+
+    The message is `task`, the sizes that were asked for and available, and `way_out`.
+    """
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -50,12 +53,16 @@ def _read(text: str) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Format a number of bytes for people.
+
+    >>> size(250_000_000)
+    '0.25 GB'
+    """
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _available() -> int | None:
-    """Bytes that the machine has left, or this process may still ask for."""
+    """Return the bytes that the machine has free, or that this process may still allocate."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         (left,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))

@@ -1,4 +1,4 @@
-"""What a conversion is to write: files, their headers, and where each tensor's bytes come from."""
+"""The plan of a conversion: files to write, their headers, and where each tensor comes from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo
 from converters.formats.safetensors import lay_out
+from converters.weight_files import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from converters.block_codes import Coding
     from converters.lazy import Lazy
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_EXACT = {  # what a dtype's numbers can all be written in
+_EXACT = {  # dtypes that hold every number of a dtype
     "F16": ("F16", "F32", "F64"),
     "BF16": ("BF16", "F32", "F64"),
     "F32": ("F32", "F64"),
@@ -26,12 +26,12 @@ _EXACT = {  # what a dtype's numbers can all be written in
 }
 
 
-ZEROS = "zeros"  # the rule of what is there only because its dialect has no word for without
+ZEROS = "zeros"  # the rule of a tensor that exists only because the dialect requires it
 Identity = tuple[int, int, int, int, int]
 
 
-class Span(NamedTuple):
-    """Bytes that lie in one piece in a file."""
+class FileSpan(NamedTuple):
+    """Bytes that are contiguous in a file."""
 
     path: Path
     start: int
@@ -39,33 +39,36 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor of the output: what `make` gives, and the bytes of `span` where they lie as such."""
+    """A tensor to write: what `make` returns, or the bytes at `span` if they can be copied."""
 
     info: TensorInfo
     rule: str
     make: Callable[[], Lazy]
-    span: Span | None = None
-    stored: str = ""  # the dtype it had, where it is cast
-    coding: Coding | None = None  # how the file holds its numbers, if not as they are
-    decoded: bool = False  # from numbers that the source holds in fewer bits
-    source: str = ""  # the file and the tensors in it that it is made of, for messages
+    span: FileSpan | None = None
+    stored: str = ""  # its dtype before a cast
+    coding: Coding | None = None  # how the file encodes its numbers, if at all
+    decoded: bool = False  # the source stores it in fewer bits
+    source: str = ""  # file and tensors that it is made from, for messages
 
     @property
     def name(self) -> str:
+        """Its name in the file."""
         return self.info.name
 
     @property
     def nbytes(self) -> int:
-        """In the file."""
+        """Its bytes in the file."""
         return self.coding.nbytes(self.info.numel) if self.coding else self.info.nbytes
 
     @property
     def lossy(self) -> bool:
+        """Whether the file holds less precision than the source."""
         if self.coding is not None:
             return True
         return bool(self.stored) and self.info.dtype not in _EXACT[self.stored]
 
     def cast(self, dtype: str) -> Item:
+        """Return the item in another dtype."""
         if dtype == self.info.dtype:
             return self
         info = TensorInfo(self.info.name, self.info.shape, dtype)
@@ -82,33 +85,36 @@ class Shard:
 
     @classmethod
     def of(cls, name: str, items: Iterable[Item], metadata: Mapping[str, str] | None) -> Shard:
+        """Lay out a safetensors file of these tensors."""
         items = list(items)
         by_name = {item.name: item for item in items}
         layout = lay_out([item.info for item in items], metadata, name)
         return cls(name, tuple(by_name[n] for n in layout.starts), layout)
 
     def start(self, item: Item) -> int:
+        """Return the position of a tensor's bytes in the file."""
         return len(self.layout.head) + self.layout.starts[item.name]
 
     @property
     def size(self) -> int:
+        """Bytes of the file."""
         return len(self.layout.head) + self.layout.size
 
 
 @dataclass(frozen=True)
 class Output:
-    """All files of a directory, and what they are made of."""
+    """All files of a directory, and what they are made from."""
 
     shards: tuple[Shard, ...]
-    texts: Mapping[str, bytes] = field(default_factory=dict)  # written as they are
-    carried: Mapping[str, Path] = field(default_factory=dict)  # copied as they are
+    texts: Mapping[str, bytes] = field(default_factory=dict)  # file -> content
+    carried: Mapping[str, Path] = field(default_factory=dict)  # file -> source
     sources: tuple[Path, ...] = ()
-    hashed: tuple[Path, ...] | None = None  # those of them that are: all
-    said: Mapping[str, Any] = field(default_factory=dict)  # spec, options: what the manifest names
-    seen: Mapping[Path, Identity] = field(default_factory=dict)  # sources as they were planned with
+    hashed: tuple[Path, ...] | None = None  # sources to hash; None: all
+    notes: Mapping[str, Any] = field(default_factory=dict)  # fields of the manifest: spec, options
+    seen: Mapping[Path, Identity] = field(default_factory=dict)  # the sources at planning
 
     def part(self, number: int, parts: int) -> Output:
-        """A share of the files: the largest first, each to whoever has least."""
+        """Return one share of the files: the largest first, each to the share with least."""
         shares: list[list[Shard]] = [[] for _ in range(parts)]
         loads = [0] * parts
         for shard in sorted(self.shards, key=lambda s: (-s.size, s.name)):
@@ -121,52 +127,55 @@ class Output:
         return replace(self, shards=shards, hashed=hashed, texts={}, carried={})
 
     def sizes(self) -> dict[str, int]:
-        """file -> bytes"""
+        """Return file -> bytes."""
         sizes = {shard.name: shard.size for shard in self.shards}
         sizes |= {name: len(text) for name, text in self.texts.items()}
         return sizes | {name: path.stat().st_size for name, path in self.carried.items()}
 
     @property
     def size(self) -> int:
+        """Bytes of all files."""
         return sum(self.sizes().values())
 
     def job(self) -> str:
-        """What tells this output from any other, as far as can be known without reading weights."""
+        """Return a digest of this output, as far as it is determined without reading weights."""
         shards = [
-            [s.name, s.layout.head.hex(), [_said(item) for item in s.items]] for s in self.shards
+            [s.name, s.layout.head.hex(), [_job_row(item) for item in s.items]] for s in self.shards
         ]
         texts = {name: hashlib.sha256(text).hexdigest() for name, text in self.texts.items()}
         carried = {name: hash_file(path) for name, path in self.carried.items()}
-        return digest([shards, texts, carried, self.said])
+        return digest([shards, texts, carried, self.notes])
 
     def identity(self) -> list[list[Any]]:
-        """Without the device, whose number is another on another machine."""
+        """Return the identities of the sources without the device, which differs by machine."""
         return [[path.name, *seen[1:]] for path, seen in self.seen.items()]
 
 
-def _said(item: Item) -> list[str]:
-    said = [item.name, item.rule, item.stored]
-    return [*said, item.coding.name] if item.coding is not None else said
+def _job_row(item: Item) -> list[str]:
+    row = [item.name, item.rule, item.stored]
+    return [*row, item.coding.name] if item.coding is not None else row
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What says whether a file is still the one that it was: a change of any kind moves ctime."""
+    """Return what shows whether a file was changed: any change moves its ctime."""
     s = status
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
 def digest(data: Any) -> str:
+    """Return the SHA-256 of data as canonical JSON."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, bytes]:
-    """model.safetensors.index.json, where there is more than the one file of the usual name."""
+    """Return model.safetensors.index.json, unless there is only one file of the usual name."""
     if [shard.name for shard in shards] == [SINGLE]:
         return {}
     infos = [item.info for shard in shards for item in shard.items]

@@ -1,6 +1,6 @@
-"""The proof: spec, config and headers fit completely, or all that is wrong is said at once.
+"""Prove that spec, config and headers fit completely, or report everything that does not.
 
-No weights are read here, and no torch is imported.
+No weights are read here, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from zoo.errors import (
 )
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_SHOWN = 20  # problems of a kind that a message holds
+_SHOWN = 20  # problems of a kind that a message lists
 WRAPPERS = {
     "base_model.model.": "a LoRA or another adapter of peft",
     "_forward_module.": "Lightning's Fabric",
@@ -40,20 +40,20 @@ WRAPPERS = {
 
 
 class Native(NamedTuple):
-    """What the model holds: each array's shape once, and further names of the same array."""
+    """A model's arrays: the shape of each, and further names of the same array."""
 
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str] = {}  # further name -> name in `shapes`
 
 
-class Step(NamedTuple):
-    """One use of one rule: these tensors on disk are those of the model."""
+class PlanStep(NamedTuple):
+    """One use of one rule: these tensors on disk become these tensors of the model."""
 
     rule: Rule
-    transform: Transform | None  # None: as they are
+    transform: Transform | None  # None: unchanged
     sources: tuple[str, ...]  # names on disk, in the transform's grid order
     targets: tuple[str, ...]
-    also: tuple[tuple[str, ...], ...] = ()  # names on disk that must hold the same as `sources`
+    also: tuple[tuple[str, ...], ...] = ()  # names on disk that must hold the same arrays
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,20 @@ class Plan:
     dialect: Dialect
     native: Native
     header: Mapping[str, TensorInfo]
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)  # name on disk -> reason
-    modern: Mapping[str, str] = field(default_factory=dict)  # legacy name on disk -> its name now
+    modern: Mapping[str, str] = field(
+        default_factory=dict
+    )  # legacy name on disk -> its current name
 
     def rule_of(self) -> dict[str, str]:
-        """Native name -> the rule it comes by."""
+        """Return native name -> the rule that makes it."""
         return {target: str(step.rule) for step in self.steps for target in step.targets}
 
     def describe(self, inverse: bool = False) -> str:
-        """The plan for a person: each step with shapes and bytes; then what is dropped.
+        """Return the plan as text: each step with shapes and bytes, then what is dropped.
 
-        `inverse` shows it as a writer carries it out: from the model to the names on disk.
+        `inverse` shows the steps of a writer: from the model to the names on disk.
         """
         rows = [("source", "target", "axes", "shape", "dtype", "bytes")]
         total = 0
@@ -89,9 +91,9 @@ class Plan:
             axes = (str(rule.source.pattern), " ".join(str(t.pattern) for t in rule.targets))
             if inverse:
                 names, axes = names[::-1], axes[::-1]
-            turned = "" if step.transform is None else " -> ".join(axes)
+            pattern = "" if step.transform is None else " -> ".join(axes)
             shape = "x".join(map(str, first.shape))
-            rows.append((*names, turned, shape, first.dtype, f"{size:,}"))
+            rows.append((*names, pattern, shape, first.dtype, f"{size:,}"))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -114,9 +116,30 @@ def make_plan(
     where: str = "checkpoint",
     spare: Callable[[str], str] = lambda name: "",
 ) -> Plan:
-    """The complete plan; or one error that says everything that is wrong.
+    """Prove a complete plan, or raise one error that lists everything wrong.
 
-    `spare` says why a tensor that no rule maps may be left out, if it may.
+    Args:
+        spec: The mapping of an architecture.
+        dialect: Whose names the tensors on disk have.
+        config: Native config fields.
+        native: The model's arrays.
+        header: Name, shape and dtype of each tensor on disk.
+        where: What the checkpoint is called in messages.
+        spare: Returns why a tensor that no rule maps may be left out; empty if it may not.
+
+    Returns:
+        The plan: every native array is made once, every tensor on disk is used or dropped by name.
+
+    Raises:
+        PlanError: With all problems; its subclass is that of the gravest, such as MissingTensors.
+
+    Example:
+        >>> from converters.spec import parse_spec
+        >>> spec = parse_spec("tiny", {"hf": {"weights": {"wte.weight": "embed.weight"}}})
+        >>> header = {"wte.weight": TensorInfo("wte.weight", (5, 2), "F32")}
+        >>> plan = make_plan(spec, "hf", {}, Native({"embed.weight": (5, 2)}), header)
+        >>> plan.rule_of()
+        {'embed.weight': 'wte.weight: embed.weight'}
     """
     planner = _Planner(spec, spec.dialect(dialect), config, native, header, where)
     planner.spare = spare
@@ -124,7 +147,7 @@ def make_plan(
 
 
 def identity_plan(native: Native, header: Mapping[str, TensorInfo], where: str) -> Plan:
-    """The plan of a native checkpoint, whose names are the model's own."""
+    """Return the plan of a native checkpoint, whose names are the model's own."""
     spec = _own_names(native)
     return _Planner(spec, spec.dialect("native"), {}, native, header, where).plan()
 
@@ -136,10 +159,10 @@ def _own_names(native: Native) -> Spec:
 
 
 class Fitting(NamedTuple):
-    """What of a checkpoint fits a model that it does not fill."""
+    """The best partial plan, used to explain why the full plan failed."""
 
-    steps: tuple[Step, ...]
-    # of tensors with another shape: name on disk -> (the shape expected, native names)
+    steps: tuple[PlanStep, ...]
+    # tensors of another shape: name on disk -> (expected shape, native names)
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
@@ -150,7 +173,7 @@ def what_fits(
     native: Native,
     header: Mapping[str, TensorInfo],
 ) -> Fitting:
-    """The steps of a plan whose tensors are there as they should be; without a spec, by name."""
+    """Return the steps whose tensors are there in the right shape; without a spec, by name."""
     spec = spec or _own_names(native)
     return _Planner(spec, spec.dialect(dialect), config, native, header, "").what_fits()
 
@@ -164,10 +187,15 @@ def target_names(
     bare: bool,
     alternatives: bool = False,
 ) -> dict[str, TensorInfo]:
-    """The header that a writer of `dialect` would publish: names and shapes; dtypes are open.
+    """Return the header that a writer of `dialect` publishes: names and shapes.
 
-    `bare` leaves the prefix away, as files of a class without a head do. `alternatives` count
-    in the place of what they replace.
+    Args:
+        spec: The mapping of an architecture.
+        dialect: Whose names to return.
+        config: Native config fields.
+        native: The model's arrays.
+        bare: Whether to omit the prefix, as files of a class without a head do.
+        alternatives: Whether alternative rules replace those they stand for.
     """
     planner = _Planner(spec, spec.dialect(dialect), config, native, {}, dialect)
     planner.alternatives_first = alternatives
@@ -184,7 +212,7 @@ def target_names(
 
 # --- the planner ---------------------------------------------------------------------------------
 
-_Known = tuple[str, Ref, tuple[int, ...]]  # a native tensor, its side of the rule, its shape
+_NativeSide = tuple[str, Ref, tuple[int, ...]]  # a native tensor, its side of the rule, its shape
 
 
 class _Use(NamedTuple):
@@ -212,21 +240,23 @@ class _Planner:
         self.spec, self.dialect, self.native = spec, dialect.under(config), native
         self.header, self.where = header, where
         self.problems: list[tuple[type[ZooError], str]] = []
-        self.causes: list[str] = []  # what is likely behind them
+        self.causes: list[str] = []  # likely causes
         self.fields = {n: v for n, v in config.items() if type(v) is int and v > 1}
         self.axes: Sizes = dict(NUMBER_WORDS)
         for axis, name in spec.axes.items():
             whole, _, parts = (part.strip() for part in name.partition("/"))
             if isinstance(size := config.get(whole), int):
                 if size < 1:
-                    said = self.dialect.reference_field(whole)
-                    raise ConfigError(f"{where}: {said}: {size} is not positive")
-                # `heads / shards`: of what is cut over several files, each holds so many
+                    field_name = self.dialect.reference_field(whole)
+                    raise ConfigError(f"{where}: {field_name}: {size} is not positive")
+                # `heads / shards`: how many each file has of what is split over several
                 count = config.get(parts, 1)
                 assert isinstance(count, int)
                 if size % count:
-                    said = self.dialect.reference_field(whole)
-                    raise ConfigError(f"{where}: {said}: {size} cannot be cut into {count} {parts}")
+                    field_name = self.dialect.reference_field(whole)
+                    raise ConfigError(
+                        f"{where}: {field_name}: {size} cannot be cut into {count} {parts}"
+                    )
                 self.axes[axis] = size // count
         self.alternatives_first = False
         self.spare: Callable[[str], str] = lambda name: ""
@@ -236,7 +266,7 @@ class _Planner:
         self.problems.append((kind, text))
 
     def raise_problems(self) -> None:
-        """One error for everything; its class is that of the gravest kind among them."""
+        """Raise one error for all problems, of the gravest class among them."""
         if not self.problems:
             return
         gravity: list[type[ZooError]] = [
@@ -252,7 +282,7 @@ class _Planner:
         kind = next((k for k in gravity if k in kinds), PlanError)
         lines = [f"{self.where}:", *self.causes]
         for each in gravity:
-            texts = [text for found, text in self.problems if found is each]
+            texts = [text for error, text in self.problems if error is each]
             lines += texts[:_SHOWN]
             if len(texts) > _SHOWN:
                 lines.append(f"… and {len(texts) - _SHOWN} more of this kind")
@@ -261,23 +291,23 @@ class _Planner:
     # --- rules under their bindings ---
 
     def uses(self) -> list[_Use]:
-        """Every use of a rule whose native tensors are there; the proof of the native side."""
-        found = list(self._alternatives())
-        instead = {target for use in found for target in use.targets}
-        produced = {target: use.rule for use in found for target in use.targets}
+        """Return every use of a rule whose native tensors exist: the proof of the native side."""
+        uses = list(self._alternatives())
+        instead = {target for use in uses for target in use.targets}
+        produced = {target: use.rule for use in uses for target in use.targets}
         for rule in self.dialect.weights + self.dialect.heads:
             for binding in self._bindings(rule):
                 before = len(self.problems)
                 use = self._use(rule, binding)
                 if use is None or instead & set(use.targets):
                     if use is not None or instead & set(self._targets(rule, binding)):
-                        del self.problems[before:]  # of a rule that does not count here
+                        del self.problems[before:]  # of a rule that does not apply here
                     continue
                 for target in use.targets:
                     if target in produced:
                         self.problem(SpecError, f"{target}: produced twice, also by {rule}")
                     produced[target] = rule
-                found.append(use)
+                uses.append(use)
         owners = {self.native.ties.get(name, name) for name in produced}
         if unmapped := [name for name in self.native.shapes if name not in owners]:
             self.problem(
@@ -285,26 +315,26 @@ class _Planner:
                 f"no rule for {listing(unmapped)} of the model. "
                 f"Add one in {self.dialect.where or self.spec.where}.weights",
             )
-        return found
+        return uses
 
     def _alternatives(self) -> Iterator[_Use]:
-        """Rules in the place of others, where what they read is on disk.
+        """Yield alternative rules whose tensors are on disk; they replace the usual ones.
 
-        Of rules that read the same names the one counts that the shapes fit.
+        Of rules that read the same names, the one counts whose shape fits.
         """
         same = {str(rule.source.name) for rule in self.dialect.weights + self.dialect.heads}
         for rule in self.dialect.alternatives:
             for binding in self._bindings(rule):
                 before = len(self.problems)
                 use = self._use(rule, binding)
-                found = [
+                shapes = [
                     self.header[name].shape
                     for source in (use.sources if use is not None else ())
                     for name in (self.dialect.prefix + source, source)
                     if name in self.header
                 ]
                 alike = str(rule.source.name) in same
-                fits = bool(found) and (not alike or use is None or found[0] == use.shape)
+                fits = bool(shapes) and (not alike or use is None or shapes[0] == use.shape)
                 if use is not None and (fits or self.alternatives_first):
                     yield use
                 elif alike:
@@ -364,26 +394,26 @@ class _Planner:
             self.problem(SpecError, f"{rule}: the model has {there[0]} but not {missing}")
             return None
         shapes = [self.native.shapes[self.native.ties.get(n, n)] for n in targets]
-        known = list(zip(targets, refs, shapes, strict=True))
-        return self._transformed(rule, binding, known, sizes)
+        sides = list(zip(targets, refs, shapes, strict=True))
+        return self._transformed(rule, binding, sides, sizes)
 
     def _transformed(
-        self, rule: Rule, binding: Binding, known: Sequence[_Known], sizes: Sizes
+        self, rule: Rule, binding: Binding, sides: Sequence[_NativeSide], sizes: Sizes
     ) -> _Use | None:
         for p in (*rule.source.name.placeholders.values(), *rule.loops.values()):
             if p.values:
                 sizes[p.name] = len(p.values)
-        copies = {name: self._found(rule, name, binding) for name in rule.replicated}
+        copies = {name: self._count_on_disk(rule, name, binding) for name in rule.replicated}
         if not rule.plain:
             mine = _axes_of(rule)
             sizes.update({a: n for a, n in self.axes.items() if a in mine and a not in sizes})
-            if not self._solve(rule, binding, known, sizes):
+            if not self._solve(rule, binding, sides, sizes):
                 return None
             key = (id(rule), tuple(sorted((a, n) for a, n in sizes.items())))
             transform = self._transforms.setdefault(key, Transform(rule, key[1]))
             shape = transform.source_shape()
         else:
-            transform, shape = None, known[0][2]
+            transform, shape = None, sides[0][2]
         grids = []
         for copy in product(*(range(n) for n in copies.values())):
             bound = {**binding, **dict(zip(copies, copy, strict=True))}
@@ -391,11 +421,11 @@ class _Planner:
             grids.append(tuple(rule.source.name.format({**bound, **p}) for p in points))
         if _is_identity(rule):
             transform = None
-        targets = tuple(name for name, _, _ in known)
+        targets = tuple(name for name, _, _ in sides)
         return _Use(rule, binding, targets, transform, grids[0], tuple(grids[1:]), shape)
 
-    def _found(self, rule: Rule, name: str, binding: Binding) -> int:
-        """How many values of a source index there are on disk."""
+    def _count_on_disk(self, rule: Rule, name: str, binding: Binding) -> int:
+        """Return how many values a source index has on disk."""
         if name in self.axes:
             return self.axes[name]
         highest = 0
@@ -406,10 +436,12 @@ class _Planner:
                     highest = max(highest, match[name] + 1)
         return max(1, highest)
 
-    def _solve(self, rule: Rule, binding: Binding, known: Sequence[_Known], sizes: Sizes) -> bool:
-        """Sizes from native shapes, then from the source's headers; False where they do not fit."""
-        for _ in range(2):  # a ragged axis may need what a later tensor tells
-            for name, ref, shape in known:
+    def _solve(
+        self, rule: Rule, binding: Binding, sides: Sequence[_NativeSide], sizes: Sizes
+    ) -> bool:
+        """Solve sizes from native shapes, then from headers; return False if they do not fit."""
+        for _ in range(2):  # a ragged axis may need the size of a later tensor
+            for name, ref, shape in sides:
                 assert ref.pattern is not None
                 if problem := solve(ref.pattern, shape, sizes):
                     self.problem(ShapeMismatch, f"{name}: {rule}: {problem}")
@@ -418,9 +450,9 @@ class _Planner:
         if wanted - sizes.keys() and self.header:
             for name in rule.stacked:
                 if name not in sizes:
-                    sizes[name] = self._found(rule, name, binding)
+                    sizes[name] = self._count_on_disk(rule, name, binding)
             self._solve_from_header(rule, binding, sizes)
-            for _, ref, shape in known:
+            for _, ref, shape in sides:
                 assert ref.pattern is not None
                 solve(ref.pattern, shape, sizes)
         if missing := sorted(wanted - sizes.keys()):
@@ -469,19 +501,23 @@ class _Planner:
 
     def what_fits(self) -> Fitting:
         uses = self.uses()
-        found, misshapen = list[Step](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
+        steps, misshapen = list[PlanStep](), dict[str, tuple[tuple[int, ...], tuple[str, ...]]]()
         for step in self._steps(uses, _Disk(self, uses), []):
             if step is None:
                 continue
-            turned = step.transform
-            wanted = self._shape(step.targets[0]) if turned is None else turned.source_shape()
-            odd = [name for name in step.sources if self.header[name].shape != wanted]
-            if not odd:
-                found.append(step)
-            misshapen |= dict.fromkeys(odd, (wanted or (), step.targets))
-        return Fitting(tuple(found), misshapen)
+            transform = step.transform
+            wanted = self._shape(step.targets[0])
+            if transform is not None:
+                wanted = transform.source_shape()
+            misfits = [name for name in step.sources if self.header[name].shape != wanted]
+            if not misfits:
+                steps.append(step)
+            misshapen |= dict.fromkeys(misfits, (wanted or (), step.targets))
+        return Fitting(tuple(steps), misshapen)
 
-    def _steps(self, uses: list[_Use], disk: _Disk, missing: list[str]) -> Iterator[Step | None]:
+    def _steps(
+        self, uses: list[_Use], disk: _Disk, missing: list[str]
+    ) -> Iterator[PlanStep | None]:
         groups: dict[tuple[str, ...], list[_Use]] = {}
         for use in uses:
             owners = tuple(self.native.ties.get(t, t) for t in use.targets)
@@ -491,17 +527,17 @@ class _Planner:
 
     def _step(
         self, owners: tuple[str, ...], group: list[_Use], disk: _Disk, missing: list[str]
-    ) -> Step | None:
-        """The step that fills `owners` from the first use that is there; others must agree."""
+    ) -> PlanStep | None:
+        """Return the step that fills `owners` from the first use on disk; others must agree."""
         present: list[tuple[_Use, tuple[str, ...]]] = []
         for use in group:
             heads = use.rule in self.dialect.heads
             for names in (use.sources, *use.copies):
-                found = [disk.find(name, heads) for name in names]
-                if all(found):
-                    present.append((use, tuple(f for f in found if f)))
-                elif any(found) or (use.copies and use is group[0]):
-                    gone = (n for n, f in zip(names, found, strict=True) if not f)
+                names_on_disk = [disk.find(name, heads) for name in names]
+                if all(names_on_disk):
+                    present.append((use, tuple(f for f in names_on_disk if f)))
+                elif any(names_on_disk) or (use.copies and use is group[0]):
+                    gone = (n for n, f in zip(names, names_on_disk, strict=True) if not f)
                     missing.extend(disk.spelt(n, heads) for n in gone)
                     return None
         if not present:
@@ -515,10 +551,10 @@ class _Planner:
         use, names = present[0]
         also = [other for _, other in present[1:]]
         also += [other for other in disk.tied(use.sources) if other not in (names, *also)]
-        return Step(use.rule, use.transform, names, owners, tuple(also))
+        return PlanStep(use.rule, use.transform, names, owners, tuple(also))
 
     def _by_field(self, shape: Sequence[int]) -> str:
-        """Sizes under the names of the config's fields that have them, as far as any has."""
+        """Return a shape in the names of config fields of these sizes; empty if there is none."""
         named = {size: name for name, size in reversed(self.fields.items())}
         if not named.keys() & set(shape):
             return ""
@@ -553,22 +589,22 @@ class _Planner:
         if not missing:
             return
         unexpected = disk.unexpected
-        said = []
+        counts = []
         for name in missing[:20]:
             near = did_you_mean(name, unexpected[:200])
-            said.append(name + (f" ({near.strip()})" if near else ""))
+            counts.append(name + (f" ({near.strip()})" if near else ""))
         if hint := disk.wrapper_hint():
             self.causes.append(hint)
         if not self.header:
             self.causes.append("The files hold no tensors at all")
         self.problem(
             MissingTensors,
-            f"{_tensors(len(missing))} missing: {listing(said)}"
+            f"{_tensors(len(missing))} missing: {listing(counts)}"
             + (f" … {len(missing)} in all" if len(missing) > 20 else ""),
         )
 
     def _check_counts(self, disk: _Disk) -> None:
-        """Indices found on disk are exactly those that the config declares."""
+        """Check that indices on disk are exactly those that the config declares."""
         suspects = [*disk.unexpected, *disk.taken]
         for axis, field_name in self.spec.axes.items():
             if axis not in self.axes:
@@ -581,21 +617,22 @@ class _Planner:
             if not templates:
                 continue
             declared = self.axes[axis]
-            found: set[int] = set()
+            indices: set[int] = set()
             for name in suspects:
                 for canonical in self._canonical(name):
                     match = next((m for t in templates if (m := t.match(canonical))), None)
                     if match and axis in match:
-                        found.add(match[axis])
-            if not found or found == set(range(declared)):
+                        indices.add(match[axis])
+            if not indices or indices == set(range(declared)):
                 continue
-            said = self.dialect.reference_field(field_name)
-            if found == set(range(len(found))):
+            field = self.dialect.reference_field(field_name)
+            if indices == set(range(len(indices))):
                 self.problem(
-                    ConfigError, f"{said}: {len(found)} found, {declared} declared in the config"
+                    ConfigError,
+                    f"{field}: {len(indices)} found, {declared} declared in the config",
                 )
-            elif len(found) <= declared:
-                gone = sorted(set(range(declared)) - found)
+            elif len(indices) <= declared:
+                gone = sorted(set(range(declared)) - indices)
                 self.problem(
                     MissingTensors, f"{axis} {listing(map(str, gone))} of 0..{declared - 1} missing"
                 )
@@ -611,7 +648,7 @@ def _axes_of(rule: Rule) -> set[str]:
 
 
 def _is_identity(rule: Rule) -> bool:
-    """Brackets that say the same on both sides are documentation."""
+    """Return whether brackets say the same on both sides: then they are documentation."""
     return (
         len(rule.targets) == 1
         and rule.source.pattern == rule.targets[0].pattern
@@ -621,7 +658,7 @@ def _is_identity(rule: Rule) -> bool:
 
 
 class _Disk:
-    """The names on disk: which are taken by rules, and why each of the others is there."""
+    """The names on disk: which rules use them, and why each of the others is there."""
 
     def __init__(self, planner: _Planner, uses: Iterable[_Use]) -> None:
         self.planner = planner
@@ -635,12 +672,12 @@ class _Disk:
         self._aliases = self._resolve_aliases()
 
     def spelt(self, name: str, head: bool) -> str:
-        """A canonical name as it would stand here: with the prefix where others have it."""
+        """Return a canonical name with the prefix, if other names here have it."""
         prefix = "" if head else self.dialect.prefix
         return prefix + name if any(n.startswith(prefix) for n in self.header) else name
 
     def find(self, name: str, head: bool) -> str | None:
-        """The name on disk of a canonical name."""
+        """Return the name on disk of a canonical name."""
         prefix = "" if head else self.dialect.prefix
         forms = [prefix + name, name] if prefix else [name]
         forms += self._aliases.get(name, ())
@@ -659,7 +696,7 @@ class _Disk:
         return here[0]
 
     def _resolve_aliases(self) -> dict[str, list[str]]:
-        """Canonical name -> the legacy names of it that are on disk."""
+        """Return canonical name -> its legacy names that are on disk."""
         out: dict[str, list[str]] = {}
         if not self.dialect.aliases:
             return out
@@ -675,10 +712,10 @@ class _Disk:
         return out
 
     def tied(self, sources: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Further names on disk of the array under `sources`, by the spec's `tied`."""
+        """Return further names on disk of the array `sources`, by the spec's `tied`."""
         if len(sources) > 1:
             return []
-        found: list[tuple[str, ...]] = []
+        groups: list[tuple[str, ...]] = []
         for other, main in self.dialect.tied:
             if (binding := main.match(sources[0])) is None:
                 continue
@@ -688,11 +725,11 @@ class _Disk:
             for form in dict.fromkeys((self.dialect.prefix + name, name)):
                 if form in self.header:
                     self.taken[form] = None
-                    found.append((form,))
-        return found
+                    groups.append((form,))
+        return groups
 
     def leftovers(self) -> dict[str, str]:
-        """Drop by name what the spec says; whatever is left is unexpected."""
+        """Drop by name what the spec names; everything left is unexpected."""
         self._check_prefix()
         dropped: dict[str, str] = {}
         for name in self.header:
@@ -716,7 +753,7 @@ class _Disk:
         return dropped
 
     def _why(self, name: str) -> tuple[str, str]:
-        """(the reason to drop it, a hint why it cannot be)."""
+        """Return (the reason to drop a name, a hint why it cannot be dropped)."""
         dialect = self.dialect
         for canonical in self.planner._canonical(name):
             if (reason := dialect.dropped(canonical)) is not None:

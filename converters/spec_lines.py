@@ -1,4 +1,4 @@
-"""Where a rule, or a field of a config, stands in the file of its spec."""
+"""Find the line of a spec that holds a rule or reads a config field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RULE_SECTIONS = ("weights", "heads", "when", "alternatives")
 
 
 def field_line(spec: Spec, name: str, dialect: str = "hf", section: str = "config") -> str:
-    """`line 30 of converters/specs/x.yaml: eps: …`, where a field of the config is read."""
+    """Return `line 30 of converters/specs/x.yaml: eps: …`, where a config field is read."""
     for file, part in _sections(spec, dialect):
         for key, value in _pairs(_child(part, section)):
             if key.value == name and value.value != "null":
@@ -24,7 +24,10 @@ def field_line(spec: Spec, name: str, dialect: str = "hf", section: str = "confi
 
 
 def rule_line(spec: Spec, native: str, dialect: str = "hf") -> str:
-    """`line 14 of converters/specs/x.yaml: …`, the rule of a native parameter; empty if unknown."""
+    """Return `line 14 of converters/specs/x.yaml: …`, the rule of a native parameter.
+
+    The result is empty if no rule makes it.
+    """
     for file, section in _sections(spec, dialect):
         for place in RULE_SECTIONS:
             for key, value in _rules(_child(section, place)):
@@ -49,7 +52,7 @@ def _targets(value: yaml.Node) -> list[str]:
 
 
 def _rules(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Every pair below, of conditions too."""
+    """Yield every pair below, those under conditions too."""
     for key, value in _pairs(node):
         if isinstance(value, yaml.MappingNode):
             yield from _rules(value)
@@ -66,7 +69,7 @@ def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
 
 
 def _sections(spec: Spec, dialect: str) -> Iterator[tuple[str, yaml.Node | None]]:
-    """One dialect's part of a spec's file, and of those that it is laid over."""
+    """Yield one dialect's section of a spec's file, then those of the specs it extends."""
     name = spec.name
     while name:
         path = SPECS / f"{name}.yaml"

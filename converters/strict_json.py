@@ -1,4 +1,4 @@
-"""JSON read to the letter: no duplicate keys, no NaN, bounded in size and depth."""
+"""JSON read strictly: no duplicate keys, no NaN, limited size and depth."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from zoo.errors import ConfigError, ResourceLimit, ZooError, listing
 MAX_BYTES = 64 << 20  # the index of a trillion-parameter model has 10 MB, Gemma 3's tokenizer 33
 MAX_MEMORY = 64 << 20  # beyond the file itself, for its text and all objects made of it
 MAX_DEPTH = 64
-# What Python takes for what a byte may begin: a list that holds one thing; a key, its pair while
-# the object is read, and its entry; a slot in a list; half of a short text.
+# Bytes of memory that Python takes for what each byte may begin: a list with one element; a key
+# with its pair during parsing and its entry; a slot in a list; half of a short text.
 _COSTS = {b"[": 88, b"{": 88, b":": 136, b",": 40, b'"': 32}
 _TWO_BYTES, _FOUR_BYTES = re.compile(rb"[\xc4-\xef]"), re.compile(rb"[\xf0-\xff]")
 
 
 class DuplicateKeys(ValueError):
-    """Keys that stand twice in one object."""
+    """Keys that occur twice in one object."""
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `object_pairs_hook`: a dict, or DuplicateKeys."""
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    """Return the pairs as a dict, or raise DuplicateKeys: an `object_pairs_hook`."""
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
     counts = Counter(name for name, _ in pairs)
     twice = sorted(name for name, count in counts.items() if count > 1)
     raise DuplicateKeys(listing(repr(name) for name in twice))
 
 
 def memory_of(data: bytes) -> int:
-    """An upper bound, without building any of them, of the bytes that JSON's objects take."""
+    """Return an upper bound of the bytes that the parsed objects take, without parsing."""
     return sum(data.count(byte) * cost for byte, cost in _COSTS.items())
 
 
 def _check_memory(data: bytes, where: str, most: int) -> None:
-    """ResourceLimit where the text and what is parsed of it would take more than `most` bytes."""
+    """Raise ResourceLimit if text and parsed objects would take more than `most` bytes."""
     width = 4 if _FOUR_BYTES.search(data) else 2 if _TWO_BYTES.search(data) else 1
     escaped = 4 if b"\\u" in data else width
-    # the file's own bytes are gone once the text is there
+    # the file's own bytes are freed once it is decoded
     memory = (width + escaped - 1) * len(data) + memory_of(data)
     if memory > most:
         raise ResourceLimit(
@@ -55,35 +55,51 @@ def _check_memory(data: bytes, where: str, most: int) -> None:
 
 
 class _NotANumber:
-    """Marks the place of a NaN or Infinity, so that the walk can name its field."""
+    """A placeholder for NaN or Infinity, so that the walk can name its field."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 def read_json(path: Path, error: type[ZooError] = ConfigError) -> dict[str, Any]:
-    """The object in a JSON file; whatever a strict reading refuses is `error`, naming the field."""
-    return _as(dict, _parse(_read(path, error), str(path), error), str(path), error)
+    """Return the object in a JSON file.
+
+    Args:
+        path: The file.
+        error: Raised for everything that strict reading refuses, with the field's name.
+
+    Raises:
+        ResourceLimit: If the file or its objects would be too large.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "config.json")
+        >>> _ = path.write_text('{"layers": 2}')
+        >>> read_json(path)
+        {'layers': 2}
+    """
+    return _as(dict, _parse(read_text(path, error), str(path), error), str(path), error)
 
 
 def read_json_list(path: Path, error: type[ZooError] = ConfigError) -> list[Any]:
-    """Likewise, of a file that holds a list."""
-    return _as(list, _parse(_read(path, error), str(path), error), str(path), error)
+    """Like `read_json`, for a file that holds a list."""
+    return _as(list, _parse(read_text(path, error), str(path), error), str(path), error)
 
 
 def parse_json(
     data: bytes, where: str, error: type[ZooError] = ConfigError, most: int = MAX_MEMORY
 ) -> dict[str, Any]:
-    """The object that `data` spells, `where` being its name in messages.
+    """Return the object that `data` encodes; `where` names it in messages.
 
     Raises:
-        ResourceLimit: it would take more than `most` bytes of memory; nothing is built then.
+        ResourceLimit: If it would take more than `most` bytes of memory; nothing is parsed then.
     """
     _check_memory(data, where, most)
     return _as(dict, _parse(_decoded(data, where, error), where, error), where, error)
 
 
-def _read(path: Path, error: type[ZooError]) -> str:
+def read_text(path: Path, error: type[ZooError] = ConfigError) -> str:
+    """Return the text of a JSON file within the bounds of size and memory, for `parse_json`."""
     fd = open_regular(path)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
@@ -94,11 +110,11 @@ def _read(path: Path, error: type[ZooError]) -> str:
     return _decoded(data, str(path), error)
 
 
-def _as(kind: type, found: Any, where: str, error: type[ZooError]) -> Any:
-    if not isinstance(found, kind):
+def _as(kind: type, value: Any, where: str, error: type[ZooError]) -> Any:
+    if not isinstance(value, kind):
         wanted = "an object" if kind is dict else "a list"
-        raise error(f"{where}: holds {type(found).__name__} where {wanted} is expected")
-    return found
+        raise error(f"{where}: holds {type(value).__name__} where {wanted} is expected")
+    return value
 
 
 def _decoded(data: bytes, where: str, error: type[ZooError]) -> str:
@@ -109,28 +125,28 @@ def _decoded(data: bytes, where: str, error: type[ZooError]) -> str:
 
 
 def _parse(text: str, where: str, error: type[ZooError]) -> Any:
-    found: Any = None
+    data: Any = None
     try:
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
+        data = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
     except DuplicateKeys as problem:
         raise error(f"{where}: keys that stand twice in one object: {problem}") from None
     except RecursionError:
         _too_deep(where, error)
     except ValueError as problem:  # not JSON, or an integer of thousands of digits
         raise error(f"{where}: not JSON: {problem}") from None
-    if isinstance(found, dict | list) and (problems := _walk(found, where, error)):
+    if isinstance(data, dict | list) and (problems := _walk(data, where, error)):
         raise error(f"{where}: {listing(problems)}")
-    return found
+    return data
 
 
 def _too_deep(where: str, error: type[ZooError]) -> NoReturn:
     raise error(f"{where}: nested deeper than {MAX_DEPTH} levels")
 
 
-def _walk(found: dict[str, Any] | list[Any], where: str, error: type[ZooError]) -> list[str]:
-    """What Python's parser takes and JSON does not have, with the path of its field."""
+def _walk(data: dict[str, Any] | list[Any], where: str, error: type[ZooError]) -> list[str]:
+    """List what Python's parser accepts and JSON does not, with the path of each field."""
     problems = []
-    level: list[tuple[str, Any]] = [("", found)]
+    level: list[tuple[str, Any]] = [("", data)]
     for _ in range(MAX_DEPTH):
         below: list[tuple[str, Any]] = []
         for path, value in level:

@@ -1,4 +1,4 @@
-"""YAML as plain data, in which a key that stands twice is an error."""
+"""YAML as plain data; a key that occurs twice is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Strict(_Loader):
-    """The safe loader, less its habit of letting the last of two equal keys win."""
+    """The safe loader, which by itself would let the last of two equal keys win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -27,7 +27,7 @@ class _Strict(_Loader):
 
 
 def parse_yaml(text: str, where: str, error: type[ZooError]) -> Any:
-    """The data; what is wrong with the text is said as `error`, with its line."""
+    """Return the data in `text`; raise `error` with the line of any fault."""
     try:
         return _Strict(text).get_single_data()
     except yaml.MarkedYAMLError as fault:
@@ -38,6 +38,7 @@ def parse_yaml(text: str, where: str, error: type[ZooError]) -> Any:
 
 
 def read_yaml(path: Path, error: type[ZooError]) -> Any:
+    """Return the data in a YAML file; raise `error` with the line of any fault."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:

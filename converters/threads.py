@@ -1,4 +1,4 @@
-"""How many threads torch takes, which is the process's and not a thread's own."""
+"""Limit torch's threads, a setting of the process and not of a thread."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _lock = threading.Lock()
-_within, _before = 0, 1  # how many are within, and what the first of them came upon
+_within, _before = 0, 1  # callers inside, and the number of threads before the first entered
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """One thread for each operation; the last to leave, in whatever thread, restores the number."""
+    """Run each torch operation in one thread; the last to leave restores the setting."""
     global _within, _before
     import torch
 

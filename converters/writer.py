@@ -1,8 +1,8 @@
-"""An output, carried out: read, turned, cast, looked at, hashed and put in its place.
+"""Write an output: read, rearrange, cast, check and hash each tensor, and put it in its file.
 
-A tensor goes through in pieces of a bounded size, tensors side by side in a few threads, each to
-its own place in its file. What is on disk for good is in the journal, so that a run that was killed
-goes on where it was.
+A tensor passes through in pieces of bounded size. A few threads write tensors side by side, each
+to its own position in its file. The journal records what is finished, so that a run that was killed
+resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from converters.block_codes import in_units
 from converters.formats import open_regular, torch_dtype
 from converters.memory import is_shortage
 from converters.output import ZEROS, Item, Output, Shard, hash_file, identity
-from converters.store import Stage
+from converters.staging.stage import Stage
 from converters.threads import one_thread_each
 from zoo.errors import (
     CorruptCheckpoint,
@@ -43,19 +43,21 @@ if TYPE_CHECKING:
     from converters.lazy import Lazy
 
 MEMORY = 64 << 20
-_COPY = 256 << 10  # bytes copied at a time: such a buffer stays in the second-level cache
+_COPY = 256 << 10  # bytes copied at a time: a buffer that stays in the second-level cache
 _PAGE = 4 << 10
-_TURN = 512 << 10  # and turned at a time
-_SLAB = 6 << 20  # read at a time, by all threads together: the wider, the longer the runs of a
-# matrix that is turned while it is read
+_TURN = 512 << 10  # bytes rearranged at a time
+_SLAB = 6 << 20  # bytes read at a time by all threads: the more, the longer the runs of a matrix
+# that is transposed as it is read
 _FEW = 16 << 10
-_LARGE = 64 << 10  # bytes of a tensor that no other is like by chance
+_LARGE = 64 << 10  # equal tensors of so many bytes are not equal by chance
 
 Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class WriteOptions:
+    """How an output is written."""
+
     memory: int = MEMORY  # bytes of buffers, all threads together
     threads: int = 0  # as many as the machine has, up to four
     sha256: bool = True  # of sources and outputs; each tensor's own digest is always taken
@@ -64,27 +66,29 @@ class Options:
 
     @property
     def workers(self) -> int:
+        """Number of threads."""
         return self.threads or min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass
-class Report:
-    """What was seen on the way."""
+class WriteReport:
+    """Digests and observations of everything that was written."""
 
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> tensor -> xxh3
     files: dict[str, str] = field(default_factory=dict)  # file -> sha256
     sources: dict[str, str] = field(default_factory=dict)
-    rest: dict[str, str] = field(default_factory=dict)  # file -> xxh3 of what is no tensor
+    rest: dict[str, str] = field(default_factory=dict)  # file -> xxh3 of the bytes outside tensors
     zeros: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)  # names that hold the same numbers
     resumed: int = 0  # bytes that an earlier run had written
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain data, for a journal."""
         return asdict(self)
 
     @classmethod
-    def joined(cls, parts: Iterable[dict[str, Any]], output: Output) -> Report:
-        """What the parts of an output saw together, in the order of its files."""
+    def joined(cls, parts: Iterable[dict[str, Any]], output: Output) -> WriteReport:
+        """Join the reports of an output's parts."""
         whole = cls()
         for part in parts:
             for name in ("tensors", "files", "sources", "rest"):
@@ -95,7 +99,7 @@ class Report:
         return whole
 
     def put_in_order(self, output: Output) -> None:
-        """What threads and parts saw in any order, in the order of the files."""
+        """Sort what threads and parts observed into the order of the files."""
         zeros, same = set(self.zeros), dict[str, list[str]]()
         self.zeros = []
         for shard in output.shards:
@@ -108,16 +112,31 @@ class Report:
         self.duplicates = [names for names in same.values() if len(names) > 1]
 
 
-def run(output: Output, stage: Stage, options: Options) -> Report:
-    """Every file of tensors in the stage, all of it on the disk."""
+def run(output: Output, stage: Stage, options: WriteOptions) -> WriteReport:
+    """Write every file of tensors into the stage and flush it to the disk.
+
+    Args:
+        output: The files to write and where their tensors come from.
+        stage: The directory being filled, with its journal.
+        options: Memory, threads and checks.
+
+    Returns:
+        Digests of everything written, and which tensors are all zero or equal.
+
+    Raises:
+        NonFinite: If a tensor holds NaN or infinity and `options` do not allow it.
+        OverflowOnCast: If a value is too large for the dtype it is cast to.
+        SourceChanged: If a source file changed meanwhile.
+        CorruptCheckpoint: If a source file is damaged.
+    """
     with one_thread_each():  # the threads here are the parallelism
         return _Run(output, stage, options).run()
 
 
 def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterator[str]:
-    """Files of tensors that are not what a part's report says of them; lack or surplus of any."""
+    """Yield every difference between the files of tensors and a part's report of them."""
     for shard in output.shards:
-        said, path = finished["tensors"][shard.name], directory / shard.name
+        digests, path = finished["tensors"][shard.name], directory / shard.name
         try:
             fd = open_regular(path)
         except ZooError:
@@ -131,7 +150,7 @@ def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterat
             buffer = memoryview(bytearray(_COPY))
             for item in shard.items:
                 digest, _ = _digest(fd, shard.start(item), item.nbytes, buffer)
-                if digest != said[item.name]:
+                if digest != digests[item.name]:
                     yield f"{shard.name}: {item.name} differs"
             if _rest(shard, fd, buffer) != finished["rest"][shard.name]:
                 yield f"{shard.name}: what stands around its tensors differs"
@@ -142,7 +161,7 @@ def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterat
 def _digest(
     fd: int, start: int, size: int, buffer: memoryview, sums: bool = False
 ) -> tuple[str, int]:
-    """(xxh3, CRC-32 if it is asked for)"""
+    """Return (xxh3, CRC-32 if `sums`) of bytes in a file."""
     state, crc = xxhash.xxh3_128(), 0
     for piece in _read(fd, start, size, buffer):
         state.update(piece)
@@ -151,7 +170,7 @@ def _digest(
 
 
 def _rest(shard: Shard, fd: int, buffer: memoryview) -> str:
-    """Of all that is no tensor: the head, and what stands between and behind."""
+    """Return the digest of all bytes outside the tensors: the head, gaps and the tail."""
     state, reached = xxhash.xxh3_128(), 0
     places = sorted((shard.start(item), item.nbytes) for item in shard.items)
     for start, size in (*places, (shard.size, 0)):
@@ -161,8 +180,8 @@ def _rest(shard: Shard, fd: int, buffer: memoryview) -> str:
     return state.hexdigest()
 
 
-def write_small_files(output: Output, directory: Path, report: Report) -> None:
-    """What is no tensor, and what each file's digest is."""
+def write_small_files(output: Output, directory: Path, report: WriteReport) -> None:
+    """Write the files without tensors, and record their digests."""
     for name, text in output.texts.items():
         path = _fresh(directory / name)
         with path.open("xb") as file:
@@ -181,15 +200,15 @@ def _fresh(path: Path) -> Path:
 
 
 def _largest_first(item: Item) -> int:
-    """So that no thread is left alone with a large one at the end."""
+    """Sort key: no thread is left alone with a large tensor at the end."""
     return -item.nbytes
 
 
 class _Run:
-    def __init__(self, output: Output, stage: Stage, options: Options) -> None:
+    def __init__(self, output: Output, stage: Stage, options: WriteOptions) -> None:
         self.output, self.stage, self.options = output, stage, options
         self.sources = {path: open_regular(path) for path in output.sources}
-        self.report = Report()
+        self.report = WriteReport()
         self.lock = threading.Lock()
         self.faults: list[str] = []  # tensors that are not finite
         self.overflows: list[str] = []
@@ -202,17 +221,17 @@ class _Run:
         self.copy = min(_COPY, self.turn)
         self.slab = max(self.turn, min(_SLAB // options.workers, each - 2 * self.turn))
 
-    def run(self) -> Report:
+    def run(self) -> WriteReport:
         try:
             self._check_sources()
             report = self._run()
-            self._check_sources()  # nothing of it was read while it changed
+            self._check_sources()  # nothing was read while it changed
             return report
         except (CorruptCheckpoint, SourceChanged):
             self._check_sources()  # the likelier cause, and it names the file
             raise
         except RuntimeError as error:
-            if is_shortage(error):  # as Python calls what torch's allocator says
+            if is_shortage(error):  # torch's allocator reports it as a RuntimeError
                 raise MemoryError(str(error)) from None
             raise
         finally:
@@ -220,26 +239,26 @@ class _Run:
                 os.close(fd)
 
     def _check_sources(self) -> None:
-        """The files that were planned with are those that are open, and as they were."""
-        found = {path: identity(os.fstat(fd)) for path, fd in self.sources.items()}
-        changed = [path for path, seen in self.output.seen.items() if found.get(path) != seen]
+        """Check that the open source files are those of the plan, unchanged."""
+        identities = {path: identity(os.fstat(fd)) for path, fd in self.sources.items()}
+        changed = [path for path, seen in self.output.seen.items() if identities.get(path) != seen]
         if changed:
             raise SourceChanged(
                 f"{listing(map(str, changed))}: changed while it was read. Put it back as it was, "
                 "and the same command goes on; else convert it again"
             )
 
-    def _run(self) -> Report:
+    def _run(self) -> WriteReport:
         total = sum(shard.size for shard in self.output.shards)
         self.options.tell({"event": "start", "bytes": total, "files": len(self.output.shards)})
-        found = self._found()
+        records = self._resumed_tensors()
         self.stage.record({"sources": self.output.identity()})
-        files = {shard.name: self._open(shard, found) for shard in self.output.shards}
+        files = {shard.name: self._open(shard, records) for shard in self.output.shards}
         pool = ThreadPoolExecutor(self.options.workers, thread_name_prefix="zoo-convert")
         futures: list[Future[Any]] = []
         try:
             for shard in self.output.shards:
-                kept = found.get(shard.name, {})
+                kept = records.get(shard.name, {})
                 futures += [
                     pool.submit(self._item, shard, item, files[shard.name], kept.get(item.name))
                     for item in sorted(shard.items, key=_largest_first)
@@ -258,8 +277,8 @@ class _Run:
             for fd in files.values():
                 os.close(fd)
         if self.faults:
-            told = f"; pass {option('allow_nonfinite')} to keep such values"
-            raise NonFinite(f"not finite: {listing(self.faults)}{told}")
+            hint = f"; pass {option('allow_nonfinite')} to keep such values"
+            raise NonFinite(f"not finite: {listing(self.faults)}{hint}")
         if self.overflows:
             raise OverflowOnCast(f"too large for the dtype asked for: {listing(self.overflows)}")
         self.report.put_in_order(self.output)
@@ -267,23 +286,23 @@ class _Run:
 
     # --- files ---
 
-    def _found(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """file -> tensor -> record, of what an earlier run says it has written.
+    def _resumed_tensors(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return file -> tensor -> record of what an earlier run wrote.
 
-        "same": of sources that are still the very same files.
+        "same" in a record: its sources have not changed since.
         """
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+        tensors: dict[str, dict[str, dict[str, Any]]] = {}
         mine, theirs = self.output.identity(), None
-        for entry in self.stage.found:
+        for entry in self.stage.records:
             theirs = entry.get("sources", theirs)
             entry = {**entry, "same": theirs == mine}
             words = [entry.get(name) for name in ("file", "tensor", "xxh3", "nonfinite")]
             if all(isinstance(word, str) for word in words) and type(entry.get("zero")) is bool:
-                found.setdefault(entry["file"], {})[entry["tensor"]] = entry
-        return found
+                tensors.setdefault(entry["file"], {})[entry["tensor"]] = entry
+        return tensors
 
-    def _open(self, shard: Shard, found: dict[str, Any]) -> int:
-        """The file at its full size with its header; as an earlier run left it where that fits."""
+    def _open(self, shard: Shard, digests: dict[str, Any]) -> int:
+        """Open a file at full size with its header; keep an earlier run's content if it fits."""
         path = self.stage.path / shard.name
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -291,8 +310,8 @@ class _Run:
         head = shard.layout.head
         size = os.fstat(fd).st_size
         if size != shard.size or os.pread(fd, len(head), 0) != head:
-            found.pop(shard.name, None)
-            if size:  # a file once cut to nothing is written out as soon as it is closed, on ext4
+            digests.pop(shard.name, None)
+            if size:  # ext4 writes a file that was cut to nothing as soon as it is closed
                 os.ftruncate(fd, 0)
             _write(fd, memoryview(head), 0)
             os.ftruncate(fd, shard.size)
@@ -334,7 +353,7 @@ class _Run:
                 self.report.resumed += item.nbytes
                 self._note(item, kept["nonfinite"])
         else:
-            # of a source that was touched since, it may still be what that source gives
+            # a source that was touched since may still give the same bytes
             if kept is not None:
                 digest, crc, look = self._go_through(item, None, start, sums)
             if kept is None or digest != there:
@@ -344,7 +363,7 @@ class _Run:
             with self.lock:
                 self.report.resumed += item.nbytes if resumed else 0
                 self._note(item, look.nonfinite)
-                if look.overflow:  # no run can use it
+                if look.overflow:  # no later run can use it
                     self.overflows.append(_located(item, look.overflow))
                 else:
                     self.stage.record({**entry, "zero": zero, "nonfinite": look.nonfinite})
@@ -368,7 +387,10 @@ class _Run:
     def _go_through(
         self, item: Item, fd: int | None, start: int, sums: bool
     ) -> tuple[str, int, _Look]:
-        """(xxh3, CRC-32, what was seen) of what the sources give; written where there is an fd."""
+        """Return (xxh3, CRC-32, what was observed) of what the sources give.
+
+        It is written where there is an `fd`.
+        """
         state, crc, look, end = xxhash.xxh3_128(), 0, _Look(item), start + item.nbytes
         for piece in self._pieces(item, look, start):
             state.update(piece)
@@ -378,20 +400,23 @@ class _Run:
         return state.hexdigest(), crc, look
 
     def _buffer(self, name: str = "pieces") -> memoryview:
-        """This thread's own."""
+        """Return this thread's buffer of a name."""
         if not hasattr(self.buffers, name):
             setattr(self.buffers, name, memoryview(bytearray(self.turn)))
-        found: memoryview = getattr(self.buffers, name)
-        return found
+        buffer: memoryview = getattr(self.buffers, name)
+        return buffer
 
     def _pieces(self, item: Item, look: _Look, start: int) -> Iterator[memoryview]:
-        """What goes to `start` and on; where copied, pieces end as the output's pages do."""
+        """Yield the bytes of a tensor in order.
+
+        Copied pieces end where the pages of the output, which begins at `start`, end.
+        """
         import torch
 
         if item.nbytes == 0:
             return
         if item.coding is not None:
-            # numbers, those of them that wait for a whole unit, and their bytes are held together
+            # numbers, the rest that waits for a whole unit, and their bytes are in memory together
             buffer = self._buffer()
             room = torch.frombuffer(buffer, dtype=torch.uint8)  # Tensor.numpy would need NumPy
             for numbers, coded in in_units(self._views(item.make(), 4), item.coding):
@@ -417,13 +442,13 @@ class _Run:
             yield buffer[: out.nbytes]
 
     def _views(self, lazy: Lazy, width: int) -> Iterator[Tensor]:
-        """An array's numbers in order, of `width` bytes each, as many as are turned at a time."""
+        """Yield an array's numbers, `width` bytes each, as many as are rearranged at a time."""
         for piece in lazy.pieces(self.slab * lazy.dtype.itemsize // width):
             yield from _cut(piece, max(1, self.turn // width))
 
 
 def _cut(view: Tensor, most: int) -> Iterator[Tensor]:
-    """The same numbers in the same order, in views of `most` at most."""
+    """Yield the same numbers in the same order, in views of at most `most`."""
     if view.numel() <= most:
         yield view
         return
@@ -433,9 +458,10 @@ def _cut(view: Tensor, most: int) -> Iterator[Tensor]:
 
 
 def _fill(out: Tensor, view: Tensor, aside: Tensor) -> None:
-    """`out` gets the numbers of `view`.
+    """Copy the numbers of `view` to `out`.
 
-    A matrix that lies turned is read along its rows first: torch turns in blocks what has no gaps.
+    A transposed matrix is first copied along its rows, since torch transposes contiguous memory in
+    blocks.
     """
     flat = view.squeeze()
     if flat.dim() == 2 and flat.stride(0) == 1 and flat.stride(1) != 1:
@@ -448,42 +474,43 @@ def _fill(out: Tensor, view: Tensor, aside: Tensor) -> None:
 
 
 def _located(item: Item, fault: str) -> str:
-    """A fault of an output, and what it comes from."""
+    """Name a faulty tensor and its sources."""
     return f"{item.name}{fault}" + (f" (from {item.source})" if item.source else "")
 
 
 class _Look:
-    """What is seen of a tensor as it goes by."""
+    """Observes the numbers of one tensor as they pass."""
 
     def __init__(self, item: Item) -> None:
         self.cast, self.shape = bool(item.stored), item.info.shape
         self.zero, self.nonfinite, self.overflow = True, "", ""
-        self.seen = 0  # numbers that went by
+        self.seen = 0  # numbers observed so far
 
     def at(self, piece: Tensor, before: Tensor | None = None) -> None:
+        """Observe a piece; `before` is the piece before its cast."""
         import torch
 
         if not piece.is_floating_point():
             self.zero = self.zero and not piece.any().item()
             return
-        # a sum is finite if all of its terms are, but for a few that are too large together
+        # a sum of finite terms is finite, unless they are too large together
         wide = torch.float64 if piece.dtype == torch.float64 else torch.float32
-        # torch widens all of what it sums before it does, so narrow numbers go by a few at a time
+        # torch widens all terms before it adds them, so narrow numbers are added a few at a time
         parts = (piece,) if piece.dtype == wide else piece.reshape(-1).split(_FEW)
         total = sum(part.sum(dtype=wide).item() for part in parts)
         if total != 0 or (self.zero and piece.any().item()):
             self.zero = False
         if total - total != 0:
-            odd = ~piece.to(wide).isfinite()  # narrow types do not know it of themselves
+            nonfinite = ~piece.to(wide).isfinite()  # narrow types have no isfinite
             if self.cast and before is not None:
-                over = odd & before.to(torch.float64).isfinite()
+                over = nonfinite & before.to(torch.float64).isfinite()
                 self.overflow = self.overflow or self._first(over, before)
-                odd &= ~over
-            self.nonfinite = self.nonfinite or self._first(odd, piece)
+                nonfinite &= ~over
+            self.nonfinite = self.nonfinite or self._first(nonfinite, piece)
         self.seen += piece.numel()
 
     def _first(self, where: Tensor, values: Tensor) -> str:
-        """[2, 7] is nan"""
+        """Return the first position and value, such as `[2, 7] is nan`; empty if there is none."""
         import torch
 
         if not where.any().item():
@@ -496,7 +523,7 @@ class _Look:
 def _read(
     fd: int, start: int, size: int, buffer: memoryview, short: int = 0
 ) -> Iterator[memoryview]:
-    """Pieces as long as the buffer, but for the first, which is `short` bytes shorter."""
+    """Yield pieces as long as the buffer; the first is `short` bytes shorter."""
     while size:
         piece = buffer[: min(size, len(buffer) - short)]
         short = 0
@@ -510,7 +537,7 @@ def _read(
 
 
 def _write(fd: int, data: memoryview, start: int) -> int:
-    """In strides that end where pages do; pages for one of a megabyte are often not at hand."""
+    """Write in strides that end at page boundaries; longer runs of pages are often not free."""
     written = 0
     while written < len(data):
         stride = _COPY - (start + written) % _PAGE

@@ -1,8 +1,8 @@
-"""Induction heads: train a model of two layers on texts that repeat, and look how it copies.
+"""Induction heads: train a two-layer model on texts that repeat, and find how it copies.
 
-A token that came before is followed by what followed it then. To say so a model of attention needs
-two steps: a head that tells each place which token stood before it, and one, in a later layer, that
-looks for the place that was told the present token, and copies what stands there.
+In such a text a token is followed by what followed it the last time. Attention predicts that in two
+steps: a previous-token head stores at each position the token before it, and an induction head in a
+later layer attends to the position that stored the current token, and copies the token there.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from zoo.models import llama
 
 VOCAB, HALF, TEXTS = 64, 24, 256
-MUCH = 0.2  # of what a head looks at: by that much it is named
-Head = tuple[int, int]  # its layer, and its number there
+MUCH = 0.2  # a head with this much of its attention on one position is named by it
+Head = tuple[int, int]  # (layer, number in the layer)
 
 
 class Findings(NamedTuple):
     seconds: float  # of training
-    plain: float  # loss, in nats a token, on what comes again
-    lens: list[float]  # the same, read off before, between and after the blocks
-    before: Tensor  # (layers, heads), how much of each looks one token back
-    induction: Tensor  # (layers, heads), and at the token that followed the last time
-    chance: float  # what a head that looks everywhere alike would have there
+    plain: float  # loss in nats a token, on repeated tokens
+    lens: list[float]  # the same by the logit lens: before, between and after the blocks
+    before: Tensor  # (layers, heads), attention to the previous token
+    induction: Tensor  # (layers, heads), attention to what followed the last time
+    chance: float  # what uniform attention would put there
     groups: dict[str, list[Head]]
-    without: dict[tuple[str, str], float]  # loss, by the group that is put out and the way
-    recovered: Tensor  # (layers, heads), of the loss, by what one head says of the right text
+    without: dict[tuple[str, str], float]  # loss by ablated group and kind of ablation
+    recovered: Tensor  # (layers, heads), share of the loss that patching one head recovers
 
 
 def texts(count: int, random: torch.Generator) -> Tensor:
@@ -45,7 +45,7 @@ def texts(count: int, random: torch.Generator) -> Tensor:
 
 
 def train(steps: int, seed: int) -> llama.Model:
-    """On random tokens that come again after 8 to 24 places, each row after its own number."""
+    """Train on random tokens that repeat with a period of 8 to 24, drawn for each row."""
     torch.manual_seed(seed)
     model = llama.Model(llama.Config(vocab=VOCAB, dim=64, layers=2, heads=4, hidden=128))
     random = torch.Generator().manual_seed(seed)
@@ -62,20 +62,20 @@ def train(steps: int, seed: int) -> llama.Model:
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> float:
-    """Nats a token, where the token stood before in the text."""
-    told = logits[:, HALF:-1].flatten(0, 1)
-    return F.cross_entropy(told, ids[:, HALF + 1 :].flatten()).item()
+    """Nats a token, over the repeated half of the text."""
+    predicted = logits[:, HALF:-1].flatten(0, 1)
+    return F.cross_entropy(predicted, ids[:, HALF + 1 :].flatten()).item()
 
 
 def replaced(heads: Iterable[Head], by: Callable[[Tensor, Head], Tensor]) -> dict[str, object]:
-    """A patch: what these heads say, (b, s, e) of each, and nothing else, becomes another thing."""
+    """A patch that replaces the outputs of these heads, (b, s, e) each, and nothing else."""
 
     def of(layer: int, numbers: list[int]) -> Callable[[Tensor], Tensor]:
-        def change(said: Tensor) -> Tensor:
-            said = said.clone()
+        def change(outputs: Tensor) -> Tensor:
+            outputs = outputs.clone()
             for n in numbers:
-                said[:, n] = by(said[:, n], (layer, n))
-            return said
+                outputs[:, n] = by(outputs[:, n], (layer, n))
+            return outputs
 
         return change
 
@@ -86,46 +86,49 @@ def replaced(heads: Iterable[Head], by: Callable[[Tensor, Head], Tensor]) -> dic
     }
 
 
-def zero(said: Tensor, head: Head) -> Tensor:
-    return torch.zeros_like(said)
+def zero(output: Tensor, head: Head) -> Tensor:
+    """Zero ablation."""
+    return torch.zeros_like(output)
 
 
-def mean(said: Tensor, head: Head) -> Tensor:
-    return said.mean(dim=(0, 1), keepdim=True).expand_as(said)
+def mean(output: Tensor, head: Head) -> Tensor:
+    """Mean ablation, over texts and positions."""
+    return output.mean(dim=(0, 1), keepdim=True).expand_as(output)
 
 
 @torch.no_grad()
 def study(model: llama.Model, seed: int, seconds: float = 0.0) -> Findings:
+    """Find the heads, ablate them, and patch them one at a time."""
     random = torch.Generator().manual_seed(seed + 1)
     ids = texts(TEXTS, random)
 
-    # who looks where
-    logits, kept = model.run_with_cache(ids, names="blocks.*.attn:pattern")
-    patterns = torch.stack(list(kept.values())).mean(dim=1)  # (layers, heads, s, t)
-    again = torch.arange(HALF, 2 * HALF - 1)  # places whose token has been there before
+    # where heads attend
+    logits, cache = model.run_with_cache(ids, names="blocks.*.attn:pattern")
+    patterns = torch.stack(list(cache.values())).mean(dim=1)  # (layers, heads, s, t)
+    again = torch.arange(HALF, 2 * HALF - 1)  # positions whose token is a repetition
     before = patterns[..., again, again - 1].mean(-1)
     induction = patterns[..., again, again - HALF + 1].mean(-1)
     chance = (1 / (again + 1.0)).mean().item()
     every = [(layer, n) for layer in range(2) for n in range(len(induction[0]))]
     groups = {
         "induction": [head for head in every if induction[head] > MUCH],
-        "one back": [head for head in every if before[head] > MUCH],
+        "previous token": [head for head in every if before[head] > MUCH],
         "neither": [head for head in every if max(induction[head], before[head]) <= MUCH],
     }
 
-    # what becomes of the model without them
+    # the loss without them
     without = {}
     for name, heads in groups.items():
         for by in (zero, mean):
             with model.patch(replaced(heads, by)):
                 without[name, by.__name__] = loss_of(model(ids), ids)
 
-    # which heads carry the answer: in a text whose first half is another, nothing can be copied
+    # which heads carry the answer: with another first half nothing can be copied
     other = torch.cat((texts(TEXTS, random)[:, :HALF], ids[:, HALF:]), dim=1)
     plain, lost = loss_of(logits, ids), loss_of(model(other), ids)
     _, right = model.run_with_cache(ids, names="blocks.*.attn:heads")
 
-    def from_the_right_text(said: Tensor, head: Head) -> Tensor:
+    def from_the_right_text(output: Tensor, head: Head) -> Tensor:
         return right[f"blocks.{head[0]}.attn:heads"][:, head[1]]
 
     recovered = torch.zeros_like(induction)
@@ -133,24 +136,25 @@ def study(model: llama.Model, seed: int, seconds: float = 0.0) -> Findings:
         with model.patch(replaced([head], from_the_right_text)):
             recovered[head] = (lost - loss_of(model(other), ids)) / (lost - plain)
 
-    lens = [loss_of(said, ids) for said in model.logit_lens(ids, lazy=True)]
+    lens = [loss_of(logits, ids) for logits in model.logit_lens(ids, lazy=True)]
     return Findings(seconds, plain, lens, before, induction, chance, groups, without, recovered)
 
 
 def table(f: Findings) -> str:
+    """The findings as text."""
     lines = [
-        f"trained in {f.seconds:.0f} s; loss on what comes again: {f.plain:.3f} nats a token",
-        "by the lens, before block 0, before block 1, at the end: "
+        f"trained in {f.seconds:.0f} s; loss on repeated tokens: {f.plain:.3f} nats a token",
+        "logit lens before block 0, before block 1, at the end: "
         + ", ".join(f"{loss:.3f}" for loss in f.lens),
         "",
-        "head   looks one back   at what followed   recovers",
+        "head   to the previous   to what followed   recovers",
     ]
     for layer, heads in enumerate(f.induction.tolist()):
         for n, score in enumerate(heads):
             names = [name for name, group in f.groups.items() if (layer, n) in group]
             numbers = f"{f.before[layer, n]:16.2f}{score:19.2f}{f.recovered[layer, n]:11.0%}"
             lines.append(f"{layer}.{n} {numbers}   {', '.join(names)}")
-    lines += [f"      (a head that looks everywhere alike: {f.chance:.2f})", ""]
+    lines += [f"      (uniform attention: {f.chance:.2f})", ""]
     lines.append("loss without heads    zero    mean")
     for name in f.groups:
         both = "".join(f"{f.without[name, way]:8.3f}" for way in ("zero", "mean"))
@@ -159,16 +163,17 @@ def table(f: Findings) -> str:
 
 
 def main(arguments: list[str] | None = None) -> Findings:
+    """Train, study and print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # so small matrices gain nothing from more; and so a seed is a result
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # small matrices gain nothing from more, and a seed gives one result
     started = time.perf_counter()
-    model = train(given.steps, given.seed)
-    found = study(model, given.seed, time.perf_counter() - started)
-    print(table(found))
-    return found
+    model = train(options.steps, options.seed)
+    findings = study(model, options.seed, time.perf_counter() - started)
+    print(table(findings))
+    return findings
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What every test relies on: no network but loopback, one thread, real material where it is."""
 
+import fcntl
 import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from source_tree import SourceTree
 
 # seconds that a subprocess may take on a machine that does other things too
 PATIENCE = 600
@@ -69,17 +72,42 @@ def fixtures() -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A hot checkpoint of an architecture, its first variant unless another is asked for."""
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this session that all its workers share."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def made(shared_tmp: Path) -> Callable[..., Path]:
+    """A hot checkpoint of an architecture, its first variant unless another is asked for.
+
+    Each is made once a session, by the worker that asks first, and used by all: a test that writes
+    to one copies it before.
+    """
+    import torch
+
     from zoo import registry
     from zoo.parity.fixtures import hot_checkpoint
 
     @functools.cache
-    def make(name: str, variant: str = "") -> Path:
+    def make(name: str, variant: str = "", *, seed: int = 0, dtype: str = "float32") -> Path:
         entry = registry.architectures()[name]
-        directory = tmp_path_factory.mktemp("hot") / name
-        hot_checkpoint(entry, variant or next(iter(entry.variants)), directory)
-        return directory
+        variant = variant or next(iter(entry.variants))
+        key = f"{name}-{variant}-{entry.variants[variant]['class']}-{seed}-{dtype}"
+        finished = shared_tmp / key
+        with open(shared_tmp / f"{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                with TemporaryDirectory(dir=shared_tmp) as scratch:
+                    directory = Path(scratch) / "made" / name
+                    hot_checkpoint(
+                        entry, variant, directory, seed=seed, dtype=getattr(torch, dtype)
+                    )
+                    directory.parent.rename(finished)
+        return finished / name
 
     return make
 
@@ -88,6 +116,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def root() -> Path:
     """The top of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def code() -> SourceTree:
+    """The project's Python files, each parsed once."""
+    return SourceTree(ROOT)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""House rules that hold themselves: arrows, budgets, siblings, start-up, wheel, forbidden calls."""
+"""House rules that hold themselves: libraries, siblings, start-up, wheel, forbidden calls."""
 
 import ast
 import os
@@ -7,185 +7,63 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
+from source_tree import SourceTree, is_within
 from tiny import build
 
 import zoo
+from converters.spec import spec_names
 from zoo import registry
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-X", "utf8"]
 
 
-def sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+# --- libraries -----------------------------------------------------------------------------------
 
-
-def name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def test_there_is_something_to_look_at() -> None:
-    """Else every rule below would hold of nothing."""
-    assert len(sources("zoo", "converters")) > 15
-
-
-# --- arrows --------------------------------------------------------------------------------------
-
-STANDARD = sys.stdlib_module_names
-# module or package -> what it may import beside the standard library and itself; first that fits
-ARROWS = {
+# room or module -> the libraries it may import beside the standard one; the longest name counts
+LIBRARIES = {
+    "converters": {"torch", "einops", "safetensors", "yaml", "xxhash", "pydantic"},
+    "zoo": {"torch"},
     "zoo.errors": set(),
-    "zoo.models": {"zoo.components", "zoo.errors", "torch", "einops"},
-    "zoo.components": {"zoo.errors", "torch", "einops"},
-    "zoo.registry": {"zoo.errors", "zoo.models", "converters"},
-    "zoo.checkpoints.downloads": {"zoo.errors", "huggingface_hub"},
-    "zoo.checkpoints.sources": {
-        *("zoo.errors", "zoo.registry", "zoo.checkpoints.downloads", "zoo.terminal"),
-        *("converters", "huggingface_hub"),
-    },
-    "zoo.tokenizers": {
-        *("zoo", "converters", "torch"),
-        *("tiktoken", "sentencepiece", "tokenizers", "jinja2"),
-    },
-    "zoo.saving.graphs": {"zoo", "converters", "torch", "onnx_ir"},
-    "zoo.parity": {"zoo", "converters", "torch", "einops", "safetensors", "transformers", "yaml"},
-    "zoo": {"zoo", "converters", "torch"},
-    "converters": {"zoo.errors", "torch", "einops", "safetensors", "yaml", "xxhash"},
-}
-# (file, what it imports): why it may
-EXCEPTIONS = {
-    ("zoo/components/model.py", "zoo.loading"): "from_pretrained on the class, when called",
-    ("zoo/components/model.py", "zoo.saving.save"): "save_pretrained on the class, when called",
-    ("zoo/components/model.py", "zoo.text.generate"): "generate on the model, when called",
-    ("zoo/components/model.py", "zoo.interpret"): "looking inside, on the model, when called",
-    ("zoo/components/model.py", "zoo.lora"): "adapters on the model, when asked for",
-    ("zoo/components/model.py", "zoo.tokenizers"): "the tokenizer beside the weights, when asked",
+    "zoo.registry": {"pydantic"},
+    "zoo.components": {"torch", "einops"},
+    "zoo.components.config": {"pydantic"},
+    "zoo.models": {"torch", "einops", "pydantic"},
+    "zoo.checkpoints": {"torch", "huggingface_hub"},
+    "zoo.checkpoints.oracle": {"torch", "safetensors", "transformers"},
+    "zoo.tokenizers": {"torch", "tiktoken", "sentencepiece", "tokenizers", "jinja2"},
+    "zoo.saving.graphs": {"torch", "onnx_ir"},
+    "zoo.parity": {"torch", "einops", "safetensors", "transformers", "yaml"},
+    "zoo.diagnosis": {"torch", "einops", "safetensors", "transformers", "yaml"},
+    "zoo.cli": {"torch", "typer", "click", "rich"},
 }
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(module, at the top level?) of every import that runs; those for types alone do not."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = path.relative_to(ROOT).parts[:-1]
-
-    def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
-        for child in ast.iter_child_nodes(node):
-            match child:
-                case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                    for other in child.orelse:
-                        yield from walk(other, top)
-                case ast.Import():
-                    yield from ((alias.name, top) for alias in child.names)
-                case ast.ImportFrom():
-                    base = package[: len(package) - child.level + 1] if child.level else ()
-                    module = ".".join([*base, *([child.module] if child.module else [])])
-                    for alias in child.names:
-                        below = f"{module}.{alias.name}"
-                        yield (below if is_module(below) else module, top)
-                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
-                    yield from walk(child, False)
-                case _:
-                    yield from walk(child, top)
-
-    yield from walk(tree, True)
+def test_rooms_import_their_libraries_alone(code: SourceTree) -> None:
+    ours = {module.partition(".")[0] for module in code.sources}
+    wrong = []
+    for source in code.within("zoo", "converters"):
+        room = max((r for r in LIBRARIES if is_within(source.module, r)), key=len)
+        for line in code.imports(source):
+            library = line.module.partition(".")[0]
+            if library not in LIBRARIES[room] | ours | sys.stdlib_module_names:
+                wrong.append(f"{source.path}:{line.line} imports {line.module}")
+    assert wrong == []
 
 
-def is_module(dotted: str) -> bool:
-    path = ROOT.joinpath(*dotted.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
-
-
-def within(module: str, package: str) -> bool:
-    return module == package or module.startswith(f"{package}.")
-
-
-@pytest.mark.parametrize("path", sources("zoo", "converters"), ids=name)
-def test_arrows(path: Path) -> None:
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    rule = next(package for package in ARROWS if within(module, package))
-    # the package itself, without what has a rule of its own
-    allowed = ARROWS[rule] | ({rule} if rule != "zoo" else set())
-    wrong = [
-        imported
-        for imported, _ in imports(path)
-        if imported.partition(".")[0] not in STANDARD
-        and not any(within(imported, package) for package in allowed)
-        and (name(path), imported) not in EXCEPTIONS
-    ]
-    assert not wrong, f"{rule} may import {sorted(ARROWS[rule])}"
-
-
-def test_exceptions_are_still_needed() -> None:
-    there = {(name(path), i) for path in sources("zoo", "converters") for i, _ in imports(path)}
-    assert set(EXCEPTIONS) <= there
-
-
-def test_the_reference_is_imported_only_when_called() -> None:
+def test_the_reference_is_imported_only_when_called(code: SourceTree) -> None:
     at_top = [
-        name(path)
-        for path in sources("zoo", "converters", "tools", "examples")
-        for imported, top in imports(path)
-        if within(imported, "transformers") and top
+        source.path
+        for source in code.within("zoo", "converters", "tools", "examples")
+        for line in code.imports(source)
+        if is_within(line.module, "transformers") and not line.in_function and not line.for_types
     ]
     assert at_top == []
-
-
-# --- budgets -------------------------------------------------------------------------------------
-
-OVER_BUDGET = {  # file: reason
-    "zoo/models/t5.py": "two stacks, and biases by distance that no other architecture has",
-    "zoo/models/deberta.py": "two versions, with attention and a convolution that no other has",
-    "converters/specs/deberta-v2.yaml": "31 fields of its config change what it computes",
-}
-
-
-def lines(path: Path) -> int:
-    """Of a spec those of its longest dialect: a file has one beside the other."""
-    text = path.read_text(encoding="utf-8")
-    parts = re.split(r"(?m)^\n(?:#.*\n)?(?=[\w-]+:\n)", text) if path.suffix == ".yaml" else [text]
-    return max(part.count("\n") for part in parts)
-
-
-def test_a_specs_dialects_are_counted_apart(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("axes: {}\nhf:\n  a: b\n\n# another\nmeta:\n  c: d\n  e: f\n  g: h\n")
-    assert lines(path) == 4
-
-
-@pytest.mark.parametrize(
-    ("folder", "pattern", "most"),
-    [("zoo/models", "*.py", 100), ("converters/specs", "*.yaml", 50)],
-)
-def test_budgets(folder: str, pattern: str, most: int) -> None:
-    counts = {
-        name(path): lines(path)
-        for path in (ROOT / folder).glob(pattern)
-        if not path.name.startswith("common.")  # what every config may hold, not an architecture
-    }
-    assert len(counts) >= 3
-    assert {f: n for f, n in counts.items() if n > most and f not in OVER_BUDGET} == {}
-    over = [f for f in OVER_BUDGET if f.startswith(folder)]
-    assert all(counts[f] > most for f in over)  # no exception outlives its reason
-
-
-def test_ten_arguments_at_most() -> None:
-    """To construct a component."""
-    long = [
-        f"{name(path)}: {node.name}"
-        for path in sources("zoo/components")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-        for method in node.body
-        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
-        if len(method.args.args) + len(method.args.kwonlyargs) - 1 > 10
-    ]
-    assert long == []
 
 
 # --- siblings ------------------------------------------------------------------------------------
@@ -193,30 +71,24 @@ def test_ten_arguments_at_most() -> None:
 
 def test_models_specs_and_entries_have_each_other() -> None:
     models = {path.stem for path in (ROOT / "zoo/models").glob("*.py")} - {"__init__"}
-    specs = {path.stem for path in (ROOT / "converters/specs").glob("*.yaml")}
-    specs = {stem for stem in specs if not stem.startswith("common.")}
-    known = registry.architectures().values()
-    assert {entry.module for entry in known} == models
-    assert {entry.spec for entry in known} == specs
+    entries = registry.architectures().values()
+    assert {entry.module for entry in entries} == models
+    assert {entry.spec for entry in entries} == set(spec_names())
 
 
 def test_every_architecture_has_checkpoints_and_variants() -> None:
-    known = set(registry.architectures())
-    assert {entry.architecture for entry in registry.checkpoints().values()} == known
-    assert set(registry.variants()) == known
+    names = set(registry.architectures())
+    assert {entry.architecture for entry in registry.checkpoints().values()} == names
+    assert set(registry.variants()) == names
 
 
-@pytest.mark.parametrize("entry", registry.architectures().values(), ids=lambda e: e.name)
-def test_heads_are_those_of_the_model(entry: registry.Architecture) -> None:
+def test_heads_are_those_of_the_model() -> None:
     """All of them are somebody's, and none is made up."""
-    heads = {
-        head
-        for other in registry.architectures().values()
-        if other.model is entry.model
-        for names in other.heads.values()
-        for head in names
-    }
-    assert heads == set(entry.model.heads)
+    declared: dict[type, set[str]] = {}
+    for entry in registry.architectures().values():
+        heads = declared.setdefault(entry.model, set())
+        heads.update(head for names in entry.heads.values() for head in names)
+    assert declared == {model: set(model.heads) for model in declared}
 
 
 # --- starting up ---------------------------------------------------------------------------------
@@ -333,33 +205,31 @@ def dotted(node: ast.expr) -> str:
     return ""
 
 
-@cache
-def forbidden(text: str) -> list[str]:
+def forbidden(nodes: Iterable[ast.AST]) -> list[str]:
     """Calls that may run what a file holds."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
+    calls = []
+    for node in nodes:
         if isinstance(node, ast.Call):
             if (called := dotted(node.func)) in CALLS:
-                found.append(called)
-            found += [
+                calls.append(called)
+            calls += [
                 f"{k.arg}={ast.unparse(k.value)}"
                 for k in node.keywords
                 if k.arg in FLAGS
                 and not (isinstance(k.value, ast.Constant) and k.value.value is not FLAGS[k.arg])
             ]
             if called == "torch.load" and "weights_only" not in {k.arg for k in node.keywords}:
-                found.append("torch.load without weights_only")
+                calls.append("torch.load without weights_only")
         if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "yaml"):
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found += sorted(names & CALLS)
-    return found
+            calls += sorted(names & CALLS)
+    return calls
 
 
-@pytest.mark.parametrize(
-    "path", sources("zoo", "converters", "tools", "examples", "tests"), ids=name
-)
-def test_nothing_runs_what_a_file_holds(path: Path) -> None:
-    assert forbidden(path.read_text(encoding="utf-8")) == []
+def test_nothing_runs_what_a_file_holds(code: SourceTree) -> None:
+    calls = {source.path: forbidden(source.nodes) for source in code.within()}
+    assert len(calls) > 100
+    assert {path: names for path, names in calls.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -376,11 +246,12 @@ def test_nothing_runs_what_a_file_holds(path: Path) -> None:
     ],
 )
 def test_the_rule_sees_what_it_forbids(text: str) -> None:
-    assert forbidden(text)
+    assert forbidden(ast.walk(ast.parse(text)))
 
 
 def test_the_rule_lets_pass_what_is_safe() -> None:
-    assert forbidden("model.eval(); torch.load(f, weights_only=True); yaml.safe_load(f)") == []
+    text = "model.eval(); torch.load(f, weights_only=True); yaml.safe_load(f)"
+    assert forbidden(ast.walk(ast.parse(text))) == []
 
 
 TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ""}
@@ -392,13 +263,17 @@ def texts() -> list[Path]:
     return [
         path
         for path in sorted([*inside, *ROOT.iterdir()])
-        if path.is_file() and path.suffix in TEXT and path.name != ".coverage"
+        if path.is_file() and path.suffix in TEXT and path.name not in (".coverage", ".git")
     ]
 
 
-@pytest.mark.parametrize("path", texts(), ids=name)
-def test_no_file_names_a_machines_folders(path: Path) -> None:
+def test_no_file_names_a_machines_folders() -> None:
     """Built from parts, so that this file does not hold what it looks for."""
     roots = "|".join(["ho" + "me", "ro" + "ot", "wo" + "rk", "Us" + "ers", "fa" + "rm"])
-    found = re.findall(rf"(?<![\w.~}}])/(?:{roots})/\w+", path.read_text(encoding="utf-8"))
-    assert found == []
+    pattern = re.compile(rf"(?<![\w.~}}])/(?:{roots})/\w+")
+    named = {
+        path.relative_to(ROOT).as_posix(): names
+        for path in texts()
+        if (names := pattern.findall(path.read_text(encoding="utf-8")))
+    }
+    assert named == {}

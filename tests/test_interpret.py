@@ -167,7 +167,7 @@ def test_distances_are_recorded_and_patched(name: str) -> None:
     model = hot(build(name)).double()
     inputs, place = example_inputs(model), "encoder.distances" if name == "t5" else "distances"
     if name != "t5":  # only distances use positions then
-        model.config = replace(model.config, placed=False)
+        model.config = replace(model.config, absolute_positions=False)
 
     def none(terms: Any) -> Any:
         if isinstance(terms, Tensor):
@@ -221,7 +221,7 @@ def test_patterns_with_a_cache(name: str, tokens: int) -> None:
 
 
 def test_a_second_run_of_a_module_has_a_number() -> None:
-    model = hot(build("mobilellm", twice=True))
+    model = hot(build("mobilellm", repeat=True))
     _, kept = model.run_with_cache(
         **example_inputs(model), names=["blocks.0", "blocks.1:in", "norm:in"]
     )
@@ -642,8 +642,8 @@ def test_logit_lens_applies_norm_and_head(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "more"),
     [
-        ("mobilellm", {"twice": True}, 3),
-        ("deberta-v2", {"head": "enhanced_masked_lm", "placed": False}, 2),
+        ("mobilellm", {"repeat": True}, 3),
+        ("deberta-v2", {"head": "enhanced_masked_lm", "absolute_positions": False}, 2),
         ("deberta-v2", {"conv": 3}, 0),
         ("bert", {"head": "pretraining"}, 0),
         ("bert", {"head": "question_answering"}, 0),
@@ -694,7 +694,7 @@ def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> 
     assert result.lens[-1] == result.plain
     for way in ("zero", "mean"):
         assert result.without["induction", way] > result.plain + 1.5
-        assert result.without["one back", way] > result.plain + 1.5
+        assert result.without["previous token", way] > result.plain + 1.5
     assert result.recovered[1].max() > 0.15 > result.recovered[0].max()
     assert "loss without heads" in capsys.readouterr().out
 

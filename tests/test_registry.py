@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from zoo import registry
+from zoo.checkpoints.locate import skeleton
 from zoo.errors import ConfigError, UnknownName, UnsupportedArchitecture
-from zoo.loading import skeleton
 from zoo.registry import RegistryError
 
 NAMED = {

@@ -216,7 +216,8 @@ def bench_moe(rounds: int) -> dict[str, float]:
     layers = {}
     for experts in (4, 8, 16, 32, 64):
         for chosen in (1, 2, 4):
-            layer = Experts(dim, hidden, ACTIVATIONS["silu"], experts=experts, chosen=chosen)
+            silu = ACTIVATIONS["silu"]
+            layer = Experts(dim, hidden, silu, experts=experts, experts_per_token=chosen)
             layer.router.weight.data.normal_()
             layer.draw(0.02)
             layers[experts, chosen] = layer
@@ -251,10 +252,10 @@ CONVERSIONS = {
 CONVERT = """
 import json, os, random, shutil, subprocess, sys, threading, time
 from pathlib import Path
-from converters.writer import Options, run
-from converters.store import Stage
+from converters.writer import WriteOptions, run
+from converters.staging.stage import Stage
 from zoo.saving.convert import plan_output
-from zoo.loading import locate
+from zoo.checkpoints.locate import locate
 source, changes, options, rounds, durable = json.loads(sys.argv[1])
 source = Path(source)
 output = plan_output(locate(source, mmap=False), "native", **changes)
@@ -277,7 +278,7 @@ def cp():
 def dd():
     called("dd", "if=/dev/zero", f"of={place}/zeros", "bs=1M", f"count={output.size >> 20}")
 def zoo():
-    run(output, Stage(place, Journal(), []), Options(**options))
+    run(output, Stage(place, Journal(), []), WriteOptions(**options))
 def timed(work):
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()

@@ -28,7 +28,8 @@ def make(where: Path) -> dict[str, Path]:
     from converters.checkpoint import shard
     from converters.formats import safetensors, torch_zip
     from converters.plan import target_names
-    from zoo.loading import locate, native_of, skeleton
+    from zoo.checkpoints.build import native_of
+    from zoo.checkpoints.locate import locate, skeleton
     from zoo.saving.convert import plan_output
 
     where.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,14 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import zoo
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from zoo import registry
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.oracle import transformers
+from zoo.checkpoints.plan import prove
 from zoo.components.model import Model
-from zoo.loading import locate, prove
 from zoo.parity.checks import Subject, bf16, differences, fp32, fp64
 from zoo.parity.fixtures import hot_checkpoint
-from zoo.parity.reference import transformers
 from zoo.parity.result import Report, Row
 from zoo.parity.truth import Truth
 from zoo.registry import Architecture

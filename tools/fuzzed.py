@@ -29,10 +29,10 @@ from damage import (
 from plainly import sound_gguf, sound_safetensors
 
 import zoo
-from converters.checkpoint import open_checkpoint
 from converters.formats import TensorInfo, dtype_code, gguf, safetensors
 from converters.formats.sstable import read_table
 from converters.formats.tf_bundle import TFBundleReader
+from converters.opening import open_checkpoint
 from converters.quantized.blocks import KINDS, WRITTEN
 from zoo.errors import ZooError
 from zoo.tokenizers.llama2c import sentencepiece_model
@@ -303,7 +303,7 @@ class Gguf(Kind):
         assert sound_gguf(data), "accepted, and a plain reading refuses it"
         for name, info in reader.tensors.items():
             assert reader.tensor(name).shape == info.shape
-        for value in reader.said.values():
+        for value in reader.values.values():
             list(value) if isinstance(value, Iterable) else value
 
 
@@ -313,7 +313,7 @@ def gguf_parts(data: bytes, place: Path) -> tuple[dict[str, Any], list[TensorInf
     path = place / "sound.gguf"
     path.write_bytes(data)
     reader = gguf.GGUFReader(path)
-    return {k: gguf.Value(reader.kinds[k], v) for k, v in reader.said.items()}, list(
+    return {k: gguf.Value(reader.kinds[k], v) for k, v in reader.values.items()}, list(
         reader.tensors.values()
     )
 

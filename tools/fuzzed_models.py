@@ -19,7 +19,7 @@ from converters.containers import kind_of
 from converters.formats import llama2c
 from converters.formats.tf_bundle import TFBundleReader
 from zoo import registry
-from zoo.loading import skeleton
+from zoo.checkpoints.locate import skeleton
 
 TF = Path(__file__).resolve().parent.parent / "tests/data/tf"  # what TensorFlow wrote
 

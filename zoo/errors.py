@@ -246,6 +246,11 @@ def listing(items: Iterable[str], limit: int = 20) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 tensor`, `2 tensors`, `1,024 bytes`: a number with its noun in the right form."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def printable(text: str) -> str:
     """The text with control and formatting characters as escapes; line ends and tabs stay."""
     if text.isprintable():

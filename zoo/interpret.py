@@ -81,7 +81,7 @@ def run_with_cache(
         >>> activations["blocks.0.attn:pattern"].shape[-2:]
         torch.Size([3, 3])
     """
-    if grad and hasattr(model, "prepared"):
+    if grad and model.is_prepared:
         raise UsageError("grad: a prepared model has no gradients. Use it as zoo.load returns it")
     requested = match_names(model, [names] if isinstance(names, str) else names, "names")
     activations, moving = Activations(), inputs.get("cache") is not None
@@ -210,7 +210,7 @@ def match_names(model: nn.Module, names: Iterable[str], what: str) -> dict[str, 
         ]
     if unmatched := [name for name in matches if not matches[name]]:
         problem = "; ".join(f"{name!r} matches nothing.{_near(name, points)}" for name in unmatched)
-        if hasattr(model, "prepared"):
+        if model.is_prepared:
             problem += " A prepared model has other parts: use the model as zoo.load returns it"
         raise UsageError(f"{what}: {problem}")
     return matches

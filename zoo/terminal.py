@@ -1,10 +1,9 @@
-"""Color and progress where a person looks on; plain lines where a file or a program does."""
+"""Color and progress on a terminal; plain lines in a file or a pipe."""
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any, TextIO
-
-from zoo.errors import printable
 
 GREEN, RED, DIM, BOLD = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[1m"
 _OFF, _WIPE = "\x1b[0m", "\r\x1b[K"
@@ -12,18 +11,21 @@ _STYLE = re.compile(f"({'|'.join(map(re.escape, (GREEN, RED, DIM, BOLD, _OFF)))}
 
 
 class Escaped:
-    """A stream for reports. Names come from files: their control characters are shown escaped."""
+    """A stream for reports. Names come from files: `escape` makes their control characters visible.
 
-    def __init__(self, stream: TextIO) -> None:
-        self.unescaped = stream
+    Colors of `paint` pass, where the stream below shows them.
+    """
+
+    def __init__(self, stream: TextIO, escape: Callable[[str], str]) -> None:
+        self.unescaped, self._escape = stream, escape
 
     def write(self, text: str) -> int:
         if text.isprintable() or text == "\n":
             return self.unescaped.write(text)
         # nothing but our own colors passes, and only where they are shown
         parts = _STYLE.split(text) if has_color(self.unescaped) else [text]
-        kept = (part if n % 2 else printable(part) for n, part in enumerate(parts))
-        self.unescaped.write("".join(kept))
+        shown = (part if n % 2 else self._escape(part) for n, part in enumerate(parts))
+        self.unescaped.write("".join(shown))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -31,19 +33,22 @@ class Escaped:
 
 
 def unescaped(stream: Any) -> Any:
-    """The stream below `Escaped`, for what moves the cursor and escapes names itself."""
+    """Return the stream below `Escaped`, to move the cursor on it."""
     return stream.unescaped if isinstance(stream, Escaped) else stream
 
 
 def has_color(stream: TextIO) -> bool:
+    """Whether the stream is a terminal that shows colors."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, style: str, color: bool = True) -> str:
+    """Put the text into a style such as `GREEN`, unless `color` is False."""
     return f"{style}{text}{_OFF}" if color and style else text
 
 
 def passing(text: str, stream: TextIO) -> None:
-    """A line that the next one replaces; nothing where nobody watches."""
+    """Show a line that the next one replaces; nothing if the stream is no terminal."""
     if stream.isatty():
-        print(f"{_WIPE}{printable(text)}", end="", file=unescaped(stream), flush=True)
+        unescaped(stream).write(_WIPE)
+        print(text, end="", file=stream, flush=True)

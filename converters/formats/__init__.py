@@ -1,4 +1,4 @@
-"""File formats: each lists, reads or writes named tensors, and none knows what a model is."""
+"""File formats: each lists, reads or writes named tensors; none knows what a model is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # a safetensors file holds its tensors by descending dtype, then by name.
 _DTYPES: dict[str, tuple[int, str | None]] = {
     "BOOL": (8, "bool"),
-    "F4": (4, None),  # torch counts these in pairs, the file one by one
+    "F4": (4, None),  # torch counts these in pairs, the file counts each
     "F6_E2M3": (6, None),
     "F6_E3M2": (6, None),
     "U8": (8, "uint8"),
@@ -47,7 +47,7 @@ RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of one tensor."""
+    """Name, shape and dtype of one tensor, as a header declares them."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,29 +55,35 @@ class TensorInfo(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes, rounded up."""
         return (self.numel * BITS[self.dtype] + 7) // 8
 
 
 class Layout(NamedTuple):
-    """A file to be: its first bytes, where each tensor's begin behind them, and what is no tensor.
+    """The plan of a file: its first bytes, where each tensor starts behind them, and the rest.
 
-    `seal` gives (place in the file, bytes) of all that is neither head nor tensor, once each
-    tensor's CRC-32 is known.
+    `seal` returns (position in the file, bytes) of everything that is neither head nor tensor, from
+    each tensor's CRC-32.
     """
 
     head: bytes
     starts: dict[str, int]
-    size: int  # of everything behind the head
+    size: int  # bytes of everything behind the head
     seal: Callable[[Mapping[str, int]], list[tuple[int, bytes]]] | None = None
 
 
 @cache
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors code."""
+    """Return the torch dtype of a safetensors code.
+
+    Raises:
+        DtypeMismatch: If this version of torch has no such dtype.
+    """
     import torch
 
     name = _DTYPES[code][1] if code in _DTYPES else None
@@ -95,7 +101,11 @@ def _codes() -> dict[torch.dtype, str]:
 
 
 def dtype_code(dtype: torch.dtype) -> str:
-    """The safetensors code of a torch dtype."""
+    """Return the safetensors code of a torch dtype.
+
+    Raises:
+        DtypeMismatch: If no checkpoint format has a code for it.
+    """
     code = _codes().get(dtype)
     if code is None:
         raise DtypeMismatch(f"{dtype}: no checkpoint format has a code for this dtype")
@@ -103,12 +113,12 @@ def dtype_code(dtype: torch.dtype) -> str:
 
 
 def named_dtype(name: str) -> str | None:
-    """The code of a dtype by torch's name for it, without torch."""
+    """Return the code of a dtype from torch's name for it, without importing torch."""
     return _NAMED.get(name)
 
 
 def itemsize(code: str) -> int:
-    """Bytes of one element."""
+    """Return the bytes of one element of a dtype."""
     bits = BITS.get(code)
     if bits is None or bits % 8:
         raise DtypeMismatch(f"dtype {code}: its elements are not whole bytes")
@@ -116,13 +126,20 @@ def itemsize(code: str) -> int:
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """Refuse names of tensors that a message could not show in its own line."""
+    """Refuse names of tensors with line breaks, which would break messages."""
     if broken := [repr(name)[:100] for name in names if len(name.splitlines()) > 1]:
         raise CorruptCheckpoint(f"{path}: names of tensors with line breaks: {listing(broken, 5)}")
 
 
 def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file; devices and fifos are refused, never opened."""
+    """Open a regular file for reading and return its descriptor.
+
+    Devices and FIFOs are refused and never opened.
+
+    Raises:
+        NotACheckpoint: If the file cannot be opened.
+        UnsafePath: If it is not a regular file.
+    """
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_AT = (4323, 5259, 5685)  # rows behind the one that is folded
+_AT = (4323, 5259, 5685)  # rows behind the folded one
 _STEP, _, _KEPT = _AT
 _ROW = 7  # log2 of the longest row: 0.7 MB are folded together, what a core's cache holds
 _PIECE = (_KEPT + 4 * _STEP) << _ROW
-_SHORT = 4096  # bytes that the table takes as quickly
+_SHORT = 4096  # up to so many bytes the table is as fast
 
 
 def _table() -> list[int]:
@@ -38,7 +38,7 @@ _TABLE = _table()
 
 
 def crc32c(data: bytes | torch.Tensor) -> int:
-    """The checksum of bytes, or of a flat tensor of them, which is not changed."""
+    """Return the checksum of bytes, or of a flat tensor of bytes, which is not changed."""
     if isinstance(data, bytes):
         if len(data) <= _SHORT:
             return _finish(data, 0xFFFFFFFF)
@@ -50,30 +50,30 @@ def crc32c(data: bytes | torch.Tensor) -> int:
 
 
 def crc32c_read(size: int, read: Callable[[int, int], torch.Tensor]) -> int:
-    """The checksum of `size` bytes, of which `read` gives a range as a flat tensor."""
+    """Return the checksum of `size` bytes; `read` returns a range of them as a flat tensor."""
     import torch
 
     if size <= _SHORT:
         return _finish(bytes(read(0, size).tolist()), 0xFFFFFFFF)
     piece = torch.empty(min(_PIECE, size), dtype=torch.uint8)
-    held = taken = 0
-    while taken < size:
-        more = min(len(piece) - held, size - taken)
-        piece[held : held + more] = read(taken, taken + more)
-        if not taken:
+    kept = position = 0  # bytes that the last fold left, bytes read
+    while position < size:
+        more = min(len(piece) - kept, size - position)
+        piece[kept : kept + more] = read(position, position + more)
+        if not position:
             piece[:4].bitwise_not_()  # the register starts with ones
-        taken += more
-        rest = _fold(piece[: held + more], _ROW)
-        held = len(rest)
-        piece[:held] = rest.clone()
-    rest = piece[:held]
+        position += more
+        rest = _fold(piece[: kept + more], _ROW)
+        kept = len(rest)
+        piece[:kept] = rest.clone()
+    rest = piece[:kept]
     for row in range(_ROW - 1, -1, -1):
         rest = _fold(rest, row)
     return _finish(bytes(rest.tolist()), 0)
 
 
 def _fold(data: torch.Tensor, row: int) -> torch.Tensor:
-    """The last `_KEPT` rows or fewer, with the remainder of all; what lies before is spent."""
+    """Fold into the last `_KEPT` rows or fewer, which keep the remainder of all the data."""
     start, kept = 0, _KEPT << row
     while (left := len(data) - start - kept) > 0:
         width = min(_STEP << row, left)
@@ -93,5 +93,5 @@ def _finish(data: bytes, crc: int) -> int:
 
 
 def masked(crc: int) -> int:
-    """As files keep it that may themselves be summed: turned by 15 bits, and a constant added."""
+    """Mask a checksum as such files store it: rotated by 15 bits, plus a constant."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

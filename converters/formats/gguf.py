@@ -1,4 +1,4 @@
-"""GGUF: typed key/values and tensors behind a header that is read here and held to the letter."""
+"""GGUF: typed key/values and tensors; the header is checked completely before use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.formats import Layout, TensorInfo, check_names, open_regular
 from converters.formats.source import SourceFile
-from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, Kind, dequantize
+from converters.paths import confined
+from converters.quantized.blocks import KINDS, UNREAD, WRITTEN, BlockType, dequantize
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -34,22 +35,22 @@ if TYPE_CHECKING:
     from converters.lazy import Read
 
 MAX_HEADER = 100_000_000
-# As many as are read in a second. Real files have a hundred keys, two thousand tensors, and 1.3
-# million elements of arrays: a large vocabulary with its scores and types, and its merges.
+# Limits of what is read in a second. Real files have a hundred keys, two thousand tensors and 1.3
+# million array elements: a large vocabulary with its scores, types and merges.
 MAX_KEYS = 1 << 10
 MAX_TENSORS = 1 << 14
 MAX_ELEMENTS = 1 << 21
-MAX_TEXT = 12 << 20  # bytes of all that is decoded on opening, which may take six times as many
+MAX_TEXT = 12 << 20  # bytes of text decoded on opening, which may take six times as much memory
 MAX_AXES = 4  # ggml's
-MAX_NAME = 63  # ggml's, in bytes; only what is written has to keep to it
+MAX_NAME = 63  # ggml's, in bytes; a limit for writing only
 MAX_KEY = 65535
-_SMALL = 1024  # arrays of so many elements are decoded on opening
+_SMALL = 1024  # arrays of up to so many elements are decoded on opening
 _LARGEST = (1 << 63) - 1
 _MAGIC, _VERSIONS, _VERSION = b"GGUF", (2, 3), 3
 _ALIGNMENT = "general.alignment"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
-# what values are: their number in the file, our name, and how struct writes them
+# types of values: number in the file, name here, struct's code
 _STR, _ARRAY = 8, 9
 _NUMBERS = {
     0: ("u8", "B"),
@@ -70,8 +71,8 @@ _IDS = {name: number for number, name in _NAMES.items()}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
-class Array:
-    """A long array of a file, whose place is known and whose elements are not: list() decodes."""
+class MetadataArray:
+    """A long array in the metadata, decoded only when it is iterated."""
 
     def __init__(
         self, path: Path, key: str, kind: str, count: int, data: Map | bytes, start: int
@@ -102,20 +103,20 @@ class Array:
             count, start = min(_SMALL, self._count - done), self._start + done * width
             if self.kind == "bool":
                 raw = self._data[start : start + count]
-                if (found := max(raw)) > 1:
-                    where = f"{self.key}[{done + raw.index(found)}]"
-                    raise CorruptCheckpoint(f"{self.path}: {where} is {found}, neither 0 nor 1")
+                if (largest := max(raw)) > 1:
+                    where = f"{self.key}[{done + raw.index(largest)}]"
+                    raise CorruptCheckpoint(f"{self.path}: {where} is {largest}, neither 0 nor 1")
             yield from struct.unpack_from(f"<{count}{code}", self._data, start)
 
 
 class GGUFReader:
-    """One file: its header, checked when opened; its tensors, when asked for.
+    """A GGUF file: its header is checked when it is opened, its tensors are read when asked for.
 
-    They are views of the mapped file, or read; quantized ones are decoded.
+    Tensors are views of the mapped file, or copies; quantized ones are dequantized to F32.
+    `tensors`
+    holds the dtypes that are returned, `quantized` the stored type where it differs.
 
-    A file of a split holds a part of the tensors, so it has to be asked for by `part`; `open_gguf`
-    reads all of them as one. `tensors` says what is read; what was stored is in `quantized` where
-    that is not the same.
+    One file of a split checkpoint is opened with `part=True`; `open_gguf` opens all of them.
     """
 
     def __init__(self, path: Path, mmap: bool | None = None, *, part: bool = False) -> None:
@@ -128,11 +129,9 @@ class GGUFReader:
             os.close(fd)
         header = _read_header(self._file)
         self.version: int = header.version
-        self.said: dict[str, Any] = header.said
-        self.values = self.said  # as other readers call it
-        self.kinds: dict[str, str] = header.kinds  # of `said`: u32, str, [f32] …
-        # what is said in text
-        self.metadata = {key: text for key, text in self.said.items() if type(text) is str}
+        self.values: dict[str, Any] = header.values
+        self.kinds: dict[str, str] = header.kinds  # of each value: u32, str, [f32] …
+        self.metadata = {key: text for key, text in self.values.items() if type(text) is str}
         self.alignment = _alignment(path, header)
         self.split = _split(path, header)
         if self.split is not None and not part:
@@ -150,17 +149,17 @@ class GGUFReader:
         self.quantized = {n: p.kind.name for n, p in self._places.items() if p.kind.decode}
 
     def span(self, name: str) -> tuple[int, int]:
-        """(start, end) of a tensor's bytes in the file, quantized or not."""
+        """Return (start, end) of a tensor's bytes in the file, quantized or not."""
         place = self._places[name]
         return place.start, place.end
 
     def size(self, name: str) -> int:
-        """Bytes that a tensor takes in the file."""
+        """Return the bytes that a tensor takes in the file."""
         start, end = self.span(name)
         return end - start
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file, or of a quantized tensor its numbers in F32."""
+        """Return a view of the mapped file, a copy, or the dequantized numbers in F32."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
@@ -171,14 +170,14 @@ class GGUFReader:
         return out.view(info.shape)
 
     def decoder(self, name: str) -> Read | None:
-        """What makes or reads a box of a tensor; None where a view of the map shows it."""
+        """Return what reads or decodes a box of a tensor; None if `tensor` is a view of a map."""
         place, info = self._place(name), self.tensors[name]
         if place.kind.decode is not None:
             return partial(self.numbers, name)
         return self._file.boxes(place.start, info.dtype, info.shape)
 
     def numbers(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) of what is quantized, all axes but the last being rows."""
+        """Return (rows, columns) of a quantized tensor, all axes but the last as rows."""
         import torch
 
         place, info = self._place(name), self.tensors[name]
@@ -200,14 +199,20 @@ class GGUFReader:
 
 
 def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
-    """File name -> reader: one, or all of a split in order, whichever of them is given.
+    """Open a GGUF file, or all files of a split from any of them.
 
-    The first says what holds of all.
+    Returns:
+        File name -> reader, in order. The first holds the metadata of all.
+
+    Raises:
+        CorruptCheckpoint: If a file is damaged.
+        BadIndex: If a file is not named as its position in the split requires.
+        MissingShard: If files of a split are missing.
     """
-    given = GGUFReader(path, mmap, part=True)
-    if given.split is None:
-        return {path.name: given}
-    number, count = given.split
+    opened = GGUFReader(path, mmap, part=True)
+    if opened.split is None:
+        return {path.name: opened}
+    number, count = opened.split
     match = _PART.fullmatch(path.name)
     wanted = f"-{number + 1:05d}-of-{count:05d}.gguf"
     if match is None or not path.name.endswith(wanted):
@@ -216,16 +221,16 @@ def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
             f"{wanted}. The others are found by their names: give them back the ones they had."
         )
     names = [f"{match[1]}-{n + 1:05d}-of-{count:05d}.gguf" for n in range(count)]
-    readers = _read_all(path.parent, names, {path.name: given}, mmap)
+    readers = _read_all(path.parent, names, {path.name: opened}, mmap)
     problems = [
-        f"{name} says {_told(reader.split)}, expected {_told((n, count))}"
+        f"{name} says {_split_label(reader.split)}, expected {_split_label((n, count))}"
         for n, (name, reader) in enumerate(readers.items())
         if reader.split != (n, count)
     ]
-    found = sum(len(reader.tensors) for reader in readers.values())
-    said = readers[names[0]].said.get("split.tensors.count", found)
-    if said != found:
-        problems.append(f"split.tensors.count is {said}, and the files hold {found} tensors")
+    tensors = sum(len(reader.tensors) for reader in readers.values())
+    expected = readers[names[0]].values.get("split.tensors.count", tensors)
+    if expected != tensors:
+        problems.append(f"split.tensors.count is {expected}, and the files hold {tensors} tensors")
     if problems:
         raise BadIndex(f"{path.parent}: {listing(problems)}. Parts of different checkpoints?")
     where: dict[str, str] = {}
@@ -240,16 +245,14 @@ def open_gguf(path: Path, mmap: bool | None = None) -> dict[str, GGUFReader]:
     return readers
 
 
-def _told(split: tuple[int, int] | None) -> str:
+def _split_label(split: tuple[int, int] | None) -> str:
     return f"file {split[0] + 1} of {split[1]}" if split else "that it is whole"
 
 
 def _read_all(
     root: Path, names: list[str], read: dict[str, GGUFReader], mmap: bool | None
 ) -> dict[str, GGUFReader]:
-    """All of them; or all that are missing, else the first that cannot be read."""
-    from converters.checkpoint import confined  # which reads other formats by what is beside this
-
+    """Open all files of a split; report all that are missing, or the first that is damaged."""
     others = [name for name in names if name not in read]
     missing = [name for name in others if not (root / name).exists()]
     if missing:
@@ -257,8 +260,8 @@ def _read_all(
             f"{root}: {len(missing)} of {len(names)} files are missing: {listing(missing)}. "
             "Download them again."
         )
-    found = {name: GGUFReader(confined(root, name), mmap, part=True) for name in others}
-    read = {**read, **found}
+    readers = {name: GGUFReader(confined(root, name), mmap, part=True) for name in others}
+    read = {**read, **readers}
     return {name: read[name] for name in names}
 
 
@@ -273,19 +276,19 @@ def _check_magic(path: Path, head: bytes, size: int) -> None:
         )
     if head[:4] != _MAGIC:
         if head.startswith(b"version https://git-lfs"):
-            told = "It is a Git LFS pointer, not the weights: fetch the file itself."
+            hint = "It is a Git LFS pointer, not the weights: fetch the file itself."
         elif head[:4] in (b"lmgg", b"tjgg", b"fmgg", b"algg"):
-            told = "It is of a format from before GGUF: convert it with llama.cpp's scripts."
+            hint = "It is of a format from before GGUF: convert it with llama.cpp's scripts."
         else:
-            told = "No GGUF file, or a damaged one."
-        raise CorruptCheckpoint(f"{path}: begins with {head[:4]!r}, expected {_MAGIC!r}. {told}")
+            hint = "No GGUF file, or a damaged one."
+        raise CorruptCheckpoint(f"{path}: begins with {head[:4]!r}, expected {_MAGIC!r}. {hint}")
     (version,) = _U32.unpack_from(head, 4)
     if version in _VERSIONS:
         return
     if int.from_bytes(head[4:8], "big") in _VERSIONS:
         raise UnsupportedFormat(
             f"{path}: is big-endian; only little-endian files are read. "
-            "Turn it with the gguf package: gguf-convert-endian."
+            "Convert it with the gguf package: gguf-convert-endian."
         )
     if version == 1:
         raise UnsupportedFormat(
@@ -307,7 +310,7 @@ def _short(name: str) -> str:
 
 
 class _Entry(NamedTuple):
-    """A tensor as the header has it."""
+    """A tensor's entry in the header."""
 
     name: str
     dims: tuple[int, ...]
@@ -316,7 +319,7 @@ class _Entry(NamedTuple):
 
 
 def _read_header(file: SourceFile) -> _Header:
-    """The header, of a map or of as many bytes as it turns out to have."""
+    """Parse the header, from a map or from as many bytes as it turns out to have."""
     if file.mapped:
         return _Header(file.path, file.data, file.size)
     length = 1 << 20
@@ -329,11 +332,11 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 class _Longer(Exception):
-    """The header goes on behind the bytes that were read."""
+    """The header continues behind the bytes that were read."""
 
 
 class _Header:
-    """What the header says, whose structure is sound; limits come before what they limit."""
+    """A parsed header of sound structure; limits are checked before what they limit is read."""
 
     def __init__(self, path: Path, data: Map | bytes, size: int) -> None:
         self.path, self.data, self.size = path, data, size  # the size is the file's
@@ -342,14 +345,14 @@ class _Header:
         self.version = self._u32("the version")
         tensors = self._count("tensors", MAX_TENSORS, 24)
         keys = self._count("key/values", MAX_KEYS, 13)
-        self.said: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self.kinds: dict[str, str] = {}
         for n in range(keys):
             self._key_value(n)
         self.entries = [self._tensor(n) for n in range(tensors)]
 
     def _take(self, size: int, what: str) -> int:
-        """Where the next bytes begin, all of which are there."""
+        """Return the position of the next `size` bytes, all of which are there."""
         start = self.at
         if size > self.end - start:
             if len(self.data) < min(self.size, MAX_HEADER):
@@ -367,12 +370,12 @@ class _Header:
         return start
 
     def _u32(self, what: str) -> int:
-        found: int = _U32.unpack_from(self.data, self._take(4, what))[0]
-        return found
+        number: int = _U32.unpack_from(self.data, self._take(4, what))[0]
+        return number
 
     def _u64(self, what: str) -> int:
-        found: int = _U64.unpack_from(self.data, self._take(8, what))[0]
-        return found
+        number: int = _U64.unpack_from(self.data, self._take(8, what))[0]
+        return number
 
     def _count(self, what: str, limit: int, least: int) -> int:
         count = self._u64(f"the number of {what}")
@@ -398,7 +401,7 @@ class _Header:
     def _key_value(self, n: int) -> None:
         key = self._text(f"key {n}")
         what = _short(key)
-        if key in self.said:
+        if key in self.values:
             raise CorruptCheckpoint(f"{self.path}: key {what} stands twice")
         kind = self._u32(f"the type of {what}")
         if kind == _ARRAY:
@@ -407,16 +410,16 @@ class _Header:
             size = self.at - array._start
             small = len(array) <= _SMALL and size <= self.text_left
             self.text_left -= size if small else 0
-            self.said[key] = list(array) if small else array
+            self.values[key] = list(array) if small else array
         else:
             self.kinds[key] = self._name(kind, what)
-            self.said[key] = self._scalar(kind, what)
+            self.values[key] = self._scalar(kind, what)
 
     def _name(self, kind: int, what: str) -> str:
         name = _NAMES.get(kind)
         if name is None:
-            known = ", ".join(f"{n} ({_NAMES.get(n, 'array')})" for n in range(13))
-            raise CorruptCheckpoint(f"{self.path}: {what} is of type {kind}, none of {known}")
+            types = ", ".join(f"{n} ({_NAMES.get(n, 'array')})" for n in range(13))
+            raise CorruptCheckpoint(f"{self.path}: {what} is of type {kind}, none of {types}")
         return name
 
     def _scalar(self, kind: int, what: str) -> Any:
@@ -424,19 +427,19 @@ class _Header:
             return self._text(what)
         name, code = _NUMBERS[kind]
         start = self._take(struct.calcsize(code), what)
-        if name == "bool" and (found := self.data[start]) > 1:
-            raise CorruptCheckpoint(f"{self.path}: {what} is {found}, neither 0 nor 1")
+        if name == "bool" and (byte := self.data[start]) > 1:
+            raise CorruptCheckpoint(f"{self.path}: {what} is {byte}, neither 0 nor 1")
         (value,) = struct.unpack_from(f"<{code}", self.data, start)
         return _shortest(value) if name == "f32" else value
 
-    def _array(self, what: str) -> Array:
+    def _array(self, what: str) -> MetadataArray:
         kind = self._u32(f"the type of {what}'s elements")
         if kind == _ARRAY:
             raise UnsupportedFormat(f"{self.path}: {what} is an array of arrays; none is read")
         name = self._name(kind, f"an element of {what}")
         count = self._u64(f"the length of {what}")
         width = 8 if kind == _STR else struct.calcsize(_NUMBERS[kind][1])
-        start = self._take(count * width, what)  # of texts the least that they can take
+        start = self._take(count * width, what)  # for texts, the least that they can take
         self.elements_left -= count
         if self.elements_left < 0:
             raise ResourceLimit(
@@ -446,7 +449,7 @@ class _Header:
         if kind == _STR:
             self.at = start
             self._skip_texts(count, what)
-        return Array(self.path, what, name, count, self.data, start)
+        return MetadataArray(self.path, what, name, count, self.data, start)
 
     def _skip_texts(self, count: int, what: str) -> None:
         data, at, last, length_at = self.data, self.at, self.end - 8, _U64.unpack_from
@@ -454,7 +457,9 @@ class _Header:
             if at > last:
                 self._take(at - self.at, f"{what}[{n - 1}]")
                 self._take(8, f"the length of {what}[{n}]")
-            self.at = at  # of this text; where it ends is looked at with the next, or after all
+            self.at = (
+                at  # start of this text; its end is checked with the next text, or after the last
+            )
             at += 8 + length_at(data, at)[0]
         self._take(at - self.at, f"{what}[{count - 1}]")
 
@@ -472,9 +477,9 @@ class _Header:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this single-precision number: 1e-05, not 9.99999974737875e-06.
+    """Return the shortest decimal that is this single-precision number.
 
-    Whoever wrote it meant that; rounded to single precision again it is the same.
+    1e-05, not 9.99999974737875e-06: its writer meant that, and rounding gives the same number.
     """
     for digits in range(6, 10):
         short = float(f"{value:.{digits}g}")
@@ -484,26 +489,30 @@ def _shortest(value: float) -> float:
 
 
 def as_read(value: Any) -> Any:
-    """What a plain value is once it was written and read: floats lose half of their digits."""
+    """Return a plain value as it is after writing and reading: floats in single precision.
+
+    >>> as_read(0.1), as_read(0.123456789)
+    (0.1, 0.12345679)
+    """
     if type(value) is not float or not -3.4e38 < value < 3.4e38:
         return value
     return _shortest(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 def _alignment(path: Path, header: _Header) -> int:
-    value = header.said.get(_ALIGNMENT, 32)
+    value = header.values.get(_ALIGNMENT, 32)
     kind = header.kinds.get(_ALIGNMENT, "u32")
     if kind != "u32" or value < 1 or value & (value - 1):
         raise CorruptCheckpoint(
             f"{path}: {_ALIGNMENT} is {value} ({kind}); expected a power of two (u32)"
         )
-    found: int = value
-    return found
+    alignment: int = value
+    return alignment
 
 
 def _split(path: Path, header: _Header) -> tuple[int, int] | None:
-    """(number from 0, count) where the checkpoint is in several files."""
-    number, count = (header.said.get(f"split.{name}") for name in ("no", "count"))
+    """Return (number from 0, count) if the checkpoint is in several files."""
+    number, count = (header.values.get(f"split.{name}") for name in ("no", "count"))
     if number is None and count is None:
         return None
     if type(number) is not int or type(count) is not int or not 0 <= number < max(1, count):
@@ -515,10 +524,10 @@ def _split(path: Path, header: _Header) -> tuple[int, int] | None:
 
 
 class _Place(NamedTuple):
-    """Where a tensor's bytes lie in the file, and what they are."""
+    """The range of a tensor's bytes in the file, with its shape and type."""
 
     shape: tuple[int, ...]
-    kind: Kind
+    kind: BlockType
     start: int
     end: int
 
@@ -528,7 +537,7 @@ def _padded(size: int, alignment: int) -> int:
 
 
 def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str, _Place]:
-    """In the header's order. In the file, tensors follow each other with no gap but for padding."""
+    """Return each tensor's place; in the file there are no gaps between tensors but padding."""
     base = _padded(header.at, alignment)
     problems: list[str] = []
     unread: list[str] = []
@@ -548,7 +557,7 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
             continue
         if problem := _entry_problem(entry, kind, alignment):
             problems.append(f"{what}: {problem}")
-        shape = entry.dims[::-1]  # the file begins with the axis that varies fastest
+        shape = entry.dims[::-1]  # GGUF lists the fastest axis first
         start = base + entry.offset
         places[entry.name] = _Place(shape, kind, start, start + kind.nbytes(shape))
     if not problems and not unread:
@@ -563,8 +572,8 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
     return places
 
 
-def _entry_problem(entry: _Entry, kind: Kind, alignment: int) -> str | None:
-    """What is wrong with one tensor, seen alone; None if nothing."""
+def _entry_problem(entry: _Entry, kind: BlockType, alignment: int) -> str | None:
+    """Return what is wrong with one entry by itself; None if nothing is."""
     shape, dims = list(entry.dims[::-1]), entry.dims
     if 0 in dims:
         return f"shape {shape} has an axis of 0"
@@ -602,27 +611,38 @@ def _layout_problems(
 
 
 class Value(NamedTuple):
-    """A value of a key, with its type where that is not the usual one: Value("[i32]", [1, 3])."""
+    """A value with an explicit type, if it is not the usual one: Value("[i32]", [1, 3])."""
 
     kind: str
     value: Any
 
 
-def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) -> Layout:
-    """The one layout of these tensors and key/values, both in the order given.
+def lay_out(infos: Iterable[TensorInfo], values: Mapping[str, Any], where: Any) -> Layout:
+    """Lay out a file of these tensors and key/values, both in the given order.
 
-    `dtype` is one of F32, F16, BF16 and Q8_0. A value is a Value, or text, a bool, an int (written
-    as u32), a float (f32) or a list of one of these. Bytes between tensors are zeros.
+    Args:
+        infos: The tensors. A dtype is one of F32, F16, BF16 and Q8_0.
+            values: The metadata. A value is a `Value`, or text, a bool, an int (written as u32), a
+            float
+            (f32) or a list of one of these.
+        where: What the file is called in messages.
+
+    Returns:
+        The layout; bytes between tensors are zeros.
+
+    Raises:
+        LossyExport: If GGUF cannot hold a tensor or a value.
+        ResourceLimit: If the header would be too large to be read again.
     """
     infos = list(infos)
     problems: list[str] = []
-    alignment = said.get(_ALIGNMENT, 32)
+    alignment = values.get(_ALIGNMENT, 32)
     if isinstance(alignment, Value) and alignment.kind == "u32":
         alignment = alignment.value
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise LossyExport(f"{where}: {_ALIGNMENT} is {alignment!r}, no power of two (u32)")
-    head = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(said)))
-    for key, value in said.items():
+    head = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(values)))
+    for key, value in values.items():
         try:
             head += _packed_text(key) + _packed(value)
             if not 0 < len(key.encode()) <= MAX_KEY:
@@ -647,7 +667,7 @@ def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) ->
     head += bytes(-len(head) % alignment)
     for count, limit, what in (
         (len(head), MAX_HEADER, "bytes of header"),
-        (len(said), MAX_KEYS, "key/values"),
+        (len(values), MAX_KEYS, "key/values"),
         (len(infos), MAX_TENSORS, "tensors"),
     ):
         if count > limit:
@@ -656,7 +676,7 @@ def lay_out(infos: Iterable[TensorInfo], said: Mapping[str, Any], where: Any) ->
 
 
 def stored_bytes(info: TensorInfo) -> int:
-    """That a tensor takes in the file, without the padding behind it."""
+    """Return the bytes that a tensor takes in the file, without padding."""
     return KINDS[WRITTEN[info.dtype]].nbytes(info.shape)
 
 
@@ -683,7 +703,7 @@ def _packed_text(text: Any) -> bytes:
 
 
 def _packed(value: Any) -> bytes:
-    """The type and the bytes of a value."""
+    """Return the type and the bytes of a value."""
     kind, plain = _typed(value)
     element = kind[1:-1] if kind.startswith("[") else kind
     if element not in _IDS:
@@ -715,7 +735,7 @@ def _typed(value: Any) -> Value:
 def _usual(value: Any) -> str:
     if isinstance(value, list | tuple) and value:
         return f"[{_usual(value[0])}]"
-    if isinstance(value, Array):
+    if isinstance(value, MetadataArray):
         return f"[{value.kind}]"
     for kind, python in (("bool", bool), ("u32", int), ("f32", float), ("str", str)):
         if isinstance(value, python):

@@ -1,4 +1,4 @@
-"""llama2.c's `.bin`: a header of sizes, then arrays without names in an order that is fixed."""
+"""llama2.c's `.bin`: a header of sizes, then arrays without names in a fixed order."""
 
 from __future__ import annotations
 
@@ -27,39 +27,42 @@ if TYPE_CHECKING:
 
 MAGIC = 0x616B3432
 _SIZES = struct.Struct("<7i")
-_HEAD = 256  # of the versions that have a magic
+_HEAD = 256  # bytes, in versions with a magic number
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
-# more than any of them can be, so that arbitrary bytes are no header
+# more than any size can be, so that arbitrary bytes are not taken for a header
 _MOST = (1 << 20, 1 << 22, 1 << 12, 1 << 16, 1 << 16, 1 << 26, 1 << 26)
 
 
 class Header(NamedTuple):
-    """What stands before the arrays."""
+    """The sizes in front of the arrays."""
 
     version: int
-    sizes: tuple[int, ...]  # by FIELDS, all positive
+    sizes: tuple[int, ...]  # in the order of FIELDS, all positive
     shared: bool  # the classifier is the embedding
     group: int = 0  # numbers that share a scale, in version 2
 
     @property
     def values(self) -> dict[str, Any]:
+        """The sizes by llama2.c's names."""
         named = dict(zip(FIELDS, self.sizes, strict=True))
         return {**named, "shared_classifier": self.shared}
 
     @property
     def size(self) -> int:
+        """Bytes of the header."""
         return _SIZES.size if self.version == 0 else _HEAD
 
     def pack(self) -> bytes:
+        """Return the bytes of the header."""
         if self.version == 0:
-            *sizes, vocab, length = self.sizes  # a negative vocabulary: a classifier of its own
+            *sizes, vocab, length = self.sizes  # negative vocabulary: the classifier is separate
             return _SIZES.pack(*sizes, vocab if self.shared else -vocab, length)
         head = struct.pack("<Ii7iB", MAGIC, self.version, *self.sizes, self.shared)
         head += struct.pack("<i", self.group) if self.version == 2 else b""
         return head.ljust(_HEAD, b"\0")
 
     def arrays(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(name, shape) in the order of the file; the names are those of llama2.c's own structs."""
+        """Yield (name, shape) in file order; the names are those of llama2.c's structs."""
         dim, hidden, layers, heads, kv_heads, vocab, length = self.sizes
         kv, half = dim // heads * kv_heads, dim // heads // 2
         norms = {"rms_att_weight": (layers, dim), "rms_ffn_weight": (layers, dim)}
@@ -86,14 +89,15 @@ class Header(NamedTuple):
         yield from every.items()
 
     def groups(self, name: str) -> bool:
-        """Whether an array is whole numbers, and behind them a scale for each group."""
+        """Return whether an array is stored as int8 numbers and a scale for each group."""
         return self.version == 2 and not name.startswith("rms_")
 
     def nbytes(self, name: str, count: int) -> int:
-        """Of so many numbers of an array."""
+        """Return the bytes of `count` numbers of an array."""
         return count + count // self.group * 4 if self.groups(name) else 4 * count
 
     def problem(self) -> str:
+        """Return what is wrong with the sizes; empty if nothing is."""
         dim, _, _, heads, kv_heads, _, _ = self.sizes
         for name, value, most in zip(FIELDS, self.sizes, _MOST, strict=True):
             if not 0 < value <= most:
@@ -105,13 +109,13 @@ class Header(NamedTuple):
         if self.version == 2:
             if self.group < 1:
                 return f"group_size is {self.group}"
-            odd = [n for n, s in self.arrays() if self.groups(n) and prod(s) % self.group]
-            if odd:
-                return f"group_size {self.group} does not divide {odd[0]}"
+            ragged = [n for n, s in self.arrays() if self.groups(n) and prod(s) % self.group]
+            if ragged:
+                return f"group_size {self.group} does not divide {ragged[0]}"
         return ""
 
     def starts(self) -> tuple[dict[str, int], int]:
-        """(where each array begins, where the file ends)."""
+        """Return (start of each array, end of the file)."""
         at, starts = self.size, dict[str, int]()
         for name, shape in self.arrays():
             starts[name] = at
@@ -120,9 +124,9 @@ class Header(NamedTuple):
 
 
 def recognizes(head: bytes, size: int) -> bool:
-    """Whether a file begins as llama2.c's do; version 0 has no magic, so its sizes must make sense.
+    """Return whether a file begins like llama2.c's.
 
-    `size` is the file's.
+    Version 0 has no magic number, so its sizes have to be plausible.
     """
     if len(head) >= 8 and struct.unpack_from("<I", head)[0] == MAGIC:
         return True
@@ -155,10 +159,7 @@ def _parse(path: Path, head: bytes) -> Header:
 
 
 class Llama2cReader:
-    """Sizes are checked against the file's before anything is read.
-
-    Mapped only if asked to be: training scripts write over such files while they are in use.
-    """
+    """A llama2.c file; its sizes are checked against the size of the file when opened."""
 
     def __init__(self, path: Path, mmap: bool | None = None) -> None:
         self.path = path
@@ -183,20 +184,20 @@ class Llama2cReader:
         self.quantized = {n: coarse for n in self.tensors if self.header.groups(n)}
 
     def size(self, name: str) -> int:
-        """Bytes that an array takes in the file."""
+        """Return the bytes that an array takes in the file."""
         info = self.tensors[name]
         groups = self.header.groups(name)
         return info.numel + info.numel // self.header.group * 4 if groups else info.nbytes
 
     def span(self, name: str) -> tuple[int, int] | None:
-        """Where an array's bytes lie as they are; None where they stand for others."""
+        """Return where an array's bytes are; None if it is quantized."""
         if self.header.groups(name):
             return None
         start = self._starts[name]
         return start, start + self.tensors[name].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read, or a view of the map; made of whole numbers and scales in version 2."""
+        """Return a view of the map or a copy; in version 2 dequantized."""
         if name not in self.tensors:
             near = did_you_mean(name, self.tensors)
             raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
@@ -206,13 +207,13 @@ class Llama2cReader:
         return self._file.tensor(self._starts[name], info.dtype, info.shape)
 
     def decoder(self, name: str) -> Read | None:
-        """What makes or reads a box of an array; None where a view of the map shows it."""
+        """Return what reads or decodes a box of an array; None if `tensor` is a view of a map."""
         if self.header.groups(name):
             return partial(self.numbers, name)
         return self._file.boxes(self._starts[name], *reversed(self.tensors[name][1:]))
 
     def numbers(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
-        """(rows, columns) of an array in groups, which may begin in one row and end in the next."""
+        """Return (rows, columns) of a quantized array; a group may span two rows."""
         import torch
 
         group, at, info = self.header.group, self._starts[name], self.tensors[name]
@@ -221,7 +222,7 @@ class Llama2cReader:
         down, across = (torch.arange(side.start, side.stop) for side in (rows, columns))
         of = (down[:, None] * width + across) // group
         first, last = int(of[0, 0]), int(of[-1, -1]) + 1
-        # scales lie behind as many bytes as there are numbers, wherever that is
+        # scales follow the numbers, one byte each, without alignment
         scales = self._file.tensor(at + info.numel + 4 * first, "F32", (last - first,))
         return whole.float() * scales[of - first]
 
@@ -230,7 +231,7 @@ class Llama2cReader:
 
 
 def header_for(values: Mapping[str, Any], version: int, group: int = 64) -> Header:
-    """The header that says `values`; the group is halved until it divides the rows."""
+    """Return the header for `values`; `group` is halved until it divides the rows."""
     sizes = tuple(values[name] for name in FIELDS)
     if version == 2:
         while group > 1 and sizes[0] % group:
@@ -242,10 +243,10 @@ def header_for(values: Mapping[str, Any], version: int, group: int = 64) -> Head
 
 
 def lay_out(header: Header, infos: Mapping[str, TensorInfo], where: Any) -> Layout:
-    """The one layout of these arrays; rotary tables are the only ones that no model holds."""
+    """Lay out these arrays; only rotary tables may be missing from them."""
     wanted = {n: s for n, s in header.arrays() if not n.startswith("freq_cis_")}
-    if odd := sorted(wanted.keys() ^ infos.keys()):
-        raise LossyExport(f"{where}: llama2.c has no place for, or lacks, {odd[0]}")
+    if difference := sorted(wanted.keys() ^ infos.keys()):
+        raise LossyExport(f"{where}: llama2.c has no place for, or lacks, {difference[0]}")
     for name, shape in wanted.items():
         assert infos[name].shape == shape, f"{name}: {infos[name].shape} and not {shape}"
     starts, end = header.starts()
@@ -255,7 +256,7 @@ def lay_out(header: Header, infos: Mapping[str, TensorInfo], where: Any) -> Layo
 
 
 def rotary_tables(header: Header, base: float = 10000.0) -> dict[str, torch.Tensor]:
-    """Cosines and sines as version 0 holds them; llama2.c computes its own and skips these."""
+    """Return the cosines and sines of version 0, which llama2.c skips and recomputes."""
     import torch
 
     length, width = header.sizes[6], header.sizes[0] // header.sizes[3]

@@ -1,4 +1,4 @@
-"""safetensors: a JSON header held to the letter, then bytes, mapped or read."""
+"""safetensors: a strictly checked JSON header, then bytes, mapped or read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LARGEST = (1 << 63) - 1
 
 
 class SafetensorsReader:
-    """The header, checked when opened; the tensors, mapped when first asked for, or read."""
+    """A safetensors file: its header is checked when opened, tensors are mapped or read later."""
 
     def __init__(self, path: Path, mmap: bool | None = None) -> None:
         self.path = path
@@ -52,12 +52,12 @@ class SafetensorsReader:
         check_names(path, self.tensors)
 
     def span(self, name: str) -> tuple[int, int]:
-        """(start, end) of a tensor's bytes in the file."""
+        """Return (start, end) of a tensor's bytes in the file."""
         start, end = self._spans[name]
         return self._start + start, self._start + end
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the mapped file, or memory of its own; no file is changed through either."""
+        """Return a view of the mapped file, or a copy; a write to it changes no file."""
         info = self.tensors.get(name)
         if info is None:
             near = did_you_mean(name, self.tensors)
@@ -65,13 +65,13 @@ class SafetensorsReader:
         return self._file.tensor(self.span(name)[0], info.dtype, info.shape)
 
     def decoder(self, name: str) -> Read | None:
-        """What reads a box of a tensor; None where a view of the map shows it."""
+        """Return what reads a box of a tensor; None if `tensor` is a view of a map."""
         _, shape, dtype = self.tensors[name]
         return self._file.boxes(self.span(name)[0], dtype, shape)
 
 
 def _read_header(path: Path, fd: int) -> tuple[int, bytes]:
-    """(where the tensors' bytes start, the header); sizes are checked before any allocation."""
+    """Return (start of the tensors' bytes, header); check sizes before any allocation."""
     size = os.fstat(fd).st_size
     head = os.pread(fd, 8, 0)
     if len(head) < 8:
@@ -104,7 +104,7 @@ def _read_header(path: Path, fd: int) -> tuple[int, bytes]:
 def _parse(
     path: Path, header: bytes, available: int
 ) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """(metadata, tensors in the file's order, their spans) of a header that breaks no rule."""
+    """Return (metadata, tensors in the file's order, their spans) of a sound header."""
     entries = _load(path, header)
     problems: list[str] = []
     metadata = entries.pop("__metadata__", {})
@@ -140,22 +140,24 @@ def _parse(
 
 
 def _load(path: Path, header: bytes) -> dict[str, Any]:
-    """The header's JSON, as text that is UTF-8, starts with its object and names nothing twice."""
+    """Return the header's JSON: UTF-8, starting with its object, no name twice."""
     try:
         text = header.decode()
     except UnicodeDecodeError as error:
         raise CorruptCheckpoint(f"{path}: its header is not UTF-8 at byte {error.start}") from None
-    body = text.rstrip(" ")  # the only padding the format knows
+    body = text.rstrip(" ")  # the only padding that the format allows
     if not (body.startswith("{") and body.endswith("}")):
         raise CorruptCheckpoint(f"{path}: its header is no JSON object padded with spaces")
     try:
-        # JSON has -0 and Python's int has not; the slower hook is for headers that may hold one
+        # JSON has -0, Python's int does not; the slower hook is only for headers that may hold one
         natural = _natural if "-" in body else None
         entries = json.loads(
             body, object_pairs_hook=unique, parse_int=natural, parse_constant=_no_constant
         )
         if "\\u" in body:
-            json.dumps(entries, ensure_ascii=False).encode()  # an escape may be half a pair
+            json.dumps(
+                entries, ensure_ascii=False
+            ).encode()  # an escape may be half a surrogate pair
     except DuplicateKeys as error:
         raise CorruptCheckpoint(f"{path}: its header names {error} twice") from None
     except RecursionError:
@@ -178,7 +180,7 @@ def _no_constant(text: str) -> float:
 
 
 def _entry_problem(entry: Any) -> str | None:
-    """What is wrong with one tensor's entry, seen alone; None if nothing."""
+    """Return what is wrong with one tensor's entry by itself; None if nothing is."""
     if type(entry) is not dict:
         return f"its entry is {type(entry).__name__} where an object is expected"
     if entry.keys() != _FIELDS:
@@ -217,12 +219,21 @@ def _short(value: Any) -> str:
 
 
 def header_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """The order of a file's tensors: wide dtypes first, so that each is aligned; then by name."""
+    """Return tensors in file order: wide dtypes first, so that each is aligned; then by name."""
     return sorted(infos, key=lambda info: (-RANK[info.dtype], info.name))
 
 
 def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, where: Any) -> Layout:
-    """The one layout of these tensors, in whatever order they are given."""
+    """Lay out a file of these tensors, in the order of `header_order`.
+
+    Args:
+        infos: The tensors, in any order.
+        metadata: Text by key, or None.
+        where: What the file is called in messages.
+
+    Raises:
+        ResourceLimit: If the header would exceed the format's limit.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     starts: dict[str, int] = {}
     reached = 0
@@ -239,6 +250,6 @@ def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, whe
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        told = f"a header of {len(text)} bytes; the format has {MAX_HEADER}"
-        raise ResourceLimit(f"{where}: {told}")
+        fault = f"a header of {len(text)} bytes; the format has {MAX_HEADER}"
+        raise ResourceLimit(f"{where}: {fault}")
     return Layout(struct.pack("<Q", len(text)) + text, starts, reached)

@@ -1,14 +1,14 @@
-"""Snappy's raw blocks, unpacked within a limit that is known before anything is allocated."""
+"""Decompress Snappy's raw blocks within a limit known before anything is allocated."""
 
 from __future__ import annotations
 
 from converters.formats.wire import Malformed, varint
 
-MAX_RATIO = 22  # no element makes more of its bytes: three of them copy 64
+MAX_RATIO = 22  # the densest element: 3 bytes copy 64
 
 
 def unpacked_size(data: bytes) -> int:
-    """What a block claims to unpack into; refused where its bytes could never make as much."""
+    """Return the size that a block declares; refuse a size that its bytes cannot produce."""
     size, at = varint(data, 0, 32)
     if size > MAX_RATIO * (len(data) - at):
         raise Malformed(f"{len(data)} bytes of snappy cannot unpack into {size}")
@@ -16,7 +16,7 @@ def unpacked_size(data: bytes) -> int:
 
 
 def unpack(data: bytes) -> bytes:
-    """The bytes that a block stands for."""
+    """Decompress a block."""
     size, at = varint(data, 0, 32)
     out = bytearray()
     while at < len(data):
@@ -43,7 +43,7 @@ def unpack(data: bytes) -> bytes:
                 raise Malformed(f"snappy: a copy from {back} bytes back, {len(out)} are there")
             start = len(out) - back
             copy = out[start : start + length]
-            if back < length:  # it runs into what it writes: a pattern repeats
+            if back < length:  # the copy overlaps its output: a pattern repeats
                 copy = (copy * (length // back + 1))[:length]
             out += copy
         if len(out) > size:

@@ -1,4 +1,4 @@
-"""A file's bytes as tensors: views of a private map, or memory of their own; never written back."""
+"""A file's bytes as tensors: views of a private map or copies in memory; never written back."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 # larger than that memory is refused. Weights are only read, so they ask for no reservation.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
-_CHUNK = 256 << 10  # bytes read at a time where they are not kept: they stay in the cache
+_CHUNK = 256 << 10  # bytes read at a time if they are not kept: a size that stays in the cache
 
-_GAP = 16 << 10  # bytes that are read sooner than a further call is made that leaves them out
+_GAP = 16 << 10  # a gap of so many bytes is read over: faster than a second call
 
 Stamp = tuple[int, int, int, int]
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """What tells a file from another, and from itself once it was written to."""
+    """Return what distinguishes a file from any other, and from itself after a write."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class SourceFile:
-    """One regular file, as it was when its header was read through `fd`.
+    """A regular file in the state in which its header was read through `fd`.
 
-    Mapped, its tensors are views of the file; what is written to them stays in this process, but
-    whoever shortens the file takes the bytes away from under them. Else each is read when asked
-    for, into memory of its own.
+    If it is mapped, its tensors are views of the map: a write to them stays in this process, but a
+    process that truncates the file takes the bytes away. Otherwise each tensor is read into memory
+    of its own when it is asked for.
     """
 
     def __init__(self, path: Path, fd: int, mapped: bool) -> None:
@@ -57,7 +57,7 @@ class SourceFile:
         self._opening = threading.Lock()
 
     def bytes(self, start: int, end: int) -> Tensor:
-        """(end - start,) bytes of the file; never none at all."""
+        """Return the bytes from `start` to `end` as a (end - start,) tensor; never empty."""
         import torch
 
         if self.mapped:
@@ -65,7 +65,7 @@ class SourceFile:
         return self.tensor(start, "U8", (end - start,))
 
     def tensor(self, start: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        """In this shape: a view of the map, a copy where the file does not align it; or read."""
+        """Return a tensor of this shape: a view of the map, or a copy where it is not aligned."""
         import torch
 
         kind, size, count = torch_dtype(dtype), itemsize(dtype), math.prod(shape)
@@ -81,7 +81,10 @@ class SourceFile:
     def box(
         self, start: int, dtype: str, shape: tuple[int, ...], rows: slice, columns: slice
     ) -> Tensor:
-        """(rows, columns) of a tensor, all axes but the last being rows; no other byte is kept."""
+        """Return (rows, columns) of a tensor, with all axes but the last flattened into rows.
+
+        Only these bytes are kept in memory.
+        """
         width = shape[-1] if shape else 1
         if self.mapped:
             return self.tensor(start, dtype, shape).view(-1, width)[rows, columns]
@@ -109,21 +112,22 @@ class SourceFile:
         return out
 
     def boxes(self, start: int, dtype: str, shape: tuple[int, ...]) -> Read | None:
-        """`box` of one tensor; None where a view of the map shows it whole."""
+        """Return `box` for one tensor; None if a view of the map shows all of it."""
         return None if self.mapped else partial(self.box, start, dtype, shape)
 
     def crc32(self, start: int, end: int) -> int:
+        """Return the CRC-32 of the bytes from `start` to `end`."""
         crc = 0
         for chunk in self.chunks(start, end):
             crc = zlib.crc32(chunk, crc)
         return crc
 
     def chunks(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes in order, in memory that the next of them may take."""
+        """Yield the bytes in order; each chunk may be overwritten by the next."""
         if self.mapped:
-            with memoryview(self.data) as held:
+            with memoryview(self.data) as view:
                 for at in range(start, end, _CHUNK):
-                    yield held[at : min(at + _CHUNK, end)]
+                    yield view[at : min(at + _CHUNK, end)]
             return
         room = memoryview(bytearray(min(_CHUNK, end - start)))
         for at in range(start, end, _CHUNK):
@@ -144,7 +148,7 @@ class SourceFile:
 
     @property
     def data(self) -> mmap.mmap:
-        """All of the file, mapped."""
+        """The whole file, mapped."""
         if self._mapping is None:
             fd = self._opened()
             try:
@@ -163,10 +167,10 @@ class SourceFile:
 
 
 def _apart(height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Memory that goes back to the system with the tensor.
+    """Return a matrix whose memory goes back to the system with it.
 
-    An allocator keeps what it is given back for the next that asks: of a few megabytes at a time,
-    taken and left by several threads, several times as many.
+    An allocator keeps freed blocks for the next request. With blocks of a few megabytes that
+    several threads take and free in turn, it keeps several times as much.
     """
     import torch
 
@@ -178,11 +182,11 @@ def _apart(height: int, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's own bytes, to be written to while the tensor is there."""
+    """Return the bytes of a contiguous tensor for writing, valid while the tensor exists."""
     if not tensor.nbytes:
         return memoryview(b"")
-    held = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(held).cast("B")
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(memory).cast("B")
 
 
 __all__ = ["SourceFile", "Stamp", "memory_of", "stamp"]

@@ -1,4 +1,4 @@
-"""LevelDB's tables, as TensorFlow's indices are: sorted keys in blocks, each with a CRC."""
+"""LevelDB tables, the format of TensorFlow's indices: sorted keys in blocks, each with a CRC."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from converters.formats.snappy import unpack, unpacked_size
 from converters.formats.wire import Malformed, varint
 from zoo.errors import CorruptCheckpoint, ResourceLimit
 
-MAX_TABLE = 2 << 20  # bytes of a file, half of what may be unpacked; BERT has 10 kB
+MAX_TABLE = 2 << 20  # bytes of a file, and half of what may be decompressed; BERT has 10 kB
 MAX_ENTRIES = 1 << 15
 _FOOTER = 48
 _MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
-_TRAILER = struct.Struct("<BI")  # how it is packed; the CRC of what is packed, and of this byte
+_TRAILER = struct.Struct("<BI")  # compression; CRC of the compressed bytes and of this byte
 _PLAIN, _SNAPPY = 0, 1
 
 
@@ -28,11 +28,12 @@ class _Handle(NamedTuple):
 
     @property
     def end(self) -> int:
+        """End of the block."""
         return self.start + self.size + _TRAILER.size
 
 
 class _Table:
-    """The file's bytes, and what may still be unpacked of them."""
+    """The bytes of the file, and how much may still be decompressed."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.data = path, data
@@ -40,6 +41,7 @@ class _Table:
         self.handles: list[_Handle] = []
 
     def spend(self, size: int) -> None:
+        """Count decompressed bytes against the limit."""
         self.budget += size
         if self.budget > 2 * MAX_TABLE:
             raise ResourceLimit(
@@ -47,7 +49,7 @@ class _Table:
             )
 
     def handle(self, data: bytes, at: int = 0) -> tuple[_Handle, int]:
-        """Where a block lies, inside the file, and where its handle ends."""
+        """Return (the position of a block inside the file, the end of its handle)."""
         start, at = varint(data, at)
         size, at = varint(data, at)
         handle, end = _Handle(start, size), len(self.data) - _FOOTER
@@ -57,7 +59,7 @@ class _Table:
         return handle, at
 
     def check_cover(self) -> None:
-        """No block overlaps another, and none is left out: nobody would have checked it."""
+        """Check that blocks do not overlap and cover the file, so that every byte has a CRC."""
         reached = 0
         for handle in [*sorted(self.handles), _Handle(len(self.data) - _FOOTER, 0)]:
             if handle.start != reached:
@@ -68,12 +70,12 @@ class _Table:
             reached = handle.end
 
     def block(self, handle: _Handle) -> Iterator[tuple[bytes, bytes]]:
-        """(key, value) of a block, once its CRC fits."""
+        """Yield (key, value) of a block whose CRC is right."""
         end = handle.start + handle.size
         kind, wanted = _TRAILER.unpack_from(self.data, end)
-        found = masked(crc32c(self.data[handle.start : end + 1]))
-        if found != wanted:
-            raise Malformed(f"CRC {found:08x}, expected {wanted:08x}")
+        actual = masked(crc32c(self.data[handle.start : end + 1]))
+        if actual != wanted:
+            raise Malformed(f"CRC {actual:08x}, expected {wanted:08x}")
         data = self.data[handle.start : end]
         if kind == _SNAPPY:
             self.spend(unpacked_size(data))
@@ -87,7 +89,7 @@ class _Table:
         return self.pairs(data)
 
     def pairs(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """A key says how much it shares with the one before; the restarts, which share nothing."""
+        """Yield (key, value); each key stores how much it shares with the one before."""
         count = int.from_bytes(data[-4:], "little")
         end = len(data) - 4 - 4 * count
         if len(data) < 4 or end < 0:
@@ -128,10 +130,14 @@ def _restart(data: bytes, end: int, number: int, count: int) -> int | None:
 
 
 def read_table(path: Path) -> list[tuple[bytes, bytes]]:
-    """(key, value) of all entries, in ascending order of keys; the blocks cover the file."""
+    """Return (key, value) of all entries, in ascending order of keys.
+
+    Raises:
+        CorruptCheckpoint: If the table is damaged or its blocks do not cover the file.
+    """
     table = _Table(path, _read(path))
     footer = table.data[-_FOOTER:]
-    found: list[tuple[bytes, bytes]] = []
+    pairs: list[tuple[bytes, bytes]] = []
     place = "footer"
     try:
         meta, at = table.handle(footer)
@@ -157,17 +163,17 @@ def read_table(path: Path) -> list[tuple[bytes, bytes]]:
                 if key > bound:
                     raise Malformed(f"key {_text(key)} lies behind the index's {_text(bound)}")
                 before = key
-                found.append((key, value))
+                pairs.append((key, value))
             before = bound
     except Malformed as error:
         raise CorruptCheckpoint(
             f"{path}: {place}: {error}. Download or copy the file again."
         ) from None
-    return found
+    return pairs
 
 
 def _read(path: Path) -> bytes:
-    """The whole file, if it is of a size that an index has and ends as a table does."""
+    """Return the whole file, if its size is that of an index and its end that of a table."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size

@@ -1,4 +1,4 @@
-"""A zip as torch lays it out: records stored as they are, each where it can be used as mapped."""
+"""A zip as torch writes it: uncompressed records, each aligned for use as mapped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from converters.formats import Layout
 
 MAGIC, END = b"PK\x03\x04", b"PK\x05\x06"
 LOCAL = struct.Struct("<4s5H3L2H")
-WIDE = 0xFFFFFFFF  # in the place of a size or an offset: it stands in an extra field
-_ALIGNMENT = 64  # as torch has it, so that what is mapped can be used as it lies
+WIDE = 0xFFFFFFFF  # for a size or an offset that is in an extra field
+_ALIGNMENT = 64  # torch's, so that mapped records can be used in place
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _TAIL = struct.Struct("<4s4H2LH")
 _TAIL_64 = struct.Struct("<4sQ2H2L4Q")
@@ -19,7 +19,7 @@ _LOCATOR = struct.Struct("<4sLQL")
 
 
 class _Entry:
-    """A record to be: its header in front of it, and what the directory says of it."""
+    """A record to write: its local header, and its entry in the directory."""
 
     def __init__(self, name: str, size: int, at: int) -> None:
         self.name, self.size, self.at = name.encode(), size, at
@@ -30,11 +30,13 @@ class _Entry:
         self.end = self.start + size
 
     def local(self, crc: int) -> bytes:
+        """Return the header in front of the record."""
         size = min(self.size, WIDE)
         sizes = (crc, size, size, len(self.name), len(self.extra))
         return LOCAL.pack(MAGIC, 45, 0x800, 0, 0, 0x21, *sizes) + self.name + self.extra
 
     def central(self, crc: int) -> bytes:
+        """Return the record's entry in the central directory."""
         size, at = min(self.size, WIDE), min(self.at, WIDE)
         wide = [self.size] * 2 if self.size >= WIDE else []
         wide += [self.at] if self.at >= WIDE else []
@@ -50,13 +52,20 @@ def lay_out(
     tensors: Mapping[str, tuple[str, int]],
     after: Mapping[str, bytes],
 ) -> Layout:
-    """Records below `root`: known ones in front of and behind the tensors' (record, bytes)."""
-    head, first = _known(root, before, 0)
+    """Lay out records below the folder `root`.
+
+    Args:
+        root: The folder in the archive.
+        before: Records in front of the tensors.
+        tensors: Tensor -> (record, bytes).
+        after: Records behind the tensors.
+    """
+    head, first = _entries_like(root, before, 0)
     at, entries = len(head), dict[str, _Entry]()
     for tensor, (name, size) in tensors.items():
         entries[tensor] = _Entry(f"{root}/{name}", size, at)
         at = entries[tensor].end
-    behind, last = _known(root, after, at)
+    behind, last = _entries_like(root, after, at)
 
     def tail(crcs: Mapping[str, int]) -> bytes:
         records = [*first, *((entry, crcs[name]) for name, entry in entries.items()), *last]
@@ -71,20 +80,20 @@ def lay_out(
     return Layout(head, starts, end - len(head), seal)
 
 
-def _known(
+def _entries_like(
     root: str, contents: Mapping[str, bytes], at: int
 ) -> tuple[bytes, list[tuple[_Entry, int]]]:
-    """(records one behind the other from `at`, each with its CRC)"""
-    out, found = b"", list[tuple[_Entry, int]]()
+    """Return (records one after the other from position `at`, each with its CRC)."""
+    out, matches = b"", list[tuple[_Entry, int]]()
     for name, content in contents.items():
         entry, crc = _Entry(f"{root}/{name}", len(content), at + len(out)), zlib.crc32(content)
         out += entry.local(crc) + content
-        found.append((entry, crc))
-    return out, found
+        matches.append((entry, crc))
+    return out, matches
 
 
 def _directory(records: list[tuple[_Entry, int]], place: int) -> bytes:
-    """What ends the file: every record once more, and where that list begins."""
+    """Return the end of the file: every entry, and where the list begins."""
     out = directory = b"".join(entry.central(crc) for entry, crc in records)
     count = len(records)
     if place >= WIDE or len(directory) >= WIDE or count >= 0xFFFF:

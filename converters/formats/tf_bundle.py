@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from converters.checkpoint import confined, is_plain
 from converters.formats import BITS, TensorInfo, check_names, open_regular, torch_dtype
 from converters.formats.crc32c import crc32c_read, masked
 from converters.formats.source import SourceFile
 from converters.formats.sstable import read_table
 from converters.formats.wire import BYTES, FIXED32, Field, Malformed, message, signed
+from converters.paths import confined, is_plain
 from zoo.errors import (
     AmbiguousCheckpoint,
     CorruptCheckpoint,
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 INDEX = ".index"
 MAX_SHARDS = 10_000  # and slices of one tensor
-MAX_RANK = 8  # where TensorFlow's own operations stop
+MAX_RANK = 8  # the limit of TensorFlow's operations
 _MAX_POINTER = 1 << 20
-_VERSION = 1  # of the bundles read here; a file says the least that its reader has to know
+_VERSION = 1  # of bundles read here; a file names the lowest version that reads it
 
-# TensorFlow's number: our code, or what is stored there that is no tensor of ours
+# TensorFlow's number: dtype code, or a description of a type that is not read
 DTYPES = {
     1: "F32",
     2: "F64",
@@ -77,7 +77,7 @@ _OTHERS = {
     31: "int2",
     32: "uint2",
 }
-_ALL = -1  # of an axis, as the length of a slice
+_ALL = -1  # length of a slice that covers its axis
 _COUNTER = "save_counter/.ATTRIBUTES/VARIABLE_VALUE"
 
 _HEADER = {1: Field("num_shards"), 2: Field("endianness"), 3: Field("version", BYTES)}
@@ -102,7 +102,7 @@ _EXTENT = {1: Field("start"), 2: Field("length")}
 
 
 class _Part(NamedTuple):
-    """A range of bytes in a shard, and the CRC that they should have."""
+    """A range of bytes in a shard, and their expected CRC."""
 
     shard: int
     start: int
@@ -111,7 +111,7 @@ class _Part(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What the index says of one key; a tensor cut into slices has them instead of bytes."""
+    """A key's entry in the index; a sliced tensor has slices instead of bytes."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ class _Entry(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Where some of a tensor's rows along an axis lie."""
+    """Where some of a tensor's rows along an axis are."""
 
     axis: int
     first: int
@@ -129,10 +129,11 @@ class _Piece(NamedTuple):
 
 
 class TFBundleReader:
-    """Index and sizes are checked on opening, a tensor's CRC when it is first asked for.
+    """A TensorFlow bundle: index and sizes are checked when opened, CRCs when a tensor is read.
 
-    `skipped` says why a key is no tensor here: text, TensorFlow's own bookkeeping. Mapped only if
-    asked to be: a saver writes under the same names again.
+    `skipped` holds why a key is not a tensor: text, TensorFlow's own records. Files are mapped only
+    on
+    request, since a saver overwrites them under the same names.
     """
 
     def __init__(self, path: Path, mmap: bool | None = None) -> None:
@@ -149,7 +150,7 @@ class TFBundleReader:
         self._unchecked = {piece.part for pieces in self._pieces.values() for piece in pieces}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read, or a view of the map; what was saved in slices is joined in memory."""
+        """Return a view of the map or a copy; slices are joined in memory."""
         if name in self.skipped:
             raise MissingTensors(f"{self.path}: {name} is no tensor: {self.skipped[name]}")
         info = self.tensors.get(name)
@@ -166,7 +167,7 @@ class TFBundleReader:
         return torch.cat([self._view(info.dtype, piece) for piece in pieces], pieces[0].axis)
 
     def decoder(self, name: str) -> Read | None:
-        """What reads a box of a tensor; None where views of the map show it."""
+        """Return what reads a box of a tensor; None if `tensor` is a view of a map."""
         pieces, (_, shape, dtype) = self._pieces[name], self.tensors[name]
         for piece in pieces:
             self._check(name, piece.part)
@@ -176,15 +177,15 @@ class TFBundleReader:
             return self._boxes(dtype, pieces[0])
         import torch
 
-        from converters.lazy import Lazy, Part, Stored
+        from converters.lazy import FileBacked, Lazy, Patch
 
-        parts = list[Part]()
+        parts = list[Patch]()
         for piece in pieces:
             box = [slice(0, size) for size in shape]
             box[piece.axis] = slice(piece.first, piece.first + piece.shape[piece.axis])
-            of = Stored(piece.shape, torch_dtype(dtype), self._boxes(dtype, piece))
+            of = FileBacked(piece.shape, torch_dtype(dtype), self._boxes(dtype, piece))
             view = torch.empty(piece.shape, dtype=torch_dtype(dtype), device="meta")
-            parts.append(Part(tuple(box), view, of))
+            parts.append(Patch(tuple(box), view, of))
         return Lazy(shape, shape, parts).matrix
 
     def _boxes(self, dtype: str, piece: _Piece) -> Read:
@@ -198,16 +199,16 @@ class TFBundleReader:
             return
         shard = self._shards[part.shard]
         size, read = part.end - part.start, shard.bytes
-        found = masked(crc32c_read(size, lambda a, b: read(part.start + a, part.start + b)))
-        if found != part.crc:
+        actual = masked(crc32c_read(size, lambda a, b: read(part.start + a, part.start + b)))
+        if actual != part.crc:
             raise CorruptCheckpoint(
-                f"{shard.path}: tensor {name}, bytes {part.start} to {part.end}: CRC {found:08x}, "
+                f"{shard.path}: tensor {name}, bytes {part.start} to {part.end}: CRC {actual:08x}, "
                 f"expected {part.crc:08x}. Download or copy the file again."
             )
-        self._unchecked.discard(part)  # another thread may have been as fast
+        self._unchecked.discard(part)  # another thread may have checked it too
 
     def _sort_out(self, entries: dict[bytes, _Entry]) -> None:
-        """Tensors, and what is none; a slice's key begins with a zero byte, a name never does."""
+        """Separate tensors from other entries; a slice's key begins with a zero byte."""
         problems = _span_problems(entries, self._shards)
         unclaimed = {key for key in entries if key.startswith(b"\0")}
         for key, entry in entries.items():
@@ -241,7 +242,7 @@ def _shown(key: bytes) -> str:
 
 
 def _no_tensor(name: str, dtype: int) -> str | None:
-    """Why an entry is none; None if it is one."""
+    """Return why an entry is not a tensor; None if it is."""
     if dtype in _OTHERS:
         return f"holds {_OTHERS[dtype]}"
     return "how often TensorFlow's saver had run" if name == _COUNTER else None
@@ -251,7 +252,7 @@ def _no_tensor(name: str, dtype: int) -> str | None:
 
 
 def _entries(path: Path) -> tuple[dict[bytes, _Entry], int]:
-    """(what the index says of each key, how many shards there are)."""
+    """Return (key -> entry, number of shards)."""
     if not path.name.endswith(INDEX):
         raise NotACheckpoint(f"{path}: a tensor bundle is opened by its {INDEX} file")
     table = read_table(path)
@@ -274,7 +275,7 @@ def _entries(path: Path) -> tuple[dict[bytes, _Entry], int]:
 
 
 def _header(path: Path, value: bytes) -> int:
-    """How many shards there are, if this is a bundle that can be read."""
+    """Return the number of shards, if this is a bundle that can be read."""
     header = message(value, _HEADER)
     versions = message(header.get("version", b""), _VERSIONS)
     least, bad = versions.get("min_consumer", 0), versions.get("bad_consumers", [])
@@ -313,8 +314,8 @@ def _entry(value: bytes, shards: int) -> _Entry:
     if dtype in DTYPES and not slices:
         wanted = math.prod(shape) * BITS[DTYPES[dtype]] // 8
         if size != wanted:
-            told = f"shape {_dims(shape)} of {DTYPES[dtype]} takes {wanted} bytes"
-            raise Malformed(f"{told}, the index says {size}")
+            fault = f"shape {_dims(shape)} of {DTYPES[dtype]} takes {wanted} bytes"
+            raise Malformed(f"{fault}, the index says {size}")
     return _Entry(dtype, shape, _Part(shard, start, start + size, crc), slices)
 
 
@@ -341,8 +342,8 @@ def _dims(shape: Iterable[int]) -> str:
 def _slices(
     path: Path, key: bytes, whole: _Entry, entries: dict[bytes, _Entry]
 ) -> dict[bytes, _Piece]:
-    """The pieces of a tensor that was saved in slices along one axis, each by its own key."""
-    found: dict[bytes, _Piece] = {}
+    """Return the pieces of a tensor that was saved in slices along one axis, each under its key."""
+    pieces: dict[bytes, _Piece] = {}
     cut: set[int] = set()
     for value in whole.slices:
         extents = [message(extent, _EXTENT) for extent in message(value, _SLICE).get("extent", [])]
@@ -364,24 +365,24 @@ def _slices(
         name = slice_key(key, spans)
         part = entries.get(name)
         where = f"its slice from {first} on axis {axis}"
-        if part is None or name in found:
-            fault = "stands twice" if name in found else "is not in the index"
+        if part is None or name in pieces:
+            fault = "stands twice" if name in pieces else "is not in the index"
             raise Malformed(f"{where} {fault}")
         if part.shape != tuple(shape) or part.dtype != whole.dtype or part.slices:
-            told = f"{_dims(part.shape)} of dtype {part.dtype}"
-            raise Malformed(f"{where} is {told}, not {_dims(shape)} of {whole.dtype}")
-        found[name] = _Piece(axis, first, part.shape, part.part)
+            actual = f"{_dims(part.shape)} of dtype {part.dtype}"
+            raise Malformed(f"{where} is {actual}, not {_dims(shape)} of {whole.dtype}")
+        pieces[name] = _Piece(axis, first, part.shape, part.part)
     if len(cut) > 1:
         raise UnsupportedFormat(
             f"{path}: tensor {_shown(key)} is saved in slices along axes "
             f"{listing(map(str, sorted(cut)))}; those along one are joined. Save it whole."
         )
-    _check_tiling(whole.shape, found.values(), cut)
-    return found
+    _check_tiling(whole.shape, pieces.values(), cut)
+    return pieces
 
 
 def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int]) -> None:
-    """Together the pieces are the tensor, and no two hold the same of it."""
+    """Check that the pieces cover the tensor without overlap."""
     ordered = sorted(pieces, key=lambda piece: piece.first)
     if not cut:
         if len(ordered) != 1:
@@ -391,27 +392,27 @@ def _check_tiling(shape: tuple[int, ...], pieces: Iterable[_Piece], cut: set[int
     reached = 0
     for piece in ordered:
         if piece.first != reached:
-            told = f"reach {reached} of axis {axis} and go on at {piece.first}"
-            raise Malformed(f"its slices {told}")
+            fault = f"reach {reached} of axis {axis} and go on at {piece.first}"
+            raise Malformed(f"its slices {fault}")
         reached += piece.shape[axis]
     if reached != shape[axis]:
         raise Malformed(f"its slices end at {reached} of axis {axis}, which has {shape[axis]}")
 
 
 def slice_key(name: bytes, spans: Iterable[tuple[int, int]]) -> bytes:
-    """What a slice is called in the index: numbers and text written so that bytes sort as they do.
+    """Return the key of a slice in the index; its bytes sort like its numbers and text.
 
-    A zero; the name, its own 0 and 255 escaped; the rank; start and length for each axis.
+    The key is a zero; the name, with 0 and 255 escaped; the rank; start and length for each axis.
     """
     escapes = {b"\0": b"\0\xff", b"\xff": b"\xff\0"}
-    text = re.sub(b"[\0\xff]", lambda found: escapes[found[0]], name)
+    text = re.sub(b"[\0\xff]", lambda match: escapes[match[0]], name)
     spans = list(spans)
     rank = bytes((1, len(spans))) if spans else b"\0"
     return b"\0" + text + b"\0\1" + rank + b"".join(_number(n) for span in spans for n in span)
 
 
 def _number(value: int) -> bytes:
-    """A signed number: as many leading ones as it has bytes, turned round if it is negative."""
+    """Encode a signed number: leading ones count its bytes; a negative one is inverted."""
     size = (~value if value < 0 else value).bit_length() // 7 + 1
     ones = ((1 << size) - 1) << 7 * size
     return ((value & ((1 << 8 * size) - 1)) ^ ones).to_bytes(size, "big")
@@ -421,9 +422,9 @@ def _number(value: int) -> bytes:
 
 
 def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
-    """All shards, or all that is unsafe, or all that is missing."""
+    """Open all shards, or report all unsafe ones, or all missing ones."""
     stem = path.name.removesuffix(INDEX)
-    found: list[SourceFile] = []
+    shards: list[SourceFile] = []
     missing: list[str] = []
     unsafe: list[str] = []
     for number in range(count):
@@ -437,7 +438,7 @@ def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
             unsafe.append(str(error))
         else:
             try:
-                found.append(SourceFile(place, fd, mapped))
+                shards.append(SourceFile(place, fd, mapped))
             finally:
                 os.close(fd)
     if unsafe:
@@ -447,28 +448,28 @@ def _open_shards(path: Path, count: int, mapped: bool) -> list[SourceFile]:
             f"{path}: {len(missing)} of its {count} shards are missing: {listing(missing)}. "
             "Download them again."
         )
-    return found
+    return shards
 
 
 def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> list[str]:
-    """Bytes that lie beyond their shard, belong to two, or to none at its end."""
+    """List bytes outside their shard, shared by two tensors, or unused at the end."""
     parts = sorted((e.part, key) for key, e in entries.items() if not e.slices)
     problems: list[str] = []
     reached = [(0, "its start")] * len(shards)
     for part, key in parts:
         shard, name = shards[part.shard], _shown(key)
         end, before = reached[part.shard]
-        told = f"tensor {name}: bytes {part.start} to {part.end} of {shard.path.name}"
+        fault = f"tensor {name}: bytes {part.start} to {part.end} of {shard.path.name}"
         if part.end > shard.size:
-            problems.append(f"{told}, which has {shard.size}: truncated?")
+            problems.append(f"{fault}, which has {shard.size}: truncated?")
         elif part.start < end and part.start < part.end:
-            problems.append(f"{told} overlap {before}, which ends at {end}")
+            problems.append(f"{fault} overlap {before}, which ends at {end}")
         if part.end > end:
             reached[part.shard] = part.end, name
     for shard, (end, before) in zip(shards, reached, strict=True):
         if end < shard.size:
-            told = f"{shard.size} bytes, and {before} ends at {end}"
-            problems.append(f"trailing bytes in {shard.path.name}: {told}")
+            fault = f"{shard.size} bytes, and {before} ends at {end}"
+            problems.append(f"trailing bytes in {shard.path.name}: {fault}")
     return problems
 
 
@@ -476,7 +477,7 @@ def _span_problems(entries: dict[bytes, _Entry], shards: list[SourceFile]) -> li
 
 
 def find_bundle(path: Path) -> Path:
-    """The index that is meant: by its own path, its prefix, or the directory it lies in."""
+    """Return the index of a bundle from its path, its prefix or its directory."""
     if path.name.endswith(INDEX) and not path.is_dir():
         return path
     beside = path.with_name(path.name + INDEX) if path.name else path
@@ -491,7 +492,7 @@ def find_bundle(path: Path) -> Path:
 
 
 def _in_directory(root: Path) -> Path | None:
-    """What the file `checkpoint` names, else the one index there is."""
+    """Return the index that the file `checkpoint` names, or the only one in the directory."""
     try:
         here = sorted(name for name in os.listdir(root) if name.endswith(INDEX))
     except OSError as error:
@@ -512,19 +513,20 @@ def _in_directory(root: Path) -> Path | None:
 
 
 def _named(pointer: Path) -> str | None:
-    """The index's name in TensorFlow's note of what it saved last; None if it is no such note.
+    """Return the index that TensorFlow's file `checkpoint` names; None if it is another file.
 
-    It may hold the absolute path of the machine that saved it: only the name is taken, in here.
+    It may name an absolute path on another machine: only the file's name is used, in this
+    directory.
     """
     fd = open_regular(pointer)
     try:
         text = os.pread(fd, _MAX_POINTER, 0).decode(errors="backslashreplace")
     finally:
         os.close(fd)
-    found = re.findall(r'^\s*model_checkpoint_path:\s*"(.*)"\s*$', text, re.MULTILINE)
-    if len(found) != 1:
+    names = re.findall(r'^\s*model_checkpoint_path:\s*"(.*)"\s*$', text, re.MULTILINE)
+    if len(names) != 1:
         return None
-    name: str = found[0]
+    name: str = names[0]
     name = name.rpartition("/")[2] if name.startswith("/") else name.removeprefix("./")
     if "/" in name or not is_plain(name):
         raise UnsafePath(

@@ -21,7 +21,7 @@ _COUNT = struct.Struct("<q")
 
 
 def read(path: Path, file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """(what was saved, where each storage's bytes start and how many they are)."""
+    """Return (the saved object, storage -> (start, bytes))."""
     fd = file.fileno()
     size = os.fstat(fd).st_size
     head = _Pickles(path, os.pread(fd, min(size, MAX_PICKLE), 0))
@@ -42,16 +42,16 @@ def read(path: Path, file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
 def _places(
     path: Path, fd: int, size: int, at: int, storages: list[Storage]
 ) -> dict[str, tuple[int, int]]:
-    """Each storage stands behind its count of numbers; nothing follows the last one."""
+    """Return where each storage is: a count of numbers, then the numbers, to the file's end."""
     places: dict[str, tuple[int, int]] = {}
     for storage in storages:
         count = os.pread(fd, _COUNT.size, at)
         code = named_dtype(storage.dtype)
         if count != _COUNT.pack(storage.numel) or code is None:
-            found = f"{_COUNT.unpack(count)[0]}" if len(count) == _COUNT.size else "the file's end"
+            actual = f"{_COUNT.unpack(count)[0]}" if len(count) == _COUNT.size else "the file's end"
             raise CorruptCheckpoint(
                 f"{path}: storage {storage.key} at byte {at}: expected {storage.numel} numbers of "
-                f"{storage.dtype}, found {found}. Truncated? Download or copy it again."
+                f"{storage.dtype}, found {actual}. Truncated? Download or copy it again."
             )
         start, length = at + _COUNT.size, storage.numel * itemsize(code)
         places[storage.key], at = (start, length), start + length
@@ -61,18 +61,19 @@ def _places(
 
 
 class _Pickles:
-    """Reads one pickle after the other."""
+    """Reads consecutive pickles."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.data, self.at = path, data, 0
         self.storages: dict[str, Storage] = {}
 
     def next(self) -> Any:
+        """Read one pickle."""
         try:
             value, self.at = torch_pickle.run(self.data, self.at, self.storages)
         except ResourceLimit as error:
             raise ResourceLimit(f"{self.path}: {error}. Nothing was run.") from None
-        except Exception as error:  # any that malformed operands lead to
+        except Exception as error:  # malformed operands raise errors of any kind
             if len(self.data) == MAX_PICKLE:
                 raise ResourceLimit(
                     f"{self.path}: its pickles are longer than the {MAX_PICKLE} bytes that are read"

@@ -1,4 +1,4 @@
-"""torch.save's pickle, read as data: a dict of tensors is a few opcodes, and no others are known.
+"""torch.save's pickle, read as data: the few opcodes of a dict of tensors, and no others.
 
 Python's unpickler calls what a file names, and torch's needs torch. Here names are only compared.
 """
@@ -16,9 +16,9 @@ from zoo.errors import CorruptCheckpoint, ResourceLimit, listing
 
 MAX_RANK = 64  # torch's
 MAX_GIVEN = 8
-MAX_MEMORY = 64 << 20  # beyond the pickle itself, for all that is made of it
-EXPLAINED = 1 << 19  # bytes of a pickle that are read again, to say what is wrong
-# All that a dict of plain tensors needs, and numpy's numbers beside them.
+MAX_MEMORY = 64 << 20  # for all objects, besides the pickle itself
+EXPLAINED = 1 << 19  # bytes of a pickle that are read again to explain a fault
+# Everything that a dict of plain tensors needs, and NumPy's numbers.
 _NEEDED = re.compile(
     r"collections OrderedDict"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
@@ -26,7 +26,7 @@ _NEEDED = re.compile(
     r"|torch\.storage (Untyped|Typed)Storage"
     r"|numpy\._?core\.multiarray scalar|numpy dtype|_codecs encode"
 )
-# opcodes that name a class by what was pushed before, or by a number
+# opcodes that refer to a class by earlier operands or by a number
 _HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}
 _STORED = {  # a storage's class -> torch's dtype
     "Double": "float64",
@@ -46,15 +46,15 @@ _STORED = {  # a storage's class -> torch's dtype
 
 
 class Storage(NamedTuple):
-    """So many numbers of torch's `dtype` in a record."""
+    """A record of `numel` numbers of torch's `dtype`."""
 
     key: str
     dtype: str
     numel: int
 
 
-class Array(NamedTuple):
-    """A tensor: how `dtype`s in a storage are to be looked at."""
+class StoredArray(NamedTuple):
+    """A tensor: a strided view of a storage."""
 
     storage: Storage
     dtype: str
@@ -64,7 +64,7 @@ class Array(NamedTuple):
 
 
 class NumpyType(NamedTuple):
-    """The dtype of a number of numpy's."""
+    """The dtype of a NumPy number."""
 
     code: str
 
@@ -73,49 +73,54 @@ _NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<B"
 
 
 class Name(NamedTuple):
-    """What a pickle calls by a module and a name, and this leaves alone."""
+    """A module and a name that a pickle refers to; it is never imported."""
 
     text: str
 
     @property
     def last(self) -> str:
+        """The last part of the name."""
         return self.text.rpartition(" ")[2]
 
 
 def read(path: Path, data: bytes) -> Any:
-    """Dicts, lists, tuples, text, numbers and Arrays; whatever else is refused by its name."""
+    """Return the pickled dicts, lists, tuples, text, numbers and `StoredArray`s.
+
+    Raises:
+        CorruptCheckpoint: For anything else, by name. Nothing is executed.
+    """
     try:
         return run(data)[0]
     except ResourceLimit as error:
         raise ResourceLimit(f"{path}: {error}. Nothing was run.") from None
-    except Exception as error:  # any that malformed operands lead to
+    except Exception as error:  # malformed operands raise errors of any kind
         raise refusal(path, data, error) from None
 
 
 def refusal(path: Path, data: bytes, error: Exception) -> CorruptCheckpoint:
-    """Why a pickle is not read."""
+    """Return the error that explains why a pickle is not read."""
     return CorruptCheckpoint(f"{path}: {_explained(data, error)}")
 
 
 def _explained(data: bytes, error: Exception) -> str:
     if len(data) > EXPLAINED:
         return f"its pickle is none that torch.save writes ({error}). Nothing was run."
-    odd, named, words = set[str](), set[str](), list[str]()
+    strange, named, words = set[str](), set[str](), list[str]()
     try:
         for code, arg, _ in pickletools.genops(data):
             if code.name in _HIDDEN:
-                odd.add(code.name)
+                strange.add(code.name)
             elif code.name == "GLOBAL":
                 named.add(str(arg))
             elif "UNICODE" in code.name:
                 words.append(str(arg))
-    except Exception as why:  # likewise
+    except Exception as why:  # see above
         return f"it holds no pickle, or a damaged one: {why}"
-    if odd:
+    if strange:
         return (
-            f"its pickle names what it needs by {', '.join(sorted(odd))}, as torch.save does not; "
-            f"among its words: {listing(words, 5)}. Nothing was run. Save the bare state_dict() "
-            "again with torch.save's own protocol"
+            f"its pickle names what it needs by {', '.join(sorted(strange))}, as torch.save does "
+            f"not; among its words: {listing(words, 5)}. Nothing was run. Save the bare "
+            "state_dict() again with torch.save's own protocol"
         )
     if blocked := sorted(name for name in named if not _NEEDED.fullmatch(name)):
         names = listing(name.replace(" ", ".") for name in blocked)
@@ -143,15 +148,15 @@ _TEXTS = {b"X": struct.Struct("<I"), b"U": struct.Struct("<B"), b"\x8a": struct.
 _NEW: dict[bytes, Callable[[], Any]] = {
     b"}": dict,
     b"]": list,
-    b"\x8f": list,  # a set is what it lists
+    b"\x8f": list,  # a set is read as a list
     b")": tuple,
     b"N": lambda: None,
     b"\x88": lambda: True,
     b"\x89": lambda: False,
 }
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-# Bytes that an opcode makes Python take beside a slot of the stack: a list or a dict, the entry of
-# a memo, a tuple (its items have slots already), a number, what is called, a text.
+# Bytes that Python takes for an opcode besides a slot of the stack: a list or a dict, a memo entry,
+# a tuple (its items have slots already), a number, a call, a text.
 _COSTS = {
     **dict.fromkeys((b"}", b"]", b"\x8f"), 72),
     **dict.fromkeys((b"q", b"r"), 100),
@@ -164,7 +169,10 @@ _SLOT = 8
 
 
 def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) -> tuple[Any, int]:
-    """(what the pickle at a byte holds, the byte behind it); storages are noted where asked for."""
+    """Return (the object pickled at position `at`, the position behind it).
+
+    Storages are collected in `storages` if it is given.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -203,27 +211,27 @@ def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) ->
         elif (length := _TEXTS.get(code)) is not None:
             (size,) = length.unpack_from(data, at)
             at += length.size + size
-            held = data[at - size : at]
-            if len(held) != size:
+            operand = data[at - size : at]
+            if len(operand) != size:
                 raise ValueError("it ends within a text")
-            left -= 2 * size if held.isascii() else 5 * size
-            stack.append(_said(code, held) if left >= 0 else None)
+            left -= 2 * size if operand.isascii() else 5 * size
+            stack.append(_literal(code, operand) if left >= 0 else None)
         elif code == b"Q":
             stack.append(storage := _storage(*stack.pop()))
             if storages is not None and storages.setdefault(storage.key, storage) != storage:
                 raise ValueError(f"storage {storage.key} of two sizes")
         elif code in (b"R", b"\x81"):
-            function, given = above(len(stack) - 2)
-            stack.append(_made(function, given))
+            function, arguments = above(len(stack) - 2)
+            stack.append(_made(function, arguments))
         elif code in (b"s", b"u"):
             pairs = above(marks.pop() if code == b"u" else len(stack) - 2)
-            left -= 50 * len(pairs)  # entries, of two each
+            left -= 50 * len(pairs)  # entries of two each
             _put(stack[-1], pairs)
         elif code in (b"a", b"e", b"\x90"):
             stack[-2 if code == b"a" else marks[-1] - 1].extend(
                 above(len(stack) - 1 if code == b"a" else marks.pop())
             )
-        elif code == b"b":  # attributes of a dict, which are about how it was made
+        elif code == b"b":  # attributes of a dict, which are not weights
             attributes = stack.pop()
             if type(stack[-1]) is NumpyType and attributes[1] not in ("<", "|"):
                 raise ValueError(f"numbers of numpy's in byte order {attributes[1]!r}")
@@ -237,10 +245,10 @@ def run(data: bytes, at: int = 0, storages: dict[str, Storage] | None = None) ->
             raise ValueError(f"opcode {code!r}")
 
 
-def _said(code: bytes, held: bytes) -> Any:
+def _literal(code: bytes, operand: bytes) -> Any:
     if code == b"\x8a":
-        return int.from_bytes(held, "little", signed=True)
-    return held.decode("utf-8" if code == b"X" else "latin-1")
+        return int.from_bytes(operand, "little", signed=True)
+    return operand.decode("utf-8" if code == b"X" else "latin-1")
 
 
 def _named(text: str) -> Name:
@@ -260,7 +268,7 @@ def _put(into: Any, pairs: list[Any]) -> None:
 
 
 def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None = None) -> Storage:
-    """`view` of another storage stood in files from before 1.6, and nothing wrote one since 0.4."""
+    """Make a storage. `view` of another one occurs in files before 1.6, and none since 0.4."""
     if (
         kind != "storage"
         or view is not None
@@ -273,33 +281,33 @@ def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None 
     return Storage(key, _STORED.get(name, name), numel)
 
 
-def _made(function: Any, given: Any) -> Any:
-    """A tensor, a parameter's, a dict; of others that they are there."""
-    if type(function) is not Name or type(given) is not tuple:
+def _made(function: Any, arguments: Any) -> Any:
+    """Return a tensor, a parameter or a dict; only note that other calls are there."""
+    if type(function) is not Name or type(arguments) is not tuple:
         raise ValueError("a call of what is no name")
-    if len(given) > MAX_GIVEN:  # one tuple may stand in many calls
-        raise ValueError(f"a call with {len(given)} arguments")
+    if len(arguments) > MAX_GIVEN:  # one tuple may be an argument of many calls
+        raise ValueError(f"a call with {len(arguments)} arguments")
     match function.last:
         case "OrderedDict":
-            if given:  # as Python 2 wrote it
+            if arguments:  # written by Python 2
                 raise ValueError("a dict made of another")
             return {}
-        case "encode":  # bytes, which protocol 2 has no opcode for
-            return given[0].encode("latin-1")
+        case "encode":  # bytes: protocol 2 has no opcode for them
+            return arguments[0].encode("latin-1")
         case "dtype":
-            return NumpyType(given[0])
+            return NumpyType(arguments[0])
         case "scalar":
-            return struct.unpack(_NUMPY[given[0].code], given[1])[0]
-        case "_rebuild_parameter" if type(given[0]) is Array:
-            return given[0]
+            return struct.unpack(_NUMPY[arguments[0].code], arguments[1])[0]
+        case "_rebuild_parameter" if type(arguments[0]) is StoredArray:
+            return arguments[0]
         case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3":
-            storage, offset, shape, stride, *more = given
+            storage, offset, shape, stride, *more = arguments
             dtype = more[2].last if function.last.endswith("v3") else storage.dtype
             return _array(storage, dtype, offset, shape, stride)
     return function
 
 
-def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Array:
+def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> StoredArray:
     if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor of no storage")
     if len(shape) > MAX_RANK or len(shape) != len(stride):
@@ -307,4 +315,4 @@ def _array(storage: Any, dtype: str, offset: Any, shape: Any, stride: Any) -> Ar
     numbers = (offset, *shape, *stride)
     if any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a tensor whose shape or stride is none")
-    return Array(storage, dtype, offset, shape, stride)
+    return StoredArray(storage, dtype, offset, shape, stride)

@@ -1,4 +1,4 @@
-"""torch's own zips (`.bin`, `.pth`): a pickle as data, over records read or mapped."""
+"""torch's zip files (`.bin`, `.pth`): a pickle read as data, and records read or mapped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from converters.formats import (
 )
 from converters.formats.source import SourceFile, memory_of
 from converters.formats.stored_zip import END, LOCAL, MAGIC, WIDE
-from converters.formats.torch_pickle import Array, Name
+from converters.formats.torch_pickle import Name, StoredArray
 from zoo.errors import (
     CheckpointError,
     CorruptCheckpoint,
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 MAX_PICKLE = 64 << 20  # names, shapes and strides: 100 bytes a tensor
 MAX_RECORDS = 1 << 20
-MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # of a nested dict
-_BOMB = 64 << 20, 100  # bytes and ratio beyond which a deflated record is no mere recompression
+MAX_DEPTH, MAX_VALUES = 32, 1 << 20  # limits of a nested dict
+_BOMB = 64 << 20, 100  # bytes and ratio above which a deflated record is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,36 +57,40 @@ class _Record:
     name: str
     start: int
     size: int
-    crc: int | None  # none before torch 1.6
+    crc: int | None  # None before torch 1.6
 
 
 class TorchZipReader:
-    """Structure and pickle are checked on opening, a record's CRC when its tensor is asked for.
+    """A file of torch.save: structure and pickle are checked when opened, a CRC with its tensor.
 
-    So listing a file costs no reading of weights, and no torch; no tensor leaves here unchecked.
+    Listing a file therefore reads no weights and needs no torch; every tensor returned is checked.
     """
 
     def __init__(self, path: Path, mmap: bool | None = None, *, nested: bool = False) -> None:
-        """`nested` takes dicts in dicts, and plain values beside tensors, as trainers leave them.
+        """Open a file.
 
-        A tensor's name is then the keys that lead to it, joined by /. Mapped only if asked to be:
-        torch.save writes over such files while they are in use.
+        Args:
+            path: The file.
+                mmap: Whether to map it. By default it is read, since torch.save overwrites files in
+                use.
+            nested: Whether to accept nested dicts and plain values beside tensors, as trainers save
+                them. A tensor's name is then its keys joined by `/`.
         """
         self.path = path
         self.metadata: dict[str, str] = {}
         fd = open_regular(path)
         with open(fd, "rb") as file:
-            records, found = _legacy(path, file) or _zipped(path, file)
+            records, tree = _legacy(path, file) or _zipped(path, file)
             self._file = SourceFile(path, fd, mmap is True)
-        if not isinstance(found, dict):
-            kind = "Tensor" if isinstance(found, Array) else type(found).__name__
+        if not isinstance(tree, dict):
+            kind = "Tensor" if isinstance(tree, StoredArray) else type(tree).__name__
             raise CheckpointError(f"{path}: holds a {kind}; expected a dict of tensors")
         self.values: dict[str, Any] = {}
-        self._tree = found
+        self._tree = tree
         if nested:
-            self._arrays, self.values = _flattened(path, found)
+            self._arrays, self.values = _flattened(path, tree)
         else:
-            self._arrays = _only_tensors(path, found)
+            self._arrays = _only_tensors(path, tree)
         self.tensors = {name: _info(path, name, array) for name, array in self._arrays.items()}
         check_names(path, self.tensors)
         self._records = _pair(path, self._arrays, records)
@@ -97,14 +101,14 @@ class TorchZipReader:
 
     @property
     def keys(self) -> set[Any]:
-        """Those of the outermost dict."""
+        """The keys of the outermost dict."""
         return set(self._tree)
 
     def tree(self) -> dict[Any, Any]:
-        """Everything in a nested file as it was saved: keys, lists and tuples, and its tensors."""
+        """Return everything in a nested file as it was saved, with its tensors."""
 
         def whole(value: Any, at: str) -> Any:
-            if isinstance(value, Array):
+            if isinstance(value, StoredArray):
                 return self.tensor(at)
             if isinstance(value, dict):
                 return {key: whole(v, f"{at}/{key}") for key, v in value.items()}
@@ -118,12 +122,12 @@ class TorchZipReader:
         return {key: whole(value, str(key)) for key, value in self._tree.items()}
 
     def place(self, name: str) -> object:
-        """What two names have in common if they are one array."""
+        """Return a value that is equal for two names of one array."""
         array = self._arrays[name]
         return array.storage.key, array.offset, array.shape, array.stride
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of its storage; names that shared one when saved still do."""
+        """Return a view of its storage; names that shared a storage still do."""
         array = self._arrays.get(name)
         if array is None:
             near = did_you_mean(name, self.tensors)
@@ -133,7 +137,7 @@ class TorchZipReader:
         return whole.as_strided(array.shape, array.stride, array.offset)
 
     def decoder(self, name: str) -> Read | None:
-        """What reads a box of a tensor; None where a view of its storage shows it."""
+        """Return what reads a box of a tensor; None if `tensor` is a view of a map."""
         import torch
 
         array, (_, shape, dtype) = self._arrays[name], self.tensors[name]
@@ -144,57 +148,57 @@ class TorchZipReader:
         return self._file.boxes(record.start + array.offset * itemsize(dtype), dtype, shape)
 
     def _check(self, name: str, whole: torch.Tensor | None = None) -> None:
-        """The CRC of the record that a tensor lies in, once; of `whole` where it is read."""
+        """Check the CRC of a tensor's record, once."""
         key = self._arrays[name].storage.key
         if key in self._unchecked:
             record = self._records[key]
             if whole is None:
-                found = self._file.crc32(record.start, record.start + record.size)
+                actual = self._file.crc32(record.start, record.start + record.size)
             else:
-                found = zlib.crc32(memory_of(whole))
-            if found != record.crc:
+                actual = zlib.crc32(memory_of(whole))
+            if actual != record.crc:
                 raise CorruptCheckpoint(
-                    f"{self.path}: tensor {name} (record {record.name}): CRC {found:08x}, "
+                    f"{self.path}: tensor {name} (record {record.name}): CRC {actual:08x}, "
                     f"expected {record.crc:08x}. Download or copy the file again."
                 )
-            self._unchecked.discard(key)  # another thread may have been as fast
+            self._unchecked.discard(key)  # another thread may have checked it too
 
     def _storage(self, key: str, dtype: str) -> torch.Tensor:
-        """All numbers of a record; kept where names share them or where they are mapped."""
-        if (known := self._whole.get((key, dtype))) is not None:
-            return known
-        record = self._records.get(key) or _Record("", 0, 0, 0)  # of nothing there is no record
+        """Return all numbers of a record; keep them if names share them or they are mapped."""
+        if (cached := self._whole.get((key, dtype))) is not None:
+            return cached
+        record = self._records.get(key) or _Record("", 0, 0, 0)  # an empty tensor has no record
         size = itemsize(dtype)
         whole = self._file.tensor(record.start, dtype, (record.size // size,))
-        # a repacked zip may have lost torch's alignment, and then even a map is copied
+        # a repacked zip may lack torch's alignment; then a mapped record is copied
         if key in self._shared if not self._file.mapped else record.start % size == 0:
             self._whole[key, dtype] = whole
         return whole
 
 
 def _legacy(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], Any] | None:
-    """(records that hold weights, what was saved), of a file from before torch 1.6."""
+    """Return (records with weights, the saved object) of a file from before torch 1.6."""
     if os.pread(file.fileno(), len(torch_legacy.MAGIC), 0) != torch_legacy.MAGIC:
         return None
-    found, places = torch_legacy.read(path, file)
-    return {key: _Record(key, *place, None) for key, place in places.items()}, found
+    tree, places = torch_legacy.read(path, file)
+    return {key: _Record(key, *place, None) for key, place in places.items()}, tree
 
 
 def _zipped(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], Any]:
-    """Likewise of a zip."""
+    """Return (records with weights, the saved object) of a zip."""
     records, data = _records(path, file)
     return records, torch_pickle.read(path, data)
 
 
 def _records(path: Path, file: BinaryIO) -> tuple[dict[str, _Record], bytes]:
-    """(records that hold weights, the pickle), once everything about the zip is checked."""
+    """Return (records with weights, the pickle), once everything about the zip is checked."""
     fd = file.fileno()
     size = os.fstat(fd).st_size
     _check_kind(path, file.read(len(MAGIC)), size)
     try:
         with zipfile.ZipFile(file) as archive:
             entries, comment = archive.infolist(), archive.comment
-    except Exception as error:  # zipfile lets struct's, its own and others through
+    except Exception as error:  # zipfile raises errors of several libraries
         raise CorruptCheckpoint(f"{path}: not a whole zip file: {error}") from None
     if comment or os.pread(fd, 4, size - 22) != END:
         raise CorruptCheckpoint(f"{path}: bytes trail behind its end record")
@@ -217,7 +221,7 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
 
 
 def _check_directory(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> None:
-    """What the central directory claims, before any of it is believed."""
+    """Check what the central directory claims before using any of it."""
     if len(entries) > MAX_RECORDS:
         raise ResourceLimit(f"{path}: {len(entries)} records; at most {MAX_RECORDS} are read")
     limit, ratio = _BOMB
@@ -245,7 +249,7 @@ def _check_directory(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> N
 
 
 def _check_records(path: Path, fd: int, size: int, entries: list[zipfile.ZipInfo]) -> list[_Record]:
-    """Where each record's bytes lie; no two overlap."""
+    """Return where the bytes of each record are; no two overlap."""
     records: list[_Record] = []
     reached, before = 0, "the start of the file"
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
@@ -261,7 +265,7 @@ def _check_records(path: Path, fd: int, size: int, entries: list[zipfile.ZipInfo
 
 
 def _check_entry(path: Path, fd: int, entry: zipfile.ZipInfo) -> _Record:
-    """One entry of the central directory, held against its local header."""
+    """Check one entry of the central directory against its local header."""
     name = entry.filename
     problem = CorruptCheckpoint(f"{path}: record {name}: its two headers disagree")
     local = os.pread(fd, LOCAL.size, entry.header_offset)
@@ -272,21 +276,21 @@ def _check_entry(path: Path, fd: int, entry: zipfile.ZipInfo) -> _Record:
     if magic != MAGIC or method != zipfile.ZIP_STORED or here != name.encode():
         raise problem
     if not flags & 8 and (crc != entry.CRC or {packed, unpacked} - {entry.file_size, WIDE}):
-        raise problem  # with flag 8 these three follow the data
+        raise problem  # with flag 8 these three fields follow the data
     start = entry.header_offset + LOCAL.size + name_size + extra
     return _Record(name, start, entry.file_size, entry.CRC)
 
 
 def _check_names(path: Path, names: list[str]) -> str:
-    """The folder that all records lie in; only what torch.save writes may be there."""
+    """Return the folder of all records; refuse records that torch.save does not write."""
     roots = [name[: -len("/data.pkl")] for name in names if name.endswith("/data.pkl")]
     if len(roots) != 1 or "/" in roots[0]:
         raise CorruptCheckpoint(f"{path}: a zip, but not torch.save's: no single data.pkl in it")
     root = roots[0]
-    known = re.compile(
+    expected = re.compile(
         re.escape(root) + r"/(data\.pkl|data/\d+|version|byteorder|\.[\w.]+(/[\w.]+)?)"
     )
-    if strange := [name for name in names if not known.fullmatch(name)]:
+    if strange := [name for name in names if not expected.fullmatch(name)]:
         raise UnsupportedZip(
             f"{path}: records that no dict of tensors has: {listing(strange)}. "
             "A TorchScript archive? Save its state_dict() instead."
@@ -295,7 +299,7 @@ def _check_names(path: Path, names: list[str]) -> str:
 
 
 def _checked(path: Path, fd: int, root: str, record: _Record) -> bytes:
-    """Everything but weights is read whole: its CRC, and the byte order."""
+    """Return a record without weights, once its CRC is right; check the byte order."""
     if record.size > MAX_PICKLE:
         raise ResourceLimit(
             f"{path}: record {record.name} has {record.size} bytes; at most {MAX_PICKLE} are read"
@@ -310,11 +314,11 @@ def _checked(path: Path, fd: int, root: str, record: _Record) -> bytes:
     return data
 
 
-def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, Array]:
-    """The dict of tensors; anything else is refused, with the likely cause."""
-    strange = {k: v for k, v in found.items() if not isinstance(v, Array)}
+def _only_tensors(path: Path, tree: dict[Any, Any]) -> dict[str, StoredArray]:
+    """Return the dict of tensors; refuse anything else with its likely cause."""
+    strange = {k: v for k, v in tree.items() if not isinstance(v, StoredArray)}
     for key, value in strange.items():
-        if isinstance(value, dict) and any(isinstance(v, Array) for v in value.values()):
+        if isinstance(value, dict) and any(isinstance(v, StoredArray) for v in value.values()):
             raise MissingTensors(
                 f"{path}: the tensors are nested under {key!r}, as a trainer leaves them. "
                 f"Save that part alone: torch.save(checkpoint[{key!r}], ...)"
@@ -324,51 +328,51 @@ def _only_tensors(path: Path, found: dict[Any, Any]) -> dict[str, Array]:
         raise CheckpointError(
             f"{path}: values that are no tensors: {kinds}. Save the others alone."
         )
-    if names := [repr(key) for key in found if not isinstance(key, str)]:
+    if names := [repr(key) for key in tree if not isinstance(key, str)]:
         raise CheckpointError(f"{path}: names that are no text: {listing(names)}")
-    return found
+    return tree
 
 
-def _flattened(path: Path, found: dict[Any, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-    """(tensors by the keys that lead to them, everything else as plain data)."""
-    tensors: dict[str, Array] = {}
+def _flattened(path: Path, tree: dict[Any, Any]) -> tuple[dict[str, StoredArray], dict[str, Any]]:
+    """Return (tensors by the keys that lead to them, everything else as plain data)."""
+    tensors: dict[str, StoredArray] = {}
     seen = 0
 
     def plain(value: Any, at: str, depth: int) -> Any:
         nonlocal seen
-        seen += 1  # what a pickle's memo holds once may stand in many places
+        seen += 1  # one object in a pickle's memo may occur in many places
         if depth > MAX_DEPTH or seen > MAX_VALUES:
             raise ResourceLimit(
                 f"{path}: {at}: deeper than {MAX_DEPTH} levels, or over {MAX_VALUES} values"
             )
-        if isinstance(value, Array):
+        if isinstance(value, StoredArray):
             if at in tensors:
                 raise DuplicateTensor(f"{path}: two tensors are called {at}")
             tensors[at] = value
             return None
         if isinstance(value, dict):
-            if odd := [repr(key)[:60] for key in value if type(key) not in (str, int)]:
-                raise CheckpointError(f"{path}: {at}: names that are no text: {listing(odd)}")
+            if strange := [repr(key)[:60] for key in value if type(key) not in (str, int)]:
+                raise CheckpointError(f"{path}: {at}: names that are no text: {listing(strange)}")
             items = {str(k): plain(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
             return {k: v for k, v in items.items() if f"{at}/{k}" not in tensors}
         if type(value) in (list, tuple):
             return [plain(v, f"{at}/{n}", depth + 1) for n, v in enumerate(value)]
         if value is None or type(value) in (bool, int, float, str):
             return value
-        # torch.Size, a dtype: nothing that a config says
+        # torch.Size, a dtype: nothing that a config has
         return f"a {value.last if isinstance(value, Name) else type(value).__name__}"
 
-    top = {str(key): plain(value, str(key), 1) for key, value in found.items()}
+    top = {str(key): plain(value, str(key), 1) for key, value in tree.items()}
     return tensors, {key: value for key, value in top.items() if key not in tensors}
 
 
-def _info(path: Path, name: str, array: Array) -> TensorInfo:
-    code, held = named_dtype(array.dtype), named_dtype(array.storage.dtype)
-    if code is None or held is None:
-        odd = array.dtype if code is None else array.storage.dtype
-        told = f"torch.{odd}: no checkpoint format has a code for this dtype"
-        raise DtypeMismatch(f"{path}: tensor {name}: {told}")
-    info, stored = TensorInfo(name, array.shape, code), array.storage.numel * itemsize(held)
+def _info(path: Path, name: str, array: StoredArray) -> TensorInfo:
+    code, storage_code = named_dtype(array.dtype), named_dtype(array.storage.dtype)
+    if code is None or storage_code is None:
+        dtype = array.dtype if code is None else array.storage.dtype
+        fault = f"torch.{dtype}: no checkpoint format has a code for this dtype"
+        raise DtypeMismatch(f"{path}: tensor {name}: {fault}")
+    info, stored = TensorInfo(name, array.shape, code), array.storage.numel * itemsize(storage_code)
     if info.nbytes > stored:
         raise ResourceLimit(
             f"{path}: tensor {name} spreads {stored} stored bytes over shape {array.shape}"
@@ -385,9 +389,9 @@ def _info(path: Path, name: str, array: Array) -> TensorInfo:
 
 
 def _pair(
-    path: Path, arrays: Mapping[str, Array], records: Mapping[str, _Record]
+    path: Path, arrays: Mapping[str, StoredArray], records: Mapping[str, _Record]
 ) -> dict[str, _Record]:
-    """Storage -> its record: as many bytes as the pickle says, and none that nothing names."""
+    """Return storage -> record: of the size in the pickle, and none unnamed."""
     sizes = {
         (array.storage.key, array.storage.numel * itemsize(named_dtype(array.storage.dtype) or ""))
         for array in arrays.values()
@@ -418,9 +422,14 @@ def lay_out(
     values: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Layout:
-    """What torch.save would make of these tensors, below `within` and beside `values` if given.
+    """Lay out the file that torch.save would write of these tensors.
 
-    `names` are those in the file; `aliases` are further ones, of arrays that have a name already.
+    Args:
+        infos: The tensors.
+        names: Tensor -> name in the file.
+        within: The key that the dict of tensors is under, if any.
+        values: Plain values beside it.
+        aliases: Further name -> name in the file of the same array.
     """
     keys = {info.name: str(n) for n, info in enumerate(infos)}
     tensors = {names[info.name]: _Stub(keys[info.name], info) for info in infos}
@@ -440,7 +449,7 @@ class _Storage:
 
 
 class _Stub:
-    """A tensor without its numbers, which pickles as a tensor does."""
+    """A tensor without numbers that pickles like a tensor."""
 
     def __init__(self, key: str, info: TensorInfo) -> None:
         self.storage = _Storage(key, info)
@@ -465,7 +474,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _pickled(data: Any) -> bytes:
-    """Without a memo: the bytes depend on the values and on nothing else."""
+    """Pickle without a memo: the bytes depend on the values only."""
     out = io.BytesIO()
     pickler = _Pickler(out, protocol=2)
     pickler.fast = True

@@ -1,4 +1,4 @@
-"""Varints, and protobuf messages held to a schema: what is not in it is refused."""
+"""Varints, and protobuf messages of a schema: unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _WIDTH = {FIXED64: 8, FIXED32: 4}
 
 
 class Malformed(ValueError):
-    """What is wrong with some bytes; the reader that catches it knows whose they are."""
+    """What is wrong with some bytes; the reader that catches it names the file."""
 
 
 class Field(NamedTuple):
-    """One field of a message; `most` times, in a list, if it may stand more than once."""
+    """One field of a message; `most` is how often it may occur, as a list if more than once."""
 
     name: str
     wire: int = VARINT
@@ -22,8 +22,8 @@ class Field(NamedTuple):
 
 
 def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
-    """(the number at a place, where it ends)."""
-    if at < len(data) and data[at] < 128:  # as nearly all are
+    """Return (the number at a position, the position behind it)."""
+    if at < len(data) and data[at] < 128:  # most are one byte
         return data[at], at + 1
     value = shift = 0
     while at < len(data) and shift < bits:
@@ -42,13 +42,13 @@ def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """A varint of 64 bits, as protobuf's int32 and int64 mean it."""
+    """Interpret a 64-bit varint as protobuf's int32 and int64."""
     return value - (1 << 64) if value >> 63 else value
 
 
 def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
-    """Field name -> number or bytes, a list where a field may repeat."""
-    found: dict[str, Any] = {}
+    """Return field name -> number or bytes; a list where a field may repeat."""
+    fields: dict[str, Any] = {}
     at = 0
     while at < len(data):
         key, at = varint(data, at)
@@ -69,12 +69,12 @@ def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
             if field.wire != BYTES:
                 value = int.from_bytes(value, "little")
         if field.most == 1:
-            if field.name in found:
+            if field.name in fields:
                 raise Malformed(f"field {field.name} stands twice")
-            found[field.name] = value
+            fields[field.name] = value
         else:
-            values = found.setdefault(field.name, [])
+            values = fields.setdefault(field.name, [])
             if len(values) == field.most:
                 raise Malformed(f"field {field.name} stands more than {field.most} times")
             values.append(value)
-    return found
+    return fields

@@ -1,4 +1,4 @@
-"""GGUF's types: the bytes that a block of numbers takes, and the numbers that they stand for."""
+"""GGUF's quantized types: how blocks of bytes are decoded into numbers, and Q8_0 encoded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _PIECE = 1 << 16  # numbers decoded at a time: what is made on the way stays in the cache
 
 
-class Kind(NamedTuple):
-    """A type of tensors: a row is cut into blocks, or holds plain numbers."""
+class BlockType(NamedTuple):
+    """A type of tensors: plain numbers, or rows cut into blocks."""
 
     name: str
     block: int = 1  # numbers
@@ -25,11 +25,11 @@ class Kind(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The code of what is read."""
+        """The dtype code of the decoded numbers."""
         return "F32" if self.decode else self.name
 
     def nbytes(self, shape: Sequence[int]) -> int:
-        """Of a tensor whose rows are whole blocks."""
+        """Return the bytes of a tensor whose rows are whole blocks."""
         return math.prod(shape) // self.block * self.size
 
 
@@ -38,14 +38,14 @@ class Kind(NamedTuple):
 
 
 def _half(raw: Tensor) -> Tensor:
-    """(n, 2k) bytes -> (n, k) F32. A copy first: kernels may assume an even address."""
+    """(n, 2k) bytes -> (n, k) F32. It copies first, since kernels may assume an even address."""
     import torch
 
     return raw.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _fields(raw: Tensor, bits: int, run: int) -> Tensor:
-    """(n, m) bytes -> (n, m * 8 / bits): of each run of bytes all lowest bits, then all next."""
+    """(n, m) bytes -> (n, m * 8 / bits): per run of bytes, all lowest fields, then all next."""
     import torch
 
     runs = raw.reshape(len(raw), -1, run)
@@ -54,7 +54,7 @@ def _fields(raw: Tensor, bits: int, run: int) -> Tensor:
 
 
 def _scaled(scales: Tensor, values: Tensor) -> Tensor:
-    """(n, g) by (n, g * k): each scale by its k values, as (n, g, k)."""
+    """(n, g) scales and (n, g * k) values -> (n, g, k) products."""
     return scales.unsqueeze(2) * values.reshape(*scales.shape, -1)
 
 
@@ -139,9 +139,9 @@ def _q6_k(raw: Tensor) -> Tensor:
 
 
 def _trits(raw: Tensor, count: int, run: int) -> Tensor:
-    """(n, m) bytes -> (n, m * count) of 0, 1, 2: digits to the base 3, the byte being a fraction.
+    """(n, m) bytes -> (n, m * count) of 0, 1, 2: base-3 digits of the byte as a fraction.
 
-    The next digit comes to the front by a product that overflows.
+    A product that overflows brings the next digit to the front.
     """
     import torch
 
@@ -194,30 +194,30 @@ def _nvfp4(raw: Tensor) -> Tensor:
 
 # by their number in the file
 KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    2: Kind("Q4_0", 32, 18, _q4_0),
-    3: Kind("Q4_1", 32, 20, _q4_1),
-    6: Kind("Q5_0", 32, 22, _q5_0),
-    7: Kind("Q5_1", 32, 24, _q5_1),
-    8: Kind("Q8_0", 32, 34, _q8_0),
-    10: Kind("Q2_K", 256, 84, _q2_k),
-    11: Kind("Q3_K", 256, 110, _q3_k),
-    12: Kind("Q4_K", 256, 144, _q4_k),
-    13: Kind("Q5_K", 256, 176, _q5_k),
-    14: Kind("Q6_K", 256, 210, _q6_k),
-    20: Kind("IQ4_NL", 32, 18, _iq4_nl),
-    23: Kind("IQ4_XS", 256, 136, _iq4_xs),
-    24: Kind("I8", 1, 1),
-    25: Kind("I16", 1, 2),
-    26: Kind("I32", 1, 4),
-    27: Kind("I64", 1, 8),
-    28: Kind("F64", 1, 8),
-    30: Kind("BF16", 1, 2),
-    34: Kind("TQ1_0", 256, 54, _tq1_0),
-    35: Kind("TQ2_0", 256, 66, _tq2_0),
-    39: Kind("MXFP4", 32, 17, _mxfp4),
-    40: Kind("NVFP4", 64, 36, _nvfp4),
+    0: BlockType("F32", 1, 4),
+    1: BlockType("F16", 1, 2),
+    2: BlockType("Q4_0", 32, 18, _q4_0),
+    3: BlockType("Q4_1", 32, 20, _q4_1),
+    6: BlockType("Q5_0", 32, 22, _q5_0),
+    7: BlockType("Q5_1", 32, 24, _q5_1),
+    8: BlockType("Q8_0", 32, 34, _q8_0),
+    10: BlockType("Q2_K", 256, 84, _q2_k),
+    11: BlockType("Q3_K", 256, 110, _q3_k),
+    12: BlockType("Q4_K", 256, 144, _q4_k),
+    13: BlockType("Q5_K", 256, 176, _q5_k),
+    14: BlockType("Q6_K", 256, 210, _q6_k),
+    20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
+    23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
+    24: BlockType("I8", 1, 1),
+    25: BlockType("I16", 1, 2),
+    26: BlockType("I32", 1, 4),
+    27: BlockType("I64", 1, 8),
+    28: BlockType("F64", 1, 8),
+    30: BlockType("BF16", 1, 2),
+    34: BlockType("TQ1_0", 256, 54, _tq1_0),
+    35: BlockType("TQ2_0", 256, 66, _tq2_0),
+    39: BlockType("MXFP4", 32, 17, _mxfp4),
+    40: BlockType("NVFP4", 64, 36, _nvfp4),
 }
 
 
@@ -237,8 +237,8 @@ UNREAD = {
 WRITTEN = {KINDS[number].name: number for number in (0, 1, 8, 30)}
 
 
-def dequantize(kind: Kind, raw: Tensor, out: Tensor) -> None:
-    """Fills (numbers,) F32 with what (bytes,) stand for."""
+def dequantize(kind: BlockType, raw: Tensor, out: Tensor) -> None:
+    """Decode (bytes,) into `out`, (numbers,) F32."""
     assert kind.decode is not None
     blocks, step = raw.view(-1, kind.size), _PIECE // kind.block
     for start in range(0, len(blocks), step):
@@ -247,9 +247,13 @@ def dequantize(kind: Kind, raw: Tensor, out: Tensor) -> None:
 
 
 def quantize_q8_0(tensor: Tensor) -> Tensor:
-    """(..., numbers) -> (..., bytes): of each 32 a half-precision scale, then 32 of eight bits.
+    """(..., numbers) -> (..., bytes): per 32 numbers a float16 scale, then 32 int8 numbers.
 
     Halves are rounded away from zero.
+
+    Raises:
+        NonFinite: If a number is NaN or infinite.
+        OverflowOnCast: If a scale is too large for float16.
     """
     import torch
 
@@ -271,7 +275,7 @@ def quantize_q8_0(tensor: Tensor) -> Tensor:
 
 
 def pieces_of_q8_0(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """(bytes,) piece by piece, of a tensor that comes in pieces of any size in row-major order."""
+    """Yield (bytes,) of a tensor that comes in pieces of any size in row-major order."""
     import torch
 
     kept: Tensor | None = None  # what is not a whole block yet

@@ -1,7 +1,7 @@
-"""Checkpoints of GPTQ, AWQ and FP8, shown as if they held plain weights.
+"""Show a checkpoint of GPTQ, AWQ or FP8 as if it held plain weights.
 
-Between files and plan: of `X.qweight`, `X.scales` … one tensor `X.weight` is made, decoded as it is
-looked at. Neither specs nor models know of it.
+Of `X.qweight`, `X.scales` … one tensor `X.weight` is made, which is decoded when it is used. Specs,
+plans and models know nothing of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from converters.checkpoint import SHARD_BYTES, Checkpoint, Reader, shard
 from converters.formats import TensorInfo, torch_dtype
 from converters.lazy import Read
 from converters.plan import FLOATS
-from converters.quantized.packing import AWQ_SHIFTS, UNITS, Blocks, Groups, Matrix, turned
+from converters.quantized.packing import (
+    AWQ_SHIFTS,
+    UNITS,
+    Matrix,
+    PackedBlocks,
+    PackedGroups,
+    transposed,
+)
 from converters.quantized.settings import FIELD, Quantization
 from converters.spec import Dialect
 from zoo.errors import (
@@ -32,16 +39,16 @@ if TYPE_CHECKING:
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FP8, _SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")
-_ENDS = ("_scale_inv", "_scale")  # of the names of scales, behind that of the weights
+_ENDS = ("_scale_inv", "_scale")  # suffixes of scales, behind the name of the weights
 _OF_INPUTS = (".input_scale", "activation_scale")
 _Grids = dict[tuple[int, ...], tuple[int, int]]
-_SHOWN = 20  # problems of a kind that a message holds
+_SHOWN = 20  # problems of a kind that a message lists
 
 
-def stands_turned(dialect: Dialect, disk: str) -> bool:
-    """Whether the inputs of a matrix stand first in its file.
+def has_inputs_first(dialect: Dialect, disk: str) -> bool:
+    """Return whether a matrix in its file has its inputs first.
 
-    The model has them last, `[o i]`; a rule that begins with that axis, `[i o]`, turns it.
+    The model has them last, `[o i]`; a rule that begins with that axis, `[i o]`, transposes it.
     """
     for rule in (*dialect.rules, *(r for when in dialect.when for r in when.weights + when.heads)):
         source, target = rule.source.pattern, rule.targets[0].pattern
@@ -55,17 +62,27 @@ def stands_turned(dialect: Dialect, disk: str) -> bool:
 # --- the tensors ---------------------------------------------------------------------------------
 
 
-def dequantized(
-    checkpoint: Checkpoint, how: Quantization, turns: Callable[[str], bool], dtype: str | None
+def dequantize_checkpoint(
+    checkpoint: Checkpoint,
+    how: Quantization,
+    inputs_first: Callable[[str], bool],
+    dtype: str | None,
 ) -> Checkpoint:
-    """The same checkpoint with one plain matrix in the place of each group of tensors.
+    """Return the checkpoint with one plain matrix in the place of each group of packed tensors.
 
-    `turns` says of a matrix's name whether its inputs stand first; `dtype` is the config's.
+    Args:
+        checkpoint: The tensors on disk.
+        how: The quantization config.
+        inputs_first: Returns whether a matrix of this name has its inputs first.
+        dtype: The dtype in the config.
+
+    Raises:
+        CheckpointError: With all problems; its subclass is that of the gravest.
     """
-    found = _Groups(checkpoint, how, turns, dtype)
-    found.look()
-    found.raise_problems()
-    return found.shown()
+    groups = _Groups(checkpoint, how, inputs_first, dtype)
+    groups.collect()
+    groups.raise_problems()
+    return groups.checkpoint_of_matrices()
 
 
 class _Groups:
@@ -73,32 +90,35 @@ class _Groups:
         self,
         checkpoint: Checkpoint,
         how: Quantization,
-        turns: Callable[[str], bool],
+        inputs_first: Callable[[str], bool],
         dtype: str | None,
     ) -> None:
-        self.checkpoint, self.how, self.turns = checkpoint, how, turns
+        self.checkpoint, self.how, self.inputs_first = checkpoint, how, inputs_first
         self.tensors = checkpoint.tensors
         self.problems: list[tuple[type[ZooError], str]] = []
         self.matrices: dict[str, Matrix] = {}
-        self.needless: dict[str, str] = {}
+        self.unused: dict[str, str] = {}
         self.dtype = self._dtype(dtype)
 
-    def _dtype(self, said: str | None) -> str:
-        """What all other weights are in, so that the model computes in one; else the config's."""
+    def _dtype(self, config_dtype: str | None) -> str:
+        """Return the dtype of all other weights, so that the model has one; else the config's."""
         integers = self.how.method in ("gptq", "awq")
         ends = (".scales",) if integers else (*_ENDS, *_OF_INPUTS)
         rest = {i.dtype for n, i in self.tensors.items() if not n.endswith(ends)} & FLOATS
-        held = {i.dtype for n, i in self.tensors.items() if n.endswith(ends)} & FLOATS
-        one = rest if len(rest) == 1 else {said} if said else held if len(held) == 1 else {"F32"}
-        (dtype,) = one
-        assert dtype is not None
+        dtypes = {i.dtype for n, i in self.tensors.items() if n.endswith(ends)} & FLOATS
+        if len(rest) == 1:
+            (dtype,) = rest
+        elif config_dtype:
+            dtype = config_dtype
+        else:
+            dtype = next(iter(dtypes)) if len(dtypes) == 1 else "F32"
         return dtype
 
     def problem(self, kind: type[ZooError], text: str) -> None:
         self.problems.append((kind, text))
 
     def raise_problems(self) -> None:
-        """One error for everything; its class is that of the gravest kind among them."""
+        """Raise one error for all problems, of the gravest class among them."""
         kinds = (DuplicateTensor, MissingTensors, ShapeMismatch, DtypeMismatch, CorruptCheckpoint)
         lines: list[str] = []
         for kind in kinds:
@@ -110,16 +130,17 @@ class _Groups:
             gravest = next(k for k in kinds if any(each is k for each, _ in self.problems))
             raise gravest("\n  ".join([f"{self.checkpoint.root} ({self.how.about}):", *lines]))
 
-    def look(self) -> None:
-        look = self._integers if self.how.method in ("gptq", "awq") else self._floats
-        look()
+    def collect(self) -> None:
+        """Find the packed matrices and check their parts."""
+        collect = self._integers if self.how.method in ("gptq", "awq") else self._floats
+        collect()
 
     def _stems(self, *ends: str) -> list[str]:
-        """X of every X.end, in the files' order."""
-        found = (n[: -len(e) - 1] for n in self.tensors for e in ends if n.endswith(f".{e}"))
-        return list(dict.fromkeys(found))
+        """Return X of every X.end, in the files' order."""
+        stems = (n[: -len(e) - 1] for n in self.tensors for e in ends if n.endswith(f".{e}"))
+        return list(dict.fromkeys(stems))
 
-    # --- whole numbers in groups ---
+    # --- integers in groups ---
 
     def _integers(self) -> None:
         needed = ["qweight", "qzeros", "scales"]
@@ -142,7 +163,7 @@ class _Groups:
             self._add_integers(stem, there, *sizes)
 
     def _sizes(self, stem: str, there: Sequence[str]) -> tuple[int, int, int] | None:
-        """(inputs, outputs, inputs of a group), or what does not fit."""
+        """Return (inputs, outputs, inputs of a group), or report what does not fit."""
         for part in there:
             info = self.tensors[f"{stem}.{part}"]
             allowed = ("F16", "BF16", "F32") if part == "scales" else ("I32",)
@@ -168,12 +189,12 @@ class _Groups:
         inputs, outputs = (length, words[1]) if axis == 0 else (words[0], length)
         group = inputs if self.how.group < 0 else self.how.group
         if inputs % group:
-            told = f"{FIELD}.group_size {group} does not divide {inputs} inputs"
-            self.problem(ShapeMismatch, f"{stem}.qweight: {told}")
+            fault = f"{FIELD}.group_size {group} does not divide {inputs} inputs"
+            self.problem(ShapeMismatch, f"{stem}.qweight: {fault}")
             return None
         if outputs % count:
-            told = f"{outputs} outputs, whose zero points fill no whole words of {count}"
-            self.problem(ShapeMismatch, f"{stem}.qweight: {told}")
+            fault = f"{outputs} outputs, whose zero points fill no whole words of {count}"
+            self.problem(ShapeMismatch, f"{stem}.qweight: {fault}")
             return None
         expected = {
             "qzeros": (inputs // group, outputs // count * width),
@@ -197,7 +218,7 @@ class _Groups:
         if "g_idx" in there and not self._check_order(f"{stem}.g_idx", inputs // group):
             return
         gptq = how.method == "gptq"
-        box = Groups(
+        box = PackedGroups(
             how.bits,
             group,
             how.less_one,
@@ -208,23 +229,23 @@ class _Groups:
         )
         parts = tuple(f"{stem}.{part}" for part in there)
         kind = torch_dtype(self.dtype)
-        if self.turns(name):
+        if self.inputs_first(name):
             self.matrices[name] = Matrix((inputs, outputs), kind, box, parts)
         else:
-            self.matrices[name] = Matrix((outputs, inputs), kind, turned(box), parts)
+            self.matrices[name] = Matrix((outputs, inputs), kind, transposed(box), parts)
 
     def _check_order(self, name: str, groups: int) -> bool:
-        """Every input is of a group that there is: the one thing that no header tells."""
+        """Check that the group of every input exists: no header shows it."""
         order = self.checkpoint.tensor(name)
-        odd = ((order < 0) | (order >= groups)).nonzero()
-        if len(odd):
-            at = int(odd[0])
+        outside = ((order < 0) | (order >= groups)).nonzero()
+        if len(outside):
+            at = int(outside[0])
             file = self.checkpoint.where[name]
             self.problem(
                 CorruptCheckpoint,
                 f"{name}[{at}] is {int(order[at])}, and there are groups 0..{groups - 1} ({file})",
             )
-        return not len(odd)
+        return not len(outside)
 
     # --- eight-bit floats ---
 
@@ -245,10 +266,10 @@ class _Groups:
                 self._add_floats(weight, self.tensors[there[0]], grid)
         for name in self.tensors:
             if name.endswith(_OF_INPUTS):
-                self.needless[name] = "of inputs rounded to eight bits, which they are not here"
+                self.unused[name] = "of inputs rounded to eight bits, which they are not here"
 
     def _scaled(self, name: str) -> str | None:
-        """What the scales of this name are of: `X.weight`, or a stack of experts that is there."""
+        """Return what these scales belong to: `X.weight`, or a stack of experts."""
         end = next((end for end in _ENDS if name.endswith(end)), None)
         if end is None or name.endswith(_OF_INPUTS):
             return None
@@ -256,34 +277,34 @@ class _Groups:
         return scaled if scaled.endswith(".weight") or scaled in self.tensors else None
 
     def _grid(self, weight: TensorInfo, scale: TensorInfo) -> tuple[int, int] | None:
-        """Rows and columns that a scale is of; None if anything does not fit."""
+        """Return the rows and columns of one scale; None if anything does not fit."""
         before = len(self.problems)
         if weight.dtype != _FP8:
-            told = f"dtype {weight.dtype} beside {scale.name}, expected {_FP8}"
-            self.problem(DtypeMismatch, f"{weight.name}: {told}")
+            fault = f"dtype {weight.dtype} beside {scale.name}, expected {_FP8}"
+            self.problem(DtypeMismatch, f"{weight.name}: {fault}")
         if scale.dtype not in _SCALES:
-            told = f"dtype {scale.dtype}, expected {' or '.join(_SCALES)}"
-            self.problem(DtypeMismatch, f"{scale.name}: {told}")
+            fault = f"dtype {scale.dtype}, expected {' or '.join(_SCALES)}"
+            self.problem(DtypeMismatch, f"{scale.name}: {fault}")
         *stack, rows, columns = (1, 1, *weight.shape)[-max(2, len(weight.shape)) :]
         axes = 2 if weight.name.endswith(".weight") else 3
         if len(weight.shape) != axes or not all(weight.shape):
-            told = f"shape {list(weight.shape)}, expected {axes} axes"
-            self.problem(ShapeMismatch, f"{weight.name}: {told}")
+            fault = f"shape {list(weight.shape)}, expected {axes} axes"
+            self.problem(ShapeMismatch, f"{weight.name}: {fault}")
             return None
-        known = self._grids(rows, columns, stacked=axes == 3)
-        held = {(*stack, *shape): block for shape, block in known.items()}
-        if scale.shape not in held:
-            expected = " or ".join(str(list(shape)) for shape in held)
-            told = f"shape {list(scale.shape)}, expected {expected} of {list(weight.shape)}"
-            self.problem(ShapeMismatch, f"{scale.name}: {told}")
-        return held[scale.shape] if len(self.problems) == before else None
+        block_shapes = self._grids(rows, columns, stacked=axes == 3)
+        grids = {(*stack, *shape): block for shape, block in block_shapes.items()}
+        if scale.shape not in grids:
+            expected = " or ".join(str(list(shape)) for shape in grids)
+            fault = f"shape {list(scale.shape)}, expected {expected} of {list(weight.shape)}"
+            self.problem(ShapeMismatch, f"{scale.name}: {fault}")
+        return grids[scale.shape] if len(self.problems) == before else None
 
     def _grids(self, rows: int, columns: int, *, stacked: bool) -> _Grids:
-        """Shape of a matrix's scales -> rows and columns that one of them is of."""
+        """Return shape of the scales -> rows and columns of one of them."""
         if self.how.block is not None:
             down, across = self.how.block
             grids: _Grids = {(-(-rows // down), -(-columns // across)): (down, across)}
-            if stacked and down >= rows and rows % 2 == 0:  # two that lie one upon the other
+            if stacked and down >= rows and rows % 2 == 0:  # two stacked matrices
                 grids[2, -(-columns // across)] = rows // 2, across
             return grids
         whole, row = (rows, columns), (1, columns)
@@ -295,7 +316,7 @@ class _Groups:
     def _add_floats(self, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> None:
         *_, rows, columns = weight.shape
         read, grid = self.checkpoint.tensor, -(-columns // block[1])
-        box = Blocks(
+        box = PackedBlocks(
             block,
             rows,
             lambda *box: self.checkpoint.lazy(weight.name).matrix(*box),
@@ -304,15 +325,15 @@ class _Groups:
         matrix = Matrix(weight.shape, torch_dtype(self.dtype), box, (weight.name, scale.name))
         self.matrices[weight.name] = matrix
 
-    # --- as plain weights ---
+    # --- plain weights ---
 
-    def shown(self) -> Checkpoint:
-        """Each matrix stands where the first of its parts stood."""
+    def checkpoint_of_matrices(self) -> Checkpoint:
+        """Return the checkpoint; each matrix is at the position of its first part."""
         name_of = {part: name for name, m in self.matrices.items() for part in m.parts}
         tensors: dict[str, TensorInfo] = {}
         where: dict[str, str] = {}
         for disk, info in self.tensors.items():
-            if disk in self.needless:
+            if disk in self.unused:
                 continue
             name = name_of.get(disk, disk)
             if name in tensors:
@@ -324,13 +345,15 @@ class _Groups:
             file: _Reader(reader, self._of(file, where), tensors)
             for file, reader in self.checkpoint.readers.items()
         }
-        split = {i.name: file for file, held in shard(tensors.values(), SHARD_BYTES) for i in held}
+        split = {
+            i.name: file for file, infos in shard(tensors.values(), SHARD_BYTES) for i in infos
+        }
         return replace(
             self.checkpoint,
             tensors=tensors,
             where=where,
             readers=readers,
-            outside=dict(self.needless),
+            outside=dict(self.unused),
             made_of={name: matrix.parts for name, matrix in self.matrices.items()},
             quantized=dict.fromkeys(self.matrices, self.how.about),
             split=split,
@@ -342,30 +365,33 @@ class _Groups:
 
 
 class _Reader:
-    """A file's reader; what its tensors are parts of is made of them."""
+    """A file's reader, with matrices decoded from their parts."""
 
     def __init__(
-        self, reader: Any, matrices: Mapping[str, Matrix], shown: Mapping[str, TensorInfo]
+        self, reader: Any, matrices: Mapping[str, Matrix], infos: Mapping[str, TensorInfo]
     ) -> None:
         self._reader, self._matrices = reader, matrices
         self.path, self.metadata = reader.path, reader.metadata
         mine = {*reader.tensors, *matrices}
-        self.tensors = {name: info for name, info in shown.items() if name in mine}
+        self.tensors = {name: info for name, info in infos.items() if name in mine}
 
     def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, decoded if it is a packed matrix."""
         if name in self._matrices:
             return self._matrices[name].whole()
-        found: torch.Tensor = self._reader.tensor(name)
-        return found
+        tensor: torch.Tensor = self._reader.tensor(name)
+        return tensor
 
     def decoder(self, name: str) -> Read | None:
+        """Return what reads or decodes a box of a tensor."""
         if name in self._matrices:
             return self._matrices[name].box
-        found: Read | None = self._reader.decoder(name)
-        return found
+        read: Read | None = self._reader.decoder(name)
+        return read
 
     def span(self, name: str) -> tuple[int, int] | None:
+        """Return where a tensor's bytes are; None if it is decoded."""
         if name in self._matrices or not hasattr(self._reader, "span"):
             return None
-        found: tuple[int, int] | None = self._reader.span(name)
-        return found
+        span: tuple[int, int] | None = self._reader.span(name)
+        return span

@@ -1,4 +1,4 @@
-"""Matrices as GPTQ, AWQ and FP8 hold them: any box of their numbers, and no more than that."""
+"""Packed matrices of GPTQ, AWQ and FP8: any box of their numbers can be decoded by itself."""
 
 from __future__ import annotations
 
@@ -15,71 +15,73 @@ if TYPE_CHECKING:
 
 _WORD = 32  # bits
 
-# numbers and words that begin and end together
+# bits -> (numbers, words) that begin and end together
 UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
-# where in a word AWQ has the number of each place: its kernels take them out two at a time
+# the shift of each position in a word of AWQ, whose kernels unpack two at a time
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 class Matrix(NamedTuple):
-    """A matrix as its name's readers expect it, made of other tensors a box at a time."""
+    """A matrix that is decoded from other tensors, a box at a time."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    box: Read  # rows, columns: float32 of whatever strides
+    box: Read  # (rows, columns) as float32 with any strides
     parts: tuple[str, ...]  # names on disk
 
     def whole(self) -> Tensor:
-        with one_thread_each():  # pieces are small: to share them takes several times as long
+        """Decode the whole matrix."""
+        with one_thread_each():  # pieces are small: several threads take several times as long
             return Decoded(self.shape, self.dtype, self.box).whole()
 
 
-def turned(box: Read) -> Read:
-    """The same matrix with its axes exchanged."""
+def transposed(box: Read) -> Read:
+    """Return the transposed matrix."""
     return lambda rows, columns: box(columns, rows).t()
 
 
 @dataclass(frozen=True)
-class Groups:
-    """(inputs, outputs) of small whole numbers; a scale and a zero point each `group` inputs.
+class PackedGroups:
+    """(inputs, outputs) of small integers, with a scale and a zero point for every `group` inputs.
 
-    `pack` is how numbers stand in words: those of GPTQ along the inputs, of AWQ along the outputs;
-    zero points along the outputs with either.
+    `shifts` are the positions of numbers in a word. GPTQ packs numbers along the inputs, AWQ along
+    the
+    outputs; both pack zero points along the outputs.
     """
 
     bits: int
     group: int
-    less_one: bool  # zero points are stored so
+    less_one: bool  # zero points are stored minus one
     shifts: tuple[int, ...]
     along_inputs: bool
     read: Callable[[str, slice, slice], Tensor]  # a box of qweight, qzeros, scales or g_idx
-    ordered: bool  # g_idx says which group an input is of
+    ordered: bool  # g_idx holds the group of each input
 
     def __call__(self, inputs: slice, outputs: slice) -> Tensor:
-        """(inputs, outputs) float32: what is rounded to any narrower dtype is rounded once."""
+        """Decode (inputs, outputs) as float32, so that a narrower dtype rounds once."""
         if self.along_inputs:
             words = self.read("qweight", self._words(inputs), outputs)
             whole = unpacked(words, self.bits, self.shifts, inputs)
         else:
             whole = self._along_outputs("qweight", inputs, outputs)
-        groups, place = self._groups(inputs)
+        groups, position = self._groups(inputs)
         zero = self._along_outputs("qzeros", groups, outputs)
         if self.less_one:
             zero = zero + 1 & (1 << self.bits) - 1  # 0 is stored as the largest number
-        whole = whole - zero[place]
-        return whole.float().mul_(self.read("scales", groups, outputs).float()[place])
+        whole = whole - zero[position]
+        return whole.float().mul_(self.read("scales", groups, outputs).float()[position])
 
     def _along_outputs(self, part: str, rows: slice, outputs: slice) -> Tensor:
         words = self.read(part, rows, self._words(outputs))
         return unpacked(words.t(), self.bits, self.shifts, outputs).t()
 
     def _words(self, wanted: slice) -> slice:
-        """Those that hold the numbers of `wanted` places."""
+        """Return the words that hold the numbers at the `wanted` positions."""
         count, width = UNITS[self.bits]
         return slice(wanted.start // count * width, -(-wanted.stop // count) * width)
 
     def _groups(self, inputs: slice) -> tuple[slice, Tensor]:
-        """(all groups that these inputs are of, the place of each input's among them)."""
+        """Return (the range of groups that these inputs belong to, the index of each in it)."""
         import torch
 
         if self.ordered:
@@ -91,34 +93,38 @@ class Groups:
 
 
 def unpacked(words: Tensor, bits: int, shifts: tuple[int, ...], wanted: slice) -> Tensor:
-    """(w, n) words of 32 bits that hold `wanted` places of each column: their numbers, as int32."""
+    """Unpack the numbers at `wanted` positions of each column as int32.
+
+    `words` is (w, n): the 32-bit words that hold them.
+    """
     import torch
 
     count, width = UNITS[bits]
     first, last = wanted.start // count, -(-wanted.stop // count)
     units = words.unflatten(0, (last - first, width))
     if width == 1:
-        found = units >> torch.tensor(shifts, dtype=torch.int32).view(1, -1, 1)
+        numbers = units >> torch.tensor(shifts, dtype=torch.int32).view(1, -1, 1)
     else:  # one stream of bits: a number may begin in one word and end in the next
         at = torch.arange(0, count * bits, bits)
         wide = units.long() & 0xFFFFFFFF
         after = torch.cat([wide[:, 1:], torch.zeros_like(wide[:, :1])], 1)
         both = wide[:, at // _WORD] | after[:, at // _WORD] << _WORD
-        found = (both >> (at % _WORD).view(1, -1, 1)).int()
-    numbers = (found & (1 << bits) - 1).flatten(0, 1)
+        numbers = (both >> (at % _WORD).view(1, -1, 1)).int()
+    numbers = (numbers & (1 << bits) - 1).flatten(0, 1)
     return numbers[wanted.start - first * count : wanted.stop - first * count]
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Eight-bit floats, a scale each block; those at the ends of a matrix may be cut short."""
+class PackedBlocks:
+    """8-bit floats with a scale for each block; blocks at the edges may be cut off."""
 
     block: tuple[int, int]
-    rows: int  # of a matrix, of which several may lie one behind the other
+    rows: int  # of one matrix; several may be stacked
     weight: Read
     scale: Callable[[], Tensor]  # (blocks of rows, blocks of columns)
 
     def __call__(self, rows: slice, columns: slice) -> Tensor:
+        """Decode (rows, columns) as float32."""
         import torch
 
         row, column = (torch.arange(side.start, side.stop) for side in (rows, columns))

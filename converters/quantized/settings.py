@@ -1,4 +1,4 @@
-"""What a checkpoint says of how its matrices are held: GPTQ, AWQ, FP8, and what is refused."""
+"""The quantization config of a checkpoint (GPTQ, AWQ, FP8): what is read and what is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.checkpoint import confined, open_checkpoint
+from converters.opening import open_checkpoint
+from converters.paths import confined
 from converters.quantized.packing import UNITS
 from converters.strict_json import read_json
 from zoo.errors import (
@@ -21,15 +22,15 @@ from zoo.errors import (
 )
 
 FIELD = "quantization_config"
-# files that say it where config.json does not: the first programs' own
+# files of early programs that hold the config if config.json does not
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}  # of AutoAWQ's file
+_WORDS = {"w_bit": "bits", "q_group_size": "group_size"}  # names in AutoAWQ's file
 _INSTEAD = (
     "Take the weights that it was made of, or have the program that made it write what they "
     "stand for"
 )
 
-# What a method's config may hold: fields of which only these values are read,
+# The fields of each method's config: those of which only these values are implemented,
 _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {
         "bits": tuple(UNITS),
@@ -51,15 +52,15 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
         "transform_config": ({},),
     },
 }
-# fields that are read beside these,
+# those that are read besides,
 _READ = {
     "gptq": {"group_size"},
     "awq": {"group_size"},
     "fp8": {"weight_block_size"},
     "compressed-tensors": {"config_groups"},
 }
-# and fields that say how the numbers were found, which layers were left alone (the files tell), and
-# what programs for inference should do.
+# and those that do not matter: how the numbers were calibrated, which layers are not quantized (the
+# files show it), and instructions for inference programs.
 _IGNORED = {
     "gptq": {
         *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "dataset"),
@@ -81,17 +82,18 @@ _IGNORED = {
 
 
 class Quantization(NamedTuple):
-    """What a config says of how matrices are held."""
+    """How matrices are quantized, from a config."""
 
     method: str
     bits: int = 8
     group: int = -1  # -1: all inputs
     less_one: bool = False
-    ordered: bool = False  # the inputs of a group need not stand side by side
+    ordered: bool = False  # the inputs of a group need not be adjacent
     block: tuple[int, int] | None = None
 
     @property
     def about(self) -> str:
+        """A description for people."""
         if self.method in ("gptq", "awq"):
             groups = "a scale a column" if self.group < 0 else f"groups of {self.group}"
             return f"{self.method}, {self.bits} bits, {groups}"
@@ -101,90 +103,100 @@ class Quantization(NamedTuple):
 
 
 def beside(directory: Path) -> tuple[str, dict[str, Any]] | None:
-    """(a file's name, what it says) of packed weights about which config.json says nothing.
+    """Return (name, content) of the quantization config in a file of its own.
 
-    Beside plain weights such a file means nothing: it is what is left of another checkpoint.
+    Early programs write it beside a config.json that does not mention it. Beside plain weights such
+    a
+    file is left over from another checkpoint and means nothing.
     """
     for name, method in _BESIDE.items():
         if not (directory / name).is_file():
             continue
-        with suppress(CheckpointError, NotACheckpoint):  # faults of weights are for who reads them
+        with suppress(CheckpointError, NotACheckpoint):  # a damaged file is reported by its reader
             if any(tensor.endswith(".qweight") for tensor in open_checkpoint(directory).tensors):
-                said = read_json(confined(directory, name), ConfigError)
-                said = {_WORDS.get(key, key): value for key, value in said.items()}
-                return name, {"quant_method": method, **said}
+                fields = read_json(confined(directory, name), ConfigError)
+                fields = {_WORDS.get(key, key): value for key, value in fields.items()}
+                return name, {"quant_method": method, **fields}
     return None
 
 
-def read_config(said: Any, ignore: Collection[str] = ()) -> tuple[Quantization | None, list[str]]:
-    """What `quantization_config` means, and everything in it that is not read."""
-    method = said.get("quant_method") if isinstance(said, dict) else None
+def read_config(
+    section: Any, ignore: Collection[str] = ()
+) -> tuple[Quantization | None, list[str]]:
+    """Return (what a `quantization_config` means, everything in it that is not read).
+
+    The first is None if anything is not implemented.
+    """
+    method = section.get("quant_method") if isinstance(section, dict) else None
     if not isinstance(method, str) or method not in _ALLOWED:
-        found = f"quant_method {method!r}" if isinstance(said, dict) else type(said).__name__
+        actual = f"quant_method {method!r}" if isinstance(section, dict) else type(section).__name__
         only = ", ".join(_ALLOWED)
-        return None, [f"{FIELD}: {found} is not implemented (only {only}). {_INSTEAD}"]
+        return None, [f"{FIELD}: {actual} is not implemented (only {only}). {_INSTEAD}"]
     allowed, read = _ALLOWED[method], _READ[method]
     problems = []
-    for key, value in said.items():
+    for key, value in section.items():
         if key in allowed:
             if value is None or any(value == a and type(value) is type(a) for a in allowed[key]):
                 continue
             only = " or ".join(map(repr, allowed[key])) or "absent"
-            told = f"{value!r} is not implemented (only {only}). {_INSTEAD}"
-            problems.append(f"{FIELD}.{key}: {told}")
+            fault = f"{value!r} is not implemented (only {only}). {_INSTEAD}"
+            problems.append(f"{FIELD}.{key}: {fault}")
         elif key not in read | _IGNORED[method] | {"quant_method"}:
-            name, known = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
+            name, field_names = f"{FIELD}.{key}", {*allowed, *read, *_IGNORED[method]}
             if name not in ignore:
-                # programs beside the reference read these, so it does not tell which count
-                near = did_you_mean(key, known) if len(problems) < SUGGESTED else ""
+                # other programs read these, so the reference does not show which matter
+                near = did_you_mean(key, field_names) if len(problems) < SUGGESTED else ""
                 problems.append(
                     f"{name}: unknown field.{near} If it does not change what "
                     f"the numbers stand for, pass {option('ignore_config', (name,))}"
                 )
     understand = _integers if method in ("gptq", "awq") else _floats
-    how, more = understand(method, said)
+    how, more = understand(method, section)
     return (None if problems or more else how), problems + more
 
 
-def _integers(method: str, said: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
-    group, problems = said.get("group_size"), list[str]()
+def _integers(method: str, section: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
+    group, problems = section.get("group_size"), list[str]()
     if type(group) is not int or (group < 1 and group != -1):
         problems.append(f"{FIELD}.group_size: {group!r}, expected a number of inputs, or -1")
-    if type(said.get("bits")) is not int:
-        problems.append(f"{FIELD}.bits: {said.get('bits')!r}, expected a whole number")
+    if type(section.get("bits")) is not int:
+        problems.append(f"{FIELD}.bits: {section.get('bits')!r}, expected a whole number")
     if method == "awq":
-        if said.get("version") is None:
+        if section.get("version") is None:
             problems.append(f"{FIELD}.version: missing, and the order of numbers depends on it")
         return Quantization(method, 4, group or -1), problems
-    told = (said.get(key) for key in ("checkpoint_format", "format"))
-    formats = {each for each in told if isinstance(each, str)}
+    values = (section.get(key) for key in ("checkpoint_format", "format"))
+    formats = {value for value in values if isinstance(value, str)}
     if len(formats) > 1:
         problems.append(f"{FIELD}.checkpoint_format and .format differ: {listing(sorted(formats))}")
     first = formats != {"gptq_v2"}
-    bits, ordered = said.get("bits") or 4, bool(said.get("desc_act"))
+    bits, ordered = section.get("bits") or 4, bool(section.get("desc_act"))
     return Quantization(method, bits, group or -1, first, ordered), problems
 
 
-def _floats(method: str, said: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
+def _floats(method: str, section: Mapping[str, Any]) -> tuple[Quantization, list[str]]:
     if method == "fp8":
-        blocks = [said.get("weight_block_size")]
+        blocks = [section.get("weight_block_size")]
         where = f"{FIELD}.weight_block_size"
     else:
         where = f"{FIELD}.config_groups"
-        groups = said.get("config_groups")
+        groups = section.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             return Quantization(method), [f"{where}: expected groups by name"]
         blocks = []
         for name, group in groups.items():
             weights = group.get("weights") if isinstance(group, dict) else None
-            held = weights if isinstance(weights, dict) else {}
-            kind, strategy = (held.get("num_bits"), held.get("type")), held.get("strategy")
+            settings = weights if isinstance(weights, dict) else {}
+            kind, strategy = (
+                (settings.get("num_bits"), settings.get("type")),
+                settings.get("strategy"),
+            )
             if kind != (8, "float") or strategy not in ("tensor", "channel", "block"):
                 return Quantization(method), [
                     f"{where}.{name}.weights: num_bits, type and strategy {(*kind, strategy)} are "
                     "not implemented (only 8, 'float' and 'tensor', 'channel' or 'block')"
                 ]
-            blocks.append(held.get("block_structure") if strategy == "block" else None)
+            blocks.append(settings.get("block_structure") if strategy == "block" else None)
     if any(block != blocks[0] for block in blocks):
         return Quantization(method), [f"{where}: blocks of several sizes, {blocks}"]
     if blocks[0] is None:

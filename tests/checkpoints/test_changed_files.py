@@ -324,10 +324,10 @@ def assert_as_fresh(source: Path, out: Path, place: Path) -> None:
 MEASURED = """
 import sys, threading
 from pathlib import Path
-from converters.writer import Options, run
-from converters.store import Stage
+from converters.writer import WriteOptions, run
+from converters.staging.stage import Stage
 from zoo.saving.convert import plan_output
-from zoo.loading import locate
+from zoo.checkpoints.locate import locate
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -350,7 +350,7 @@ for n, (to, dtype) in enumerate([("native", d) for d in (None, "float64", "bfloa
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        run(output, Stage(place), Options(threads=2, tell=look))
+        run(output, Stage(place), WriteOptions(threads=2, tell=look))
         over.set()
         watcher.join()
     print(to, dtype, peak[0])

@@ -17,6 +17,7 @@ from tiny import build, run
 import zoo
 from converters import manifest
 from zoo import registry
+from zoo.checkpoints.former import RENAMED
 from zoo.components.model import Model
 from zoo.errors import (
     ConfigError,
@@ -349,6 +350,27 @@ def test_a_native_file_that_points_elsewhere_is_refused(
         tensor[2] = name
     (native / "zoo.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="not what zoo writes"):
+        zoo.load(native)
+
+
+def test_native_config_with_former_field_names_is_read(published: Path, tmp_path: Path) -> None:
+    native = zoo.convert(published, tmp_path / "native", to="native")
+    record = json.loads((native / "zoo.json").read_text())
+    now = dict(record["config"])
+    former = {new: old for old, new in RENAMED.items()}
+    if "buckets" in now:
+        former["max_distance"] = "distance"
+    record["config"] = {former.get(name, name): value for name, value in now.items()}
+    record["config"] |= {"dual_chunk": None, "twice": False} if "rope" in now else {}
+    edit(native / "zoo.json", **record)
+    assert zoo.load(native).config.to_dict() == now
+
+
+def test_native_config_with_a_field_that_another_model_has_is_refused(tmp_path: Path) -> None:
+    native = zoo.save(build("gpt2"), tmp_path / "native", to="native")
+    record = json.loads((native / "zoo.json").read_text())
+    edit(native / "zoo.json", config={**record["config"], "twice": True})
+    with pytest.raises(ConfigError, match="repeat: no such field"):
         zoo.load(native)
 
 

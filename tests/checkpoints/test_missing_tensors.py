@@ -11,8 +11,10 @@ import pytest
 
 from converters.checkpoint import Checkpoint
 from zoo import registry
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
 from zoo.errors import ConfigError, MissingTensors
-from zoo.loading import Located, locate, prove
 
 # The reference writes these where they differ from the embedding, and its config is the same where
 # they do not: a file without them is one that it writes.

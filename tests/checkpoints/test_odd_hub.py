@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sources import CONFIG, FIRST, SMALL, Hub, holds
+from hub_server import CONFIG, FIRST, SMALL, Hub, holds
 
 import zoo
 from zoo.checkpoints import downloads, sources
@@ -61,7 +61,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddHub]:
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's patient retries
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(sources, "COMPANIONS", ("tokenizer.json", "vocab.txt"))  # few to ask for
+    few = ("tokenizer.json", "vocab.txt")
+    monkeypatch.setattr("zoo.checkpoints.hub.COMPANIONS", few)  # to ask for
     served.add("o/m", SMALL)
     yield served
     served.close()

@@ -17,9 +17,9 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo.checkpoints.sources import _bar
+from zoo.checkpoints.hub import _bar
 from zoo.cli.app import main
-from zoo.errors import ZooError
+from zoo.errors import ZooError, printable
 from zoo.terminal import Escaped
 
 SLOW = """
@@ -108,7 +108,7 @@ def test_control_characters_of_configs_and_paths_are_escaped(
 
 def test_what_a_model_writes_is_printed_as_it_is() -> None:
     out = io.StringIO()
-    escaped = Escaped(out)
+    escaped = Escaped(out, printable)
     print("a\x1b[31mb\u00a0\u3000c\td", file=escaped)
     assert out.getvalue() == "a\\x1b[31mb\u00a0\u3000c\td\n"
     assert escaped.unescaped is out
@@ -120,7 +120,7 @@ def test_the_bar_of_a_download_stays_on_its_line(monkeypatch: pytest.MonkeyPatch
     states = sys.modules[tqdm.__module__]
     monkeypatch.setattr(states, "progress_bar_states", {})  # other tests switch bars off
     monkeypatch.setattr(states, "HF_HUB_DISABLE_PROGRESS_BARS", None)
-    with contextlib.redirect_stderr(Escaped(out)):
+    with contextlib.redirect_stderr(Escaped(out, printable)):
         bar = _bar(True)(total=2, desc="a\x1b[31mb", mininterval=0)
         bar.update(1)
         bar.close()

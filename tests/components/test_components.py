@@ -12,7 +12,7 @@ from zoo.components import config, masks
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.attention import Biased, Explicit, attend
 from zoo.components.heads import Pooler, last_token
-from zoo.components.rotary import Rotary, Scaling, turn
+from zoo.components.rotary import Rotary, Scaling, rotate
 from zoo.errors import ConfigError, MaskError, ResourceLimit, TokenIdError
 
 IDS = torch.tensor([[9, 8, 7, 6, 5], [4, 3, 2, 1, 9]])
@@ -111,7 +111,7 @@ def test_scores_depend_on_distance_alone() -> None:
 
     def score(a: int, b: int) -> float:
         (ca, sa), (cb, sb) = (rotary.tables(torch.tensor([[n]]), torch.float64) for n in (a, b))
-        return (turn(q, ca, sa) * turn(k, cb, sb)).sum().item()
+        return (rotate(q, ca, sa) * rotate(k, cb, sb)).sum().item()
 
     assert math.isclose(score(3, 10), score(20, 27), abs_tol=1e-12)
     assert not math.isclose(score(3, 10), score(3, 11), abs_tol=1e-3)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import write
 
-from converters.checkpoint import confined, is_plain, open_checkpoint, shard
+from converters.checkpoint import shard
 from converters.formats import TensorInfo
 from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
+from converters.opening import open_checkpoint
 from converters.output import Item, Shard, index_of
+from converters.paths import confined, is_plain
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,

@@ -23,6 +23,7 @@ from converters.lazy import Lazy
 from converters.manifest import check
 from converters.spec import Container, load_spec
 from zoo import registry
+from zoo.checkpoints.locate import locate
 from zoo.cli.app import main
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -40,7 +41,6 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.loading import locate
 from zoo.parity.fixtures import write
 from zoo.parity.gates import trips
 from zoo.parity.gates.trips import differences

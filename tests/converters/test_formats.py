@@ -112,7 +112,7 @@ def test_headers_need_no_torch(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     code = (
         "import sys; from pathlib import Path;"
-        "from converters.checkpoint import open_checkpoint;"
+        "from converters.opening import open_checkpoint;"
         "from converters.formats.safetensors import SafetensorsReader as R;"
         f"assert R(Path({str(tmp_path / 'a.safetensors')!r})).tensors['a'].shape == (2,);"
         "assert 'torch' not in sys.modules"

@@ -32,8 +32,8 @@ from converters.formats.gguf import (
     MAX_KEYS,
     MAX_TENSORS,
     MAX_TEXT,
-    Array,
     GGUFReader,
+    MetadataArray,
     Value,
     lay_out,
     open_gguf,
@@ -42,8 +42,8 @@ from converters.formats.gguf import (
 from converters.lazy import Lazy
 from converters.output import Item, Output, Shard
 from converters.quantized.blocks import KINDS, UNREAD, pieces_of_q8_0, quantize_q8_0
-from converters.store import Stage
-from converters.writer import Options, run
+from converters.staging.stage import Stage
+from converters.writer import WriteOptions, run
 from zoo.errors import (
     BadIndex,
     CorruptCheckpoint,
@@ -237,7 +237,7 @@ def test_a_long_header_is_read_without_a_map(tmp_path: Path) -> None:
     path = written(tmp_path / "a.gguf", lambda w: w.add_array("tokens", texts))
     reader = GGUFReader(path, mmap=False)
     path.write_bytes(b"")
-    assert list(reader.said["tokens"]) == texts
+    assert list(reader.values["tokens"]) == texts
 
 
 def test_several_tensors_keep_their_order(tmp_path: Path) -> None:
@@ -280,14 +280,14 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
         writer.add_float32("x.f32", 1e-5)
 
     reader = GGUFReader(written(tmp_path / "a.gguf", fill))
-    assert reader.said.pop("general.architecture") == "llama"
+    assert reader.values.pop("general.architecture") == "llama"
     lists = {"str": ["a", "", "ß"], "int": [3, -1], "float": [0.5, -2.0], "bool": [True, False]}
     expected = {f"x.{kind}": value for kind, (_, value) in SCALARS.items()} | {"x.f32": 1e-5}
-    assert reader.said == expected | {f"list.{name}": value for name, value in lists.items()}
+    assert reader.values == expected | {f"list.{name}": value for name, value in lists.items()}
     kinds = {"list.str": "[str]", "list.int": "[i32]", "list.float": "[f32]", "list.bool": "[bool]"}
     assert {k: v for k, v in reader.kinds.items() if k.startswith("list")} == kinds
     assert all(reader.kinds[f"x.{kind}"] == kind for kind in [*SCALARS, "f32"])
-    assert type(reader.said["x.bool"]) is bool
+    assert type(reader.values["x.bool"]) is bool
     assert reader.metadata == {"general.architecture": "llama", "x.str": "Grüße 🦙"}
 
 
@@ -295,7 +295,7 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
 @given(st.floats(width=32))
 def test_single_precision_is_read_as_its_shortest_decimal(tmp_path: Path, value: float) -> None:
     path = put(tmp_path / "a.gguf", raw(key("a", 6, struct.pack("<f", value)), keys=1))
-    found = GGUFReader(path).said["a"]
+    found = GGUFReader(path).values["a"]
     assert struct.pack("<f", found) == struct.pack("<f", value)
     assert len(repr(found)) <= len(repr(value))
 
@@ -304,7 +304,7 @@ def test_usual_decimals_are_what_was_meant(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     for value in (1e-5, 1e-6, 1e-12, 0.1, 10000.0, 500000.0, 1.0, 0.0, 8.0, 1e6, 3e38):
         put(path, raw(key("a", 6, struct.pack("<f", value)), keys=1))
-        assert GGUFReader(path).said["a"] == value
+        assert GGUFReader(path).values["a"] == value
 
 
 def test_long_arrays_are_decoded_when_asked_for(tmp_path: Path) -> None:
@@ -320,11 +320,11 @@ def test_long_arrays_are_decoded_when_asked_for(tmp_path: Path) -> None:
 
     reader = GGUFReader(written(tmp_path / "a.gguf", fill))
     for name, expected in (("tokens", tokens), ("scores", scores), ("flags", flags)):
-        found = reader.said[name]
-        assert isinstance(found, Array)
+        found = reader.values[name]
+        assert isinstance(found, MetadataArray)
         assert len(found) == 5000
         assert list(found) == list(found) == expected
-    assert repr(reader.said["tokens"]) == "<5000 str of tokens>"
+    assert repr(reader.values["tokens"]) == "<5000 str of tokens>"
     assert reader.tensor("a").tolist() == [1, 1, 1]
 
 
@@ -343,7 +343,7 @@ def test_a_large_vocabulary_opens_fast(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
-    *_, last = reader.said["merges"]
+    *_, last = reader.values["merges"]
     assert last == "a499999 b"
 
 
@@ -723,9 +723,9 @@ def test_damage_in_a_long_array_is_named_when_met(tmp_path: Path) -> None:
     data = raw(array("texts", 8, 2002, texts), array("flags", 7, 2001, flags), keys=2)
     reader = GGUFReader(put(tmp_path / "bad.gguf", data))
     with pytest.raises(CorruptCheckpoint, match=r"bad\.gguf: texts\[2000\] is not UTF-8"):
-        list(reader.said["texts"])
+        list(reader.values["texts"])
     with pytest.raises(CorruptCheckpoint, match=r"bad\.gguf: flags\[1500\] is 7"):
-        list(reader.said["flags"])
+        list(reader.values["flags"])
 
 
 def test_limits_come_before_what_they_limit(tmp_path: Path) -> None:
@@ -787,7 +787,7 @@ def test_the_most_text_takes_little_memory(tmp_path: Path) -> None:
     path = put(tmp_path / "a.gguf", raw(key("a", 8, text(body)), keys=1))
     tracemalloc.start()
     try:
-        assert GGUFReader(path).said["a"][-1] == "🦙"
+        assert GGUFReader(path).values["a"][-1] == "🦙"
         assert tracemalloc.get_traced_memory()[1] < path.stat().st_size + (64 << 20)
     finally:
         tracemalloc.stop()
@@ -836,7 +836,7 @@ def test_mutated_files_never_fail_otherwise(
         return
     library = gguf.GGUFReader(path)  # what we accept, the library accepts and reads alike
     assert [tensor.name for tensor in library.tensors] == list(reader.tensors)
-    assert all(n.startswith("GGUF.") or n in reader.said for n in library.fields)
+    assert all(n.startswith("GGUF.") or n in reader.values for n in library.fields)
     for tensor in library.tensors:
         found = reader.tensor(tensor.name)
         with np.errstate(all="ignore"):
@@ -881,7 +881,7 @@ def test_a_split_is_read_as_one(split: list[Path], given: int) -> None:
     held = {name: reader for reader in readers.values() for name in reader.tensors}
     assert sorted(held) == [f"t{n}" for n in range(5)]
     assert all(held[f"t{n}"].tensor(f"t{n}").eq(n).all() for n in range(5))
-    assert next(iter(readers.values())).said["general.name"] == "whole"
+    assert next(iter(readers.values())).values["general.name"] == "whole"
 
 
 def test_a_whole_file_is_its_own_split(tmp_path: Path) -> None:
@@ -1051,7 +1051,7 @@ def test_a_file_read_and_written_again_is_the_same(tmp_path: Path) -> None:
 
     path = written(tmp_path / "a.gguf", fill)
     reader = GGUFReader(path)
-    said = {name: Value(reader.kinds[name], value) for name, value in reader.said.items()}
+    said = {name: Value(reader.kinds[name], value) for name, value in reader.values.items()}
     tensors = {name: (about.dtype, reader.tensor(name)) for name, about in reader.tensors.items()}
     assert save(tmp_path / "b.gguf", tensors, said).read_bytes() == path.read_bytes()
 
@@ -1073,7 +1073,7 @@ values = st.one_of(
 @given(st.dictionaries(words.filter(bool).map(lambda name: f"k{name}"), values, max_size=6))
 def test_any_values_come_back(tmp_path: Path, said: dict[str, Any]) -> None:
     path = put(tmp_path / "a.gguf", lay_out([], said, "here").head)
-    found = GGUFReader(path).said
+    found = GGUFReader(path).values
     expected = {n: v.value if isinstance(v, Value) else v for n, v in said.items()}
     assert list(found) == list(expected)
     for name, value in expected.items():
@@ -1171,7 +1171,7 @@ def test_a_conversion_writes_it_in_any_order_and_in_pieces(tmp_path: Path) -> No
             info = TensorInfo(info.name, (stored_bytes(info),), "U8")
         items.append(Item(info, "", make))
     output = Output((Shard("a.gguf", tuple(items), layout),))
-    run(output, Stage(tmp_path), Options(memory=1 << 18))
+    run(output, Stage(tmp_path), WriteOptions(memory=1 << 18))
     assert (tmp_path / "a.gguf").read_bytes() == save(
         tmp_path / "b.gguf", stock, {"a": 1}
     ).read_bytes()

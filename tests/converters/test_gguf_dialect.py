@@ -311,8 +311,8 @@ def test_scaled_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
         assert np.allclose(held.tensor("rope_freqs.weight").numpy(), factors, rtol=1e-6)
         assert {1.0, 32.0} < set(factors), "some between"
     else:
-        assert held.said["llama.rope.scaling.type"] == "linear"
-        assert held.said["llama.rope.scaling.factor"] == 4.0
+        assert held.values["llama.rope.scaling.type"] == "linear"
+        assert held.values["llama.rope.scaling.factor"] == 4.0
     model, again = zoo.load(source), zoo.load(path)
     assert again.config.rope == model.config.rope
     assert torch.equal(logits(again), logits(model))
@@ -352,7 +352,7 @@ def test_scaling_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> No
 def rewritten(path: Path, to: Path, change: dict[str, Any], drop: tuple[str, ...] = ()) -> Path:
     """The same file with other key/values, or without some."""
     held = GGUFReader(path)
-    said = {k: Value(held.kinds[k], v) for k, v in held.said.items() if k not in drop} | change
+    said = {k: Value(held.kinds[k], v) for k, v in held.values.items() if k not in drop} | change
     infos = [info for name, info in held.tensors.items() if name not in drop]
     layout = lay_out(infos, said, to)
     data = bytearray(layout.head) + bytes(layout.size)
@@ -391,7 +391,7 @@ def test_what_decides_and_no_shape_tells_is_never_guessed(
     head: Any = {"head": "none"} if name == "bert" else {}
     path = converted(hf[name], tmp_path / "gguf", **head)
     for key in ("head_count", "layer_norm_rms_epsilon", "layer_norm_epsilon"):
-        if f"{name}.attention.{key}" not in GGUFReader(path).said:
+        if f"{name}.attention.{key}" not in GGUFReader(path).values:
             continue
         odd = rewritten(path, tmp_path / "odd.gguf", {}, (f"{name}.attention.{key}",))
         with pytest.raises(ConfigError, match=rf"nothing says attention\.{key} "):
@@ -418,7 +418,7 @@ def test_what_concerns_no_model_is_passed_over(hf: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(zoo.load(odd)), logits(zoo.load(hf["llama"])))
     # and stays with the file when it is written again
     again = converted(odd, tmp_path / "again")
-    assert GGUFReader(again).said["general.license.link"] == "x"
+    assert GGUFReader(again).values["general.license.link"] == "x"
 
 
 def test_unknown_names_and_architectures(hf: Any, tmp_path: Path) -> None:
@@ -468,8 +468,8 @@ def test_byte_level_bpe(fixtures: Path, tmp_path: Path) -> None:
         path = converted(source, tmp_path / f"{kind}-gguf")
         held = GGUFReader(path)
         pre = {"gpt2": "gpt-2", "qwen2": "qwen2"}[kind]
-        assert held.said["tokenizer.ggml.pre"] == pre
-        assert len(held.said["tokenizer.ggml.tokens"]) == vocab
+        assert held.values["tokenizer.ggml.pre"] == pre
+        assert len(held.values["tokenizer.ggml.tokens"]) == vocab
         ours = zoo.tokenizer(path)
         for text in TEXTS:
             assert ours.encode(text) == theirs.encode(text)
@@ -491,10 +491,10 @@ def test_byte_level_bpe(fixtures: Path, tmp_path: Path) -> None:
         back = zoo.tokenizer(tmp_path / f"{kind}-hf")
         assert all(back.encode(text) == theirs.encode(text) for text in TEXTS)
         again = converted(tmp_path / f"{kind}-hf", tmp_path / f"{kind}-again")
-        held_again = GGUFReader(again).said
+        held_again = GGUFReader(again).values
         for key in ("tokens", "merges", "token_type"):
             whole = f"tokenizer.ggml.{key}"
-            assert list(held_again[whole]) == list(held.said[whole]), key
+            assert list(held_again[whole]) == list(held.values[whole]), key
 
 
 @pytest.mark.slow
@@ -504,7 +504,7 @@ def test_ranks(fixtures: Path, tmp_path: Path) -> None:
     shutil.copy(fixtures / "tokenizers/llama3/tokenizer.model", source)
     theirs = zoo.tokenizer(source)
     path = converted(source, tmp_path / "gguf")
-    said = GGUFReader(path).said
+    said = GGUFReader(path).values
     assert said["tokenizer.ggml.pre"] == "llama-bpe" and said["tokenizer.ggml.add_bos_token"]
     ours = zoo.tokenizer(path)
     assert ours.bos == theirs.bos == 128000
@@ -525,7 +525,7 @@ def test_word_pieces(fixtures: Path, tmp_path: Path) -> None:
     shutil.copy(fixtures / "tokenizers/bert-uncased/vocab.txt", source)
     theirs = zoo.tokenizer(source)
     path = converted(source, tmp_path / "gguf", head="none")
-    said = GGUFReader(path).said
+    said = GGUFReader(path).values
     assert said["tokenizer.ggml.token_type_count"] == 3
     tokens = list(said["tokenizer.ggml.tokens"])
     assert tokens[said["tokenizer.ggml.seperator_token_id"]] == "[SEP]"
@@ -541,7 +541,7 @@ def test_word_pieces(fixtures: Path, tmp_path: Path) -> None:
     with pytest.raises(LossyExport, match=r"case or accents count.*'vocabulary': 0"):
         converted(source, tmp_path / "no", head="none")
     path = converted(source, tmp_path / "bare", head="none", layout={"vocabulary": 0})
-    assert GGUFReader(path).said["tokenizer.ggml.model"] == "no_vocab"
+    assert GGUFReader(path).values["tokenizer.ggml.model"] == "no_vocab"
 
 
 def test_a_graph_has_the_vocabulary_and_says_what_it_was(fixtures: Path, tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_sentence_pieces(fixtures: Path, tmp_path: Path) -> None:
     (source / "added_tokens.json").write_text('{"<pad>": 32000}')
     theirs = zoo.tokenizer(source)
     path = converted(source, tmp_path / "gguf")
-    said = GGUFReader(path).said
+    said = GGUFReader(path).values
     tokens, types = list(said["tokenizer.ggml.tokens"]), list(said["tokenizer.ggml.token_type"])
     assert tokens[32000:] == ["<pad>", "[PAD32001]", "[PAD32002]"]
     assert types[:4] == [2, 3, 3, 6] and types[32000:] == [4, 5, 5]
@@ -864,7 +864,7 @@ def test_llama_cpps_file_of_a_llama2c_model_is_read_and_exported(
         back = converted(tmp_path / to, tmp_path / "back" / to)
         assert torch.equal(zoo.load(back)(wanted), source(wanted))
         assert zoo.load(back).tokenizer.encode(text) == ids
-        assert not {k for k, v in GGUFReader(back).said.items() if v == 0xFFFFFFFF}
+        assert not {k for k, v in GGUFReader(back).values.items() if v == 0xFFFFFFFF}
 
 
 @pytest.mark.parametrize("key", ["padding", "eos", "eot", "mask"])

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import zoo
 from converters import lazy
-from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.checkpoint import Checkpoint
 from converters.manifest import NAME, check
-from converters.quantized.dequantize import dequantized, stands_turned
+from converters.opening import open_checkpoint
+from converters.quantized.dequantize import dequantize_checkpoint, has_inputs_first
 from converters.quantized.settings import Quantization, read_config
 from converters.spec import load_spec
 from zoo import registry
@@ -256,7 +257,7 @@ def opened(
 ) -> Checkpoint:
     how, problems = read_config(said)
     assert how is not None, problems
-    return dequantized(open_checkpoint(directory), how, lambda name: turned, dtype)
+    return dequantize_checkpoint(open_checkpoint(directory), how, lambda name: turned, dtype)
 
 
 def one(
@@ -969,18 +970,18 @@ def test_scales_of_inputs_are_dropped_with_a_reason(
 
 
 def test_which_way_a_matrix_stands_is_in_the_spec() -> None:
-    turns = partial(stands_turned, load_spec("gpt2").dialect("hf"))
+    turns = partial(has_inputs_first, load_spec("gpt2").dialect("hf"))
     assert turns("transformer.h.3.attn.c_attn.weight") and turns("h.0.mlp.c_proj.weight")
     assert not turns("lm_head.weight") and not turns("transformer.wte.weight")
     for spec, name in (("llama", "model.layers.0.mlp.up_proj.weight"), ("neox", "x.weight")):
-        assert not stands_turned(load_spec(spec).dialect("hf"), name)
+        assert not has_inputs_first(load_spec(spec).dialect("hf"), name)
 
 
 def test_headers_cost_no_weights(made: Callable[..., tuple[Path, Path]]) -> None:
     how = Quantization("gptq", 4, 16, True)
     tracemalloc.start()
     try:
-        dequantized(open_checkpoint(made()[0]), how, lambda name: False, None)
+        dequantize_checkpoint(open_checkpoint(made()[0]), how, lambda name: False, None)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()

@@ -399,8 +399,8 @@ def gated(made: Callable[[Any, Tensor, Tensor], Tensor]) -> Plant:
 def unshared(self: Any, x: Tensor) -> Tensor:
     """Experts whose shares do not sum to one."""
     tokens = x.flatten(0, 1)
-    share, index = self.router(tokens).softmax(-1).topk(self.chosen, -1)
-    out: Tensor = self.run_chosen(tokens, share, index).view_as(x)
+    share, index = self.router(tokens).softmax(-1).topk(self.experts_per_token, -1)
+    out: Tensor = self.run_sparse(tokens, share, index).view_as(x)
     return out
 
 
@@ -625,7 +625,7 @@ def test_what_is_lost_in_a_narrower_dtype_is_found(made: Callable[..., Path]) ->
     """Experts that add little: what they differ in is below the noise of what it is added to."""
     model = zoo.load(made("mixtral"), dtype="bfloat16")
     for block in model.blocks:
-        block.mlp.chosen = 1
+        block.mlp.experts_per_token = 1
     found = zoo.diff(model, made("mixtral"), dtype="bfloat16", seed=16)
     assert found.first is not None and found.first.place == "blocks.0.mlp", found.to_text()
     assert "1 experts are chosen here, and 2 there" in found.causes[0].what

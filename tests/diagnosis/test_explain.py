@@ -129,13 +129,13 @@ def test_what_the_class_itself_does_wrong(
     """No healthy model of the class is there to be held against: both are fitted."""
     from zoo.components import mlp, rotary
 
-    kept = rotary.turn
+    kept = rotary.rotate
 
     def backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return kept(x, cos, -sin)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rotary, "turn", backwards)
+        patch.setattr(rotary, "rotate", backwards)
         cause = zoo.diff(made("llama")).causes[0]
     assert cause.restored and "turned backwards" in cause.what
     with monkeypatch.context() as patch:

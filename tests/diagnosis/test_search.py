@@ -373,7 +373,7 @@ RIGHT = {
     "theta left at its default": "rope_base is",
     "silu for gelu, or gelu for silu": "act is",
     "parallel branches run in turn, or the other way about": "parallel is",
-    "shared layers run once, or others twice": "twice is",
+    "shared layers run once, or others twice": "repeat is",
     "soft cap left out": "score_cap is",
     "norms read as an offset from one": r"norm1 is what is stored - 1",
     "vocabulary off by one": r"embed\.weight.* read 1 row earlier",

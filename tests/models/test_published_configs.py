@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import zoo
+from zoo.checkpoints.locate import locate
 from zoo.errors import ConfigError, UnusedFieldsWarning, ZooError
-from zoo.loading import locate
 
 PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load(
     (Path(__file__).parents[1] / "data" / "published_configs.yaml").read_text(encoding="utf-8")
@@ -84,8 +84,8 @@ def test_fields_that_load_with_a_warning_change_no_logits(
     name: str, sizes: dict[str, int], tmp_path: Path
 ) -> None:
     """The reference is given every field, and so are we."""
+    from zoo.checkpoints.oracle import transformers
     from zoo.parity.fixtures import write
-    from zoo.parity.reference import transformers
 
     fields = {**config(name), **sizes, "vocab_size": 131, "num_hidden_layers": 2}
     kv = {key: 3 for key in ("num_key_value_heads", "num_kv_heads") if key in fields}

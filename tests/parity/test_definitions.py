@@ -12,7 +12,7 @@ from torch import Tensor
 
 import zoo
 from zoo import registry
-from zoo.components.dual_chunk import DualChunk, DualChunked
+from zoo.components.dual_chunk import DualChunk, DualChunkAttention
 from zoo.components.masks import causal
 from zoo.components.rotary import PLAIN, Rotary
 from zoo.errors import ConfigError
@@ -66,7 +66,7 @@ def test_dual_chunks_are_what_their_definition_says(
     torch.manual_seed(0)
     q = torch.randn(2, 4, 31, 6, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, 31, 6, dtype=torch.float64)
-    attend = DualChunked(sizes, Rotary(6, 100.0, PLAIN, 31))
+    attend = DualChunkAttention(sizes, Rotary(6, 100.0, PLAIN, 31))
     mask = causal(torch.ones(2, 31, dtype=torch.long), None)
     out = attend(q, k, v, mask, 6**-0.5, 0.0)
     for row in range(2):

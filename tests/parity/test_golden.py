@@ -91,7 +91,7 @@ def test_what_a_row_measures() -> None:
     assert not found.row("x", Model(logits.where(logits != logits[2, first], torch.nan))).ok
     assert not found.row("x", Model(logits[:4])).ok
     beyond = replace(found, ids=found.ids.clone().fill_(40)).row("x", Model(logits))
-    assert "ids up to 40 behind them; the model's outputs are [5, 40]" in beyond.detail
+    assert "with ids up to 40; the model's outputs are [5, 40]" in beyond.detail
     assert not found.row("x", Model(logits[:, :10])).ok
 
 
@@ -103,11 +103,11 @@ def test_what_a_row_measures() -> None:
         (
             "logits",
             [[*map(float, range(20))]] * 3,
-            "behind token 0, the likeliest is not the first",
+            "after token 0, the most likely is not the first",
         ),
         ("tokens", [], "tokens: expected token ids"),
-        ("ids", [[1, 2]], "ids: expected 20 behind each"),
-        ("about", 3, "about: expected words"),
+        ("ids", [[1, 2]], "ids: expected 20 after each"),
+        ("about", 3, "about: expected a text"),
         ("more", 1, "missing or unknown: more"),
     ],
 )
@@ -122,7 +122,7 @@ def test_files_that_are_none(field: str, value: Any, told: str, tmp_path: Path) 
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(NotACheckpoint, match="knows no outputs"):
+    with pytest.raises(NotACheckpoint, match="has no outputs for it"):
         golden.find("gpt2", None)
     with pytest.raises(NotACheckpoint, match="Did you mean stories260k"):
         golden.find("stories26k", None)

@@ -2,15 +2,19 @@
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import first
 from safetensors.torch import load_file, save_file
 
 import zoo
+from converters.spec import load_spec
 from zoo import parity, registry
 from zoo.errors import MissingDependency, ParityError, UsageError, ZooError
 from zoo.parity import Report, Row, checks, fixtures, reference
@@ -26,13 +30,9 @@ def names(case: object) -> str | None:
     return case.name if isinstance(case, Architecture) else None
 
 
-every_variant = pytest.mark.parametrize(("entry", "variant"), VARIANTS, ids=names)
 every_architecture = pytest.mark.parametrize(("entry", "variant"), FIRST, ids=names)
-
-
-# the fast subset holds each architecture's first three
-EARLY = [(e, v) for e in registry.architectures().values() for v in list(e.variants)[:3]]
-MARKED = [pytest.param(*case, marks=() if case in EARLY else pytest.mark.slow) for case in VARIANTS]
+some_architectures = pytest.mark.parametrize(("entry", "variant"), first(FIRST), ids=names)
+MARKED = [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in VARIANTS]
 
 
 @pytest.mark.parametrize(("entry", "variant"), MARKED, ids=names)
@@ -40,7 +40,16 @@ def test_variant(entry: Architecture, variant: str) -> None:
     report = parity.verify(entry.name, variants=[variant])
     assert report.ok, report.to_text()
     measured = {row.check for row in report.rows}
-    assert {"fp64", "fp32", "bf16", "gradients", "padding", "batch", "export", "anew"} <= measured
+    assert {
+        "fp64",
+        "fp32",
+        "bf16",
+        "gradients",
+        "padding",
+        "batch",
+        "export",
+        "from scratch",
+    } <= measured
 
 
 @every_architecture
@@ -61,9 +70,11 @@ def test_what_convert_wrote(tmp_path: Path) -> None:
     assert report.ok, report.to_text()
 
 
-@every_architecture
-def test_wrong_checkpoint(entry: Architecture, variant: str, tmp_path: Path) -> None:
-    fixtures.hot_checkpoint(entry, variant, tmp_path)
+@some_architectures
+def test_wrong_checkpoint(
+    entry: Architecture, variant: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made(entry.name, variant), tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     del weights[sorted(weights)[0]]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -79,20 +90,21 @@ def is_prime(n: int) -> bool:
     return n > 1 and all(n % k for k in range(2, math.isqrt(n) + 1))
 
 
-@every_variant
-def test_sizes_are_distinct(entry: Architecture, variant: str, tmp_path: Path) -> None:
-    """A mix-up of two sizes must show."""
-    from zoo.loading import load
-
-    fixtures.hot_checkpoint(entry, variant, tmp_path)
-    config = load(tmp_path).config
-    width = getattr(config, "head_dim", None) or config.dim // config.heads
-    kv_heads = getattr(config, "kv_heads", None) or config.heads
-    sizes = [config.heads, config.layers, width, config.vocab]
-    sizes += [config.dim] if config.heads > 1 else []
-    sizes += [kv_heads] if kv_heads != config.heads else []
-    assert len(set(sizes)) == len(sizes)
-    assert is_prime(config.vocab)
+def test_sizes_are_distinct() -> None:
+    """A mix-up of two sizes must show, in every variant."""
+    wrong = []
+    for entry, variant in VARIANTS:
+        published = entry.variants[variant]["config"]
+        fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
+        config = entry.config_class(**fields)
+        width = getattr(config, "head_dim", None) or config.dim // config.heads
+        kv_heads = getattr(config, "kv_heads", None) or config.heads
+        sizes = [config.heads, config.layers, width, config.vocab]
+        sizes += [config.dim] if config.heads > 1 else []
+        sizes += [kv_heads] if kv_heads != config.heads else []
+        if len(set(sizes)) < len(sizes) or not is_prime(config.vocab):
+            wrong.append(f"{entry.name}/{variant}: {sizes}")
+    assert wrong == []
     assert TOKENS >= 33
 
 
@@ -110,10 +122,10 @@ def test_every_parameter_is_redrawn(entry: Architecture, variant: str, tmp_path:
 
 
 @every_architecture
-def test_attention_is_hot(entry: Architecture, variant: str, tmp_path: Path) -> None:
+def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
     """Neither uniform nor one-hot: where it is either, what feeds it does not show."""
-    named = fixtures.hot_checkpoint(entry, variant, tmp_path)
-    model = reference.Reference(tmp_path, named, torch.float32).model
+    named = entry.variants[variant]["class"]
+    model = reference.Reference(made(entry.name, variant), named, torch.float32).model
     ids = torch.randint(8, model.config.vocab_size, (4, TOKENS))
     with torch.no_grad():
         if model.config.is_encoder_decoder:
@@ -146,15 +158,15 @@ def test_old_spelling_stays(tmp_path: Path) -> None:
 
 
 @every_architecture
-def test_lift(entry: Architecture, variant: str, tmp_path: Path) -> None:
+def test_lift(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
     """Two ways through the lifted reference agree to the last digits; unlifted it is caught."""
-    named = fixtures.hot_checkpoint(entry, variant, tmp_path)
+    directory, named = made(entry.name, variant), entry.variants[variant]["class"]
     ids = {"input_ids": torch.randint(8, 100, (2, TOKENS))}
     ids["decoder_input_ids"] = ids["input_ids"].flip(1)  # read by encoder-decoders alone
     kinds = ("eager", "sdpa") if reference.fuses(named) else ("eager", "eager")
     with torch.no_grad():
         eager, fused = (
-            reference.Reference(tmp_path, named, torch.float64, lifted=True, attention=kind)(
+            reference.Reference(directory, named, torch.float64, lifted=True, attention=kind)(
                 ids, watch=True
             )
             for kind in kinds
@@ -163,11 +175,11 @@ def test_lift(entry: Architecture, variant: str, tmp_path: Path) -> None:
         assert checks.distance(fused[name], value) < 1e-13
 
 
-def test_unlifted_reference_is_caught(tmp_path: Path) -> None:
+def test_unlifted_reference_is_caught(made: Callable[..., Path]) -> None:
     caught = 0
     for entry, variant in FIRST:
-        named = fixtures.hot_checkpoint(entry, variant, tmp_path / entry.name)
-        plain = reference.Reference(tmp_path / entry.name, named, torch.float64)
+        named = entry.variants[variant]["class"]
+        plain = reference.Reference(made(entry.name, variant), named, torch.float64)
         try:
             plain({"input_ids": torch.arange(8, 16)[None]}, watch=True)
         except ParityError:
@@ -175,11 +187,11 @@ def test_unlifted_reference_is_caught(tmp_path: Path) -> None:
     assert caught
 
 
-@every_architecture
-def test_truth_is_repeatable(entry: Architecture, variant: str, tmp_path: Path) -> None:
+@some_architectures
+def test_truth_is_repeatable(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
     """Also where the reference remembers the longest input that it has seen."""
-    named = fixtures.hot_checkpoint(entry, variant, tmp_path)
-    one, two = Truth(tmp_path, named), Truth(tmp_path, named)
+    directory, named = made(entry.name, variant), entry.variants[variant]["class"]
+    one, two = Truth(directory, named), Truth(directory, named)
     for name, value in one.outputs.items():
         assert torch.equal(value, two.outputs[name])
     for name, value in one.gradients.items():

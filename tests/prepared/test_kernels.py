@@ -12,7 +12,7 @@ from zoo.components.attention import attend
 from zoo.components.cache import Cache
 from zoo.components.masks import Mask
 from zoo.components.norm import OffsetRMSNorm, RMSNorm
-from zoo.components.rotary import turn
+from zoo.components.rotary import rotate
 from zoo.prepared import fused, kernels, packed
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -189,9 +189,9 @@ def test_norms_match_torch(kind: type[RMSNorm], d: int, dtype: torch.dtype) -> N
 def test_rotary_matches_torch(own: bool, rest: int, dtype: torch.dtype) -> None:
     x = drawn(3, 1, 5, 16 + rest, dtype=dtype).transpose(1, 2)
     cos, sin = (drawn(3 if own else 1, 1, 1, 8 + n, dtype=dtype)[..., :8] for n in (1, 2))
-    exact = turn(x.double(), cos.double(), sin.double())
+    exact = rotate(x.double(), cos.double(), sin.double())
     got = kernels.rotate(x, cos.contiguous(), sin.contiguous())
-    assert rms(got - exact) <= 1.1 * rms(turn(x, cos, sin) - exact)
+    assert rms(got - exact) <= 1.1 * rms(rotate(x, cos, sin) - exact)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from zoo.checkpoints.sentences import Pooling, SentenceModel
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.errors import MissingDependency, UsageError
-from zoo.parity import fixtures
-from zoo.prepared import packed, prepare
+from zoo.prepared import packed
 from zoo.prepared.last_only import last_only
 from zoo.text.inference import headless
 
@@ -38,15 +36,8 @@ Hot = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def hot(tmp_path_factory: pytest.TempPathFactory) -> Hot:
+def hot(made: Hot) -> Hot:
     """A variant as the reference saves it, with random parameters."""
-
-    @cache
-    def made(name: str, variant: str) -> Path:
-        place = tmp_path_factory.mktemp("hot")
-        fixtures.hot_checkpoint(registry.architectures()[name], variant, place)
-        return place
-
     return made
 
 
@@ -235,7 +226,7 @@ def test_a_missing_cpp_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     model = build("gpt2")
     with pytest.raises(MissingDependency, match=r"C\+\+ compiler"):
         zoo.prepare(model, compile=True)
-    assert not prepare.is_prepared(model)
+    assert not model.is_prepared
 
 
 # --- the last place alone ------------------------------------------------------------------------
@@ -248,7 +239,7 @@ def test_last_only(name: str, fast: bool) -> None:
     if model.config.head not in LOGITS:
         with pytest.raises(UsageError, match="last_only"):
             zoo.prepare(model, last_only=True)
-        assert not prepare.is_prepared(model)
+        assert not model.is_prepared
         return
     if fast:
         zoo.prepare(model)

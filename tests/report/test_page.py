@@ -31,7 +31,7 @@ from zoo.parity.gates.mutants import Verdict
 from zoo.parity.gates.trips import Trip
 from zoo.parity.result import Report, Row
 from zoo.report.gather import Run, _by_layer, gather
-from zoo.report.page import COLUMNS, counted, page
+from zoo.report.page import COLUMNS, bug_counts, page
 from zoo.report.wiring import about, layers_joined, svg, wiring
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -170,9 +170,9 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
         "Planted bugs: torch 9.8.",
         "Round trips: torch 7.6.",
         "k lost x yes no v &lt;lost&gt;",
-        "lost x no no nothing (seen at in norm)",
+        "lost x no no nothing (located at in norm)",
         "a shape refused, base: ShapeMismatch",
-        "1 variants as the reference writes them",
+        "1 variant as the reference writes them",
         "all within their limits",
     ):
         assert told in seen, told
@@ -181,7 +181,7 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
 
 def test_what_was_run_of_some_says_so(run: Run) -> None:
     one, other = with_record(run).architectures[0], replace(run.architectures[0], name="another")
-    assert "Planted bugs: torch 9.8; not run of 1 architectures." in texts(page(Run([one, other])))
+    assert "Planted bugs: torch 9.8; not run for 1 architecture." in texts(page(Run([one, other])))
 
 
 def test_every_cell_says_what_was_measured(run: Run) -> None:
@@ -199,7 +199,7 @@ def test_the_spec_is_read_from_the_page(run: Run) -> None:
         "dropped: causal mask",
         "lm_head.weight transformer.wte.weight tied",
         "n_embd dim",
-        "transformer.… before names, or not",
+        "transformer.… optional prefix of all names",
     ):
         assert told in seen, told
 
@@ -227,7 +227,10 @@ def test_what_does_not_load(check: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("zoo.report.gather.load", refuse)
     run = failing(Row("gpt2/base", check, math.nan, 0, "MissingTensors", "2 tensors: <a>, b"))
     seen = texts(page(run))
-    assert "0 of 1" in seen and "not drawn, base: MissingTensors: 2 tensors: &lt;a&gt;, b" in seen
+    assert (
+        "0 of 1" in seen
+        and "no wiring diagram: base: MissingTensors: 2 tensors: &lt;a&gt;, b" in seen
+    )
     assert not run.ok and json.loads(json.dumps(run.to_record()))["parity"]["gpt2"]["ok"] is False
 
 
@@ -243,7 +246,7 @@ def test_a_check_that_breaks_is_in_its_column() -> None:
 def test_survivors_and_wrong_trips_fail_the_page(run: Run) -> None:
     known = copy.deepcopy(KNOWN)
     known["bugs"]["gpt2"]["bugs"]["k lost"]["killed"] = ""
-    assert "planted and not killed: k lost" in texts(page(with_record(run, known)))
+    assert "planted bug survived: k lost" in texts(page(with_record(run, known)))
     known = copy.deepcopy(KNOWN)
     known["trips"]["gpt2"] |= {"wrong": {"hf to <b>": "differs"}, "counts": {"wrong": 1}}
     seen = texts(page(with_record(run, known)))
@@ -257,7 +260,7 @@ def test_heat_shows_what_is_no_number(run: Run) -> None:
     assert heat["float64"]["blocks.1"] == (None, 1e-3)
     (each,) = run.architectures
     seen = texts(page(Run([replace(each, heat=heat)])))
-    assert "no number, limit 1.0e-03" in seen and "1.0e-01, limit 1.0e-03" in seen
+    assert "not finite, limit 1.0e-03" in seen and "1.0e-01, limit 1.0e-03" in seen
 
 
 def test_a_page_of_nothing() -> None:
@@ -285,7 +288,7 @@ def test_checkpoints_have_a_page_too() -> None:
         "gpt2, the checkpoint": 2,
     }
     one = known["gpt2, the checkpoint"]
-    assert one.seconds == {"as it is": 2.0, "redrawn": 3.0} and not one.bugs and known["gpt2"].bugs
+    assert one.seconds == {"published": 2.0, "redrawn": 3.0} and not one.bugs and known["gpt2"].bugs
     assert "redrawn, 3.0 s" in texts(page(run))
 
 
@@ -339,13 +342,13 @@ def test_what_cannot_be_written_is_said_before_the_work(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("zoo.verify", lambda *_, **__: pytest.fail("too late"))
-    file = tmp_path / "zoo/evidence.json"
+    file = tmp_path / "evidence.json"
     file.write_text("[]")
     if wrong == "record":
         monkeypatch.setattr("zoo.evidence.place", lambda: file)
     place = tmp_path / "report" if wrong == "record" else file
     assert app.main(["verify", "gpt2", "--html", str(place)]) == 1
-    assert "zoo/evidence.json" in capsys.readouterr().err
+    assert "evidence.json" in capsys.readouterr().err
 
 
 def rendered(place: Path, scratch: Path, fragment: str = "") -> str:
@@ -425,7 +428,7 @@ def test_the_list_of_what_is_verified(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of our own, a copy of what there is."""
-    place = tmp_path / "zoo/evidence.json"
+    place = tmp_path / "evidence.json"
     shutil.copy(evidence.place(), place)
     monkeypatch.setattr("zoo.evidence.place", lambda: place)
     return place
@@ -492,7 +495,7 @@ def test_what_is_recorded_of_bugs() -> None:
     (found,) = planted.to_record(traces, verdicts).values()
     assert found["bugs"]["b"]["said"] == "another" and found["bugs"]["c"]["said"] == "nothing"
     assert found["bugs"].keys() == {*"abcd"}
-    assert counted(found) == {"planted": 3, "killed": 2, "located": 2, "diagnosed": 1}
+    assert bug_counts(found) == {"planted": 3, "killed": 2, "located": 2, "diagnosed": 1}
 
 
 def test_what_is_recorded_of_trips() -> None:

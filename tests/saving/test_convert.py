@@ -23,8 +23,8 @@ from converters.lazy import Lazy
 from converters.manifest import NAME, check, digest
 from converters.output import Item, Output, Shard
 from converters.spec import load_spec
-from converters.store import Stage
-from converters.writer import Options, _Look, _Run, run
+from converters.staging.stage import Stage
+from converters.writer import WriteOptions, _Look, _Run, run
 from zoo import registry
 from zoo.cli.app import main
 from zoo.errors import (
@@ -263,7 +263,7 @@ def test_equal_tensors_are_told_from_64_kilobytes_on(tmp_path: Path) -> None:
         for n, t in tensors.items()
     ]
     output = Output((Shard.of("x.safetensors", items, None),))
-    report = run(output, Stage(tmp_path), Options(sha256=False))
+    report = run(output, Stage(tmp_path), WriteOptions(sha256=False))
     assert report.duplicates == [["a", "b"]] and sorted(report.zeros) == ["y", "z"]
 
 
@@ -374,7 +374,7 @@ def test_the_manifest_says_what_it_was_made_of(source: Path, tmp_path: Path) -> 
 SCRIPT = """
 import os, signal, sys, threading
 import zoo
-from converters import store
+from converters.staging import parts
 src, dst, at, how = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 count = 0

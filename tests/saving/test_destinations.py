@@ -12,7 +12,9 @@ import torch
 from tiny import build
 
 import zoo
-from converters import manifest, store
+from converters import manifest
+from converters.staging import publishing, stage
+from converters.staging.destination import files_below
 from zoo.components.model import Model
 from zoo.errors import OutputExists, UsageError
 
@@ -46,7 +48,7 @@ def project(tmp_path: Path) -> Path:
 def state(directory: Path) -> dict[str, Any]:
     """Every entry that is not a checkpoint's: inode and mode of a file, mode of a folder."""
     found = dict[str, Any]()
-    for name, is_directory in store.files_below(directory):
+    for name, is_directory in files_below(directory):
         status = (directory / name).lstat()
         found[name] = status.st_mode if is_directory else (status.st_ino, status.st_mode)
     return found
@@ -74,7 +76,7 @@ def test_force_keeps_every_file_that_is_no_checkpoints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(store, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publishing, "_exchange", lambda *_: False)
     before = state(project)
     for _ in range(2):  # into files of somebody's own, then over an earlier output beside them
         if how == "save":
@@ -182,7 +184,7 @@ def test_files_that_cannot_be_kept_are_named_before_the_conversion(
 def test_a_file_that_appears_during_the_exchange_is_kept(
     model: Model, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exchange = store._exchange
+    exchange = publishing._exchange
 
     def late(one: Path, other: Path) -> bool:
         (project / "late.log").write_text("late")
@@ -191,7 +193,7 @@ def test_a_file_that_appears_during_the_exchange_is_kept(
         (project / "train.py").write_text("edited")
         return exchange(one, other)
 
-    monkeypatch.setattr(store, "_exchange", late)
+    monkeypatch.setattr(publishing, "_exchange", late)
     with pytest.warns(UserWarning, match=r"kept: .*late"):
         zoo.save(model, project, force=True)
     assert (project / "late.log").read_text() == (project / "notes/late.md").read_text() == "late"
@@ -204,7 +206,7 @@ def test_a_file_that_appears_during_the_exchange_is_kept(
 def test_a_kill_while_replacing_loses_no_file(
     at: str, model: Model, source: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, exchange, retire = state(project), store._exchange, store._retire
+    before, exchange, retire = state(project), publishing._exchange, publishing._retire
 
     class Killed(BaseException):
         pass
@@ -222,16 +224,16 @@ def test_a_kill_while_replacing_loses_no_file(
     child = os.fork()
     if child == 0:
         if at == "half removed":
-            store._retire = killed_after  # type: ignore[assignment]
+            publishing._retire = killed_after  # type: ignore[assignment]
         else:
-            store._exchange = killed_before  # type: ignore[assignment]
-        store._give_up = lambda *_: os._exit(9)  # type: ignore[assignment]
+            publishing._exchange = killed_before  # type: ignore[assignment]
+        stage._give_up = lambda *_: os._exit(9)  # type: ignore[assignment]
         try:
             zoo.save(model, project, force=True)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert store._retire is retire
+    assert publishing._retire is retire
     assert is_kept(before, project)
     assert beside(project) != ["project"]
     if at == "half removed":
@@ -252,7 +254,7 @@ def test_an_interrupt_after_the_exchange_loses_no_file(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_retire", interrupt)
+        patch.setattr(publishing, "_retire", interrupt)
         with pytest.raises(KeyboardInterrupt):
             zoo.save(model, project, force=True)
     assert beside(project) != ["project"]
@@ -458,7 +460,7 @@ def test_a_conversion_that_was_published_is_not_taken_for_another(
         raise OSError(errno.EBUSY, "busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_retire", busy)
+        patch.setattr(publishing, "_retire", busy)
         zoo.convert(source, project, to="native", force=True, part=part)
     assert zoo.load(project).config.layers == model.config.layers
     zoo.convert(other, project, to="native", force=True, part=part, restart=part is not None)

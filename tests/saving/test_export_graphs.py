@@ -27,6 +27,7 @@ from converters import manifest
 from converters.output import Shard
 from converters.spec import load_spec
 from zoo import registry
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.sentences import Normalize, Pooling, SentenceModel
 from zoo.cli import app
 from zoo.components import dual_chunk
@@ -39,9 +40,8 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.loading import native_of
 from zoo.saving import graphs
-from zoo.saving.save import item_of
+from zoo.saving.outputs import item_of
 
 KNOWN = registry.architectures()
 ONCE = {entry.model: name for name, entry in KNOWN.items()}.values()  # of each model's class
@@ -601,7 +601,7 @@ def test_nothing_is_half_written(to: str, tmp_path: Path, monkeypatch: Any) -> N
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("zoo.saving.save.finish", fail)
+    monkeypatch.setattr("zoo.checkpoints.publish.finish", fail)
     with pytest.raises(ZooError, match="not written"):
         zoo.save(build("gpt2").eval(), tmp_path / "g", to=to)
     assert list(tmp_path.iterdir()) == []

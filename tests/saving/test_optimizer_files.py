@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_optimizers import FIRST, IDS, NEAR, Nano, Pair
 from tiny import build
 from torch import nn
+from training_pairs import FIRST, IDS, NEAR, Nano, Pair
 
 import zoo
 import zoo.saving.optimizer_files
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from zoo import registry
+from zoo.checkpoints.oracle import reference_on_meta, transformers
 from zoo.cli.app import main
 from zoo.errors import (
     CheckpointError,
@@ -35,7 +36,6 @@ from zoo.errors import (
     ZooError,
 )
 from zoo.parity.fixtures import hot_checkpoint
-from zoo.parity.reference import on_meta, transformers
 from zoo.saving.optimizer_files import convert_file, read
 
 
@@ -90,7 +90,7 @@ def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
     kind = hot_checkpoint(registry.architectures()[name], variant, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     held = open_checkpoint(tmp_path).tensors
-    module = on_meta(kind, config)
+    module = reference_on_meta(kind, config)
     names = [n for n, _ in module.named_parameters()]
     assert names != sorted(names)
     assert sum(p.numel() for p in module.parameters()) == sum(i.numel for i in held.values())
@@ -149,7 +149,7 @@ def test_frozen_parameters_have_no_state() -> None:
     optimizer.step()
     state = optimizer.state_dict()
     entry = registry.architectures()["llama"]
-    module = on_meta("LlamaForCausalLM", next(iter(entry.variants.values()))["config"])
+    module = reference_on_meta("LlamaForCausalLM", next(iter(entry.variants.values()))["config"])
     moved = zoo.convert_optimizer(state, model, module)
     names = moved["param_groups"][0]["param_names"]
     assert names
@@ -180,7 +180,9 @@ def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
     for source, target in ((held, model), (model, held)):
         with pytest.raises(UsageError, match="stand by the alphabet"):
             zoo.convert_optimizer(state, source, target)
-    module = on_meta("LlamaForCausalLM", json.loads((tmp_path / "config.json").read_text()))
+    module = reference_on_meta(
+        "LlamaForCausalLM", json.loads((tmp_path / "config.json").read_text())
+    )
     names = [n for n, _ in module.named_parameters()]
     moved = zoo.convert_optimizer(
         zoo.convert_optimizer(state, model, module), {n: held[n] for n in names}, model
@@ -192,7 +194,7 @@ def test_groups_of_ones_own_are_no_order() -> None:
     """Layers from the last to the first have the shapes of layers from the first to the last."""
     model = build("llama")
     entry = registry.architectures()["llama"]
-    module = on_meta("LlamaForCausalLM", next(iter(entry.variants.values()))["config"])
+    module = reference_on_meta("LlamaForCausalLM", next(iter(entry.variants.values()))["config"])
     layers = [list(block.parameters()) for block in model.blocks]
     named = {id(p): n for n, p in model.named_parameters()}
     last_first = [{"params": layer} for layer in reversed(layers)]
@@ -216,7 +218,7 @@ def test_states_by_name() -> None:
         "state": {names[n]: x for n, x in state["state"].items()},
         "param_groups": [{**state["param_groups"][0], "params": names[::-1]}],
     }
-    module = on_meta(
+    module = reference_on_meta(
         "LlamaForCausalLM",
         next(iter(registry.architectures()["llama"].variants.values()))["config"],
     )
@@ -228,7 +230,7 @@ def test_states_by_name() -> None:
 
 def test_eight_bits_and_factors_are_refused() -> None:
     model = build("llama")
-    module = on_meta(
+    module = reference_on_meta(
         "LlamaForCausalLM",
         next(iter(registry.architectures()["llama"].variants.values()))["config"],
     )
@@ -312,12 +314,12 @@ def test_orders_without_the_reference(
     torch.save(state, tmp_path / "o.pt")
     wanted = torch.load(convert_file(source, tmp_path / "o.pt", tmp_path / "1"), weights_only=True)
     config = json.loads((source / "config.json").read_text())
-    order = [n for n, _ in on_meta("LlamaForCausalLM", config).named_parameters()]
+    order = [n for n, _ in reference_on_meta("LlamaForCausalLM", config).named_parameters()]
 
     def lacking(*given: Any) -> Any:
         raise zoo.errors.MissingDependency("transformers")
 
-    monkeypatch.setattr("zoo.parity.reference.transformers", lacking)
+    monkeypatch.setattr("zoo.checkpoints.oracle.transformers", lacking)
     with pytest.raises(UsageError, match=r"order: names=…, or install transformers"):
         convert_file(source, tmp_path / "o.pt", tmp_path / "2")
     (tmp_path / "names").write_text("\n".join(order))

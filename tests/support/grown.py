@@ -45,6 +45,6 @@ def _profile(model: Model, name: str, count: int) -> Tensor | float:
     if not isinstance(config, Rotated) or leaf not in ("q", "k"):
         return 1.0
     heads = config.heads if leaf == "q" else getattr(config, "kv_heads", config.heads)
-    half = torch.linspace(-0.6, 0.6, config.turned // 2)
-    rest = torch.zeros(count // heads - config.turned)
+    half = torch.linspace(-0.6, 0.6, config.rotary_dim // 2)
+    rest = torch.zeros(count // heads - config.rotary_dim)
     return torch.exp(torch.cat([half, half, rest]).repeat(heads))[:, None]

@@ -13,8 +13,8 @@ from converters.formats import TensorInfo, dtype_code
 from converters.lazy import Lazy
 from converters.output import Item, Output, Shard
 from converters.spec import load_spec
-from converters.store import Stage
-from converters.writer import Options
+from converters.staging.stage import Stage
+from converters.writer import WriteOptions
 from converters.writer import run as run_output
 from zoo import registry
 
@@ -26,7 +26,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> No
         for n, t in tensors.items()
     ]
     output = Output((Shard.of(path.name, items, metadata),))
-    run_output(output, Stage(path.parent), Options(sha256=False, allow_nonfinite=True))
+    run_output(output, Stage(path.parent), WriteOptions(sha256=False, allow_nonfinite=True))
 
 
 def build(name: str, **changes: Any) -> Any:

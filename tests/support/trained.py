@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "falcon": {**SIZES, "grouped": True, "groups": 2},
     "bloom": {"dim": 64, "layers": 3, "heads": 4},
     "bert": SIZES,
-    "mixtral": {**GROUPED, "hidden": 64, "experts": 4, "chosen": 2},
+    "mixtral": {**GROUPED, "hidden": 64, "experts": 4, "experts_per_token": 2},
 }
 FIRST = 5  # characters' ids begin here
 MASK = 4

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_stories import publish
+from stories import publish
 from tiny import build, hot
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sentences import checkpoint as sentence_checkpoint
+from sentence_models import checkpoint as sentence_checkpoint
 from torch import Tensor
 
 import zoo
@@ -28,7 +29,6 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
 from zoo.registry import Architecture
 from zoo.text import perplexity
@@ -59,14 +59,13 @@ def names(case: object) -> str | None:
 
 
 @pytest.fixture(scope="session")
-def hot(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def hot(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A checkpoint of a variant with random weights, and a small vocabulary of words."""
 
     @cache
     def write(architecture: str, variant: str = "") -> Path:
-        entry = registry.architectures()[architecture]
-        root = tmp_path_factory.mktemp("hot")
-        hot_checkpoint(entry, variant or next(iter(entry.variants)), root)
+        root = tmp_path_factory.mktemp("hot") / "x"
+        shutil.copytree(made(architecture, variant), root)
         (root / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
         return root
 

@@ -74,7 +74,7 @@ class Guess:
     def _native(self, probe: Probe) -> Native:
         import torch
 
-        from zoo.loading import native_of
+        from zoo.checkpoints.build import native_of
 
         # of several heads the fullest: that is the one whose tensors the reference writes
         head = self.like.heads[self.found.classes[probe.reference_class]][0]

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from converters.checkpoint import open_checkpoint
 from converters.formats import TensorInfo
+from converters.opening import open_checkpoint
+from zoo.checkpoints.oracle import transformers
 from zoo.errors import ConfigError, UnknownName, UsageError, did_you_mean
 from zoo.parity.fixtures import write
-from zoo.parity.reference import transformers
 from zoo.registry import Architecture
 
 MOST_PARAMETERS = 3_000_000  # beyond that some size was not made small

@@ -14,13 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converters import manifest
-from converters.checkpoint import MANIFEST, is_plain
 from converters.containers import FORMATS, kind_of
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Identity, Output, identity
-from converters.store import files_below
+from converters.paths import is_plain
+from converters.staging.destination import files_below
 from converters.strict_json import read_json
-from zoo.checkpoints.sources import (
+from converters.weight_files import MANIFEST
+from zoo.checkpoints.layout import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     COMPANIONS,
@@ -48,7 +49,7 @@ def _exists(what: str) -> OutputExists:
 
 @dataclass(frozen=True)
 class Replacing:
-    """The files of a directory that an output replaces; a `Replaces` of converters.store.
+    """The files of a directory that an output replaces: a `Replaces` of converters.staging.
 
     With `force`: what a manifest or an index there names, and what has a checkpoint's usual names.
     Without: the writer's own earlier output, if every file of it still has the bytes that were
@@ -125,7 +126,7 @@ class Replacing:
 
     def _own(self, place: Path, below: set[str]) -> set[str]:
         """Of an earlier output of the same writer, all that nobody changed since."""
-        said, listed = self.output.said, _listed(place)
+        said, listed = self.output.notes, _listed(place)
         written = manifest.read(place) if listed else {}
         if "writer" not in said or any(
             written.get(key) != said.get(key) for key in ("writer", "to", "architecture")

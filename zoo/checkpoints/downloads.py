@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-from zoo.errors import ChecksumMismatch, SourceError
+from zoo.errors import ChecksumMismatch, CorruptCheckpoint, SourceError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -226,3 +228,22 @@ def _note_absent(folder: Path, name: str, revision: str, commit: str) -> None:
     except OSError:
         return
     _note_commit(folder, revision, commit)
+
+
+@contextmanager
+def naming_damaged_blobs(directory: Path) -> Iterator[None]:
+    """Say of a corrupt checkpoint which files of the hub's cache are not what their names say."""
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        blobs = [damaged_blob(path, whole=True) for path in sorted(directory.iterdir())]
+        lines = [f"{damage(blob)}, and load again" for blob in blobs if blob is not None]
+        if not lines:
+            raise
+        raise CorruptCheckpoint("\n  ".join([str(error), *lines])) from None
+
+
+def damage(blob: Path) -> str:
+    """Say that a blob is damaged, and what to do."""
+    size = f"{blob.stat().st_size:,} bytes"
+    return f"{blob} is damaged ({size}, which do not have the digest in its name): delete it"

@@ -182,7 +182,7 @@ def _opened(model: Model) -> tuple[Plan, Checkpoint] | None:
 
     None for a model of no files; an error where they are gone, or changed.
     """
-    from zoo.loading import locate
+    from zoo.checkpoints.locate import locate
 
     if (known := model.provenance) is None:
         return None

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import evidence, registry
 from zoo.checkpoints import sources
+from zoo.checkpoints.adapters import adapter_beside
+from zoo.checkpoints.hub import is_cached
+from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
 from zoo.errors import (
     ConfigError,
     NotACheckpoint,
@@ -100,7 +103,7 @@ def info(
     found = replace(found, head=head or found.head)
     if not config:
         return found
-    from zoo.loading import skeleton
+    from zoo.checkpoints.locate import skeleton
 
     # fields that the model has not are refused, and the others may change how large it is
     model = skeleton(ref, head=head, config=config, ignore_config=ignore_config, **where)
@@ -129,7 +132,7 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
     """How the files in the hub's cache differ from the entry; empty where there are none."""
     try:
-        if not sources.is_cached(entry.repo):  # known before all of the hub's client is imported
+        if not is_cached(entry.repo):  # known before all of the hub's client is imported
             return ()
         source = sources.resolve(entry.name, weights=False, local_files_only=True)
     except ZooError:
@@ -138,23 +141,24 @@ def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
 
 
 def _mismatch(source: sources.Source) -> tuple[str, ...]:
-    from zoo.loading import name_problems
+    from zoo.checkpoints.locate import read
+    from zoo.checkpoints.named import name_problems
 
+    if source.checkpoint is None:
+        return ()
     try:
-        return tuple(name_problems(source))
+        return tuple(name_problems(read(source), source.checkpoint))
     except ConfigError as error:
         return tuple(error.problems)
 
 
 def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
     from converters import manifest
-    from converters.checkpoint import open_checkpoint
+    from converters.opening import open_checkpoint
     from converters.strict_json import read_json
 
-    native = source.directory / sources.NATIVE_FILE
-    if source.file is not None or not (
-        native.exists() or (source.directory / sources.CONFIG).exists()
-    ):
+    native = source.directory / NATIVE_FILE
+    if source.file is not None or not (native.exists() or (source.directory / CONFIG).exists()):
         return _of_files(source, ignore)
     dialect = "native" if native.is_file() else "hf"
     quantized = ""
@@ -168,7 +172,7 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
-        path = source.directory / sources.CONFIG
+        path = source.directory / CONFIG
         config = read_json(path)
         architecture, named = registry.architecture_for(config, str(path))
         head = architecture.heads[named][0] if named else None
@@ -194,7 +198,7 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
         quantized=quantized,
-        adapter=sources.adapter_beside(source.directory),
+        adapter=adapter_beside(source.directory),
         mismatch=mismatch,
     )
 

@@ -18,7 +18,7 @@ import zoo
 from converters.memory import enough
 from zoo import evidence, registry
 from zoo.checkpoints import info
-from zoo.checkpoints.sources import is_path
+from zoo.checkpoints.local import is_path
 from zoo.cli.progress import Shown
 from zoo.errors import (
     InputError,
@@ -28,8 +28,10 @@ from zoo.errors import (
     did_you_mean,
     in_shell,
     listing,
+    printable,
 )
 from zoo.terminal import BOLD, RED, Escaped, has_color, paint, passing
+from zoo.version import VERSION
 
 if TYPE_CHECKING:
     from zoo.components.model import Model
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    content, out, err = sys.stdout, Escaped(sys.stdout), Escaped(sys.stderr)
+    content, out, err = sys.stdout, Escaped(sys.stdout, printable), Escaped(sys.stderr, printable)
     with redirect_stdout(out), redirect_stderr(err):
         return _guarded(arguments, content)
 
@@ -183,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Published checkpoints in small native code, proven to compute the same, "
         "and back.",
     )
-    parser.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
+    parser.add_argument("--version", action="version", version=f"zoo {VERSION}")
     parser.set_defaults(failed=FAILED)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -386,7 +388,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _dialect(text: str) -> str:
-    from zoo.saving.save import check_dialect
+    from zoo.saving.checks import check_dialect
 
     try:
         check_dialect(text)
@@ -544,7 +546,7 @@ def _info(options: argparse.Namespace) -> int:
             print(f"  {title}")
             print(_indent(_table([(k, json.dumps(v)) for k, v in fields.items()]), 4))
     if options.tree:
-        from zoo.loading import skeleton
+        from zoo.checkpoints.locate import skeleton
 
         print("  modules")
         print(_indent("\n".join(info.tree(skeleton(options.ref, **_reading(options)))), 4))

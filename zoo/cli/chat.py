@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from zoo.checkpoints.provenance import check_sources
 from zoo.components.model import Model
 from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
 from zoo.terminal import BOLD, DIM, RED, has_color, paint
 from zoo.text.generate import text_pieces
-from zoo.text.inference import check_sources, is_encoder_decoder
+from zoo.text.inference import is_encoder_decoder
 from zoo.text.options import resolve_options
 from zoo.text.runner import Runner, check_can_generate
 

@@ -1,4 +1,4 @@
-"""ALiBi: no positions, but scores that fall with distance, each head's at a pace of its own."""
+"""ALiBi: scores that fall with distance, at a slope of each head's own, instead of positions."""
 
 import math
 
@@ -9,10 +9,10 @@ from zoo.components.masks import Mask
 
 
 class Alibi:
-    """A term for `attention.Biased`: (b, h, 1, t), each key's place times the head's slope.
+    """A term for `attention.Biased`: (b, h, 1, t), each key's position times the head's slope.
 
-    Softmax sees differences alone, so the query's own place need not be taken away. `dtype` is what
-    the original rounds the term to, whatever it computes in.
+    Softmax depends on differences only, so the query's position need not be subtracted. `dtype` is
+    what the original rounds the term to, whatever it computes in.
     """
 
     def __init__(self, heads: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> None:
@@ -21,14 +21,14 @@ class Alibi:
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
         exact = torch.promote_types(q.dtype, torch.float32)
         wide = self.dtype or exact
-        pace = torch.tensor(self.slopes, dtype=wide, device=q.device)[:, None, None]
+        slope = torch.tensor(self.slopes, dtype=wide, device=q.device)[:, None, None]
         # two bf16 numbers have their product in fp32: rounded once, as bf16 itself rounds it
-        term = pace.to(exact) * mask.keys[:, None, None, :].to(wide).to(exact)
+        term = slope.to(exact) * mask.keys[:, None, None, :].to(wide).to(exact)
         return term.to(wide).to(q.dtype) * self.scale
 
 
 def slopes(heads: int) -> list[float]:
-    """2^(-8n/p) for the largest power of two p; heads beyond it stand halfway between those."""
+    """2^(-8n/p) for n = 1 … p, the largest power of two; further heads lie halfway between."""
     whole = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-8 * n / whole) for n in range(1, whole + 1)]
     return first + [2 ** (-4 * n / whole) for n in range(1, 2 * (heads - whole), 2)]

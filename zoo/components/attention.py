@@ -1,4 +1,4 @@
-"""Attention: projections around one shared `attend`, which picks the fused kernel."""
+"""Attention: projections around one shared `attend`, which uses the fused kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.components.masks import Mask
 from zoo.components.model import Linear
-from zoo.components.rotary import UNTURNED
+from zoo.components.rotary import NO_ROTARY, Rotation
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask, float, float], Tensor]
 Term = Callable[[Tensor, Tensor, Mask], Tensor]
@@ -26,9 +26,9 @@ def attend(
     dropout: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """(b, h, s, e) of queries, (b, g, t, e) of keys and values, to (b, h, s, e).
+    """(b, h, s, e) from queries (b, h, s, e), keys and values (b, g, t, e).
 
-    `bias` is added to the scores, which `scale` multiplied.
+    `bias` (b, h, s, t), or what broadcasts to it, is added to the scaled scores.
     """
     allowed, causal = mask.allowed, mask.causal
     if bias is not None:
@@ -36,7 +36,7 @@ def attend(
         allowed = bias if dense is None else bias.masked_fill(~dense, -torch.inf)
         causal = False
     elif q.shape[2] == 1 and q.shape[1] != k.shape[1]:
-        # heads of one token that share keys are rows that see the same: keys are read once
+        # one query a row: heads that share keys become its rows, so that keys are read once
         rows = rearrange(q, "b (g r) 1 e -> b g r e", g=k.shape[1])
         y = F.scaled_dot_product_attention(
             rows, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale
@@ -55,7 +55,7 @@ def attend(
 
 
 class Biased:
-    """`attend` with a term that depends on the places of queries and keys alone."""
+    """`attend` with a bias that depends on positions alone, so that all layers share it."""
 
     def __init__(self, term: Term) -> None:
         self.term = term
@@ -68,7 +68,7 @@ class Biased:
 
 
 class Explicit:
-    """The same function step by step: scores in fp32 where asked, and `bend` applied to them."""
+    """`attend` step by step: scores in fp32 with `upcast`, and `bend` applied to them."""
 
     def __init__(self, upcast: bool = False, bend: Callable[[Tensor], Tensor] | None = None):
         self.upcast, self.bend = upcast, bend
@@ -90,7 +90,10 @@ class Explicit:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; with as many key heads as query heads it is the ordinary one."""
+    """Grouped-query attention; with kv_heads == heads it is multi-head attention.
+
+    `rotary` rotates queries and keys, `attend` combines them with values.
+    """
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class Attention(nn.Module):
         out_bias: bool | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
-        rotary: Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]] = UNTURNED,
+        rotary: Rotation = NO_ROTARY,
         attend: Attend = attend,
     ) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class Attention(nn.Module):
         self.out = Linear(heads * head_dim, dim, bias=bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, mask: Mask, source: Tensor | None = None) -> Tensor:
-        """(b, s, d); keys and values are those of `source` where there is one, else of `x`."""
+        """(b, s, d); keys and values are projected from `source` (b, t, d) if given, else `x`."""
         if source is None:
             q, k, v = self.project(x)
             q, k = self.rotary(q, k, mask)
@@ -128,8 +131,9 @@ class Attention(nn.Module):
         return self.out(rearrange(y, "b h s e -> b s (h e)"))
 
     def project(self, x: Tensor) -> Iterable[Tensor]:
-        """(b, h, s, e) of queries, (b, g, s, e) of keys and values."""
+        """Queries (b, h, s, e), keys and values (b, g, s, e)."""
         return [self.by_head(p(x)) for p in (self.q, self.k, self.v)]
 
     def by_head(self, x: Tensor) -> Tensor:
+        """(b, h, s, e) from (b, s, h · e)."""
         return rearrange(x, "b s (h e) -> b h s e", e=self.head_dim)

@@ -16,7 +16,14 @@ MAX_LAYERS = 512  # four times the deepest there is; as many are built in well u
 DERIVED: Any = None  # the default of a field that follows from others unless it is given
 MAX_SIZE = 2**31 - 1
 # whole numbers of which none, or minus one, means something
-LEAST = {"window_from": 0, "experts": 0, "types": 0, "conv": 0, "reach": -1, "log_buckets": -1}
+LEAST = {
+    "window_from": 0,
+    "experts": 0,
+    "types": 0,
+    "conv": 0,
+    "max_distance": -1,
+    "log_buckets": -1,
+}
 IDS = ("pad", "start")  # of tokens; some configs count them from the vocabulary's end
 # what is enumerated before weights are looked at
 MOST = {"layers": MAX_LAYERS, "decoder_layers": MAX_LAYERS, "experts": 10_000, "labels": 100_000}

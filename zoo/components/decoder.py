@@ -1,4 +1,4 @@
-"""What decoders make of their last hidden states: logits, a label for each row, or nothing."""
+"""Decoders: causal masks, and the heads that read their last hidden states."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from zoo.components.masks import Cache, Mask
 from zoo.components.model import Embedding, Linear, Model
 from zoo.errors import InputError
 
-HEADS = ("lm", "none", "sequence_classification")
+HEADS: tuple[str, ...] = ("lm", "none", "sequence_classification")
 
 
 class Decoder(Model):
@@ -20,7 +20,7 @@ class Decoder(Model):
     embed: Embedding
 
     def add_head(self) -> None:
-        """The last line of a constructor: the head that the config names, then initialization."""
+        """Add the head that the config names, and initialize: the constructor's last line."""
         c = self.config
         if c.head == "lm":
             self.head = Linear(c.dim, c.vocab, bias=False)
@@ -30,18 +30,23 @@ class Decoder(Model):
             self.score = Linear(c.dim, len(c.labels), bias=False)
         self.finish()
 
-    def looks(
+    def mask(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Mask:
+        """Check the inputs of a model whose layers share one causal mask, and make it."""
+        return self.masks(input_ids, attention_mask, cache)[0]
+
+    def masks(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> list[Mask]:
-        """What each layer's queries see; all that is given to the model is checked here."""
+        """Check the model's inputs, and make each layer's causal mask, windowed or not."""
         c = self.config
         if cache is not None and c.head == "sequence_classification":
             raise InputError("a row is classified as a whole, and a cache gives it in parts")
         inputs.check(input_ids, c, cache)
-        found = masks.windowed(input_ids, attention_mask, c.windows(), cache)
-        return [found[window] for window in c.windows()]
+        by_window = masks.windowed(input_ids, attention_mask, c.windows(), cache)
+        return [by_window[window] for window in c.windows()]
 
     def read_out(self, x: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Apply the head to (b, s, d): (b, s, v), (b, labels), or the hidden states as they are."""
         match self.config.head:
             case "lm":
                 return self.head(x)

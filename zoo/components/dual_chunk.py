@@ -1,7 +1,8 @@
-"""Dual chunk attention: beyond the lengths it was trained on, no two tokens stand further apart.
+"""Dual chunk attention: no distance grows beyond those of training, however long the sequence.
 
-Positions count within a chunk. Keys of a query's own chunk stand where they are, those of the chunk
-before behind it, and all others as far away as a chunk is long.
+Positions count within a chunk. A query sees the keys of its own chunk at their true distances,
+those of the chunk before at distances up to the chunk size, and all earlier ones at the largest
+distance.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from einops import repeat
 from torch import Tensor
 
 from zoo.components.masks import Mask
-from zoo.components.rotary import Rotary, turn
+from zoo.components.rotary import Rotary, rotate
 from zoo.errors import ConfigError
 
-ROWS = 1024  # queries whose scores are held at a time
+ROWS = 1024  # queries whose scores are in memory at a time
 
 
 @dataclass(frozen=True)
 class DualChunk:
-    """Sizes, and the length beyond which scores grow with the logarithm of the query's place."""
+    """Sizes, and the length beyond which scores grow with the logarithm of the position."""
 
     chunk_size: int
     local_size: int
@@ -46,12 +47,12 @@ class DualChunk:
 
     @property
     def length(self) -> int:
-        """Tokens in a chunk; the rest of its size is what the next one looks back at exactly."""
+        """Tokens in a chunk. The next one sees the last `local_size` at their true distances."""
         return self.chunk_size - self.local_size
 
 
-class DualChunked:
-    """An `attend` that turns queries and keys itself."""
+class DualChunkAttention:
+    """An `attend` that rotates queries and keys itself."""
 
     def __init__(self, sizes: DualChunk, rotary: Rotary) -> None:
         self.sizes, self.rotary = sizes, rotary
@@ -62,46 +63,47 @@ class DualChunked:
         k, v = (repeat(x, "b g t e -> b (g r) t e", r=q.shape[1] // k.shape[1]) for x in (k, v))
         own, before, far = mask.keep(self, lambda: self.tables(mask.positions, q.dtype))
         length = self.sizes.length
-        k = turn(k, *self.rotary.tables(mask.keys % length, q.dtype))
+        k = rotate(k, *self.rotary.tables(mask.keys % length, q.dtype))
         chunk, of_key = mask.positions // length, mask.keys // length
         wide = torch.promote_types(q.dtype, torch.float32)
         if self.sizes.original_max_position_embeddings:
-            q = q * self.heat(mask.positions.to(wide)).to(q.dtype)
+            q = q * self.temperature(mask.positions.to(wide)).to(q.dtype)
         out = []
         for rows in self.rows(q.shape[2]):
-            apart = (chunk[:, rows, None] - of_key[:, None, :])[:, None]
+            back = (chunk[:, rows, None] - of_key[:, None, :])[:, None]  # in chunks
             near, next_to, beyond = (
-                turn(q[:, :, rows], *(table[:, :, rows] for table in tables)) @ k.mT
+                rotate(q[:, :, rows], *(table[:, :, rows] for table in tables)) @ k.mT
                 for tables in (own, before, far)
             )
-            scores = torch.where(apart == 0, near, torch.where(apart == 1, next_to, beyond))
+            scores = torch.where(back == 0, near, torch.where(back == 1, next_to, beyond))
             scores = (scores * scale).masked_fill(~self.allowed(mask, rows, q), -torch.inf)
             out.append(F.dropout(scores.softmax(dim=-1, dtype=wide).to(v.dtype), dropout) @ v)
         return torch.cat(out, dim=2)
 
     def rows(self, length: int) -> list[slice]:
-        """A compiler is given all at once: how many turns there are would fix the length."""
+        """Slices of queries. Compiled code takes all at once: a loop would fix the length."""
         if torch.compiler.is_compiling():
             return [slice(None)]
         return [slice(at, min(at + ROWS, length)) for at in range(0, length, ROWS)]
 
     def allowed(self, mask: Mask, rows: slice, q: Tensor) -> Tensor:
+        """(b, 1, s, t) of these queries, or what broadcasts to it."""
         if mask.allowed is not None:
             return mask.allowed[..., rows, :]
         if not mask.causal:
             return torch.ones((), dtype=torch.bool, device=q.device)
-        places = torch.arange(q.shape[2], device=q.device)
-        return places[rows, None] >= places
+        index = torch.arange(q.shape[2], device=q.device)
+        return index[rows, None] >= index
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Where a query stands for keys of its own chunk, of the one before, of all others."""
+        """Rotary tables of queries for keys of their own chunk, of the one before, of others."""
         length, most = self.sizes.length, self.sizes.chunk_size
         own = positions % length
         before = (own + length).clamp(max=most)
         far = torch.full_like(own, min(2 * length - 1, most))
         return [self.rotary.tables(at, dtype) for at in (own, before, far)]
 
-    def heat(self, positions: Tensor) -> Tensor:
-        """(b, 1, s, 1), one up to the original length."""
+    def temperature(self, positions: Tensor) -> Tensor:
+        """(b, 1, s, 1) factors of the scores, one up to the original length."""
         beyond = (positions + 1) / self.sizes.original_max_position_embeddings
         return (0.1 * beyond.log() + 1).clamp(min=1)[:, None, :, None]

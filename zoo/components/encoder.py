@@ -1,4 +1,4 @@
-"""What encoders make of their last hidden states: the heads of the BERT family."""
+"""Encoders: the heads of the BERT family, which read their last hidden states."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,16 +25,22 @@ HEADS = (
 
 
 class Pooled(NamedTuple):
+    """(b, s, d) of hidden states, (b, d) of pooled ones."""
+
     hidden: Tensor
     pooled: Tensor
 
 
 class Pretraining(NamedTuple):
+    """(b, s, v) of logits for masked words, (b, 2) for whether the next sentence follows."""
+
     mlm: Tensor
     nsp: Tensor
 
 
 class Span(NamedTuple):
+    """(b, s) of logits for the first token of an answer, (b, s) for its last one."""
+
     start: Tensor
     end: Tensor
 
@@ -77,7 +83,7 @@ class Encoder(Model):
     embed: Embedding
 
     def add_head(self) -> None:
-        """The last line of a constructor: the head that the config names, then initialization."""
+        """Add the head that the config names, and initialize: the constructor's last line."""
         c = self.config
         dropout = c.dropout if c.head_dropout is None else c.head_dropout
         head = "summary" if c.head == "sequence_classification" and c.summary_act else c.head
@@ -101,6 +107,7 @@ class Encoder(Model):
         self.finish()
 
     def read_out(self, x: Tensor, attention_mask: Tensor | None) -> Output:
+        """Apply the head to (b, s, d) of hidden states."""
         match self.config.head:
             case "pooler":
                 return Pooled(x, self.pooler(x, attention_mask))

@@ -1,4 +1,4 @@
-"""What reads the residual stream out: shared parts of task heads."""
+"""Task heads: pooling, classification, masked words."""
 
 import torch
 from torch import Tensor, nn
@@ -6,28 +6,28 @@ from torch import Tensor, nn
 from zoo.components.activations import Activation
 from zoo.components.model import Linear
 
-LOGITS = ("lm", "shared_lm")  # heads that give a distribution over tokens at each place
+LOGITS = ("lm", "shared_lm")  # heads that give a distribution over tokens at each position
 
 
-def first_place(attention_mask: Tensor) -> Tensor:
-    """(b, 1), where each row's first real token stands."""
+def first_real(attention_mask: Tensor) -> Tensor:
+    """(b, 1), the index of each row's first real token."""
     return attention_mask.bool().int().argmax(dim=-1, keepdim=True)
 
 
 def last_token(x: Tensor, ids: Tensor, attention_mask: Tensor | None, pad: int | None) -> Tensor:
-    """(b, d): each row at its last token that is real by the mask and not the padding id."""
+    """(b, d): the state of each row's last token that is real by the mask and not `pad`."""
     if attention_mask is None and pad is None:
         return x[:, -1]
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     real = mask.bool() if pad is None else mask.bool() & (ids != pad)
-    places = torch.arange(ids.shape[1], device=ids.device)
-    # a row that holds nothing but padding ids is read where it begins
-    last = torch.where(real, places, first_place(mask)).amax(dim=-1)
+    index = torch.arange(ids.shape[1], device=ids.device)
+    # a row of nothing but padding ids is read at its first real token
+    last = torch.where(real, index, first_real(mask)).amax(dim=-1)
     return x[torch.arange(x.shape[0], device=x.device), last]
 
 
 class Pooler(nn.Module):
-    """(b, d): the first real token's state, through a layer of its own."""
+    """(b, d): the state of each row's first real token, after a linear layer."""
 
     def __init__(self, dim: int, act: Activation = torch.tanh, dropout: float = 0.0) -> None:
         super().__init__()
@@ -35,15 +35,16 @@ class Pooler(nn.Module):
         self.dense = Linear(dim, dim)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(b, d) from (b, s, d)."""
         first = x[:, 0]
         if attention_mask is not None:
             rows = torch.arange(x.shape[0], device=x.device)[:, None]
-            first = x[rows, first_place(attention_mask)].squeeze(1)
+            first = x[rows, first_real(attention_mask)].squeeze(1)
         return self.act(self.dense(self.dropout(first)))
 
 
 class Classifier(Pooler):
-    """(b, labels): logits after a layer of the classifier's own."""
+    """(b, labels): logits after a pooling layer of the classifier's own."""
 
     def __init__(self, dim: int, labels: int, act: Activation, before: float, after: float) -> None:
         super().__init__(dim, act, before)
@@ -51,11 +52,12 @@ class Classifier(Pooler):
         self.out = Linear(dim, labels)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(b, labels) from (b, s, d)."""
         return self.out(self.after(super().forward(x, attention_mask)))
 
 
 class MaskedLMHead(nn.Module):
-    """Logits over the vocabulary, after one more layer; tied, the decoder's weight is `embed`'s."""
+    """(b, s, v): logits after one more layer. With `embed` the decoder's weight is tied to it."""
 
     def __init__(
         self,
@@ -75,10 +77,11 @@ class MaskedLMHead(nn.Module):
         if embed is not None:
             self.decoder.weight = embed.weight
         if lone_bias:
-            # a second name of the decoder's; untied files hold it too, and nothing reads it there
+            # a second name of the decoder's bias; untied files hold it too, and nothing reads it
             self.bias = nn.Parameter(torch.zeros(vocab))
         if lone_bias and embed is not None:
             self.decoder.bias = self.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, s, v) from (b, s, d)."""
         return self.decoder(self.norm(self.act(self.dense(x))))

@@ -1,4 +1,4 @@
-"""What forward is given, checked where that costs nothing: in eager code, values on CPU only."""
+"""Checks of what `forward` is called with: in eager code, and of values on CPUs only."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ from zoo.errors import InputError, MaskError, SequenceTooLong, TokenIdError
 
 
 def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None = None) -> None:
-    """Every id names a row of its table."""
+    """Check that (b, s) of ids are rows of a table of this size, and shaped like `like`."""
     if torch.compiler.is_compiling():
         return
     if not isinstance(ids, Tensor):
         text = isinstance(ids, str) or (
             isinstance(ids, list) and any(isinstance(x, str) for x in ids)
         )
-        told = ". Of texts, m.tokenizer.batch([…]) makes ids and a mask" if text else ""
-        raise InputError(f"{what} ids: expected a tensor, found {type(ids).__name__}{told}")
+        hint = ". Of texts, m.tokenizer.batch([…]) makes ids and a mask" if text else ""
+        raise InputError(f"{what} ids: expected a tensor, found {type(ids).__name__}{hint}")
     if ids.is_meta:
         return
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
@@ -39,8 +39,15 @@ def check_ids(ids: Tensor, size: int, what: str = "token", like: Tensor | None =
             )
 
 
+def token_types(types: Tensor | None, count: int, ids: Tensor) -> Tensor:
+    """(b, s) of checked token types, zeros where none are given."""
+    types = torch.zeros_like(ids) if types is None else types
+    check_ids(types, count, "token type", ids)
+    return types
+
+
 def check_mask(mask: Tensor | None, ids: Tensor, chunk: bool = False) -> Tensor | None:
-    """(b, s) of truth values, or None where every token is real.
+    """(b, s) of booleans, or None where every token is real.
 
     In a `chunk` of a longer sequence a row may be all padding; a whole row may not.
     """
@@ -56,9 +63,9 @@ def check_mask(mask: Tensor | None, ids: Tensor, chunk: bool = False) -> Tensor 
         raise MaskError(f"attention_mask: {list(mask.shape)} for input_ids {list(ids.shape)}")
     if mask.device.type != "cpu":
         return mask.bool()
-    odd = (mask != 0) & (mask != 1)
-    if odd.any():
-        raise MaskError(f"attention_mask: holds {mask[odd][0].item()}; only 0 and 1 mean anything")
+    others = mask[(mask != 0) & (mask != 1)]
+    if len(others):
+        raise MaskError(f"attention_mask: holds {others[0].item()}; only 0 and 1 mean anything")
     mask = mask.bool()
     if not chunk and not (alive := mask.any(dim=-1)).all():
         row = int((~alive).nonzero()[0])
@@ -67,7 +74,7 @@ def check_mask(mask: Tensor | None, ids: Tensor, chunk: bool = False) -> Tensor 
 
 
 def check(ids: Tensor, config: Config, cache: Cache | None = None) -> None:
-    """Every id names a token of the config's vocabulary, and there are positions for all."""
+    """Check that (b, s) of ids are in the vocabulary, and that there are positions for all."""
     check_ids(ids, config.vocab)  # type: ignore[attr-defined]
     if torch.compiler.is_compiling():
         return
@@ -75,7 +82,7 @@ def check(ids: Tensor, config: Config, cache: Cache | None = None) -> None:
         raise InputError(f"cache: expected a zoo.Cache, found {type(cache).__name__}")
     length, limit = ids.shape[1] + (cache.length if cache else 0), config.limit
     if cache and config.limit_cached is not None and length > config.limit_cached and not limit:
-        why = "beyond them the model places all keys anew at every token: do without a cache"
+        why = "beyond them every new token changes the positions of all keys: do without a cache"
         raise SequenceTooLong(f"{length} tokens, and {config.limit_cached} positions; {why}")
     if limit is not None and length > limit:
         more = " config={'extrapolate': True} allows" if hasattr(config, "extrapolate") else ""

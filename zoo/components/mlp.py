@@ -1,4 +1,4 @@
-"""The position-wise branch, plain and gated."""
+"""The position-wise MLP, plain and gated."""
 
 from torch import Tensor, nn
 
@@ -7,6 +7,8 @@ from zoo.components.model import Linear
 
 
 class MLP(nn.Module):
+    """(b, s, d): down(act(up(x)))."""
+
     def __init__(
         self, dim: int, hidden: int, act: Activation, *, bias: bool, dropout: float = 0.0
     ) -> None:
@@ -16,10 +18,13 @@ class MLP(nn.Module):
         self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         return self.down(self.dropout(self.act(self.up(x))))
 
 
 class GatedMLP(nn.Module):
+    """(b, s, d): down(act(gate(x)) * up(x))."""
+
     def __init__(
         self, dim: int, hidden: int, act: Activation, *, bias: bool, dropout: float = 0.0
     ) -> None:
@@ -30,4 +35,5 @@ class GatedMLP(nn.Module):
         self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))

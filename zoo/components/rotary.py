@@ -1,9 +1,9 @@
-"""Rotary positions: queries and keys turned by angles that grow with their place, in halves."""
+"""Rotary embedding: queries and keys are rotated by angles proportional to their positions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass
 from typing import Any, ClassVar
 
@@ -14,21 +14,23 @@ from zoo.components.config import Config
 from zoo.components.masks import Mask
 from zoo.errors import ConfigError, did_you_mean
 
+Rotation = Callable[[Tensor, Tensor, Mask], tuple[Tensor, Tensor]]  # of queries and keys
 
-class Unturned:
-    """No rotary at all: positions come from elsewhere."""
+
+class NoRotary:
+    """Leaves queries and keys alone: positions come from elsewhere."""
 
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         return q, k
 
 
-UNTURNED = Unturned()
+NO_ROTARY = NoRotary()
 
 
 class Rotary:
-    """Turns pairs (n, n + width/2) of a head by `position * frequency(n)`; all layers share it.
+    """Rotates pairs (n, n + width/2) of a head by `position * frequency(n)`; all layers share it.
 
-    What a head has beyond `width` stays as it is.
+    What a head has beyond `width` is not rotated.
     """
 
     def __init__(self, width: int, base: float, scaling: Scaling, limit: int) -> None:
@@ -36,10 +38,10 @@ class Rotary:
 
     def __call__(self, q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         cos, sin = mask.keep(self, lambda: self.tables(mask.positions, q.dtype))
-        return turn(q, cos, sin), turn(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(b, 1, s, e/2) each, computed in fp32 at least whatever the model's dtype."""
+        """(b, 1, s, e/2) of cosines and of sines, computed in fp32 at least."""
         wide = torch.promote_types(dtype, torch.float32)
         steps = torch.arange(0, self.width, 2, device=positions.device).to(wide) / self.width
         frequencies = self.scaling.frequencies(self, steps, positions)
@@ -48,19 +50,19 @@ class Rotary:
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(b, h, s, e), two halves of it rotated against each other, and the rest behind them."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(b, h, s, e): two halves rotated against each other, then the rest as it was."""
     half = cos.shape[-1]
     low, high, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
 
-# --- scaling types: how each bends the frequencies for contexts longer than it was trained on ----
+# --- scaling types: how each changes the frequencies for contexts longer than in training --------
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The plain frequencies; `type` is the name that configs use."""
+    """Unscaled frequencies; `type` is the name that configs use."""
 
     type: ClassVar[str] = "default"
     unbounded: ClassVar[bool] = False  # adapts to any length
@@ -70,16 +72,18 @@ class Scaling:
         return 1.0 / rotary.base**steps
 
     def amplitude(self, rotary: Rotary) -> float:
+        """The factor of cosines and sines, so that scores are multiplied by its square."""
         return 1.0
 
     def problems(self) -> list[str]:
-        given = {k: v for k, v in asdict(self).items() if type(v) in (int, float)}
-        # a factor of temperature may be 0, which stands for none
-        given = {name: value for name, value in given.items() if not name.startswith("mscale")}
-        return [f"{name}: {value} is not positive" for name, value in given.items() if value <= 0]
+        """Every number that is not positive."""
+        numbers = {k: v for k, v in asdict(self).items() if type(v) in (int, float)}
+        # a temperature factor may be 0, which stands for none
+        numbers = {name: n for name, n in numbers.items() if not name.startswith("mscale")}
+        return [f"{name}: {n} is not positive" for name, n in numbers.items() if n <= 0]
 
     def misfits(self, width: int, base: float) -> Iterator[str]:
-        """What this type cannot do with such heads."""
+        """What this type cannot do with heads of this width and base."""
         yield from ()
 
     @classmethod
@@ -89,41 +93,41 @@ class Scaling:
             return PLAIN
         if not isinstance(value, dict):
             raise ConfigError(f"expected an object, found {value!r}")
-        given = {k: v for k, v in value.items() if v is not None}
+        fields = {k: v for k, v in value.items() if v is not None}
         if "truncate" in value:
-            given.setdefault("truncate", False)  # a null is no, its absence yes
-        kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]
+            fields.setdefault("truncate", False)  # null means no, absence means yes
+        kinds = [fields.pop(key) for key in ("rope_type", "type") if key in fields]
         name = kinds[0] if kinds else "default"
         if any(kind != name for kind in kinds):
             raise ConfigError(f"rope_type {kinds[0]!r} and type {kinds[1]!r} differ")
         if not isinstance(name, str) or name not in SCALINGS:
-            known = ", ".join(SCALINGS)
+            names = ", ".join(SCALINGS)
             near = did_you_mean(str(name), SCALINGS)
-            raise ConfigError(f"rope type {name!r} is not implemented (only {known}).{near}")
-        if given.get("partial_rotary_factor") == 1.0:
-            given.pop("partial_rotary_factor")
+            raise ConfigError(f"rope type {name!r} is not implemented (only {names}).{near}")
+        if fields.get("partial_rotary_factor") == 1.0:
+            fields.pop("partial_rotary_factor")
         kind = SCALINGS[name]
-        known_fields = kind.__dataclass_fields__
-        if odd := [k for k in given if k not in known_fields]:
-            near = did_you_mean(odd[0], known_fields)
-            raise ConfigError(f"rope type {name!r} has no {odd[0]!r}.{near}")
-        for key, number in given.items():
+        own = kind.__dataclass_fields__
+        if unknown := [k for k in fields if k not in own]:
+            near = did_you_mean(unknown[0], own)
+            raise ConfigError(f"rope type {name!r} has no {unknown[0]!r}.{near}")
+        for key, number in fields.items():
             wanted = bool if key == "truncate" else (int, float)
             if not isinstance(number, wanted) or (wanted is not bool and isinstance(number, bool)):
                 raise ConfigError(f"rope {key}: expected a number, found {number!r}")
         try:
-            made = kind(**given)
+            scaling = kind(**fields)
         except TypeError:
-            needed = [k for k, f in known_fields.items() if f.default is MISSING]
-            lacking = [k for k in needed if k not in given]
+            needed = [k for k, f in own.items() if f.default is MISSING]
+            lacking = [k for k in needed if k not in fields]
             raise ConfigError(f"rope type {name!r} needs {', '.join(lacking)}") from None
-        if problems := made.problems():
+        if problems := scaling.problems():
             raise ConfigError(f"rope {'; '.join(problems)}")
-        return made
+        return scaling
 
     def to_json(self) -> dict[str, Any]:
-        given = {k: v for k, v in asdict(self).items() if v is not None}
-        return {"rope_type": self.type, **given}
+        fields = {k: v for k, v in asdict(self).items() if v is not None}
+        return {"rope_type": self.type, **fields}
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Linear(Scaling):
 
 @dataclass(frozen=True)
 class Dynamic(Scaling):
-    """The base grows once a row is longer than the model's positions; each row for itself."""
+    """NTK scaling: the base grows once a row is longer than the model's positions."""
 
     type: ClassVar[str] = "dynamic"
     unbounded: ClassVar[bool] = True
@@ -151,14 +155,14 @@ class Dynamic(Scaling):
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
         length = (positions.amax(dim=-1, keepdim=True) + 1).clamp(min=rotary.limit)
-        grown = self.factor * length.to(steps.dtype) / rotary.limit - (self.factor - 1)
-        base = rotary.base * grown ** (rotary.width / (rotary.width - 2))
+        growth = self.factor * length.to(steps.dtype) / rotary.limit - (self.factor - 1)
+        base = rotary.base * growth ** (rotary.width / (rotary.width - 2))
         return 1.0 / base[..., None] ** steps
 
 
 @dataclass(frozen=True)
 class Llama3(Scaling):
-    """Long wavelengths divided by the factor, short ones kept, a smooth step between."""
+    """Low frequencies are divided by the factor, high ones kept, with a smooth step between."""
 
     type: ClassVar[str] = "llama3"
     factor: float
@@ -173,26 +177,26 @@ class Llama3(Scaling):
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
         plain = super().frequencies(rotary, steps, positions)
-        turns = (self.original_max_position_embeddings or rotary.limit) * plain / (2 * math.pi)
+        rotations = (self.original_max_position_embeddings or rotary.limit) * plain / (2 * math.pi)
         span = self.high_freq_factor - self.low_freq_factor
-        keep = ((turns - self.low_freq_factor) / span).clamp(0, 1)
+        keep = ((rotations - self.low_freq_factor) / span).clamp(0, 1)
         return plain * (keep + (1 - keep) / self.factor)
 
     @classmethod
     def from_factors(cls, factors: Tensor, base: float) -> Llama3:
-        """Of what divides each pair's frequency, where it is as Llama 3 was published."""
-        made = cls(float(factors.max()), *LLAMA3)
-        rotary = Rotary(2 * len(factors), base, made, LLAMA3[2])
-        if not torch.allclose(made.factors(rotary), factors.float(), rtol=1e-5, atol=0):
+        """From (e/2,) divisors of the frequencies, if they are those that Llama 3 published."""
+        scaling = cls(float(factors.max()), *LLAMA3)
+        rotary = Rotary(2 * len(factors), base, scaling, LLAMA3[2])
+        if not torch.allclose(scaling.factors(rotary), factors.float(), rtol=1e-5, atol=0):
             bends = " and ".join(map(str, LLAMA3[:2]))
             raise ConfigError(
                 f"factors of frequencies that are not those of type 'llama3' with a factor of "
-                f"{made.factor}, between {bends}, from {LLAMA3[2]} on"
+                f"{scaling.factor}, between {bends}, from {LLAMA3[2]} on"
             )
-        return made
+        return scaling
 
     def factors(self, rotary: Rotary) -> Tensor:
-        """(e/2,) what divides each pair's frequency."""
+        """(e/2,) divisors of the frequencies."""
         steps = torch.arange(0, rotary.width, 2, dtype=torch.float64) / rotary.width
         plain = PLAIN.frequencies(rotary, steps, steps)
         return (plain / self.frequencies(rotary, steps, steps)).float()
@@ -203,7 +207,7 @@ LLAMA3 = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor and the length, a
 
 @dataclass(frozen=True)
 class Yarn(Scaling):
-    """A ramp between kept and divided frequencies by how often each turns, and hotter attention."""
+    """High frequencies are kept, low ones divided, with a ramp between; scores are scaled up."""
 
     type: ClassVar[str] = "yarn"
     factor: float | None = None
@@ -217,7 +221,7 @@ class Yarn(Scaling):
 
     def misfits(self, width: int, base: float) -> Iterator[str]:
         if base == 1:
-            yield "rope_base: 1 turns every pair alike, and rope type 'yarn' tells them apart"
+            yield "rope_base: 1 rotates every pair alike, and rope type 'yarn' tells them apart"
 
     def _original(self, rotary: Rotary) -> int:
         return self.original_max_position_embeddings or rotary.limit
@@ -229,12 +233,12 @@ class Yarn(Scaling):
         plain = super().frequencies(rotary, steps, positions)
         half = rotary.width // 2
 
-        def pair_that_turns(times: float) -> float:
+        def pair_rotating(times: float) -> float:
             wavelength = self._original(rotary) / (times * 2 * math.pi)
             return rotary.width * math.log(wavelength) / (2 * math.log(rotary.base))
 
-        first = pair_that_turns(self.beta_fast or 32)
-        last = pair_that_turns(self.beta_slow or 1)
+        first = pair_rotating(self.beta_fast or 32)
+        last = pair_rotating(self.beta_slow or 1)
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, rotary.width - 1)
@@ -246,14 +250,14 @@ class Yarn(Scaling):
     def amplitude(self, rotary: Rotary) -> float:
         stretch = self._stretch(rotary)
 
-        def heat(weight: float) -> float:
+        def temperature(weight: float) -> float:
             return 0.1 * weight * math.log(stretch) + 1.0 if stretch > 1 else 1.0
 
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return heat(self.mscale) / heat(self.mscale_all_dim)
-        return heat(1.0)
+            return temperature(self.mscale) / temperature(self.mscale_all_dim)
+        return temperature(1.0)
 
 
 SCALINGS: dict[str, type[Scaling]] = {
@@ -264,7 +268,7 @@ PLAIN = Scaling()
 
 @dataclass(frozen=True, kw_only=True)
 class Rotated(Config):
-    """A config whose heads are turned by their positions."""
+    """A config of rotary embedding."""
 
     positions: int = 2048
     extrapolate: bool = False  # accept more tokens than positions
@@ -272,8 +276,8 @@ class Rotated(Config):
     rope: Scaling = PLAIN
 
     @property
-    def turned(self) -> int:
-        """How much of each head is turned."""
+    def rotary_dim(self) -> int:
+        """How much of each head is rotated."""
         return self.head_dim  # type: ignore[attr-defined]
 
     @property
@@ -282,15 +286,16 @@ class Rotated(Config):
 
     @property
     def limit_cached(self) -> int | None:
-        """Beyond its positions a type that adapts turns all keys anew at every token."""
+        """Beyond it, a type that adapts to the length would rotate cached keys differently."""
         return self.positions if self.rope.unbounded else self.limit
 
     def rotary(self) -> Rotary:
-        return Rotary(self.turned, self.rope_base, self.rope, self.positions)
+        """The rotary embedding that all layers share."""
+        return Rotary(self.rotary_dim, self.rope_base, self.rope, self.positions)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.turned % 2 or self.turned < 2:
-            yield f"head_dim: {self.turned} of it are turned, and rotary turns pairs"
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            yield f"head_dim: {self.rotary_dim} of it are rotated, and rotary rotates pairs"
         else:
-            yield from self.rope.misfits(self.turned, self.rope_base)
+            yield from self.rope.misfits(self.rotary_dim, self.rope_base)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from converters.lazy import Lazy
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.finite import first_where
-from zoo.checkpoints.sources import expanded
+from zoo.checkpoints.local import expanded
+from zoo.components.model import Model
 from zoo.errors import OverflowOnCast, UsageError, did_you_mean, listing
 from zoo.lora import files as peft
 from zoo.lora.files import AdapterSettings, Factors, Files
 from zoo.lora.layers import Lora, attach_factors, detach_factors
 from zoo.lora.merging import Changes, FactorSlice, LowRankUpdate, changes, untied, wide_dtype
-from zoo.lora.targets import TargetIndex, on_disk
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from zoo.components.model import Model
+from zoo.lora.targets import TargetIndex
 
 __all__ = [
     "Adapter",
@@ -32,7 +29,6 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "remove_adapter",
-    "save_adapter",
 ]
 
 
@@ -131,7 +127,7 @@ def add_adapter(
     _check(model)
     settings = AdapterSettings(r, alpha, dropout, rslora)
     text = peft.config_text(settings, sorted(targets))
-    index, like = TargetIndex(model, _native(model)), next(model.parameters())
+    index, like = TargetIndex(model, native_of(model)), next(model.parameters())
     factors, leaves = dict[str, Factors](), set[str]()
     for name, info in index.header().items():
         module, _, leaf = name.rpartition(".")
@@ -155,8 +151,8 @@ def add_adapter(
 def attach(model: Model, files: Files) -> Model:
     """Put an adapter's factors beside the model's weights, and freeze everything else."""
     _check(model)
-    own = dict(_own(model))
-    result = changes(model, _native(model), files, lambda name: Lazy.of(own[name].detach()))
+    own = dict(own_parameters(model))
+    result = changes(model, native_of(model), files, lambda name: Lazy.of(own[name].detach()))
     frozen = {name: parameter.requires_grad for name, parameter in own.items()}
     adapter = Adapter(files, result, {}, {}, [], frozen)
     for parameter in own.values():
@@ -196,10 +192,10 @@ def merge_adapter(model: Model) -> Model:
         >>> model.merge_adapter().adapter is None
         True
     """
-    adapter, changes = _adapter(model), _adapter(model).changes
+    adapter, changes = adapter_of(model), adapter_of(model).changes
     if changes.apart:
         ties = changes.index.native.ties
-        model.config, before = untied(model, ties), dict(_own(model))
+        model.config, before = untied(model, ties), dict(own_parameters(model))
         for name, of in ties.items():
             if before[name] is before[of]:
                 owner, leaf = _owner(model, name)
@@ -221,7 +217,7 @@ def merge_adapter(model: Model) -> Model:
 
 def _merged(model: Model, adapter: Adapter) -> Iterator[tuple[str, int | None, Tensor, Tensor]]:
     """(native name, index in a stack, the matrix, the matrix with the factors added)"""
-    own = dict(_own(model))
+    own = dict(own_parameters(model))
     for module, pieces in adapter.pieces.items():
         factors = adapter.factors(module)
         for part, _ in pieces:
@@ -252,56 +248,12 @@ def remove_adapter(model: Model) -> Model:
         >>> model.remove_adapter().adapter is None
         True
     """
-    adapter = _adapter(model)
+    adapter = adapter_of(model)
     for name, parameter in adapter.before.items():
         owner, leaf = _owner(model, name)
         owner._parameters[leaf] = parameter
     _leave(model, adapter)
     return model
-
-
-def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = False) -> Path:
-    """Save the adapter as a directory that peft loads.
-
-    An adapter that was loaded and not trained is saved with the same bytes.
-
-    Args:
-        model: a model with an adapter.
-        directory: where to write; the earlier output of `save_adapter` may be there.
-        force: replace any checkpoint that is there; see `zoo.save`.
-
-    Returns:
-        The directory.
-
-    Raises:
-        UsageError: the model has no adapter.
-        OutputExists: the directory holds other files.
-
-    Example:
-        >>> from pathlib import Path
-        >>> _ = zoo.load("tiny-llama").add_adapter(["q_proj"]).save_adapter("saved")
-        >>> sorted(file.name for file in Path("saved").glob("adapter*"))
-        ['adapter_config.json', 'adapter_model.safetensors']
-    """
-    from zoo.saving.save import checked_destination, write
-
-    adapter = _adapter(model)
-    factors, whole = dict[str, Factors](), dict[str, Tensor]()
-    own = {n: p.detach() for n, p in _own(model)}
-    for module, was in adapter.files.factors.items():
-        now = adapter.factors(module)
-        factors[module] = now._replace(a=_as_it_was(now.a, was.a), b=_as_it_was(now.b, was.b))
-    for name, before in adapter.files.whole.items():
-        _, step, n = adapter.changes.index.find(name)
-        whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
-    output = peft.output(replace(adapter.files, factors=factors, whole=whole))
-    return write(output, checked_destination(directory, None, force), force)
-
-
-def _as_it_was(now: Tensor, before: Tensor) -> Tensor:
-    """In the file's own dtype, if that represents the same numbers."""
-    narrow = now.to(before.dtype)
-    return narrow if narrow.to(now.dtype).equal(now) else now
 
 
 def _put(
@@ -333,12 +285,9 @@ def _put(
 
 
 def _check(model: Model) -> None:
-    from zoo.components.model import Model as Kind
-    from zoo.prepared.prepare import is_prepared
-
-    if not isinstance(model, Kind):
+    if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
-    if is_prepared(model):
+    if model.is_prepared:
         raise UsageError(
             "a prepared model takes no adapter: load it again, merge the adapter, then prepare it"
         )
@@ -348,24 +297,19 @@ def _check(model: Model) -> None:
         )
 
 
-def _adapter(model: Model) -> Adapter:
+def adapter_of(model: Model) -> Adapter:
+    """Return the adapter beside a model's weights; refuse a model that has none."""
     if model.adapter is None:
         raise UsageError("the model has no adapter: load_adapter puts one beside it")
     adapter: Adapter = model.adapter
     return adapter
 
 
-def _own(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
     """The model's own parameters, without the adapter's."""
     updates = {id(p) for m in model.modules() if isinstance(m, Lora) for p in m.parameters()}
     named = model.named_parameters(remove_duplicate=False)
     return ((n, p) for n, p in named if id(p) not in updates)
-
-
-def _native(model: Model) -> Any:
-    from zoo.loading import native_of
-
-    return native_of(model)
 
 
 def _owner(model: Model, name: str) -> tuple[nn.Module, str]:
@@ -381,5 +325,5 @@ def _leave(model: Model, adapter: Adapter) -> None:
             owner, leaf = _owner(model, piece.part.target.native)
             detach_factors(owner, leaf)
     model.adapter = None
-    for name, parameter in _own(model):
+    for name, parameter in own_parameters(model):
         parameter.requires_grad_(adapter.frozen[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.plan import FLOATS
+from zoo.checkpoints.build import native_of, on_meta
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
 from zoo.errors import PlanError, SpecError, UsageError, listing
 from zoo.lora.files import WEIGHTS, Files
 from zoo.lora.targets import TargetIndex
 
 if TYPE_CHECKING:
     from converters.lazy import Read
-    from zoo.loading import Located
 
 # peft's task_type -> the head for it
 TASKS = {
@@ -36,13 +39,11 @@ def based(
     An adapter for classification contains the whole classifier, since its base has none, or one of
     other labels. `asked`: the caller chose the head.
     """
-    from zoo.loading import native_of, on_meta
-
     head = TASKS.get(files.settings.task, "")
     heads = location.heads
     if head in location.entry.model.heads and head not in heads and not asked:
         heads = (head,)
-    location, changes = location._replace(heads=heads, adapter=files), dict(config)
+    location, changes = location._replace(heads=heads), dict(config)
     if not files.whole:
         return location, changes
     model = on_meta(location, location.config(heads[0], config))
@@ -69,13 +70,11 @@ def based(
             f"{files.where}: brings {listing(lacking)}, and a base of {location.dialect} takes no "
             "further head. Convert it with --to hf first"
         )
-    return location._replace(brought=brought), changes
+    return location._replace(extend=partial(extended, brought=brought)), changes
 
 
 def _is_complete(location: Located, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Whether the base contains the whole model without the adapter's tensors."""
-    from zoo.loading import prove
-
     try:
         prove(location, checkpoint, config)
     except (PlanError, SpecError):

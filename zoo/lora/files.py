@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from converters.checkpoint import confined
 from converters.formats import TensorInfo, dtype_code
 from converters.formats.safetensors import SafetensorsReader
 from converters.formats.torch_zip import TorchZipReader
 from converters.lazy import Lazy
 from converters.output import Item, Output, Shard
+from converters.paths import confined
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
+from converters.strict_regex import why_slow
 from zoo.checkpoints.finite import at, first_where
-from zoo.checkpoints.sources import ADAPTER as CONFIG
-from zoo.checkpoints.sources import ADAPTER_WEIGHTS as WEIGHTS
+from zoo.checkpoints.layout import ADAPTER as CONFIG
+from zoo.checkpoints.layout import ADAPTER_WEIGHTS as WEIGHTS
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
-from zoo.tokenizers.patterns import why_slow
 
 PREFIX = "base_model.model."  # peft's two wrappers
 # the ends of the factors' names, of linear layers and of embeddings
@@ -321,7 +321,7 @@ def output(files: Files) -> Output:
     ]
     shard = Shard.of(WEIGHTS[0], items, {"format": "pt"})
     return Output(
-        (shard,), {CONFIG: files.config.encode()}, said={"to": "peft", "writer": "save_adapter"}
+        (shard,), {CONFIG: files.config.encode()}, notes={"to": "peft", "writer": "save_adapter"}
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.lazy import Decoded, Lazy
-from converters.plan import Step
+from converters.plan import PlanStep
 from zoo.checkpoints.foreign import spec_of
 from zoo.components.moe import Experts
 from zoo.errors import PlanError, ShapeMismatch, UsageError, listing
@@ -206,7 +206,10 @@ def _parts(model: Any, index: TargetIndex, module: str, factors: Factors) -> Ite
 
 def _replaced(index: TargetIndex, files: Files, own: Own, problems: list[str]) -> dict[str, Lazy]:
     """Native arrays that replace the model's own."""
-    steps, tensors_of = dict[tuple[str, ...], Step](), dict[tuple[str, ...], dict[int, Tensor]]()
+    steps, tensors_of = (
+        dict[tuple[str, ...], PlanStep](),
+        dict[tuple[str, ...], dict[int, Tensor]](),
+    )
     for name, tensor in files.whole.items():
         try:
             info, step, n = index.find(name)
@@ -238,7 +241,7 @@ def _replaced(index: TargetIndex, files: Files, own: Own, problems: list[str]) -
     return made
 
 
-def _disk(step: Step, own: Own) -> list[Lazy]:
+def _disk(step: PlanStep, own: Own) -> list[Lazy]:
     native = [own(name) for name in step.targets]
     return native if step.transform is None else step.transform.sources_of(native)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from converters.carry_out import backward
 from converters.formats import TensorInfo
-from converters.plan import Native, Plan, Step, make_plan, target_names
+from converters.plan import Native, Plan, PlanStep, make_plan, target_names
 from converters.spec import Dialect
 from zoo.checkpoints.foreign import spec_of
 from zoo.errors import PlanError, SpecError, did_you_mean, option
@@ -38,7 +38,7 @@ class TargetIndex:
         self.spec = spec_of(model)
         self.dialect: Dialect = self.spec.dialect("hf")
         self.fields, self.head, self.native = model.config.to_dict(), model.config.head, native
-        self._at: dict[str, tuple[Plan, Step, int]] = {}
+        self._at: dict[str, tuple[Plan, PlanStep, int]] = {}
         self._maps: dict[tuple[int, int], list[TargetMatrix]] = {}
         # of two tied names each is adapted separately
         every = {**native.shapes, **{n: native.shapes[of] for n, of in native.ties.items()}}
@@ -57,7 +57,7 @@ class TargetIndex:
                 for n, name in enumerate(step.sources):
                     self._at.setdefault(name, (plan, step, n))
 
-    def find(self, name: str) -> tuple[TensorInfo, Step, int]:
+    def find(self, name: str) -> tuple[TensorInfo, PlanStep, int]:
         """(tensor on disk, the step that reads it, its number among the step's tensors)."""
         prefix = self.dialect.prefix
         bare = name.removeprefix(prefix) if prefix else name
@@ -96,7 +96,7 @@ class TargetIndex:
         info, step, n = self.find(name)
         return self.matrices(step, n, info.shape)[0]
 
-    def matrices(self, step: Step, n: int, shape: tuple[int, ...]) -> list[TargetMatrix]:
+    def matrices(self, step: PlanStep, n: int, shape: tuple[int, ...]) -> list[TargetMatrix]:
         """The native matrices that a matrix on disk becomes."""
         if step.transform is None:
             first, second = (torch.arange(length) for length in shape)
@@ -107,7 +107,7 @@ class TargetIndex:
         return [e._replace(native=step.targets[int(e.native)]) for e in self._maps[key]]
 
 
-def _carried(step: Step, n: int) -> Iterator[TargetMatrix]:
+def _carried(step: PlanStep, n: int) -> Iterator[TargetMatrix]:
     """Carry coordinates through a step to see which native rows and columns they become.
 
     Matrices are named by their numbers, so that the result holds for all uses of one rule.
@@ -134,7 +134,7 @@ def _carried(step: Step, n: int) -> Iterator[TargetMatrix]:
             yield TargetMatrix(str(target), at if len(stacked) == 3 else None, rows, columns)
 
 
-def _ref(step: Step, target: int) -> Any:
+def _ref(step: PlanStep, target: int) -> Any:
     """The reference in the rule that a target comes from."""
     assert step.transform is not None
     refs = [r for r in step.rule.targets for _ in step.transform.grid(step.rule.spread(r))]
@@ -150,6 +150,6 @@ def _axis(axis: int, numbers: Tensor) -> tuple[int, tuple[int, Tensor]] | None:
     return None
 
 
-def on_disk(step: Step, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_disk(step: PlanStep, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on disk of a step, from native arrays."""
     return dict(zip(step.sources, backward(step, native), strict=True))

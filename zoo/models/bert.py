@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from zoo.components import activations, encoder, inputs, masks
@@ -20,20 +19,20 @@ class Config(encoder.Config):
     vocab: int = 30522
     layers: int = 12
     positions: int = 512
-    offset: bool = False  # places are counted from behind the padding id's
+    positions_after_pad: bool = False  # places are counted from behind the padding id's
     types: int = 2  # of tokens; 0: none
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.offset and self.pad is None:
+        if self.positions_after_pad and self.pad is None:
             yield "pad: null, and places are counted from behind the padding id's"
         elif self.limit < 1:
             yield f"positions: {self.positions} leave none behind the padding id's {self.pad}"
 
     @property
     def behind(self) -> int | None:
-        return self.pad if self.offset else None
+        return self.pad if self.positions_after_pad else None
 
     @property
     def limit(self) -> int:
@@ -76,9 +75,7 @@ class Model(encoder.Encoder):
         mask = masks.full(input_ids, attention_mask, self.config.behind)
         x = self.embed(input_ids) + self.positions(mask.positions)
         if self.types is not None:
-            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            inputs.check_ids(types, self.config.types, "token type", input_ids)
-            x = x + self.types(types)
+            x = x + self.types(inputs.token_types(token_type_ids, self.config.types, input_ids))
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask)

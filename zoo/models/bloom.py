@@ -39,7 +39,6 @@ def gelu(x: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, c: Config, attend: Biased) -> None:
         super().__init__()
-        self.residual_normed = c.residual_normed
         self.norm1 = nn.LayerNorm(c.dim, c.eps)
         self.attn = Attention(
             c.dim,
@@ -55,10 +54,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        y = self.norm1(x)
-        x = (y if self.residual_normed else x) + self.dropout(self.attn(y, mask))
-        y = self.norm2(x)
-        return (y if self.residual_normed else x) + self.dropout(self.mlp(y))
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class NormedResidual(Block):
+    """The residual stream is taken after each norm."""
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        x = self.norm1(x)
+        x = self.norm2(x + self.dropout(self.attn(x, mask)))
+        return x + self.dropout(self.mlp(x))
 
 
 class Model(decoder.Decoder):
@@ -66,15 +72,15 @@ class Model(decoder.Decoder):
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim)
         self.embed_norm = nn.LayerNorm(c.dim, c.eps)
-        attend = Biased(Alibi(c.heads))
-        self.blocks = nn.ModuleList(Block(c, attend) for _ in range(c.layers))
+        attend, block = Biased(Alibi(c.heads)), NormedResidual if c.residual_normed else Block
+        self.blocks = nn.ModuleList(block(c, attend) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.add_head()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.mask(input_ids, attention_mask, cache)
         x = self.embed_norm(self.embed(input_ids))
         for block in self.blocks:
             x = block(x, mask)

@@ -1,30 +1,28 @@
-"""DeBERTa: what a token is and where it stands look at each other through weights of their own."""
+"""DeBERTa: content and relative position attend to each other, each with its own projections."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from zoo.components import config, encoder, inputs, masks
 from zoo.components.activations import ACTIVATIONS
-from zoo.components.attention import Attention, attend
+from zoo.components.disentangled import DisentangledAttention, RelativePositions
 from zoo.components.heads import MaskedLMHead
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
-from zoo.components.model import Embedding, Linear
+from zoo.components.model import Embedding
 from zoo.errors import ConfigError
 
 PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretraining left
 
 
-class Looks(tuple[str, ...]):
+class PositionTerms(tuple[str, ...]):
     """Who looks at whom beside contents at contents: c2p, contents at places, and p2c."""
 
     @classmethod
-    def from_json(cls, value: Any) -> "Looks":
+    def from_json(cls, value: Any) -> "PositionTerms":
         names = value.split("|") if isinstance(value, str) else value or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
@@ -37,7 +35,7 @@ class Looks(tuple[str, ...]):
         return list(self)
 
 
-NOWHERE = Looks()
+NO_TERMS = PositionTerms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +46,14 @@ class Config(encoder.Config):
     head_dim: int = config.DERIVED
     pooler_dim: int = config.DERIVED
     positions: int = 512
-    placed: bool = True  # inputs hold their absolute places
+    absolute_positions: bool = True  # inputs hold their absolute places
     types: int = 0  # of tokens
     eps: float = 1e-7
     relative: bool = False
-    looks: Looks = NOWHERE
-    reach: int = -1  # of distances; positions
+    position_terms: PositionTerms = NO_TERMS
+    max_distance: int = -1  # of distances; positions
     log_buckets: int = -1  # for distances, far ones together; each has its own
-    shared: bool = False  # places go through the projections of contents
+    shared_projections: bool = False  # places go through the projections of contents
     legacy: bool = config.DERIVED  # the masked LM's head is one that the reference added
     key_bias: bool = True  # the first version has none
     table_norm: str = "none"
@@ -70,11 +68,13 @@ class Config(encoder.Config):
 
     @property
     def limit(self) -> int | None:
-        return self.positions if self.placed or self.head == "enhanced_masked_lm" else None
+        return (
+            self.positions if self.absolute_positions or self.head == "enhanced_masked_lm" else None
+        )
 
     @property
     def longest(self) -> int:
-        return self.reach if self.reach > 0 else self.positions
+        return self.max_distance if self.max_distance > 0 else self.positions
 
     def derived(self) -> Mapping[str, Any]:
         own = {"head_dim": self.dim // self.heads, "pooler_dim": self.dim}
@@ -91,76 +91,25 @@ class Config(encoder.Config):
         yield from config.divides("conv_groups", self.conv_groups, "dim", self.dim)
 
 
-class Distances(nn.Module):
-    """A vector for each distance, or for each bucket of them, in both directions."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.buckets, self.reach = c.log_buckets, c.longest
-        self.span = self.buckets if self.buckets > 0 else self.reach
-        self.embed = Embedding(2 * self.span, c.dim)
-        self.norm = nn.LayerNorm(c.dim, c.eps) if c.table_norm == "layer_norm" else None
-
-    def once(self, mask: Mask) -> tuple[Tensor, Tensor]:
-        """The same for all layers."""
-        return mask.keep(self, lambda: self(mask.positions))
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(p, d), the vectors, and (b, 1, s, t), which of them stands between query and key."""
-        vectors = self.embed.weight
-        return vectors if self.norm is None else self.norm(vectors), self.rows(positions)
-
-    def rows(self, positions: Tensor) -> Tensor:
-        behind = positions[:, None, :, None] - positions[:, None, None, :]
-        if self.buckets > 0:
-            behind = self.bucket(behind)
-        return (behind + self.span).clamp(0, 2 * self.span - 1)
-
-    def bucket(self, behind: Tensor) -> Tensor:
-        """The half of them that is near counts in steps, the rest in ever larger ones."""
-        near = self.buckets // 2
-        wide = torch.promote_types(self.embed.weight.dtype, torch.float32)
-        far = behind.abs().clamp(min=near).to(wide)
-        most = torch.tensor((self.reach - 1) / near, dtype=wide).log()
-        grown = ((far / near).log() / most * (near - 1)).ceil() + near
-        return torch.where(behind.abs() <= near, behind, grown.long() * behind.sign())
-
-
-class Disentangled(Attention):
-    def __init__(self, c: Config, distances: Callable[[Mask], tuple[Tensor, Tensor]] | None):
-        scale = (c.head_dim * (1 + len(c.looks))) ** -0.5
-        shape = (c.dim, c.heads, c.heads, c.head_dim)
-        super().__init__(*shape, bias=True, dropout=c.attn_dropout, scale=scale, attend=self.look)
-        self.k = Linear(c.dim, c.dim, bias=c.key_bias)
-        self.looks, self.distances = c.looks, distances
-        own = [] if c.shared or distances is None else c.looks
-        self.pos_k = Linear(c.dim, c.dim, bias=c.key_bias) if "c2p" in own else None
-        self.pos_q = Linear(c.dim, c.dim) if "p2c" in own else None
-        self.table_dropout = nn.Dropout(c.dropout)
-
-    def look(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float
-    ) -> Tensor:
-        if self.distances is None or not self.looks:
-            return attend(q, k, v, mask, scale, dropout)
-        vectors, rows = self.distances(mask)
-        vectors, bias = self.table_dropout(vectors), torch.zeros((), dtype=q.dtype, device=q.device)
-        if "c2p" in self.looks:
-            bias = bias + self.at(rows, q, (self.pos_k or self.k)(vectors))
-        if "p2c" in self.looks:
-            bias = bias + self.at(rows.mT, k, (self.pos_q or self.q)(vectors)).mT
-        return attend(q, k, v, mask, scale, dropout, bias * scale)
-
-    def at(self, rows: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-        """(b, h, s, t), each of x against the vector of its row."""
-        scores = x @ rearrange(vectors, "p (h e) -> h e p", e=self.head_dim)
-        return scores.gather(-1, rows.expand(*scores.shape[:2], -1, -1))
+def relative_positions(c: Config) -> RelativePositions:
+    norm = nn.LayerNorm(c.dim, c.eps) if c.table_norm == "layer_norm" else None
+    return RelativePositions(c.dim, c.longest, c.log_buckets, norm)
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config, distances: Callable[[Mask], tuple[Tensor, Tensor]] | None):
+    def __init__(self, c: Config, relative: RelativePositions | None) -> None:
         super().__init__()
-        self.attn = Disentangled(c, distances)
+        self.attn = DisentangledAttention(
+            c.dim,
+            c.heads,
+            c.head_dim,
+            terms=c.position_terms,
+            relative=None if relative is None else relative.once,
+            key_bias=c.key_bias,
+            shared_projections=c.shared_projections,
+            dropout=c.attn_dropout,
+            table_dropout=c.dropout,
+        )
         self.norm1, self.norm2 = nn.LayerNorm(c.dim, c.eps), nn.LayerNorm(c.dim, c.eps)
         self.mlp = MLP(c.dim, c.hidden, ACTIVATIONS[c.act], bias=True)
         self.dropout = nn.Dropout(c.dropout)
@@ -171,7 +120,7 @@ class Block(nn.Module):
 
 
 class Conv(nn.Module):
-    """Beside the first layer, what the neighbors were before it."""
+    """(b, s, d): the block's output `x`, plus a convolution over the block's input."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -197,9 +146,8 @@ class Model(encoder.Encoder):
         self.positions = Embedding(c.positions, c.dim) if c.limit else None
         self.types = Embedding(c.types, c.dim) if c.types else None
         self.norm, self.dropout = nn.LayerNorm(c.dim, c.eps), nn.Dropout(c.dropout)
-        self.distances = Distances(c) if c.relative else None
-        look = self.distances.once if self.distances else None
-        self.blocks = nn.ModuleList(Block(c, look) for _ in range(c.layers))
+        self.distances = relative_positions(c) if c.relative else None
+        self.blocks = nn.ModuleList(Block(c, self.distances) for _ in range(c.layers))
         self.conv = Conv(c) if c.conv else None
         if c.head in PREDICTIONS:
             act = ACTIVATIONS[c.head_act]
@@ -215,26 +163,23 @@ class Model(encoder.Encoder):
         inputs.check(input_ids, self.config)
         mask = masks.full(input_ids, attention_mask)
         x = self.embed(input_ids)
-        places = None if self.positions is None else self.positions(mask.positions)
-        if self.config.placed:
-            x = x + places
+        positions = None if self.positions is None else self.positions(mask.positions)
+        if self.config.absolute_positions:
+            x = x + positions
         if self.types is not None:
-            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            inputs.check_ids(types, self.config.types, "token type", input_ids)
-            x = x + self.types(types)
+            x = x + self.types(inputs.token_types(token_type_ids, self.config.types, input_ids))
         x = self.dropout(self.norm(x))
-        if attention_mask is not None:  # a convolution sees nothing where padding stands
+        if attention_mask is not None:  # the convolution reads zeros at padding
             x = x * attention_mask[..., None].to(x.dtype)
-        states = [x]
-        for n, block in enumerate(self.blocks):
-            x = block(x, mask)
-            if n == 0 and self.conv is not None:
-                x = self.conv(states[0], x)
-            states.append(x)
-        if self.config.head == "enhanced_masked_lm" and not self.config.placed:
-            x = states[-2] + places
-            for _ in range(2):  # places ask, and the last layer answers from the one before it
-                x = self.blocks[-1](x, mask, states[-2])
+        before = x
+        for layer, block in enumerate(self.blocks):
+            before, x = x, block(x, mask)
+            if layer == 0 and self.conv is not None:
+                x = self.conv(before, x)
+        if self.config.head == "enhanced_masked_lm" and not self.config.absolute_positions:
+            x = before + positions
+            for _ in range(2):  # the last block again: positions are queries, its input is keys
+                x = self.blocks[-1](x, mask, before)
         if self.config.head in PREDICTIONS:
             return self.predictions(x)
         return self.read_out(x, attention_mask)

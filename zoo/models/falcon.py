@@ -1,7 +1,8 @@
 """Falcon: attention and MLP beside each other on one norm, on a norm each, or in turn."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,7 @@ class Config(Rotated):
     heads_known: ClassVar = decoder.HEADS
 
     @property
-    def turned(self) -> int:
+    def rotary_dim(self) -> int:
         return self.dim // self.heads
 
     def derived(self) -> Mapping[str, Any]:
@@ -55,27 +56,59 @@ class Config(Rotated):
             yield f"grouped, parallel, norms: no Falcon has {self.norms} norms before such branches"
 
 
-class Block(nn.Module):
-    def __init__(self, c: Config, places: dict[str, Any]) -> None:
+def attention(c: Config) -> Callable[[], Attention]:
+    """Constructor of each layer's attention; all layers share one rotary or one ALiBi term."""
+    make = partial(Attention, c.dim, c.heads, c.kv_heads, c.rotary_dim, bias=c.bias)
+    if c.alibi:
+        # the term is rounded to bf16 in every dtype, and scaled as the scores are
+        term = Alibi(c.heads, c.rotary_dim**-0.5, torch.bfloat16)
+        return partial(make, dropout=c.attn_dropout, attend=Biased(term))
+    return partial(make, rotary=c.rotary())
+
+
+class Parallel(nn.Module):
+    """Attention and MLP read one norm of the stream."""
+
+    def __init__(self, c: Config, attn: Attention) -> None:
         super().__init__()
-        self.two = c.grouped and c.norms != 1
-        if self.two:
-            self.norm_attn = nn.LayerNorm(c.dim, c.eps)
-            self.norm_mlp = nn.LayerNorm(c.dim, c.eps)
-        else:
-            self.norm1 = nn.LayerNorm(c.dim, c.eps)
-            self.norm2 = None if c.parallel else nn.LayerNorm(c.dim, c.eps)
-        self.attn = Attention(c.dim, c.heads, c.kv_heads, c.turned, bias=c.bias, **places)
+        self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        self.attn = attn
+        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        y = self.norm1(x)
+        return x + self.dropout(self.attn(y, mask) + self.mlp(y))
+
+
+class ParallelTwoNorms(nn.Module):
+    """Attention and MLP read a norm of the stream each."""
+
+    def __init__(self, c: Config, attn: Attention) -> None:
+        super().__init__()
+        self.norm_attn = nn.LayerNorm(c.dim, c.eps)
+        self.norm_mlp = nn.LayerNorm(c.dim, c.eps)
+        self.attn = attn
+        self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        return x + self.dropout(self.attn(self.norm_attn(x), mask) + self.mlp(self.norm_mlp(x)))
+
+
+class Sequential(nn.Module):
+    """The MLP reads the stream that attention was added to."""
+
+    def __init__(self, c: Config, attn: Attention) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        self.norm2 = nn.LayerNorm(c.dim, c.eps)
+        self.attn = attn
         self.mlp = MLP(c.dim, c.hidden, activations.ACTIVATIONS[c.act], bias=c.bias)
         self.attn_dropout, self.dropout = nn.Dropout(c.attn_dropout), nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        if self.two:
-            return x + self.dropout(self.attn(self.norm_attn(x), mask) + self.mlp(self.norm_mlp(x)))
-        y = self.norm1(x)
-        if self.norm2 is None:
-            return x + self.dropout(self.attn(y, mask) + self.mlp(y))
-        x = x + self.attn_dropout(self.attn(y, mask))
+        x = x + self.attn_dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -83,17 +116,16 @@ class Model(decoder.Decoder):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim)
-        # the term is rounded to bf16 in every dtype, and scaled as the scores are
-        term = Biased(Alibi(c.heads, c.turned**-0.5, torch.bfloat16))
-        places = {"attend": term, "dropout": c.attn_dropout} if c.alibi else {"rotary": c.rotary()}
-        self.blocks = nn.ModuleList(Block(c, places) for _ in range(c.layers))
+        parallel = ParallelTwoNorms if c.grouped and c.norms != 1 else Parallel
+        block, attn = parallel if c.parallel else Sequential, attention(c)
+        self.blocks = nn.ModuleList(block(c, attn()) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.add_head()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.mask(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

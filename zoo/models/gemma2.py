@@ -90,10 +90,10 @@ class Model(decoder.Decoder):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         c = self.config
-        looks = self.looks(input_ids, attention_mask, cache)
+        masks = self.masks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         x = x * torch.tensor(c.dim**0.5, dtype=x.dtype, device=x.device)  # rounded as x is
-        for block, mask in zip(self.blocks, looks, strict=False):
-            x = block(x, mask)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, masks[layer])
         x = self.read_out(self.norm(x), input_ids, attention_mask)
         return soft_cap(x, c.logit_cap) if c.head == "lm" else x

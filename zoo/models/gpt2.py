@@ -89,7 +89,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.mask(input_ids, attention_mask, cache)
         x = self.dropout(self.embed(input_ids) + self.positions(mask.positions))
         for block in self.blocks:
             x = block(x, mask)

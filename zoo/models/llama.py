@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from zoo.components import activations, config, decoder
-from zoo.components.attention import Attention
-from zoo.components.dual_chunk import DualChunk, DualChunked
+from zoo.components.attention import Attend, Attention, attend
 from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import GatedMLP
 from zoo.components.model import Embedding
 from zoo.components.moe import Experts
 from zoo.components.norm import RMSNorm
-from zoo.components.rotary import UNTURNED, Rotated
+from zoo.components.rotary import Rotated, Rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class Config(Rotated, config.Windowed):
     head_dim: int = config.DERIVED  # dim / heads
     hidden: int = 11008
     experts: int = 0  # none: one MLP for every token
-    chosen: int = 2  # experts a token goes through
+    experts_per_token: int = 2  # experts a token goes through
     act: str = "silu"
     eps: float = 1e-6
     attn_bias: bool = False
@@ -35,8 +34,6 @@ class Config(Rotated, config.Windowed):
     mlp_bias: bool = False
     attn_dropout: float | None = 0.0
     tied: bool = False
-    twice: bool = False  # each block runs two times
-    dual_chunk: DualChunk | None = None  # ordinary attention
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
@@ -48,12 +45,21 @@ class Config(Rotated, config.Windowed):
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
         if self.head_dim * self.heads != self.dim and self.dim % self.heads:
             yield from config.divides("heads", self.heads, "dim", self.dim)
-        if self.experts and self.chosen > self.experts:
-            yield f"chosen: {self.chosen} of {self.experts} experts"
+        if self.experts and self.experts_per_token > self.experts:
+            yield f"experts_per_token: {self.experts_per_token} of {self.experts} experts"
+
+
+def mlp(c: Config) -> nn.Module:
+    """One gated MLP for every token, or a mixture of experts."""
+    act = activations.ACTIVATIONS[c.act]
+    if not c.experts:
+        return GatedMLP(c.dim, c.hidden, act, bias=c.mlp_bias)
+    k = c.experts_per_token
+    return Experts(c.dim, c.hidden, act, experts=c.experts, experts_per_token=k)
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config, places: dict[str, Any]) -> None:
+    def __init__(self, c: Config, rotary: Rotation, attend: Attend) -> None:
         super().__init__()
         self.norm1 = RMSNorm(c.dim, c.eps)
         self.attn = Attention(
@@ -64,13 +70,11 @@ class Block(nn.Module):
             bias=c.attn_bias,
             out_bias=c.attn_out_bias,
             dropout=c.attn_dropout or 0.0,
-            **places,
+            rotary=rotary,
+            attend=attend,
         )
         self.norm2 = RMSNorm(c.dim, c.eps)
-        act = activations.ACTIVATIONS[c.act]
-        self.mlp: nn.Module = GatedMLP(c.dim, c.hidden, act, bias=c.mlp_bias)
-        if c.experts:
-            self.mlp = Experts(c.dim, c.hidden, act, experts=c.experts, chosen=c.chosen)
+        self.mlp = mlp(c)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = x + self.attn(self.norm1(x), mask)
@@ -78,22 +82,19 @@ class Block(nn.Module):
 
 
 class Model(decoder.Decoder):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, rotary: Rotation | None = None, attend: Attend = attend) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
-        places: dict[str, Any] = {"rotary": c.rotary()}
-        if c.dual_chunk:
-            places = {"rotary": UNTURNED, "attend": DualChunked(c.dual_chunk, c.rotary())}
-        self.blocks = nn.ModuleList(Block(c, places) for _ in range(c.layers))
+        rotary = rotary or c.rotary()
+        self.blocks = nn.ModuleList(Block(c, rotary, attend) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.eps)
         self.add_head()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        looks = self.looks(input_ids, attention_mask, cache)
+        masks = self.masks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
-        for block, mask in zip(self.blocks, looks, strict=False):
-            for _ in range(1 + self.config.twice):
-                x = block(x, mask)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, masks[layer])
         return self.read_out(self.norm(x), input_ids, attention_mask)

@@ -32,7 +32,7 @@ class Config(Rotated):
     heads_known: ClassVar = decoder.HEADS
 
     @property
-    def turned(self) -> int:
+    def rotary_dim(self) -> int:
         return int(self.dim // self.heads * self.rope_share)
 
     def derived(self) -> Mapping[str, Any]:
@@ -46,10 +46,11 @@ class Config(Rotated):
             yield from super().problems()
 
 
-class Block(nn.Module):
+class Sequential(nn.Module):
+    """The MLP reads the stream that attention was added to."""
+
     def __init__(self, c: Config, rotary: Rotary) -> None:
         super().__init__()
-        self.parallel = c.parallel
         self.norm1 = nn.LayerNorm(c.dim, c.eps)
         self.attn = Attention(
             c.dim,
@@ -65,23 +66,31 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        after = x + self.dropout(self.attn(self.norm1(x), mask))
-        return after + self.dropout(self.mlp(self.norm2(x if self.parallel else after)))
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Parallel(Sequential):
+    """Attention and MLP read one stream."""
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        y = x + self.dropout(self.attn(self.norm1(x), mask))
+        return y + self.dropout(self.mlp(self.norm2(x)))
 
 
 class Model(decoder.Decoder):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim)
-        rotary = c.rotary()
-        self.blocks = nn.ModuleList(Block(c, rotary) for _ in range(c.layers))
+        rotary, block = c.rotary(), Parallel if c.parallel else Sequential
+        self.blocks = nn.ModuleList(block(c, rotary) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.add_head()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        mask = self.looks(input_ids, attention_mask, cache)[0]
+        mask = self.mask(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

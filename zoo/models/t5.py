@@ -1,23 +1,21 @@
 """T5: an encoder, a decoder that reads it, and places that show as learned biases by distance."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.components import config, inputs, masks, model
+from zoo.components import config
 from zoo.components.activations import ACTIVATIONS
-from zoo.components.attention import Attention, Biased
+from zoo.components.attention import Attend, Attention, Biased, attend
+from zoo.components.encoder_decoder import EncoderDecoder
 from zoo.components.masks import Cache, Mask
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Embedding, Linear
 from zoo.components.norm import RMSNorm
-from zoo.errors import InputError
+from zoo.components.relative_bias import RelativeBias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class Config(config.Config):
     act: str = config.DERIVED  # what mlp says
     gated: bool = config.DERIVED
     buckets: int = 32
-    distance: int = 128
+    max_distance: int = 128
     eps: float = 1e-6
     dropout: float = 0.1
     tied: bool = True  # and the states scaled before it, which an untied head's are not
@@ -59,82 +57,95 @@ class Config(config.Config):
             yield "may_share: false, so the head is a matrix of its own"
 
 
-class Distances(nn.Module):
-    """A term for `Biased`: (b, h, s, t), a number for each head and each bucket of distances."""
+def attention(c: Config, attend: Attend = attend) -> Attention:
+    return Attention(
+        c.dim,
+        c.heads,
+        c.heads,
+        c.head_dim,
+        bias=False,
+        dropout=c.dropout,
+        scale=1.0,
+        attend=attend,
+    )
 
-    def __init__(self, c: Config, both_ways: bool) -> None:
+
+def mlp(c: Config) -> nn.Module:
+    kind = GatedMLP if c.gated else MLP
+    return kind(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, c: Config, attend: Attend) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(c.buckets, c.heads))
-        self.reach, self.both_ways = c.distance, both_ways
-
-    def draw(self, std: float) -> None:
-        nn.init.normal_(self.weight, 0, std)
-
-    def forward(self, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-        ahead = mask.keys[:, None, :] - mask.positions[:, :, None]
-        return F.embedding(self.bucket(ahead), self.weight).permute(0, 3, 1, 2)
-
-    def bucket(self, ahead: Tensor) -> Tensor:
-        """Near distances have a bucket each, those beyond it share: ever more, up to `reach`."""
-        count, later = len(self.weight), torch.zeros_like(ahead)
-        if self.both_ways:
-            count //= 2
-            later, ahead = (ahead > 0) * count, -ahead.abs()
-        far, near = (-ahead).clamp(min=0), count // 2
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        grown = (far.to(wide) / near).log() / math.log(self.reach / near) * (count - near)
-        shared = (near + grown.clamp(min=0).long()).clamp(max=count - 1)
-        return later + torch.where(far < near, far, shared)
-
-
-class Block(nn.Module):
-    def __init__(self, c: Config, attend: Biased, reads: bool) -> None:
-        super().__init__()
-        shape = (c.dim, c.heads, c.heads, c.head_dim)
-        kind = partial(Attention, *shape, bias=False, dropout=c.dropout, scale=1.0)
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
-        self.attn = kind(attend=attend)
-        self.norm_cross = RMSNorm(c.dim, c.eps) if reads else None
-        self.cross = kind() if reads else None
-        mlp = GatedMLP if c.gated else MLP
-        self.mlp = mlp(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
+        self.attn = attention(c, attend)
+        self.mlp = mlp(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, mask: Mask, encoded: Tensor | None, there: Mask) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), mask))
-        if self.cross is not None and self.norm_cross is not None:
-            x = x + self.dropout(self.cross(self.norm_cross(x), there, encoded))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-class Stack(nn.Module):
-    def __init__(self, c: Config, layers: int, reads: bool) -> None:
+class DecoderBlock(nn.Module):
+    def __init__(self, c: Config, attend: Attend) -> None:
         super().__init__()
-        self.distances = Distances(c, both_ways=not reads)
+        self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.attn = attention(c, attend)
+        self.norm_cross = RMSNorm(c.dim, c.eps)
+        self.cross = attention(c)
+        self.mlp = mlp(c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask, encoded: Tensor, encoded_mask: Mask) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), mask))
+        x = x + self.dropout(self.cross(self.norm_cross(x), encoded_mask, encoded))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.distances = RelativeBias(c.heads, c.buckets, c.max_distance, both_ways=True)
         attend = Biased(self.distances)
-        self.blocks = nn.ModuleList(Block(c, attend, reads) for _ in range(layers))
+        self.blocks = nn.ModuleList(EncoderBlock(c, attend) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.eps)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(
-        self, x: Tensor, mask: Mask, encoded: Tensor | None = None, there: Mask | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, mask, encoded, there)
+            x = block(x, mask)
         return self.dropout(self.norm(x))
 
 
-class Model(model.Model):
+class Decoder(nn.Module):
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.distances = RelativeBias(c.heads, c.buckets, c.max_distance, both_ways=False)
+        attend = Biased(self.distances)
+        self.blocks = nn.ModuleList(DecoderBlock(c, attend) for _ in range(c.decoder_layers))
+        self.norm = RMSNorm(c.dim, c.eps)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask, encoded: Tensor, encoded_mask: Mask) -> Tensor:
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, mask, encoded, encoded_mask)
+        return self.dropout(self.norm(x))
+
+
+class Model(EncoderDecoder):
     heads: ClassVar = Config.heads_known
     headless: ClassVar = ("encoder", "none")
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim)
-        self.encoder = Stack(c, c.layers, reads=False)
+        self.encoder = Encoder(c)
         if c.head != "encoder":
-            self.decoder = Stack(c, c.decoder_layers, reads=True)
+            self.decoder = Decoder(c)
         if c.head in ("lm", "shared_lm"):
             self.head = Linear(c.dim, c.vocab, bias=False)
             if c.tied or c.head == "shared_lm":
@@ -154,19 +165,6 @@ class Model(model.Model):
                 scores = self.config.head_dim if name.endswith(".q.weight") else 1
                 weight.mul_((weight.shape[1] * scores) ** -0.5)
 
-    def read(
-        self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Mask]:
-        """The encoder's states, once a question where a cache keeps them."""
-        if cache is not None and (known := cache.read(ids)) is not None:
-            return known
-        inputs.check(ids, self.config)
-        there = masks.full(ids, attention_mask)
-        encoded = self.encoder(self.embed(ids), there), there
-        if cache is not None:
-            cache.encoded = encoded
-        return encoded
-
     def forward(
         self,
         input_ids: Tensor,
@@ -175,16 +173,11 @@ class Model(model.Model):
         decoder_attention_mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        encoded, there = self.read(input_ids, attention_mask, cache)
+        memory = self.read(input_ids, attention_mask, cache)
         if self.config.head == "encoder":
-            return encoded
-        if decoder_input_ids is None:
-            raise InputError(
-                "decoder_input_ids: missing; the answer so far, one padding id at first"
-            )
-        inputs.check(decoder_input_ids, self.config, cache)
-        mask = masks.causal(decoder_input_ids, decoder_attention_mask, cache=cache)
-        x = self.decoder(self.embed(decoder_input_ids), mask, encoded, there)
+            return memory.states
+        mask = self.mask(decoder_input_ids, decoder_attention_mask, cache)
+        x = self.decoder(self.embed(decoder_input_ids), mask, memory.states, memory.mask)
         if self.config.head == "none":
             return x
         return self.head(x * self.config.dim**-0.5 if self.config.tied else x)

@@ -46,9 +46,9 @@ def verify(
     `revision` and `reading` (head, config, ignore_config) say how a checkpoint is read, as
     `zoo.load` has them; a head's reference class is read beside it.
     """
+    from zoo.checkpoints.oracle import transformers
     from zoo.errors import UsageError, did_you_mean
     from zoo.parity.golden import find
-    from zoo.parity.reference import transformers
 
     if (ref is None) != all:
         raise UsageError("verify takes a name, a directory or all=True")
@@ -146,7 +146,7 @@ def _jobs(
 
 
 def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> list[Job]:
-    from converters.checkpoint import read_json
+    from converters.strict_json import read_json
     from zoo import registry
     from zoo.errors import ConfigError, UsageError
     from zoo.parity.fixtures import write_like

@@ -1,4 +1,4 @@
-"""The checks of the parity protocol: each takes a subject and gives measurements with limits."""
+"""The checks of the parity protocol: each takes a subject and yields measurements with limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from converters import manifest
 from converters.carry_out import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
-from zoo.checkpoints import sources
+from zoo.checkpoints.layout import ADAPTER, ADAPTER_WEIGHTS
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.loading import load
@@ -28,10 +28,10 @@ from zoo.saving.save import save
 
 # Each limit is a multiple of what was measured over the variants and up to 20 seeds.
 # fp64: two orders of the same sums differ by up to 3e-14 of the scale, and 5e-14 in gradients; the
-# least of the planted bugs shows at 1e-3. 1e-10 leaves room for models far deeper than a fixture.
+# smallest planted bug shows at 1e-3. 1e-10 leaves room for models far deeper than a fixture.
 FP64 = GRADIENTS = 1e-10
-# A gradient that is zero by symmetry (a key bias without rotary) holds rounding alone, and that
-# follows the whole model's scale, not its own.
+# A gradient that is zero by symmetry (a key bias without rotary embedding) is rounding noise, which
+# has the whole model's scale, not its own.
 SYMMETRIC = 1e-3
 # With the same kernels on both sides the ratio of errors was 1.03 at most; with the reference's own
 # other attention kernel 1.2 in either dtype, and 1.4 in bf16 where a head gives few numbers.
@@ -44,20 +44,22 @@ Load = Callable[[torch.dtype | None], Any]
 
 @dataclass
 class Subject:
-    """A checkpoint, what the reference says about it, and how its native model is made."""
+    """A checkpoint, the reference's outputs for it, and how its native model is loaded."""
 
     name: str
     truth: Truth
     load: Load
-    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads its directory
+    reading: Mapping[str, Any] = field(default_factory=dict)  # arguments of zoo.load
     _models: dict[torch.dtype | None, Any] = field(default_factory=dict)
 
     def model(self, dtype: torch.dtype | None) -> Any:
+        """The native model in a dtype, loaded once."""
         if dtype not in self._models:
             self._models[dtype] = self.load(dtype)
         return self._models[dtype]
 
     def release(self) -> None:
+        """Drop the loaded models."""
         self._models.clear()
 
 
@@ -74,7 +76,7 @@ def call(model: nn.Module, inputs: Inputs, **more: Any) -> list[Tensor]:
 
 
 def pair(native: list[Tensor], truth: Outputs) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, native, truth) of each output; there must be as many on both sides, shaped alike."""
+    """(name, native, truth) of each output; numbers and shapes of outputs must agree."""
     mine, theirs = [tuple(x.shape) for x in native], [tuple(x.shape) for x in truth.values()]
     if mine != theirs:
         raise ShapesDiffer(f"outputs {mine} where the reference gives {theirs}")
@@ -82,16 +84,17 @@ def pair(native: list[Tensor], truth: Outputs) -> list[tuple[str, Tensor, Tensor
 
 
 class ShapesDiffer(Exception):
-    """Outputs that cannot even be compared."""
+    """The outputs have different shapes."""
 
 
 def distance(native: Tensor, truth: Tensor, like: Tensor | None = None) -> float:
-    """The largest difference, in units of the root mean square of the truth, or of its `like`."""
+    """The largest difference, in units of the root mean square of `like`, or of the truth."""
     scale = rms(truth if like is None else like)
     return ((native.double() - truth).abs().max() / scale).item()
 
 
 def rms(x: Tensor) -> Tensor:
+    """The root mean square, in fp64."""
     return x.double().pow(2).mean().sqrt()
 
 
@@ -106,7 +109,7 @@ def divergence(native: Tensor, truth: Tensor) -> float:
 
 @torch.no_grad()
 def fp64(subject: Subject) -> Iterator[Row]:
-    """The same function, where rounding cannot hide a difference."""
+    """Outputs in fp64, where rounding cannot hide a difference."""
     truth = subject.truth
     out = call(subject.model(torch.float64), truth.batch)
     pairs = pair(out, truth.outputs)
@@ -116,7 +119,7 @@ def fp64(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def headless(subject: Subject) -> Iterator[Row]:
-    """Hidden states, with the head left away."""
+    """Hidden states, loaded without the head."""
     truth, model = subject.truth, subject.model(torch.float64)
     if model.config.head in model.headless:
         return
@@ -127,7 +130,7 @@ def headless(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def batch(subject: Subject) -> Iterator[Row]:
-    """A row alone is that row of the batch, and a mask of ones is no mask."""
+    """A row alone equals that row of the batch; a mask of ones equals no mask."""
     truth, model = subject.truth, subject.model(torch.float64)
     whole = call(model, truth.batch)
     ones = call(model, truth.batch.masked())
@@ -140,18 +143,18 @@ def batch(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def padding(subject: Subject) -> Iterator[Row]:
-    """Rows padded left, right and on both sides give what the reference gives for the row alone."""
+    """Rows padded left, right and on both sides equal the reference's row alone."""
     truth, model = subject.truth, subject.model(torch.float64)
     errors = {}
     for side, inputs in truth.padded.items():
         out = call(model, inputs)
-        found = [
-            # one token's only logit may be next to zero: the scale is the whole batch's
+        distances = [
+            # a single logit may be close to zero: the scale is the whole batch's
             distance(x, y, truth.outputs[name])
             for i, alone in enumerate(truth.alone)
             for name, x, y in pair([real(x, inputs, i) for x in out], alone)
         ]
-        errors[side] = max(found)
+        errors[side] = max(distances)
     if truth.unmasked is not None:
         out = call(model, truth.unmasked)
         errors["no mask"] = max(distance(x, y) for _, x, y in pair(out, truth.of_unmasked))
@@ -162,7 +165,7 @@ def padding(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def cached(subject: Subject) -> Iterator[Row]:
-    """A sequence in two parts, cut at every place, in single tokens, and padded: as in one."""
+    """Through a KV cache: split at every position, token by token, padded, against the whole."""
     model = subject.model(torch.float64)
     if "cache" not in inspect.signature(model.forward).parameters:
         return
@@ -172,22 +175,22 @@ def cached(subject: Subject) -> Iterator[Row]:
     errors = {}
     for side, inputs in {"unpadded": truth.batch, **truth.padded}.items():
         inputs = part(inputs, 0, limit)
-        mask = inputs.places.mask
+        mask = inputs.positions.mask
         first = None if mask is None else mask.argmax(dim=-1)
-        tokens, least = inputs.places.ids.shape[1], 1
+        tokens, least = inputs.positions.ids.shape[1], 1
         if mask is None or first is None:
             inputs, cuts = _rows(inputs, torch.arange(4)), [[n] for n in range(1, tokens)]
-        else:  # every row has to begin in the first part
+        else:  # every row must begin in the first part
             early = ((first < tokens // 2) & mask.any(dim=-1)).nonzero().flatten()
             inputs, least = _rows(inputs, early), int(first[early].max()) + 1
-            mask, cuts = inputs.places.mask, [[least]]
-        whole, found = call(model, inputs)[0], [0.0]
+            mask, cuts = inputs.positions.mask, [[least]]
+        whole, distances = call(model, inputs)[0], [0.0]
         real = torch.ones_like(whole[..., 0]).bool() if mask is None else mask.bool()
         for cut in [*cuts, list(range(least, tokens))]:
             cache, ends = Cache(tokens), zip([0, *cut], [*cut, tokens], strict=True)
             parts = [call(model, part(inputs, *end), cache=cache)[0] for end in ends]
-            found.append(distance(torch.cat(parts, dim=1)[real], whole[real], whole))
-        errors[side] = max(found)
+            distances.append(distance(torch.cat(parts, dim=1)[real], whole[real], whole))
+        errors[side] = max(distances)
     worst = max(errors.values())
     detail = ", ".join(f"{side} {error:.1e}" for side, error in errors.items())
     yield Row(subject.name, "cache", worst, FP64, f"{worst:.1e}", detail)
@@ -203,7 +206,7 @@ def _rows(inputs: Inputs, rows: Tensor) -> Inputs:
 
 
 def part(inputs: Inputs, start: int, end: int | None) -> Inputs:
-    """Some of the tokens that outputs stand at; a question stays whole."""
+    """A slice of the tokens that have outputs; an encoder's input stays whole."""
     if inputs.answer is not None:
         return replace(inputs, answer=part(inputs.answer, start, end))
     mask = None if inputs.mask is None else inputs.mask[:, start:end]
@@ -211,8 +214,8 @@ def part(inputs: Inputs, start: int, end: int | None) -> Inputs:
 
 
 def real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
-    """(1, …), a row of an output without its padded positions, where it has positions."""
-    mask = inputs.places.mask
+    """(1, …), a row of an output, without padded positions if it has positions."""
+    mask = inputs.positions.mask
     assert mask is not None
     if x.dim() > 1 and x.shape[1] == mask.shape[1]:
         return x[row : row + 1, mask[row].bool()]
@@ -220,7 +223,7 @@ def real(x: Tensor, inputs: Inputs, row: int) -> Tensor:
 
 
 def gradients(subject: Subject) -> Iterator[Row]:
-    """Of every parameter, with padding behind a mask and without, under the names on disk."""
+    """Gradients of every parameter under the names on disk, with masked and unmasked padding."""
     truth, model = subject.truth, subject.model(torch.float64)
     inputs = truth.padded["mixed"]
     out = call(model, inputs)
@@ -255,8 +258,9 @@ def _on_disk(
 
 
 def gradient_errors(native: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    if odd := native.keys() ^ truth.keys():
-        return {name: float("inf") for name in sorted(odd)}
+    """Name -> largest difference, relative to the gradient's own scale."""
+    if unmatched := native.keys() ^ truth.keys():
+        return {name: float("inf") for name in sorted(unmatched)}
     least = SYMMETRIC * max(x.abs().max().item() for x in truth.values())
     return {
         name: ((native[name] - x).abs().max() / max(x.abs().max().item(), least)).item()
@@ -266,7 +270,7 @@ def gradient_errors(native: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -
 
 @torch.no_grad()
 def fp32(subject: Subject) -> Iterator[Row]:
-    """No further from the truth than the reference itself, give or take the order of sums."""
+    """fp32: no further from the truth than the reference itself, up to the order of sums."""
     yield _against_floor(subject, torch.float32, "fp32", FP32)
     floor = subject.truth.floors[torch.float32]
     out = call(subject.model(torch.float32), subject.truth.batch)
@@ -275,7 +279,7 @@ def fp32(subject: Subject) -> Iterator[Row]:
         if not _is_logits(name):
             continue
         best = y.topk(min(2, y.shape[-1]), dim=-1)
-        # a tie within the noise is nobody's fault
+        # a tie within the noise does not count
         noise = 8 * (floor.outputs[name].double() - y).abs().max()
         clear = best.values[..., 0] - best.values[..., -1] > noise
         wrong += ((x.argmax(-1) != best.indices[..., 0]) & clear).sum().item()
@@ -286,7 +290,7 @@ def fp32(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def bf16(subject: Subject) -> Iterator[Row]:
-    """Likewise, for weights rounded to bf16, and as distributions."""
+    """bf16: likewise for weights rounded to bf16, and the KL divergence of the distributions."""
     yield _against_floor(subject, torch.bfloat16, "bf16", BF16)
     floor = subject.truth.floors[torch.bfloat16]
     out = call(subject.model(torch.bfloat16), subject.truth.batch)
@@ -307,19 +311,19 @@ def _is_logits(name: str) -> bool:
 def _against_floor(subject: Subject, dtype: torch.dtype, check: str, limit: float) -> Row:
     floor = subject.truth.floors[dtype]
     out = call(subject.model(dtype), subject.truth.batch)
-    found = []
+    ratios = []
     for name, x, y in pair(out, floor.truth):
         scale = rms(y)
         mine = (rms(x.double() - y) / scale).item()
         theirs = (rms(floor.outputs[name].double() - y) / scale).item()
         detail = f"{name}: {mine:.1e} where the reference has {theirs:.1e}"
-        found.append((mine / theirs, f"{mine:.1e} {mine / theirs:.2f}x", detail))
-    worst, shown, detail = max(found)
+        ratios.append((mine / theirs, f"{mine:.1e} {mine / theirs:.2f}x", detail))
+    worst, shown, detail = max(ratios)
     return Row(subject.name, check, worst, limit, shown, detail)
 
 
 def export(subject: Subject) -> Iterator[Row]:
-    """Back to a directory: what the source was, also by way of a native one, and as if new."""
+    """Saved again, directly and through a native directory: equal to the source."""
     from zoo.saving.save import save
 
     truth, model = subject.truth, subject.model(None)
@@ -334,7 +338,7 @@ def export(subject: Subject) -> Iterator[Row]:
         save(model, native, to="native")
         save(load(native, modules=False), again)
         lines = differences(truth.directory, again, dropped)
-        problems += [f"by way of native: {line}" for line in lines]
+        problems += [f"through native: {line}" for line in lines]
         shown = "equal" if not problems else f"{len(problems)} differ"
         yield Row(subject.name, "export", len(problems), 0, shown, "; ".join(problems[:8]))
         yield _fresh(subject, fresh)
@@ -342,7 +346,7 @@ def export(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def _fresh(subject: Subject, directory: Path) -> Row:
-    """A model that never was a checkpoint is written so that the reference computes the same."""
+    """A model without a checkpoint is saved so that the reference computes the same function."""
     truth, model = subject.truth, subject.model(None)
     kept, model.provenance = model.provenance, None
     try:
@@ -354,7 +358,7 @@ def _fresh(subject: Subject, directory: Path) -> Row:
     error = max(distance(x, y) for _, x, y in pairs)
     value = float("inf") if named.problems else error
     detail = "; ".join(named.problems)
-    return Row(subject.name, "anew", value, FP64, f"{error:.1e}", detail)
+    return Row(subject.name, "from scratch", value, FP64, f"{error:.1e}", detail)
 
 
 def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list[str]:
@@ -367,7 +371,7 @@ def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list
         other = copy / path.name
         # these follow from the tensors, the files they are in, and where those came from
         # and an adapter beside the weights was left out
-        if path.name.endswith(".index.json") or path.name in (manifest.NAME, sources.ADAPTER):
+        if path.name.endswith(".index.json") or path.name in (manifest.NAME, ADAPTER):
             continue
         if not other.is_file():
             out.append(f"{path.name}: missing")
@@ -380,7 +384,7 @@ def _tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], b
     """Name -> dtype, shape, bytes."""
     out = {}
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name in sources.ADAPTER_WEIGHTS:
+        if path.name in ADAPTER_WEIGHTS:
             continue
         with safe_open(path, "pt") as file:
             out.update({name: _content(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.parity.oracle import Oracle
-from zoo.parity.reference import transformers
+from zoo.checkpoints.oracle import Oracle, transformers
 from zoo.registry import Architecture
 
 # what the reference calls the projections whose products are attention scores

@@ -1,4 +1,4 @@
-"""One checkpoint in every form its files may have: each must load alike and come back as it was."""
+"""One checkpoint in every layout of its files: each loads equally and is saved unchanged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converters.checkpoint import open_checkpoint
+from converters.opening import open_checkpoint
 from converters.spec import Dialect
 from zoo import registry
+from zoo.errors import counted
 from zoo.loading import load
 from zoo.parity.checks import Subject, differences
 from zoo.parity.result import Row
@@ -25,26 +26,26 @@ Tensors = dict[str, Tensor]
 
 
 def layouts(subject: Subject) -> Iterator[Row]:
-    """Without prefix or with, legacy names, either and both names of a tie, shards, `.bin`."""
+    """With and without prefix, legacy names, either or both names of a tie, shards, `.bin`."""
     truth, model = subject.truth, subject.model(None)
     checkpoint = open_checkpoint(truth.directory)
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.tensors}
     head = model.config.head
-    forms = dict(renamings(tensors, model.provenance.plan, truth.reference_class, head))
+    variants = dict(renamings(tensors, model.provenance.plan, truth.reference_class, head))
     problems = []
     with TemporaryDirectory() as scratch:
-        places = {form: Path(scratch, form) for form in (*forms, "shards", "bin")}
-        for form, place in places.items():
-            _write(truth.directory, place, forms.get(form, tensors), form == "bin")
-            if form == "shards":
-                _shards(place, tensors)
+        directories = {layout: Path(scratch, layout) for layout in (*variants, "shards", "bin")}
+        for layout, directory in directories.items():
+            _write(truth.directory, directory, variants.get(layout, tensors), layout == "bin")
+            if layout == "shards":
+                _shards(directory, tensors)
             try:
-                # legacy names are read and never written: those come back as the source has them
-                expected = truth.directory if form == "legacy" else place
-                problems += [f"{form}: {line}" for line in _check(subject, place, expected)]
+                # legacy names are read and never written: these come back under the modern names
+                expected = truth.directory if layout == "legacy" else directory
+                problems += [f"{layout}: {line}" for line in _check(subject, directory, expected)]
             except Exception as error:
-                problems.append(f"{form}: {type(error).__name__}: {error}")
-    shown = f"{len(places)} forms" if not problems else f"{len(problems)} differ"
+                problems.append(f"{layout}: {type(error).__name__}: {error}")
+    shown = counted(len(directories), "layout") if not problems else f"{len(problems)} differ"
     yield Row(subject.name, "layouts", len(problems), 0, shown, "; ".join(problems[:8]))
 
 
@@ -52,7 +53,7 @@ def _check(subject: Subject, directory: Path, expected: Path) -> list[str]:
     again: Any = load(directory, modules=False, **subject.reading)
     mine = dict(subject.model(None).named_parameters(remove_duplicate=False))
     theirs = dict(again.named_parameters())
-    # a form may lack what the class can do without; it has nothing besides
+    # a layout may lack what the class does not need; it has nothing in addition
     problems = [f"{name}: differs" for name in theirs if not _same(theirs[name], mine.get(name))]
     copy = directory.with_name(f"{directory.name}-copy")
     save(again, copy)
@@ -66,7 +67,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 def renamings(
     tensors: Tensors, plan: Any, reference_class: str, head: str
 ) -> Iterator[tuple[str, Tensors]]:
-    """The same tensors under the other names that the spec says they may have."""
+    """(layout, tensors): the same tensors under the other names that the spec allows."""
     dialect: Dialect = plan.dialect
     prefix = dialect.prefix
     if prefix and any(name.startswith(prefix) for name in tensors):
@@ -87,7 +88,7 @@ def renamings(
     heads = next(e.heads[reference_class] for e in every if reference_class in e.heads)
     if both.keys() != tensors.keys():
         yield "tied-both", both
-        if head == heads[0]:  # of a head that may also be untied, the other name alone is that one
+        if head == heads[0]:  # if the head may be untied, the other name alone means an untied head
             yield "tied-other", other
     if len(heads) > 1:
         spare = {
@@ -107,27 +108,27 @@ def _legacy(name: str, dialect: Dialect) -> str:
     return name
 
 
-def _write(source: Path, place: Path, tensors: Mapping[str, Tensor], as_zip: bool) -> None:
-    place.mkdir()
+def _write(source: Path, directory: Path, tensors: Mapping[str, Tensor], as_zip: bool) -> None:
+    directory.mkdir()
     for path in source.glob("*.json"):
         if not path.name.endswith(".index.json"):
-            shutil.copyfile(path, place / path.name)
+            shutil.copyfile(path, directory / path.name)
     if as_zip:
-        torch.save(dict(tensors), place / "pytorch_model.bin")
+        torch.save(dict(tensors), directory / "pytorch_model.bin")
     else:
-        # one array under two names is two arrays in a file
+        # safetensors stores one array under two names as two arrays
         apart = {name: tensor.clone() for name, tensor in tensors.items()}
-        save_file(apart, place / "model.safetensors", metadata={"format": "pt"})
+        save_file(apart, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _shards(place: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A single file becomes three and an index; every third tensor goes to the same one."""
-    whole = place / "model.safetensors"
+def _shards(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Split a single file into three and an index; every third tensor goes to the same file."""
+    whole = directory / "model.safetensors"
     whole.unlink()
     files = {n: f"model-{k % 3 + 1:05}-of-00003.safetensors" for k, n in enumerate(tensors)}
     for file in set(files.values()):
         part = {name: tensors[name] for name in tensors if files[name] == file}
-        save_file(part, place / file, metadata={"format": "pt"})
+        save_file(part, directory / file, metadata={"format": "pt"})
     size = sum(x.numel() * x.element_size() for x in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": files}
-    (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

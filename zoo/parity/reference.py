@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.errors import MissingDependency, ParityError, listing
-from zoo.parity.oracle import Oracle
+from zoo.checkpoints.oracle import Oracle, transformers
+from zoo.errors import ParityError, listing
 
 Outputs = dict[str, Tensor]
 
@@ -31,21 +29,6 @@ _NO_VALUE = (
 )
 # options that trade precision for speed and mean nothing in fp64
 _PRECISION_OPTIONS = {"reorder_and_upcast_attn": False}
-
-
-@functools.cache
-def transformers() -> ModuleType:
-    """The reference library, quiet; it is needed here and nowhere else."""
-    try:
-        import transformers as library
-    except ImportError as error:
-        raise MissingDependency(
-            "parity is measured against transformers, which is not installed. "
-            "Run: pip install transformers"
-        ) from error
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    return library
 
 
 class Lift(TorchFunctionMode):
@@ -93,20 +76,6 @@ def fuses(reference_class: str) -> bool:
     """Whether the reference's fused attention computes the same as its plain one."""
     named = Oracle(reference_class).reference_class
     return bool(getattr(getattr(transformers(), named), "_supports_sdpa", True))
-
-
-def on_meta(reference_class: str, config: Mapping[str, Any]) -> nn.Module:
-    """Names, shapes and order of the reference's parameters, without their numbers."""
-    library, oracle = transformers(), Oracle(reference_class)
-    if config.get(oracle.twice):
-        raise ParityError(f"the reference has two layers for each of {reference_class}'s")
-    said = {**oracle.library_config(config), "model_type": oracle.model_type}
-    with torch.device("meta"):
-        model: nn.Module = getattr(library, oracle.reference_class)(
-            library.AutoConfig.for_model(**said)
-        )
-    model.tie_weights()  # type: ignore[operator]
-    return model
 
 
 class Reference:

@@ -1,4 +1,4 @@
-"""What the reference says of one checkpoint: the truth in fp64, its own error in fp32 and bf16."""
+"""The reference's outputs for one checkpoint: the truth in fp64, its own error in fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from zoo.parity.reference import Outputs, Reference
 
-TOKENS = 37  # rotary and masks show over a few dozen positions, not over one
-ROWS, MORE_ROWS = 48, 256  # ratios of errors need many numbers, and some heads give few a row
+TOKENS = 37  # rotary embeddings and masks need a few dozen positions to show
+ROWS, MORE_ROWS = 48, 256  # ratios of errors need many numbers, and some heads give few per row
 LENGTHS = (TOKENS, TOKENS - 1, 33, 21, 6, 1)
-# a row of a padded batch: how many of its padding tokens stand on the left
+# side -> how many of a row's padding tokens stand on the left
 SIDES = {
     "left": lambda pad, row: pad,
     "right": lambda pad, row: 0,
@@ -25,9 +25,9 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Token ids and what goes with them; `mask` is None where every token is real.
+    """Token ids and further inputs; `mask` is None if every token is real.
 
-    `answer` is what an encoder-decoder's second half reads: its outputs stand at those places.
+    `answer` is the decoder's input of an encoder-decoder; its outputs stand at these positions.
     """
 
     ids: Tensor
@@ -37,36 +37,37 @@ class Inputs:
 
     @property
     def named(self) -> dict[str, Tensor]:
+        """The inputs under the reference's names, without masks."""
         answer = {} if self.answer is None else {"decoder_input_ids": self.answer.ids}
         return {"input_ids": self.ids, **self.extra, **answer}
 
     @property
-    def places(self) -> Inputs:
-        """Whose tokens the outputs stand at."""
+    def positions(self) -> Inputs:
+        """The inputs whose positions have outputs."""
         return self.answer or self
 
     def row(self, index: int) -> Inputs:
-        """One row, alone and without its padding."""
+        """One row alone, without its padding."""
         keep = slice(None) if self.mask is None else self.mask[index].bool()
         extra = {name: x[index : index + 1, keep] for name, x in self.extra.items()}
         answer = None if self.answer is None else self.answer.row(index)
         return Inputs(self.ids[index : index + 1, keep], extra, answer=answer)
 
     def masked(self) -> Inputs:
-        """The same, with masks that say of every token that it is real."""
+        """The same inputs with masks of ones."""
         answer = None if self.answer is None else self.answer.masked()
         return Inputs(self.ids, self.extra, torch.ones_like(self.ids), answer)
 
 
 class Floor:
-    """The reference in a narrower dtype, and the truth for weights as that dtype holds them."""
+    """The reference in a narrower dtype, and the truth for weights rounded to that dtype."""
 
     def __init__(self, truth: Outputs, outputs: Outputs) -> None:
         self.truth, self.outputs = truth, outputs
 
 
 class Truth:
-    """Everything the checks compare with. The reference itself is let go again."""
+    """Everything that the checks compare with. The reference model itself is released."""
 
     def __init__(self, directory: Path, reference_class: str, seed: int = 0) -> None:
         self.directory, self.reference_class = directory, reference_class
@@ -112,7 +113,7 @@ class Truth:
 
 
 class Draw:
-    """Random inputs. No real token is the padding token, which the reference takes for padding."""
+    """Random inputs. No real token is the padding token, because the reference would mask it."""
 
     def __init__(
         self,
@@ -126,14 +127,14 @@ class Draw:
     ) -> None:
         self.random = torch.Generator().manual_seed(seed + 17)
         self.vocab, self.types, self.answers = vocab, types, answers
-        self.pad = pad if (pad or 0) >= 0 else None  # some old configs say -1 and mean none
+        self.pad = pad if (pad or 0) >= 0 else None  # some old configs store -1 for none
         self.tokens = min(TOKENS, limit or TOKENS)
         self.lengths = [min(length, self.tokens) for length in LENGTHS]
         self.rows = self.full(len(LENGTHS))
 
     @classmethod
     def like(cls, config: Any, seed: int) -> Draw:
-        """As the reference's config has it."""
+        """Inputs for a reference's config."""
         rope = getattr(config, "rope_parameters", None) or {}
         limit = getattr(config, "max_position_embeddings", None)
         return cls(
@@ -146,6 +147,7 @@ class Draw:
         )
 
     def full(self, rows: int) -> Inputs:
+        """Rows without padding."""
         inputs = self._ids(rows)
         extra = {}
         if self.types:
@@ -160,16 +162,16 @@ class Draw:
         return ids
 
     def padded(self, side: str) -> Inputs:
-        """The same rows for every side; what stands at the padding is any token at all."""
+        """The same rows padded on a side; padding positions hold random tokens."""
         inputs = self.full(len(LENGTHS))
         answer = inputs.answer
         if answer is not None:
             assert self.rows.answer is not None
-            # lengths of their own, lest one mask pass for the other
-            answer = self._placed(answer, self.rows.answer, self.lengths[::-1], side)
-        return replace(self._placed(inputs, self.rows, self.lengths, side), answer=answer)
+            # different lengths, so that one mask cannot pass for the other
+            answer = self._put(answer, self.rows.answer, self.lengths[::-1], side)
+        return replace(self._put(inputs, self.rows, self.lengths, side), answer=answer)
 
-    def _placed(self, inputs: Inputs, rows: Inputs, lengths: list[int], side: str) -> Inputs:
+    def _put(self, inputs: Inputs, rows: Inputs, lengths: list[int], side: str) -> Inputs:
         mask = torch.zeros_like(inputs.ids)
         for i, length in enumerate(lengths):
             start = SIDES[side](self.tokens - length, i)
@@ -181,7 +183,7 @@ class Draw:
         return replace(inputs, mask=mask)
 
     def unmasked(self) -> Inputs | None:
-        """Padding tokens and no mask: what is made of them is the model's affair."""
+        """Padding tokens without a mask, if there is a padding token."""
         if self.pad is None:
             return None
         inputs = self.full(len(LENGTHS))

@@ -96,7 +96,8 @@ class PackedExperts(Experts):
 
     def __init__(self, plain: Experts, pack: Packer) -> None:
         nn.Module.__init__(self)
-        self.act, self.experts, self.chosen = plain.act, plain.experts, plain.chosen
+        self.act, self.experts = plain.act, plain.experts
+        self.experts_per_token = plain.experts_per_token
         self.router = plain.router
         first = (torch.cat(pair) for pair in zip(plain.gate, plain.up, strict=True))
         self.first = nn.ModuleList(pack.of(weight.detach(), None) for weight in first)

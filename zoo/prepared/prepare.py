@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zoo.checkpoints.provenance import check_sources
 from zoo.components.heads import LOGITS
 from zoo.components.model import Model
 from zoo.errors import InputError, MissingDependency, UsageError
@@ -24,8 +25,7 @@ from zoo.lora.layers import Lora
 from zoo.prepared import kernels
 from zoo.prepared.fused import fuse
 from zoo.prepared.last_only import LastPosition, keep_last
-from zoo.prepared.packed import Fixed, Packer
-from zoo.text.inference import check_sources
+from zoo.prepared.packed import Packer
 
 M = TypeVar("M", bound=Model)
 
@@ -64,7 +64,7 @@ class Prepared(Model):
             "Use the model as zoo.load returns it"
         )
 
-    def save_pretrained(self, directory: Any, **options: Any) -> NoReturn:
+    def save_pretrained(self, dst: Any, **options: Any) -> NoReturn:
         """Refused."""
         self._refuse("cannot be saved")
 
@@ -176,22 +176,17 @@ def prepare(
     for part in inner:  # a sentence model's own, too
         kind: Any = type(part)
         part.__class__ = _laid_over(kind)
-        part.prepared = preparation  # type: ignore[assignment]
+        part.prepared = preparation
     if compile:
         model.compile(fullgraph=True)
     return model
 
 
-def is_prepared(model: nn.Module) -> bool:
-    """Whether any part of a model was prepared, such as the model in a sentence model."""
-    return any(isinstance(part, Fixed) for part in model.modules())
-
-
 def _check(model: Any, sample: Any) -> None:
-    if isinstance(model, nn.Module) and is_prepared(model):
-        raise UsageError("a prepared model cannot be prepared again. Load it again")
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
+    if model.is_prepared:
+        raise UsageError("a prepared model cannot be prepared again. Load it anew")
     if any(isinstance(part, Lora) for part in model.modules()):
         raise UsageError("the model has an adapter beside its weights: merge_adapter() first")
     if any(p.is_meta for p in model.parameters()):

@@ -1,4 +1,4 @@
-"""What was measured of every architecture, when and with what: for a page, and for later."""
+"""Collect the evidence of each architecture: for the page and for evidence.json."""
 
 from __future__ import annotations
 
@@ -21,69 +21,75 @@ from zoo.registry import Architecture
 from zoo.report.wiring import Node, layers_joined, wiring
 
 DTYPES = ("float64", "float32", "bfloat16")
-HOT = ", hot"  # of a checkpoint: its config, every parameter redrawn
+HOT = ", hot"  # suffix of a checkpoint whose parameters were all redrawn
 _LAYER = re.compile(r"^(.*blocks\.\d+)\.")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The worst of one check over all variants."""
+    """The worst result of one check over all variants."""
 
     shown: str
-    value: float | None  # None: no number came of it
+    value: float | None  # None: not finite
     limit: float
     variant: str
     count: int
-    failed: Mapping[str, str] = field(default_factory=dict)  # variant -> what was wrong
+    failed: Mapping[str, str] = field(default_factory=dict)  # variant -> problem
 
 
 @dataclass
 class Evidence:
-    """One architecture, or one checkpoint."""
+    """What was measured of one architecture or one checkpoint."""
 
     name: str
     stamp: Mapping[str, Any]
     variants: int
     checks: dict[str, Measured]
-    # dtype -> part of the model -> (error, limit), each the worst in that part; None: not finite
+    # dtype -> part of the model -> the worst (error, limit) in that part; None: not finite
     heat: dict[str, dict[str, tuple[float | None, float]]] = field(default_factory=dict)
-    drawings: dict[str, list[Node]] = field(default_factory=dict)  # of what, in the order it ran
+    drawings: dict[str, list[Node]] = field(
+        default_factory=dict
+    )  # title -> nodes in order of execution
     parameters: int = 0
     largest: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)  # by variant
-    unseen: str = ""  # why there is no drawing or heat
-    bugs: Mapping[str, Any] | None = None  # as the record has them; None: not run
+    unseen: str = ""  # why there is no diagram and no heat map
+    bugs: Mapping[str, Any] | None = None  # from evidence.json; None: not run
     trips: Mapping[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
-        """What was measured now; the record of other runs has verdicts of its own."""
+        """Whether this run passed; recorded bugs and round trips have verdicts of their own."""
         return not self.unseen and not any(check.failed for check in self.checks.values())
 
     @property
     def loaded(self) -> int:
-        """Variants that load, here and in the reference."""
+        """How many variants load, in zoo and in the reference."""
         broken = (self.checks[name].failed for name in ("reference", "load") if name in self.checks)
         return self.variants - sum(map(len, broken))
 
     def to_record(self) -> dict[str, Any]:
-        told = asdict(self)
+        """The entry of evidence.json."""
+        fields = asdict(self)
         for name in ("name", "stamp", "bugs", "trips", "unseen"):
-            del told[name]
-        del told["drawings"]  # these follow from the code, and are no measurements
-        return _short({**self.stamp, "ok": self.ok, **told})
+            del fields[name]
+        del fields["drawings"]  # these follow from the code and are not measurements
+        return _short({**self.stamp, "ok": self.ok, **fields})
 
 
 @dataclass
 class Run:
+    """The evidence of all architectures of a page."""
+
     architectures: list[Evidence]
 
     @property
     def ok(self) -> bool:
+        """Whether something was measured and all of it passed."""
         return bool(self.architectures) and all(each.ok for each in self.architectures)
 
     def to_record(self) -> dict[str, Any]:
-        """As zoo/evidence.json has it."""
+        """In the form of evidence.json."""
         return {
             "parity": {each.name: each.to_record() for each in self.architectures},
             "bugs": {each.name: each.bugs for each in self.architectures if each.bugs},
@@ -92,7 +98,7 @@ class Run:
 
 
 def _short(x: Any) -> Any:
-    """Numbers with no more digits than anybody reads."""
+    """The same with numbers rounded to three digits."""
     if isinstance(x, dict):
         return {name: _short(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
@@ -102,26 +108,26 @@ def _short(x: Any) -> Any:
 
 def gather(
     report: Report,
-    known: Mapping[str, evidence.Section],
+    record: Mapping[str, evidence.Section],
     tell: Callable[[str], object] = str,
 ) -> Run:
-    """All that a page shows; `report` is verify's of these architectures, `known` the record."""
+    """Everything that a page shows, from a report of `zoo.verify` and the recorded evidence."""
     entries, by_name = registry.architectures(), dict[str, list[Row]]()
     for row in report.rows:
         by_name.setdefault(_named(row.subject)[0], []).append(row)
-    found = []
+    architectures = []
     for name, rows in by_name.items():
         tell(name)
         seconds = {_named(s)[1]: t for s, t in report.seconds.items() if _named(s)[0] == name}
-        found.append(_evidence(name, entries.get(name), rows, seconds))
-        found[-1].bugs = known.get("bugs", {}).get(name)
-        found[-1].trips = known.get("trips", {}).get(name)
-    return Run(found)
+        architectures.append(_evidence(name, entries.get(name), rows, seconds))
+        architectures[-1].bugs = record.get("bugs", {}).get(name)
+        architectures[-1].trips = record.get("trips", {}).get(name)
+    return Run(architectures)
 
 
 def of_checkpoints(report: Report) -> dict[str, dict[str, Any]]:
-    """Name -> what was measured on the weights of a checkpoint's own revision, for the record."""
-    found: dict[str, dict[str, Any]] = {}
+    """Name -> entry of evidence.json, for checkpoints that were verified on their own weights."""
+    records: dict[str, dict[str, Any]] = {}
     for subject, published in report.published.items():
         rows = [row for row in report.rows if row.subject == subject]
         entry = registry.checkpoints()[published.name]
@@ -140,18 +146,18 @@ def of_checkpoints(report: Report) -> dict[str, dict[str, Any]]:
             "revision": published.revision,
             "checks": checks,
         }
-        found[published.name] = _short(measured)
-    return found
+        records[published.name] = _short(measured)
+    return records
 
 
 def _named(subject: str) -> tuple[str, str]:
-    """Whose it is, and which variant of it. A checkpoint may be called like its architecture."""
+    """(name, variant) of a subject. A checkpoint may have the name of its architecture."""
     name, slash, variant = subject.partition("/")
     if slash:
         return name, variant
     name = subject.removesuffix(HOT)
     also = ", the checkpoint" if name in registry.architectures() else ""
-    return name + also, "redrawn" if subject.endswith(HOT) else "as it is"
+    return name + also, "redrawn" if subject.endswith(HOT) else "published"
 
 
 def _evidence(
@@ -159,7 +165,7 @@ def _evidence(
 ) -> Evidence:
     variants = list(dict.fromkeys(_named(row.subject)[1] for row in rows))
     checks = dict.fromkeys(row.check for row in rows)
-    found = Evidence(
+    result = Evidence(
         name,
         evidence.stamp("parity", entry),
         len(variants),
@@ -168,21 +174,21 @@ def _evidence(
     )
     tiny = [variant for variant in variants if entry is not None and variant in entry.variants]
     if entry is None or not tiny:
-        return found
+        return result
     with TemporaryDirectory(prefix="zoo-evidence-") as scratch:
         directory = Path(scratch, "first")
         try:
             hot_checkpoint(entry, tiny[0], directory)
-            _look_at(found, directory)
+            _draw(result, directory)
             for dtype in DTYPES:
-                found.heat[dtype] = _by_layer(diff(directory, dtype=dtype).readings)
-        except Exception as error:  # what does not run is what the page is read for
-            found.unseen = f"{tiny[0]}: {type(error).__name__}: {error}"
-    return found
+                result.heat[dtype] = _by_layer(diff(directory, dtype=dtype).readings)
+        except Exception as error:  # the page shows failures
+            result.unseen = f"{tiny[0]}: {type(error).__name__}: {error}"
+    return result
 
 
 def _worst(rows: Iterable[Row]) -> Measured:
-    """Next to its limit; where the limit is none at all, the last."""
+    """The row closest to its limit."""
     rows = list(rows)
     row = max(rows, key=_share)
     failed = {_named(r.subject)[1]: r.detail or r.shown for r in rows if not r.ok}
@@ -210,8 +216,8 @@ def _by_layer(readings: Iterable[Any]) -> dict[str, tuple[float | None, float]]:
     return worst
 
 
-def _look_at(found: Evidence, directory: Path) -> None:
-    """Its wiring, and the largest of what it holds."""
+def _draw(result: Evidence, directory: Path) -> None:
+    """Fill in the wiring diagrams and the largest parameter."""
     model = load(directory, modules=False)
     ids = torch.full((1, 5), model.config.vocab - 1)
     more = {"decoder_input_ids": ids} if hasattr(model.config, "start") else {}
@@ -219,11 +225,11 @@ def _look_at(found: Evidence, directory: Path) -> None:
     def run() -> object:
         return model(ids, **more)
 
-    found.drawings["the model"] = layers_joined(wiring(model, model, run))
+    result.drawings["the model"] = layers_joined(wiring(model, model, run))
     for name, part in model.named_modules():
         if name.endswith("blocks.0"):
-            found.drawings[name.removesuffix(".0")] = wiring(model, part, run)
-    held = dict(model.named_parameters())
-    found.parameters = sum(p.numel() for p in held.values())
-    largest = max(held, key=lambda name: held[name].numel())
-    found.largest = f"{largest} {'×'.join(map(str, held[largest].shape))}"
+            result.drawings[name.removesuffix(".0")] = wiring(model, part, run)
+    parameters = dict(model.named_parameters())
+    result.parameters = sum(p.numel() for p in parameters.values())
+    largest = max(parameters, key=lambda name: parameters[name].numel())
+    result.largest = f"{largest} {'×'.join(map(str, parameters[largest].shape))}"

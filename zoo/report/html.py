@@ -1,4 +1,4 @@
-"""Plain HTML: tags, tables and one style sheet; light, dark, and on a phone."""
+"""HTML without a library: tags, tables, and one style sheet for light, dark and narrow screens."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ svg .small { fill: var(--soft); font-size: 9.5px } .node { fill: var(--box); str
 
 
 def tag(name: str, inside: str, **attributes: str) -> str:
-    """`class_` is class; attributes are escaped, what is inside is HTML already."""
-    said = "".join(f' {k.rstrip("_")}="{escape(v)}"' for k, v in attributes.items() if v)
-    return f"<{name}{said}>{inside}</{name}>"
+    """An element. `class_` becomes class; attributes are escaped, `inside` must be HTML."""
+    attributes_text = "".join(f' {k.rstrip("_")}="{escape(v)}"' for k, v in attributes.items() if v)
+    return f"<{name}{attributes_text}>{inside}</{name}>"
 
 
 def cells(*texts: object, **attributes: str) -> list[str]:
-    """A row of text."""
+    """Table cells, one for each text."""
     return [tag("td", escape(str(text)), **attributes) for text in texts]
 
 
 def table(
     head: Iterable[str], rows: Iterable[Iterable[str]], about: str = "", above: str = ""
 ) -> str:
-    """Under words, of cells that are HTML already; it scrolls where the page is narrow."""
+    """A table with a head of words and rows of HTML cells; it scrolls on a narrow page."""
     names = tag("tr", "".join(tag("th", escape(name)) for name in head))
     first = tag("thead", above + names)
     body = tag("tbody", "\n".join(tag("tr", "".join(row)) for row in rows))
@@ -71,4 +71,5 @@ def table(
 
 
 def folded(about: str, inside: str, **attributes: str) -> str:
+    """A section that opens on a click, under its summary."""
     return tag("details", tag("summary", about) + inside, **attributes)

@@ -1,4 +1,4 @@
-"""One static page of all that was measured: no server, no script."""
+"""The evidence as one static HTML page, without a server or a script."""
 
 from __future__ import annotations
 
@@ -9,82 +9,85 @@ from typing import Any
 
 from converters.spec import load_spec
 from zoo import evidence, registry
+from zoo.errors import counted
 from zoo.report import spec_tables
 from zoo.report.gather import DTYPES, Evidence, Measured, Run
 from zoo.report.html import STYLE, cells, folded, table, tag
 from zoo.report.wiring import svg
 
-# what a column shows, and the checks whose worst it is
+# column -> the checks of which it shows the worst
 COLUMNS = {
-    "fp64": ("fp64", "headless", "anew"),
+    "fp64": ("fp64", "headless", "from scratch"),
     "fp32": ("fp32", "top-1"),
     "bf16": ("bf16", "KL"),
     "gradients": ("gradients",),
     "padding": ("padding", "batch"),
     "cache": ("cache", "cached"),
     "export": ("export",),
-    "forms": ("layouts",),
+    "layouts": ("layouts",),
     "golden": ("golden",),
 }
 ABOUT = {
-    "loads": "variants that load, of those there are",
+    "loads": "variants that load, of all",
     "fp64": "largest difference from the reference in fp64, in units of the root mean square",
     "fp32": "error against fp64, and as a multiple of the reference's own",
-    "bf16": "likewise",
-    "gradients": "in fp64, of every parameter",
+    "bf16": "error against fp64, and as a multiple of the reference's own",
+    "gradients": "difference of every parameter's gradient, in fp64",
     "padding": "rows padded left, right and on both sides against rows alone",
-    "cache": "a sequence in parts against the whole, cut at every place",
-    "export": "variants saved again whose files, names, dtypes and bytes are equal",
-    "forms": "with prefix and without, legacy names, shards, .bin: loaded and given back",
+    "cache": "a sequence in two parts through the KV cache against the whole, at every split",
+    "export": "variants saved again with equal files, names, dtypes and bytes",
+    "layouts": "other file layouts (prefix, legacy names, shards, .bin), loaded and written back",
     "golden": "largest difference from outputs that a checkpoint's authors published",
 }
 PARTS = {"parity": "Parity", "bugs": "Planted bugs", "trips": "Round trips"}
 BUGS = ("planted", "killed", "located", "diagnosed")
 TRIPS = ("bytes", "weights", "values", "lossy", "refused", "wrong")
 BUGS_ABOUT = (
-    "Planted bugs, each alone. Killed: a check of this page fails. Located: the module that "
-    "zoo diff names is the right one. Diagnosed: so is the first cause that it names."
+    "Planted bugs, one at a time. Killed: a check of this page fails. Located: zoo diff names the "
+    "right module. Diagnosed: the first cause that it names is the right one."
 )
-MANY = 20  # failures, of which the first are told at once
+MANY = 20  # failures listed in the summary
 TRIPS_ABOUT = (
     "Files converted from the dialect of a row to that of a column, and back. bytes: every file is "
-    "what it was; weights: those of the weights are, and a config has other words; values: equal "
-    "tensors and logits; lossy: a number says how far logits were off, and the type they were "
-    "rounded to; refused (no): by what cannot be said there."
+    "equal; weights: the files of weights are equal, the config is worded differently; values: "
+    "equal tensors and logits; lossy: a number is the difference of the logits, with the type they "
+    "were rounded to; refused (no): with what the dialect cannot express."
 )
 
 
 def page(run: Run) -> str:
-    """HTML, whole."""
-    found = run.architectures
-    title = ", ".join(dict.fromkeys(["zoo: parity", *(each.stamp["date"] for each in found)]))
+    """The whole page as HTML."""
+    architectures = run.architectures
+    title = ", ".join(
+        dict.fromkeys(["zoo: parity", *(each.stamp["date"] for each in architectures)])
+    )
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-            "<h1>zoo: what was measured</h1>",
+            "<h1>zoo: evidence</h1>",
             *_summary(run),
-            *(_matrix(found) if found else ()),
-            *(line for each in found for line in _chapter(each)),
+            *(_matrix(architectures) if architectures else ()),
+            *(line for each in architectures for line in _chapter(each)),
             "</body></html>",
         ]
     )
 
 
 def _summary(run: Run) -> Iterator[str]:
-    found = run.architectures
-    if not found:
+    architectures = run.architectures
+    if not architectures:
         yield tag("p", "Nothing was measured.")
         return
-    variants = sum(each.variants for each in found)
-    failures = [line for each in found for line in _failures(each, link=True)]
-    told = "NOT all within their limits" if failures else "all within their limits"
-    dates = ", ".join(dict.fromkeys(each.stamp["date"] for each in found))
+    variants = sum(each.variants for each in architectures)
+    failures = [line for each in architectures for line in _failures(each, link=True)]
+    text = "NOT all within limits" if failures else "all within limits"
+    dates = ", ".join(dict.fromkeys(each.stamp["date"] for each in architectures))
     yield tag(
         "p",
-        f"{dates}. Of {len(found)} architectures, {variants} variants: "
-        f"{tag('span', told, class_=_class(not failures))}.",
+        f"{dates}. {counted(len(architectures), 'architecture')}, {counted(variants, 'variant')}: "
+        f"{tag('span', text, class_=_class(not failures))}.",
     )
     if more := failures[MANY:]:
         failures[MANY:] = [tag("li", f"and {len(more)} more, below", class_="bad")]
@@ -93,18 +96,18 @@ def _summary(run: Run) -> Iterator[str]:
 
 
 def _failures(each: Evidence, link: bool = False) -> Iterator[str]:
-    """What went wrong, in words; with what the record says of bugs and round trips."""
+    """A line for each failure, those of recorded bugs and round trips included."""
     name = tag("a", escape(each.name), href=f"#{_place(each)}") + ", " if link else ""
     for check, measured in each.checks.items():
         for variant, why in measured.failed.items():
             limit = f" (at most {measured.limit:g})" if measured.limit else ""
-            told = f"{check} of {variant}: {why}{limit}"
-            yield tag("li", name + escape(told), class_="bad")
+            text = f"{check} of {variant}: {why}{limit}"
+            yield tag("li", name + escape(text), class_="bad")
     if each.unseen:
-        yield tag("li", f"{name}not drawn, {escape(each.unseen)}", class_="bad")
+        yield tag("li", f"{name}no wiring diagram: {escape(each.unseen)}", class_="bad")
     for bug, became in (each.bugs or {}).get("bugs", {}).items():
         if "refused" not in became and not became.get("killed"):
-            yield tag("li", f"{name}planted and not killed: {escape(bug)}", class_="bad")
+            yield tag("li", f"{name}planted bug survived: {escape(bug)}", class_="bad")
     for trip, why in (each.trips or {}).get("wrong", {}).items():
         yield tag("li", name + escape(f"round trip, {trip}: {why}"), class_="bad")
 
@@ -112,23 +115,28 @@ def _failures(each: Evidence, link: bool = False) -> Iterator[str]:
 # --- the matrix ----------------------------------------------------------------------------------
 
 
-def _matrix(found: list[Evidence]) -> Iterator[str]:
-    columns = [name for name, of in COLUMNS.items() if any(set(of) & {*e.checks} for e in found)]
+def _matrix(architectures: list[Evidence]) -> Iterator[str]:
+    columns = [
+        name for name, of in COLUMNS.items() if any(set(of) & {*e.checks} for e in architectures)
+    ]
     groups = {"parity": 2 + len(columns), "planted bugs": 5, "round trips": 7}
     over = [tag("th", "")]
     over += [tag("th", n, class_="group", colspan=str(count)) for n, count in groups.items()]
     head = ("architecture", "loads", *columns, "measured")
     head += (*BUGS, "measured", *TRIPS, "measured")
     above = tag("tr", "".join(over))
-    yield table(head, (_row(each, columns) for each in found), "matrix", above)
+    yield table(head, (_row(each, columns) for each in architectures), "matrix", above)
     yield tag(
         "p",
-        "Each number is the worst of all variants; below, with its limit. What is beyond it is "
-        "named. A dash: an encoder has no cache, and what does not load has nothing.",
+        "Each number is the worst of all variants; limits stand below. Failures name their "
+        "variant. A dash: not applicable (an encoder has no cache), or the variant does not load.",
     )
     listed = [f"{tag('b', n)}: {escape(ABOUT[n])}" for n in ("loads", *columns)]
-    yield folded("What the columns say", tag("p", ". ".join(listed) + ".") + tag("p", BUGS_ABOUT))
-    yield tag("ul", "".join(tag("li", line) for line in (*_with(found), *_extremes(found))))
+    yield folded("Columns", tag("p", ". ".join(listed) + ".") + tag("p", BUGS_ABOUT))
+    yield tag(
+        "ul",
+        "".join(tag("li", line) for line in (*_with(architectures), *_extremes(architectures))),
+    )
 
 
 def _row(each: Evidence, columns: Iterable[str]) -> Iterator[str]:
@@ -156,7 +164,7 @@ def _cell(measured: list[Measured]) -> str:
         shown = f"{worst.count} of {worst.count}"
     else:
         shown = escape(shown).replace(" ", "<br>") if shown.endswith("x") else escape(shown)
-    about = f"{worst.count} measured, limit {worst.limit:g}, the worst of them {worst.variant}"
+    about = f"{worst.count} measured, limit {worst.limit:g}, worst: {worst.variant}"
     return tag("td", shown, class_=_class(not worst.failed), title=about)
 
 
@@ -164,15 +172,15 @@ def _bugs_cells(each: Evidence) -> Iterator[str]:
     if each.bugs is None:
         yield tag("td", "not run", class_="group old", colspan=str(len(BUGS) + 1))
         return
-    counts = counted(each.bugs)
+    counts = bug_counts(each.bugs)
     for n, name in enumerate(BUGS):
         good = counts[name] >= counts["planted"] * (0.9 if name == "diagnosed" else 1)
         yield tag("td", str(counts[name]), class_=_class(good) if n else "group")
     yield _date("bugs", each.name, each.bugs)
 
 
-def counted(bugs: Mapping[str, Any]) -> dict[str, int]:
-    """Of bugs that run: those that are refused when loaded are not planted."""
+def bug_counts(bugs: Mapping[str, Any]) -> dict[str, int]:
+    """Counts of bugs planted, killed, located, diagnosed; without those refused at loading."""
     ran = [bug for bug in bugs["bugs"].values() if "refused" not in bug]
     return {"planted": len(ran)} | {n: sum(bool(b.get(n)) for b in ran) for n in BUGS[1:]}
 
@@ -190,43 +198,43 @@ def _trips_cells(each: Evidence) -> Iterator[str]:
 
 
 def _date(section: str, name: str, entry: Mapping[str, Any]) -> str:
-    told = evidence.when(section, name, entry)
-    return tag("td", escape(told), class_="" if told == entry["date"] else "old")
+    text = evidence.when(section, name, entry)
+    return tag("td", escape(text), class_="" if text == entry["date"] else "old")
 
 
-def _with(found: Iterable[Evidence]) -> Iterator[str]:
-    """What each part was measured with; of several, all."""
-    found = list(found)
+def _with(architectures: Iterable[Evidence]) -> Iterator[str]:
+    """The versions that each section was measured with."""
+    architectures = list(architectures)
     stamps = {
-        "parity": [each.stamp for each in found],
-        "bugs": [each.bugs for each in found if each.bugs],
-        "trips": [each.trips for each in found if each.trips],
+        "parity": [each.stamp for each in architectures],
+        "bugs": [each.bugs for each in architectures if each.bugs],
+        "trips": [each.trips for each in architectures if each.trips],
     }
     for section, entries in stamps.items():
-        left = len(found) - len(entries)
-        also = f"; not run of {left} architectures" if entries and left else ""
+        left = len(architectures) - len(entries)
+        also = f"; not run for {counted(left, 'architecture')}" if entries and left else ""
         used = dict.fromkeys(
             ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
             for entry in entries
         )
-        told = " or ".join(used) or f"not run; {evidence.SECTIONS[section]} does"
-        yield escape(f"{PARTS[section]}: {told}{also}.")
+        text = " or ".join(used) or f"not run; {evidence.SECTIONS[section]} does"
+        yield escape(f"{PARTS[section]}: {text}{also}.")
 
 
-def _extremes(found: Iterable[Evidence]) -> Iterator[str]:
-    """The slowest and the largest of all."""
-    took = {f"{each.name}/{v}": t for each in found for v, t in each.seconds.items()}
+def _extremes(architectures: Iterable[Evidence]) -> Iterator[str]:
+    """The slowest variant and the largest checkpoint."""
+    took = {f"{each.name}/{v}": t for each in architectures for v, t in each.seconds.items()}
     if took:
         slowest = max(took, key=lambda name: took[name])
         total = _time(sum(took.values()))
-        yield escape(f"Slowest: {slowest}, {_time(took[slowest])} of {total} for all of parity.")
-    if largest := _largest({each.name for each in found}):
-        yield f"Largest checkpoint with a name: {largest}."
+        yield escape(f"Slowest variant: {slowest}, {_time(took[slowest])} of {total} in total.")
+    if largest := _largest({each.name for each in architectures}):
+        yield f"Largest named checkpoint: {largest}."
 
 
 def _largest(names: Collection[str]) -> str:
-    known = [c for c in registry.checkpoints().values() if c.architecture in names]
-    most = max(known, key=lambda c: c.parameters, default=None)
+    named = [c for c in registry.checkpoints().values() if c.architecture in names]
+    most = max(named, key=lambda c: c.parameters, default=None)
     return escape(f"{most.name}, {most.parameters:,} parameters") if most else ""
 
 
@@ -242,7 +250,7 @@ def _class(good: bool) -> str:
 
 
 def _place(each: Evidence) -> str:
-    """An id, which knows no blanks."""
+    """An HTML id."""
     return "of-" + "".join(c if c.isalnum() else "-" for c in each.name)
 
 
@@ -250,7 +258,7 @@ def _chapter(each: Evidence) -> Iterator[str]:
     total = sum(each.seconds.values())
     took = f", {_time(total)}" if total else ""
     failures = "".join(_failures(each))
-    known = registry.architectures().get(each.name)
+    entry = registry.architectures().get(each.name)
     parts = [
         tag("ul", failures) if failures else "",
         tag("div", "".join(_drawings(each)), class_="drawings") if each.drawings else "",
@@ -261,18 +269,18 @@ def _chapter(each: Evidence) -> Iterator[str]:
         tag("h3", f"Planted bugs ({escape(evidence.when('bugs', each.name, each.bugs))})"),
         _bugs(each) if each.bugs else "",
         tag("h3", "Facts") + tag("p", " ".join(_facts(each))),
-        tag("h3", "Spec") + spec_tables.shown(load_spec(known.spec)) if known else "",
+        tag("h3", "Spec") + spec_tables.shown(load_spec(entry.spec)) if entry else "",
     ]
     about = f"{tag('h2', escape(each.name))} variants: {each.variants}{took}"
-    # what failed lies open; a link to what is inside opens it without a script
+    # failures are open; a link to an id inside opens the section without a script
     inside = tag("div", "".join(parts), id=_place(each))
     yield folded(about, inside, open="open" if failures else "")
 
 
 def _drawings(each: Evidence) -> Iterator[str]:
     for name, nodes in each.drawings.items():
-        told = tag("figcaption", f"{escape(name)}, as it ran")
-        yield tag("figure", svg(nodes, f"{each.name}: {name}") + told)
+        text = tag("figcaption", f"wiring of {escape(name)}")
+        yield tag("figure", svg(nodes, f"{each.name}: {name}") + text)
 
 
 def _checks(each: Evidence) -> str:
@@ -294,13 +302,15 @@ def _trips(each: Evidence) -> str:
         return [cells(s, *(one.get(to, "") for to in targets)) for s, one in named.items()]
 
     head, counts = ("from, to", *targets), each.trips["counts"]
-    told = ", ".join(f"{count} {name}" for name in TRIPS if (count := counts.get(name)))
+    text = ", ".join(f"{count} {name}" for name in TRIPS if (count := counts.get(name)))
     more = rows(variants=True)
     return (
-        tag("p", f"{told}. {TRIPS_ABOUT}")
+        tag("p", f"{text}. {TRIPS_ABOUT}")
         + table(head, rows(variants=False))
         + (
-            folded(f"{len(more)} variants as the reference writes them", table(head, more))
+            folded(
+                f"{counted(len(more), 'variant')} as the reference writes them", table(head, more)
+            )
             if more
             else ""
         )
@@ -316,25 +326,25 @@ def _bugs(each: Evidence) -> str:
             continue
         killed, short = became.get("killed") or "SURVIVED", became.get("said", "")
         if short and not became.get("located"):
-            short = f"{short} (seen at {became.get('place') or 'no place'})"
+            short = f"{short} (located at {became.get('place') or 'no module'})"
         marks = ["yes" if became.get(name) else "no" for name in BUGS[2:]]
         rows.append(cells(bug, killed, *marks, short))
-    counts = counted(each.bugs)
-    told = ", ".join(f"{counts[name]} {name}" for name in BUGS)
-    return folded(told, table(("bug", "killed by", *BUGS[2:], "said instead"), rows, "words"))
+    counts = bug_counts(each.bugs)
+    text = ", ".join(f"{counts[name]} {name}" for name in BUGS)
+    return folded(text, table(("bug", "killed by", *BUGS[2:], "reported instead"), rows, "words"))
 
 
 def _facts(each: Evidence) -> Iterator[str]:
     if each.largest:
         largest = tag("code", escape(each.largest))
-        yield f"The first variant holds {each.parameters:,} parameters; the largest: {largest}."
+        yield f"The first variant has {each.parameters:,} parameters; the largest: {largest}."
     if each.seconds:
         slowest = max(each.seconds, key=lambda variant: each.seconds[variant])
-        yield escape(f"The slowest variant to prove: {slowest}, {_time(each.seconds[slowest])}.")
+        yield escape(f"Slowest variant: {slowest}, {_time(each.seconds[slowest])}.")
     name, near = max(each.checks.items(), key=lambda item: _share(item[1]))
     yield f"Nearest to its limit: {escape(name)} of {escape(near.variant)}, {escape(near.shown)}."
     if largest := _largest({each.name}):
-        yield f"The largest checkpoint with a name: {largest}."
+        yield f"Largest named checkpoint: {largest}."
 
 
 def _share(measured: Measured) -> float:
@@ -343,7 +353,7 @@ def _share(measured: Measured) -> float:
 
 
 def _heat(each: Evidence) -> str:
-    """Parts across, dtypes down; the darker, the nearer to the limit."""
+    """Parts across, dtypes down; darker cells are closer to the limit."""
     parts = list(dict.fromkeys(part for by in each.heat.values() for part in by))
     rows = [
         [tag("td", dtype), *(_warm(*each.heat[dtype].get(part, (0.0, 1.0))) for part in parts)]
@@ -354,11 +364,11 @@ def _heat(each: Evidence) -> str:
 
 
 def _warm(error: float | None, limit: float) -> str:
-    """Eight powers of ten below the limit and less are cold."""
+    """A cell of the heat map; eight powers of ten below the limit have no color."""
     if error is None or error > limit:
-        told = "no number" if error is None else f"{error:.1e}"
+        text = "not finite" if error is None else f"{error:.1e}"
         style = "--share: 1"
-        return tag("td", f"{told}, limit {limit:.1e}", class_="bad", style=style)
+        return tag("td", f"{text}, limit {limit:.1e}", class_="bad", style=style)
     share = 1 + math.log10(error / limit) / 8 if error else 0.0
     style = f"--share: {max(0.0, share):.2f}"
     return tag("td", f"{error:.1e}", style=style, title=f"limit {limit:.1e}")

@@ -1,4 +1,4 @@
-"""A model's wiring, as it is found by running it: what each part reads, and what is added up."""
+"""A model's wiring, recorded while it runs: what each part reads and which outputs are added."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MANY = 12  # parameters of one part, whose shapes nobody would read
+MANY = 12  # a part with more parameters shows their number and not their shapes
 ADDS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
 @dataclass(frozen=True)
 class Node:
-    """A part that ran, a sum, or what came in; `reads` are the places of other nodes."""
+    """A part that ran, a sum, or the input; `reads` are indices of other nodes."""
 
     label: str
     about: str
@@ -26,29 +26,33 @@ class Node:
 
     @property
     def is_round(self) -> bool:
+        """Whether it is drawn as a circle: a sum or the input."""
         return self.label in ("+", "in")
 
 
 class Tracer(TorchDispatchMode):
-    """Follows values between the parts of one module; what happens inside a part is its own."""
+    """Tracks tensors between the parts of one module, and nothing inside a part."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.nodes: list[Node] = []
         self.parts, self.depth = parts, 0
-        self._from: dict[int, tuple[int, ...]] = {}  # where a value's memory is -> what made it
-        self._kept: list[Tensor] = []  # so that no memory is used again
+        self._from: dict[int, tuple[int, ...]] = {}  # address of a tensor -> nodes that made it
+        self._kept: list[Tensor] = []  # keeps addresses from being reused
 
     def made(self, x: Any, by: tuple[int, ...]) -> None:
+        """Record which nodes made the tensors in `x`."""
         for tensor in _tensors(x):
             self._from[tensor.data_ptr()] = by
             self._kept.append(tensor)
 
     def makers(self, *values: Any) -> tuple[int, ...]:
-        found = (self._from.get(x.data_ptr(), ()) for value in values for x in _tensors(value))
-        return tuple(dict.fromkeys(n for each in found for n in each))
+        """The nodes that made these values."""
+        makers_of = (self._from.get(x.data_ptr(), ()) for value in values for x in _tensors(value))
+        return tuple(dict.fromkeys(n for each in makers_of for n in each))
 
     def add(self, label: str, about: str, reads: tuple[int, ...]) -> tuple[int, ...]:
+        """Append a node; returns its index as a tuple of makers."""
         self.nodes.append(Node(label, about, reads))
         return (len(self.nodes) - 1,)
 
@@ -64,6 +68,7 @@ class Tracer(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Record all that runs inside, without gradients."""
         handles = []
         for name, part in self.parts.items():
             handles.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -95,19 +100,19 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def about(part: nn.Module) -> str:
-    """Its class, and the shapes of what it holds; of much, how much."""
+    """The class of a part and the shapes of its parameters; their number if there are many."""
     if len([*part.parameters()]) > MANY:
         return f"{type(part).__name__}, {sum(p.numel() for p in part.parameters()):,} parameters"
-    held = [
+    shapes = [
         f"{name.removesuffix('weight').rstrip('.')} {'×'.join(map(str, p.shape))}".strip()
         for name, p in part.named_parameters()
         if not name.endswith("bias")
     ]
-    return ", ".join([type(part).__name__, *held])
+    return ", ".join([type(part).__name__, *shapes])
 
 
 def wiring(model: nn.Module, module: nn.Module, run: Callable[[], object]) -> list[Node]:
-    """What happens between the children of `module`, a part of `model` or all of it."""
+    """The nodes between the children of `module`, which is `model` or a part of it."""
     parts = {}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
@@ -130,7 +135,7 @@ def wiring(model: nn.Module, module: nn.Module, run: Callable[[], object]) -> li
 
 
 def layers_joined(nodes: list[Node]) -> list[Node]:
-    """The same with all layers as one."""
+    """The same nodes with all layers merged into one."""
     count = sum(node.label.startswith("blocks.") for node in nodes)
     kept, moved = list[Node](), dict[int, int]()
     for n, node in enumerate(nodes):
@@ -146,16 +151,17 @@ def layers_joined(nodes: list[Node]) -> list[Node]:
 
 
 def type_of(node: Node) -> str:
+    """The class name of the part that a node stands for."""
     return node.about.partition(",")[0]
 
 
-# --- drawn ---------------------------------------------------------------------------------------
+# --- drawing -------------------------------------------------------------------------------------
 
 _BOX, _STEP, _LEFT, _WIDE = 34, 54, 44, 250
 
 
 def svg(nodes: list[Node], title: str) -> str:
-    """From top to bottom; what skips a part goes round it on the left."""
+    """The nodes from top to bottom; a wire that skips a part passes it on the left."""
     tall = _STEP * len(nodes) + 10
     lines = [
         f'<svg viewBox="0 0 {_LEFT + _WIDE + 6} {tall}" role="img" aria-label="{escape(title)}" '

@@ -15,8 +15,8 @@ from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, torch_dtype
 from converters.language import Rule
 from converters.lazy import Lazy
-from converters.output import ZEROS, Item, Span
-from converters.plan import Native, Plan, Step
+from converters.output import ZEROS, FileSpan, Item
+from converters.plan import Native, Plan, PlanStep
 from zoo.errors import listing
 from zoo.lora.merging import Changes
 
@@ -36,10 +36,10 @@ class Arrays:
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # that no file holds
 
     @cached_property
-    def ways(self) -> dict[str, tuple[Step, int]]:
+    def ways(self) -> dict[str, tuple[PlanStep, int]]:
         return {name: (step, n) for step in self.plan.steps for n, name in enumerate(step.targets)}
 
-    def way(self, name: str) -> tuple[Step, int]:
+    def way(self, name: str) -> tuple[PlanStep, int]:
         """Of an array by any of its names: the step that makes it, and the number in that."""
         return self.ways[self.plan.native.ties.get(name, name)]
 
@@ -82,7 +82,7 @@ class Arrays:
     def dtype(self, name: str) -> str:
         return self.checkpoint.tensors[self.way(name)[0].sources[0]].dtype
 
-    def span(self, name: str) -> Span | None:
+    def span(self, name: str) -> FileSpan | None:
         """Where its bytes lie in a file, if they do."""
         step, n = self.way(name)
         if step.transform is not None or step.also or self.changed([name]):
@@ -97,8 +97,8 @@ class Arrays:
 
     def names(self, native: Native) -> list[str]:
         """In the order of the files; last those that were another's, and no longer are."""
-        known = [name for step in self.plan.steps for name in step.targets]
-        return [*known, *(name for name in native.shapes if name not in self.ways)]
+        names = [name for step in self.plan.steps for name in step.targets]
+        return [*names, *(name for name in native.shapes if name not in self.ways)]
 
     def forward(self, native: Native) -> Iterator[Item]:
         """Native tensors."""
@@ -112,7 +112,7 @@ class Arrays:
     def backward(self, inverse: Plan) -> Iterator[Item]:
         """Tensors of a dialect."""
 
-        def made(step: Step, n: int) -> Lazy:
+        def made(step: PlanStep, n: int) -> Lazy:
             if step.transform is None:
                 return self.made(step.targets[n])
             return step.transform.sources_of([self.made(name) for name in step.targets])[n]
@@ -133,8 +133,8 @@ class Arrays:
                     yield item.cast(inverse.header[name].dtype)
 
 
-def span_of(checkpoint: Checkpoint, name: str) -> Span | None:
+def span_of(checkpoint: Checkpoint, name: str) -> FileSpan | None:
     """Where its bytes lie as they are, if they do in a way that can be trusted unread."""
     reader: Any = checkpoint.readers[checkpoint.where[name]]
-    found = reader.span(name) if hasattr(reader, "span") else None
-    return None if found is None else Span(reader.path, found[0])
+    span = reader.span(name) if hasattr(reader, "span") else None
+    return None if span is None else FileSpan(reader.path, span[0])

@@ -17,55 +17,33 @@ from converters.carry_out import agreed
 from converters.formats import TensorInfo, dtype_code
 from converters.memory import enough
 from converters.output import Item, Output, digest, hash_file, identity, index_of
-from converters.plan import Plan, Step
-from converters.store import Shared, resumable, shared
-from converters.writer import MEMORY, Options, Report, Tell, damages, run
+from converters.plan import Plan, PlanStep
+from converters.staging.parts import SharedStage, shared
+from converters.staging.stage import resumable
+from converters.writer import MEMORY, Tell, WriteOptions, WriteReport, damages, run
+from zoo.checkpoints.build import dtype_of, native_of, on_meta
 from zoo.checkpoints.destination import Replacing
+from zoo.checkpoints.layout import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import check_trust, prove
+from zoo.checkpoints.provenance import Origin, provenance_of
+from zoo.checkpoints.publish import checked_destination, finished
 from zoo.checkpoints.sentences import SentenceModel, headless, read_steps
-from zoo.checkpoints.sources import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.errors import CorruptCheckpoint, UsageError, ZooError, did_you_mean, listing, option
-from zoo.loading import (
-    Located,
-    Origin,
-    Ref,
-    adapter_files,
-    check_adapter,
-    check_trust,
-    dtype_of,
-    locate,
-    native_of,
-    on_meta,
-    prove,
-    provenance_of,
-)
+from zoo.loading import adapter_files, check_adapter
 from zoo.lora.bases import based
+from zoo.lora.files import Files
 from zoo.lora.merging import changes, untied
 from zoo.saving.arrays import ADAPTED, Arrays, span_of
+from zoo.saving.checks import OWN_FILES, check_dialect, check_graph, check_no_layout, check_whole
+from zoo.saving.companions import companions_of, exported_files, is_of_a_step, unpacked
 from zoo.saving.export import QUANTISED, export, with_zeros
 from zoo.saving.graphs import GRAPHS
-from zoo.saving.save import (
-    OWN_FILES,
-    check_dialect,
-    check_graph,
-    check_no_layout,
-    check_whole,
-    checked_destination,
-    companions_of,
-    export_plan,
-    exported_files,
-    finished,
-    graph_files,
-    in_order,
-    is_of_a_step,
-    item_of,
-    lossy_of,
-    native_record,
-    origin_of,
-    said_of,
-    split,
-    unpacked,
-)
+from zoo.saving.origin import export_plan, lossy_of, native_record, origin_of, said_of
+from zoo.saving.outputs import graph_files, in_order, item_of, split
 
 MOST_PARTS = 10_000
 READING = (  # those of zoo.load that say what is read, and how
@@ -116,13 +94,13 @@ def convert(
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
     share = None if part is None else _part(part)
-    found, chosen = _located(src, to, adapter, options)
-    dst = checked_destination(dst, found.source.directory, force)
+    source, chosen = _located(src, to, adapter, options)
+    dst = checked_destination(dst, source.source.directory, force)
     if to in GRAPHS:
         check_graph(to, dst, layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
-    output = plan_output(found, to, **chosen)
-    engine = Options(memory, threads, sha256, allow_nonfinite, tell)
+    output = plan_output(source, to, **chosen)
+    engine = WriteOptions(memory, threads, sha256, allow_nonfinite, tell)
     job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
     way_out = f"{option('memory', 1 << 24)} and fewer threads need less; the same call goes on"
@@ -131,7 +109,7 @@ def convert(
             enough(f"{dst}: not written", way_out),
             resumable(dst, job, replaces, sources=seen, restart=restart, size=output.size) as stage,
         ):
-            if stage.anew:
+            if stage.discarded:
                 tell({"event": "anew"})
             if not stage.published:
                 report = run(output, stage, engine)
@@ -145,7 +123,7 @@ def convert(
         enough(f"{dst}: not written", way_out),
         shared(dst, job, number, parts, replaces, **how) as place,
     ):
-        if place.anew:
+        if place.discarded:
             tell({"event": "anew"})
         if not place.published:
             report = run(mine, place, engine)
@@ -153,7 +131,7 @@ def convert(
             verify = partial(_still_there, output, place)
             with place.publishing(job, replaces, verify) as records:
                 if records:
-                    whole = Report.joined((r[-1]["finished"] for r in records), output)
+                    whole = WriteReport.joined((r[-1]["finished"] for r in records), output)
                     tell(finished(output, place.path, whole))
     return Path(dst)
 
@@ -173,17 +151,17 @@ def dry_run(
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
-    found, chosen = _located(src, to, adapter, options)
-    checkpoint = found.checkpoint()
-    model, plan = prove(found, checkpoint, chosen.get("config") or {})
-    if found.native is not None and to == "hf" and found.native["origin"]["dialect"] == "hf":
-        text = export_plan(model, Origin.from_json(found.native["origin"])).describe(inverse=True)
+    source, chosen = _located(src, to, adapter, options)
+    checkpoint = source.checkpoint()
+    model, plan = prove(source, checkpoint, chosen.get("config") or {})
+    if source.native is not None and to == "hf" and source.native["origin"]["dialect"] == "hf":
+        text = export_plan(model, Origin.from_json(source.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
     if to in GRAPHS:
         check_graph(to, Path(), layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
-    output = plan_output(found, to, **chosen)
+    output = plan_output(source, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
     casts = Counter(
@@ -195,7 +173,7 @@ def dry_run(
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
     if merged := sum(item.rule.endswith(ADAPTED) for item in items):
         lines.append(f"changed by the adapter: {merged} tensors")
-    if quantized := provenance_of(found, checkpoint, model, plan).lossy:
+    if quantized := provenance_of(source, checkpoint, model, plan).lossy:
         decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
         text = "\n".join([text, f"lossy: {quantized}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
@@ -212,15 +190,16 @@ def _located(
     check_adapter(adapter)
     how = {k: v for k, v in options.items() if k not in chosen}
     # read and not mapped: who writes to a source then meets an error, and no signal
-    found = locate(src, adapter=adapter, mmap=False, **how)
-    if (files := adapter_files(found, adapter)) is not None:
+    source = locate(src, adapter=adapter, mmap=False, **how)
+    if (files := adapter_files(source, adapter)) is not None:
         asked = options.get("head") is not None
-        found, chosen["config"] = based(found, files, chosen.get("config") or {}, asked)
+        source, chosen["config"] = based(source, files, chosen.get("config") or {}, asked)
+        chosen["adapter"] = files
     whole = to in GRAPHS and options.get("head") is None
-    if whole and (found.source.directory / MODULES).is_file():
-        found = found._replace(heads=headless(found.heads, found.entry.model))
+    if whole and (source.source.directory / MODULES).is_file():
+        source = source._replace(heads=headless(source.heads, source.entry.model))
         chosen["steps"] = True
-    return found, chosen
+    return source, chosen
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
@@ -238,13 +217,15 @@ def _is(output: Output, force: bool, place: Path) -> bool:
         return False
 
 
-def _still_there(output: Output, place: Shared, part: int, records: list[dict[str, Any]]) -> None:
+def _still_there(
+    output: Output, place: SharedStage, part: int, records: list[dict[str, Any]]
+) -> None:
     """Whether another part's files are as its journal has them; bytes that lie may be lost."""
     again = f"run it again: --part {part}/{place.parts}"
     try:
         finished = records[-1]["finished"]
         damaged = list(damages(output.part(part, place.parts), place.path, finished))
-        Report.joined([records[-1]["finished"]], output.part(part, place.parts))
+        WriteReport.joined([records[-1]["finished"]], output.part(part, place.parts))
     except (KeyError, TypeError, AttributeError):
         damaged = ["its journal is not what it wrote"]
     if damaged:
@@ -279,7 +260,7 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
 
 
 def plan_output(
-    found: Located,
+    source: Located,
     to: str,
     *,
     dtype: str | torch.dtype | None = None,
@@ -288,61 +269,62 @@ def plan_output(
     trust: Collection[str] = (),
     layout: Mapping[str, Any] | None = None,
     steps: bool = False,
+    adapter: Files | None = None,
 ) -> Output:
     """Files, headers and recipes, proven complete; no byte of weights is read.
 
     `steps`: a graph goes on to the vector that the checkpoint's modules.json makes of the states.
     """
-    checkpoint = found.checkpoint()
+    checkpoint = source.checkpoint()
     check_trust(trust, checkpoint)
-    model, plan = prove(found, checkpoint, config or {})
-    provenance = model.provenance = provenance_of(found, checkpoint, model, plan)
+    model, plan = prove(source, checkpoint, config or {})
+    provenance = model.provenance = provenance_of(source, checkpoint, model, plan)
     arrays = Arrays(checkpoint, plan, trust, provenance.quantized)
-    if found.adapter is not None:
-        arrays.changes = changes(model, plan.native, found.adapter, arrays.own)
-        arrays.adapter = found.adapter.where
+    if adapter is not None:
+        arrays.changes = changes(model, plan.native, adapter, arrays.own)
+        arrays.adapter = adapter.where
         if arrays.changes.apart:
-            model = on_meta(found, untied(model, plan.native.ties))
+            model = on_meta(source, untied(model, plan.native.ties))
             model.provenance = provenance
     quantized = isinstance(dtype, str) and dtype.lower() == QUANTISED
     kind = None if quantized else dtype_of(dtype)
     state = dict(arrays.state(native_of(model), kind))
-    said = {
-        **said_of(found.entry.name, to, found.spec),
+    notes = {
+        **said_of(source.entry.name, to, source.spec),
         "dropped": dict(sorted(plan.dropped.items())),
         **lossy_of(provenance),
     }
     sources = checkpoint.files
-    if found.adapter is not None:
-        sources += found.adapter.paths
-        said["adapter"] = {path.name: hash_file(path) for path in found.adapter.paths}
+    if adapter is not None:
+        sources += adapter.paths
+        notes["adapter"] = {path.name: hash_file(path) for path in adapter.paths}
     zeros: dict[str, tuple[int, ...]] = {}
-    if to != "native" and to in found.spec.dialects:
-        model, zeros = with_zeros(model, found.spec.dialect(to))
+    if to != "native" and to in source.spec.dialects:
+        model, zeros = with_zeros(model, source.spec.dialect(to))
         like = next(iter(state.values()))
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
         arrays.zeros = zeros
-    container = None if found.foreign is None else found.foreign.container
-    carried = companions_of(found.source.directory, found.source.file, container)
-    inside = found.foreign.reader if found.foreign and found.dialect == "gguf" else None
+    container = None if source.foreign is None else source.foreign.container
+    carried = companions_of(source.source.directory, source.source.file, container)
+    inside = source.foreign.reader if source.foreign and source.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in sources}
     if to not in (*OWN_FILES, *GRAPHS):
         check_whole(to, max_shard_size)
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
-        made = export(found.spec, to, model.config, native_of(model), dtypes, layout, before)
+        made = export(source.spec, to, model.config, native_of(model), dtypes, layout, before)
         if quantized and made.container.format != "gguf":
             raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
-        held = {info.dtype for info in made.plan.header.values()}
-        if kind is not None and dtype_code(kind) not in held:
-            raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(held))} alone")
+        dtypes_there = {info.dtype for info in made.plan.header.values()}
+        if kind is not None and dtype_code(kind) not in dtypes_there:
+            raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(dtypes_there))} alone")
         items = list(arrays.backward(made.plan))
-        how = {"lossy": kind is not None or quantized, "quantised": quantized}
+        how = {"lossy": kind is not None or quantized, "quantized": quantized}
         vocab = model.config.vocab
-        shards, texts, carried = exported_files(made, items, carried, inside, said, vocab, **how)
-        said["layout"] = dict(made.options)
-        return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
+        shards, texts, carried = exported_files(made, items, carried, inside, notes, vocab, **how)
+        notes["layout"] = dict(made.options)
+        return Output(tuple(shards), texts, carried, sources, notes=notes, seen=seen)
     check_no_layout(to, layout)
     if quantized:
         raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
@@ -350,7 +332,7 @@ def plan_output(
     if to == "hf":
         origin = origin_of(model, state)
         texts[CONFIG] = origin.config.encode()
-        items = list(_to_hf(found, arrays, model, origin))
+        items = list(_to_hf(source, arrays, model, origin))
         metadata, where = dict(origin.metadata), dict(origin.where)
     else:
         items = list(arrays.forward(native_of(model)))
@@ -360,8 +342,8 @@ def plan_output(
         of_steps = {name: path for name, path in carried.items() if is_of_a_step(name)}
         carried = {name: path for name, path in carried.items() if name not in of_steps}
         if steps:
-            said["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
-            model, items = _with_steps(model, items, found.source.directory)
+            notes["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
+            model, items = _with_steps(model, items, source.source.directory)
         weights, texts = graph_files(model, to, {item.name: item for item in items})
         shards = [weights]
     else:
@@ -370,9 +352,9 @@ def plan_output(
         shards = split(items, where if max_shard_size is None else {}, metadata, max_shard_size)
         texts |= index_of(shards)
     if inside is not None:
-        carried, more = unpacked(inside, carried, said)
+        carried, more = unpacked(inside, carried, notes)
         texts |= more
-    return Output(tuple(shards), texts, carried, sources, said=said, seen=seen)
+    return Output(tuple(shards), texts, carried, sources, notes=notes, seen=seen)
 
 
 def _with_steps(
@@ -381,16 +363,16 @@ def _with_steps(
     """The model that gives a text's vector, and its arrays; those of the steps as the first is."""
     layers, folders = read_steps(directory, model.config.dim)
     whole, kind = SentenceModel(model, layers, folders), items[0].info.dtype
-    held = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
+    arrays = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
     for name, parameter in whole.steps.named_parameters():
-        held.append(item_of(f"steps.{name}", parameter.detach()).cast(kind))
-    return whole, held
+        arrays.append(item_of(f"steps.{name}", parameter.detach()).cast(kind))
+    return whole, arrays
 
 
-def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
+def _to_hf(source: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
     """Tensors as a directory for the reference has them."""
     inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
-    plain = found.native is None and found.foreign is None and found.adapter is None
+    plain = source.native is None and source.foreign is None and arrays.changes is None
     if plain and not arrays.trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}
@@ -403,7 +385,7 @@ def _to_hf(found: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterat
     yield from in_order(arrays.backward(inverse), inverse)
 
 
-def _names(step: Step) -> list[str]:
+def _names(step: PlanStep) -> list[str]:
     return [*step.sources, *(name for names in step.also for name in names)]
 
 

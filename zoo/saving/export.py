@@ -19,10 +19,11 @@ from converters.lazy import Lazy
 from converters.output import Item, Shard
 from converters.plan import Native, Plan, make_plan, target_names
 from converters.spec import Container, Dialect, Spec
+from zoo.checkpoints.build import native_of
+from zoo.checkpoints.locate import fields_by_tables
 from zoo.components.model import Model
 from zoo.components.rotary import PLAIN, Llama3
 from zoo.errors import ConfigError, LossyExport, SpecError, UsageError, did_you_mean, listing
-from zoo.loading import native_of, told_by_tables
 from zoo.saving.graphs import GRAPHS
 
 # what a format leaves to choose: the least and the most
@@ -128,12 +129,12 @@ class Export:
                 sizes[info.dtype] += info.numel
         kind = max(sizes, key=lambda name: (sizes[name], name), default="F32")
         architecture = self.dialect.is_["general.architecture"][0]
-        said = {"general.architecture": architecture, "general.type": "model"}
-        said |= {"general.file_type": _FILE_TYPES.get(kind, 0)}
-        said |= {"general.quantization_version": 2} if quantized else {}
-        said |= {f"{architecture}.{key}": value for key, value in _flat(self.reference).items()}
-        said |= {**self.beside, **values}
-        layout = gguf.lay_out(infos, said, f"to={self.dialect.name!r}")
+        metadata = {"general.architecture": architecture, "general.type": "model"}
+        metadata |= {"general.file_type": _FILE_TYPES.get(kind, 0)}
+        metadata |= {"general.quantization_version": 2} if quantized else {}
+        metadata |= {f"{architecture}.{key}": value for key, value in _flat(self.reference).items()}
+        metadata |= {**self.beside, **values}
+        layout = gguf.lay_out(infos, metadata, f"to={self.dialect.name!r}")
         return Shard(self.container.file, tuple(written), layout)
 
     def _narrow(self, info: TensorInfo) -> bool:
@@ -206,7 +207,7 @@ def export(
     native: Native,
     stored: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
-    said: Mapping[str, Any] | None = None,
+    published: Mapping[str, Any] | None = None,
 ) -> Export:
     """Proven: every array of the model has a place, and its config comes back as it is.
 
@@ -216,8 +217,10 @@ def export(
     dialect = spec.dialects.get(to)
     if dialect is None or dialect.container is None:
         files = [n for n, d in spec.dialects.items() if d.container and d.container.file]
-        known = listing(["hf", "native", *files])
-        raise LossyExport(f"to={to!r}: {spec.name} is not written in that dialect; only in {known}")
+        names_written = listing(["hf", "native", *files])
+        raise LossyExport(
+            f"to={to!r}: {spec.name} is not written in that dialect; only in {names_written}"
+        )
     container, chosen = dialect.container, _checked(dialect, options or {})
     if not container.file:
         raise LossyExport(f"to={to!r}: {container.about} is read, and not written")
@@ -238,7 +241,7 @@ def export(
         code = stored[native.ties.get(step.targets[0], step.targets[0])]
         for name in (n for group in (step.sources, *step.also) for n in group):
             header[name] = TensorInfo(name, names[name].shape, code)
-            header[name] = header[name]._replace(dtype=_held(container, header[name]))
+            header[name] = header[name]._replace(dtype=_stored_dtype(container, header[name]))
     plan = make_plan(spec, to, fields, native, header, "export")
     # where tensors may not share their place, the second name is left away
     aliases = _aliases(dialect, header) if native.ties and container.format != "gguf" else {}
@@ -248,15 +251,15 @@ def export(
             "embedding by columns: leave columns away"
         )
     back = partial(_come_back, spec, dialect, config, tables)
-    if said:
+    if published:
         with suppress(LossyExport):
-            back(said, header, aliases, fields["shards"])
-            return Export(dialect, container, plan, said, aliases, chosen, beside, tables)
+            back(published, header, aliases, fields["shards"])
+            return Export(dialect, container, plan, published, aliases, chosen, beside, tables)
     back(reference, header, aliases, fields["shards"])
     return Export(dialect, container, plan, reference, aliases, chosen, beside, tables)
 
 
-def _held(container: Container, info: TensorInfo) -> str:
+def _stored_dtype(container: Container, info: TensorInfo) -> str:
     """The dtype that a dialect's files have an array in."""
     if container.format == "llama2c":
         return "F32"
@@ -295,16 +298,16 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def _checked(dialect: Dialect, options: Mapping[str, Any]) -> dict[str, int]:
     assert dialect.container is not None
     fixed = dialect.container.fixed
-    known = OPTIONS.get(dialect.container.format, {})
-    known = {name: limits for name, limits in known.items() if name not in fixed}
+    limits_of = OPTIONS.get(dialect.container.format, {})
+    limits_of = {name: limits for name, limits in limits_of.items() if name not in fixed}
     if dialect.container.format == "torch" and not dialect.container.sharded:
-        known = {}
+        limits_of = {}
     for name, value in options.items():
-        if name not in known:
-            said = listing(known) or "none"
-            near = did_you_mean(name, known)
-            raise UsageError(f"layout: {dialect.name} has no {name!r}; it has {said}.{near}")
-        least, most = known[name]
+        if name not in limits_of:
+            available = listing(limits_of) or "none"
+            near = did_you_mean(name, limits_of)
+            raise UsageError(f"layout: {dialect.name} has no {name!r}; it has {available}.{near}")
+        least, most = limits_of[name]
         if type(value) is not int or not least <= value <= most:
             raise UsageError(f"layout: {name}={value!r}: a whole number from {least} to {most}")
     return {**options, **fixed}
@@ -312,12 +315,12 @@ def _checked(dialect: Dialect, options: Mapping[str, Any]) -> dict[str, int]:
 
 def _aliases(dialect: Dialect, header: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Second names of arrays that the model ties, where the dialect's programs look for them."""
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     for other, main in dialect.tied:
         for name in header:
             if (binding := main.match(name)) is not None and other.format(binding) not in header:
-                found[other.format(binding)] = name
-    return found
+                aliases[other.format(binding)] = name
+    return aliases
 
 
 def _come_back(
@@ -331,16 +334,16 @@ def _come_back(
     shards: int,
 ) -> None:
     """Reads what would be written; a field that means something else then is refused by name."""
-    known, problems = dialect.read_config(reference)
+    fields, problems = dialect.read_config(reference)
     everything = {**header, **{o: TensorInfo(o, *header[n][1:]) for o, n in aliases.items()}}
-    told = infer(spec, dialect, known, everything, shards, aliases)
+    inferred = infer(spec, dialect, fields, everything, shards, aliases)
     try:
-        told |= told_by_tables(dialect, known, tables.__getitem__, tables)
+        inferred |= fields_by_tables(dialect, fields, tables.__getitem__, tables)
     except ConfigError as error:
         raise LossyExport(f"to={dialect.name!r}: it would not be read back: {error}") from None
-    asked = {name: getattr(config, name) for name in dialect.needs if known.get(name) is None}
+    asked = {name: getattr(config, name) for name in dialect.needs if fields.get(name) is None}
     head = "lm" if "lm" in type(config).heads_known else config.head
-    same_config(dialect, config, {**known, **told, **asked, "head": head}, problems)
+    same_config(dialect, config, {**fields, **inferred, **asked, "head": head}, problems)
 
 
 def same_config(

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import zoo
 from converters.formats import Layout, stored_zip, torch_dtype
 from converters.output import Item, Shard
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.components.model import Model
 from zoo.errors import LossyExport, MissingDependency, UsageError, listing
-from zoo.loading import native_of
+from zoo.version import VERSION
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -93,15 +93,15 @@ def _traced(model: Model, items: Mapping[str, Item]) -> ExportedProgram:
     batch = Dim("batch")
     asked: dict[int, Any] = {0: batch, 1: Dim("sequence", max=limit)}
     answered: dict[int, Any] = {0: batch, 1: Dim("decoder_sequence", max=limit)}
-    given, axes = dict[str, Tensor](), dict[str, Any]()
+    inputs, axes = dict[str, Tensor](), dict[str, Any]()
     for name in input_names(model):
         answer = name.startswith("decoder_")
-        given[name] = torch.ones(rows, tokens + 2 * answer, dtype=torch.int64)
+        inputs[name] = torch.ones(rows, tokens + 2 * answer, dtype=torch.int64)
         axes[name] = answered if answer else asked
-    ids = given.pop("input_ids")
+    ids = inputs.pop("input_ids")
     try:
         with torch.no_grad():
-            program = export(_weightless(model, items), (ids,), given, dynamic_shapes=axes)
+            program = export(_weightless(model, items), (ids,), inputs, dynamic_shapes=axes)
     except Exception as error:  # whatever its tracer stumbles over
         raise _refused(model, "torch.export cannot follow what it computes", error) from error
     names = dict.fromkeys(output_names(model), 0)
@@ -117,9 +117,9 @@ def _refused(model: Model, why: str, error: Exception) -> LossyExport:
     first: BaseException = error
     while first.__cause__ is not None:
         first = first.__cause__
-    told = next((line for line in str(first).splitlines() if line), type(first).__name__)
+    reason = next((line for line in str(first).splitlines() if line), type(first).__name__)
     name = model.architecture or type(model).__module__
-    return LossyExport(f"{name}, head {model.config.head}: {why}: {told}")
+    return LossyExport(f"{name}, head {model.config.head}: {why}: {reason}")
 
 
 def _weightless(model: Model, items: Mapping[str, Item]) -> Model:
@@ -161,8 +161,8 @@ def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byte
         )
     config, ties = json.loads(records[_PLACES]), native_of(model).ties
     places: dict[str, str] = {}
-    for name, said in config["config"].items():  # without addresses, torch takes all for one
-        said["path_name"] = places.setdefault(ties.get(name, name), f"weight_{len(places)}")
+    for name, entry in config["config"].items():  # without addresses, torch takes all for one
+        entry["path_name"] = places.setdefault(ties.get(name, name), f"weight_{len(places)}")
     records[_PLACES] = json.dumps(config).encode()
     small = {name: data for name, data in records.items() if name not in empty}
     tensors = {name: (f"{_FOLDER}/{place}", items[name].nbytes) for name, place in places.items()}
@@ -192,11 +192,11 @@ def _onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byt
                 DATA, start, item.nbytes, value.dtype, shape=value.shape, name=name, base_dir=""
             )
             graph.register_initializer(value)
-    for told in _everything(graph_model):  # this machine's paths, and how it came to be
-        told.metadata_props.clear()
-        told.doc_string = None
+    for part in _everything(graph_model):  # this machine's paths, and how it came to be
+        part.metadata_props.clear()
+        part.doc_string = None
     graph.name = model.architecture or "model"
-    graph_model.producer_name, graph_model.producer_version = "zoo", zoo.__version__
+    graph_model.producer_name, graph_model.producer_version = "zoo", VERSION
     return shard, {ONNX: ir.to_proto(graph_model).SerializeToString(deterministic=True)}
 
 

@@ -17,8 +17,13 @@ from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, open_regular, torch_dtype
 from converters.formats.torch_zip import TorchZipReader
 from converters.plan import Plan, target_names
-from converters.store import staged_file
-from zoo.checkpoints.sources import expanded, is_path
+from converters.staging.stage import staged_file
+from zoo.checkpoints.build import native_of
+from zoo.checkpoints.local import expanded, is_path
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
+from zoo.checkpoints.sources import Ref
 from zoo.errors import (
     MissingDependency,
     NotACheckpoint,
@@ -28,9 +33,8 @@ from zoo.errors import (
     listing,
     option,
 )
-from zoo.loading import Located, Ref, locate, native_of, prove
 from zoo.saving.optimizers import NAMES, check_names, check_state, convert_optimizer
-from zoo.saving.save import origin_of
+from zoo.saving.origin import origin_of
 
 SHARDED = (
     "of one process among several (DeepSpeed, FSDP). Gather them first: all parameters' states "
@@ -88,8 +92,8 @@ def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
     with suppress(ZooError):
         if TorchZipReader(place, nested=True).keys == {"state", "param_groups"}:
             return ()
-    told = "not a whole optimizer's state alone, and nothing else is replaced"
-    raise OutputExists(f"{place}: {told}. Write elsewhere, or move it away")
+    fault = "not a whole optimizer's state alone, and nothing else is replaced"
+    raise OutputExists(f"{place}: {fault}. Write elsewhere, or move it away")
 
 
 def _converted(
@@ -101,19 +105,19 @@ def _converted(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     # an adapter beside the weights changes neither their names nor their shapes
-    found = locate(src, **{"adapter": False, **options})
-    if to not in ("native", *found.spec.dialects):
-        raise UsageError(f"to={to!r}: {found.spec.name} has {listing(found.spec.dialects)}")
-    if (found.dialect == "native") == (to == "native"):
-        raise UsageError(f"to={to!r}: {src} is {found.dialect}, and one of the two is native")
+    source = locate(src, **{"adapter": False, **options})
+    if to not in ("native", *source.spec.dialects):
+        raise UsageError(f"to={to!r}: {source.spec.name} has {listing(source.spec.dialects)}")
+    if (source.dialect == "native") == (to == "native"):
+        raise UsageError(f"to={to!r}: {src} is {source.dialect}, and one of the two is native")
     state = read(file)
-    checkpoint = found.checkpoint()
-    model, plan = prove(found, checkpoint, config or {})
-    told = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
+    checkpoint = source.checkpoint()
+    model, plan = prove(source, checkpoint, config or {})
+    recorded = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
     if to == "native":
-        other = _theirs(found, checkpoint, plan, names or told, file)
+        other = _theirs(source, checkpoint, plan, names or recorded, file)
         return convert_optimizer(state, other, model, names=names)
-    return convert_optimizer(state, model, _targets(found, model, to, names))
+    return convert_optimizer(state, model, _targets(source, model, to, names))
 
 
 class _Stream:
@@ -155,69 +159,73 @@ def read(file: Path) -> dict[str, Any]:
     """A torch optimizer's state_dict, wherever in the file it is."""
     if file.is_dir():
         raise NotACheckpoint(f"{file}: a directory, as states have it that are {SHARDED}")
-    held = TorchZipReader(file, nested=True).tree()
-    found = dict(_states(held, ""))
-    if len(found) == 1:
-        ((name, state),) = found.items()
+    tree = TorchZipReader(file, nested=True).tree()
+    states = dict(_states(tree, ""))
+    if len(states) == 1:
+        ((name, state),) = states.items()
         check_state(state, f"{file}: {f'{name}: ' if name else ''}")
         return state
-    if found:
-        raise UsageError(f"{file}: holds several optimizers' states: {listing(found)}. Save one")
-    if _is_sharded(held):
+    if states:
+        raise UsageError(f"{file}: holds several optimizers' states: {listing(states)}. Save one")
+    if _is_sharded(tree):
         raise UsageError(f"{file}: {SHARDED}")
-    keys = listing(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
+    keys = listing(map(str, tree)) if isinstance(tree, Mapping) else type(tree).__name__
     raise NotACheckpoint(f"{file}: no torch optimizer's state in it; found {keys}")
 
 
-def _states(held: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
+def _states(tree: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, the state) of each."""
-    if isinstance(held, Mapping) and {"state", "param_groups"} <= held.keys():
-        groups = held["param_groups"]
+    if isinstance(tree, Mapping) and {"state", "param_groups"} <= tree.keys():
+        groups = tree["param_groups"]
         if isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
-            yield name, dict(held)
-    elif depth and isinstance(held, Mapping | list):
-        parts = held.items() if isinstance(held, Mapping) else enumerate(held)
+            yield name, dict(tree)
+    elif depth and isinstance(tree, Mapping | list):
+        parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
         for key, value in parts:
             yield from _states(value, f"{name}.{key}".strip("."), depth - 1)
 
 
-def _is_sharded(held: Any, depth: int = 2) -> bool:
-    if not isinstance(held, Mapping):
+def _is_sharded(tree: Any, depth: int = 2) -> bool:
+    if not isinstance(tree, Mapping):
         return False
-    if held.keys() & {"zero_stage", "base_optimizer_state", "single_partition_of_fp32_groups"}:
+    if tree.keys() & {"zero_stage", "base_optimizer_state", "single_partition_of_fp32_groups"}:
         return True
-    return depth > 0 and any(_is_sharded(value, depth - 1) for value in held.values())
+    return depth > 0 and any(_is_sharded(value, depth - 1) for value in tree.values())
 
 
 # --- the side that is not native -----------------------------------------------------------------
 
 
 def _theirs(
-    found: Located, checkpoint: Checkpoint, plan: Plan, told: Sequence[str], file: Path
+    source: Located, checkpoint: Checkpoint, plan: Plan, recorded: Sequence[str], file: Path
 ) -> nn.Module | dict[str, Tensor]:
-    known = {*told} <= checkpoint.tensors.keys() if told else checkpoint.format == "torch"
-    if known:  # torch's own files hold a state_dict, in the order of the module
-        held = _empty(checkpoint.tensors)
+    in_order = (
+        {*recorded} <= checkpoint.tensors.keys() if recorded else checkpoint.format == "torch"
+    )
+    if in_order:  # torch's own files hold a state_dict, in the order of the module
+        tensors = _empty(checkpoint.tensors)
         for step in plan.steps:
             for names in step.also:
-                held |= {name: held[own] for name, own in zip(names, step.sources, strict=True)}
-        if not told:
-            return held
-        rest = (name for name in held if name not in {*told})
-        return {name: held[name] for name in (*told, *rest)}
-    if found.foreign is not None:
-        raise _no_order(found.where)
-    return _reference(found.reference_class, json.loads(found.config_text), str(file))
+                tensors |= {
+                    name: tensors[own] for name, own in zip(names, step.sources, strict=True)
+                }
+        if not recorded:
+            return tensors
+        rest = (name for name in tensors if name not in {*recorded})
+        return {name: tensors[name] for name in (*recorded, *rest)}
+    if source.foreign is not None:
+        raise _no_order(source.where)
+    return _reference(source.reference_class, json.loads(source.config_text), str(file))
 
 
 def _targets(
-    found: Located, model: Any, to: str, names: Sequence[str] | None
+    source: Located, model: Any, to: str, names: Sequence[str] | None
 ) -> nn.Module | dict[str, Tensor]:
     native = native_of(model)
     state = {name: torch.empty(shape, device="meta") for name, shape in native.shapes.items()}
     if names is not None:
         bare = model.config.head in ("none", "pooler")
-        header = target_names(found.spec, to, model.config.to_dict(), native, bare=bare)
+        header = target_names(source.spec, to, model.config.to_dict(), native, bare=bare)
         if unknown := [name for name in names if name not in header]:
             raise UsageError(f"names: {listing(unknown)}: no parameter of the checkpoint in {to}")
         rest = [name for name in header if name not in {*names}]
@@ -243,12 +251,12 @@ def _no_order(what: str, more: str = "") -> UsageError:
 
 
 def _reference(named: str | None, config: Mapping[str, Any], what: str) -> nn.Module:
-    from zoo.parity.reference import on_meta
+    from zoo.checkpoints.oracle import reference_on_meta
 
     if named is None:
         raise _no_order(what)
     try:
-        return on_meta(named, config)
+        return reference_on_meta(named, config)
     except MissingDependency:
         more = ", or install transformers, whose module has it"
         raise _no_order(what, more) from None

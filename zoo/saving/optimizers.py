@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from converters.carry_out import backward, forward
 from converters.formats import TensorInfo
-from converters.plan import Plan, Step
+from converters.plan import Plan, PlanStep
 from zoo.checkpoints import finite
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.foreign import fitted
 from zoo.components.model import Model
 from zoo.errors import NonFinite, PlanError, UsageError, listing
-from zoo.loading import native_of
 
 Weights = nn.Module | Mapping[str, Tensor]
 State = dict[str, Any]  # of one parameter: exp_avg, exp_avg_sq, step …
@@ -70,13 +70,13 @@ class _Side:
                 "and an optimizer numbers parameters as their module has them. Pass the module"
             )
 
-    def orders(self, known: Iterable[str], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    def orders(self, converted: Iterable[str], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
         """In which an optimizer with groups of such sizes may have been given parameters.
 
         One group: as they come. Two: those that decay, which are the matrices, first. The
         reference's trainer goes by names too: biases by distance are matrices and do not decay.
         """
-        every = tuple(name for name in self.shapes if name in set(known))
+        every = tuple(name for name in self.shapes if name in set(converted))
         for names in (every, tuple(n for n in every if n in set(self.trained))):
             if len(sizes) == 1:
                 yield names
@@ -117,10 +117,10 @@ def convert_optimizer(
     uses = _uses(plan, mine, other)
     here, there = (mine, other) if model is source else (other, mine)
     inward = model is target
-    known = [name for use in uses for name in (use.disk if inward else use.native)]
+    converted = [name for use in uses for name in (use.disk if inward else use.native)]
     check_state(state)
-    held, groups = _read(state, here, known, names)
-    _check_finite(held)
+    states, groups = _read(state, here, converted, names)
+    _check_finite(states)
     moved, group_of = dict[str, State](), dict[str, int]()
     problems = list[str]()
     for use in uses:
@@ -131,7 +131,7 @@ def convert_optimizer(
         try:
             if len(belongs) > 1 or not all(name in groups for name in before):
                 raise _Apart("one array there, and not one group of the optimizer here")
-            moved |= zip(after, _moved(use, before, after, held, here, inward), strict=True)
+            moved |= zip(after, _moved(use, before, after, states, here, inward), strict=True)
             group_of |= dict.fromkeys(after, belongs.pop())
         except _Apart as error:
             problems.append(f"{listing(before)}: {error}")
@@ -188,9 +188,9 @@ def check_names(names: Any) -> None:
         raise UsageError(f"names: {listing(twice)}: more than once")
 
 
-def _check_finite(held: Mapping[str, State]) -> None:
+def _check_finite(states: Mapping[str, State]) -> None:
     faults = list[str]()
-    for name, entry in held.items():
+    for name, entry in states.items():
         for key, value in entry.items():
             if isinstance(value, float) and not isfinite(value):
                 faults.append(f"{name}: {key} is {value}")
@@ -208,7 +208,7 @@ class _Apart(Exception):
 
 @dataclass(frozen=True)
 class _Use:
-    step: Step
+    step: PlanStep
     native: tuple[str, ...]  # first names of parameters, in the step's order
     disk: tuple[str, ...]
 
@@ -220,8 +220,8 @@ def _uses(plan: Plan, mine: _Side, other: _Side) -> list[_Use]:
         disk = tuple(other.owners[name] for name in step.sources)
         for names in step.also:
             if tuple(other.owners[name] for name in names) != disk:
-                told = f"{listing(names)} and {listing(step.sources)}"
-                problems.append(f"{told}: two arrays there, and one here")
+                names_tied = f"{listing(names)} and {listing(step.sources)}"
+                problems.append(f"{names_tied}: two arrays there, and one here")
         for name in disk:
             if name in seen:
                 problems.append(f"{name}: one array there, and here {seen[name]} and {native[0]}")
@@ -233,12 +233,15 @@ def _uses(plan: Plan, mine: _Side, other: _Side) -> list[_Use]:
 
 
 def _read(
-    state: Mapping[str, Any], side: _Side, known: Sequence[str], names: Sequence[str] | None
+    state: Mapping[str, Any],
+    side: _Side,
+    converted: Sequence[str],
+    names: Sequence[str] | None,
 ) -> tuple[dict[str, State], dict[str, int]]:
     """(what is kept of each parameter, the group of each)."""
     kept, groups = state["state"], state["param_groups"]
     numbers = [n for group in groups for n in group["params"]]
-    told = [name for group in groups for name in group.get(NAMES, ())]
+    recorded = [name for group in groups for name in group.get(NAMES, ())]
     for entry in kept.values():
         arrays = {k: x for k, x in entry.items() if isinstance(x, Tensor) and x.dim()}
         if any(not x.is_floating_point() or x.dtype.itemsize < 2 for x in arrays.values()):
@@ -251,20 +254,20 @@ def _read(
                 f"the optimizer keeps {listing(arrays)} in several shapes for one weight, as "
                 "Adafactor does, and no rule turns them. Begin with a new one"
             )
-    if names is None and len(told) == len(numbers):
-        names = told
+    if names is None and len(recorded) == len(numbers):
+        names = recorded
     if names is None and numbers and all(isinstance(n, str) for n in numbers):
         names = numbers  # torch's distributed checkpoints, gathered
     if names is not None:
         check_names(names)
         if len(names) != len(numbers):
             raise UsageError(f"names: {len(names)} of the optimizer's {len(numbers)} parameters")
-        if odd := [name for name in names if side.owners.get(name) not in set(known)]:
-            raise UsageError(f"names: {listing(odd)}: no parameter of {side.what} that converts")
+        if strays := [name for name in names if side.owners.get(name) not in set(converted)]:
+            raise UsageError(f"names: {listing(strays)}: no parameter of {side.what} that converts")
         orders: Iterable[tuple[str, ...]] = [tuple(side.owners[name] for name in names)]
     else:
         side.check_order()
-        orders = side.orders(known, [len(group["params"]) for group in groups])
+        orders = side.orders(converted, [len(group["params"]) for group in groups])
 
     def fits_one(name: str, number: object) -> bool:
         tensors = (x for x in kept.get(number, {}).values() if isinstance(x, Tensor))
@@ -275,34 +278,34 @@ def _read(
         pairs = zip(order, numbers, strict=False)
         return len(order) == len(numbers) and all(fits_one(*pair) for pair in pairs)
 
-    found = list(dict.fromkeys(each for each in orders if fits(each)))
-    if names is not None and not found:
-        odd = [name for name in names if not fits_one(name, numbers[list(names).index(name)])]
-        raise UsageError(f"names: the optimizer keeps other shapes of {listing(odd)}")
-    if len(found) != 1:
+    fitting = list(dict.fromkeys(each for each in orders if fits(each)))
+    if names is not None and not fitting:
+        strays = [name for name in names if not fits_one(name, numbers[list(names).index(name)])]
+        raise UsageError(f"names: the optimizer keeps other shapes of {listing(strays)}")
+    if len(fitting) != 1:
         why = f"are {side.what}'s in more than one order"
-        if not found:
+        if not fitting:
             why = f"are not {side.what}'s, neither as they come nor matrices first in two groups"
         raise UsageError(
             f"the optimizer's {len(numbers)} parameters {why}. Pass names= in the order in which "
             "it was given them"
         )
-    (order,) = found
+    (order,) = fitting
     by_number = dict(zip(numbers, order, strict=True))
-    held = {by_number[n]: dict(entry) for n, entry in kept.items() if n in by_number}
+    states = {by_number[n]: dict(entry) for n, entry in kept.items() if n in by_number}
     belongs = {by_number[n]: k for k, group in enumerate(groups) for n in group["params"]}
-    return held, belongs
+    return states, belongs
 
 
 def _moved(
     use: _Use,
     before: tuple[str, ...],
     after: tuple[str, ...],
-    held: Mapping[str, State],
+    states_by_name: Mapping[str, State],
     here: _Side,
     inward: bool,
 ) -> list[State]:
-    states = [held.get(name, {}) for name in before]
+    states = [states_by_name.get(name, {}) for name in before]
     if any(state.keys() != states[0].keys() for state in states):
         raise _Apart("one array there, and the optimizer kept other things of each part")
     out: list[State] = [{} for _ in after]
@@ -332,12 +335,12 @@ def _is_equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _through(step: Step, values: list[Tensor], inward: bool) -> list[Tensor]:
+def _through(step: PlanStep, values: list[Tensor], inward: bool) -> list[Tensor]:
     way: Callable[..., Sequence[Tensor]] = forward if inward else backward
     names = step.sources if inward else step.targets
-    held = dict(zip(names, values, strict=True))
-    found = way(step._replace(also=()), held.__getitem__ if inward else held)
-    return [x.clone(memory_format=torch.contiguous_format) for x in found]
+    tensors = dict(zip(names, values, strict=True))
+    results = way(step._replace(also=()), tensors.__getitem__ if inward else tensors)
+    return [x.clone(memory_format=torch.contiguous_format) for x in results]
 
 
 def _written(

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from zoo.checkpoints.finite import check_finite, watched
 from zoo.checkpoints.sentences import WAYS, SentenceModel, manner
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError, did_you_mean, listing
-from zoo.loading import Ref
 from zoo.text.inference import at_rest, device_of, headless, model_of
 from zoo.tokenizers import Tokenizer
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from zoo.checkpoints.finite import check_finite, watched
+from zoo.checkpoints.sources import Ref
 from zoo.components.heads import MaskedLMHead
 from zoo.components.model import Model
 from zoo.errors import InputError, UsageError
-from zoo.loading import Ref
 from zoo.text.inference import at_rest, device_of, model_of, name_of
 
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.checkpoints.provenance import check_sources
 from zoo.components.model import Model
 from zoo.errors import InputError, UsageError
 from zoo.text.beams import beam_search
-from zoo.text.inference import check_sources, device_of, is_encoder_decoder, model_of
+from zoo.text.inference import device_of, is_encoder_decoder, model_of
 from zoo.text.options import (
     GenerationOptions,
     SpecialIds,

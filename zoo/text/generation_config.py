@@ -9,8 +9,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from converters.checkpoint import confined
 from converters.formats.gguf import open_gguf
+from converters.paths import confined
 from converters.strict_json import read_json
 from zoo.components.model import Model
 from zoo.errors import ConfigError, UsageError, did_you_mean
@@ -89,7 +89,7 @@ def defaults_of(model: Model) -> Defaults:
     if (provenance := model.provenance) is not None:
         fields, source = json.loads(provenance.origin.config), f"config.json of {provenance.ref}"
         if provenance.origin.dialect == "gguf":
-            fields |= ends(next(iter(open_gguf(provenance.files[0]).values())).said)
+            fields |= ends(next(iter(open_gguf(provenance.files[0]).values())).values)
         path = provenance.directory / GENERATION
         if path.is_file():  # then only the decoder's start token comes from elsewhere
             source, others = str(path), fields if provenance.origin.dialect == "gguf" else {}

@@ -9,11 +9,13 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from zoo.checkpoints.provenance import check_sources
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
-from zoo.errors import SourceChanged, UsageError, listing, option
-from zoo.loading import Ref, load
+from zoo.errors import UsageError, listing
+from zoo.loading import load
 
 
 def model_of(model: Model | Ref, **loading: Any) -> Model:
@@ -32,26 +34,6 @@ def model_of(model: Model | Ref, **loading: Any) -> Model:
         raise UsageError(f"expected a model or a reference, found {type(model).__name__}")
     check_sources(model)
     return model
-
-
-def check_sources(model: Model) -> None:
-    """Refuse to compute with memory-mapped weights where one of the model's files has changed.
-
-    Reading a map beyond the end of a truncated file kills the process. A deleted file is no change:
-    the map keeps its pages. Without a change this takes one stat a file.
-    """
-    if model.provenance is None or not (changes := model.provenance.changes()):
-        return
-    if any(_is_mapped(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise SourceChanged(
-            f"{listing(changes)}, while the model's weights are views of it. Load it again; "
-            f"with {option('mmap', False)} weights are read into memory, and then a file may change"
-        )
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of a mapped file: no allocator owns its memory."""
-    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def name_of(model: Model) -> str:
@@ -73,7 +55,7 @@ def headless(model: Model) -> Model:
 
 def check_all_logits(model: Model) -> None:
     """Refuse a model that was prepared to return the logits of the last position only."""
-    preparation = getattr(model, "prepared", None)
+    preparation = model.prepared
     if preparation is not None and preparation.last_only:
         raise UsageError(
             f"{name_of(model)}: prepared with last_only=True, and the logits of every position are "

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.checkpoints.finite import check_finite, watched
+from zoo.checkpoints.sources import Ref
 from zoo.components.cache import Cache
 from zoo.components.decoder import Decoder
 from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
-from zoo.loading import Ref
 from zoo.text.inference import (
     at_rest,
     check_all_logits,

@@ -19,6 +19,6 @@ words, and not before punctuation and contractions, as the decoder of `tokenizer
 
 from zoo.tokenizers.characters import CharTokenizer
 from zoo.tokenizers.core import Batch, TextStream, Tokenizer
-from zoo.tokenizers.load import read, tokenizer
+from zoo.tokenizers.load import read, tokenizer, tokenizer_of
 
-__all__ = ["Batch", "CharTokenizer", "TextStream", "Tokenizer", "read", "tokenizer"]
+__all__ = ["Batch", "CharTokenizer", "TextStream", "Tokenizer", "read", "tokenizer", "tokenizer_of"]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zoo.tokenizers.patterns import why_slow
+from converters.strict_regex import why_slow
 
 MOST_GROWTH = 256  # some published files have 8
 MOST_STEPS = 64

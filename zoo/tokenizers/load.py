@@ -7,13 +7,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from converters.checkpoint import confined
 from converters.containers import kind_of
 from converters.formats.gguf import open_gguf
+from converters.paths import confined
 from zoo.checkpoints import sources
-from zoo.errors import BadTokenizer, NotACheckpoint, listing
+from zoo.checkpoints.sources import Ref
+from zoo.components.model import Model
+from zoo.errors import BadTokenizer, NotACheckpoint, UsageError, listing
 from zoo.tokenizers import bytelevel, fairseq, fast, gguf, llama2c, tekken
 from zoo.tokenizers.characters import FILE as CHARACTERS
 from zoo.tokenizers.characters import CharTokenizer
@@ -30,9 +32,6 @@ from zoo.tokenizers.settings import (
     TokenizerKind,
     TokenizerSettings,
 )
-
-if TYPE_CHECKING:
-    from zoo.loading import Ref
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 MODELS = ("tokenizer.model", "spiece.model", "spm.model")
@@ -69,6 +68,13 @@ def tokenizer(ref: Ref, **where: Any) -> Tokenizer:
     where = {name: value for name, value in where.items() if name not in _OF_MODELS}
     location = sources.resolve(ref, weights=False, config=False, **where)
     return read(location.file or location.directory)
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """Read the tokenizer that belongs to a loaded model's weights: `model.tokenizer`."""
+    if model.provenance is None:
+        raise UsageError("a model without a checkpoint has no tokenizer; zoo.tokenizer reads one")
+    return read(model.provenance.tokenizer_at)
 
 
 def read(path: Path) -> Tokenizer:
@@ -122,7 +128,7 @@ def _within(path: Path) -> Tokenizer | None:
     """The tokenizer in a GGUF file, which may contain a vocabulary beside the weights."""
     if kind_of(path) != "gguf":
         return None
-    values = next(iter(open_gguf(path).values())).said
+    values = next(iter(open_gguf(path).values())).values
     if not gguf.has_vocabulary(values):
         return None
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.checkpoint import confined
 from converters.formats import open_regular
+from converters.paths import confined
 from converters.strict_json import MAX_BYTES, MAX_MEMORY, parse_json, read_json
-from zoo.checkpoints.sources import CONFIG, MORE_TEMPLATES, NATIVE_FILE
+from zoo.checkpoints.layout import CONFIG, MORE_TEMPLATES, NATIVE_FILE
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.engines import Added
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from converters.strict_regex import why_slow
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.bytelevel import ByteLevel, ranked
 from zoo.tokenizers.engines import MOST_ADDED, Added, assign_ids
-from zoo.tokenizers.patterns import why_slow
 from zoo.tokenizers.settings import parse_vocabulary, read_bytes
 
 # versions whose files list no special tokens, and the tokens that they mean

@@ -10,7 +10,7 @@ from typing import Any
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.decoder import Decoder
 from zoo.components.model import Model
-from zoo.components.rotary import LLAMA3, PLAIN, UNTURNED, Linear, Llama3, Rotary, Scaling
+from zoo.components.rotary import LLAMA3, NO_ROTARY, PLAIN, Linear, Llama3, Rotary, Scaling
 from zoo.diagnosis.checkup.parts import Hypothesis, attentions
 from zoo.diagnosis.edits import NOT_TRIED, backwards, bases, scales, scalings, values
 
@@ -109,7 +109,7 @@ def of_attention(model: Model) -> Iterator[Hypothesis]:
                 for scaling in found if config.rope is not PLAIN else USUAL:
                     if scaling != config.rope:
                         yield _field(config, rope=scaling)
-            yield all_do("queries and keys are not turned", rotary=UNTURNED)
+            yield all_do("queries and keys are not turned", rotary=NO_ROTARY)
             yield all_do("queries and keys are turned backwards", rotary=partial(backwards, rotary))
         said = scales(attn.first.scale, attn.first.head_dim, config.dim, 1)
         for scale, what in said.items():

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo.checkpoints.fill import fill
+from zoo.checkpoints.sources import Ref
 from zoo.diagnosis.checkup import (
     across_layers,
     consistency,
@@ -22,7 +24,6 @@ from zoo.diagnosis.checkup.report import Diagnosis
 from zoo.diagnosis.checkup.search import readings, shown
 from zoo.diagnosis.checkup.statistics import Numbers, numbers_of
 from zoo.errors import ZooError
-from zoo.loading import Ref, fill
 from zoo.text.inference import at_rest
 
 _LARGE = 500_000_000  # numbers of a model that reads a text unasked

@@ -10,14 +10,22 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from converters.checkpoint import SINGLE, Checkpoint, confined, open_checkpoint
+from converters.checkpoint import Checkpoint
 from converters.containers import open_place
 from converters.formats import open_regular
 from converters.formats.safetensors import SafetensorsReader
 from converters.lazy import Lazy
-from converters.plan import FLOATS, Fitting, Plan, Step, what_fits
+from converters.opening import open_checkpoint
+from converters.paths import confined
+from converters.plan import FLOATS, Fitting, Plan, PlanStep, what_fits
 from converters.spec import Container
-from zoo.checkpoints.sources import check_no_adapter, expanded
+from converters.weight_files import SINGLE
+from zoo.checkpoints.build import native_of, skeleton_of
+from zoo.checkpoints.local import expanded
+from zoo.checkpoints.locate import locate
+from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import prove
+from zoo.checkpoints.sources import Ref, check_no_adapter
 from zoo.components.model import Model
 from zoo.errors import (
     AmbiguousCheckpoint,
@@ -27,7 +35,6 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.loading import Located, Ref, locate, native_of, prove, skeleton_of
 
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
@@ -163,7 +170,7 @@ def _dropped(located: Located, checkpoint: Checkpoint) -> set[str]:
     return {n for n, s in short.items() if dialect.dropped(n) or dialect.dropped(s)}
 
 
-def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
+def _of_step(step: PlanStep, checkpoint: Checkpoint) -> Iterator[Array]:
     kinds = {checkpoint.quantized.get(name, "") for name in step.sources}
     coarse = next((kind for kind in sorted(kinds) if kind), "")
     for n, target in enumerate(step.targets):
@@ -183,7 +190,7 @@ def _of_step(step: Step, checkpoint: Checkpoint) -> Iterator[Array]:
         yield Array(target, files, shape, info.dtype, made, True, coarse, flips)
 
 
-def _shape_of(step: Step, n: int) -> Sequence[int]:
+def _shape_of(step: PlanStep, n: int) -> Sequence[int]:
     import torch
 
     turned = step.transform
@@ -192,7 +199,7 @@ def _shape_of(step: Step, n: int) -> Sequence[int]:
     return turned.targets_of(metas)[n].shape
 
 
-def _made(step: Step, checkpoint: Checkpoint, n: int, order: str = "") -> Lazy:
+def _made(step: PlanStep, checkpoint: Checkpoint, n: int, order: str = "") -> Lazy:
     if step.transform is None:
         return checkpoint.lazy(step.sources[n])
     sources = [checkpoint.lazy(name) for name in step.sources]

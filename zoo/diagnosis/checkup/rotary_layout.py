@@ -92,11 +92,13 @@ def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> Rows | None
     heads: int = config.heads  # type: ignore[attr-defined]
     if leaf != "q":
         heads = getattr(config, "kv_heads", heads) or heads
-    if len(held) < 2 or len(held[0].rows) % heads or config.turned < _FEW:
+    if len(held) < 2 or len(held[0].rows) % heads or config.rotary_dim < _FEW:
         return None
-    if config.turned % 2 or len(held[0].rows) // heads < config.turned:
+    if config.rotary_dim % 2 or len(held[0].rows) // heads < config.rotary_dim:
         return None
-    return Rows(tuple(held), torch.stack([n.rows.log() / 2 for n in held]), heads, config.turned)
+    return Rows(
+        tuple(held), torch.stack([n.rows.log() / 2 for n in held]), heads, config.rotary_dim
+    )
 
 
 # --- the order of rows ---------------------------------------------------------------------------

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.checkpoints.build import dtype_of
+from zoo.checkpoints.provenance import check_sources
+from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.diagnosis.diff import sides
 from zoo.diagnosis.diff.comparison import Comparison
@@ -18,9 +21,8 @@ from zoo.diagnosis.diff.explain import Cause, diagnosed
 from zoo.diagnosis.diff.flows import WAYS, Way
 from zoo.diagnosis.diff.matching import Matching
 from zoo.errors import UsageError, did_you_mean, listing
-from zoo.loading import Ref, dtype_of, load
+from zoo.loading import load
 from zoo.parity.truth import Draw, Inputs
-from zoo.text.inference import check_sources
 
 ROWS, FEW = 4, 2
 LARGE = 10**7  # parameters, from which on a row takes seconds

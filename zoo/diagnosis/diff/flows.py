@@ -37,14 +37,14 @@ class Way:
         """What it is given in turn."""
         if self.name != "cached":
             return [(self.inputs, {})]
-        tokens = self.inputs.places.ids.shape[1]
+        tokens = self.inputs.positions.ids.shape[1]
         cut, more = self.cut, {"cache": Cache(tokens)}
         return [(part(self.inputs, *ends), more) for ends in ((0, cut), (cut, tokens))]
 
     @property
     def cut(self) -> int:
         """How many tokens come first where they come in two parts."""
-        return 2 * self.inputs.places.ids.shape[1] // 3
+        return 2 * self.inputs.positions.ids.shape[1] // 3
 
     def other(self) -> list[Inputs]:
         """What the other model is given in turn: a row at a time, and no padding."""

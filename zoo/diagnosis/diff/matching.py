@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from converters.formats import TensorInfo
 from converters.language import Transform
-from converters.plan import Native, Plan, Step
+from converters.plan import Native, Plan, PlanStep
 from zoo.components.model import Model
 from zoo.components.norm import RMSNorm
 from zoo.errors import PlanError
@@ -218,14 +218,14 @@ class _Carrier:
         self.native = native
         self._known = dict[tuple[int, int, int], tuple[Tensor, int] | None]()
 
-    def __call__(self, step: Step, target: str, axis: int) -> Tensor | None:
+    def __call__(self, step: PlanStep, target: str, axis: int) -> Tensor | None:
         """(features,), or None where they are in order."""
         found = None if step.transform is None else self.found(step, target, axis)
         if found is None or torch.equal(found[0], torch.arange(found[1])):
             return None
         return found[0]
 
-    def found(self, step: Step, target: str, axis: int) -> tuple[Tensor, int] | None:
+    def found(self, step: PlanStep, target: str, axis: int) -> tuple[Tensor, int] | None:
         """(features,), and how long the axis on disk is; None where they lie along several."""
         place = step.targets.index(target)
         if step.transform is None:

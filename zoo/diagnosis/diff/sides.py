@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
+from zoo.checkpoints.build import native_of
 from zoo.checkpoints.foreign import fitted, spec_of
 from zoo.components.model import Model
 from zoo.diagnosis.diff.matching import Fold, Planned
-from zoo.loading import native_of
 from zoo.parity.checks import call
 from zoo.parity.reference import Reference
 from zoo.parity.truth import Inputs

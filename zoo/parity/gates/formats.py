@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-import zoo
 from zoo import evidence, registry
 from zoo.errors import did_you_mean
 from zoo.parity.gates.trips import OWN, Trip, run, sources
 from zoo.terminal import GREEN, RED, has_color, paint, passing
+from zoo.version import VERSION
 
 LEGEND = """\
 Files in the dialect of a row, converted to that of a column, read, and converted back:
@@ -118,7 +118,7 @@ def to_record(trips: Iterable[Trip]) -> dict[str, dict[str, Any]]:
 def made_with() -> str:
     names = ("torch", "transformers")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"zoo {zoo.__version__}, {packages}, Python {platform.python_version()}"
+    return f"zoo {VERSION}, {packages}, Python {platform.python_version()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -482,10 +482,10 @@ def _(config: Any) -> dict[str, Any]:
     return {"window": 10**6}
 
 
-@mutant("one expert fewer for each token", "config", at=MLP, cause=r"chosen is")
+@mutant("one expert fewer for each token", "config", at=MLP, cause=r"experts_per_token is")
 def _(config: Any) -> dict[str, Any]:
-    need(_field(config, "experts") and config.chosen > 1)
-    return {"chosen": config.chosen - 1}
+    need(_field(config, "experts") and config.experts_per_token > 1)
+    return {"experts_per_token": config.experts_per_token - 1}
 
 
 @mutant(
@@ -502,10 +502,10 @@ def _(config: Any) -> dict[str, Any]:
     "shared layers run once, or others twice",
     "config",
     at=r"in blocks\.[01]\.norm1(, time 2)?$",
-    cause=r"twice is",
+    cause=r"repeat is",
 )
 def _(config: Any) -> dict[str, Any]:
-    return {"twice": not _field(config, "twice")}
+    return {"repeat": not _field(config, "repeat")}
 
 
 @mutant("soft cap left out", "config", at=LOOK, cause=r"score_cap is")
@@ -514,11 +514,12 @@ def _(config: Any) -> dict[str, Any]:
     return {"score_cap": None}
 
 
-@mutant("reach of distances doubled", "config", at=LOOK, cause=r"(distance|reach) is")
+@mutant("reach of distances doubled", "config", at=LOOK, cause=r"max_distance is")
 def _(config: Any) -> dict[str, Any]:
     if getattr(config, "log_buckets", 0) > 0:
-        return {"reach": 2 * config.longest}
-    return {"distance": 2 * _field(config, "distance")}
+        return {"max_distance": 2 * config.longest}
+    need(not hasattr(config, "log_buckets"))  # its table has a row a distance
+    return {"max_distance": 2 * _field(config, "max_distance")}
 
 
 @mutant("padding token unknown", "config", at=r"out (embed\.weight|the model)$", cause=r"\bpad is")
@@ -753,9 +754,9 @@ def _(model: Any) -> None:
 )
 def _(model: Any) -> None:
     for block in blocks(model):
-        looks = set(getattr(block.attn, "looks", ()))
-        need(len(looks) == 1)
-        block.attn.looks = tuple({"c2p", "p2c"} - looks)
+        terms = set(getattr(block.attn, "position_terms", ()))
+        need(len(terms) == 1)
+        block.attn.position_terms = tuple({"c2p", "p2c"} - terms)
 
 
 @mutant(

@@ -1,6 +1,6 @@
-"""Golden files: what a checkpoint's authors published of its outputs, in the place of a reference.
+"""Golden files: outputs published by a checkpoint's authors, used as a reference.
 
-A file holds tokens and, at each place, the likeliest next tokens with their logits.
+A file holds tokens and, at each position, the most likely next tokens with their logits.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ FIELDS = ("about", "tolerance", "tokens", "ids", "logits")
 
 @dataclass(frozen=True)
 class Golden:
+    """Published outputs for one sequence of tokens."""
+
     name: str
-    about: str  # whose outputs they are
+    about: str  # where the outputs come from
     tolerance: float  # of a logit
     tokens: Tensor  # (s,)
-    ids: Tensor  # (s, TOP), the likeliest first
+    ids: Tensor  # (s, TOP), the most likely first
     logits: Tensor  # (s, TOP)
 
     @classmethod
     def of(cls, logits: Tensor, tokens: Tensor, tolerance: float, about: str) -> Golden:
-        """From all logits (s, v) over tokens (s,)."""
+        """Golden outputs from all logits (s, v) over tokens (s,)."""
         best = logits.double().topk(TOP)
         return cls("", about, tolerance, tokens, best.indices, best.values)
 
     def to_text(self) -> str:
-        """A line for each place; logits with as many digits as fp32 has."""
+        """The file's text: a line per position, logits with the digits of fp32."""
         logits = [[float(f"{x:.9g}") for x in row] for row in self.logits.tolist()]
         lines = [
             *(f'"{name}": {json.dumps(getattr(self, name))}' for name in FIELDS[:2]),
@@ -53,19 +55,23 @@ class Golden:
 
     @torch.no_grad()
     def row(self, subject: str, model: Any) -> Row:
-        """How far a model's logits are from these; a token that passes one of them counts too."""
+        """Compare a model's logits; an unlisted token that exceeds a listed one counts too."""
         out = model(self.tokens[None])
-        found: Tensor = (out[0] if isinstance(out, tuple) else out)[0].double()
-        if found.dim() != 2 or len(found) != len(self.tokens) or self.ids.max() >= found.shape[1]:
-            has = f"{len(self.tokens)} tokens, and ids up to {self.ids.max()} behind them"
-            detail = f"{self.name}: {has}; the model's outputs are {list(found.shape)}"
+        logits: Tensor = (out[0] if isinstance(out, tuple) else out)[0].double()
+        if (
+            logits.dim() != 2
+            or len(logits) != len(self.tokens)
+            or self.ids.max() >= logits.shape[1]
+        ):
+            has = f"{len(self.tokens)} tokens, with ids up to {self.ids.max()}"
+            detail = f"{self.name}: {has}; the model's outputs are {list(logits.shape)}"
             return Row(subject, "golden", float("inf"), self.tolerance, "shape", detail)
-        apart = (found.gather(1, self.ids) - self.logits).abs()
-        others = found.scatter(1, self.ids, -torch.inf).amax(dim=1) - self.logits[:, -1]
+        apart = (logits.gather(1, self.ids) - self.logits).abs()
+        others = logits.scatter(1, self.ids, -torch.inf).amax(dim=1) - self.logits[:, -1]
         worst = torch.cat([apart, others[:, None]], dim=1)
         error = worst.max().item()  # NaN where there is one
-        place = int(worst.amax(dim=1).argmax())
-        detail = f"{self.name}: {error:.1e} behind token {place}, {self.tolerance:.1e} at most"
+        position = int(worst.amax(dim=1).argmax())
+        detail = f"{self.name}: {error:.1e} after token {position}, {self.tolerance:.1e} at most"
         return Row(subject, "golden", error, self.tolerance, f"{error:.1e}", detail)
 
 
@@ -74,7 +80,7 @@ def _rows(rows: list[list[Any]]) -> str:
 
 
 def find(asked: str | PathLike[str] | None, ref: Any) -> Golden | None:
-    """The file or the name that is asked for, or what the registry has for the checkpoint."""
+    """The golden outputs of a file or name, or those that the registry has for the checkpoint."""
     entry = registry.named(ref)
     if asked is None:
         return read(_path(entry.golden)) if entry is not None and entry.golden else None
@@ -82,10 +88,12 @@ def find(asked: str | PathLike[str] | None, ref: Any) -> Golden | None:
     if named is None:
         if not (path := Path(asked)).is_file():
             near = did_you_mean(str(asked), registry.checkpoints())
-            raise NotACheckpoint(f"golden: {asked}: neither a file nor a checkpoint's name.{near}")
+            raise NotACheckpoint(
+                f"golden: {asked}: neither a file nor the name of a checkpoint.{near}"
+            )
         return read(path)
     if not named.golden:
-        raise NotACheckpoint(f"golden: {named.name}: the registry knows no outputs of it")
+        raise NotACheckpoint(f"golden: {named.name}: the registry has no outputs for it")
     return read(_path(named.golden))
 
 
@@ -94,9 +102,10 @@ def _path(name: str) -> Path:
 
 
 def read(path: Path) -> Golden:
+    """Read and check a golden file."""
     data = read_json(path)
     if problems := list(_problems(data)):
-        raise ConfigError("\n  ".join([f"{path}: no golden file:", *problems]), problems)
+        raise ConfigError("\n  ".join([f"{path}: not a golden file:", *problems]), problems)
     return Golden(
         path.name,
         data["about"],
@@ -108,11 +117,11 @@ def read(path: Path) -> Golden:
 
 
 def _problems(data: Mapping[str, Any]) -> Iterator[str]:
-    if odd := [name for name in (*data, *FIELDS) if (name in data) != (name in FIELDS)]:
-        yield f"its fields are {', '.join(FIELDS)}; missing or unknown: {', '.join(odd)}"
+    if names := [name for name in (*data, *FIELDS) if (name in data) != (name in FIELDS)]:
+        yield f"its fields are {', '.join(FIELDS)}; missing or unknown: {', '.join(names)}"
         return
     if not isinstance(data["about"], str):
-        yield f"about: expected words, found {data['about']!r}"
+        yield f"about: expected a text, found {data['about']!r}"
     if not _is_number(data["tolerance"]) or data["tolerance"] <= 0:
         yield f"tolerance: expected a positive number, found {data['tolerance']!r}"
     tokens = data["tokens"]
@@ -126,14 +135,16 @@ def _problems(data: Mapping[str, Any]) -> Iterator[str]:
             or len(rows) != len(tokens)
             or not all(_are(row, fits) and len(row) == TOP for row in rows)
         ):
-            yield f"{name}: expected {TOP} behind each of {len(tokens)} tokens"
+            yield f"{name}: expected {TOP} after each of {len(tokens)} tokens"
         elif name == "ids" and any(len(set(row)) != TOP for row in rows):
             yield "ids: one token twice in a row"
-        elif name == "logits" and (wild := [n for n, r in enumerate(rows) if r != sorted(r)[::-1]]):
-            yield f"logits: behind token {wild[0]}, the likeliest is not the first"
+        elif name == "logits" and (
+            unsorted := [n for n, r in enumerate(rows) if r != sorted(r)[::-1]]
+        ):
+            yield f"logits: after token {unsorted[0]}, the most likely is not the first"
         elif name == "logits" and _is_number(data["tolerance"]):
             apart = min(row[0] - row[-1] for row in rows)
-            if data["tolerance"] >= apart:  # then any order of them would pass
+            if data["tolerance"] >= apart:  # any order would pass
                 yield f"tolerance: {data['tolerance']:g}, and logits lie within {apart:g}"
 
 

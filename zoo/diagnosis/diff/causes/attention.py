@@ -39,13 +39,13 @@ def _otherwise_placed(scene: Scene, name: str) -> Iterator[Idea]:
     """DeBERTa's queries and keys run once more for each way in which places are looked at."""
     attn: Any = scene.above
     here = [n.rpartition(".")[0] for n in scene.alike()]
-    for looks in LOOKS if hasattr(attn, "looks") else ():
-        if set(looks) != set(attn.looks):
-            now, then = places_said(attn.looks), places_said(looks)
+    for looks in LOOKS if hasattr(attn, "position_terms") else ():
+        if set(looks) != set(attn.position_terms):
+            now, then = places_said(attn.position_terms), places_said(looks)
             idea = Idea(
                 f"{stars(name)}: here {now}, in the other model {then}",
-                f"looks is {looks}",
-                settings={one: {"looks": looks} for one in here},
+                f"position_terms is {looks}",
+                settings={one: {"position_terms": looks} for one in here},
             )
             if scene.restores(idea):
                 yield idea

@@ -172,7 +172,7 @@ def _masks(scene: Scene) -> Iterator[Turn]:
     yield turn("the future is visible", lambda mask: mask | mask.mT)
     yield turn("the future is hidden", lambda mask: mask.tril())
     yield turn("the past is hidden", lambda mask: torch.ones_like(mask).triu())
-    tokens = scene.comparison.way.inputs.places.ids.shape[1]
+    tokens = scene.comparison.way.inputs.positions.ids.shape[1]
     now = getattr(scene.model.config, "window", None)
     near = [n for n in (now and now + 1, now and now - 1) if n]
     windows = [int(n) for n in (*near, *scene.numbers, 1, 2) if 0 < n < tokens and n == int(n)]

@@ -40,9 +40,9 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     name = stars(name)
     if ours.chosen != theirs.chosen:
         what = f"{name}: {ours.chosen} experts are chosen here, and {theirs.chosen} there"
-        settings = {n: {"chosen": theirs.chosen} for n in scene.alike()}
-        config = {"chosen": theirs.chosen} if scene.steady else {}
-        fix = f"chosen is {theirs.chosen}"
+        settings = {n: {"experts_per_token": theirs.chosen} for n in scene.alike()}
+        config = {"experts_per_token": theirs.chosen} if scene.steady else {}
+        fix = f"experts_per_token is {theirs.chosen}"
         yield Idea(what, fix, config=config, settings={} if config else settings)
     if ours.shares != theirs.shares:
         yield Idea(f"{name}: shares of the chosen {ours.shares} here, and {theirs.shares} there")
@@ -62,7 +62,7 @@ def _fitted(module: Experts, x: Tensor, wanted: Tensor) -> Mixed | None:
             for on, a, b in (("gate", gate, up), ("up", up, gate))
         }
         scores = module.router(x).softmax(-1)
-        for chosen in (module.chosen, *range(1, module.experts + 1)):
+        for chosen in (module.experts_per_token, *range(1, module.experts + 1)):
             top, index = scores.topk(chosen, -1)
             for shares, share in SHARES.items():
                 weights = torch.zeros_like(scores).scatter(-1, index, share(top))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.components import rotary as component
 from zoo.components.masks import Mask
-from zoo.components.rotary import UNTURNED, Rotary
+from zoo.components.rotary import NO_ROTARY, Rotary
 from zoo.diagnosis.diff.causes.attention_trial import Look, Turn
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.edits import backwards, bases, scalings
@@ -29,7 +29,7 @@ def rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
     standard = own.rotary
     if not isinstance(standard, Rotary):  # the class turns nothing
         return
-    yield turn("queries and keys are not turned", UNTURNED)
+    yield turn("queries and keys are not turned", NO_ROTARY)
     yield turn("keys are not turned", lambda q, k, m: (standard(q, k, m)[0], k))
     yield turn("queries are not turned", lambda q, k, m: (q, standard(q, k, m)[1]))
     for ahead in (1, -1):
@@ -106,7 +106,7 @@ def _coarse(
     ]
     scale = standard.scaling.amplitude(standard)
     cos, sin = ((x * scale).to(dtype).to(q.dtype) for x in (angles.cos(), angles.sin()))
-    return component.turn(q, cos, sin), component.turn(k, cos, sin)
+    return component.rotate(q, cos, sin), component.rotate(k, cos, sin)
 
 
 def _exactly(standard: Rotary) -> str:

@@ -218,11 +218,11 @@ def _disentangled(attn: nn.Module) -> Iterator[Turn]:
         return Turn("sum", what, lambda look: replace(look, attend=other.look))
 
     given: Any = attn
-    if not given.looks or given.distances is None:
+    if not given.position_terms or given.distances is None:
         return
     for looks in LOOKS:
-        if set(looks) != set(given.looks):
-            yield turn(f"{places_said(looks)}, not as the config says", looks=looks)
+        if set(looks) != set(given.position_terms):
+            yield turn(f"{places_said(looks)}, not as the config says", position_terms=looks)
     distances: Any = given.distances.__self__
     other = copy.copy(distances)
     other._modules = dict(distances._modules)

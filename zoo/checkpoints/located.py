@@ -1,0 +1,110 @@
+"""A checkpoint whose config is understood: what is known before its weights are opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters.checkpoint import Checkpoint
+from converters.dialects import DialectMatch
+from converters.opening import open_checkpoint
+from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
+from converters.quantized.dequantize import dequantize_checkpoint, has_inputs_first
+from converters.quantized.settings import Quantization
+from converters.spec import Dialect, Spec
+from zoo.checkpoints.downloads import naming_damaged_blobs
+from zoo.checkpoints.sources import Source
+from zoo.errors import ConfigError, ResourceLimit, listing, option
+from zoo.registry import Architecture
+
+
+class Located(NamedTuple):
+    """A checkpoint whose config is understood, before its weights are opened."""
+
+    source: Source
+    entry: Architecture
+    spec: Spec
+    heads: tuple[str, ...]  # heads to try, the first that the weights fill wins
+    fields: Mapping[str, Any]  # native config fields
+    reference_class: str | None
+    config_text: str
+    native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
+    foreign: DialectMatch | None = None  # files of a dialect that has no config.json
+    quantized: Quantization | None = None  # how matrices are held, if not as they are
+    configs: Mapping[str, Any] = {}  # head -> its Config, built when the fields were checked
+    opened: Checkpoint | None = None  # its files, where they had to be opened to be understood
+    # what puts an adapter's own tensors among those of the files
+    extend: Callable[[Checkpoint], Checkpoint] | None = None
+    mmap: bool | None = None  # whether weights are mapped; None: as their format is
+    ignore_config: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The file or directory, for messages."""
+        return str(self.source.file or self.source.directory)
+
+    @property
+    def dialect(self) -> str:
+        """The name of the dialect that the files are in: native, hf, gguf …"""
+        if self.native is not None:
+            return "native"
+        return "hf" if self.foreign is None else self.foreign.dialect.name
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the files: names, shapes and dtypes of all tensors, without their numbers."""
+        checkpoint = self._open() if self.opened is None else self.opened
+        return checkpoint if self.extend is None else self.extend(checkpoint)
+
+    def _open(self) -> Checkpoint:
+        if self.foreign is not None:
+            return self.foreign.checkpoint
+        with naming_damaged_blobs(self.source.directory):
+            checkpoint = open_checkpoint(self.source.directory, self.mmap)
+        if self.quantized is None:
+            return checkpoint
+        config = json.loads(self.config_text)
+        dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
+        transposed = partial(has_inputs_first, self.spec.dialect("hf"))
+        return dequantize_checkpoint(
+            checkpoint, self.quantized, transposed, CONFIG_DTYPES.get(dtype)
+        )
+
+    def config(self, head: str, changes: Mapping[str, Any] | None = None) -> Any:
+        """Return the native Config for a head, with some fields changed; built once if none is."""
+        if not changes and head in self.configs:
+            return self.configs[head]
+        kind = self.entry.config_class
+        if self.foreign is None:
+            return kind(**{**self.fields, **(changes or {}), "head": head})
+        return self._foreign_config(self.foreign, head, changes or {})
+
+    def _foreign_config(self, foreign: DialectMatch, head: str, changes: Mapping[str, Any]) -> Any:
+        """Of files that may not say all of it; problems have the dialect's names of fields."""
+        kind, dialect = self.entry.config_class, foreign.dialect
+        fields = {**self.fields, **dialect.native_names(changes, kind.__dataclass_fields__)}
+        if missing := [name for name in dialect.needs if fields.get(name) is None]:
+            words = [dialect.reference_field(name) for name in missing]
+            unknown = sorted(fields.keys() - kind.__dataclass_fields__.keys())
+            raise ConfigError(
+                f"{self.where}: {dialect.container.about if dialect.container else dialect.name}: "
+                f"nothing says {listing(words)} (looked in {foreign.config_from} and at the "
+                f"shapes of the tensors). Pass {option('config', dict.fromkeys(words, ...))}"
+                f"{f', and not {listing(unknown)}' if unknown else ''}"
+            )
+        try:
+            return kind(**{**fields, "head": head})
+        except ConfigError as error:
+            problems = [as_published(dialect, problem) for problem in error.problems]
+            where = foreign.config_from if Path(foreign.config_from).is_file() else self.where
+            raise ConfigError("\n  ".join([f"{where}:", *problems]), problems) from None
+        except ResourceLimit as error:
+            raise ResourceLimit(f"{self.where}: {as_published(dialect, str(error))}") from None
+
+
+def as_published(dialect: Dialect, problem: str) -> str:
+    """Put a problem of a native field under the name that the dialect has for the field."""
+    name, _, text = problem.partition(": ")
+    return f"{dialect.reference_field(name)}: {text}" if text else problem

@@ -1,0 +1,39 @@
+"""A LoRA adapter written back, alone, as the directory that peft loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from zoo.components.model import Model
+from zoo.lora import adapter_of, own_parameters
+from zoo.lora.files import Factors, output
+from zoo.lora.targets import on_disk
+from zoo.saving.save import checked_destination, write
+
+
+def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = False) -> Path:
+    """A directory that peft loads: while nothing was trained, the bytes of the one it was.
+
+    An adapter may be saved again over its own earlier output; see `zoo.save` for that and `force`.
+    """
+    adapter = adapter_of(model)
+    factors, whole = dict[str, Factors](), dict[str, Tensor]()
+    own = {n: p.detach() for n, p in own_parameters(model)}
+    for module, was in adapter.files.factors.items():
+        now = adapter.factors(module)
+        factors[module] = now._replace(a=_as_it_was(now.a, was.a), b=_as_it_was(now.b, was.b))
+    for name, before in adapter.files.whole.items():
+        _, step, n = adapter.changes.index.find(name)
+        whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
+    changed = output(replace(adapter.files, factors=factors, whole=whole))
+    return write(changed, checked_destination(directory, None, force), force)
+
+
+def _as_it_was(now: Tensor, before: Tensor) -> Tensor:
+    """In the file's own dtype, where that holds the same numbers."""
+    narrow = now.to(before.dtype)
+    return narrow if narrow.to(now.dtype).equal(now) else now
