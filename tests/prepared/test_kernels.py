@@ -28,10 +28,10 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def blocks_of(weight: torch.Tensor, bias: torch.Tensor | None) -> kernels.PackedBlocks:
+def blocks_of(weight: torch.Tensor, bias: torch.Tensor | None) -> kernels.WeightBlocks:
     if not packed.has_onednn(weight.dtype):
         pytest.skip(f"oneDNN packs no {weight.dtype} here")
-    blocks = kernels.PackedBlocks.of(pack(weight), weight, bias)
+    blocks = kernels.WeightBlocks.of(pack(weight), weight, bias)
     if blocks is None:
         pytest.skip("oneDNN has another order on this machine")
     return blocks
@@ -96,9 +96,9 @@ def test_another_block_layout_is_detected(shape: tuple[int, int]) -> None:
     for start in (0, len(weight) - 1):  # the first block, the last one
         other = weight.clone()
         other[start, 0] += 1
-        assert kernels.PackedBlocks.of(pack(other), weight, None) is None
+        assert kernels.WeightBlocks.of(pack(other), weight, None) is None
     one = torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # row by row, in fp32
-    assert kernels.PackedBlocks.of(one, weight, None) is None
+    assert kernels.WeightBlocks.of(one, weight, None) is None
 
 
 @NONE
@@ -107,7 +107,7 @@ def test_constant_blocks_lead_to_a_check_of_all() -> None:
     other = weight.clone()
     other[64:128] = drawn(64, 32)
     blocks_of(weight, None)
-    assert kernels.PackedBlocks.of(pack(other), weight, None) is None
+    assert kernels.WeightBlocks.of(pack(other), weight, None) is None
 
 
 @NONE

@@ -1267,7 +1267,7 @@ You help.<|im_end|>
 <|im_start|>assistant
 {% endif %}
 """
-SAID = [
+MESSAGES = [
     {"role": "system", "content": "Be brief. <b>'ü'</b>"},
     {"role": "user", "content": " Hello\n"},
     {"role": "assistant", "content": "Hi! "},
@@ -1282,7 +1282,7 @@ def talker(made: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("template", (LLAMA2_CHAT, LLAMA3_CHAT, CHATML), ids=("2", "3", "ml"))
-@pytest.mark.parametrize("messages", (SAID, SAID[1:], SAID[:2]), ids=len)
+@pytest.mark.parametrize("messages", (MESSAGES, MESSAGES[1:], MESSAGES[:2]), ids=len)
 @pytest.mark.parametrize("prompt", (True, False))
 @pytest.mark.parametrize("tools", (None, TOOLS), ids=("", "tools"))
 def test_chat_templates_match_the_reference(
@@ -1297,10 +1297,10 @@ def test_chat_templates_match_the_reference(
 
 
 def test_documented_formats(talker: Tokenizer) -> None:
-    assert talker.chat(SAID[:3], template=LLAMA2_CHAT) == (
+    assert talker.chat(MESSAGES[:3], template=LLAMA2_CHAT) == (
         "<s>[INST] <<SYS>>\nBe brief. <b>'ü'</b>\n<</SYS>>\n\n Hello [/INST] Hi! </s>"
     )
-    assert talker.chat(SAID[1:2], template=LLAMA3_CHAT) == (
+    assert talker.chat(MESSAGES[1:2], template=LLAMA3_CHAT) == (
         "<s><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
@@ -1336,24 +1336,28 @@ def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
     for name in ("x", "saved", "native"):
         mine = zoo.tokenizer(tmp_path / name)
         assert mine.templates == texts
-        assert mine.chat(SAID, tools=TOOLS) == "1 tools"
-        assert mine.chat(SAID) == "default" and mine.chat(SAID, template="rag") == "documents"
+        assert mine.chat(MESSAGES, tools=TOOLS) == "1 tools"
+        assert (
+            mine.chat(MESSAGES) == "default" and mine.chat(MESSAGES, template="rag") == "documents"
+        )
     (tmp_path / "x" / "additional_chat_templates" / "out.jinja").symlink_to("/etc/hostname")
     with pytest.raises(UnsafePath):
         zoo.tokenizer(tmp_path / "x")
 
 
-@pytest.mark.parametrize("messages", ["hello", SAID[0], None, ["hello"], [("user", "hello")], 5])
+@pytest.mark.parametrize(
+    "messages", ["hello", MESSAGES[0], None, ["hello"], [("user", "hello")], 5]
+)
 def test_wrong_messages_are_refused(talker: Tokenizer, messages: Any) -> None:
     with pytest.raises(InputError, match="messages: expected a list of mappings"):
         talker.chat(messages, template=CHATML)
     with pytest.raises(InputError, match="template=5"):
-        talker.chat(SAID, template=5)  # type: ignore[arg-type]
+        talker.chat(MESSAGES, template=5)  # type: ignore[arg-type]
 
 
 def test_a_missing_template_is_refused(talker: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="no chat template 'default'; it has none"):
-        talker.chat(SAID)
+        talker.chat(MESSAGES)
 
 
 def test_objects_in_messages_are_refused(talker: Tokenizer) -> None:

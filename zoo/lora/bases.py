@@ -99,11 +99,11 @@ class _MemoryReader:
     """A checkpoint reader of tensors in memory."""
 
     def __init__(self, tensors: dict[str, TensorInfo], values: Mapping[str, Tensor]) -> None:
-        self.tensors, self.metadata, self._held = tensors, dict[str, str](), values
+        self.tensors, self.metadata, self._tensors = tensors, dict[str, str](), values
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name."""
-        return self._held[name]
+        return self._tensors[name]
 
     def decoder(self, name: str) -> Read | None:
         """None: these tensors are not quantized."""

@@ -65,7 +65,7 @@ def usable(x: Tensor) -> bool:
     return fits and not torch.compiler.is_compiling() and library() is not None
 
 
-class PackedBlocks:
+class WeightBlocks:
     """A weight (o, i) in oneDNN's layout: blocks of 64 outputs, in each input after input."""
 
     def __init__(self, packed: Tensor, bias: Tensor | None, outputs: int, deep: int) -> None:
@@ -77,7 +77,7 @@ class PackedBlocks:
         _in_large_pages(self.start, torch.ops.mkldnn._nbytes(packed))
 
     @classmethod
-    def of(cls, packed: Tensor, weight: Tensor, bias: Tensor | None) -> PackedBlocks | None:
+    def of(cls, packed: Tensor, weight: Tensor, bias: Tensor | None) -> WeightBlocks | None:
         """The blocks, or None if oneDNN chose another layout, as it may for some CPU or shape."""
         if library() is None or weight.dtype not in _DTYPES:
             return None

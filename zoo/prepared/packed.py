@@ -96,7 +96,7 @@ class OneDNN(Packed):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MANY)
         self.bias, self.act = bias, act
         self.fused = FUSED[act] if act else ("none", "")
-        self.blocks = kernels.PackedBlocks.of(self.weight, weight, bias)
+        self.blocks = kernels.WeightBlocks.of(self.weight, weight, bias)
 
     def product(self, x: Tensor) -> Tensor:
         """(…, out) from (…, in), by the best kernel for so many rows."""
