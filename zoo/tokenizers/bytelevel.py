@@ -303,7 +303,7 @@ def ranked(
     """Build the engine from tokens in the order of their ranks; ids begin at `first`."""
     distinct = set(tokens)
     if len(distinct) != len(tokens):
-        raise BadTokenizer(f"{path}: {len(tokens) - len(distinct)} tokens stand twice")
+        raise BadTokenizer(f"{path}: {len(tokens) - len(distinct)} tokens occur twice")
     if missing := [byte for byte in range(256) if bytes([byte]) not in distinct]:
         raise BadTokenizer(f"{path}: {len(missing)} of 256 bytes have no rank: truncated?")
     ids = range(first, first + len(tokens))

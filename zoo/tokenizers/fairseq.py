@@ -40,7 +40,7 @@ def from_pieces(path: Path, settings: TokenizerSettings) -> Fast:
     entries.append((roles["mask"], 0.0))
     texts = [text for text, _ in entries]
     if twice := [text for text, count in Counter(texts).items() if count > 1]:
-        raise BadTokenizer(f"{path}: pieces that stand twice: {listing(twice)}")
+        raise BadTokenizer(f"{path}: pieces that occur twice: {listing(twice)}")
     own = [Added(text, id) for id, text in enumerate(first)]
     own += [
         Added(piece.text, id, special=piece.kind == CONTROL)
