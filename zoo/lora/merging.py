@@ -158,7 +158,7 @@ def changes(model: Any, native: Any, files: Files, own: Own) -> Changes:
             key = part.target.native, part.target.at
             if (other := owners.setdefault(key, module)) != module:
                 problems.append(
-                    f"{other} and {module}: two modules of the reference that are one here, {key[0]}"
+                    f"{other} and {module}: two modules of the reference, and one here, {key[0]}"
                 )
             updates.setdefault(key[0], []).append(LowRankUpdate(part, factors))
     replaced = _replaced(index, files, own, problems)
