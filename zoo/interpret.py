@@ -220,8 +220,8 @@ def _near(name: str, points: Iterable[object]) -> str:
     """A hint: names like this one, or all names, with the numbers of layers as `*`."""
     exact = [str(point) for point in points]
     each = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", one) for one in exact))
-    there = listing((one for one in each if ":" not in one), 12)
-    return did_you_mean(name, each if "*" in name else exact) or f" There is {there}"
+    all_names = listing((one for one in each if ":" not in one), 12)
+    return did_you_mean(name, each if "*" in name else exact) or f" There is {all_names}"
 
 
 # --- hooks ----------------------------------------------------------------------------------------

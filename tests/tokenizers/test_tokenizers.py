@@ -413,8 +413,9 @@ def fairseq(folder: Path) -> Any:
 
 
 def same_as_fairseq(folder: Path, count: int, seed: int) -> None:
-    """With special tokens in a text found; and where there are none, also as if not to be found:
-    the reference's model takes their characters for them nonetheless, since they are pieces of it.
+    """Compare with special tokens read as special; without any in the text, also read as text.
+
+    The reference's model reads their characters as special either way: they are among its pieces.
     """
     mine, reference = zoo.tokenizer(folder), fairseq(folder)
     apart = 0
@@ -426,8 +427,8 @@ def same_as_fairseq(folder: Path, count: int, seed: int) -> None:
             apart += 1
             assert not {0, 1, 2, mine.vocab_size - 1} & set(ids), repr(text)
         else:
-            theirs = reference(text, add_special_tokens=False, split_special_tokens=True)
-            assert ids == theirs["input_ids"], repr(text)
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            assert ids == reference(text, **options)["input_ids"], repr(text)
         shown = mine.decode(theirs)
         assert shown == reference.decode(theirs, clean_up_tokenization_spaces=False), repr(text)
         assert streamed(mine, theirs) == shown, repr(text)
@@ -1120,7 +1121,7 @@ def test_damaged_tokenizer_json_raises_only_our_errors(made: Path, tmp_path: Pat
         ("gpt2", "encoder.json", lambda d: b"[]", "an object is expected"),
         ("llama3", "tokenizer.model", lambda d: d + b"!!!! 265\n", "line 266: expected base64"),
         ("llama3", "tokenizer.model", lambda d: d + b"YWJj 300\n", "rank 300 is out of order"),
-        ("llama3", "tokenizer.model", lambda d: d + b"dGg= 265\n", "1 tokens stand twice"),
+        ("llama3", "tokenizer.model", lambda d: d + b"dGg= 265\n", "1 tokens occur twice"),
         ("llama3", "tokenizer.model", lambda d: d[:808], "truncated"),
         ("llama2", "tokenizer.model", lambda d: d[: len(d) // 2], "no model of sentencepiece"),
         ("bert-uncased", "vocab.txt", lambda d: d[:6], r"no \[UNK\]"),
@@ -1147,7 +1148,7 @@ def test_damaged_tokenizer_json_raises_only_our_errors(made: Path, tmp_path: Pat
             "tekken",
             "tekken.json",
             lambda d: d.replace(b'"YQ=="', b'"Yg=="'),
-            "1 tokens stand twice",
+            "1 tokens occur twice",
         ),
         ("tekken", "tekken.json", lambda d: d.replace(b'"<pad>"', b'"<s>"'), "special_tokens.5"),
         ("tekken", "tekken.json", lambda d: d.replace(b'"<s>"', b'"<SPECIAL_7>"'), "of its own"),

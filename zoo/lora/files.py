@@ -284,8 +284,8 @@ def _half_problem(
     module: str, pair: Mapping[int, Tensor], settings: AdapterSettings, ends: tuple[str, str]
 ) -> str:
     if len(pair) < 2:
-        there, lacking = (ends[n] for n in (*pair, 1 - next(iter(pair))))
-        return f"{PREFIX}{module}: {there[1:]} without {lacking[1:]}"
+        present, missing = (ends[n] for n in (*pair, 1 - next(iter(pair))))
+        return f"{PREFIX}{module}: {present[1:]} without {missing[1:]}"
     a, b = pair[0], pair[1]
     rank = settings.rank_of(module)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:

@@ -157,7 +157,9 @@ def changes(model: Any, native: Any, files: Files, own: Own) -> Changes:
         for part in parts[module]:
             key = part.target.native, part.target.at
             if (other := owners.setdefault(key, module)) != module:
-                problems.append(f"{other} and {module}: two modules there, and one here, {key[0]}")
+                problems.append(
+                    f"{other} and {module}: two modules of the reference, and one here, {key[0]}"
+                )
             updates.setdefault(key[0], []).append(LowRankUpdate(part, factors))
     replaced = _replaced(index, files, own, problems)
     if problems:
@@ -185,21 +187,22 @@ def _parts(model: Any, index: TargetIndex, module: str, factors: Factors) -> Ite
                 "layers, embeddings and experts"
             )
         looked_up = isinstance(owner, nn.Embedding)
-        if (
-            looked_up and target.native.count(".") > 1
-        ):  # token embeddings belong to the model itself
+        # token embeddings belong to the model itself; others are tables that are read directly
+        if looked_up and target.native.count(".") > 1:
             raise PlanError(
                 f"{module}: {target.native} is read directly, and factors beside it have no effect"
             )
         if looked_up != factors.embedding:
             raise PlanError(
-                f"{module}: factors of {'a linear layer' if looked_up else 'an embedding'}"
+                f"{module}: expected factors of {'an embedding' if looked_up else 'a linear layer'}"
+                f", found those of {'a linear layer' if looked_up else 'an embedding'}"
             )
         out, into = (target.columns, target.rows) if looked_up else (target.rows, target.columns)
         sizes = [factors.b.shape[0], factors.a.shape[1]]
         if sizes != (expected := [info.shape[out[0]], info.shape[into[0]]]):
             raise PlanError(
-                f"{module}: factors for {sizes}, expected {expected} (out, in). Another base?"
+                f"{module}: expected factors for {expected} (out, in), found {sizes}. Is the "
+                "adapter for another base?"
             )
         yield FactorSlice(target, out[1], into[1])
 
@@ -220,7 +223,9 @@ def _replaced(index: TargetIndex, files: Files, own: Own, problems: list[str]) -
             more = ""
             if info.shape[1:] == tuple(tensor.shape[1:]):
                 more = ". If it was resized for training, resize the base likewise and save that"
-            problems.append(f"{name}: {list(tensor.shape)}, expected {list(info.shape)}{more}")
+            problems.append(
+                f"{name}: expected {list(info.shape)}, found {list(tensor.shape)}{more}"
+            )
             continue
         if (main := index.main(name)) is not None and main not in files.whole:
             now = _disk(step, own)[n].whole()

@@ -50,13 +50,13 @@ def library() -> Any:
             out = os.path.join(directory, "kernels.so")
             command = [*(setting or [str(compiler)]), *flags, "-o", out, os.fspath(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            made = ctypes.CDLL(out)
+            handle = ctypes.CDLL(out)
     except (OSError, subprocess.SubprocessError):
         return None
     for name, arguments in _ARGUMENTS.items():
-        getattr(made, name).argtypes = arguments
-        getattr(made, name).restype = c_int
-    return made
+        getattr(handle, name).argtypes = arguments
+        getattr(handle, name).restype = c_int
+    return handle
 
 
 def usable(x: Tensor) -> bool:
@@ -87,8 +87,8 @@ class WeightBlocks:
         deep, rest = divmod(nbytes, count * WIDE * size)
         if rest or deep % pair or deep < inputs:
             return None
-        made = cls(packed, bias, outputs, deep)
-        memory = (ctypes.c_char * nbytes).from_address(made.start)
+        result = cls(packed, bias, outputs, deep)
+        memory = (ctypes.c_char * nbytes).from_address(result.start)
         blocks = torch.frombuffer(memory, dtype=weight.dtype).view(count, deep // pair, WIDE, pair)
 
         def agree(b: int) -> bool:
@@ -98,14 +98,14 @@ class WeightBlocks:
 
         some = {0, count // 2, count - 1}
         plain = all((rows := blocks[b]).eq(rows.flatten()[0]).all() for b in some)
-        return made if all(map(agree, range(count) if plain else some)) else None
+        return result if all(map(agree, range(count) if plain else some)) else None
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(..., o) from (..., i), summed in fp32 and rounded once."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.outputs), dtype=dtype)
         inputs = x.shape[-1]
-        done = library().zoo_blocks(
+        ok = library().zoo_blocks(
             self.start,
             self.half,
             x.data_ptr(),
@@ -119,7 +119,7 @@ class WeightBlocks:
             self.deep,
             torch.get_num_threads(),
         )
-        return _checked(done, y)
+        return _checked(ok, y)
 
 
 _LARGE, _COLLAPSE = 2 << 20, 25  # bytes of a large page; MADV_COLLAPSE, of Linux 6.1
@@ -138,7 +138,7 @@ def bytes_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
     outputs, inputs = weight.shape
     y = x.new_empty((*x.shape[:-1], outputs))
     half = x.dtype == torch.bfloat16
-    done = library().zoo_bytes(
+    ok = library().zoo_bytes(
         weight.data_ptr(),
         scale.data_ptr(),
         x.data_ptr(),
@@ -151,7 +151,7 @@ def bytes_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
         inputs,
         torch.get_num_threads(),
     )
-    return y if done else None
+    return y if ok else None
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -161,17 +161,17 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Ten
     q = q.contiguous()
     scores = q.new_empty((b, h, 1, t), dtype=torch.float32)
     sizes = (half, b, g, h // g, t, e)
-    done = library().zoo_scores(
+    ok = library().zoo_scores(
         q.data_ptr(), k.data_ptr(), scores.data_ptr(), *sizes, _steps(k), scale, threads
     )
     if mask.allowed is not None:
         scores.masked_fill_(~mask.allowed, -torch.inf)
-    weights, y = _checked(done, scores).softmax(dim=-1), torch.empty_like(q)
+    weights, y = _checked(ok, scores).softmax(dim=-1), torch.empty_like(q)
     sizes = (half, b, g, h // g, t, v.shape[-1])
-    done = library().zoo_mix(
+    ok = library().zoo_mix(
         weights.data_ptr(), v.data_ptr(), y.data_ptr(), *sizes, _steps(v), threads
     )
-    return _checked(done, y)
+    return _checked(ok, y)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -197,7 +197,7 @@ def _steps(x: Tensor) -> Any:
     return _STEPS(*x.stride()[:3])
 
 
-def _checked(done: int, y: Tensor) -> Tensor:
-    if not done:
+def _checked(ok: int, y: Tensor) -> Tensor:
+    if not ok:
         raise MemoryError("no memory for the rows of a product")
     return y

@@ -167,7 +167,7 @@ def guess(vocabulary: Iterable[str]) -> str:
 
 
 def from_merges(
-    vocab: Path, merges_file: Path, kind: str, wanted: Iterable[Added], space: bool
+    vocab: Path, merges_file: Path, kind: str, extra: Iterable[Added], space: bool
 ) -> ByteLevel:
     """Read vocabulary and merges; a token's rank is the line of the merge that makes it.
 
@@ -186,14 +186,14 @@ def from_merges(
             f"{merges_file}: {len(unknown)} merges of or into tokens that {vocab.name} lacks: "
             f"{listing(unknown, 5)}"
         )
-    if lacking := [letter for letter in letters().values() if letter not in ids]:
-        raise BadTokenizer(f"{vocab}: {len(lacking)} of 256 bytes are no token: {listing(lacking)}")
+    if missing := [letter for letter in letters().values() if letter not in ids]:
+        raise BadTokenizer(f"{vocab}: {len(missing)} of 256 bytes are no token: {listing(missing)}")
     # no merge makes these tokens, so no text does: they are added tokens
-    named = [Added(text, id) for text, id in ids.items() if text not in ranked]
-    listed = list(wanted)
-    texts = {token.text for token in listed}
-    named = [token for token in named if token.text not in texts]
-    added = assign_ids([*listed, *named], ids, 1 + max(ids.values()), vocab)
+    unmerged = [Added(text, id) for text, id in ids.items() if text not in ranked]
+    extras = list(extra)
+    texts = {token.text for token in extras}
+    unmerged = [token for token in unmerged if token.text not in texts]
+    added = assign_ids([*extras, *unmerged], ids, 1 + max(ids.values()), vocab)
     numbers = [ids[text] for text in ranked]
     composed: Composed | None = "parts" if kind == "qwen2" else None
     return ByteLevel(
@@ -265,11 +265,11 @@ def holds_ranks(path: Path) -> bool:
 
 
 def from_ranks(
-    path: Path, kind: str, wanted: Iterable[Added], composed: Composed | None = None
+    path: Path, kind: str, extra: Iterable[Added], composed: Composed | None = None
 ) -> ByteLevel:
     """Read a file of ranks, one base64 token a line."""
     tokens = read_ranks(path)
-    added = assign_ids(wanted, {}, len(tokens), path)
+    added = assign_ids(extra, {}, len(tokens), path)
     return ranked(tokens, PATTERNS[kind], added, path, composed=composed)
 
 
@@ -303,9 +303,9 @@ def ranked(
     """Build the engine from tokens in the order of their ranks; ids begin at `first`."""
     distinct = set(tokens)
     if len(distinct) != len(tokens):
-        raise BadTokenizer(f"{path}: {len(tokens) - len(distinct)} tokens stand twice")
-    if lacking := [byte for byte in range(256) if bytes([byte]) not in distinct]:
-        raise BadTokenizer(f"{path}: {len(lacking)} of 256 bytes have no rank: truncated?")
+        raise BadTokenizer(f"{path}: {len(tokens) - len(distinct)} tokens occur twice")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in distinct]:
+        raise BadTokenizer(f"{path}: {len(missing)} of 256 bytes have no rank: truncated?")
     ids = range(first, first + len(tokens))
     if clash := [token.text for token in added.values() if token.id in ids]:
         raise BadTokenizer(f"{path}: added tokens with ids of ranks: {listing(clash)}")

@@ -95,11 +95,11 @@ class Tokenizer:
         return [*before, *ids, *self._around(eos, self._after, ("eos", "sep"), "eos")]
 
     def _around(
-        self, asked: bool | None, custom: list[int], roles: tuple[str, str], name: str
+        self, flag: bool | None, custom: list[int], roles: tuple[str, str], name: str
     ) -> list[int]:
-        if asked is None or (asked and custom):
+        if flag is None or (flag and custom):
             return custom
-        if not asked:
+        if not flag:
             return []
         if (id := self._roles.get(roles[0], self._roles.get(roles[1]))) is None:
             raise UsageError(f"{name}=True: this tokenizer has no such token")
@@ -121,13 +121,13 @@ class Tokenizer:
             raise InputError(
                 f"expected one row of ids, found {type(ids).__name__}; decode rows one by one"
             )
-        listed = [values] if isinstance(values, int) else list(values)
-        for id in listed:
+        numbers = [values] if isinstance(values, int) else list(values)
+        for id in numbers:
             self._check(id)
         if skip_special:
             specials = self._engine.specials
-            listed = [id for id in listed if id not in specials]
-        return self._engine.decode(listed)
+            numbers = [id for id in numbers if id not in specials]
+        return self._engine.decode(numbers)
 
     def stream(self, *, skip_special: bool = False) -> TextStream:
         """Decode id by id: the results of `put` and `end` together are that of `decode`."""
@@ -299,8 +299,8 @@ class Tokenizer:
         """
         from zoo.tokenizers.chat import render
 
-        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
-        if not listed or not all(isinstance(each, Mapping) for each in messages):
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if not is_list or not all(isinstance(each, Mapping) for each in messages):
             raise InputError(
                 "messages: expected a list of mappings, such as {'role': 'user', 'content': 'Hi'}"
             )

@@ -80,31 +80,31 @@ MOST_ADDED = 1 << 20  # ids beyond the vocabulary, before a table of them is mad
 
 
 def assign_ids(
-    wanted: Iterable[Added], ids: Mapping[str, int], size: int, where: object
+    extra: Iterable[Added], ids: Mapping[str, int], size: int, where: object
 ) -> dict[str, Added]:
     """Give each added token its id; refuse those that contradict the vocabulary, all at once."""
-    placed: dict[str, Added] = {}
+    result: dict[str, Added] = {}
     texts_by_id: dict[int, str] = {}
     problems = []
     texts = {id: text for text, id in ids.items()}
     after = size
-    for token in sorted(wanted, key=lambda t: (t.id is None, t.id or 0)):
+    for token in sorted(extra, key=lambda t: (t.id is None, t.id or 0)):
         own_id = ids.get(token.text)
         at = token.id if token.id is not None else own_id
         if at is None:
             at = after
-        there = texts_by_id.get(at, texts.get(at, token.text))
-        if there != token.text:
-            problems.append(f"{token.text!r} has id {at}, and so has {there!r}")
+        owner = texts_by_id.get(at, texts.get(at, token.text))
+        if owner != token.text:
+            problems.append(f"{token.text!r} has id {at}, and so has {owner!r}")
         elif own_id not in (None, at):
             problems.append(f"{token.text!r} has id {at}, and {own_id} in the vocabulary")
         elif not 0 <= at < size + MOST_ADDED:
             problems.append(f"{token.text!r} has id {at}, far beyond the {size} of the vocabulary")
-        placed[token.text], texts_by_id[at] = token._replace(id=at), token.text
+        result[token.text], texts_by_id[at] = token._replace(id=at), token.text
         after = max(after, at + 1)
     if problems:
         raise BadTokenizer("\n  ".join([f"{where}: added tokens that cannot be:", *problems[:20]]))
-    return placed
+    return result
 
 
 class Splitter:

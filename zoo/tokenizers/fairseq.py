@@ -40,7 +40,7 @@ def from_pieces(path: Path, settings: TokenizerSettings) -> Fast:
     entries.append((roles["mask"], 0.0))
     texts = [text for text, _ in entries]
     if twice := [text for text, count in Counter(texts).items() if count > 1]:
-        raise BadTokenizer(f"{path}: pieces that stand twice: {listing(twice)}")
+        raise BadTokenizer(f"{path}: pieces that occur twice: {listing(twice)}")
     own = [Added(text, id) for id, text in enumerate(first)]
     own += [
         Added(piece.text, id, special=piece.kind == CONTROL)
@@ -48,7 +48,7 @@ def from_pieces(path: Path, settings: TokenizerSettings) -> Fast:
         if piece.kind in (CONTROL, USER_DEFINED)
     ]
     own.append(Added(roles["mask"], len(texts) - 1))
-    listed = {token.text for token in settings.added}
+    extra_texts = {token.text for token in settings.added}
     # no word contains a space, so a piece that begins with one is never matched
     special = {token.text for token in own if token.special}
     unseen = [(f" {text}" if text in special else text, score) for text, score in entries]
@@ -61,9 +61,9 @@ def from_pieces(path: Path, settings: TokenizerSettings) -> Fast:
         words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)]
         backend.pre_tokenizer = pre_tokenizers.Sequence(words)
         backend.decoder = decoders.Metaspace(**spaces)
-    wanted = [*settings.added, *(token for token in own if token.text not in listed)]
+    extra = [*settings.added, *(token for token in own if token.text not in extra_texts)]
     return Fast(
-        backend, wanted, path, plain=lambda: models.Unigram(unseen, FIRST.index("unk"), False)
+        backend, extra, path, plain=lambda: models.Unigram(unseen, FIRST.index("unk"), False)
     )
 
 
@@ -76,8 +76,8 @@ def _check(model: SentencePieceModel, path: Path) -> None:
         problems.append(f"{len(model.pieces)} pieces")
     kinds = [piece.kind for piece in model.pieces]
     if sorted(kinds[:3]) != [UNKNOWN, CONTROL, CONTROL] or UNKNOWN in kinds[3:]:
-        there = listing(piece.text for piece in model.pieces[:3])
-        problems.append(f"expected <unk>, <s> and </s> as its first pieces, found {there}")
+        first = listing(piece.text for piece in model.pieces[:3])
+        problems.append(f"expected <unk>, <s> and </s> as its first pieces, found {first}")
     if BYTE in kinds:
         problems.append("byte fallback, for which these ids have no room")
     if problems:

@@ -33,7 +33,7 @@ class Fast:
     def __init__(
         self,
         backend: Any,
-        wanted: Iterable[Added],
+        extra: Iterable[Added],
         where: Path,
         *,
         plain: Callable[[], Any] | None = None,
@@ -46,14 +46,16 @@ class Fast:
             size = 1 + max(vocabulary.values(), default=-1)
         if not vocabulary:
             raise BadTokenizer(f"{where}: an empty vocabulary")
-        added = assign_ids(wanted, vocabulary, size, where)
+        added = assign_ids(extra, vocabulary, size, where)
         special = {token.content for token in already.values() if token.special}
-        there = {token.content for token in already.values()}
-        lacking = [t for t in added.values() if t.text not in (special if t.special else there)]
+        known_texts = {token.content for token in already.values()}
+        missing = [
+            t for t in added.values() if t.text not in (special if t.special else known_texts)
+        ]
         with refusing(where):
-            for token in sorted(lacking, key=lambda t: t.id or 0):
+            for token in sorted(missing, key=lambda t: t.id or 0):
                 self._add(backend, token)
-        if wrong := [t.text for t in lacking if backend.token_to_id(t.text) != t.id]:
+        if wrong := [t.text for t in missing if backend.token_to_id(t.text) != t.id]:
             raise BadTokenizer(f"{where}: added tokens whose ids leave a gap: {wrong[:5]}")
         self._backend, self._where, self._unspecial = backend, where, plain
         # byte tokens become text only together, so that none of them can be decoded alone
@@ -155,7 +157,7 @@ class _Window:
         return new
 
 
-def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
+def from_json(path: Path, extra: Iterable[Added]) -> Fast:
     """Read a tokenizer.json, after checking that it stays within bounds."""
     from tokenizers import Tokenizer
 
@@ -167,7 +169,7 @@ def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
             check_replacements(table)
         check_steps(content)
         backend = Tokenizer.from_str(data.decode())
-    return Fast(backend, wanted, path)
+    return Fast(backend, extra, path)
 
 
 def words_of(path: Path) -> list[str]:
@@ -200,8 +202,10 @@ def from_words(path: Path, settings: TokenizerSettings) -> Fast:
     unknown = roles["unk"]
     if unknown not in ids:
         raise BadTokenizer(f"{path}: no {unknown} among its {len(ids)} words: truncated?")
-    listed = {token.text for token in settings.added}
-    wanted = [Added(text) for text in roles.values() if text in ids and text not in listed]
+    extra_texts = {token.text for token in settings.added}
+    role_tokens = [
+        Added(text) for text in roles.values() if text in ids and text not in extra_texts
+    ]
     with refusing(path):
         backend = Tokenizer(WordPiece(ids, unk_token=unknown))
         backend.normalizer = normalizers.BertNormalizer(
@@ -211,4 +215,4 @@ def from_words(path: Path, settings: TokenizerSettings) -> Fast:
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-    return Fast(backend, [*settings.added, *wanted], path)
+    return Fast(backend, [*settings.added, *role_tokens], path)

@@ -144,12 +144,12 @@ def _as_pieces(fields: _Fields) -> dict[str, bytes]:
 
 
 def _as_merges(fields: _Fields) -> dict[str, bytes]:
-    cut = fields._values.get(f"{KEY}pre")
-    if cut is None and fields.architecture == "gpt2":
-        cut = "gpt-2"  # older files of GPT-2, the first model of this kind, have no key
-    kind = next((ours for ours, (theirs, _) in SPLITS.items() if theirs == cut), None)
+    pre = fields._values.get(f"{KEY}pre")
+    if pre is None and fields.architecture == "gpt2":
+        pre = "gpt-2"  # older files of GPT-2, the first model of this kind, have no key
+    kind = next((ours for ours, (theirs, _) in SPLITS.items() if theirs == pre), None)
     if kind is None:
-        raise fields.wrong("pre", " or ".join(theirs for theirs, _ in SPLITS.values()), cut)
+        raise fields.wrong("pre", " or ".join(theirs for theirs, _ in SPLITS.values()), pre)
     merges = fields.list("merges", str)
     vocabulary: dict[str, int] = {}
     added: list[dict[str, Any]] = []
@@ -202,13 +202,13 @@ def _pre_tokenizer(kind: str) -> dict[str, Any]:
 
 def _template(fields: _Fields, vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
     """The post-processor that puts special tokens before and after a text."""
-    wanted = [role for role in ("bos", "eos") if fields.flag(f"add_{role}_token", False)]
-    if lacking := [role for role in wanted if fields.roles.get(role) not in vocabulary]:
-        raise fields.wrong(ROLE_KEYS[lacking[0]], "a token's id", fields.roles.get(lacking[0]))
-    if not wanted:
+    used_roles = [role for role in ("bos", "eos") if fields.flag(f"add_{role}_token", False)]
+    if missing := [role for role in used_roles if fields.roles.get(role) not in vocabulary]:
+        raise fields.wrong(ROLE_KEYS[missing[0]], "a token's id", fields.roles.get(missing[0]))
+    if not used_roles:
         return None
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    tokens = {role: fields.roles[role] for role in wanted}
+    tokens = {role: fields.roles[role] for role in used_roles}
     marks = {r: {"SpecialToken": {"id": token, "type_id": 0}} for r, token in tokens.items()}
     single = [*([marks["bos"]] if "bos" in marks else []), text]
     single += [marks["eos"]] if "eos" in marks else []

@@ -50,7 +50,7 @@ def values_of(carried: Mapping[str, Path], size: int) -> dict[str, Any]:
 def _not_in_gguf(where: Any, why: str) -> LossyExport:
     path = next(iter(where.values())).parent if isinstance(where, Mapping) else where
     return LossyExport(
-        f"{path}: a vocabulary that GGUF cannot say: {why}. To write the weights without it: "
+        f"{path}: a vocabulary that GGUF cannot represent: {why}. To write the weights without it: "
         f"{option('layout', {'vocabulary': 0})}"
     )
 
@@ -90,7 +90,7 @@ def _filled(values: dict[str, Any], size: int, where: Path) -> dict[str, Any]:
 def _of_pieces(path: Path) -> dict[str, Any]:
     model = read_model(path)
     if model.kind != BPE or model.characters:
-        why = "unigrams" if model.kind != BPE else "characters that are replaced beforehand"
+        why = "unigrams" if model.kind != BPE else "a map of characters to replace"
         raise _not_in_gguf(path, why)
     tokenizer = read(path.parent)
     tokens = [piece.text for piece in model.pieces]
@@ -117,7 +117,7 @@ def _of_pair(vocab: Path, merges: Path) -> dict[str, Any]:
     if settings.flag("add_prefix_space"):
         raise _not_in_gguf(vocab, "a space before each text (add_prefix_space)")
     if kind not in SPLITS:
-        raise _not_in_gguf(vocab, f"the way in which {kind} cuts texts")
+        raise _not_in_gguf(vocab, f"the pre-tokenizer of {kind}")
     pairs = [f"{left} {right}" for _, left, right in bytelevel.merges(merges)]
     ids = bytelevel.read_ids(vocab)
     made = {left + right for left, _, right in (pair.partition(" ") for pair in pairs)}
@@ -142,7 +142,7 @@ def _of_json(path: Path) -> dict[str, Any]:
         return _of_words(path)
     cut = _split_of(data)
     if kind != "BPE" or cut is None:
-        raise _not_in_gguf(path, f"a model of type {kind} or the way in which texts are cut")
+        raise _not_in_gguf(path, f"a model of type {kind}, or another pre-tokenizer")
     assert isinstance(model, dict)
     pairs = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     plain = {t["content"] for t in data.get("added_tokens", []) if not t.get("special")}
@@ -196,7 +196,7 @@ def _of_words(path: Path) -> dict[str, Any]:
         lower = lower_case(words_of(path), settings)
         lower = lower and settings.flag("strip_accents") is not False
     if not lower:
-        raise _not_in_gguf(path, "words whose case or accents count")
+        raise _not_in_gguf(path, "words with case or accents")
     tokenizer = read(path.parent)
     tokens, types = list[str](), list[int]()
     for id in range(tokenizer.vocab_size):

@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.containers import kind_of
 from converters.formats.gguf import open_gguf
 from converters.paths import confined
 from zoo.checkpoints import sources
 from zoo.checkpoints.sources import Ref
-from zoo.components.model import Model
 from zoo.errors import BadTokenizer, NotACheckpoint, UsageError, listing
 from zoo.tokenizers import bytelevel, fairseq, fast, gguf, llama2c, tekken
 from zoo.tokenizers.characters import FILE as CHARACTERS
@@ -32,6 +31,9 @@ from zoo.tokenizers.settings import (
     TokenizerKind,
     TokenizerSettings,
 )
+
+if TYPE_CHECKING:
+    from zoo.components.model import Model  # it imports torch
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 MODELS = ("tokenizer.model", "spiece.model", "spm.model")
@@ -73,7 +75,7 @@ def tokenizer(ref: Ref, **where: Any) -> Tokenizer:
 def tokenizer_of(model: Model) -> Tokenizer:
     """Read the tokenizer that belongs to a loaded model's weights: `model.tokenizer`."""
     if model.provenance is None:
-        raise UsageError("a model without a checkpoint has no tokenizer; zoo.tokenizer reads one")
+        raise UsageError("a model of no checkpoint has no tokenizer: zoo.tokenizer reads one")
     return read(model.provenance.tokenizer_at)
 
 
@@ -120,8 +122,8 @@ def read(path: Path) -> Tokenizer:
         return _finish(engine, engine.kind(), settings)
     names = ["tokenizer.json", *map(" and ".join, PAIRS), *MODELS, FAIRSEQ, TEKKEN, QWEN]
     names += ["vocab.txt", CHARACTERS]
-    there = listing(sorted(os.listdir(directory)), 5) or "nothing"
-    raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(names)}. It holds {there}.")
+    contents = listing(sorted(os.listdir(directory)), 5) or "nothing"
+    raise NotACheckpoint(f"{directory}: no tokenizer: no {listing(names)}. It holds {contents}.")
 
 
 def _within(path: Path) -> Tokenizer | None:
@@ -184,19 +186,19 @@ def _merged(vocab: Path, merges: Path, settings: TokenizerSettings) -> Tokenizer
         kind = bytelevel.guess(bytelevel.read_ids(vocab))
     pattern = "qwen2" if kind == "qwen2" else "gpt2"
     space = bool(settings.flag("add_prefix_space"))
-    engine = bytelevel.from_merges(vocab, merges, pattern, _wanted(settings, kind), space)
+    engine = bytelevel.from_merges(vocab, merges, pattern, _added_tokens(settings, kind), space)
     return _finish(engine, KINDS[kind], settings)
 
 
 def _modelled(path: Path, settings: TokenizerSettings) -> Tokenizer:
     if bytelevel.holds_ranks(path):
-        ranks = bytelevel.from_ranks(path, "llama3", _wanted(settings, "llama3"))
+        ranks = bytelevel.from_ranks(path, "llama3", _added_tokens(settings, "llama3"))
         return _finish(ranks, KINDS["llama3"], settings)
-    wanted = list(settings.added)
+    extra = list(settings.added)
     if settings.kind == "t5":
-        wanted += _sentinels(settings)
+        extra += _sentinels(settings)
     legacy = settings.flag("legacy")
-    engine = SentencePieces(path, wanted, prefix_each=legacy)
+    engine = SentencePieces(path, extra, prefix_each=legacy)
     is_plain = settings.kind in ("bert", "deberta", "roberta")
     kind = KINDS[settings.kind or ""] if is_plain else engine.kind()
     return _finish(engine, kind, settings)
@@ -222,17 +224,17 @@ def _ranked(directory: Path, names: list[str], settings: TokenizerSettings) -> T
             f"{path}: ranks for {settings.family or 'nobody'!r}, and only Qwen's pattern is known. "
             f"Set tokenizer_class to QWenTokenizer in {SETTINGS} if the pattern is Qwen's"
         )
-    ranks = bytelevel.from_ranks(path, "qwen2", _wanted(settings, "qwen"), composed="text")
+    ranks = bytelevel.from_ranks(path, "qwen2", _added_tokens(settings, "qwen"), composed="text")
     return _finish(ranks, KINDS["qwen"], settings)
 
 
-def _wanted(settings: TokenizerSettings, kind: str) -> list[Added]:
+def _added_tokens(settings: TokenizerSettings, kind: str) -> list[Added]:
     """The checkpoint's added tokens; the family's too, where none is listed with its id."""
-    listed = settings.added
-    if any(token.id is not None for token in listed):
-        return listed
-    there = {token.text for token in listed}
-    return [*(Added(text) for text in KINDS[kind].beyond if text not in there), *listed]
+    added = settings.added
+    if any(token.id is not None for token in added):
+        return added
+    texts = {token.text for token in added}
+    return [*(Added(text) for text in KINDS[kind].beyond if text not in texts), *added]
 
 
 def _sentinels(settings: TokenizerSettings) -> list[Added]:
@@ -240,9 +242,9 @@ def _sentinels(settings: TokenizerSettings) -> list[Added]:
     count = settings.config.get("extra_ids", T5_EXTRA_IDS)
     if type(count) is not int or not 0 <= count <= 1000:
         raise settings.wrong(SETTINGS, "extra_ids", "a count", count)
-    there = {token.text for token in settings.added if token.id is not None}
+    listed_texts = {token.text for token in settings.added if token.id is not None}
     texts = (f"<extra_id_{n}>" for n in reversed(range(count)))
-    return [Added(text) for text in texts if text not in there]
+    return [Added(text) for text in texts if text not in listed_texts]
 
 
 def _finish(
@@ -251,11 +253,11 @@ def _finish(
     settings: TokenizerSettings,
     ends: tuple[list[int], list[int]] | None = None,
 ) -> Tokenizer:
-    named: Mapping[str, str] = {role: token.text for role, token in settings.named.items()}
-    texts = {**kind.roles, **named}
+    role_texts: Mapping[str, str] = {role: token.text for role, token in settings.named.items()}
+    texts = {**kind.roles, **role_texts}
     ids = {role: engine.id(texts[role]) for role in ROLES if role in texts}
-    if lacking := sorted(named[role] for role in named if ids[role] is None):
-        raise BadTokenizer(f"{settings.directory}: special tokens of no id: {listing(lacking)}")
+    if missing := sorted(role_texts[role] for role in role_texts if ids[role] is None):
+        raise BadTokenizer(f"{settings.directory}: special tokens of no id: {listing(missing)}")
     roles = {role: id for role, id in ids.items() if id is not None}
     before, after = ends or (_only(roles, kind.before), _only(roles, kind.after))
     # these two flags are about bos and eos, and not about [CLS] and [SEP]

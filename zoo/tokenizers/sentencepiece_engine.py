@@ -25,7 +25,7 @@ class SentencePieces:
     def __init__(
         self,
         path: Path,
-        wanted: Iterable[Added],
+        extra: Iterable[Added],
         *,
         prefix_each: bool | None = None,
         data: bytes | None = None,  # the model, if it is not the file's content
@@ -42,7 +42,7 @@ class SentencePieces:
         if any(len(value) != 1 for value in byte.values()):
             raise BadTokenizer(f"{path}: pieces for bytes that are not one byte long")
         self._ids = {text: i for i, text in enumerate(texts)}
-        added = assign_ids([*wanted, *self._own(texts, marks, wanted)], self._ids, count, path)
+        added = assign_ids([*extra, *self._own(texts, marks, extra)], self._ids, count, path)
         self._added, self._split = added, Splitter(added)
         places = {t.id: text for text, t in added.items() if t.id is not None}
         self.specials = frozenset(id for id, text in places.items() if added[text].special)
@@ -61,10 +61,10 @@ class SentencePieces:
         self._table = ByteTokens(pieces, errors="zoo-each-byte", lead=self._prefixes)
 
     @staticmethod
-    def _own(texts: list[str], marks: list[int], wanted: Iterable[Added]) -> list[Added]:
+    def _own(texts: list[str], marks: list[int], extra: Iterable[Added]) -> list[Added]:
         """The model's own control and unknown pieces, as added tokens."""
-        listed = {token.text for token in wanted}
-        return [Added(texts[i], i) for i in marks if texts[i] not in listed]
+        extra_texts = {token.text for token in extra}
+        return [Added(texts[i], i) for i in marks if texts[i] not in extra_texts]
 
     def _load(self, data: bytes) -> Any:
         import sentencepiece

@@ -26,7 +26,7 @@ _SPECIALS = (
 _PROBE = "It's Él, 12345 ways… (漢字)\n\n\tif x_1 != '😀':  \r\n"
 
 
-def from_tekken(path: Path, wanted: Iterable[Added]) -> ByteLevel:
+def from_tekken(path: Path, extra: Iterable[Added]) -> ByteLevel:
     """Read a tekken.json."""
     data = parse_vocabulary(read_bytes(path), path)
     config: dict[str, Any] = data["config"] if isinstance(data.get("config"), dict) else {}
@@ -36,21 +36,21 @@ def from_tekken(path: Path, wanted: Iterable[Added]) -> ByteLevel:
     _refuse(path, _shape_problems(config.get("pattern"), vocab, size, special))
     entries = vocab[: size - special]  # a file may hold more than are used
     _refuse(path, _entry_problems(entries))
-    listed: Any = data.get("special_tokens")
-    if listed is None and config.get("version") in _UNLISTED:
-        listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(_SPECIALS)]
-    _refuse(path, _special_problems(listed, special))
-    texts = {entry["rank"]: entry["token_str"] for entry in listed}
+    specials: Any = data.get("special_tokens")
+    if specials is None and config.get("version") in _UNLISTED:
+        specials = [{"rank": rank, "token_str": text} for rank, text in enumerate(_SPECIALS)]
+    _refuse(path, _special_problems(specials, special))
+    texts = {entry["rank"]: entry["token_str"] for entry in specials}
     texts |= {id: _filler(id) for id in range(len(texts), special)}
     ids = {text: id for id, text in texts.items()}
-    wanted = list(wanted)
-    there = {token.text for token in wanted}
-    own = [Added(text, id) for text, id in ids.items() if text not in there]
-    added = assign_ids([*wanted, *own], ids, size, path)
+    extra = list(extra)
+    extra_texts = {token.text for token in extra}
+    own = [Added(text, id) for text, id in ids.items() if text not in extra_texts]
+    added = assign_ids([*extra, *own], ids, size, path)
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in entries]
     engine = ranked(tokens, config["pattern"], added, path, first=special)
-    if (kept := engine.decode(engine.encode(_PROBE, special=False))) != _PROBE:
-        _refuse(path, [f"config.pattern: of {_PROBE!r} it leaves {kept!r}"])
+    if (decoded := engine.decode(engine.encode(_PROBE, special=False))) != _PROBE:
+        _refuse(path, [f"config.pattern: of {_PROBE!r} it leaves {decoded!r}"])
     return engine
 
 
@@ -89,20 +89,22 @@ def _entry_problems(entries: Sequence[Any]) -> Iterator[str]:
             yield f"vocab.{rank}: token_bytes: expected base64, found {value}"
 
 
-def _special_problems(listed: Any, count: int) -> Iterator[str]:
-    if not isinstance(listed, list):
-        problem = "nothing, which only early versions may" if listed is None else repr(listed)[:40]
+def _special_problems(specials: Any, count: int) -> Iterator[str]:
+    if not isinstance(specials, list):
+        problem = (
+            "nothing, which only early versions may" if specials is None else repr(specials)[:40]
+        )
         yield f"special_tokens: expected a list, found {problem}"
         return
-    if len(listed) > count:
-        yield f"special_tokens: {len(listed)}, and config.default_num_special_tokens is {count}"
+    if len(specials) > count:
+        yield f"special_tokens: {len(specials)}, and config.default_num_special_tokens is {count}"
     ranks: set[int] = set()
-    texts = {_filler(id) for id in range(len(listed), count)}
-    for n, entry in enumerate(listed):
+    texts = {_filler(id) for id in range(len(specials), count)}
+    for n, entry in enumerate(specials):
         entry = entry if isinstance(entry, dict) else {}
         rank, text = entry.get("rank"), entry.get("token_str")
-        if type(rank) is not int or not 0 <= rank < len(listed) or rank in ranks:
-            problem = f"expected each of 0..{len(listed) - 1} once, found {str(rank)[:20]}"
+        if type(rank) is not int or not 0 <= rank < len(specials) or rank in ranks:
+            problem = f"expected each of 0..{len(specials) - 1} once, found {str(rank)[:20]}"
             yield f"special_tokens.{n}: rank: {problem}"
         else:
             ranks.add(rank)
