@@ -36,10 +36,10 @@ class Format(NamedTuple):
     """A format that is recognized by a file's bytes.
 
     `open` returns the readers of a file and of those that belong to it. Besides the methods of
-    every
-    `Reader` they may have `values` (metadata), `span` (where a tensor's bytes are in the file; None
-    if they are not contiguous), `quantized` (tensor -> type it is stored in), `size` (bytes of a
-    tensor), `place` (equal for two names of one array) and `files` (all files that they read).
+    every `Reader` they may have `values` (metadata), `span` (where a tensor's bytes are in the
+    file; None if they are not contiguous), `quantized` (tensor -> type it is stored in), `size`
+    (bytes of a tensor), `place` (equal for two names of one array) and `files` (all files that
+    they read).
     """
 
     module: str
@@ -228,8 +228,7 @@ def alike(checkpoint: Checkpoint, wide: tuple[str, ...]) -> Checkpoint:
     """Return the checkpoint with all tensors in one dtype.
 
     Some files hold vectors, and the tensors in `wide`, in F32 by convention. The common dtype is
-    that
-    of the others if every number of the vectors is exact in it, otherwise F32.
+    that of the others if every number of the vectors is exact in it, otherwise F32.
     """
     from converters.formats import torch_dtype
 

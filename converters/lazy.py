@@ -30,8 +30,7 @@ class Lazy:
     """An array of `shape` whose patches are laid out in a `space` of as many numbers.
 
     The space often has more axes: axes that the shape merges are separate in it, so that a patch
-    stays
-    a view under any permutation. Row by row, both hold the same numbers in the same order.
+    stays a view under any permutation. Row by row, both hold the same numbers in the same order.
     """
 
     def __init__(self, shape: Sequence[int], space: Sequence[int], parts: Sequence[Patch]) -> None:

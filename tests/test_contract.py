@@ -111,15 +111,18 @@ def test_public_names_resolve() -> None:
 
 
 def test_verbs_resolve_to_higher_floors() -> None:
-    """A verb is a method of `Model` whose function lives above: `"module:function"`."""
-    bad = []
+    """A verb is a method of `Model` whose function lives above: `"module:function"`.
+
+    `@` before it marks a class method, `()` behind it an attribute.
+    """
+    wrong = []
     for name, target in zoo.VERBS.items():
         module, _, function = target.strip("@()").partition(":")
         if not callable(getattr(import_module(module), function, None)):
-            bad.append(f"{name}: {target} does not exist")
+            wrong.append(f"{name}: {target} does not exist")
         elif FLOOR_OF[room_of(module)] <= FLOOR_OF["zoo.components"]:
-            bad.append(f"{name}: {target} is not above zoo.components")
-    assert_none(bad)
+            wrong.append(f"{name}: {target} is not above zoo.components")
+    assert_none(wrong)
 
 
 def test_ten_files_lie_loose_in_zoo(code: SourceTree) -> None:

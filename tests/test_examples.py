@@ -84,3 +84,8 @@ def test_an_example_that_is_wrong_fails() -> None:
 def test_functions_for_text_have_examples() -> None:
     names = {example.id for example in examples()}
     assert {"zoo.generate", "zoo.perplexity", "zoo.fill", "zoo.embed"} <= names
+
+
+def test_what_every_user_calls_first_has_an_example() -> None:
+    names = {example.id for example in examples()}
+    assert {"zoo.load", "zoo.info", "zoo.list", "Model.from_pretrained"} <= names

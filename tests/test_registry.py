@@ -25,19 +25,27 @@ def test_every_promised_name_is_there() -> None:
     assert list(registry.architectures())[:3] == ["gpt2", "bert", "llama"]
 
 
-@pytest.mark.parametrize("entry", registry.checkpoints().values(), ids=lambda e: e.name)
-def test_a_name_says_where_it_comes_from(entry: registry.CheckpointEntry) -> None:
-    assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo)
-    assert entry.license
-    assert entry.pinned or entry.revision == "main"
-    found, named = registry.architecture_for(entry.reference_config, entry.name)
-    assert (found.name, named) == (entry.architecture, entry.reference_class)
+def test_every_name_says_where_it_comes_from() -> None:
+    wrong = []
+    for entry in registry.checkpoints().values():
+        architecture, named = registry.architecture_for(entry.reference_config, entry.name)
+        if not (
+            re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repo)
+            and entry.license
+            and (entry.pinned or entry.revision == "main")
+            and (architecture.name, named) == (entry.architecture, entry.reference_class)
+        ):
+            wrong.append(entry.name)
+    assert wrong == []
 
 
-@pytest.mark.parametrize("entry", registry.checkpoints().values(), ids=lambda e: e.name)
-def test_parameters_are_those_of_the_model(entry: registry.CheckpointEntry) -> None:
-    model = skeleton(entry.name)
-    assert entry.parameters == sum(p.numel() for p in model.parameters())
+def test_parameters_are_those_of_the_models() -> None:
+    wrong = []
+    for entry in registry.checkpoints().values():
+        count = sum(p.numel() for p in skeleton(entry.name).parameters())
+        if count != entry.parameters:
+            wrong.append(f"{entry.name}: {entry.parameters} declared, {count} in the model")
+    assert wrong == []
 
 
 def test_no_number_is_spelt_as_a_word() -> None:

@@ -18,11 +18,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import bench
 import torch
 import torch.nn.functional as F
+from bench_cases import CASES, ENV, ROOT, made, median
 
-sys.path.insert(0, str(bench.ROOT))
+sys.path.insert(0, str(ROOT))
 
 import zoo
 from zoo.components.cache import Cache
@@ -318,9 +318,7 @@ def first(case: Case) -> Iterator[Table]:
 
     def process(command: list[str]) -> Iterator[float]:
         while True:
-            yield timed(
-                lambda: subprocess.run(command, check=True, capture_output=True, env=bench.ENV)
-            )
+            yield timed(lambda: subprocess.run(command, check=True, capture_output=True, env=ENV))
 
     ways: Ways = {
         "reference": process([sys.executable, "-c", THEIR_SCRIPT, str(case.directory)]),
@@ -426,7 +424,7 @@ def run(pairs: int, where: Path, only: str, sections: list[str]) -> list[dict[st
     for label, (name, dtype, length) in RUNS.items():
         if only not in label:
             continue
-        case = Case(bench.made(name, where), dtype, bench.CASES[name][2], length)
+        case = Case(made(name, where), dtype, CASES[name][2], length)
         assert case.theirs is not None  # not made in inference mode, where nothing is trained
         for section in sections:
             for what, tokens, turns, ways in SECTIONS[section](case):
@@ -453,13 +451,13 @@ def in_turn(ways: Ways, turns: int) -> dict[str, list[float]]:
 def compared(taken: dict[str, list[float]], tokens: int) -> Iterator[dict[str, object]]:
     theirs = taken["reference"]
     for who, ours in taken.items():
-        ratio = bench.median([a / b for a, b in zip(theirs, ours, strict=True)])
+        ratio = median([a / b for a, b in zip(theirs, ours, strict=True)])
         yield {
             "who": who,
             "ratio": ratio,
             "best": min(theirs) / min(ours),
-            "milliseconds": 1e3 * bench.median(ours),
-            "tokens_per_second": tokens / bench.median(ours),
+            "milliseconds": 1e3 * median(ours),
+            "tokens_per_second": tokens / median(ours),
         }
 
 

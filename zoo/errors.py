@@ -222,11 +222,11 @@ SUGGESTED = 20  # problems of one message that get a suggestion: each is compare
 _COMPARED, _LONGEST = 500, 256  # names, and characters of one, that are compared in full
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """` Did you mean a, b?` with a leading space, or nothing."""
     if len(word) > _LONGEST:
         return ""
-    names = [name for name in known if len(name) <= _LONGEST]
+    names = [name for name in names if len(name) <= _LONGEST]
     if len(names) > _COMPARED:
         names = nlargest(_COMPARED, names, key=lambda name: _shared(word, name))
     near = get_close_matches(word, names, n=3, cutoff=cutoff)

@@ -20,6 +20,7 @@ class Escaped:
         self.unescaped, self._escape = stream, escape
 
     def write(self, text: str) -> int:
+        """Write the text, its control characters escaped."""
         if text.isprintable() or text == "\n":
             return self.unescaped.write(text)
         # nothing but our own colors passes, and only where they are shown

@@ -113,8 +113,7 @@ class GGUFReader:
     """A GGUF file: its header is checked when it is opened, its tensors are read when asked for.
 
     Tensors are views of the mapped file, or copies; quantized ones are dequantized to F32.
-    `tensors`
-    holds the dtypes that are returned, `quantized` the stored type where it differs.
+    `tensors` holds the dtypes that are returned, `quantized` the stored type where it differs.
 
     One file of a split checkpoint is opened with `part=True`; `open_gguf` opens all of them.
     """
@@ -622,9 +621,8 @@ def lay_out(infos: Iterable[TensorInfo], values: Mapping[str, Any], where: Any) 
 
     Args:
         infos: The tensors. A dtype is one of F32, F16, BF16 and Q8_0.
-            values: The metadata. A value is a `Value`, or text, a bool, an int (written as u32), a
-            float
-            (f32) or a list of one of these.
+        values: The metadata. A value is a `Value`, or text, a bool, an int (written as u32), a
+            float (f32) or a list of one of these.
         where: What the file is called in messages.
 
     Returns:

@@ -132,8 +132,7 @@ class TFBundleReader:
     """A TensorFlow bundle: index and sizes are checked when opened, CRCs when a tensor is read.
 
     `skipped` holds why a key is not a tensor: text, TensorFlow's own records. Files are mapped only
-    on
-    request, since a saver overwrites them under the same names.
+    on request, since a saver overwrites them under the same names.
     """
 
     def __init__(self, path: Path, mmap: bool | None = None) -> None:

@@ -45,8 +45,7 @@ class PackedGroups:
     """(inputs, outputs) of small integers, with a scale and a zero point for every `group` inputs.
 
     `shifts` are the positions of numbers in a word. GPTQ packs numbers along the inputs, AWQ along
-    the
-    outputs; both pack zero points along the outputs.
+    the outputs; both pack zero points along the outputs.
     """
 
     bits: int

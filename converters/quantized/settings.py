@@ -106,13 +106,12 @@ def beside(directory: Path) -> tuple[str, dict[str, Any]] | None:
     """Return (name, content) of the quantization config in a file of its own.
 
     Early programs write it beside a config.json that does not mention it. Beside plain weights such
-    a
-    file is left over from another checkpoint and means nothing.
+    a file is left over from another checkpoint and means nothing.
     """
     for name, method in _BESIDE.items():
         if not (directory / name).is_file():
             continue
-        with suppress(CheckpointError, NotACheckpoint):  # a damaged file is reported by its reader
+        with suppress(CheckpointError, NotACheckpoint):  # its reader reports a damaged file
             if any(tensor.endswith(".qweight") for tensor in open_checkpoint(directory).tensors):
                 fields = read_json(confined(directory, name), ConfigError)
                 fields = {_WORDS.get(key, key): value for key, value in fields.items()}

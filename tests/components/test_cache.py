@@ -1,4 +1,4 @@
-"""The cache as a user holds it: parts of a text, going back, and what it refuses."""
+"""The KV cache as users call it: text in parts, cutting it back, and what it refuses."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -39,23 +39,23 @@ def begun(model: Any, count: int = 3, size: int = 16) -> Cache:
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["", "left"])
-def test_any_parts_and_going_back(name: str, mask: Tensor | None) -> None:
-    """In parts of any size, some of them taken back; masks of what is new, or of all."""
+def test_text_in_parts_equals_the_whole(name: str, mask: Tensor | None) -> None:
+    """Parts of any size, some cut off again; masks of the new tokens, or of all."""
     model, draw = hot(build(name, vocab=50)).double(), random.Random(1)
     want = model(IDS, mask)
     real = torch.ones_like(IDS, dtype=torch.bool) if mask is None else mask.bool()
     for _ in range(6):
-        cache, found, at = Cache(IDS.shape[1]), torch.empty_like(want[:, :0]), 0
+        cache, logits, at = Cache(IDS.shape[1]), torch.empty_like(want[:, :0]), 0
         while at < IDS.shape[1]:
             end = min(at + draw.choice((1, 2, 5)), IDS.shape[1]) if at else draw.choice((3, 7))
-            said = None if mask is None else mask[:, draw.choice((0, at)) : end]
-            found = torch.cat((found, model(IDS[:, at:end], said, cache=cache)), dim=1)
+            part_mask = None if mask is None else mask[:, draw.choice((0, at)) : end]
+            logits = torch.cat((logits, model(IDS[:, at:end], part_mask, cache=cache)), dim=1)
             at = end
             if draw.random() < 0.3:
                 at = draw.randint(3, at)
                 cache.cut(at)
-                found = found[:, :at]
-        torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-10)
+                logits = logits[:, :at]
+        torch.testing.assert_close(logits[real], want[real], rtol=0, atol=1e-10)
 
 
 def padded_mask(*rows: tuple[int, int, int]) -> Tensor:
@@ -84,7 +84,7 @@ def decoders() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("entry", "published"), list(decoders()))
 def test_padded_rows_in_chunks_equal_the_whole(entry: Any, published: Any) -> None:
-    """Also where a chunk holds nothing but padding for a row, at its beginning or its end."""
+    """Also where a chunk is all padding for a row, at its beginning or its end."""
     torch.manual_seed(0)
     fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
     model = hot(entry.model(entry.config_class(**fields))).double()
@@ -97,28 +97,30 @@ def test_padded_rows_in_chunks_equal_the_whole(entry: Any, published: Any) -> No
         want = model(ids, mask)
         for size in (2, 5):
             cache, parts = Cache(ids.shape[1]), range(0, ids.shape[1], size)
-            found = [model(ids[:, n : n + size], mask[:, n : n + size], cache=cache) for n in parts]
-            torch.testing.assert_close(torch.cat(found, 1)[real], want[real], rtol=0, atol=1e-10)
+            logits = [
+                model(ids[:, n : n + size], mask[:, n : n + size], cache=cache) for n in parts
+            ]
+            torch.testing.assert_close(torch.cat(logits, 1)[real], want[real], rtol=0, atol=1e-10)
 
 
-def test_answers_padded_in_chunks_equal_the_whole() -> None:
+def test_padded_answers_in_chunks_equal_the_whole() -> None:
     model = hot(build("t5", vocab=50)).double()
     ids = IDS.repeat(2, 1)[:3]
     for mask in PADDED.values():
         want = model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask)
         for size in (1, 5):
-            cache, found = Cache(ids.shape[1]), []
+            cache, logits = Cache(ids.shape[1]), []
             for n in range(0, ids.shape[1], size):
                 answer = ids[:, n : n + size], mask[:, n : n + size]
                 more = dict(
                     zip(("decoder_input_ids", "decoder_attention_mask"), answer, strict=True)
                 )
-                found.append(model(ids, mask, cache=cache, **more))
+                logits.append(model(ids, mask, cache=cache, **more))
             real = mask.bool()
-            torch.testing.assert_close(torch.cat(found, 1)[real], want[real], rtol=0, atol=1e-10)
+            torch.testing.assert_close(torch.cat(logits, 1)[real], want[real], rtol=0, atol=1e-10)
 
 
-def test_a_row_without_any_token_is_refused(model: Any) -> None:
+def test_row_without_any_token_is_refused(model: Any) -> None:
     mask = torch.ones_like(IDS)
     mask[1] = 0
     with pytest.raises(MaskError, match="row 1 is all zeros"):
@@ -136,10 +138,12 @@ def test_compiled_once_for_the_prompt_and_once_for_a_token(name: str, mask: Tens
     want = model(IDS, mask)
     for _ in range(2):
         cache, parts = Cache(IDS.shape[1]), [slice(0, 4), *(slice(n, n + 1) for n in range(4, 12))]
-        given = [(IDS[:, part], None if mask is None else mask[:, part]) for part in parts]
-        found = torch.cat([compiled(ids, said, cache=cache) for ids, said in given], dim=1)
+        inputs = [(IDS[:, part], None if mask is None else mask[:, part]) for part in parts]
+        logits = torch.cat(
+            [compiled(ids, part_mask, cache=cache) for ids, part_mask in inputs], dim=1
+        )
         real = torch.ones_like(IDS, dtype=torch.bool) if mask is None else mask.bool()
-        torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-10)
+        torch.testing.assert_close(logits[real], want[real], rtol=0, atol=1e-10)
     assert counted.frame_count == 2
 
 
@@ -153,7 +157,7 @@ def with_gradients(model: Any, cache: Cache) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("use", "error", "told"),
+    ("use", "error", "message"),
     [
         (lambda m, c: m(IDS[:1], cache=c), InputError, "1 rows, and the cache holds 2"),
         (lambda m, c: m(IDS.repeat(1, 2), cache=c), SequenceTooLong, "room for 16"),
@@ -167,37 +171,37 @@ def with_gradients(model: Any, cache: Cache) -> Tensor:
         (lambda m, c: c.cut(1.5), InputError, "cannot cut 3 tokens to 1.5"),
     ],
 )
-def test_what_is_refused_leaves_it_as_it_was(
-    model: Any, use: Callable[[Any, Cache], Any], error: type[ZooError], told: str
+def test_refused_call_leaves_the_cache_unchanged(
+    model: Any, use: Callable[[Any, Cache], Any], error: type[ZooError], message: str
 ) -> None:
     cache = begun(model)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         use(model, cache)
     assert cache.length == 3
-    found = model(IDS[:, 3:], cache=cache)
-    torch.testing.assert_close(found, model(IDS)[:, 3:], rtol=0, atol=1e-10)
+    logits = model(IDS[:, 3:], cache=cache)
+    torch.testing.assert_close(logits, model(IDS)[:, 3:], rtol=0, atol=1e-10)
 
 
-def test_the_first_call_too(model: Any) -> None:
-    """Refused for its gradients, it has filled nothing: the next call begins."""
+def test_refused_first_call_leaves_the_cache_empty(model: Any) -> None:
+    """A call that is refused for its gradients fills nothing: the next call is the first."""
     cache = Cache(16)
     with torch.enable_grad(), pytest.raises(InputError, match="no gradients"):
         model(IDS, cache=cache)
     torch.testing.assert_close(model(IDS, cache=cache), model(IDS), rtol=0, atol=1e-10)
 
 
-def test_a_cache_of_fewer_layers(model: Any) -> None:
+def test_cache_of_a_model_with_fewer_layers_is_refused(model: Any) -> None:
     with pytest.raises(InputError, match=r"another model's: it has \d layers, and this one more"):
         deeper(model, begun(model))
 
 
 @pytest.mark.parametrize("wrong", [{}, [], 12, True])
-def test_what_is_no_cache(model: Any, wrong: Any) -> None:
+def test_anything_but_a_cache_is_refused(model: Any, wrong: Any) -> None:
     with pytest.raises(InputError, match=r"expected a zoo\.Cache"):
         model(IDS, cache=wrong)
 
 
-def test_another_question_is_not_answered_by_the_first() -> None:
+def test_cache_of_another_question_is_refused() -> None:
     model, start = hot(build("t5", vocab=50)).double(), torch.zeros(2, 1).long()
     cache, other = Cache(16), IDS.flip(1)
     model(IDS, decoder_input_ids=start, cache=cache)
@@ -205,5 +209,5 @@ def test_another_question_is_not_answered_by_the_first() -> None:
         with pytest.raises(InputError, match="another question"):
             model(question, decoder_input_ids=start[: len(question)], cache=cache)
     cache.cut(0)
-    found = model(other, decoder_input_ids=start, cache=cache)
-    torch.testing.assert_close(found, model(other, decoder_input_ids=start), rtol=0, atol=1e-10)
+    logits = model(other, decoder_input_ids=start, cache=cache)
+    torch.testing.assert_close(logits, model(other, decoder_input_ids=start), rtol=0, atol=1e-10)

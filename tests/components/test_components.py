@@ -1,4 +1,4 @@
-"""Shared parts on their own: masks, rotary scaling, activations, heads, configs."""
+"""Components on their own: masks, rotary scaling, activations, heads, configs."""
 
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def test_no_query_is_left_without_a_key() -> None:
         assert allowed.any(-1).all()
 
 
-def test_a_mask_of_ones_is_no_mask() -> None:
+def test_mask_of_ones_is_dropped() -> None:
     assert masks.causal(IDS, torch.ones_like(IDS)).allowed is None
 
 
@@ -43,12 +43,12 @@ def test_a_mask_of_ones_is_no_mask() -> None:
     [torch.ones(2, 4), torch.tensor([[0] * 5, [1] * 5]), torch.full((2, 5), -1e9)],
     ids=["another length", "an empty row", "additive"],
 )
-def test_masks_that_mean_nothing(mask: Tensor) -> None:
+def test_malformed_masks_are_refused(mask: Tensor) -> None:
     with pytest.raises(MaskError):
         masks.causal(IDS, mask)
 
 
-def test_a_window_holds_the_last_tokens() -> None:
+def test_window_allows_the_last_tokens() -> None:
     alone = masks.causal(IDS, None, window=2).allowed
     assert alone is not None
     assert alone.sum(-1).tolist() == [1, 2, 2, 2, 2] and alone.diagonal().all()
@@ -77,7 +77,7 @@ MASKS = [
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_step_by_step_is_the_fused_one(mask: masks.Mask) -> None:
+def test_explicit_attention_equals_the_fused_kernel(mask: masks.Mask) -> None:
     q, k, v = qkv()
     fused = attend(q, k, v, mask, 0.3, 0.0)
     for upcast in (True, False):
@@ -86,7 +86,7 @@ def test_attention_step_by_step_is_the_fused_one(mask: masks.Mask) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_term_is_added_to_the_scaled_scores(mask: masks.Mask) -> None:
+def test_bias_is_added_to_the_scaled_scores(mask: masks.Mask) -> None:
     q, k, v = qkv()
     term = torch.randn(1, 6, 5, 5).double()
     fused = Biased(lambda q, k, mask: term)(q, k, v, mask, 0.3, 0.0)
@@ -117,7 +117,7 @@ def test_scores_depend_on_distance_alone() -> None:
     assert not math.isclose(score(3, 10), score(3, 11), abs_tol=1e-3)
 
 
-def test_a_part_of_each_head_is_turned_and_the_rest_stays() -> None:
+def test_partial_rotary_leaves_the_rest_of_each_head() -> None:
     torch.manual_seed(0)
     mask, x = masks.causal(IDS, None), torch.randn(2, 1, 5, 8)
     part, _ = Rotary(4, 100.0, Scaling(), 64)(x, x, mask)
@@ -125,25 +125,25 @@ def test_a_part_of_each_head_is_turned_and_the_rest_stays() -> None:
     assert torch.equal(part, torch.cat((whole, x[..., 4:]), dim=-1))
 
 
-def test_linear_divides_and_llama3_leaves_the_fast_ones() -> None:
+def test_linear_divides_and_llama3_keeps_high_frequencies() -> None:
     plain = frequencies(16, 500.0, 64)
     assert torch.equal(frequencies(16, 500.0, 64, rope_type="linear", factor=4.0), plain / 4)
-    bent = frequencies(
+    scaled = frequencies(
         16, 500.0, 64, type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0
     )
-    torch.testing.assert_close(bent[0], plain[0])
-    torch.testing.assert_close(bent[-1], plain[-1] / 4)
+    torch.testing.assert_close(scaled[0], plain[0])
+    torch.testing.assert_close(scaled[-1], plain[-1] / 4)
 
 
-def test_dynamic_grows_beyond_its_positions_only() -> None:
+def test_dynamic_base_grows_beyond_the_positions_only() -> None:
     plain = frequencies(16, 500.0, 20)
     at, beyond = (frequencies(16, 500.0, 20, n, rope_type="dynamic", factor=2.0) for n in (20, 21))
     torch.testing.assert_close(at, plain)
     assert (beyond[1:] < plain[1:]).all()
 
 
-def test_yarn_truncates_unless_told_otherwise() -> None:
-    """A null is no: the reference reads it so. At these sizes the ramp's ends are no integers."""
+def test_yarn_truncates_by_default() -> None:
+    """Null means false, as in the reference. These sizes make the ramp's ends fractions."""
 
     def yarn(**more: object) -> Tensor:
         sizes = {"factor": 4.0, "original_max_position_embeddings": 200}
@@ -157,7 +157,7 @@ def test_yarn_truncates_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ({"rope_type": "longrope"}, "'longrope' is not implemented"),
         ({"rope_type": "linaer", "factor": 2.0}, "Did you mean linear"),
@@ -170,13 +170,13 @@ def test_yarn_truncates_unless_told_otherwise() -> None:
         ([], "expected an object"),
     ],
 )
-def test_rope_that_is_refused(value: object, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_rope_scaling_that_is_not_implemented_is_refused(value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Scaling.from_json(value)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
-def test_rope_goes_to_json_and_back(kind: str) -> None:
+def test_rope_scaling_round_trips_through_json(kind: str) -> None:
     more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     factor = {} if kind == "default" else {"factor": 2.0}
     made = Scaling.from_json({"type": kind, **factor, **more})
@@ -187,7 +187,7 @@ def test_rope_goes_to_json_and_back(kind: str) -> None:
 # --- activations and heads -----------------------------------------------------------------------
 
 
-def test_activations_by_what_they_are_known_for() -> None:
+def test_activations_compute_their_definitions() -> None:
     x = torch.linspace(-12, 12, 97, dtype=torch.float64)
     exact = x * 0.5 * (1 + torch.erf(x / 2**0.5))
     torch.testing.assert_close(ACTIVATIONS["gelu"](x), exact)
@@ -209,12 +209,12 @@ def test_activations_by_what_they_are_known_for() -> None:
     ],
     ids=["neither", "mask", "pad", "both", "ones and pad", "nothing but pads"],
 )
-def test_the_token_that_is_classified(mask: Tensor | None, pad: int | None, at: list[int]) -> None:
+def test_last_real_token_is_classified(mask: Tensor | None, pad: int | None, at: list[int]) -> None:
     x = torch.arange(5.0).expand(2, 5)[..., None]
     assert last_token(x, IDS, mask, pad).flatten().tolist() == at
 
 
-def test_the_pooler_reads_the_first_real_token() -> None:
+def test_pooler_reads_the_first_real_token() -> None:
     pooler = Pooler(1)
     torch.nn.init.ones_(pooler.dense.weight)
     torch.nn.init.zeros_(pooler.dense.bias)
@@ -251,29 +251,29 @@ class Tiny(config.Config):
         ("layer", 3),
     ],
 )
-def test_a_bad_field_is_named(field: str, value: object) -> None:
+def test_bad_field_is_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         Tiny(**{field: value})
 
 
-def test_every_problem_is_said_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)layers.*eps"):
         Tiny(layers=0, eps=-1.0)
     with pytest.raises(ConfigError, match="Did you mean layers"):
         Tiny(layer=3)
 
 
-def test_a_billion_layers_are_too_many() -> None:
+def test_a_billion_layers_are_refused() -> None:
     with pytest.raises(ResourceLimit):
         Tiny(layers=10**9)
 
 
-def test_null_is_a_value_where_the_field_can_hold_it() -> None:
+def test_optional_field_can_be_null() -> None:
     assert Tiny(pad=None).pad is None
     assert Tiny().replace(pad=3).to_dict()["pad"] == 3
 
 
-def test_labels_by_number_or_by_name() -> None:
+def test_labels_by_count_or_by_name() -> None:
     names = config.Labels.from_json({"1": "b", "0": "a", "10": "c"})
     assert names == ("a", "b", "c")
     assert config.Labels.from_json({1: "b", 0: "a"}) == ("a", "b")
@@ -302,20 +302,20 @@ def test_windows_of_layers(fields: dict[str, Any], windows: tuple[int | None, ..
     assert Seen(layers=3, **fields).windows() == windows
 
 
-def test_windows_that_cannot_be() -> None:
+def test_contradictory_windows_are_refused() -> None:
     for fields in ({}, {"window": 7, "windowed": False}, {"window": 7, "layers": 2}):
         with pytest.raises(ConfigError, match="kinds"):
             Seen(**{"layers": 3, "kinds": [config.SLIDING] * 3, **fields})
 
 
-def test_kinds_of_layers() -> None:
+def test_layer_kinds_round_trip_through_json() -> None:
     kinds = config.LayerKinds.from_json(["full_attention", "sliding_attention"])
     assert config.LayerKinds.from_json(kinds.to_json()) == kinds
     with pytest.raises(ConfigError, match="chunked"):
         config.LayerKinds.from_json(["chunked_attention"])
 
 
-def test_a_token_outside_the_vocabulary_says_where() -> None:
+def test_token_outside_the_vocabulary_is_located() -> None:
     from zoo.components.inputs import check_ids
 
     with pytest.raises(TokenIdError, match=r"row 1, position 2.*99"):

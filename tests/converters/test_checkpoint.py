@@ -49,34 +49,37 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_single_file(tmp_path: Path) -> None:
+def test_a_single_file_is_opened(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
-    found = open_checkpoint(tmp_path)
-    assert (found.root, found.format) == (tmp_path, "safetensors")
-    assert found.files == (tmp_path / "model.safetensors",)
-    assert found.tensors == {"a": TensorInfo("a", (2,), "F32")}
-    assert found.where == {"a": "model.safetensors"}
-    assert found.metadata == {"format": "pt"}
-    assert found.tensor("a").tolist() == [1, 1]
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.root, checkpoint.format) == (tmp_path, "safetensors")
+    assert checkpoint.files == (tmp_path / "model.safetensors",)
+    assert checkpoint.tensors == {"a": TensorInfo("a", (2,), "F32")}
+    assert checkpoint.where == {"a": "model.safetensors"}
+    assert checkpoint.metadata == {"format": "pt"}
+    assert checkpoint.tensor("a").tolist() == [1, 1]
     with pytest.raises(MissingTensors, match=r"aa\. Did you mean a"):
-        found.tensor("aa")
+        checkpoint.tensor("aa")
 
 
-def test_shards(sharded: Path) -> None:
+def test_shards_and_index_are_opened(sharded: Path) -> None:
     save_file({"z": torch.ones(1)}, sharded / "model-00003-of-00003.safetensors")
-    found = open_checkpoint(sharded)
-    assert found.where == {"a": ONE, "b": TWO, "c": TWO}
-    assert [file.name for file in found.files] == [ONE, TWO]
-    assert found.unlisted == ("model-00003-of-00003.safetensors",)
-    assert found.tensor("b").shape == (3,)
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.where == {"a": ONE, "b": TWO, "c": TWO}
+    assert [file.name for file in checkpoint.files] == [ONE, TWO]
+    assert checkpoint.unlisted == ("model-00003-of-00003.safetensors",)
+    assert checkpoint.tensor("b").shape == (3,)
     index(sharded, {"c": TWO, "b": TWO, "a": ONE})  # order means nothing
-    assert open_checkpoint(sharded) == found or open_checkpoint(sharded).tensors == found.tensors
+    assert (
+        open_checkpoint(sharded) == checkpoint
+        or open_checkpoint(sharded).tensors == checkpoint.tensors
+    )
 
 
-def test_torch_files_count_where_safetensors_are_absent(tmp_path: Path) -> None:
+def test_torch_files_are_opened_if_there_are_no_safetensors(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    found = open_checkpoint(tmp_path)
-    assert (found.format, found.tensor("a").tolist()) == ("torch", [1, 1])
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.format, checkpoint.tensor("a").tolist()) == ("torch", [1, 1])
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save({"b": torch.ones(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
     files = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
@@ -87,7 +90,7 @@ def test_torch_files_count_where_safetensors_are_absent(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).tensors.keys() == {"s"}
 
 
-def test_a_single_file_beside_an_index(sharded: Path) -> None:
+def test_a_single_file_beside_an_index_is_ambiguous(sharded: Path) -> None:
     save_file({"a": torch.ones(2)}, sharded / "model.safetensors")
     with pytest.raises(
         AmbiguousCheckpoint, match=r"model\.safetensors and model\.safetensors\.index"
@@ -103,7 +106,7 @@ def test_a_single_file_beside_an_index(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotACheckpoint, match=r"Looked for model\.safetensors.*found nothing"):
         open_checkpoint(tmp_path)
     (tmp_path / "README.md").touch()
@@ -141,13 +144,13 @@ def test_corrupt_shards_are_all_named(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_a_tensor_in_two_shards(sharded: Path) -> None:
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, sharded / TWO)
     with pytest.raises(DuplicateTensor, match=rf"a \({ONE} and {TWO}\)"):
         open_checkpoint(sharded)
 
 
-def test_index_and_shards_disagree(sharded: Path) -> None:
+def test_an_index_that_disagrees_with_its_shards_is_refused(sharded: Path) -> None:
     index(sharded, {"a": ONE, "b": TWO, "d": TWO, "e": ONE})
     with pytest.raises(BadIndex) as error:
         open_checkpoint(sharded)
@@ -160,11 +163,11 @@ def test_index_and_shards_disagree(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
-def test_a_shard_that_the_index_leaves_out_is_told(sharded: Path) -> None:
+def test_a_shard_that_the_index_leaves_out_is_listed(sharded: Path) -> None:
     index(sharded, {"a": ONE})
-    found = open_checkpoint(sharded)  # the plan says which tensors are missing
-    assert found.tensors.keys() == {"a"}
-    assert found.unlisted == (TWO,)
+    checkpoint = open_checkpoint(sharded)  # the plan says which tensors are missing
+    assert checkpoint.tensors.keys() == {"a"}
+    assert checkpoint.unlisted == (TWO,)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,7 @@ def test_a_shard_that_the_index_leaves_out_is_told(sharded: Path) -> None:
         ('{"weight_map": ' + "[" * 5000 + "]" * 5000 + "}", "nested deeper"),
     ],
 )
-def test_malformed_indices(sharded: Path, text: str, message: str) -> None:
+def test_malformed_indices_are_refused(sharded: Path, text: str, message: str) -> None:
     (sharded / INDEX).write_text(text)
     with pytest.raises(BadIndex, match=message) as error:
         open_checkpoint(sharded)
@@ -244,7 +247,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "sub/",
     ],
 )
-def test_unsafe_names(sharded: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_names_are_refused(
+    sharded: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_file({"z": torch.ones(1)}, sharded.parent / "outside.safetensors")
     index(sharded, {"a": ONE, "z": name, "x": "/also/this"})
     opened = watched(monkeypatch)
@@ -255,7 +260,7 @@ def test_unsafe_names(sharded: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     assert opened == [INDEX]
 
 
-def test_names_below_the_directory_are_fine(sharded: Path) -> None:
+def test_names_below_the_directory_are_accepted(sharded: Path) -> None:
     (sharded / "sub").mkdir()
     (sharded / TWO).rename(sharded / "sub" / "..two.safetensors")
     (sharded / TWO).symlink_to("sub/..two.safetensors")
@@ -273,7 +278,9 @@ def test_plain_names_stay_below(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["outside", "fifo", "device", "directory", "by a folder"])
-def test_unsafe_files(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_files_are_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, outside = tmp_path / "checkpoint", tmp_path / "outside"
     root.mkdir()
     outside.mkdir()
@@ -305,11 +312,11 @@ def test_a_linked_directory_and_the_hubs_cache(tmp_path: Path, sharded: Path) ->
     for n, name in enumerate((ONE, TWO, INDEX)):
         shutil.move(sharded / name, blobs / f"{n:064x}")
         (snapshot / name).symlink_to(Path("..", "..", "blobs", f"{n:064x}"))
-    found = open_checkpoint(snapshot)
-    assert found.where["b"] == TWO
-    assert found.tensor("b").tolist() == [0, 0, 0]
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.where["b"] == TWO
+    assert checkpoint.tensor("b").tolist() == [0, 0, 0]
     (tmp_path / "link").symlink_to(snapshot)
-    assert open_checkpoint(tmp_path / "link").tensors == found.tensors
+    assert open_checkpoint(tmp_path / "link").tensors == checkpoint.tensors
     (snapshot / ONE).unlink()
     (snapshot / ONE).symlink_to(Path("..", "..", "refs"))
     (repo / "refs").write_bytes((blobs / f"{0:064x}").read_bytes())
@@ -329,17 +336,17 @@ sizes = st.lists(st.integers(0, 12), min_size=1, max_size=12)
 
 @settings(max_examples=200, deadline=None)
 @given(sizes, st.integers(1, 40))
-def test_shards_are_the_hubs(counts: list[int], limit: int) -> None:
+def test_shards_equal_the_split_of_the_hub_library(counts: list[int], limit: int) -> None:
     state = {f"t{n}": torch.zeros(count) for n, count in enumerate(counts)}
     infos = [TensorInfo(name, (tensor.numel(),), "F32") for name, tensor in state.items()]
     theirs = split_torch_state_dict_into_shards(
         {n: torch.empty(t.shape, device="meta") for n, t in state.items()}, max_shard_size=limit
     )
-    ours = {file: [info.name for info in held] for file, held in shard(infos, limit)}
+    ours = {file: [info.name for info in tensors] for file, tensors in shard(infos, limit)}
     assert ours == theirs.filename_to_tensors
 
 
-def test_nothing_is_one_file() -> None:
+def test_no_tensors_are_one_empty_file() -> None:
     assert shard([], 10) == [("model.safetensors", [])]
 
 
@@ -365,9 +372,11 @@ def test_files_and_index_are_those_of_save_pretrained(tmp_path: Path, tied: bool
     shards = shard(infos, 12_000)
     assert len(shards) > 3
     unread = Lazy.of(torch.empty(0))
-    for name, held in shards:
-        write(ours / name, {info.name: state[info.name] for info in held}, {"format": "pt"})
-    made = [Shard.of(n, [Item(i, "", lambda: unread) for i in held], None) for n, held in shards]
+    for name, tensors in shards:
+        write(ours / name, {info.name: state[info.name] for info in tensors}, {"format": "pt"})
+    made = [
+        Shard.of(n, [Item(i, "", lambda: unread) for i in tensors], None) for n, tensors in shards
+    ]
     for name, text in index_of(made).items():
         (ours / name).write_bytes(text)
     written = {path.name for path in theirs.iterdir()} - {"config.json", "generation_config.json"}
@@ -379,9 +388,9 @@ def test_files_and_index_are_those_of_save_pretrained(tmp_path: Path, tied: bool
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_shard_changed_between_header_and_weights(sharded: Path) -> None:
-    found = open_checkpoint(sharded)
+def test_a_shard_that_changes_after_its_header_is_refused(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
     save_file({"a": torch.ones(5)}, sharded / ONE)
     with pytest.raises(ZooError, match="changed"):
-        found.tensor("a")
+        checkpoint.tensor("a")
     assert SafetensorsReader(sharded / ONE).tensors["a"].shape == (5,)

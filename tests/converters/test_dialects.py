@@ -64,8 +64,8 @@ def model_of(spec: str, *dialects: str, **changes: Any) -> Any:
 
 def asked(model: Any, dialect: str, spec: str) -> dict[str, Any]:
     """What a dialect has to be told."""
-    found = EVERY.get((spec, dialect))
-    return {name: getattr(model.config, name) for name in found[1].needs} if found else {}
+    actual = EVERY.get((spec, dialect))
+    return {name: getattr(model.config, name) for name in actual[1].needs} if actual else {}
 
 
 def test_a_spec_laid_over_another_has_its_hf_alone() -> None:
@@ -144,7 +144,7 @@ def meta(directory: Path, files: list[dict[str, Tensor]], params: dict[str, Any]
 
 
 def params_of(config: dict[str, Any], **more: Any) -> dict[str, Any]:
-    said = {
+    data = {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
         "n_heads": config["num_attention_heads"],
@@ -154,7 +154,7 @@ def params_of(config: dict[str, Any], **more: Any) -> dict[str, Any]:
         "rope_theta": 5000.0,
         "multiple_of": 256,
     }
-    return said | more
+    return data | more
 
 
 EVEN = {"vocab": 134, "hidden": 102}  # what two files can share
@@ -163,7 +163,9 @@ IDS = torch.arange(33).view(1, 33) * 3
 
 @torch.no_grad()
 @pytest.mark.parametrize(("shards", "columns"), [(1, False), (2, False), (2, True)])
-def test_meta(llama: Any, tmp_path: Path, shards: int, columns: bool) -> None:
+def test_meta_files_load_and_convert_back(
+    llama: Any, tmp_path: Path, shards: int, columns: bool
+) -> None:
     """By the layout that is published; the logits are those of the reference's own files."""
     hf, tensors, config = llama
     files = meta_files(tensors, config, shards, columns)
@@ -178,15 +180,15 @@ def test_meta(llama: Any, tmp_path: Path, shards: int, columns: bool) -> None:
     layout = {"shards": shards, "columns": int(columns)} if columns else {"shards": shards}
     zoo.convert(place, tmp_path / "hf", to="hf")
     zoo.convert(tmp_path / "hf", tmp_path / "back", to="meta", layout=layout)
-    for n, held in enumerate(files):
+    for n, weights in enumerate(files):
         again = torch.load(tmp_path / "back" / f"consolidated.{n:02}.pth", weights_only=True)
-        held.pop("rope.freqs")
-        assert again.keys() == held.keys()
-        assert all(torch.equal(again[name], held[name]) for name in held)
+        weights.pop("rope.freqs")
+        assert again.keys() == weights.keys()
+        assert all(torch.equal(again[name], weights[name]) for name in weights)
     # and Meta's own arithmetic makes the hidden size of what is written
-    said = json.loads((tmp_path / "back" / "params.json").read_text())
-    hidden = int(said["ffn_dim_multiplier"] * int(2 * 4 * said["dim"] / 3))
-    assert -(-hidden // said["multiple_of"]) * said["multiple_of"] == 102
+    data = json.loads((tmp_path / "back" / "params.json").read_text())
+    hidden = int(data["ffn_dim_multiplier"] * int(2 * 4 * data["dim"] / 3))
+    assert -(-hidden // data["multiple_of"]) * data["multiple_of"] == 102
 
 
 @torch.no_grad()
@@ -205,7 +207,7 @@ def test_meta_scaled_rope(llama: Any, tmp_path: Path) -> None:
         zoo.save(model, tmp_path / "other", to="meta")
 
 
-def test_shards_that_are_missing_or_disagree(llama: Any, tmp_path: Path) -> None:
+def test_missing_or_inconsistent_shards_are_refused(llama: Any, tmp_path: Path) -> None:
     _, tensors, config = llama
     files = meta_files(tensors, config, 2, False)
     place = meta(tmp_path / "meta", files, params_of(config))
@@ -293,7 +295,9 @@ def linear(tensors: dict[str, Tensor], before: str = "") -> dict[str, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("before", ["", "_orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt(gpt2: Any, tmp_path: Path, before: str, bias: bool) -> None:
+def test_nanogpt_checkpoints_load_and_convert_back(
+    gpt2: Any, tmp_path: Path, before: str, bias: bool
+) -> None:
     """As train.py leaves it: compiled or not, the optimizer's state and the run's beside it."""
     hf, tensors = gpt2("gelu")
     state = linear(tensors, before)
@@ -368,9 +372,9 @@ def llama2c_checkpoint(
 def test_llama2c_training_checkpoint_is_read_and_converted(
     llama: Any, tmp_path: Path, before: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = llama2c_checkpoint(llama, before)
-    held["model"][f"{before}freqs_cos"] = torch.ones(256, 2)  # older versions saved the buffers
-    torch.save(held, tmp_path / "ckpt.pt")
+    tensors = llama2c_checkpoint(llama, before)
+    tensors["model"][f"{before}freqs_cos"] = torch.ones(256, 2)  # older versions saved the buffers
+    torch.save(tensors, tmp_path / "ckpt.pt")
     model = zoo.load(tmp_path / "ckpt.pt")
     expected = zoo.load(llama[0], config={"rope_base": 1e4, "eps": 1e-5})
     expected.head.weight.copy_(expected.embed.weight)
@@ -386,8 +390,10 @@ def test_llama2c_training_checkpoint_is_read_and_converted(
         zoo.convert(tmp_path / "ckpt.pt", tmp_path / to, to=to)
         assert torch.equal(zoo.load(tmp_path / to)(ids), model(ids))
     again = torch.load(tmp_path / "llama2c-ckpt" / "ckpt.pt", weights_only=True)
-    assert again["model"].keys() == {n.removeprefix(before) for n in held["model"]} - {"freqs_cos"}
-    assert all(torch.equal(x, held["model"][before + n]) for n, x in again["model"].items())
+    assert again["model"].keys() == {n.removeprefix(before) for n in tensors["model"]} - {
+        "freqs_cos"
+    }
+    assert all(torch.equal(x, tensors["model"][before + n]) for n, x in again["model"].items())
 
 
 def test_faults_of_a_llama2c_training_checkpoint(llama: Any, tmp_path: Path) -> None:
@@ -400,15 +406,15 @@ def test_faults_of_a_llama2c_training_checkpoint(llama: Any, tmp_path: Path) -> 
     fails(ConfigError, f"n_layers: {layers} found, {layers + 1} declared", n_layers=layers + 1)
     fails(ConfigError, "n_layer: unknown field", n_layer=3)
     fails(ConfigError, "n_heads: 5 does not divide", n_heads=5)
-    held = llama2c_checkpoint(llama)
-    del held["model_args"]["n_heads"]
-    torch.save(held, tmp_path / "ckpt.pt")
+    tensors = llama2c_checkpoint(llama)
+    del tensors["model_args"]["n_heads"]
+    torch.save(tensors, tmp_path / "ckpt.pt")
     with pytest.raises(ConfigError, match="nothing says n_heads"):
         zoo.load(tmp_path / "ckpt.pt")
 
 
 @torch.no_grad()
-def test_mingpt(gpt2: Any, tmp_path: Path) -> None:
+def test_mingpt_checkpoints_load(gpt2: Any, tmp_path: Path) -> None:
     hf, tensors = gpt2("gelu_new", False)
     state = linear(tensors) | {"lm_head.weight": tensors["lm_head.weight"]}
     state |= {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 53, 53) for n in range(3)}
@@ -422,7 +428,9 @@ def test_mingpt(gpt2: Any, tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
-def test_book(gpt2: Any, tmp_path: Path, biased: bool, nested: bool) -> None:
+def test_checkpoints_of_the_book_load(
+    gpt2: Any, tmp_path: Path, biased: bool, nested: bool
+) -> None:
     hf, tensors = gpt2("gelu_new", False)
     state = {
         "tok_emb.weight": tensors["transformer.wte.weight"],
@@ -527,8 +535,8 @@ def test_stories_text_and_logits(stories: Path, tmp_path: Path) -> None:
     truth = torch.from_numpy(np.load(stories / "ref_logits_64tok.npy"))
     logits = model(torch.tensor([greedy[:64]]))
     torch.testing.assert_close(logits.reshape(truth.shape), truth, atol=2e-4, rtol=0)
-    found = model.generate(torch.tensor([greedy[:1]]), max_new_tokens=len(greedy) - 1)
-    assert found.ids[0].tolist() == greedy if hasattr(found, "ids") else True
+    actual = model.generate(torch.tensor([greedy[:1]]), max_new_tokens=len(greedy) - 1)
+    assert actual.ids[0].tolist() == greedy if hasattr(actual, "ids") else True
     text = model.tokenizer.decode(greedy, skip_special=True)
     assert text.strip() == expected["greedy_text"].strip()
     # with llama2.c's own vocabulary in its place
@@ -607,7 +615,9 @@ SIZES = (64, 172, 5, 8, 4, 512, 512)
         (struct.pack("<7i", 2**20, 2**22, 4096, 2, 2, 2**26, 4), 4096, "makes .*Truncated"),
     ],
 )
-def test_hostile_headers(tmp_path: Path, head: bytes, size: int, why: str) -> None:
+def test_hostile_llama2c_headers_are_refused(
+    tmp_path: Path, head: bytes, size: int, why: str
+) -> None:
     path = tmp_path / "x.bin"
     with path.open("wb") as file:
         file.write(head)
@@ -629,8 +639,8 @@ def test_numbers_of_groups_wherever_they_are_cut(tmp_path: Path) -> None:
         whole = reader.tensor(name)
         for rows, columns in (((0, 1), (0, 1)), ((1, 4), (3, 7)), ((2, 5), (0, 8))):
             box = slice(*rows), slice(*columns)
-            found = reader.numbers(name, *box)
-            assert torch.equal(found.nan_to_num(), whole[box].nan_to_num())
+            actual = reader.numbers(name, *box)
+            assert torch.equal(actual.nan_to_num(), whole[box].nan_to_num())
 
 
 @pytest.mark.parametrize("to", ["llama2c", "gguf", "hf"])
@@ -641,10 +651,10 @@ def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     def watched(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any) -> Tensor:
-            found = make(*args)
-            if found.untyped_storage().nbytes() < mapped:  # no view of a file
-                seen.append(found.nbytes)
-            return found
+            actual = make(*args)
+            if actual.untyped_storage().nbytes() < mapped:  # no view of a file
+                seen.append(actual.nbytes)
+            return actual
 
         return made
 
@@ -663,7 +673,7 @@ def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 # --- what is found, and what is not --------------------------------------------------------------
 
 
-def test_files_that_nothing_knows(tmp_path: Path, gpt2: Any) -> None:
+def test_files_of_no_known_format_are_refused(tmp_path: Path, gpt2: Any) -> None:
     (tmp_path / "noise.bin").write_bytes(b"GIF89a" * 100)
     with pytest.raises(
         NotACheckpoint, match=r"expected a directory .* file of torch.save, .*llama2"
@@ -725,7 +735,7 @@ def test_faults_of_a_nested_file(tmp_path: Path, gpt2: Any) -> None:
         TorchZipReader(path, nested=True)
 
 
-def test_what_cannot_be_said_is_refused_by_name(tmp_path: Path) -> None:
+def test_configs_that_a_dialect_cannot_express_are_refused_by_name(tmp_path: Path) -> None:
     llama, gpt = entry_of("llama"), entry_of("gpt2")
 
     def refused(entry: Any, to: str, why: str, **changes: Any) -> None:
@@ -772,17 +782,17 @@ def test_what_cannot_be_said_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_files_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts: int) -> None:
+def test_files_of_no_dialect_are_recognized_and_opened(tmp_path: Path, parts: int) -> None:
     """A dialect of them is a section of a spec and nothing more."""
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     raw = torch.cat([data.reshape(-1) for _, data in in_units(iter([x]), int8_groups(32)[0])])
     names = ["one.gguf"] if parts == 1 else [f"x-0000{n}-of-00002.gguf" for n in (1, 2)]
     for n, name in enumerate(names):
         infos = [TensorInfo(f"blk.{n}.w", (4, 64), "Q8_0"), TensorInfo(f"norm.{n}", (6,), "F32")]
-        said: dict[str, Any] = {"general.architecture": "none"}
+        fields: dict[str, Any] = {"general.architecture": "none"}
         if parts == 2:
-            said |= {"split.no": gguf.Value("u16", n), "split.count": gguf.Value("u16", 2)}
-        layout = gguf.lay_out(infos, said, name)
+            fields |= {"split.no": gguf.Value("u16", n), "split.count": gguf.Value("u16", 2)}
+        layout = gguf.lay_out(infos, fields, name)
         body = bytearray(raw.numpy().tobytes() * 2)[: layout.size].ljust(layout.size, b"\0")
         body[layout.starts[f"norm.{n}"] - (-272 % 32) : layout.starts[f"norm.{n}"]] = bytes(
             -272 % 32
@@ -799,8 +809,8 @@ def test_files_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts
         assert checkpoint is not None and len(checkpoint.tensors) == 2 * parts
         for name in checkpoint.tensors:
             whole = checkpoint.tensor(name)
-            found = [p.reshape(-1) for p in checkpoint.lazy(name).pieces(100)]
-            assert torch.equal(torch.cat(found).nan_to_num(), whole.reshape(-1).nan_to_num())
+            actual = [p.reshape(-1) for p in checkpoint.lazy(name).pieces(100)]
+            assert torch.equal(torch.cat(actual).nan_to_num(), whole.reshape(-1).nan_to_num())
     ((_, reader), *_) = opened.readers
     assert reader.quantized
 
@@ -811,7 +821,7 @@ def test_files_that_no_dialect_speaks_are_known_and_opened(tmp_path: Path, parts
 @pytest.mark.parametrize(
     ("to", "layout"), [("meta", {"shards": 2}), ("llama2c", None), ("gguf", None)]
 )
-def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, to: str, layout: Any) -> None:
+def test_an_interrupted_conversion_resumes(tmp_path: Path, to: str, layout: Any) -> None:
     """With the CRCs of what was written before."""
     zoo.save(model_of("llama", "llama2c", **EVEN), tmp_path / "native", to="native")
     zoo.convert(tmp_path / "native", tmp_path / "whole", to=to, layout=layout)
@@ -834,7 +844,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, to: str, layout: Any
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
-def test_parts(tmp_path: Path) -> None:
+def test_parts_write_the_same_files_as_a_whole_conversion(tmp_path: Path) -> None:
     zoo.save(model_of("llama", "meta", **EVEN), tmp_path / "native", to="native")
     how: dict[str, Any] = {"to": "meta", "layout": {"shards": 2}}
     zoo.convert(tmp_path / "native", tmp_path / "whole", **how)
@@ -855,8 +865,8 @@ def test_check_finds_what_was_changed(tmp_path: Path) -> None:
     zoo.save(model_of("gpt2", "nanogpt"), tmp_path / "out", to="nanogpt")
     path = tmp_path / "out" / "ckpt.pt"
     data = path.read_bytes()
-    said = json.loads((tmp_path / "out" / "zoo-manifest.json").read_text())["files"]["ckpt.pt"]
-    start, size = said["tensors"]["transformer.wpe.weight"]["at"]
+    fields = json.loads((tmp_path / "out" / "zoo-manifest.json").read_text())["files"]["ckpt.pt"]
+    start, size = fields["tensors"]["transformer.wpe.weight"]["at"]
     for at, what in ((start + size - 1, "transformer.wpe.weight"), (5, "around"), (-3, "around")):
         broken = bytearray(data)
         broken[at] ^= 1
@@ -883,14 +893,14 @@ def test_bf16_stays_and_casts_are_asked_for(tmp_path: Path) -> None:
 def test_info_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("llama", "meta", **EVEN)
     zoo.save(model, tmp_path / "out", to="meta", layout={"shards": 2})
-    found = zoo.info(tmp_path / "out")
-    assert (found.architecture, found.dialect) == ("llama", "meta")
-    assert found.config["multiple_of"] == found.inferred["hidden"] == 102
-    assert found.stored is not None and len(found.stored.files) == 2
+    info = zoo.info(tmp_path / "out")
+    assert (info.architecture, info.dialect) == ("llama", "meta")
+    assert info.config["multiple_of"] == info.inferred["hidden"] == 102
+    assert info.stored is not None and len(info.stored.files) == 2
     assert main(["info", str(tmp_path / "out" / "consolidated.01.pth")]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("Meta's consolidated.NN.pth", "told by the tensors", "consolidated.00.pth"):
-        assert word in said
+        assert word in output
 
 
 def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -909,7 +919,7 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 # --- what is found out about files, and said -----------------------------------------------------
 
 
-def test_what_was_stored_in_two_dtypes_stays_so(llama: Any, tmp_path: Path) -> None:
+def test_tensors_stored_in_two_dtypes_keep_them(llama: Any, tmp_path: Path) -> None:
     _, tensors, config = llama
     mixed = {n: x if "norm" in n else x.bfloat16() for n, x in tensors.items()}
     mixed["model.norm.weight"] = mixed["model.norm.weight"].bfloat16().float()  # exact in both
@@ -917,19 +927,19 @@ def test_what_was_stored_in_two_dtypes_stays_so(llama: Any, tmp_path: Path) -> N
     place = meta(tmp_path / "meta", files, params_of(config))
     zoo.convert(place, tmp_path / "hf", to="hf")
     zoo.convert(tmp_path / "hf", tmp_path / "back", to="meta", layout={"shards": 2})
-    for n, held in enumerate(files):
+    for n, weights in enumerate(files):
         again = torch.load(tmp_path / "back" / f"consolidated.{n:02}.pth", weights_only=True)
-        assert all(again[name].dtype == x.dtype for name, x in held.items() if name in again)
-        assert all(torch.equal(again[name], held[name]) for name in again)
+        assert all(again[name].dtype == x.dtype for name, x in weights.items() if name in again)
+        assert all(torch.equal(again[name], weights[name]) for name in again)
 
 
 def test_heads_are_never_guessed(tmp_path: Path) -> None:
     """Twelve of them would divide the width, and give other logits without a word."""
     zoo.save(model_of("gpt2", "nanogpt", dim=48, heads=4), tmp_path / "a", to="nanogpt")
     path = tmp_path / "a" / "ckpt.pt"
-    held = torch.load(path, weights_only=True)
-    del held["model_args"]["n_head"]
-    torch.save(held, path)
+    saved = torch.load(path, weights_only=True)
+    del saved["model_args"]["n_head"]
+    torch.save(saved, path)
     with pytest.raises(ConfigError, match=r"nothing says n_head .*model_args"):
         zoo.load(path)
     with pytest.raises(ConfigError, match=r"config=\{'n_head': …\}, and not n_heda"):
@@ -937,7 +947,7 @@ def test_heads_are_never_guessed(tmp_path: Path) -> None:
     assert zoo.load(path, config={"n_head": 4}).config.heads == 4
 
 
-def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path) -> None:
+def test_a_misshapen_tensor_is_not_reported_as_a_missing_file(llama: Any, tmp_path: Path) -> None:
     _, tensors, config = llama
     files = meta_files(tensors, config, 1, False)
     files[0]["layers.1.attention.wq.weight"] = torch.zeros(3, 3)
@@ -950,7 +960,7 @@ def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"", "found an empty file"),
         (struct.pack("<Q", 2) + b"{}", "found what looks like safetensors: give the directory"),
@@ -958,14 +968,14 @@ def test_a_tensor_of_another_shape_is_no_missing_file(llama: Any, tmp_path: Path
         (b"\xff" * 64, r"found a file that begins with b'\\xff"),
     ],
 )
-def test_what_a_file_is_instead(tmp_path: Path, data: bytes, told: str) -> None:
+def test_a_file_of_another_kind_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(data)
-    with pytest.raises(NotACheckpoint, match=rf"model\.bin: expected a directory .*{told}"):
+    with pytest.raises(NotACheckpoint, match=rf"model\.bin: expected a directory .*{message}"):
         zoo.load(path)
 
 
-def test_a_file_that_is_named_is_taken_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_named_file_is_opened_wherever_it_is(tmp_path: Path) -> None:
     """A link to it too, or one that a directory would not show; in a directory it counts not."""
     zoo.save(model_of("llama", "gguf"), tmp_path / "there", to="gguf")
     (tmp_path / "here").mkdir()
@@ -978,12 +988,12 @@ def test_a_file_that_is_named_is_taken_wherever_it_lies(tmp_path: Path) -> None:
         assert zoo.info(path).architecture == "llama"
     (tmp_path / "here" / "config.json").write_text('{"model_type": "llama"}')
     hidden.rename(tmp_path / "here" / "model.gguf")
-    told = r"no weights\. Looked for .* those of model\.gguf: give that file"
-    with pytest.raises(NotACheckpoint, match=told):
+    message = r"no weights\. Looked for .* those of model\.gguf: give that file"
+    with pytest.raises(NotACheckpoint, match=message):
         zoo.load(tmp_path / "here", head="lm")
 
 
-def test_what_a_dialect_leaves_not_to_choose(tmp_path: Path) -> None:
+def test_options_that_a_dialect_lacks_are_refused(tmp_path: Path) -> None:
     model = model_of("llama", "llama2c")
     zoo.save(model, tmp_path / "hf")
     for to in ("gguf", "meta"):
@@ -1006,7 +1016,7 @@ def test_what_is_written_beside_its_source_can_be_replaced(tmp_path: Path) -> No
             zoo.convert(source, tmp_path / "a", to=to, force=True)
 
 
-def test_what_was_in_groups_is_said_of_it(
+def test_manifest_records_quantized_groups(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also of what is made of it; its size is that of the file."""
@@ -1024,7 +1034,7 @@ def test_what_was_in_groups_is_said_of_it(
     assert lossy in zoo.info(tmp_path / "native").quantized
 
 
-def test_zeros_that_a_dialect_asks_for_are_no_surprise(
+def test_required_zero_biases_are_not_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zoo.save(model_of("gpt2", "nanogpt", bias=False, qkv_bias=False), tmp_path / "a", to="nanogpt")

@@ -157,7 +157,7 @@ def test_reads_what_the_library_writes(
         assert path.read_bytes()[start:end] == bytes(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def test_unaligned_tensors_are_right(tmp_path: Path) -> None:
+def test_unaligned_tensors_are_read_correctly(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for shift in range(8):  # the header's length moves every tensor
         values = struct.pack("<2f", 1.5, -2.5)
@@ -311,7 +311,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_damaged_headers_are_refused_by_name(tmp_path: Path, case: str) -> None:
     data, message = REFUSED[case]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(data)
@@ -337,13 +337,13 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
         raw(header(**{"a-b, -1": entry()}), F32),
     ],
 )
-def test_accepted(tmp_path: Path, data: bytes) -> None:
+def test_unusual_headers_are_accepted(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "good.safetensors"
     path.write_bytes(data)
     SafetensorsReader(path)
 
 
-def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(raw(header(a=entry(dtype="X"), b=entry(shape=[3]), c=entry(extra=0)), F32))
     with pytest.raises(CorruptCheckpoint, match=r"tensor a: .*tensor b: .*tensor c: "):
@@ -367,7 +367,7 @@ good_file = save({"a": torch.ones(2, 3), "b.weight": torch.zeros(4, dtype=torch.
     st.binary(max_size=4),
     st.integers(0, 4),
 )
-def test_mutated_files_never_fail_otherwise(
+def test_mutated_files_raise_only_our_errors(
     tmp_path: Path, at: int, patch: bytes, cut: int
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -434,7 +434,7 @@ def test_metadata_survives_in_its_order(tmp_path: Path, metadata: dict[str, str]
     assert load_file(path)["a"].item() == 1
 
 
-def test_all_dtypes_stand_in_the_librarys_order(tmp_path: Path) -> None:
+def test_dtypes_are_ordered_as_in_the_library(tmp_path: Path) -> None:
     tensors = {code.lower(): random((2, 2), torch_dtype(code)) for code in codes}
     save_file(tensors, tmp_path / "theirs")
     write(tmp_path / "ours", dict(reversed(tensors.items())))
@@ -464,7 +464,7 @@ def test_parameters_and_conjugates_are_written_by_value(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "a")["z"], z.conj().resolve_conj())
 
 
-def test_a_name_stands_once(tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused_when_writing(tmp_path: Path) -> None:
     info = TensorInfo("a", (2,), "F32")
     for infos in ([info, info], [TensorInfo("__metadata__", (), "F32")]):
         with pytest.raises(DuplicateTensor):
@@ -558,7 +558,7 @@ def test_listing_a_zip_reads_no_weights(tmp_path: Path) -> None:
         reader.tensor("aa")
 
 
-def test_a_repacked_zip_is_still_right(tmp_path: Path) -> None:
+def test_a_repacked_zip_is_read_correctly(tmp_path: Path) -> None:
     w = torch.randn(7)
     for length in range(1, 9):  # the folder's name moves every record
         path = saved(tmp_path, {"a": w, "b": w.double(), "c": w.half()})
@@ -569,7 +569,7 @@ def test_a_repacked_zip_is_still_right(tmp_path: Path) -> None:
         assert reader.tensor("a").data_ptr() % 4 == reader.tensor("b").data_ptr() % 8 == 0
 
 
-def test_payloads_are_named_and_never_run(tmp_path: Path) -> None:
+def test_payloads_in_pickles_are_refused_and_never_run(tmp_path: Path) -> None:
     events: list[str] = []
     armed = [True]
     sys.addaudithook(lambda event, _: events.append(event) if armed[0] else None)
@@ -608,7 +608,7 @@ def test_payloads_are_named_and_never_run(tmp_path: Path) -> None:
         (b"\x80\x02" + b"(" * 100_000 + b".", "."),
     ],
 )
-def test_hostile_pickles(tmp_path: Path, pickle: bytes, message: str) -> None:
+def test_hostile_pickles_are_refused(tmp_path: Path, pickle: bytes, message: str) -> None:
     path = saved(tmp_path, {"a": torch.ones(2)})
     repacked(path, edit=lambda n, d: (n, pickle if n.endswith(".pkl") else d))
     start = time.process_time()
@@ -635,7 +635,7 @@ def test_mutated_pickles_are_refused_or_read(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pickle", "told"),
+    ("pickle", "message"),
     [
         (b"\x80\x02r\xff\xff\xff\x7f.", "list index"),  # nothing there to be remembered
         (b"\x80\x02]q\x00r\xff\xff\xff\x7f.", ""),  # C's unpickler makes room for 2^31 of them
@@ -646,11 +646,11 @@ def test_mutated_pickles_are_refused_or_read(data: st.DataObject) -> None:
         (b"\x80\x02(cbuiltins\neval\n.", "builtins.eval.*Nothing was run"),
     ],
 )
-def test_pickles_by_hand(pickle: bytes, told: str) -> None:
-    if not told:
+def test_handwritten_pickles_are_read_or_refused(pickle: bytes, message: str) -> None:
+    if not message:
         assert torch_pickle.read(Path("x"), pickle) == []
         return
-    with pytest.raises(CorruptCheckpoint, match=told):
+    with pytest.raises(CorruptCheckpoint, match=message):
         torch_pickle.read(Path("x"), pickle)
 
 
@@ -661,7 +661,7 @@ def test_pickles_by_hand(pickle: bytes, told: str) -> None:
         b"h\x02h\x00R",  # a tensor of as many arguments
     ],
 )
-def test_what_stands_once_cannot_be_gone_through_many_times(repeated: bytes) -> None:
+def test_nested_references_in_a_pickle_are_bounded(repeated: bytes) -> None:
     """Each call would cost the length of what the memo holds: 10^11 steps in a megabyte."""
     many = b"(" + b"K\x01K\x01\x86" * 200_000 + b"tq\x00"
     names = b"ccollections\nOrderedDict\nq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02"
@@ -671,7 +671,7 @@ def test_what_stands_once_cannot_be_gone_through_many_times(repeated: bytes) -> 
     assert time.process_time() - started < 10
 
 
-def test_tensors_that_reach_beyond_their_storage(tmp_path: Path) -> None:
+def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.arange(12.0).view(3, 4)})
 
     def edit(name: str, data: bytes) -> tuple[str, bytes]:
@@ -693,15 +693,17 @@ def test_one_element_past_a_storage_is_refused(tmp_path: Path, offset: int, fits
         assert name != "data.pkl" or data.count(before) == 1
         return name, data.replace(before, after)
 
-    odd = repacked(path, edit)
+    bad = repacked(path, edit)
     if fits:
-        assert TorchZipReader(odd).tensor("a").tolist() == [10.0, 11.0]
+        assert TorchZipReader(bad).tensor("a").tolist() == [10.0, 11.0]
     else:
         with pytest.raises(CorruptCheckpoint, match=rf"from {offset} on, .* beyond the 48 bytes"):
-            TorchZipReader(odd)
+            TorchZipReader(bad)
 
 
-def test_a_nested_checkpoint_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_depth_and_size_of_a_nested_checkpoint_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many values and levels as the limits say, and not one more."""
 
     def nested(levels: int) -> dict[object, object]:
@@ -733,7 +735,7 @@ def test_values_that_are_no_tensors_are_named(tmp_path: Path) -> None:
             TorchZipReader(saved(tmp_path, value))
 
 
-def test_zips_that_cannot_be_trusted(tmp_path: Path) -> None:
+def test_damaged_zips_are_refused(tmp_path: Path) -> None:
     state = {"a": torch.arange(8.0), "b": torch.ones(4)}
 
     def fails(kind: type[ZooError], message: str, path: Path) -> None:
@@ -844,7 +846,9 @@ def test_threads_that_read_a_file_open_it_once(
     assert len(opened) == 1
 
 
-def test_headers_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_headers_that_differ_from_the_directory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = repacked(saved(tmp_path, {"a": torch.ones(2)}))
     good = path.read_bytes()
     directory = good.index(b"PK\x01\x02")
@@ -867,7 +871,7 @@ def test_headers_that_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         TorchZipReader(path)
 
 
-def test_a_name_twice_in_a_zip(tmp_path: Path) -> None:
+def test_a_duplicate_name_in_a_zip_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.ones(2)})
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("pytorch_model/version", "3")
@@ -877,7 +881,7 @@ def test_a_name_twice_in_a_zip(tmp_path: Path) -> None:
 
 @settings(parent=short, max_examples=300)
 @given(st.data())
-def test_mutated_zips_never_fail_otherwise(tmp_path: Path, data: st.DataObject) -> None:
+def test_mutated_zips_raise_only_our_errors(tmp_path: Path, data: st.DataObject) -> None:
     good = tmp_path / "good.bin"
     if not good.exists():
         torch.save({"a": torch.arange(4.0), "b": torch.ones(2)}, good)
@@ -889,11 +893,11 @@ def test_mutated_zips_never_fail_otherwise(tmp_path: Path, data: st.DataObject) 
     path.write_bytes(content[:at] + patch + content[at + data.draw(st.integers(0, 4)) :])
     try:
         reader = TorchZipReader(path)
-        found = {name: reader.tensor(name) for name in reader.tensors}
+        actual = {name: reader.tensor(name) for name in reader.tensors}
     except ZooError:
         return
-    assert torch.equal(found["a"], torch.arange(4.0)), "accepted, and wrong"
-    assert torch.equal(found["b"], torch.ones(2)), "accepted, and wrong"
+    assert torch.equal(actual["a"], torch.arange(4.0)), "accepted, and wrong"
+    assert torch.equal(actual["b"], torch.ones(2)), "accepted, and wrong"
 
 
 # --- strict JSON ---------------------------------------------------------------------------------

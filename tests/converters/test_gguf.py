@@ -152,8 +152,8 @@ def test_kinds_are_those_of_the_library() -> None:
     for number, kind in KINDS.items():
         assert Type(number).name == kind.name
         assert gguf.GGML_QUANT_SIZES[Type(number)] == (kind.block, kind.size)
-    known = {number: name for name, number in Type.__members__.items()}
-    assert {number: kind.name for number, kind in KINDS.items()} | UNREAD == known
+    names = {number: name for name, number in Type.__members__.items()}
+    assert {number: kind.name for number, kind in KINDS.items()} | UNREAD == names
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -171,7 +171,7 @@ def test_plain_types_are_views(tmp_path: Path, name: str, shape: tuple[int, ...]
     assert path.read_bytes()[start:end] == values.tobytes()
 
 
-def test_brain_floats(tmp_path: Path) -> None:
+def test_bfloat16_is_read(tmp_path: Path) -> None:
     values = torch.randn(3, 8).bfloat16()
     bits = values.view(torch.int16).numpy().view(np.uint8)
     path = written(tmp_path / "a.gguf", lambda w: w.add_tensor("a", bits, raw_dtype=Type.BF16))
@@ -295,9 +295,9 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
 @given(st.floats(width=32))
 def test_single_precision_is_read_as_its_shortest_decimal(tmp_path: Path, value: float) -> None:
     path = put(tmp_path / "a.gguf", raw(key("a", 6, struct.pack("<f", value)), keys=1))
-    found = GGUFReader(path).values["a"]
-    assert struct.pack("<f", found) == struct.pack("<f", value)
-    assert len(repr(found)) <= len(repr(value))
+    actual = GGUFReader(path).values["a"]
+    assert struct.pack("<f", actual) == struct.pack("<f", value)
+    assert len(repr(actual)) <= len(repr(value))
 
 
 def test_usual_decimals_are_what_was_meant(tmp_path: Path) -> None:
@@ -320,10 +320,10 @@ def test_long_arrays_are_decoded_when_asked_for(tmp_path: Path) -> None:
 
     reader = GGUFReader(written(tmp_path / "a.gguf", fill))
     for name, expected in (("tokens", tokens), ("scores", scores), ("flags", flags)):
-        found = reader.values[name]
-        assert isinstance(found, MetadataArray)
-        assert len(found) == 5000
-        assert list(found) == list(found) == expected
+        actual = reader.values[name]
+        assert isinstance(actual, MetadataArray)
+        assert len(actual) == 5000
+        assert list(actual) == list(actual) == expected
     assert repr(reader.values["tokens"]) == "<5000 str of tokens>"
     assert reader.tensor("a").tolist() == [1, 1, 1]
 
@@ -347,7 +347,7 @@ def test_a_large_vocabulary_opens_fast(tmp_path: Path) -> None:
     assert last == "a499999 b"
 
 
-def test_version_2_is_laid_out_alike(tmp_path: Path) -> None:
+def test_version_2_is_read_like_version_3(tmp_path: Path) -> None:
     data = bytearray(one(2, body=struct.pack("<2f", 1.5, -2) + bytes(24)))
     data[4] = 2
     reader = GGUFReader(put(tmp_path / "a.gguf", bytes(data)))
@@ -470,7 +470,7 @@ def test_decoding_takes_the_tensor_and_little_more(tmp_path: Path, kind: int) ->
     assert grown < size + (8 << 20)
 
 
-def test_what_is_written_to_a_view_stays_here(tmp_path: Path) -> None:
+def test_a_write_to_a_view_changes_no_file(tmp_path: Path) -> None:
     path = put(tmp_path / "a.gguf", one(2))
     before = path.read_bytes()
     a = GGUFReader(path).tensor("a.weight")
@@ -659,7 +659,7 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_damaged_headers_are_refused_by_name(tmp_path: Path, case: str) -> None:
     data, kind, message = REFUSED[case]
     path = put(tmp_path / "bad.gguf", data)
     tracemalloc.start()
@@ -696,13 +696,13 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
         raw(info("a" * 64), tensors=1, body=bytes(32)),
     ],
 )
-def test_accepted(tmp_path: Path, data: bytes) -> None:
+def test_unusual_headers_are_accepted(tmp_path: Path, data: bytes) -> None:
     reader = GGUFReader(put(tmp_path / "good.gguf", data))
     for name, about in reader.tensors.items():
         assert reader.tensor(name).shape == about.shape
 
 
-def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_in_one_error(tmp_path: Path) -> None:
     parts = info("a", (0,)), info("b", kind=5), info("c", offset=1), info("d", (2,), 8)
     path = put(tmp_path / "bad.gguf", raw(*parts, tensors=4, body=bytes(99)))
     with pytest.raises(CorruptCheckpoint, match=r"tensor a: .*tensor b: .*tensor c: .*tensor d: "):
@@ -797,7 +797,7 @@ def sample() -> bytes:
     """A small file with something of everything."""
     infos = [TensorInfo("a.weight", (2, 32), "Q8_0"), TensorInfo("b", (3,), "F32")]
     infos += [TensorInfo("c", (2, 2), "BF16"), TensorInfo("d", (), "F16")]
-    said = {
+    values = {
         "general.architecture": "llama",
         "general.alignment": 32,
         "llama.block_count": 2,
@@ -807,11 +807,11 @@ def sample() -> bytes:
         "x": Value("u64", 7),
         "y": True,
     }
-    layout = lay_out(infos, said, "sample")
+    layout = lay_out(infos, values, "sample")
     return layout.head + bytes(random.Random(3).randbytes(layout.size))
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     data = sample()
     path = tmp_path / "a.gguf"
     GGUFReader(put(path, data))
@@ -825,7 +825,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 @settings(parent=short, max_examples=400)
 @given(st.integers(0, len(sample()) - 1), st.binary(max_size=9), st.integers(0, 9))
-def test_mutated_files_never_fail_otherwise(
+def test_mutated_files_raise_only_our_errors(
     tmp_path: Path, at: int, patch: bytes, cut: int
 ) -> None:
     data = sample()
@@ -838,15 +838,15 @@ def test_mutated_files_never_fail_otherwise(
     assert [tensor.name for tensor in library.tensors] == list(reader.tensors)
     assert all(n.startswith("GGUF.") or n in reader.values for n in library.fields)
     for tensor in library.tensors:
-        found = reader.tensor(tensor.name)
+        actual = reader.tensor(tensor.name)
         with np.errstate(all="ignore"):
             if tensor.name in reader.quantized or tensor.tensor_type == Type.BF16:
-                assert same(found.float(), dequantize(tensor.data, tensor.tensor_type))
+                assert same(actual.float(), dequantize(tensor.data, tensor.tensor_type))
             else:
-                assert same(found, tensor.data)
+                assert same(actual, tensor.data)
 
 
-def test_no_regular_file(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.gguf")
     with pytest.raises(UnsafePath, match="no regular file"):
         GGUFReader(tmp_path / "fifo.gguf")
@@ -874,13 +874,13 @@ def split(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("given", [0, 1, 2])
-def test_a_split_is_read_as_one(split: list[Path], given: int) -> None:
-    readers = open_gguf(split[given])
+@pytest.mark.parametrize("inputs", [0, 1, 2])
+def test_a_split_is_read_as_one(split: list[Path], inputs: int) -> None:
+    readers = open_gguf(split[inputs])
     assert list(readers) == [path.name for path in split]
-    held = {name: reader for reader in readers.values() for name in reader.tensors}
-    assert sorted(held) == [f"t{n}" for n in range(5)]
-    assert all(held[f"t{n}"].tensor(f"t{n}").eq(n).all() for n in range(5))
+    tensors = {name: reader for reader in readers.values() for name in reader.tensors}
+    assert sorted(tensors) == [f"t{n}" for n in range(5)]
+    assert all(tensors[f"t{n}"].tensor(f"t{n}").eq(n).all() for n in range(5))
     assert next(iter(readers.values())).values["general.name"] == "whole"
 
 
@@ -925,9 +925,9 @@ def test_a_part_that_is_whole_is_refused(split: list[Path]) -> None:
 
 def parts(tmp_path: Path, *names: str, total: int) -> Path:
     for n, name in enumerate(names):
-        said = key("split.no", 2, struct.pack("<H", n)), key("split.count", 2, b"\x02\0")
+        values = key("split.no", 2, struct.pack("<H", n)), key("split.count", 2, b"\x02\0")
         count = key("split.tensors.count", 5, struct.pack("<i", total))
-        data = raw(*said, count, info(name), keys=3, tensors=1, body=bytes(32))
+        data = raw(*values, count, info(name), keys=3, tensors=1, body=bytes(32))
         put(tmp_path / f"m-{n + 1:05d}-of-00002.gguf", data)
     return tmp_path / "m-00001-of-00002.gguf"
 
@@ -937,13 +937,13 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
         open_gguf(parts(tmp_path, "a", "a", total=2))
 
 
-def test_parts_hold_what_they_say(tmp_path: Path) -> None:
+def test_tensor_counts_of_parts_are_checked(tmp_path: Path) -> None:
     assert len(open_gguf(parts(tmp_path, "a", "b", total=2))) == 2
     with pytest.raises(BadIndex, match=r"split\.tensors\.count is 3, and the files hold 2"):
         open_gguf(parts(tmp_path, "a", "b", total=3))
 
 
-def test_parts_lie_in_one_directory(tmp_path: Path, split: list[Path]) -> None:
+def test_parts_outside_the_directory_are_refused(tmp_path: Path, split: list[Path]) -> None:
     elsewhere = tmp_path / "elsewhere.gguf"
     split[2].rename(elsewhere)
     split[2].symlink_to(elsewhere)
@@ -954,10 +954,10 @@ def test_parts_lie_in_one_directory(tmp_path: Path, split: list[Path]) -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def save(path: Path, tensors: dict[str, tuple[str, torch.Tensor]], said: dict[str, Any]) -> Path:
+def save(path: Path, tensors: dict[str, tuple[str, torch.Tensor]], values: dict[str, Any]) -> Path:
     """In any order, each to its place, as a conversion does."""
     infos = [TensorInfo(name, tuple(t.shape), kind) for name, (kind, t) in tensors.items()]
-    layout = lay_out(infos, said, path)
+    layout = lay_out(infos, values, path)
     with path.open("wb") as file:
         file.write(layout.head)
         file.truncate(len(layout.head) + layout.size)
@@ -984,17 +984,17 @@ STOCK: dict[str, tuple[str, torch.Tensor]] = {
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
-    said = {f"x.{kind}": Value(kind, value) for kind, (_, value) in SCALARS.items()}
-    said |= {"list": [1, 2], "texts": ["", "ß"], "f32": 1e-5, "scores": Value("[f32]", [0.25, 3])}
-    reader = gguf.GGUFReader(save(tmp_path / "a.gguf", STOCK, said))
-    found = {name: field.contents() for name, field in reader.fields.items()}
-    found = {name: value for name, value in found.items() if not name.startswith("GGUF.")}
-    assert found.pop("f32") == np.float32(1e-5)
-    assert found == {
-        n: v.value if isinstance(v, Value) else v for n, v in said.items() if n != "f32"
+    values = {f"x.{kind}": Value(kind, value) for kind, (_, value) in SCALARS.items()}
+    values |= {"list": [1, 2], "texts": ["", "ß"], "f32": 1e-5, "scores": Value("[f32]", [0.25, 3])}
+    reader = gguf.GGUFReader(save(tmp_path / "a.gguf", STOCK, values))
+    actual = {name: field.contents() for name, field in reader.fields.items()}
+    actual = {name: value for name, value in actual.items() if not name.startswith("GGUF.")}
+    assert actual.pop("f32") == np.float32(1e-5)
+    assert actual == {
+        n: v.value if isinstance(v, Value) else v for n, v in values.items() if n != "f32"
     }
-    assert list(found) == [name for name in said if name != "f32"]
-    kinds = {name: [t.name for t in reader.fields[name].types] for name in said}
+    assert list(actual) == [name for name in values if name != "f32"]
+    kinds = {name: [t.name for t in reader.fields[name].types] for name in values}
     assert kinds["list"] == ["ARRAY", "UINT32"]
     assert kinds["scores"] == ["ARRAY", "FLOAT32"]
     assert kinds["x.i8"] == ["INT8"]
@@ -1023,9 +1023,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert save(tmp_path / "b.gguf", STOCK, {"a": 1}).read_bytes() == path.read_bytes()
 
 
-def test_what_lies_between_is_zeros(tmp_path: Path) -> None:
-    said = {"general.alignment": Value("u32", 256)}
-    path = save(tmp_path / "a.gguf", STOCK, said)
+def test_padding_is_zeros(tmp_path: Path) -> None:
+    values = {"general.alignment": Value("u32", 256)}
+    path = save(tmp_path / "a.gguf", STOCK, values)
     reader, data = GGUFReader(path), path.read_bytes()
     assert reader.alignment == 256
     spans = [reader.span(name) for name in STOCK]
@@ -1051,9 +1051,9 @@ def test_a_file_read_and_written_again_is_the_same(tmp_path: Path) -> None:
 
     path = written(tmp_path / "a.gguf", fill)
     reader = GGUFReader(path)
-    said = {name: Value(reader.kinds[name], value) for name, value in reader.values.items()}
+    values = {name: Value(reader.kinds[name], value) for name, value in reader.values.items()}
     tensors = {name: (about.dtype, reader.tensor(name)) for name, about in reader.tensors.items()}
-    assert save(tmp_path / "b.gguf", tensors, said).read_bytes() == path.read_bytes()
+    assert save(tmp_path / "b.gguf", tensors, values).read_bytes() == path.read_bytes()
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -1071,16 +1071,16 @@ values = st.one_of(
 
 @short
 @given(st.dictionaries(words.filter(bool).map(lambda name: f"k{name}"), values, max_size=6))
-def test_any_values_come_back(tmp_path: Path, said: dict[str, Any]) -> None:
-    path = put(tmp_path / "a.gguf", lay_out([], said, "here").head)
-    found = GGUFReader(path).values
-    expected = {n: v.value if isinstance(v, Value) else v for n, v in said.items()}
-    assert list(found) == list(expected)
+def test_random_metadata_comes_back(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = put(tmp_path / "a.gguf", lay_out([], fields, "here").head)
+    actual = GGUFReader(path).values
+    expected = {n: v.value if isinstance(v, Value) else v for n, v in fields.items()}
+    assert list(actual) == list(expected)
     for name, value in expected.items():
         if type(value) is float:
-            assert struct.pack("<f", found[name]) == struct.pack("<f", value)
+            assert struct.pack("<f", actual[name]) == struct.pack("<f", value)
         else:
-            assert (found[name], type(found[name])) == (value, type(value))
+            assert (actual[name], type(actual[name])) == (value, type(value))
 
 
 def about(name: str = "a", shape: tuple[int, ...] = (2,), kind: str = "F32") -> TensorInfo:
@@ -1119,25 +1119,25 @@ UNWRITABLE: dict[str, tuple[list[TensorInfo], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_gguf_cannot_hold(case: str) -> None:
-    infos, said, message = UNWRITABLE[case]
+def test_tensors_and_values_that_gguf_cannot_hold_are_refused(case: str) -> None:
+    infos, values, message = UNWRITABLE[case]
     with pytest.raises(LossyExport, match=message) as error:
-        lay_out(infos, said, "out.gguf")
+        lay_out(infos, values, "out.gguf")
     assert "out.gguf" in str(error.value)
 
 
-def test_all_that_gguf_cannot_hold_is_said_at_once() -> None:
+def test_all_that_gguf_cannot_hold_is_in_one_error() -> None:
     infos = [about("x", kind="F64"), about("y", (1,) * 5)]
     with pytest.raises(LossyExport, match=r"a: .*b: .*tensor x: .*tensor y: "):
         lay_out(infos, {"a": None, "b": -1}, "out.gguf")
 
 
-def test_a_name_stands_once() -> None:
+def test_a_duplicate_name_is_refused_when_writing() -> None:
     with pytest.raises(DuplicateTensor, match=r"out\.gguf: a would"):
         lay_out([about(), about()], {}, "out.gguf")
 
 
-def test_nothing_is_written_that_is_not_read() -> None:
+def test_limits_of_reading_apply_to_writing() -> None:
     with pytest.raises(ResourceLimit, match="key/values"):
         lay_out([], {f"k{n}": 1 for n in range(MAX_KEYS + 1)}, "out.gguf")
     with pytest.raises(ResourceLimit, match="tensors"):
@@ -1181,16 +1181,16 @@ def test_a_conversion_writes_it_in_any_order_and_in_pieces(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 1e-20, 1e5])
-def test_quantized_as_the_library_does(scale: float) -> None:
+def test_q8_0_equals_the_library(scale: float) -> None:
     values = torch.randn(17, 3, 96) * scale
     values[0, 0, :32] = 0
-    found = quantize_q8_0(values)
-    assert found.shape == (17, 3, 102)
-    assert same(found, quantize(values.numpy(), Type.Q8_0))
+    actual = quantize_q8_0(values)
+    assert actual.shape == (17, 3, 102)
+    assert same(actual, quantize(values.numpy(), Type.Q8_0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_quantized_from_any_dtype(dtype: torch.dtype) -> None:
+def test_q8_0_quantizes_any_dtype(dtype: torch.dtype) -> None:
     values = torch.randn(5, 64).to(dtype)
     assert same(quantize_q8_0(values), quantize(values.float().numpy(), Type.Q8_0))
 
@@ -1198,10 +1198,10 @@ def test_quantized_from_any_dtype(dtype: torch.dtype) -> None:
 def test_halves_are_rounded_away_from_zero() -> None:
     values = torch.zeros(32)
     values[:8] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
-    found = quantize_q8_0(values)
-    assert found[:2].view(torch.float16).item() == 1
-    assert found[2:10].view(torch.int8).tolist() == [127, 1, 2, 3, -1, -2, -3, 127]
-    assert same(found, quantize(values.numpy(), Type.Q8_0))
+    actual = quantize_q8_0(values)
+    assert actual[:2].view(torch.float16).item() == 1
+    assert actual[2:10].view(torch.int8).tolist() == [127, 1, 2, 3, -1, -2, -3, 127]
+    assert same(actual, quantize(values.numpy(), Type.Q8_0))
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 96, 100, 512])
@@ -1212,11 +1212,11 @@ def test_pieces_quantize_as_the_whole(size: int) -> None:
         for piece in values.view(-1).split(size):
             yield shared[: len(piece)].copy_(piece)
 
-    found = [piece.clone() for piece in pieces_of_q8_0(pieces())]
-    assert torch.equal(torch.cat(found), quantize_q8_0(values).view(-1))
+    actual = [piece.clone() for piece in pieces_of_q8_0(pieces())]
+    assert torch.equal(torch.cat(actual), quantize_q8_0(values).view(-1))
 
 
-def test_turned_tensors_quantize_as_they_read() -> None:
+def test_transposed_tensors_quantize_like_contiguous_ones() -> None:
     values = torch.randn(64, 3).t()
     assert torch.equal(quantize_q8_0(values), quantize_q8_0(values.contiguous()))
 
@@ -1229,10 +1229,10 @@ def test_numbers_too_small_for_any_scale_are_zeros() -> None:
     assert not quantize_q8_0(torch.full((32,), 1e-40)).any()
 
 
-def test_what_q8_0_cannot_hold() -> None:
+def test_values_that_q8_0_cannot_hold_are_refused() -> None:
     values = torch.ones(32)
-    for odd in (float("nan"), float("inf"), -float("inf")):
-        values[5] = odd
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        values[5] = bad
         with pytest.raises(NonFinite, match="Q8_0"):
             quantize_q8_0(values)
     values[5] = 8.4e6
@@ -1293,7 +1293,7 @@ def tiny_llama(path: Path, kind: str) -> Any:
         for old, new in names.items():
             name = name.replace(old, new)
         tensors[name] = (kind, value.to(dtype)) if value.dim() == 2 else ("F32", value)
-    said = {
+    values = {
         "general.architecture": "llama",
         "general.name": "tiny",
         "llama.block_count": 2,
@@ -1311,7 +1311,7 @@ def tiny_llama(path: Path, kind: str) -> Any:
         "tokenizer.ggml.scores": [0.0] * 67,
         "tokenizer.ggml.token_type": Value("[i32]", [2, 3, 3, *[1] * 64]),
     }
-    save(path, tensors, said)
+    save(path, tensors, values)
     return model
 
 
@@ -1331,13 +1331,13 @@ def test_the_reference_loads_what_is_written(
     monkeypatch.setattr(modeling_utils, "is_accelerate_available", lambda: True)
     model = tiny_llama(tmp_path / "tiny.gguf", kind)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
-    reader, held = GGUFReader(tmp_path / "tiny.gguf"), loaded.state_dict()
+    reader, opened = GGUFReader(tmp_path / "tiny.gguf"), loaded.state_dict()
     for old, new in {"model.layers.1.mlp.up_proj": "blk.1.ffn_up", "lm_head": "output"}.items():
-        assert torch.equal(held[f"{old}.weight"], reader.tensor(f"{new}.weight").float())
+        assert torch.equal(opened[f"{old}.weight"], reader.tensor(f"{new}.weight").float())
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        expected, found = model(ids).logits, loaded(ids).logits
-    assert (found - expected).abs().max() / expected.abs().max() <= LOSS[kind]
+        expected, actual = model(ids).logits, loaded(ids).logits
+    assert (actual - expected).abs().max() / expected.abs().max() <= LOSS[kind]
 
 
 @pytest.mark.slow

@@ -127,10 +127,10 @@ def test_memory_of_json_is_no_less_than_what_it_takes() -> None:
     for item in ("[]", "{}", "[[[1]]]", '{"a":{"b":1}}', '"ab"', "1.5", "12345", '{"ab":"cd"}'):
         text = "[" + ",".join([item] * 10_000) + "]"
         tracemalloc.start()
-        found = json.loads(text, object_pairs_hook=unique)
+        actual = json.loads(text, object_pairs_hook=unique)
         assert tracemalloc.get_traced_memory()[0] <= memory_of(text.encode()), item
         tracemalloc.stop()
-        assert len(found) == 10_000
+        assert len(actual) == 10_000
 
 
 def test_duplicate_keys_by_the_ten_thousand_are_counted_once() -> None:
@@ -161,8 +161,8 @@ def test_suggestions_compare_few_names_and_the_likeliest(monkeypatch: pytest.Mon
         return difflib.get_close_matches(word, names, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(errors, "get_close_matches", matches)
-    told = errors.did_you_mean("model.layers.7.experts.11.gate_pro.weight", names)
-    assert "model.layers.7.experts.11.gate_proj.weight" in told and compared == [500]
+    message = errors.did_you_mean("model.layers.7.experts.11.gate_pro.weight", names)
+    assert "model.layers.7.experts.11.gate_proj.weight" in message and compared == [500]
     assert errors.did_you_mean("a" * 10**6, ["a" * 10**6 + "b"]) == ""
 
 

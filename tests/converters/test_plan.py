@@ -107,7 +107,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_there_and_back(prefix):
+def test_plan_maps_tensors_to_the_model_and_back(prefix):
     source = filled(disk(prefix))
     made = plan(disk(prefix))
     state = dict(carry_out(made, source.__getitem__))
@@ -156,7 +156,7 @@ def test_any_one_change_is_caught(name, change):
     assert name.removeprefix("model.")[:-1] in str(error.value)
 
 
-def test_everything_is_said_at_once():
+def test_all_problems_are_in_one_error():
     shapes = disk()
     del shapes["model.h.1.ln_1.weight"], shapes["lm_head.weight"]
     shapes["model.h.0.up.weight"] = (D, 2 * F + 1)
@@ -169,7 +169,7 @@ def test_everything_is_said_at_once():
     assert f"[{D}, {2 * F + 1}], expected [{D}, {2 * F}] = [i={D} (n=2 f={F})]" in message
 
 
-def test_layers_found_and_declared():
+def test_layer_count_on_disk_must_equal_the_config():
     shapes = {k: v for k, v in disk().items() if ".h.2." not in k}
     with pytest.raises(ConfigError, match="n_layer: 2 found, 3 declared"):
         plan(shapes)
@@ -178,7 +178,7 @@ def test_layers_found_and_declared():
         make_plan(spec(), "hf", {**CONFIG, "layers": 2}, two, header(disk()))
 
 
-def test_indices_have_no_holes():
+def test_a_missing_layer_index_is_refused():
     shapes = {k.replace(".x.4.", ".x.5."): v for k, v in disk().items()}
     with pytest.raises(MissingTensors, match=r"x\.4\.w"):
         plan(shapes)
@@ -187,7 +187,7 @@ def test_indices_have_no_holes():
         plan(shapes)
 
 
-def test_as_many_experts_as_declared_under_other_numbers():
+def test_experts_under_other_indices_are_reported_missing():
     """All that are there count from 1: as many as there should be, and one of them is missing."""
     shapes = {
         re.sub(r"\.x\.(\d)\.", lambda m: f".x.{int(m[1]) + 1}.", name): shape
@@ -199,8 +199,8 @@ def test_as_many_experts_as_declared_under_other_numbers():
 
 def test_parts_of_one_array_in_two_dtypes_are_refused():
     infos = header(disk())
-    odd = "model.h.1.x.3.w"
-    infos[odd] = TensorInfo(odd, infos[odd].shape, "BF16")
+    bad = "model.h.1.x.3.w"
+    infos[bad] = TensorInfo(bad, infos[bad].shape, "BF16")
     with pytest.raises(DtypeMismatch, match=r"model\.h\.1\.x\.0\.w, .*one array in BF16 and F32"):
         make_plan(spec(), "hf", CONFIG, native(), infos)
 
@@ -230,7 +230,7 @@ def test_a_copy_that_a_shard_lacks_is_missing():
             make_plan(made, "hf", {"shards": 2}, both, header(less))
 
 
-def test_one_tensor_under_two_names():
+def test_one_tensor_under_two_names_is_refused():
     both = {**disk(), "wte.weight": (V, D)}
     with pytest.raises(DuplicateTensor, match=r"model\.wte\.weight, wte\.weight"):
         plan(both)
@@ -252,7 +252,7 @@ def test_a_misspelt_name_gets_a_suggestion():
         plan(shapes)
 
 
-def test_drops_are_by_name_and_with_a_reason():
+def test_dropped_tensors_have_a_reason():
     shapes = {**disk(), "model.h.0.attn.bias": (1, 1, 9, 9), "pooler.weight": (D, D)}
     assert plan(shapes).dropped == {
         "model.h.0.attn.bias": "causal mask buffer",
@@ -270,7 +270,7 @@ def test_a_head_that_was_not_asked_for_is_dropped():
     assert "head that was not asked for" in dropped["lm_head.weight"]
 
 
-def test_what_the_config_leaves_out_is_not_dropped():
+def test_tensors_of_a_part_that_the_config_lacks_are_refused():
     less = Native({k: v for k, v in native().shapes.items() if not k.endswith("norm1.bias")})
     with pytest.raises(
         UnexpectedTensors, match=r"the config's model has no blocks\.0\.norm1\.bias"
@@ -279,7 +279,7 @@ def test_what_the_config_leaves_out_is_not_dropped():
 
 
 class TestTies:
-    def test_either_name_will_do(self):
+    def test_either_name_of_a_tied_tensor_is_read(self):
         for shapes in (disk(head=False), {k: v for k, v in disk().items() if "wte" not in k}):
             source = filled(shapes)
             made = plan(shapes, tied=True)
@@ -287,7 +287,7 @@ class TestTies:
             assert "head.weight" not in state and state["embed.weight"].shape == (V, D)
             assert same(invert(made, state), source)  # the way back keeps the source's choice
 
-    def test_both_must_agree(self):
+    def test_tied_tensors_that_differ_are_refused(self):
         source = filled(disk())
         made = plan(disk(), tied=True)
         with pytest.raises(TieConflict, match=r"wte\.weight and lm_head\.weight"):
@@ -299,12 +299,12 @@ class TestTies:
         state = dict(carry_out(made, source.__getitem__))
         assert same(invert(made, state), source)
 
-    def test_neither_is_missing(self):
+    def test_a_tied_tensor_under_neither_name_is_missing(self):
         shapes = {k: v for k, v in disk(head=False).items() if "wte" not in k}
         with pytest.raises(MissingTensors, match=r"wte\.weight"):
             plan(shapes, tied=True)
 
-    def test_names_that_only_files_know(self):
+    def test_tied_names_that_only_files_have_must_agree(self):
         shapes = {**disk(), "decoder.weight": (V, D)}
         source = filled(shapes)
         with pytest.raises(TieConflict, match=r"decoder\.weight"):
@@ -329,11 +329,11 @@ class TestAliases:
         assert same(state, dict(carry_out(plan(disk()), modern.__getitem__)))
         assert same(invert(made, state), modern)
 
-    def test_both_spellings_are_a_duplicate(self):
+    def test_a_legacy_and_a_modern_name_together_are_refused(self):
         with pytest.raises(DuplicateTensor, match="gamma"):
             plan({**disk(), "model.h.0.ln_1.gamma": (D,)})
 
-    def test_an_alias_is_scoped(self):
+    def test_an_alias_applies_only_under_its_prefix(self):
         with pytest.raises(UnexpectedTensors, match="gamma"):
             plan({**disk(), "model.h.0.scale.gamma": (D,)})
 
@@ -371,20 +371,20 @@ class TestShards:
         assert torch.equal(state["out"], torch.cat([source["0/wo"], source["1/wo"]], dim=1))
         assert same(invert(made, state), source)
 
-    def test_a_shard_without_a_replica(self):
+    def test_a_shard_without_a_replica_is_refused(self):
         shapes = self.shapes()
         del shapes["1/norm"]
         with pytest.raises(PlanError):
             make_plan(self.SPEC, "meta", {}, self.NATIVE, header({**shapes, "1/stray": (5,)}))
 
 
-def test_what_a_spec_forgets_is_named():
+def test_an_unmapped_native_tensor_is_named():
     less = {k: v for k, v in SPEC["hf"]["weights"].items() if "wte" not in k}
     with pytest.raises(SpecError, match=r"no rule for embed\.weight of the model"):
         make_plan(spec(weights=less), "hf", CONFIG, native(), header(disk()))
 
 
-def test_two_rules_for_one_tensor():
+def test_two_rules_for_one_tensor_are_refused():
     more = {**SPEC["hf"]["weights"], "other.weight": "embed.weight"}
     with pytest.raises(SpecError, match=r"embed\.weight: produced twice"):
         make_plan(spec(weights=more), "hf", CONFIG, native(), header(disk()))
@@ -397,14 +397,14 @@ def test_an_unsolved_axis_is_named():
         make_plan(toy, "hf", {}, Native({"m": (6,)}), header({"w": (6,)}))
 
 
-def test_a_writer_knows_the_names_to_publish():
+def test_target_names_are_the_published_header():
     wanted = target_names(spec(), "hf", CONFIG, native(), bare=False)
     assert {k: v.shape for k, v in wanted.items()} == disk()
     tied = target_names(spec(), "hf", CONFIG, native(tied=True), bare=True)
     assert {k: v.shape for k, v in tied.items()} == disk("", head=False)
 
 
-def test_native_names_are_the_models_own():
+def test_identity_plan_has_the_names_of_the_model():
     shapes = native(tied=True)
     made = identity_plan(shapes, header(shapes.shapes), "native")
     source = filled(shapes.shapes)
@@ -413,7 +413,7 @@ def test_native_names_are_the_models_own():
         identity_plan(shapes, header({"x": (1,)}), "native")
 
 
-def test_the_plan_reads_for_a_person():
+def test_describe_lists_steps_shapes_and_bytes():
     text = plan({**disk(), "model.h.0.attn.bias": (1,)}).describe()
     for word in ("model.wte.weight", "blocks.0.q.weight", "[(g (r | one | one) e) i]", "causal"):
         assert word in text
@@ -467,7 +467,7 @@ class TestSpec:
         with pytest.raises(MissingTensors, match="wi_0"):
             make_plan(made, "hf", {"gated": True}, two, {"wi": TensorInfo("wi", (3,), "F32")})
 
-    def test_rules_in_the_place_of_others(self):
+    def test_alternative_rules_replace_the_usual_ones(self):
         made = spec(
             prefix="m.",
             weights={"x.{expert}.w [f]": "gate [expert f]", "x.{expert}.v [f]": "up [expert f]"},
@@ -487,7 +487,7 @@ class TestSpec:
             make_plan(made, "hf", fields, native, stacked | {"m.x.0.w": apart["m.x.0.w"]})
 
     @pytest.mark.parametrize("prefix", ["m.", ""])
-    def test_of_two_rules_for_one_name_the_one_that_fits_counts(self, prefix):
+    def test_of_two_rules_for_one_name_the_shape_decides(self, prefix):
         """With the prefix and without it; where none fits, the first rule says what is wrong."""
         made = spec(
             prefix="m.",

@@ -121,12 +121,12 @@ def in_blocks(
             box = slice(r * down, (r + 1) * down), slice(c * across, (c + 1) * across)
             scale[r, c] = dense[box].float().abs().max() / 448
             weight[box] = dense[box].float() / scale[r, c]
-    held = weight.to(torch.float8_e4m3fn)
+    tensors = weight.to(torch.float8_e4m3fn)
     for row in range(rows):
         for column in range(columns):
             step = float(scale[row // down, column // across])
-            meant[row, column] = float(held[row, column]) * step
-    return {"weight": held, name: scale if block else scale[0]}, meant.float().double()
+            meant[row, column] = float(tensors[row, column]) * step
+    return {"weight": tensors, name: scale if block else scale[0]}, meant.float().double()
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -195,22 +195,22 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def split_up(way: str, dense: Tensor, turned: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Parts of one matrix by one of the ways, and what they stand for, both as files have them."""
-    said = WAYS[way]
+    config = WAYS[way]
     if "fp8" in way:
-        block = said.get("weight_block_size")
+        block = config.get("weight_block_size")
         return in_blocks(dense, block, "weight_scale_inv" if block else "weight_scale")
     matrix = dense.t() if turned else dense
     order = None
-    if said.get("desc_act"):
+    if config.get("desc_act"):
         generator = torch.Generator().manual_seed(matrix.shape[1])
         shuffled = torch.randperm(matrix.shape[1], generator=generator)
-        order = (shuffled // said["group_size"]).tolist()
+        order = (shuffled // config["group_size"]).tolist()
     parts, meant = in_groups(
         matrix,
-        method=said["quant_method"],
-        bits=said["bits"],
-        group=said["group_size"],
-        v2=said.get("checkpoint_format") == "gptq_v2",
+        method=config["quant_method"],
+        bits=config["bits"],
+        group=config["group_size"],
+        v2=config.get("checkpoint_format") == "gptq_v2",
         order=order,
     )
     return parts, meant.t() if turned else meant
@@ -253,21 +253,21 @@ def copied(
 
 
 def opened(
-    directory: Path, said: Mapping[str, Any], *, turned: bool = False, dtype: str | None = None
+    directory: Path, config: Mapping[str, Any], *, turned: bool = False, dtype: str | None = None
 ) -> Checkpoint:
-    how, problems = read_config(said)
+    how, problems = read_config(config)
     assert how is not None, problems
     return dequantize_checkpoint(open_checkpoint(directory), how, lambda name: turned, dtype)
 
 
 def one(
-    directory: Path, parts: Mapping[str, Tensor], said: Mapping[str, Any], **how: Any
+    directory: Path, parts: Mapping[str, Tensor], config: Mapping[str, Any], **how: Any
 ) -> Checkpoint:
     """A checkpoint of one matrix x."""
     directory.mkdir(exist_ok=True)
-    held = {f"x.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file(held, directory / "model.safetensors")
-    return opened(directory, said, **how)
+    tensors = {f"x.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(tensors, directory / "model.safetensors")
+    return opened(directory, config, **how)
 
 
 # --- known answers, by hand -----------------------------------------------------------------------
@@ -286,7 +286,7 @@ def words(*values: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
-def test_gptq_by_hand(
+def test_gptq_equals_numbers_decoded_by_hand(
     tmp_path: Path, bits: int, column: list[int], zeros: int, numbers: list[int], form: str
 ) -> None:
     """Numbers ascend from a word's lowest bits; version 1 keeps zero points less one."""
@@ -297,14 +297,14 @@ def test_gptq_by_hand(
         "qzeros": words(zeros)[None],
         "scales": torch.arange(1, outputs + 1)[None].half() / 4,
     }
-    said = {**GPTQ, "bits": bits, "group_size": -1, "checkpoint_format": form}
-    found = one(tmp_path, parts, said).tensor("x.weight")
-    assert found.dtype == torch.float16 and found.shape == (outputs, len(numbers))
+    config = {**GPTQ, "bits": bits, "group_size": -1, "checkpoint_format": form}
+    actual = one(tmp_path, parts, config).tensor("x.weight")
+    assert actual.dtype == torch.float16 and actual.shape == (outputs, len(numbers))
     for o in range(outputs):
-        assert found[o].tolist() == [(number - zero) * (o + 1) / 4 for number in numbers]
+        assert actual[o].tolist() == [(number - zero) * (o + 1) / 4 for number in numbers]
 
 
-def test_three_bits_are_one_stream(tmp_path: Path) -> None:
+def test_three_bit_numbers_cross_words(tmp_path: Path) -> None:
     """0 to 7 are 0xfac688, four times over in three words."""
     stream = [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
     parts = {
@@ -312,21 +312,21 @@ def test_three_bits_are_one_stream(tmp_path: Path) -> None:
         "qzeros": words(*stream)[None],  # zero points 1 to 8, of which 8 is none: 0
         "scales": torch.ones(1, 32).half(),
     }
-    said = {**GPTQ, "bits": 3, "group_size": -1}
-    found = one(tmp_path, parts, said).tensor("x.weight")
+    config = {**GPTQ, "bits": 3, "group_size": -1}
+    actual = one(tmp_path, parts, config).tensor("x.weight")
     for o in range(32):
-        assert found[o].tolist() == [i % 8 - (o % 8 + 1) % 8 for i in range(32)]
+        assert actual[o].tolist() == [i % 8 - (o % 8 + 1) % 8 for i in range(32)]
 
 
-def test_awq_by_hand(tmp_path: Path) -> None:
+def test_awq_equals_numbers_decoded_by_hand(tmp_path: Path) -> None:
     """Of a word the even columns first, then the odd ones; zero points as they are."""
     parts = {
         "qweight": words(0x75316420, 0xFDB9ECA8)[:, None],
         "qzeros": words(0x11111111)[None],
         "scales": torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8]]).half(),
     }
-    found = one(tmp_path, parts, {**WAYS["awq"], "group_size": 2}).tensor("x.weight")
-    assert found.tolist() == [[(o - 1) * (o + 1), (o + 7) * (o + 1)] for o in range(8)]
+    actual = one(tmp_path, parts, {**WAYS["awq"], "group_size": 2}).tensor("x.weight")
+    assert actual.tolist() == [[(o - 1) * (o + 1), (o + 7) * (o + 1)] for o in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -338,18 +338,18 @@ def test_awq_by_hand(tmp_path: Path) -> None:
         (None, [[1.0], [2], [4]], [[1] * 3, [2] * 3, [4] * 3]),
     ],
 )
-def test_fp8_by_hand(
+def test_fp8_equals_numbers_decoded_by_hand(
     tmp_path: Path, block: list[int] | None, scale: Any, steps: list[list[int]]
 ) -> None:
-    held = torch.tensor([[0x38, 0xB8, 0x40], [0x7E, 0x01, 0x00], [0x30, 0x3C, 0xFE]])
+    tensors = torch.tensor([[0x38, 0xB8, 0x40], [0x7E, 0x01, 0x00], [0x30, 0x3C, 0xFE]])
     values = [[1, -1, 2], [448, 2**-9, 0], [0.5, 1.5, -448]]
-    weight = held.to(torch.uint8).view(torch.float8_e4m3fn)
+    weight = tensors.to(torch.uint8).view(torch.float8_e4m3fn)
     name = "weight_scale_inv" if block else "weight_scale"
-    said = {"quant_method": "fp8", "weight_block_size": block}
-    found = one(tmp_path, {"weight": weight, name: torch.tensor(scale)}, said).tensor("x.weight")
-    assert found.dtype == torch.float32  # the scales', where nothing else says
+    config = {"quant_method": "fp8", "weight_block_size": block}
+    actual = one(tmp_path, {"weight": weight, name: torch.tensor(scale)}, config).tensor("x.weight")
+    assert actual.dtype == torch.float32  # the scales', where nothing else says
     wanted = [[v * s for v, s in zip(*rows, strict=True)] for rows in zip(values, steps)]  # noqa: B905
-    assert found.tolist() == wanted
+    assert actual.tolist() == wanted
 
 
 # --- any range, each way --------------------------------------------------------------------------
@@ -362,14 +362,14 @@ def test_any_range_is_decoded_as_the_whole_is(
 ) -> None:
     dense = torch.randn(96, 64, generator=torch.Generator().manual_seed(3))
     parts, meant = split_up(way, dense, turned)
-    found = one(tmp_path, parts, WAYS[way], turned=turned, dtype="F32")
-    whole = found.tensor("x.weight")
+    actual = one(tmp_path, parts, WAYS[way], turned=turned, dtype="F32")
+    whole = actual.tensor("x.weight")
     assert torch.equal(whole, meant.float())
     monkeypatch.setattr(lazy, "_PIECE", 50)  # less than a row: pieces begin and end anywhere
     for rows, columns in [((0, 96), (0, 64)), ((95, 96), (63, 64)), ((17, 50), (9, 31))]:
         box = slice(*rows), slice(*columns)
-        assert torch.equal(found.lazy("x.weight").matrix(*box), whole[box])
-    pieces = list(found.lazy("x.weight").pieces(334))
+        assert torch.equal(actual.lazy("x.weight").matrix(*box), whole[box])
+    pieces = list(actual.lazy("x.weight").pieces(334))
     assert max(map(torch.numel, pieces)) * whole.element_size() <= 334
     assert torch.equal(torch.cat([piece.flatten() for piece in pieces]), whole.flatten())
 
@@ -383,23 +383,26 @@ def test_a_zero_point_of_zero_is_stored_as_the_largest(tmp_path: Path) -> None:
     )
 
 
-def test_fp8_is_what_the_reference_makes_of_it(tmp_path: Path) -> None:
+def test_fp8_equals_the_reference(tmp_path: Path) -> None:
     oracle = pytest.importorskip("transformers.integrations.finegrained_fp8")
     generator = torch.Generator().manual_seed(5)
-    held = torch.randn(300, 333, generator=generator).to(torch.float8_e4m3fn)
+    tensors = torch.randn(300, 333, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 3, generator=generator)
-    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    parts = {"weight": held, "weight_scale_inv": scale}
-    found = one(tmp_path, parts, said, dtype="BF16").tensor("x.weight")
-    expected = oracle._dequantize_fp8_weight(held, scale, [128, 128], torch.float32)
-    assert torch.equal(found, expected.bfloat16())
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    parts = {"weight": tensors, "weight_scale_inv": scale}
+    actual = one(tmp_path, parts, config, dtype="BF16").tensor("x.weight")
+    expected = oracle._dequantize_fp8_weight(tensors, scale, [128, 128], torch.float32)
+    assert torch.equal(actual, expected.bfloat16())
 
 
 def stacks(scales: tuple[int, ...]) -> dict[str, Tensor]:
     """Two experts of 6x10, as transformers has them in memory."""
     generator = torch.Generator().manual_seed(6)
-    held = torch.randn(2, 6, 10, generator=generator).to(torch.float8_e4m3fn)
-    return {"down_proj": held, "down_proj_scale_inv": torch.rand(2, *scales, generator=generator)}
+    tensors = torch.randn(2, 6, 10, generator=generator).to(torch.float8_e4m3fn)
+    return {
+        "down_proj": tensors,
+        "down_proj_scale_inv": torch.rand(2, *scales, generator=generator),
+    }
 
 
 @pytest.mark.parametrize(
@@ -413,12 +416,14 @@ def stacks(scales: tuple[int, ...]) -> dict[str, Tensor]:
         (None, (6, 1)),
     ],
 )
-def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any) -> None:
+def test_stacked_experts_are_dequantized(
+    tmp_path: Path, block: list[int] | None, scales: Any
+) -> None:
     """The scales of a stack have its first axis; two of them may be of gate and up."""
     parts = stacks(scales)
-    said = {"quant_method": "fp8", "weight_block_size": block}
+    config = {"quant_method": "fp8", "weight_block_size": block}
     weight, scale = parts["down_proj"], parts["down_proj_scale_inv"]
-    checkpoint = one(tmp_path, parts, said, dtype="F32")
+    checkpoint = one(tmp_path, parts, config, dtype="F32")
     down, across = 6 / scales[0] if block is None or block[0] >= 6 else 4, 4 if block else 10
     meant = torch.empty(2, 6, 10)
     for x, r, c in np.ndindex(2, 6, 10):
@@ -432,21 +437,21 @@ def test_experts_in_a_stack(tmp_path: Path, block: list[int] | None, scales: Any
         assert torch.equal(theirs, meant)
 
 
-def test_scales_of_a_stack_that_do_not_fit(tmp_path: Path) -> None:
-    said = {"quant_method": "fp8", "weight_block_size": None}
+def test_scales_that_do_not_fit_a_stack_are_refused(tmp_path: Path) -> None:
+    config = {"quant_method": "fp8", "weight_block_size": None}
     with pytest.raises(ShapeMismatch, match=r"\[2, 4, 1\], expected \[2, 1, 1\] or \[2, 6, 1\]"):
-        one(tmp_path, stacks((4, 1)), said)
+        one(tmp_path, stacks((4, 1)), config)
     # a block lower than the matrix has as many rows of scales as blocks; an odd height no halves
     with pytest.raises(ShapeMismatch, match=r"\[2, 2, 3\], expected \[2, 3, 3\] of"):
         one(tmp_path, stacks((2, 3)), {"quant_method": "fp8", "weight_block_size": [2, 4]})
-    odd = {name: part[:, :5].contiguous() for name, part in stacks((2, 3)).items()}
+    bad = {name: part[:, :5].contiguous() for name, part in stacks((2, 3)).items()}
     with pytest.raises(ShapeMismatch, match=r"\[2, 2, 3\], expected \[2, 1, 3\] of"):
-        one(tmp_path, odd, {"quant_method": "fp8", "weight_block_size": [8, 4]})
+        one(tmp_path, bad, {"quant_method": "fp8", "weight_block_size": [8, 4]})
     parts = {**stacks((1, 1)), "down_proj_activation_scale": torch.ones(2)}
-    assert "x.down_proj_activation_scale" in one(tmp_path, parts, said).outside
+    assert "x.down_proj_activation_scale" in one(tmp_path, parts, config).outside
     del parts["down_proj_scale_inv"]
     with pytest.raises(MissingTensors, match=r"x\.down_proj_scale_inv: missing"):
-        one(tmp_path, parts, said)
+        one(tmp_path, parts, config)
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -467,16 +472,16 @@ def same(a: Any, b: Any) -> bool:
 def test_a_model_is_that_of_the_decoded_weights(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, model: str, way: str
 ) -> None:
-    held, plain = made(model, way)
-    m, wanted = zoo.load(held), zoo.load(plain)
+    directory, plain = made(model, way)
+    m, wanted = zoo.load(directory), zoo.load(plain)
     assert same(m, wanted)
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     with torch.no_grad():
         assert torch.equal(m(ids), wanted(ids))
     assert m.provenance.lossy.startswith(WAYS[way]["quant_method"]) and not wanted.provenance.lossy
-    native = zoo.convert(held, tmp_path / "native", to="native", memory=1)
+    native = zoo.convert(directory, tmp_path / "native", to="native", memory=1)
     assert same(zoo.load(native), wanted)
-    out = zoo.convert(held, tmp_path / "out", to="hf", memory=1)
+    out = zoo.convert(directory, tmp_path / "out", to="hf", memory=1)
     assert (out / "model.safetensors").read_bytes() == _as_zoo_writes(plain, tmp_path)
     config = json.loads((out / "config.json").read_text())
     assert config == json.loads((plain / "config.json").read_text())
@@ -494,14 +499,14 @@ def test_every_architecture_in_eight_bits(tmp_path: Path, name: str) -> None:
     tied = {n for step in steps if step.also for n in step.sources}
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     matrices = [n for n, t in plain.items() if t.dim() == 2 and n.endswith(".weight")]
-    held = dict(plain)
+    tensors = dict(plain)
     for n in [n for k, n in enumerate(sorted(matrices)) if k % 4 and n not in tied]:
         rows, columns = plain[n].shape
         scale = 0.01 + torch.rand(ceil(rows / 24), ceil(columns / 40))
         each = scale.repeat_interleave(24, 0)[:rows].repeat_interleave(40, 1)[:, :columns]
-        held[n] = (plain[n] / each).to(torch.float8_e4m3fn)
-        held[f"{n}_scale_inv"], plain[n] = scale, held[n].float() * each
-    copied(tmp_path / "plain", tmp_path / "held", held, {"quantization_config": WAYS["fp8"]})
+        tensors[n] = (plain[n] / each).to(torch.float8_e4m3fn)
+        tensors[f"{n}_scale_inv"], plain[n] = scale, tensors[n].float() * each
+    copied(tmp_path / "plain", tmp_path / "held", tensors, {"quantization_config": WAYS["fp8"]})
     save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     wanted = zoo.load(tmp_path / "plain")
     assert same(zoo.load(tmp_path / "held"), wanted)
@@ -527,12 +532,12 @@ def test_a_stack_of_experts_is_loaded(
         )
         tensors[f"{after}.gate.weight"] = tensors.pop(f"{before}.gate.weight")
         for kind, weight in (("gate_up", torch.cat([w1, w3], 1)), ("down", w2)):
-            held = (weight.float() * 100).to(torch.float8_e4m3fn)
-            tensors[f"{after}.experts.{kind}_proj"] = held
-            scale = torch.full((3, ceil(held.shape[1] / 24), ceil(held.shape[2] / 40)), 0.01)
+            weights = (weight.float() * 100).to(torch.float8_e4m3fn)
+            tensors[f"{after}.experts.{kind}_proj"] = weights
+            scale = torch.full((3, ceil(weights.shape[1] / 24), ceil(weights.shape[2] / 40)), 0.01)
             tensors[f"{after}.experts.{kind}_proj_scale_inv"] = scale
-    said = {"quantization_config": WAYS["fp8"]}
-    m, wanted = zoo.load(copied(plain, tmp_path / "held", tensors, said)), zoo.load(plain)
+    config = {"quantization_config": WAYS["fp8"]}
+    m, wanted = zoo.load(copied(plain, tmp_path / "held", tensors, config)), zoo.load(plain)
     assert "blocks.1.mlp.up" in m.provenance.quantized
     for mine, other in zip(m.parameters(), wanted.parameters(), strict=True):
         assert torch.allclose(mine.float(), other.float(), rtol=0.1, atol=1e-3)
@@ -543,44 +548,46 @@ AUTO_AWQ = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM
 
 
 @pytest.mark.parametrize(
-    ("way", "name", "said"),
+    ("way", "name", "config"),
     [
         ("gptq", "quantize_config.json", AUTO_GPTQ),
         ("gptq", "quantize_config.json", {**AUTO_GPTQ, "quant_method": "gptq"}),
         ("awq", "quant_config.json", AUTO_AWQ),
     ],
 )
-def test_a_file_of_its_own_may_say_how(
-    made: Callable[..., tuple[Path, Path]], tmp_path: Path, way: str, name: str, said: Any
+def test_a_separate_quantization_config_is_read(
+    made: Callable[..., tuple[Path, Path]], tmp_path: Path, way: str, name: str, config: Any
 ) -> None:
     """As the first programs wrote it; beside plain weights it is what was left there."""
-    held, plain = made("llama", way)
-    tensors = load_file(held / "model.safetensors")
-    odd = copied(held, tmp_path / "held", tensors, {"quantization_config": None})
-    (odd / name).write_text(json.dumps(said))
-    assert same(zoo.load(odd), zoo.load(plain))
-    assert zoo.info(odd).quantized == zoo.info(held).quantized
-    out = zoo.convert(odd, tmp_path / "out", to="hf")
+    directory, plain = made("llama", way)
+    tensors = load_file(directory / "model.safetensors")
+    bad = copied(directory, tmp_path / "held", tensors, {"quantization_config": None})
+    (bad / name).write_text(json.dumps(config))
+    assert same(zoo.load(bad), zoo.load(plain))
+    assert zoo.info(bad).quantized == zoo.info(directory).quantized
+    out = zoo.convert(bad, tmp_path / "out", to="hf")
     assert not (out / name).exists() and same(zoo.load(out), zoo.load(plain))
     (out / name).write_text(json.dumps({"bits": "many"}))
     assert same(zoo.load(out), zoo.load(plain))
     bits = "w_bit" if way == "awq" else "bits"
-    (odd / name).write_text(json.dumps({**said, bits: 5}))
+    (bad / name).write_text(json.dumps({**config, bits: 5}))
     with pytest.raises(ConfigError, match=rf"{name}(.|\n)*\.bits: 5 is not implemented"):
-        zoo.load(odd)
+        zoo.load(bad)
 
 
 @pytest.mark.parametrize("way", ["gptq-order", "awq", "fp8"])
-def test_what_is_written_says_that_it_was_decoded(
+def test_manifest_records_that_weights_were_dequantized(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, way: str
 ) -> None:
-    held, plain = made("llama", way)
+    directory, plain = made("llama", way)
     method, projection = WAYS[way]["quant_method"], "model.layers.1.mlp.down_proj.weight"
     for to in ("hf", "native", "meta"):
-        out = zoo.convert(held, tmp_path / to, to=to, dtype="float32" if to == "meta" else None)
-        said = json.loads((out / NAME).read_text())
-        assert said["lossy"].startswith(f"dequantized: {method}") and not list(check(out))
-        lossy = lossy_in(said)
+        out = zoo.convert(
+            directory, tmp_path / to, to=to, dtype="float32" if to == "meta" else None
+        )
+        config = json.loads((out / NAME).read_text())
+        assert config["lossy"].startswith(f"dequantized: {method}") and not list(check(out))
+        lossy = lossy_in(config)
         assert len(lossy) == 2 * 7 and all("norm" not in name for name in lossy)
         assert to != "hf" or projection in lossy
         again = zoo.load(out)
@@ -599,8 +606,8 @@ def test_what_is_written_says_that_it_was_decoded(
 
 
 def lossy_in(manifest: dict[str, Any]) -> set[str]:
-    files = (said.get("tensors", {}) for said in manifest["files"].values())
-    return {name for held in files for name, said in held.items() if said.get("lossy")}
+    files = (config.get("tensors", {}) for config in manifest["files"].values())
+    return {name for tensors in files for name, config in tensors.items() if config.get("lossy")}
 
 
 def in_files(kind: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Path:
@@ -612,38 +619,38 @@ def in_files(kind: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "gguf", "llama2c-q8"])
-def test_every_round_says_what_weights_were_decoded_from(
+def test_manifest_keeps_the_quantized_type_through_conversions(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: str
 ) -> None:
-    held = in_files(kind, made, tmp_path)
-    first = zoo.load(held).provenance
+    directory = in_files(kind, made, tmp_path)
+    first = zoo.load(directory).provenance
     assert first is not None and "blocks.1.mlp.down.weight" in first.quantized
     assert "blocks.0.norm1.weight" not in first.quantized
-    assert first.lossy and first.lossy in zoo.info(held).quantized
+    assert first.lossy and first.lossy in zoo.info(directory).quantized
     rounds = [("native", None), ("hf", None), ("native", "float32"), ("meta", None), ("hf", None)]
     for n, (to, dtype) in enumerate([*rounds, ("gguf", None), ("llama2c", None)]):
-        held = zoo.convert(held, tmp_path / str(n), to=to, dtype=dtype)
-        said = json.loads((held / NAME).read_text())
-        assert said["quantised"] == first.quantized
-        assert said["lossy"] == f"dequantized: {first.lossy}"
-        lossy = lossy_in(said)
+        directory = zoo.convert(directory, tmp_path / str(n), to=to, dtype=dtype)
+        config = json.loads((directory / NAME).read_text())
+        assert config["quantised"] == first.quantized
+        assert config["lossy"] == f"dequantized: {first.lossy}"
+        lossy = lossy_in(config)
         assert lossy and (to != "native" or lossy == first.quantized.keys())
-        m = zoo.load(held)
+        m = zoo.load(directory)
         assert m.provenance.quantized == first.quantized
-        assert zoo.info(held).quantized == f"it was, and is decoded: {first.lossy}"
+        assert zoo.info(directory).quantized == f"it was, and is decoded: {first.lossy}"
         zoo.save(m, tmp_path / f"{n}, saved", to=to)
         again = json.loads((tmp_path / f"{n}, saved" / NAME).read_text())
         assert again["quantised"] == first.quantized and lossy_in(again) == lossy
-    (held / NAME).write_text("{}")  # damaged: nothing that loading would refuse
-    assert not zoo.load(held).provenance.quantized
+    (directory / NAME).write_text("{}")  # damaged: nothing that loading would refuse
+    assert not zoo.load(directory).provenance.quantized
 
 
-def test_a_record_of_it_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_record_of_quantized_types_is_refused(tmp_path: Path) -> None:
     zoo.save(build("llama"), tmp_path / "native", to="native")
     path = tmp_path / "native" / "zoo.json"
-    said = json.loads(path.read_text())
-    for odd in ("gptq", {"norm.weight": 4}):
-        path.write_text(json.dumps({**said, "quantised": odd}))
+    config = json.loads(path.read_text())
+    for bad in ("gptq", {"norm.weight": 4}):
+        path.write_text(json.dumps({**config, "quantised": bad}))
         with pytest.raises(ConfigError, match="quantized: expected words by name"):
             zoo.load(tmp_path / "native")
 
@@ -651,8 +658,8 @@ def test_a_record_of_it_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_saving_writes_plain_weights(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    held, plain = made("qwen2", "gptq")
-    m = zoo.load(held)
+    directory, plain = made("qwen2", "gptq")
+    m = zoo.load(directory)
     for to in ("hf", "native"):
         out = zoo.save(m, tmp_path / to, to=to)
         assert (
@@ -667,27 +674,27 @@ def test_the_reference_loads_what_is_written(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    held, _ = made("gpt2", "gptq")
-    zoo.convert(held, tmp_path / "out", to="hf", dtype="float32")
+    directory, _ = made("gpt2", "gptq")
+    zoo.convert(directory, tmp_path / "out", to="hf", dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     with torch.no_grad():
-        ours, theirs = zoo.load(held, dtype="float32")(ids), theirs(ids).logits
+        ours, theirs = zoo.load(directory, dtype="float32")(ids), theirs(ids).logits
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_parts_of_a_matrix_may_lie_in_several_files(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    held, plain = made()
+    directory, plain = made()
     names = [f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
-    tensors = load_file(held / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     where = {tensor: names[n % 3] for n, tensor in enumerate(sorted(tensors))}
     for name in names:
         save_file({t: tensors[t] for t in where if where[t] == name}, tmp_path / name)
     index = {"metadata": {}, "weight_map": where}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_bytes((held / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     (tmp_path / "quantize_config.json").write_text("{}")
     assert same(zoo.load(tmp_path), zoo.load(plain))
     out = zoo.convert(tmp_path, tmp_path / "out", to="hf")  # decoded, and so split anew
@@ -697,28 +704,30 @@ def test_parts_of_a_matrix_may_lie_in_several_files(
 def test_a_plan_names_every_part(
     made: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held, _ = made()
-    assert main(["convert", str(held), "--to", "hf", "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "lossy: gptq, 4 bits, groups of 16" in told
-    assert all(name in told for name in open_checkpoint(held).tensors)
+    directory, _ = made()
+    assert main(["convert", str(directory), "--to", "hf", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "lossy: gptq, 4 bits, groups of 16" in output
+    assert all(name in output for name in open_checkpoint(directory).tensors)
 
 
-def test_info_says_how_numbers_are_held(
+def test_info_shows_the_quantization(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held, _ = made()
-    assert main(["info", str(held)]) == 0
+    directory, _ = made()
+    assert main(["info", str(directory)]) == 0
     assert "gptq, 4 bits, groups of 16" in capsys.readouterr().out
-    zoo.convert(held, tmp_path / "native", to="native")
+    zoo.convert(directory, tmp_path / "native", to="native")
     assert zoo.info(tmp_path / "native").quantized.endswith("gptq, 4 bits, groups of 16")
-    config = json.loads((held / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "hqq"}
-    odd = copied(held, tmp_path / "odd", {}, config)
-    assert "hqq" in zoo.info(odd).quantized
+    bad = copied(directory, tmp_path / "odd", {}, config)
+    assert "hqq" in zoo.info(bad).quantized
 
 
-def test_verify_says_what_to_do(made: Callable[..., tuple[Path, Path]]) -> None:
+def test_verify_of_a_quantized_checkpoint_names_the_next_step(
+    made: Callable[..., tuple[Path, Path]],
+) -> None:
     with pytest.raises(UsageError, match=r"zoo convert .* --to hf"):
         zoo.verify(made()[0])
 
@@ -729,9 +738,9 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
     real = lazy.Decoded.matrix
 
     def matrix(self: lazy.Decoded, rows: slice, columns: slice) -> Tensor:
-        found = real(self, rows, columns)
-        asked.append(found.nbytes)
-        return found
+        actual = real(self, rows, columns)
+        asked.append(actual.nbytes)
+        return actual
 
     dim, hidden = 1024, 4096
     fields = {**LLAMA, "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": 1}
@@ -742,12 +751,12 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
         tensors[f"{stem}.qweight"] = torch.randint(0, 1 << 31, (inputs, outputs // 8)).int()
         tensors[f"{stem}.qzeros"] = torch.randint(0, 1 << 31, (inputs // 32, outputs // 8)).int()
         tensors[f"{stem}.scales"] = torch.rand(inputs // 32, outputs).half()
-    held = copied(
+    directory = copied(
         tmp_path / "plain", tmp_path / "held", tensors, {"quantization_config": WAYS["awq"]}
     )
     monkeypatch.setattr(lazy.Decoded, "matrix", matrix)
     for to in ("hf", "native"):
-        zoo.convert(held, tmp_path / to, to=to, memory=2 << 20, threads=2)
+        zoo.convert(directory, tmp_path / to, to=to, memory=2 << 20, threads=2)
     assert max(asked) <= 512 << 10 and sum(asked) == 2 * 2 * (3 * hidden * dim + dim * dim * 3)
 
 
@@ -755,7 +764,7 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"quant_method": "bitsandbytes"},
@@ -782,16 +791,16 @@ def test_conversion_holds_no_matrix_whole(tmp_path: Path, monkeypatch: pytest.Mo
         ({"quant_method": "fp8", "bits": 4}, r"\.bits: unknown field"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name(
-    made: Callable[..., tuple[Path, Path]], tmp_path: Path, changes: dict[str, Any], told: str
+def test_unimplemented_config_values_are_refused_by_name(
+    made: Callable[..., tuple[Path, Path]], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    said = {"quantization_config": {**GPTQ, **changes}}
-    with pytest.raises(ConfigError, match=told):
-        zoo.load(copied(made()[0], tmp_path / "odd", {}, said))
+    config = {"quantization_config": {**GPTQ, **changes}}
+    with pytest.raises(ConfigError, match=message):
+        zoo.load(copied(made()[0], tmp_path / "odd", {}, config))
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("config", "message"),
     [
         ([1], "quantization_config: list is not"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, r"\.fmt: 'e5m2'"),
@@ -809,21 +818,21 @@ def test_what_is_not_read_is_refused_by_name(
         ({**WAYS["fp8-tensor"], "kv_cache_scheme": {"num_bits": 8}}, "only absent"),
     ],
 )
-def test_what_a_config_may_not_say(said: Any, told: str) -> None:
-    found, problems = read_config(said)
-    assert found is None and any(re.search(told, p) for p in problems), problems
+def test_malformed_quantization_configs_are_refused(config: Any, message: str) -> None:
+    actual, problems = read_config(config)
+    assert actual is None and any(re.search(message, p) for p in problems), problems
 
 
-def test_an_unknown_field_may_be_let_pass(
+def test_an_unknown_field_can_be_ignored(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    held, plain = made()
-    tensors = load_file(held / "model.safetensors")
-    said = {"quantization_config": {**GPTQ, "foo": 1}}
-    odd = copied(held, tmp_path / "odd", tensors, said)
+    directory, plain = made()
+    tensors = load_file(directory / "model.safetensors")
+    config = {"quantization_config": {**GPTQ, "foo": 1}}
+    bad = copied(directory, tmp_path / "odd", tensors, config)
     with pytest.raises(ConfigError, match=r"ignore_config=\('quantization_config\.foo',\)"):
-        zoo.load(odd)
-    assert same(zoo.load(odd, ignore_config=("quantization_config.foo",)), zoo.load(plain))
+        zoo.load(bad)
+    assert same(zoo.load(bad, ignore_config=("quantization_config.foo",)), zoo.load(plain))
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -889,26 +898,26 @@ DAMAGES: list[tuple[str, Change, type[ZooError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("way", "change", "kind", "told"), DAMAGES)
-def test_what_does_not_fit_is_named(
+@pytest.mark.parametrize(("way", "change", "kind", "message"), DAMAGES)
+def test_tensors_that_do_not_fit_are_named(
     made: Callable[..., tuple[Path, Path]],
     tmp_path: Path,
     way: str,
     change: Change,
     kind: type[ZooError],
-    told: str,
+    message: str,
 ) -> None:
     tensors = load_file(made("llama", way)[0] / "model.safetensors")
     change(tensors)
-    odd = copied(made("llama", way)[0], tmp_path / "odd", tensors, {})
-    with pytest.raises(kind, match=told):
-        zoo.load(odd)
-    with pytest.raises(kind, match=told):
-        zoo.convert(odd, tmp_path / "out", to="hf")
+    bad = copied(made("llama", way)[0], tmp_path / "odd", tensors, {})
+    with pytest.raises(kind, match=message):
+        zoo.load(bad)
+    with pytest.raises(kind, match=message):
+        zoo.convert(bad, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
 
 
-def test_all_that_does_not_fit_is_said_at_once(
+def test_all_tensors_that_do_not_fit_are_in_one_error(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     tensors = load_file(made()[0] / "model.safetensors")
@@ -924,31 +933,31 @@ def test_all_that_does_not_fit_is_said_at_once(
 def test_packed_tensors_without_a_config_that_says_so_are_not_weights(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    held, _ = made()
-    tensors = load_file(held / "model.safetensors")
-    odd = copied(held, tmp_path / "odd", tensors, {"quantization_config": None})
+    directory, _ = made()
+    tensors = load_file(directory / "model.safetensors")
+    bad = copied(directory, tmp_path / "odd", tensors, {"quantization_config": None})
     with pytest.raises(MissingTensors, match=r"q_proj\.qweight"):
-        zoo.load(odd)
+        zoo.load(bad)
 
 
-def test_scales_that_are_not_finite_are_found(
+def test_scales_that_are_not_finite_are_refused(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     tensors = load_file(made()[0] / "model.safetensors")
     tensors[f"{Q}.scales"][1, 5] = torch.nan
-    odd = copied(made()[0], tmp_path / "odd", tensors, {})
+    bad = copied(made()[0], tmp_path / "odd", tensors, {})
     with pytest.raises(NonFinite, match=rf"{Q}\.weight\[5, 16\] is nan"):
-        zoo.convert(odd, tmp_path / "out", to="hf")
+        zoo.convert(bad, tmp_path / "out", to="hf")
 
 
 def test_biases_of_zeros_beside_packed_matrices_are_left_out(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """The first programs for GPTQ gave every matrix a bias."""
-    held, plain = made()
-    tensors = load_file(held / "model.safetensors")
+    directory, plain = made()
+    tensors = load_file(directory / "model.safetensors")
     tensors |= {f"{Q}.bias": torch.zeros(64).half()}
-    m = zoo.load(copied(held, tmp_path / "zeros", tensors, {}))
+    m = zoo.load(copied(directory, tmp_path / "zeros", tensors, {}))
     assert same(m, zoo.load(plain)) and "zeros" in m.provenance.dropped[f"{Q}.bias"]
     out = zoo.convert(tmp_path / "zeros", tmp_path / "out", to="hf")
     assert (
@@ -957,19 +966,19 @@ def test_biases_of_zeros_beside_packed_matrices_are_left_out(
     zoo.save(m, tmp_path / "saved")
     tensors[f"{Q}.bias"][7] = 1e-3
     with pytest.raises(UnexpectedTensors, match=r"q_proj\.bias"):
-        zoo.load(copied(held, tmp_path / "some", tensors, {}))
+        zoo.load(copied(directory, tmp_path / "some", tensors, {}))
 
 
 def test_scales_of_inputs_are_dropped_with_a_reason(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    held, plain = made("llama", "fp8-tensor")
-    tensors = load_file(held / "model.safetensors") | {f"{Q}.input_scale": torch.ones(1)}
-    m = zoo.load(copied(held, tmp_path / "static", tensors, {}))
+    directory, plain = made("llama", "fp8-tensor")
+    tensors = load_file(directory / "model.safetensors") | {f"{Q}.input_scale": torch.ones(1)}
+    m = zoo.load(copied(directory, tmp_path / "static", tensors, {}))
     assert same(m, zoo.load(plain)) and f"{Q}.input_scale" in m.provenance.dropped
 
 
-def test_which_way_a_matrix_stands_is_in_the_spec() -> None:
+def test_orientation_of_a_matrix_follows_from_the_spec() -> None:
     turns = partial(has_inputs_first, load_spec("gpt2").dialect("hf"))
     assert turns("transformer.h.3.attn.c_attn.weight") and turns("h.0.mlp.c_proj.weight")
     assert not turns("lm_head.weight") and not turns("transformer.wte.weight")
@@ -993,8 +1002,8 @@ def test_an_adapter_on_a_quantized_base(
     way: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """Decoded, with what the adapter adds, in the dtype that the config names."""
-    held, plain = made("llama", next(each for each in WAYS if way in each))
-    model = zoo.load(held).add_adapter(["q_proj", "down_proj"], r=3)
+    directory, plain = made("llama", next(each for each in WAYS if way in each))
+    model = zoo.load(directory).add_adapter(["q_proj", "down_proj"], r=3)
     for p in model.parameters():
         if p.requires_grad:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
@@ -1002,13 +1011,13 @@ def test_an_adapter_on_a_quantized_base(
     ids = torch.arange(3, 14)[None]
     other = zoo.load(plain, adapter=tmp_path / "adapter")
     assert model(ids).equal(other(ids))
-    zoo.convert(held, tmp_path / "out", adapter=tmp_path / "adapter")
+    zoo.convert(directory, tmp_path / "out", adapter=tmp_path / "adapter")
     zoo.convert(plain, tmp_path / "wanted", adapter=tmp_path / "adapter")
-    found, wanted, before = (
+    actual, wanted, before = (
         load_file(place / "model.safetensors")
         for place in (tmp_path / "out", tmp_path / "wanted", plain)
     )
-    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
-    changed = {name for name in found if not found[name].equal(before[name])}
-    assert changed == {n for n in found if "q_proj" in n or "down_proj" in n}
+    assert all(actual[name].equal(tensor) for name, tensor in wanted.items())
+    changed = {name for name in actual if not actual[name].equal(before[name])}
+    assert changed == {n for n in actual if "q_proj" in n or "down_proj" in n}
     assert json.loads((tmp_path / "out" / "zoo-manifest.json").read_bytes())["lossy"]

@@ -19,9 +19,9 @@ COMMANDS = (
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> Path:
+def unusual(tmp_path: Path) -> Path:
     """A checkpoint with a field that the reference reads and zoo does not implement."""
-    directory = zoo.save(build("llama").eval(), tmp_path / "odd")
+    directory = zoo.save(build("llama").eval(), tmp_path / "unusual")
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "attention_chunk_size": 8}), encoding="utf-8")
@@ -55,23 +55,23 @@ def test_every_command_that_takes_a_checkpoint_has_them(
     ids=lambda arguments: arguments[0],
 )
 def test_ignore_config_is_passed_on(
-    odd: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+    unusual: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    text = odd.parent / "text"
+    text = unusual.parent / "text"
     text.write_text("a b c", encoding="utf-8")
-    places = {"REF": str(odd), "FILE": str(text), "OUT": str(odd.parent / "out")}
+    places = {"REF": str(unusual), "FILE": str(text), "OUT": str(unusual.parent / "out")}
     arguments = [places.get(word, word) for word in arguments]
     assert app.main(arguments) != 0
-    told = capsys.readouterr().err
-    assert "attention_chunk_size: the reference reads this field" in told
-    assert "pass --ignore-config attention_chunk_size" in told and "ignore_config=" not in told
+    output = capsys.readouterr().err
+    assert "attention_chunk_size: the reference reads this field" in output
+    assert "pass --ignore-config attention_chunk_size" in output and "ignore_config=" not in output
     app.main([*arguments, "--ignore-config", "attention_chunk_size"])
     assert "attention_chunk_size" not in capsys.readouterr().err
 
 
-def test_python_is_told_pythons_syntax(odd: Path) -> None:
+def test_python_callers_see_python_syntax(unusual: Path) -> None:
     with pytest.raises(ConfigError, match=r"pass ignore_config=\('attention_chunk_size',\)"):
-        zoo.load(odd)
+        zoo.load(unusual)
 
 
 @pytest.mark.parametrize(
@@ -94,26 +94,34 @@ def test_an_option_is_named_as_its_reader_types_it(
 
 
 def test_a_file_that_exists_is_refused_in_the_readers_syntax(
-    odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unusual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ignore = "attention_chunk_size"
     with pytest.raises(OutputExists, match=r"Use force=True to replace the checkpoint") as raised:
-        zoo.convert(odd, odd.parent, to="native", ignore_config=(ignore,))
+        zoo.convert(unusual, unusual.parent, to="native", ignore_config=(ignore,))
     assert "--force" not in str(raised.value)
-    command = ["convert", str(odd), "--out", str(tmp_path), "--quiet", "--ignore-config", ignore]
+    command = [
+        "convert",
+        str(unusual),
+        "--out",
+        str(tmp_path),
+        "--quiet",
+        "--ignore-config",
+        ignore,
+    ]
     assert app.main(command) == 1
-    told = capsys.readouterr().err
-    assert "Use --force to replace the checkpoint" in told and "force=True" not in told
+    output = capsys.readouterr().err
+    assert "Use --force to replace the checkpoint" in output and "force=True" not in output
 
 
 def test_unused_fields_are_one_line_on_standard_error(
-    odd: Path, capsys: pytest.CaptureFixture[str]
+    unusual: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = odd / "config.json"
+    path = unusual / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     del config["attention_chunk_size"]
     path.write_text(json.dumps({**config, "unsloth_fixed": True}), encoding="utf-8")
-    assert app.main(["convert", str(odd), "--out", str(odd.parent / "out"), "--quiet"]) == 0
+    assert app.main(["convert", str(unusual), "--out", str(unusual.parent / "out"), "--quiet"]) == 0
     assert capsys.readouterr().err == (
         f"zoo: warning: {path}: fields that the reference never reads, so that they change "
         "nothing: unsloth_fixed\n"
@@ -121,23 +129,23 @@ def test_unused_fields_are_one_line_on_standard_error(
 
 
 def test_verify_reads_every_copy_alike_and_warns_once(
-    odd: Path, capsys: pytest.CaptureFixture[str]
+    unusual: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = odd / "config.json"
+    path = unusual / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "unsloth_fixed": True}), encoding="utf-8")
-    assert app.main(["verify", str(odd), "--ignore-config", "attention_chunk_size"]) == 0
-    out, told = capsys.readouterr()
-    assert "odd, hot" in out
-    assert told.count("unsloth_fixed") == 1 and f"zoo: warning: {path}: " in told
+    assert app.main(["verify", str(unusual), "--ignore-config", "attention_chunk_size"]) == 0
+    out, output = capsys.readouterr()
+    assert "unusual, hot" in out
+    assert output.count("unsloth_fixed") == 1 and f"zoo: warning: {path}: " in output
 
 
 def test_info_shows_the_head_that_is_asked_for(
-    odd: Path, capsys: pytest.CaptureFixture[str]
+    unusual: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app.main(["info", str(odd), "--head", "none", "--json"]) == 0
+    assert app.main(["info", str(unusual), "--head", "none", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["head"] == "none"
-    assert app.main(["info", str(odd), "--head", "nonee"]) == 2
+    assert app.main(["info", str(unusual), "--head", "nonee"]) == 2
 
 
 def test_functions_of_texts_take_them_too(made: Callable[..., Path]) -> None:

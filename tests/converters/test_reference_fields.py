@@ -57,9 +57,9 @@ def test_fields_that_the_reference_never_reads_load_with_one_warning(tmp_path: P
     directory = saved(tmp_path, is_llama_config=True, rope_interleaved=False, unsloth_fixed=True)
     with pytest.warns(UnusedFieldsWarning) as raised:
         zoo.load(directory)
-    told = str(raised[0].message)
-    assert len(raised) == 1 and str(directory / "config.json") in told
-    assert told.endswith(": is_llama_config, rope_interleaved, unsloth_fixed")
+    message = str(raised[0].message)
+    assert len(raised) == 1 and str(directory / "config.json") in message
+    assert message.endswith(": is_llama_config, rope_interleaved, unsloth_fixed")
 
 
 def test_unused_fields_come_back_byte_for_byte(tmp_path: Path) -> None:
@@ -159,11 +159,11 @@ NOISE = (
 
 
 @pytest.mark.parametrize("name", sorted(reference_fields().keys() - {SHARED, ROPE}))
-def test_published_noise_is_refused_nowhere(name: str) -> None:
+def test_fields_of_published_configs_are_not_taken_for_misspellings(name: str) -> None:
     assert audit(name, **dict.fromkeys(NOISE))[0] == []
 
 
-def test_a_key_of_rope_scaling_that_nobody_reads_is_unused(tmp_path: Path) -> None:
+def test_an_unread_key_of_rope_scaling_is_ignored(tmp_path: Path) -> None:
     directory = saved(tmp_path, rope_parameters=None, rope_scaling={**YARN, "finetuned": True})
     with pytest.warns(UnusedFieldsWarning, match=r": rope_scaling\.finetuned$"):
         model = zoo.load(directory)
@@ -172,15 +172,15 @@ def test_a_key_of_rope_scaling_that_nobody_reads_is_unused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({"factr": 2.0}, r"rope_scaling.factr: unknown field. Did you mean factor"),
         ({"full_attention": {"factor": 2.0}}, "rope_scaling.full_attention: unknown field"),
     ],
 )
-def test_other_keys_of_rope_scaling_are_refused(more: dict[str, Any], told: str) -> None:
+def test_other_keys_of_rope_scaling_are_refused(more: dict[str, Any], message: str) -> None:
     problems, _ = audit("llama", rope_scaling={"rope_type": "linear", **more})
-    assert [p for p in problems if p.startswith(told)]
+    assert [p for p in problems if p.startswith(message)]
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,11 @@ def test_other_keys_of_rope_scaling_are_refused(more: dict[str, Any], told: str)
 )
 def test_two_bases_of_rotary_that_differ_are_refused(name: str, field: str) -> None:
     """The reference takes one of them without a word."""
-    said = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-    problems, _ = audit(name, **said, **{field: 10000.0})
+    data = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    problems, _ = audit(name, **data, **{field: 10000.0})
     assert len(problems) == 1 and "differ, and only one of them can count" in problems[0]
     assert field in problems[0] and "rope_parameters.rope_theta" in problems[0]
-    assert audit(name, **said, **{field: 500000})[0] == []
+    assert audit(name, **data, **{field: 500000})[0] == []
 
 
 def test_an_architecture_without_a_list_refuses_every_unknown_field() -> None:

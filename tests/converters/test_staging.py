@@ -46,7 +46,7 @@ def publish(place: Path, text: str = "new", *, force: bool = False) -> None:
         (stage / "sub" / "b").write_text(text)
 
 
-def test_it_appears_whole(tmp_path: Path) -> None:
+def test_a_staged_directory_appears_whole(tmp_path: Path) -> None:
     place = tmp_path / "out"
     with staged(place) as stage:
         assert stage.parent == tmp_path
@@ -65,7 +65,7 @@ def test_parents_are_made_and_unmade(tmp_path: Path) -> None:
     assert (place / "a").read_text() == "new"
 
 
-def test_what_exists_needs_force(tmp_path: Path) -> None:
+def test_an_existing_destination_needs_force(tmp_path: Path) -> None:
     place = tmp_path / "out"
     publish(place, "old")
     with pytest.raises(OutputExists, match=r"out.*force=True"):
@@ -86,7 +86,7 @@ def test_what_exists_needs_force(tmp_path: Path) -> None:
     assert (empty / "a").read_text() == "new"
 
 
-def test_something_appears_while_writing(tmp_path: Path) -> None:
+def test_a_destination_that_appears_while_writing_is_kept(tmp_path: Path) -> None:
     place = tmp_path / "out"
     with pytest.raises(OutputExists), staged(place) as stage:
         (stage / "a").write_text("new")
@@ -150,7 +150,7 @@ def test_all_that_is_free_may_be_used_and_no_more(
         ("_exchange", True, 1),
     ],
 )
-def test_every_step_may_fail(
+def test_a_failure_at_any_step_leaves_old_or_new(
     tmp_path: Path, step: str, atomic: bool, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each of its calls; never a mixture, never litter, never in silence."""
@@ -198,7 +198,9 @@ def test_a_replacement_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         publishing._exchange(tmp_path / "a", tmp_path / "absent")
 
 
-def test_without_an_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_without_an_atomic_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "out"
     publish(place, "old")
     monkeypatch.setattr(publishing, "_exchange", lambda *_: False)
@@ -293,14 +295,14 @@ def test_files_and_folders_reach_the_disk_before_the_name_does(
     assert events[3:] == [".out.zoo-partial", ".out.zoo-lock", "rename", tmp_path.name]
 
 
-def test_long_and_odd_names(tmp_path: Path) -> None:
+def test_long_and_unusual_names_are_staged(tmp_path: Path) -> None:
     for name in ("n" * 255, "é" * 120, "with space", "-dash", ".hidden"):
         publish(tmp_path / name)
         assert (tmp_path / name / "a").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_a_relative_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_destination_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     publish(Path("out"))
     assert (tmp_path / "out" / "a").exists()
@@ -378,7 +380,7 @@ def wait_for(path: Path) -> None:
     pytest.fail(f"{path} never came")
 
 
-def test_a_second_writer_is_told_and_a_killed_one_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
     place, started = tmp_path / "out", tmp_path / "started"
     with child(_hold, place, started) as process:
         wait_for(started)
@@ -397,7 +399,7 @@ def test_a_second_writer_is_told_and_a_killed_one_leaves_no_trace(tmp_path: Path
     assert (place / "a").read_text() == "new"
 
 
-def test_a_lock_that_was_just_removed_is_no_lock(
+def test_a_lock_file_that_was_just_removed_is_locked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, real = tmp_path / ".out.zoo-lock", fcntl.flock
@@ -419,18 +421,18 @@ def test_a_lock_that_was_just_removed_is_no_lock(
     assert tries == 3
 
 
-def test_of_many_writers_one_publishes(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_writers_publishes(tmp_path: Path) -> None:
     for turn in range(25):
         place = tmp_path / f"out{turn}"
         barrier = threading.Barrier(4)
-        told: list[str] = []
+        message: list[str] = []
         done: list[str] = []
 
         def write(
             text: str,
             place: Path = place,
             barrier: threading.Barrier = barrier,
-            told: list[str] = told,
+            message: list[str] = message,
             done: list[str] = done,
         ) -> None:
             barrier.wait()
@@ -438,13 +440,13 @@ def test_of_many_writers_one_publishes(tmp_path: Path) -> None:
                 publish(place, text)
                 done.append(text)
             except OutputExists:
-                told.append(text)
+                message.append(text)
 
         writers = [threading.Thread(target=write, args=(str(n),)) for n in range(4)]
         for writer in writers:
             writer.start()
         for writer in writers:
             writer.join()
-        assert (len(done), len(told)) == (1, 3)
+        assert (len(done), len(message)) == (1, 3)
         assert {(place / "a").read_text(), (place / "sub" / "b").read_text()} == set(done)
     assert len(list(tmp_path.iterdir())) == 25

@@ -83,7 +83,7 @@ def plainly(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 4095, 4096, 4097, 5685, 5686, 10_008, 99_991])
-def test_folding_is_the_definition(size: int) -> None:
+def test_folded_crc_equals_the_definition(size: int) -> None:
     data = random.Random(size).randbytes(size)
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     assert crc32c(data) == crc32c(tensor) == plainly(data)
@@ -97,7 +97,7 @@ def test_folding_in_pieces() -> None:
         assert crc32c(data) == sums._finish(data, 0xFFFFFFFF)
 
 
-def test_every_place_counts() -> None:
+def test_every_byte_changes_the_checksum() -> None:
     data = torch.zeros(2 * sums._PIECE, dtype=torch.uint8)
     seen = {crc32c(data)}
     places = [0, 3, 4, 5684, 5685, sums._PIECE - 1, sums._PIECE, 2 * sums._PIECE - 1]
@@ -151,7 +151,7 @@ def test_what_the_tests_pack_unpacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("packed", "told"),
+    ("packed", "expected"),
     [
         (b"\x05\x04ab", "claims 5"),  # fewer
         (b"\x01\x04ab", "more than the 1"),
@@ -166,8 +166,8 @@ def test_what_the_tests_pack_unpacks() -> None:
         (b"\xff\xff\xff\xff\xff\x01", "32 bits"),
     ],
 )
-def test_snappy_that_is_none(packed: bytes, told: str) -> None:
-    with pytest.raises(Malformed, match=told):
+def test_damaged_snappy_is_refused(packed: bytes, expected: str) -> None:
+    with pytest.raises(Malformed, match=expected):
         snappy.unpack(packed)
 
 
@@ -179,13 +179,13 @@ def test_snappy_cannot_claim_what_it_never_makes() -> None:
 # --- protobuf ------------------------------------------------------------------------------------
 
 
-def test_numbers() -> None:
+def test_varints_are_read() -> None:
     for value in (0, 1, 127, 128, 300, (1 << 63) + 5, (1 << 64) - 1):
         assert varint(bundles.varint(value) + b"x", 0) == (value, len(bundles.varint(value)))
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (b"\x80" * 20, "goes on after 64 bits"),
         (b"\xff" * 9 + b"\x02", "more than 64 bits"),
@@ -202,14 +202,14 @@ def test_numbers() -> None:
         (b"\x12\0" * 4, "field b stands more than 3 times"),
     ],
 )
-def test_messages_that_are_none(data: bytes, told: str) -> None:
+def test_damaged_messages_are_refused(data: bytes, expected: str) -> None:
     schema = {1: Field("a"), 2: Field("b", 2, 3), 3: Field("c", 5)}
     assert message(b"\x12\1x\x08\x96\1\x1d\1\0\0\0\x12\0", schema) == {
         "a": 150,
         "b": [b"x", b""],
         "c": 1,
     }
-    with pytest.raises(Malformed, match=told):
+    with pytest.raises(Malformed, match=expected):
         message(data, schema)
 
 
@@ -295,12 +295,12 @@ def test_views_of_the_mapped_file(tmp_path: Path) -> None:
     assert one.data_ptr() == other.data_ptr()
     one.zero_()
     assert shard.read_bytes() == before
-    odd = reader.tensor("c")  # behind three bytes: copied, so that kernels find it aligned
-    assert odd.data_ptr() % 4 == 0
-    assert bits(odd) == bits(tensors["c"])
+    bad = reader.tensor("c")  # behind three bytes: copied, so that kernels find it aligned
+    assert bad.data_ptr() % 4 == 0
+    assert bits(bad) == bits(tensors["c"])
 
 
-def test_sums_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksums_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = small(tmp_path, cut={"a": (0, (1, 2))})
     made: list[int] = []
     monkeypatch.setattr(
@@ -361,7 +361,7 @@ def placed(home: Path, index: bytes, *shards: bytes) -> Path:
     return home / "m.index"
 
 
-def refused(path: Path, kind: type[ZooError], *told: str) -> None:
+def refused(path: Path, kind: type[ZooError], *expected: str) -> None:
     """On opening, naming the file and the fault."""
     started = time.process_time()
     with pytest.raises(kind) as caught:
@@ -369,7 +369,7 @@ def refused(path: Path, kind: type[ZooError], *told: str) -> None:
     assert time.process_time() - started < 10
     assert type(caught.value) is kind
     assert str(path.parent) in str(caught.value)
-    for word in told:
+    for word in expected:
         assert word in str(caught.value)
 
 
@@ -476,11 +476,11 @@ PAIRS: dict[str, tuple[Pairs, type[ZooError], tuple[str, ...]]] = {
 @pytest.mark.parametrize("packed", [0, 1], ids=["plain", "snappy"])
 @pytest.mark.parametrize("case", PAIRS)
 def test_entries_that_are_refused(tmp_path: Path, case: str, packed: int) -> None:
-    pairs, kind, told = PAIRS[case]
-    refused(placed(tmp_path, bundles.index(pairs, packed), TWO), kind, *told)
+    pairs, kind, expected = PAIRS[case]
+    refused(placed(tmp_path, bundles.index(pairs, packed), TWO), kind, *expected)
 
 
-def test_all_faults_are_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_in_one_error(tmp_path: Path) -> None:
     bad = [(b"%d" % n, bundles.entry(F32, (2,), TWO, size=n)) for n in range(3)]
     refused(
         placed(tmp_path, bundles.index([HEADER, *bad]), TWO), CorruptCheckpoint, "0:", "1:", "2:"
@@ -500,13 +500,13 @@ def cut(cuts: Sequence[Sequence[tuple[int, int]]], dims: Sequence[int] = (2, 2))
 FIRST, SECOND = [(0, 1), (0, -1)], [(1, 1), (0, -1)]
 
 
-def test_slices_as_they_should_be(tmp_path: Path) -> None:
+def test_sound_slices_are_joined(tmp_path: Path) -> None:
     path = placed(tmp_path, bundles.index(cut([SECOND, FIRST])), TWO + TWO)
     assert bits(TFBundleReader(path).tensor("t"))[2] == TWO + TWO
 
 
 @pytest.mark.parametrize(
-    ("pairs", "kind", "told"),
+    ("pairs", "kind", "expected"),
     [
         (cut([FIRST]), CorruptCheckpoint, ("tensor t", "end at 1 of axis 0, which has 2")),
         (cut([FIRST, FIRST]), CorruptCheckpoint, ("tensor t", "from 0 on axis 0 stands twice")),
@@ -528,9 +528,9 @@ def test_slices_as_they_should_be(tmp_path: Path) -> None:
     ],
 )
 def test_slices_that_are_refused(
-    tmp_path: Path, pairs: Pairs, kind: type[ZooError], told: tuple[str, ...]
+    tmp_path: Path, pairs: Pairs, kind: type[ZooError], expected: tuple[str, ...]
 ) -> None:
-    refused(placed(tmp_path, bundles.index(pairs), TWO + TWO), kind, *told)
+    refused(placed(tmp_path, bundles.index(pairs), TWO + TWO), kind, *expected)
 
 
 def test_slices_that_overlap_and_leave_a_hole(tmp_path: Path) -> None:
@@ -729,8 +729,8 @@ TABLES: dict[str, tuple[bytes | Callable[[], bytes], type[ZooError], tuple[str, 
 
 @pytest.mark.parametrize("case", TABLES)
 def test_tables_that_are_refused(tmp_path: Path, case: str) -> None:
-    data, kind, told = TABLES[case]
-    refused(placed(tmp_path, data if isinstance(data, bytes) else data(), TWO), kind, *told)
+    data, kind, expected = TABLES[case]
+    refused(placed(tmp_path, data if isinstance(data, bytes) else data(), TWO), kind, *expected)
 
 
 def test_every_flipped_bit_of_an_index_is_seen(tmp_path: Path) -> None:
@@ -833,7 +833,7 @@ def test_shards_lie_beside_their_index(tmp_path: Path) -> None:
     assert bits(TFBundleReader(path).tensor("a")) == bits(tensors["a"])
 
 
-def test_a_shard_that_changes_is_not_believed(tmp_path: Path) -> None:
+def test_a_shard_that_changes_is_refused(tmp_path: Path) -> None:
     path, _ = small(tmp_path)
     reader = TFBundleReader(path)
     shard = tmp_path / "m.data-00000-of-00001"
@@ -842,7 +842,7 @@ def test_a_shard_that_changes_is_not_believed(tmp_path: Path) -> None:
         reader.tensor("a")
 
 
-def test_what_is_no_index(tmp_path: Path) -> None:
+def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "m.data-00000-of-00001", NotACheckpoint, ".index")
     refused(tmp_path / "m.index", NotACheckpoint, "No such file")
     (tmp_path / "m.index").mkdir()
@@ -852,14 +852,16 @@ def test_what_is_no_index(tmp_path: Path) -> None:
 # --- which bundle --------------------------------------------------------------------------------
 
 
-def test_index_prefix_or_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_opened_by_index_prefix_or_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, _ = small(tmp_path)
     assert find_bundle(path) == find_bundle(tmp_path / "m") == find_bundle(tmp_path) == path
     monkeypatch.chdir(tmp_path)
     assert find_bundle(Path()) == find_bundle(Path("m")) == Path("m.index")
 
 
-def test_several_in_one_directory(tmp_path: Path) -> None:
+def test_several_bundles_in_one_directory_are_ambiguous(tmp_path: Path) -> None:
     for name in ("one.index", "two.index"):
         (tmp_path / name).touch()
     with pytest.raises(AmbiguousCheckpoint, match=r"one\.index, two\.index"):
@@ -877,14 +879,16 @@ def test_several_in_one_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../two", "a/b", "", "/", "..", "a\\\\b", "\\342\\204"])
-def test_notes_that_point_elsewhere(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_file_that_points_elsewhere_stays_in_its_directory(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / "two.index").touch()
     (tmp_path / "checkpoint").write_text(f'model_checkpoint_path: "{name}"\n')
     with pytest.raises(UnsafePath, match="no file beside it"):
         find_bundle(tmp_path)
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_a_directory_without_a_bundle_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "none" / "m"):
         with pytest.raises(NotACheckpoint, match="no tensor bundle"):
             find_bundle(path)

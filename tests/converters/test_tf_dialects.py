@@ -53,7 +53,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def held(name: str) -> dict[str, Tensor]:
+def tensors_of(name: str) -> dict[str, Tensor]:
     """What TensorFlow wrote, by a reader that knows nothing of it."""
     return load_file(DATA / name / "same.safetensors")
 
@@ -68,8 +68,8 @@ def rewritten(place: Path, name: str, tensors: Mapping[str, Tensor], **how: Any)
 
 def says(place: Path, name: str, **changes: Any) -> None:
     path = place / CONFIG[name]
-    said = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
 
 
 def native_gpt2(tf: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,16 +169,16 @@ PUBLISHED = {"gpt2": published_gpt2, "bert": published_bert}
 
 
 @BOTH
-def test_every_native_tensor(place: Path, name: str) -> None:
+def test_every_native_tensor_equals_the_published_one(place: Path, name: str) -> None:
     model = zoo.load(place / name)
-    found, wanted = model.state_dict(), NATIVE[name](held(name))
-    assert found.keys() == wanted.keys()
-    assert [n for n in wanted if not torch.equal(found[n], wanted[n])] == []
+    actual, wanted = model.state_dict(), NATIVE[name](tensors_of(name))
+    assert actual.keys() == wanted.keys()
+    assert [n for n in wanted if not torch.equal(actual[n], wanted[n])] == []
     assert model.architecture == name and model.provenance.origin.dialect == DIALECT[name]
     assert set(model.provenance.rules) == set(wanted) - set(model.provenance.plan.native.ties)
 
 
-def test_what_the_configs_say(place: Path) -> None:
+def test_config_fields_are_read(place: Path) -> None:
     c = zoo.load(place / "gpt2").config
     assert (c.vocab, c.positions, c.dim, c.heads, c.layers, c.hidden) == (53, 17, 12, 2, 3, 48)
     assert (c.act, c.eps, c.tied, c.bias, c.qkv_bias, c.head) == (
@@ -209,13 +209,16 @@ def test_the_reference_computes_the_same(
     import transformers
 
     zoo.convert(place / name, tmp_path / "hf", to="hf", head=head)
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert said["architectures"] == [reference]
-    found, wanted = load_file(tmp_path / "hf" / "model.safetensors"), PUBLISHED[name](held(name))
+    data = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert data["architectures"] == [reference]
+    actual, wanted = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        PUBLISHED[name](tensors_of(name)),
+    )
     bare = {n.removeprefix("transformer.").removeprefix("bert."): x for n, x in wanted.items()}
     if head is None:
-        assert found.keys() == wanted.keys()
-    for n, x in found.items():
+        assert actual.keys() == wanted.keys()
+    for n, x in actual.items():
         assert torch.equal(x, wanted[n] if n in wanted else bare[n]), n
     theirs, report = getattr(transformers, reference).from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -232,7 +235,7 @@ def test_the_reference_computes_the_same(
 
 
 @BOTH
-def test_by_directory_prefix_index_and_data(place: Path, name: str) -> None:
+def test_bundle_loads_by_directory_prefix_index_or_data_file(place: Path, name: str) -> None:
     whole = zoo.load(place / name).state_dict()
     for tail in ("", ".index", ".data-00000-of-00001"):
         model = zoo.load(place / name / f"{PREFIX[name]}{tail}")
@@ -245,9 +248,9 @@ def test_by_directory_prefix_index_and_data(place: Path, name: str) -> None:
 
 
 @BOTH
-def test_shards_and_snappy(place: Path, name: str) -> None:
+def test_sharded_and_compressed_bundles_load(place: Path, name: str) -> None:
     whole = zoo.load(place / name).state_dict()
-    tensors = dict(sorted(held(name).items()))
+    tensors = dict(sorted(tensors_of(name).items()))
     again = zoo.load(rewritten(place / name, name, tensors, shards=2, snappy=True))
     assert all(torch.equal(x, whole[n]) for n, x in again.state_dict().items())
     assert len(again.provenance.files) == 3
@@ -256,7 +259,7 @@ def test_shards_and_snappy(place: Path, name: str) -> None:
         zoo.load(place / name)
 
 
-def test_the_note_says_which(place: Path) -> None:
+def test_the_checkpoint_file_selects_the_bundle(place: Path) -> None:
     for path in sorted((place / "gpt2").glob("model.ckpt.*")):
         shutil.copy(path, path.with_name(path.name.replace("model.ckpt", "model-20")))
     assert zoo.load(place / "gpt2").provenance.files[0].name == "model.ckpt.index"
@@ -271,8 +274,8 @@ def test_the_note_says_which(place: Path) -> None:
 # --- what is not wanted, and which head ----------------------------------------------------------
 
 
-def test_what_is_dropped_has_a_reason(place: Path) -> None:
-    tf, dropped = held("bert"), zoo.load(place / "bert").provenance.dropped
+def test_dropped_tensors_have_a_reason(place: Path) -> None:
+    tf, dropped = tensors_of("bert"), zoo.load(place / "bert").provenance.dropped
     slots = {n for n in tf if n.endswith(KINDS)}
     assert dropped.keys() == slots | {"global_step"} and len(slots) == 2 * 46
     for name, why in dropped.items():
@@ -288,14 +291,14 @@ def test_what_is_dropped_has_a_reason(place: Path) -> None:
 
 def encoder() -> dict[str, Tensor]:
     """A fine-tuned model's: no heads of pretraining."""
-    return {n: x for n, x in held("bert").items() if n.startswith("bert/")}
+    return {n: x for n, x in tensors_of("bert").items() if n.startswith("bert/")}
 
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def test_a_classifier(place: Path, tmp_path: Path) -> None:
+def test_a_classifier_needs_its_head_named(place: Path, tmp_path: Path) -> None:
     tensors = encoder() | {"output_weights": drawn(3, 12), "output_bias": drawn(3)}
     tensors |= {f"output_bias/{kind}": drawn(3) for kind in KINDS}
     source = rewritten(place / "bert", "bert", tensors)
@@ -315,8 +318,8 @@ def test_a_classifier(place: Path, tmp_path: Path) -> None:
         zoo.load(source, head="masked_lm")
     asked: dict[str, Any] = {"head": "sequence_classification", "config": {"labels": labels}}
     zoo.convert(source, tmp_path / "hf", to="hf", **asked)
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert said["id2label"] == labels
+    data = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert data["id2label"] == labels
     again, state = zoo.load(tmp_path / "hf"), zoo.load(source, **asked).state_dict()
     assert again.config.head == "sequence_classification"
     assert all(torch.equal(x, state[n]) for n, x in again.state_dict().items())
@@ -331,10 +334,10 @@ def test_a_classifier(place: Path, tmp_path: Path) -> None:
         (("cls/squad/output_weights", "cls/squad/output_bias"), ("cls/",), "question_answering"),
     ],
 )
-def test_the_head_is_what_there_is(
+def test_the_head_follows_from_the_tensors(
     place: Path, more: tuple[str, ...], without: tuple[str, ...], head: str
 ) -> None:
-    tensors = {n: x for n, x in held("bert").items() if not n.startswith(without)}
+    tensors = {n: x for n, x in tensors_of("bert").items() if not n.startswith(without)}
     tensors |= {n: drawn(2, 12) if n.endswith("weights") else drawn(2) for n in more}
     source = rewritten(place / "bert", "bert", tensors)
     model = zoo.load(source)
@@ -346,7 +349,7 @@ def test_the_head_is_what_there_is(
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def test_a_config_that_is_not_there(place: Path) -> None:
+def test_a_missing_config_is_refused_unless_fields_are_given(place: Path) -> None:
     (place / "gpt2" / "hparams.json").unlink()
     (place / "bert" / "bert_config.json").unlink()
     with pytest.raises(ConfigError, match=r"nothing says n_head .*hparams\.json, which is not th"):
@@ -358,8 +361,8 @@ def test_a_config_that_is_not_there(place: Path) -> None:
         zoo.load(place / "bert")
     model = zoo.load(place / "gpt2", config={"n_head": 2})
     assert (model.config.vocab, model.config.positions, model.config.layers) == (53, 17, 3)
-    told = {"num_attention_heads": 4, "hidden_act": "relu"}
-    c = zoo.load(place / "bert", config=told).config
+    message = {"num_attention_heads": 4, "hidden_act": "relu"}
+    c = zoo.load(place / "bert", config=message).config
     assert (c.heads, c.act, c.types, c.positions, c.hidden) == (4, "relu", 5, 19, 26)
 
 
@@ -385,7 +388,7 @@ def test_a_config_that_is_not_there(place: Path) -> None:
         ("bert", {"embedding_size": 128}, ConfigError, "embedding_size: unknown field"),
     ],
 )
-def test_sizes_that_disagree(
+def test_config_sizes_that_disagree_with_tensors_are_refused(
     place: Path, name: str, changes: dict[str, Any], kind: type[ZooError], why: str
 ) -> None:
     says(place / name, name, **changes)
@@ -399,7 +402,7 @@ def test_damage_is_named(place: Path, tmp_path: Path, name: str) -> None:
     tensor = {"gpt2": "model/h1/mlp/c_fc/w", "bert": "bert/encoder/layer_1/output/dense/kernel"}
     path = place / name / f"{PREFIX[name]}.data-00000-of-00001"
     data = bytearray(path.read_bytes())
-    data[data.index(held(name)[tensor[name]].numpy().tobytes()) + 7] ^= 16
+    data[data.index(tensors_of(name)[tensor[name]].numpy().tobytes()) + 7] ^= 16
     path.write_bytes(data)
     why = rf"{path.name}: tensor {tensor[name]}, bytes .* CRC"
     with pytest.raises(CorruptCheckpoint, match=why):
@@ -409,8 +412,8 @@ def test_damage_is_named(place: Path, tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_tensors_that_are_missing_or_strange(place: Path) -> None:
-    tensors = held("gpt2")
+def test_missing_and_unknown_tensors_are_refused(place: Path) -> None:
+    tensors = tensors_of("gpt2")
     bias = tensors.pop("model/h1/mlp/c_fc/b")
     source = rewritten(place / "gpt2", "gpt2", tensors)
     with pytest.raises(MissingTensors, match="1 tensor missing: model/h1/mlp/c_fc/b"):
@@ -419,7 +422,7 @@ def test_tensors_that_are_missing_or_strange(place: Path) -> None:
     with pytest.raises(NotACheckpoint, match=r"gpt2 of OpenAI's.*not \['model/h1/mlp/c_fc/bias'\]"):
         zoo.load(source)
     # an optimizer's, of nothing that is known
-    tensors = held("bert") | {"bert/adapter/kernel/adam_m": drawn(2, 2)}
+    tensors = tensors_of("bert") | {"bert/adapter/kernel/adam_m": drawn(2, 2)}
     source = rewritten(place / "bert", "bert", tensors)
     with pytest.raises(NotACheckpoint, match=r"not \['bert/adapter/kernel/adam_m'\]"):
         zoo.load(source)
@@ -429,7 +432,7 @@ def test_tensors_that_are_missing_or_strange(place: Path) -> None:
 
 
 @BOTH
-def test_they_are_read_alone(
+def test_tensorflow_files_are_read_and_never_written(
     place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = zoo.load(place / name)
@@ -448,15 +451,15 @@ def test_they_are_read_alone(
 def test_info_and_convert(
     place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = zoo.info(place / name)
-    assert (found.architecture, found.dialect) == (name, DIALECT[name])
+    info = zoo.info(place / name)
+    assert (info.architecture, info.dialect) == (name, DIALECT[name])
     # what the optimizer keeps is stored, and none of the model's
     parameters = {id(p): p.numel() for p in zoo.load(place / name).parameters()}
-    assert found.parameters == sum(parameters.values())
+    assert info.parameters == sum(parameters.values())
     assert main(["info", str(place / name / PREFIX[name])]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("as TensorFlow saved it", f"{PREFIX[name]}.index, {PREFIX[name]}.data-00000-of"):
-        assert word in said
+        assert word in output
     out = str(tmp_path / "native")
     assert main(["convert", str(place / name), "--to", "native", "--out", out]) == 0
     assert list(check(tmp_path / "native", sha256=True)) == []

@@ -56,7 +56,7 @@ def test_a_published_directory_with_an_old_bin_loads(
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
         (lambda data: data[:-3], r"storage \d+ at byte \d+: expected|its storages end at byte"),
         (lambda data: data + b"\0", r"its storages end at byte \d+, the file at \d+"),
@@ -66,13 +66,13 @@ def test_a_published_directory_with_an_old_bin_loads(
     ],
     ids=["truncated", "trailing", "big-endian", "within a pickle", "magic alone"],
 )
-def test_a_damaged_file_is_refused(old: Path, edit: Callable[[bytes], bytes], told: str) -> None:
+def test_a_damaged_file_is_refused(old: Path, edit: Callable[[bytes], bytes], message: str) -> None:
     old.write_bytes(edit(old.read_bytes()))
-    with pytest.raises(CorruptCheckpoint, match=told):
+    with pytest.raises(CorruptCheckpoint, match=message):
         TorchZipReader(old)
 
 
-def test_a_payload_is_named_and_never_run(old: Path, tmp_path: Path) -> None:
+def test_a_payload_in_a_pickle_is_refused_and_never_run(old: Path, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "ran"),)

@@ -1,4 +1,4 @@
-"""What every model does beside computing the reference's function: parity holds the latter."""
+"""What every model does besides computing the reference's function, which parity proves."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ def flat(out: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("name", "head"), COMPILED)
-def test_compiled_without_breaks(name: str, head: str) -> None:
+def test_compiles_without_graph_breaks(name: str, head: str) -> None:
     model = build(name, head=head).eval()
     for mask in (None, LEFT):
         torch._dynamo.reset()
@@ -45,16 +45,16 @@ def test_compiled_without_breaks(name: str, head: str) -> None:
 
 @pytest.mark.parametrize(("name", "head"), COMPILED)
 @pytest.mark.parametrize("pad", [None, 3])
-def test_exported_for_any_batch_and_length(name: str, head: str, pad: int | None) -> None:
+def test_exports_for_any_batch_and_length(name: str, head: str, pad: int | None) -> None:
     if pad is None and getattr(build(name).config, "positions_after_pad", False):
-        pad = 1  # places are counted from behind it: there is no such model without
+        pad = 1  # position ids start after it: there is no such model without one
     model = build(name, head=head, pad=pad).eval()
     axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=50)}
     program = torch.export.export(
         model,
         (IDS,),
-        given := {"attention_mask": LEFT, **answer(model, IDS, LEFT)},
-        dynamic_shapes=dict.fromkeys(("input_ids", *given), axes),
+        extra := {"attention_mask": LEFT, **answer(model, IDS, LEFT)},
+        dynamic_shapes=dict.fromkeys(("input_ids", *extra), axes),
     )
     other, mask = IDS.repeat(2, 2)[:3, :29], torch.ones(3, 29, dtype=torch.long)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_exported_for_any_batch_and_length(name: str, head: str, pad: int | None
 
 
 @pytest.mark.parametrize(("name", "head"), CASES)
-def test_every_parameter_learns(name: str, head: str) -> None:
+def test_every_parameter_gets_a_gradient(name: str, head: str) -> None:
     model = build(name, head=head)
     sum(x.square().sum() for x in run(model, IDS, LEFT)).backward()
     lost = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -82,7 +82,7 @@ def test_left_padding_changes_nothing(name: str, head: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dropout_in_training_only(name: str) -> None:
+def test_dropout_acts_in_training_only(name: str) -> None:
     config = registry.architectures()[name].config_class
     rates = [f.name for f in dataclasses.fields(config) if f.name.endswith("dropout")]
     model = build(name, **dict.fromkeys(rates, 0.1))
@@ -92,7 +92,7 @@ def test_dropout_in_training_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_initialized_as_the_original(name: str, tmp_path: Path) -> None:
+def test_initialization_matches_the_reference(name: str, tmp_path: Path) -> None:
     """Each tensor's mean and spread, against the reference's own initialization of it."""
     entry = registry.architectures()[name]
     variant = next(iter(entry.variants.values()))
@@ -113,7 +113,7 @@ def test_initialized_as_the_original(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_on_meta_there_are_shapes_and_no_buffers(name: str) -> None:
+def test_meta_device_has_shapes_and_no_buffers(name: str) -> None:
     with torch.device("meta"):
         model = build(name)
     assert all(p.is_meta for p in model.parameters())
@@ -121,7 +121,7 @@ def test_on_meta_there_are_shapes_and_no_buffers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mistakes_are_named(name: str) -> None:
+def test_bad_inputs_are_refused_by_name(name: str) -> None:
     model = build(name).eval()
     if limit := model.config.limit:
         with pytest.raises(SequenceTooLong):
@@ -137,7 +137,7 @@ def test_mistakes_are_named(name: str) -> None:
             run(model, ids, mask)
 
 
-def test_llama_goes_beyond_its_positions_when_asked() -> None:
+def test_llama_extrapolates_when_the_config_allows() -> None:
     ids = torch.ones(1, 62, dtype=torch.long)
     for changes in ({"extrapolate": True}, {"rope": {"rope_type": "dynamic", "factor": 2.0}}):
         assert build("llama", **changes)(ids).shape == (1, 62, 131)
@@ -156,7 +156,7 @@ def test_llama_goes_beyond_its_positions_when_asked() -> None:
         ("llama", {"rope_base": 1.0, "rope": {"rope_type": "yarn", "factor": 2.0}}),
     ],
 )
-def test_configs_that_cannot_be(name: str, changes: dict[str, Any]) -> None:
+def test_contradictory_configs_are_refused(name: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         build(name, **changes)
 
@@ -180,17 +180,17 @@ def read(name: str, **fields: Any) -> tuple[dict[str, Any], list[str]]:
         ({"rope_scaling": LINEAR, "rope_theta": 9.0}, 9.0),
     ],
 )
-def test_theta_is_found_where_the_reference_finds_it(fields: dict[str, Any], base: float) -> None:
+def test_rope_theta_is_read_as_the_reference_reads_it(fields: dict[str, Any], base: float) -> None:
     assert read("llama", **fields)[0]["rope_base"] == base
 
 
-def test_two_ropes_that_differ_are_refused() -> None:
+def test_contradictory_rope_fields_are_refused() -> None:
     assert read("llama", rope_parameters={"rope_type": "default"}, rope_scaling=LINEAR)[1]
     assert not read("llama", rope_parameters=LINEAR, rope_scaling=LINEAR)[1]
     assert not read("llama", rope_parameters=LINEAR, rope_scaling=None)[1]
 
 
-def test_a_null_is_said_and_not_left_out() -> None:
+def test_null_differs_from_a_missing_field() -> None:
     """BERT's padding id is 0 unless it is null."""
     fields, _ = read("bert", pad_token_id=None)
     assert fields["pad"] is None
@@ -208,12 +208,12 @@ def test_a_null_is_said_and_not_left_out() -> None:
         ("llama", {"sliding_window": 8}),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(name: str, fields: dict[str, Any]) -> None:
+def test_unimplemented_fields_are_refused_by_name(name: str, fields: dict[str, Any]) -> None:
     (problem,) = read(name, **fields)[1]
     assert problem.startswith(next(iter(fields)))
 
 
-def test_fields_of_published_configs_pass() -> None:
+def test_fields_of_published_configs_are_accepted() -> None:
     assert read("llama", max_sequence_length=2048, pretraining_tp=1, rope_scaling=None)[1] == []
     assert read("gpt2", n_ctx=1024, predict_special_tokens=True, summary_type="cls_index")[1] == []
     assert (

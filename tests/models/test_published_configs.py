@@ -26,7 +26,7 @@ def config(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_is_understood(name: str, tmp_path: Path) -> None:
+def test_published_config_loads_or_is_refused(name: str, tmp_path: Path) -> None:
     fields = {"architectures": None, **config(name)}
     refused = fields.pop("refused", "")
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -42,8 +42,8 @@ def test_a_published_config_is_understood(name: str, tmp_path: Path) -> None:
             locate(tmp_path)
 
 
-def test_older_names_of_falcon_are_read(made: Callable[..., Path], tmp_path: Path) -> None:
-    """RefinedWeb's own code took `new_decoder_architecture` for granted, and published no class."""
+def test_falcons_former_field_names_are_read(made: Callable[..., Path], tmp_path: Path) -> None:
+    """RefinedWeb's own code assumes `new_decoder_architecture`, and publishes no class."""
     source = made("falcon", "grouped")
     written = json.loads((source / "config.json").read_text(encoding="utf-8"))
     older = {
@@ -83,7 +83,7 @@ def test_older_names_of_falcon_are_read(made: Callable[..., Path], tmp_path: Pat
 def test_fields_that_load_with_a_warning_change_no_logits(
     name: str, sizes: dict[str, int], tmp_path: Path
 ) -> None:
-    """The reference is given every field, and so are we."""
+    """Both the reference and zoo get every field."""
     from zoo.checkpoints.oracle import transformers
     from zoo.parity.fixtures import write
 
@@ -92,13 +92,13 @@ def test_fields_that_load_with_a_warning_change_no_logits(
     wide = {key: 52 for key in ("intermediate_size", "ffn_hidden_size") if key in fields}
     fields |= {**kv, **wide, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (named,) = fields["architectures"]
-    given = {key: value for key, value in fields.items() if key != "auto_map"}
-    write(named, given, tmp_path, seed=3)
+    reference_fields = {key: value for key, value in fields.items() if key != "auto_map"}
+    write(named, reference_fields, tmp_path, seed=3)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields), encoding="utf-8")
     with pytest.warns(UnusedFieldsWarning):
         ours = zoo.load(tmp_path, dtype="float64")
-    path.write_text(json.dumps(given), encoding="utf-8")
+    path.write_text(json.dumps(reference_fields), encoding="utf-8")
     theirs = getattr(transformers(), named).from_pretrained(tmp_path, dtype=torch.float64)
     ids = torch.randint(3, 131, (1, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

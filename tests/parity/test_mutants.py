@@ -24,6 +24,15 @@ def test_there_are_enough() -> None:
     assert {bug.kind for bug in MUTANTS.values()} == {"mapping", "config", "model"}
 
 
+@pytest.mark.parametrize("kind", ["mapping", "config", "model"])
+def test_a_planted_bug_is_killed(kind: str, benches: list[Bench]) -> None:
+    """One of each kind in the first architecture that has a place for it."""
+    bench, (variant, *_) = benches[0], benches[0].entry.variants
+    bugs = (bug for bug in MUTANTS.values() if bug.kind == kind)
+    verdicts = (hunt(bench, bug, [variant]) for bug in bugs)
+    assert next(v.status for v in verdicts if v.status != "n.a.") == "killed"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS.values(), ids=lambda bug: bug.name)
 def test_mutant(bug: Mutant, benches: list[Bench]) -> None:

@@ -85,7 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_there_and_back_in_small_pieces(name: str, tmp_path: Path) -> None:
+def test_conversion_in_small_pieces_comes_back_byte_for_byte(name: str, tmp_path: Path) -> None:
     """As loading and saving would write it; every byte of the source comes back."""
     first = hot(tmp_path / "source", name)
     zoo.convert(first, tmp_path / "native", to="native", memory=1, max_shard_size=40_000)
@@ -103,7 +103,7 @@ def test_there_and_back_in_small_pieces(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_pieces_it_is_what_it_is_in_one(
+def test_writing_in_pieces_equals_writing_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One matrix of 300 KB is turned, widened and copied in several pieces of 64 KB at most."""
@@ -159,7 +159,7 @@ def test_buffers_of_all_threads_stay_within_the_memory_asked_for(
     assert sum(map(len, buffers.values())) + threads * runs[0].slab <= memory
 
 
-def test_neither_memory_nor_threads_show(source: Path, tmp_path: Path) -> None:
+def test_memory_and_threads_do_not_change_the_bytes(source: Path, tmp_path: Path) -> None:
     ways: list[dict[str, Any]] = [
         {},
         {"memory": 1},
@@ -184,16 +184,16 @@ def test_a_file_that_only_changes_its_names_is_copied_to_the_byte(
 # --- dtypes --------------------------------------------------------------------------------------
 
 
-def test_a_cast_is_what_torch_makes_of_it_and_is_said(source: Path, tmp_path: Path) -> None:
+def test_a_cast_equals_torchs_and_is_in_the_manifest(source: Path, tmp_path: Path) -> None:
     zoo.convert(source, tmp_path / "half", to="hf", dtype="bfloat16")
     before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "half"))
     assert all(torch.equal(x.bfloat16(), after[n]) for n, x in before.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    said = json.loads((tmp_path / "half" / NAME).read_text())["files"]["model.safetensors"]
-    assert all(t["cast"] == "F32 -> BF16" and t["lossy"] for t in said["tensors"].values())
+    data = json.loads((tmp_path / "half" / NAME).read_text())["files"]["model.safetensors"]
+    assert all(t["cast"] == "F32 -> BF16" and t["lossy"] for t in data["tensors"].values())
     zoo.convert(tmp_path / "half", tmp_path / "wide", to="hf", dtype="float32")
-    said = json.loads((tmp_path / "wide" / NAME).read_text())["files"]["model.safetensors"]
-    assert not any("lossy" in t for t in said["tensors"].values())
+    data = json.loads((tmp_path / "wide" / NAME).read_text())["files"]["model.safetensors"]
+    assert not any("lossy" in t for t in data["tensors"].values())
 
 
 def edited(source: Path, directory: Path, name: str, value: float) -> Path:
@@ -208,7 +208,9 @@ def edited(source: Path, directory: Path, name: str, value: float) -> Path:
 
 @pytest.mark.parametrize("to", ["native", "hf"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_named(source: Path, tmp_path: Path, to: str, value: float) -> None:
+def test_nonfinite_values_are_refused_by_position(
+    source: Path, tmp_path: Path, to: str, value: float
+) -> None:
     name = "transformer.h.1.attn.c_attn.weight"
     broken = edited(source, tmp_path / "broken", name, value)
     wanted = rf"{name}\[0, 7\]" if to == "hf" else r"blocks\.1\.attn\.q\.weight\[7, 0\]"
@@ -218,7 +220,7 @@ def test_what_is_not_finite_is_named(source: Path, tmp_path: Path, to: str, valu
     zoo.convert(broken, tmp_path / "out", to=to, allow_nonfinite=True)
 
 
-def test_the_place_is_counted_over_pieces() -> None:
+def test_position_of_a_nonfinite_value_counts_all_pieces() -> None:
     unread = Lazy.of(torch.empty(0))
     item = Item(TensorInfo("x", (3, 50), "F16"), "", lambda: unread, stored="F32")
     values = torch.zeros(3, 50)
@@ -229,7 +231,7 @@ def test_the_place_is_counted_over_pieces() -> None:
     assert (look.nonfinite, look.overflow) == ("[1, 49] is nan", "[2, 3] is 1e+06")
 
 
-def test_what_overflows_is_named(source: Path, tmp_path: Path) -> None:
+def test_overflow_in_a_cast_is_refused_by_position(source: Path, tmp_path: Path) -> None:
     name = "transformer.h.0.mlp.c_fc.bias"
     large = edited(source, tmp_path / "large", name, 1e6)
     with pytest.raises(OverflowOnCast, match=rf"{name}\[7\] is 1e\+06"):
@@ -237,7 +239,7 @@ def test_what_overflows_is_named(source: Path, tmp_path: Path) -> None:
     zoo.convert(large, tmp_path / "out", to="hf", dtype="bfloat16")
 
 
-def test_zeros_and_doubles_are_told(source: Path, tmp_path: Path) -> None:
+def test_zero_and_duplicate_tensors_are_reported(source: Path, tmp_path: Path) -> None:
     copy = edited(source, tmp_path / "copy", "transformer.wpe.weight", 1.0)
     tensors = load_file(copy / "model.safetensors")
     tensors["transformer.ln_f.bias"].zero_()
@@ -253,7 +255,7 @@ def test_zeros_and_doubles_are_told(source: Path, tmp_path: Path) -> None:
     assert done == [*accumulate(sizes)] and len(done) > 10
 
 
-def test_equal_tensors_are_told_from_64_kilobytes_on(tmp_path: Path) -> None:
+def test_duplicates_are_reported_from_64_kilobytes_on(tmp_path: Path) -> None:
     """Smaller ones are equal by chance, zeros by nature."""
     numbers = torch.arange(1.0, 1 + (64 << 10) / 4)
     tensors = {"a": numbers, "b": numbers.clone(), "c": numbers + 1, "z": numbers * 0}
@@ -270,12 +272,12 @@ def test_equal_tensors_are_told_from_64_kilobytes_on(tmp_path: Path) -> None:
 # --- manifest and check --------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_is_found_and_named(source: Path, tmp_path: Path) -> None:
+def test_check_names_the_tensor_with_a_flipped_bit(source: Path, tmp_path: Path) -> None:
     out = zoo.convert(source, tmp_path / "out", to="native", max_shard_size=40_000)
     assert list(check(out, sha256=True)) == []
-    said = json.loads((out / NAME).read_text())["files"]
+    data = json.loads((out / NAME).read_text())["files"]
     random = torch.Generator().manual_seed(0)
-    for name in sorted(n for n in said if n.endswith(".safetensors")):
+    for name in sorted(n for n in data if n.endswith(".safetensors")):
         path, whole = out / name, (out / name).read_bytes()
         head = 8 + int.from_bytes(whole[:8], "little")
         offsets = json.loads(whole[8:head])
@@ -298,10 +300,10 @@ def test_a_flipped_bit_is_found_and_named(source: Path, tmp_path: Path) -> None:
 def test_a_files_own_digest_is_checked_when_asked(source: Path, tmp_path: Path) -> None:
     """Each tensor is as the manifest says, and the file is not the one that was written."""
     out = zoo.convert(source, tmp_path / "out", to="native")
-    said = json.loads((out / NAME).read_text())
-    del said["digest"]
-    said["files"]["model.safetensors"]["sha256"] = "0" * 64
-    (out / NAME).write_text(json.dumps({**said, "digest": digest(said)}))
+    fields = json.loads((out / NAME).read_text())
+    del fields["digest"]
+    fields["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (out / NAME).write_text(json.dumps({**fields, "digest": digest(fields)}))
     assert list(check(out)) == []
     (damage,) = check(out, sha256=True)
     assert damage.file == "model.safetensors" and "sha256" in damage.what
@@ -345,7 +347,7 @@ def test_the_hubs_cache_names_its_blobs_by_digest(source: Path, tmp_path: Path) 
         zoo.load(snapshot, verify=True)
 
 
-def test_a_manifest_that_was_edited_is_not_believed(source: Path, tmp_path: Path) -> None:
+def test_an_edited_manifest_is_refused(source: Path, tmp_path: Path) -> None:
     out = zoo.convert(source, tmp_path / "out", to="hf")
     text = (out / NAME).read_text()
     (out / NAME).write_text(text.replace('"to": "hf"', '"to": "fh"'))
@@ -357,16 +359,16 @@ def test_a_manifest_that_was_edited_is_not_believed(source: Path, tmp_path: Path
 
 def test_the_manifest_says_what_it_was_made_of(source: Path, tmp_path: Path) -> None:
     out = zoo.convert(source, tmp_path / "out", to="native")
-    said = json.loads((out / NAME).read_text())
+    data = json.loads((out / NAME).read_text())
     weights = source / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     size = weights.stat().st_size
-    assert said["sources"] == {"model.safetensors": {"size": size, "sha256": digest}}
-    assert said["architecture"] == "gpt2" and said["to"] == "native"
-    one = said["files"]["model.safetensors"]["tensors"]["blocks.0.attn.q.weight"]
+    assert data["sources"] == {"model.safetensors": {"size": size, "sha256": digest}}
+    assert data["architecture"] == "gpt2" and data["to"] == "native"
+    one = data["files"]["model.safetensors"]["tensors"]["blocks.0.attn.q.weight"]
     assert one["rule"].startswith("h.{layer}.attn.c_attn.weight [i (n o)]: ")
     made = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-    assert said["files"]["model.safetensors"]["sha256"] == made
+    assert data["files"]["model.safetensors"]["sha256"] == made
 
 
 # --- killed --------------------------------------------------------------------------------------
@@ -410,13 +412,13 @@ def convert(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "another"])
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(
+def test_a_conversion_killed_anywhere_resumes_to_the_same_bytes(
     before: str, source: Path, tmp_path: Path
 ) -> None:
     """At some places over its whole run; the destination is the old one or the new one."""
     whole = convert(source, tmp_path / "whole")
-    said = whole.communicate()[0].split()
-    calls = int(said[1])
+    words = whole.communicate()[0].split()
+    calls = int(words[1])
     truth = contents(tmp_path / "whole")
     points = sorted({1, *range(9, calls, max(1, calls // 3)), calls - 1, calls})
     resumed = 0
@@ -443,7 +445,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_interrupted_it_stops_and_goes_on(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_stops_and_resumes(source: Path, tmp_path: Path) -> None:
     run = convert(source, tmp_path / "out", 9, "SIGINT")
     time.sleep(0.1)
     run.communicate()
@@ -454,7 +456,7 @@ def test_interrupted_it_stops_and_goes_on(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_source_or_option_begins_anew(source: Path, tmp_path: Path) -> None:
+def test_another_source_or_option_starts_again(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, out, 30).communicate()
     assert [name for name in beside(out) if "partial" in name]
@@ -467,7 +469,7 @@ def test_another_source_or_option_begins_anew(source: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Path) -> None:
+def test_a_file_damaged_between_runs_is_written_again(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole").communicate()
     out = tmp_path / "out"
     convert(source, out, 60).communicate()
@@ -485,7 +487,7 @@ def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_parts_make_the_whole_and_the_last_publishes(source: Path, tmp_path: Path) -> None:
+def test_parts_write_the_whole_and_the_last_publishes(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole").communicate()
     out = tmp_path / "parts" / "out"
     out.parent.mkdir()
@@ -501,7 +503,7 @@ def test_parts_make_the_whole_and_the_last_publishes(source: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_parts_side_by_side_one_of_them_killed(source: Path, tmp_path: Path) -> None:
+def test_concurrent_parts_resume_after_one_is_killed(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "whole").communicate()
     out = tmp_path / "parts" / "out"
     out.parent.mkdir()
@@ -519,6 +521,6 @@ def test_parts_side_by_side_one_of_them_killed(source: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/2/3", (2, 1)])
-def test_a_part_is_a_number_of_how_many(part: Any, source: Path, tmp_path: Path) -> None:
+def test_malformed_parts_are_refused(part: Any, source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="such as 3/16"):
         zoo.convert(source, tmp_path / "out", part=part)

@@ -47,11 +47,11 @@ def project(tmp_path: Path) -> Path:
 
 def state(directory: Path) -> dict[str, Any]:
     """Every entry that is not a checkpoint's: inode and mode of a file, mode of a folder."""
-    found = dict[str, Any]()
+    actual = dict[str, Any]()
     for name, is_directory in files_below(directory):
         status = (directory / name).lstat()
-        found[name] = status.st_mode if is_directory else (status.st_ino, status.st_mode)
-    return found
+        actual[name] = status.st_mode if is_directory else (status.st_ino, status.st_mode)
+    return actual
 
 
 def is_kept(before: dict[str, Any], directory: Path) -> bool:
@@ -269,7 +269,7 @@ def test_an_interrupt_after_the_exchange_loses_no_file(
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("full", [False, True])
-def test_living_places_are_never_replaced(
+def test_home_and_working_directories_are_never_replaced(
     full: bool, force: bool, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "a" / "b"
@@ -312,7 +312,7 @@ def test_a_directory_that_holds_git_is_never_replaced(
     assert (place / WEIGHTS).exists()
 
 
-def test_a_working_directory_that_is_gone(
+def test_a_deleted_working_directory_is_reported(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gone").mkdir()
@@ -354,7 +354,7 @@ def test_a_model_is_saved_again_over_its_own_output(to: str, model: Model, tmp_p
     assert beside(place) == ["out"]
 
 
-def test_shards_of_the_save_before_are_gone(tmp_path: Path) -> None:
+def test_shards_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
     model, place = build("gpt2").eval(), tmp_path / "out"
     for dtype, most in ((torch.float32, 60_000), (torch.bfloat16, 30_000), (torch.float32, None)):
         model.to(dtype)

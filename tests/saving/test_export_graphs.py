@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from cases import first
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from tiny import build
@@ -44,10 +45,12 @@ from zoo.saving import graphs
 from zoo.saving.outputs import item_of
 
 KNOWN = registry.architectures()
-ONCE = {entry.model: name for name, entry in KNOWN.items()}.values()  # of each model's class
-# tracing takes seconds: `make graphs` does it for every variant
+# tracing takes seconds: of one architecture in `make test`, of all in `make test-all`, of every
+# variant in `make graphs`
+QUICK = list(KNOWN)[:1]
+each_graph = pytest.mark.parametrize("to", first(sorted(graphs.GRAPHS, reverse=True), 1))
 VARIANTS = [
-    pytest.param(name, variant, marks=() if n == 0 and name in ONCE else pytest.mark.long)
+    pytest.param(name, variant, marks=() if n == 0 and name in QUICK else pytest.mark.long)
     for name, entry in sorted(KNOWN.items())
     for n, variant in enumerate(entry.variants)
     if n == 0 or os.environ.get("ZOO_GRAPHS") == "all"
@@ -82,7 +85,7 @@ def redrawn(model: Any) -> Any:
 def asked(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
     """Arguments of forward; some rows are padded on the left, some on the right."""
     random = torch.Generator().manual_seed(tokens)
-    given = {}
+    inputs = {}
     for name in graphs.input_names(model):  # an answer is long where the question is short
         length = 24 - tokens % 24 if name.startswith("decoder_") else tokens
         if name.endswith("mask"):
@@ -90,11 +93,11 @@ def asked(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
             for row in range(rows):
                 mask[row, : row % 3 * length // 4] = 0
                 mask[row, length - (row % 2 * length // 3) :] = 0
-            given[name] = mask
+            inputs[name] = mask
         else:
             most = model.config.types if name == "token_type_ids" else model.config.vocab
-            given[name] = torch.randint(0, most, (rows, length), generator=random)
-    return given
+            inputs[name] = torch.randint(0, most, (rows, length), generator=random)
+    return inputs
 
 
 def sizes(model: Any) -> Iterator[tuple[int, int]]:
@@ -104,8 +107,8 @@ def sizes(model: Any) -> Iterator[tuple[int, int]]:
 
 
 @torch.no_grad()
-def answered(model: Any, given: dict[str, Tensor]) -> list[Tensor]:
-    out = model(**given)
+def answered(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    out = model(**inputs)
     return list(out) if isinstance(out, tuple) else [out]
 
 
@@ -125,8 +128,8 @@ def compared(model: Any, run: Callable[[dict[str, Tensor]], list[Tensor]], limit
     """Within the limit, or in what the model's own dtype does to it where that is more."""
     exact = copy.deepcopy(model).double()
     for rows, tokens in sizes(model):
-        given = asked(model, rows, tokens)
-        outputs = zip(run(given), answered(model, given), answered(exact, given), strict=True)
+        inputs = asked(model, rows, tokens)
+        outputs = zip(run(inputs), answered(model, inputs), answered(exact, inputs), strict=True)
         for x, y, truth in outputs:
             assert x.shape == y.shape
             # hot weights at 800 positions: two orders of fp32 sums, each as far from the truth
@@ -136,9 +139,9 @@ def compared(model: Any, run: Callable[[dict[str, Tensor]], list[Tensor]], limit
 def in_runtime(directory: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     runtime = session(directory)
 
-    def run(given: dict[str, Tensor]) -> list[Tensor]:
-        found = runtime.run(None, {name: x.numpy() for name, x in given.items()})
-        return [torch.from_numpy(x) for x in found]
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+        actual = runtime.run(None, {name: x.numpy() for name, x in inputs.items()})
+        return [torch.from_numpy(x) for x in actual]
 
     return run
 
@@ -146,15 +149,15 @@ def in_runtime(directory: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 def in_torch(directory: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
     program = torch.export.load(directory / graphs.PT2).module()
 
-    def run(given: dict[str, Tensor]) -> list[Tensor]:
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return list(program(given["input_ids"], **rest(given)).values())
+            return list(program(inputs["input_ids"], **rest(inputs)).values())
 
     return run
 
 
-def rest(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x for name, x in given.items() if name != "input_ids"}
+def rest(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if name != "input_ids"}
 
 
 # --- the same function ---------------------------------------------------------------------------
@@ -171,17 +174,17 @@ def test_onnxruntime_computes_the_same(name: str, variant: str, tmp_path: Path) 
 
 def weights_are_the_models(model: Any, directory: Path) -> None:
     graph = onnx.load(str(directory / graphs.ONNX)).graph
-    held = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+    tensors = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
     own = dict(model.named_parameters(remove_duplicate=False))
     native = native_of(model)
-    assert held.keys() & own.keys()
-    for name in held.keys() & own.keys():
-        assert np.array_equal(held[name], own[name].detach().numpy()), name
-    named = {native.ties.get(name, name) for name in held.keys() & own.keys()}
+    assert tensors.keys() & own.keys()
+    for name in tensors.keys() & own.keys():
+        assert np.array_equal(tensors[name], own[name].detach().numpy()), name
+    named = {native.ties.get(name, name) for name in tensors.keys() & own.keys()}
     unused = native.shapes.keys() - named
     # a lone bias that untied files hold, and nothing reads
     assert all(name.endswith("bias") for name in unused), unused
-    largest = max((x.size for name, x in held.items() if name not in own), default=0)
+    largest = max((x.size for name, x in tensors.items() if name not in own), default=0)
     assert largest <= 128, "a weight under another name"
 
 
@@ -196,7 +199,7 @@ def test_pt2_computes_the_same(name: str, variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_a_padded_row_is_as_if_alone(to: str, tmp_path: Path) -> None:
+def test_a_padded_row_equals_the_row_alone(to: str, tmp_path: Path) -> None:
     model = made("llama", "base")
     zoo.save(model, tmp_path / "g", to=to)
     run = (in_runtime if to == "onnx" else in_torch)(tmp_path / "g")
@@ -210,7 +213,7 @@ def test_a_padded_row_is_as_if_alone(to: str, tmp_path: Path) -> None:
     torch.testing.assert_close(padded[1, :9], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_dual_chunks_at_any_length(to: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Eager code takes queries in turns, and a graph all at once."""
     monkeypatch.setattr(dual_chunk, "ROWS", 4)
@@ -221,7 +224,7 @@ def test_dual_chunks_at_any_length(to: str, tmp_path: Path, monkeypatch: Any) ->
     compared(model, run, RELATIVE)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
     steps = [Pooling(("mean_tokens", "lasttoken")), Normalize()]
     model = SentenceModel(redrawn(build("bert", head="none")), steps, ["1", "2"]).eval()
@@ -236,22 +239,30 @@ def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "head", "inputs", "outputs"),
-    [
-        ("llama", "lm", "input_ids attention_mask", "logits"),
-        ("gpt2", "none", "input_ids attention_mask", "last_hidden_state"),
-        (
-            *("bert", "pretraining", "input_ids attention_mask token_type_ids"),
-            "prediction_logits seq_relationship_logits",
-        ),
-        ("roberta", "question_answering", "input_ids attention_mask", "start_logits end_logits"),
-        ("distilbert", "none", "input_ids attention_mask", "last_hidden_state"),
-        (
-            *("t5", "lm"),
-            "input_ids attention_mask decoder_input_ids decoder_attention_mask",
-            "logits",
-        ),
-        ("t5", "encoder", "input_ids attention_mask", "last_hidden_state"),
-    ],
+    first(
+        [
+            ("llama", "lm", "input_ids attention_mask", "logits"),
+            ("gpt2", "none", "input_ids attention_mask", "last_hidden_state"),
+            (
+                *("bert", "pretraining", "input_ids attention_mask token_type_ids"),
+                "prediction_logits seq_relationship_logits",
+            ),
+            (
+                "roberta",
+                "question_answering",
+                "input_ids attention_mask",
+                "start_logits end_logits",
+            ),
+            ("distilbert", "none", "input_ids attention_mask", "last_hidden_state"),
+            (
+                *("t5", "lm"),
+                "input_ids attention_mask decoder_input_ids decoder_attention_mask",
+                "logits",
+            ),
+            ("t5", "encoder", "input_ids attention_mask", "last_hidden_state"),
+        ],
+        1,
+    ),
 )
 def test_names_and_axes(name: str, head: str, inputs: str, outputs: str, tmp_path: Path) -> None:
     model = build(name, head=head).eval()
@@ -266,9 +277,9 @@ def test_names_and_axes(name: str, head: str, inputs: str, outputs: str, tmp_pat
     graph = onnx.load(str(tmp_path / "g" / graphs.ONNX), load_external_data=False).graph
     assert not any(node.metadata_props or node.doc_string for node in graph.node)
     zoo.save(model, tmp_path / "p", to="pt2")
-    program, given = torch.export.load(tmp_path / "p" / graphs.PT2).module(), asked(model, 2, 5)
-    assert list(given) == inputs.split()
-    assert list(program(given["input_ids"], **rest(given))) == outputs.split()
+    program, arguments = torch.export.load(tmp_path / "p" / graphs.PT2).module(), asked(model, 2, 5)
+    assert list(arguments) == inputs.split()
+    assert list(program(arguments["input_ids"], **rest(arguments))) == outputs.split()
 
 
 # --- from files to files -------------------------------------------------------------------------
@@ -304,14 +315,14 @@ def test_converted_on_the_command_line(
     assert app.main(["check", str(out)]) == 1
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_dtype_and_head_are_the_callers(to: str, source: Path, tmp_path: Path) -> None:
     zoo.convert(source, tmp_path / "g", to=to, dtype="float64", head="none")
     model = zoo.load(source, dtype="float64", head="none")
     compared(model, (in_runtime if to == "onnx" else in_torch)(tmp_path / "g"), 1e-6)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_a_dry_run_says_sizes_and_reads_no_weights(
     to: str, source: Path, in_tmp: Path, capsys: Any, monkeypatch: Any
 ) -> None:
@@ -321,8 +332,8 @@ def test_a_dry_run_says_sizes_and_reads_no_weights(
     monkeypatch.setattr("converters.checkpoint.Checkpoint.tensor", None)
     monkeypatch.setattr("converters.checkpoint.Checkpoint.lazy", None)
     assert app.main(["convert", str(source), "--to", to, "--dry-run"]) == 0
-    told = capsys.readouterr().out.split(f"to be written ({to}):")[1].split("\n")
-    assert {line.strip() for line in told if line} == {
+    output = capsys.readouterr().out.split(f"to be written ({to}):")[1].split("\n")
+    assert {line.strip() for line in output if line} == {
         f"{n}: {s:,} bytes" for n, s in sizes.items()
     }
     assert [path.name for path in in_tmp.iterdir()] == ["g"]
@@ -336,8 +347,9 @@ zoo.save(build("falcon").eval(), sys.argv[1], to=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_the_same_bytes_again(to: str, tmp_path: Path) -> None:
+def test_an_export_is_deterministic(to: str, tmp_path: Path) -> None:
     """In another process, with other hashes; and no word of the machine that made them."""
     zoo.save(build("falcon").eval(), tmp_path / "a", to=to)
     here = str(Path(__file__).parents[1] / "support")
@@ -360,7 +372,7 @@ def test_a_pt2_names_no_machines_folders(tmp_path: Path) -> None:
     assert [n for n, text in texts.items() if str(Path(zoo.__file__).parent).encode() in text] == []
 
 
-def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_export_does_not_change_the_model(tmp_path: Path) -> None:
     model = build("gpt2").train()
     before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
     zoo.save(model, tmp_path / "g", to="pt2")
@@ -412,8 +424,8 @@ def records(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_converted_it_is_what_is_saved(to: str, sharded: Path, tmp_path: Path) -> None:
+@each_graph
+def test_a_converted_graph_equals_a_saved_one(to: str, sharded: Path, tmp_path: Path) -> None:
     """In whatever pieces, from several files, in parts: the same weights in the same places."""
     zoo.save(zoo.load(sharded), tmp_path / "saved", to=to)
     zoo.convert(sharded, tmp_path / "whole", to=to, memory=1)
@@ -440,8 +452,8 @@ zoo.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], threads=1, tell=tell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_killed_it_goes_on(to: str, sharded: Path, tmp_path: Path) -> None:
+@each_graph
+def test_a_killed_graph_conversion_resumes(to: str, sharded: Path, tmp_path: Path) -> None:
     zoo.convert(sharded, tmp_path / "whole", to=to)
     command = [sys.executable, "-c", KILL, str(sharded), str(tmp_path / "g"), to]
     done = subprocess.run(
@@ -456,8 +468,8 @@ def test_killed_it_goes_on(to: str, sharded: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "g") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_a_value_too_large_and_one_that_is_none(to: str, source: Path, tmp_path: Path) -> None:
+@each_graph
+def test_overflow_and_nan_are_refused_in_a_graph(to: str, source: Path, tmp_path: Path) -> None:
     model = zoo.load(source)
     with torch.no_grad():
         model.norm.weight[3] = 1e6
@@ -473,7 +485,7 @@ def test_a_value_too_large_and_one_that_is_none(to: str, source: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     """The model, and layers of its own in files of their own."""
     inner = made("bert", "bare")
@@ -499,8 +511,8 @@ def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     zoo.convert(tmp_path / "s", tmp_path / "g", to=to)
     compared(model, run(tmp_path / "g"), RELATIVE)
     zoo.convert(tmp_path / "s", tmp_path / "h", to=to, dtype="float64")
-    said = json.loads((tmp_path / "h" / manifest.NAME).read_text())["files"]
-    weights = said[graphs.DATA if to == "onnx" else graphs.PT2]["tensors"]
+    fields = json.loads((tmp_path / "h" / manifest.NAME).read_text())["files"]
+    weights = fields[graphs.DATA if to == "onnx" else graphs.PT2]["tensors"]
     assert {each["cast"] for each in weights.values()} == {"F32 -> F64"}
     zoo.save(model, tmp_path / "saved", to=to)
     converted, saved = contents(tmp_path / "g"), contents(tmp_path / "saved")
@@ -510,15 +522,15 @@ def test_sentences_from_files(to: str, tmp_path: Path) -> None:
     compared(zoo.load(tmp_path / "s", head="none"), run(tmp_path / "alone"), RELATIVE)
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_from_blocks_of_eight_bits(to: str, tmp_path: Path) -> None:
     zoo.save(redrawn(build("gpt2", dim=64, hidden=96, heads=4)), tmp_path / "s")
     zoo.convert(tmp_path / "s", tmp_path / "q", to="gguf", dtype="q8_0")
     (blocks,) = (tmp_path / "q").glob("*.gguf")
     zoo.convert(blocks, tmp_path / "g", to=to)
     compared(zoo.load(blocks), (in_runtime if to == "onnx" else in_torch)(tmp_path / "g"), RELATIVE)
-    said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert said["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
+    data = json.loads((tmp_path / "g" / manifest.NAME).read_text())
+    assert data["quantised"]["blocks.0.mlp.up.weight"] == "Q8_0"
 
 
 # --- beyond 2 and 4 GB: what no 32 bits can say, in files that are holes but for a few bytes ------
@@ -560,10 +572,10 @@ def test_an_onnx_beyond_4_gb(tmp_path: Path) -> None:
     _, texts = huge(model, "onnx", tmp_path)
     assert len(texts[graphs.ONNX]) < 100_000
     onnx.checker.check_model(str(tmp_path / graphs.ONNX))
-    run, given = in_runtime(tmp_path), asked(model, 2, 9)
-    (wanted,) = answered(model, given)
-    assert apart(run(given)[0], wanted) < RELATIVE
-    last = given | {"input_ids": given["input_ids"] + (HUGE - model.config.vocab)}
+    run, inputs = in_runtime(tmp_path), asked(model, 2, 9)
+    (wanted,) = answered(model, inputs)
+    assert apart(run(inputs)[0], wanted) < RELATIVE
+    last = inputs | {"input_ids": inputs["input_ids"] + (HUGE - model.config.vocab)}
     assert apart(run(last)[0], wanted) < RELATIVE
 
 
@@ -584,8 +596,8 @@ def test_a_pt2_beyond_4_gb(tmp_path: Path) -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
-def test_what_is_there_stays(to: str, tmp_path: Path) -> None:
+@each_graph
+def test_other_files_at_the_destination_are_kept(to: str, tmp_path: Path) -> None:
     model, place = build("gpt2").eval(), tmp_path / "g"
     place.mkdir()
     (place / "mine").write_text("kept")
@@ -596,7 +608,7 @@ def test_what_is_there_stays(to: str, tmp_path: Path) -> None:
     assert (place / "mine").read_text() == "kept"
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_nothing_is_half_written(to: str, tmp_path: Path, monkeypatch: Any) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("the disk is gone")
@@ -607,7 +619,7 @@ def test_nothing_is_half_written(to: str, tmp_path: Path, monkeypatch: Any) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("to", graphs.GRAPHS)
+@each_graph
 def test_values_that_are_not_finite(to: str, tmp_path: Path) -> None:
     model = build("gpt2").eval()
     with torch.no_grad():
@@ -618,14 +630,14 @@ def test_values_that_are_not_finite(to: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"max_shard_size": 1 << 20}, {"layout": {"a": 1}}])
-def test_choices_that_a_graph_does_not_leave(
+def test_options_that_a_graph_lacks_are_refused(
     choice: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=next(iter(choice))):
         zoo.convert(source, tmp_path / "g", to="onnx", **choice)
 
 
-def test_a_file_is_no_place_for_several(source: Path, tmp_path: Path) -> None:
+def test_a_file_as_destination_of_a_graph_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="directory"):
         zoo.convert(source, tmp_path / "model.onnx", to="onnx")
 
@@ -636,14 +648,14 @@ def test_a_source_is_not_replaced(source: Path) -> None:
     assert (source / "model.safetensors").exists()
 
 
-def test_no_values_no_graph(tmp_path: Path) -> None:
+def test_a_model_on_meta_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = build("gpt2")
     with pytest.raises(UsageError, match="meta"):
         zoo.save(model, tmp_path / "g", to="pt2")
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(graphs, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"onnx, onnxscript.*zoo-weights\[onnx\]"):
         zoo.save(build("gpt2").eval(), tmp_path / "g", to="onnx")
@@ -673,5 +685,5 @@ def test_a_graph_is_written_and_not_read(source: Path, tmp_path: Path) -> None:
     zoo.convert(source, tmp_path / "g", to="onnx")
     with pytest.raises(ZooError):
         zoo.load(tmp_path / "g")
-    said = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert said["to"] == "onnx"
+    data = json.loads((tmp_path / "g" / manifest.NAME).read_text())
+    assert data["to"] == "onnx"

@@ -50,7 +50,7 @@ def trainers(module: nn.Module, decays: set[str]) -> torch.optim.AdamW:
 
 
 @pytest.mark.parametrize("key", FIRST)
-def test_a_trainers_state_goes_on_natively_and_back(key: str, tmp_path: Path) -> None:
+def test_a_trainers_state_converts_to_native_and_back(key: str, tmp_path: Path) -> None:
     """Names of parameters are nowhere in the file; the next step is the same step."""
     pair = Pair(key, tmp_path / "hf")
     theirs = pair.reference.model
@@ -85,15 +85,15 @@ def test_a_trainers_state_goes_on_natively_and_back(key: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("key", FIRST)
-def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
+def test_order_of_the_module_equals_the_references(key: str, tmp_path: Path) -> None:
     name, variant = key.split("/")
     kind = hot_checkpoint(registry.architectures()[name], variant, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    held = open_checkpoint(tmp_path).tensors
+    header = open_checkpoint(tmp_path).tensors
     module = reference_on_meta(kind, config)
     names = [n for n, _ in module.named_parameters()]
     assert names != sorted(names)
-    assert sum(p.numel() for p in module.parameters()) == sum(i.numel for i in held.values())
+    assert sum(p.numel() for p in module.parameters()) == sum(i.numel for i in header.values())
 
 
 # --- other optimizers, other dtypes --------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_the_modules_order_is_the_references(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("back", [False, True], ids=["from-native", "to-native"])
 @pytest.mark.parametrize("key", ["gpt2/base", "neox/base", "mixtral/base", "t5/tied"])
-def test_sgd_with_momentum(key: str, back: bool, tmp_path: Path) -> None:
+def test_sgd_momentum_converts(key: str, back: bool, tmp_path: Path) -> None:
     def sgd(module: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
@@ -172,12 +172,12 @@ def stepped(module: nn.Module, groups: Any = None) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
+def test_alphabetical_names_are_refused_as_an_order(tmp_path: Path) -> None:
     """load_file gives them so, and k, out, q, v have one shape."""
     hot_checkpoint(registry.architectures()["llama"], "multi-head", tmp_path)
-    held, model = load_file(tmp_path / "model.safetensors"), zoo.load(tmp_path)
+    tensors, model = load_file(tmp_path / "model.safetensors"), zoo.load(tmp_path)
     state = stepped(model)
-    for source, target in ((held, model), (model, held)):
+    for source, target in ((tensors, model), (model, tensors)):
         with pytest.raises(UsageError, match="stand by the alphabet"):
             zoo.convert_optimizer(state, source, target)
     module = reference_on_meta(
@@ -185,12 +185,12 @@ def test_names_by_the_alphabet_are_no_order(tmp_path: Path) -> None:
     )
     names = [n for n, _ in module.named_parameters()]
     moved = zoo.convert_optimizer(
-        zoo.convert_optimizer(state, model, module), {n: held[n] for n in names}, model
+        zoo.convert_optimizer(state, model, module), {n: tensors[n] for n in names}, model
     )
     assert all(x["exp_avg"].equal(moved["state"][n]["exp_avg"]) for n, x in state["state"].items())
 
 
-def test_groups_of_ones_own_are_no_order() -> None:
+def test_custom_parameter_groups_need_names() -> None:
     """Layers from the last to the first have the shapes of layers from the first to the last."""
     model = build("llama")
     entry = registry.architectures()["llama"]
@@ -205,11 +205,11 @@ def test_groups_of_ones_own_are_no_order() -> None:
         zoo.convert_optimizer(state, model, module)
     names = [named[id(p)] for group in last_first for p in group["params"]]
     moved = zoo.convert_optimizer(state, model, module, names=names)
-    told = [group["param_names"] for group in moved["param_groups"]]
-    assert all(n.startswith("model.layers.2.") for n in told[0])
+    message = [group["param_names"] for group in moved["param_groups"]]
+    assert all(n.startswith("model.layers.2.") for n in message[0])
 
 
-def test_states_by_name() -> None:
+def test_states_keyed_by_name_convert() -> None:
     """As torch's distributed checkpoints give them when they are gathered."""
     model = build("llama")
     state = stepped(model)
@@ -222,10 +222,10 @@ def test_states_by_name() -> None:
         "LlamaForCausalLM",
         next(iter(registry.architectures()["llama"].variants.values()))["config"],
     )
-    wanted, found = (zoo.convert_optimizer(s, model, module) for s in (state, by_name))
-    assert found["param_groups"][0]["params"] == wanted["param_groups"][0]["params"]
+    wanted, actual = (zoo.convert_optimizer(s, model, module) for s in (state, by_name))
+    assert actual["param_groups"][0]["params"] == wanted["param_groups"][0]["params"]
     for n, entry in wanted["state"].items():
-        assert all(torch.equal(x, found["state"][n][k]) for k, x in entry.items())
+        assert all(torch.equal(x, actual["state"][n][k]) for k, x in entry.items())
 
 
 def test_eight_bits_and_factors_are_refused() -> None:
@@ -266,12 +266,14 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("where", ["", "optimizer", "optimizer_state_dict", "optimizer_states"])
-def test_where_a_file_holds_it(
+def test_a_state_is_found_anywhere_in_a_file(
     where: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     source, state = saved
-    held: Any = {where: [state] if where.endswith("s") else state, "epoch": 3} if where else state
-    torch.save(held, tmp_path / "o.pt")
+    tensors: Any = (
+        {where: [state] if where.endswith("s") else state, "epoch": 3} if where else state
+    )
+    torch.save(tensors, tmp_path / "o.pt")
     out = convert_file(source, tmp_path / "o.pt", tmp_path / "out.pt")
     assert len(torch.load(out, weights_only=True)["state"]) == len(state["state"])
     with pytest.raises(OutputExists, match="force=True"):
@@ -280,19 +282,21 @@ def test_where_a_file_holds_it(
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_files_that_are_none(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_files_without_a_state_are_refused(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     source, state = saved
     file = tmp_path / "o.pt"
     zero = {"base_optimizer_state": {}, "zero_stage": 2, "partition_count": 2}
-    for held, kind, told in (
+    for tensors, kind, message in (
         ({"optimizer_state_dict": zero}, UsageError, "DeepSpeed"),
         ({"a": state, "b": state}, UsageError, "several optimizers' states: a, b"),
         ({"model": {"x": torch.ones(1)}}, NotACheckpoint, "no torch optimizer's state in it"),
         ({"state": {}, "param_groups": 3}, NotACheckpoint, "found state, param_groups"),
         ({"fn": print, **state}, CorruptCheckpoint, "asks for __builtin__.print"),
     ):
-        torch.save(held, file)
-        with pytest.raises(kind, match=told):
+        torch.save(tensors, file)
+        with pytest.raises(kind, match=message):
             read(file)
     file.write_bytes(b"no zip")
     with pytest.raises(CorruptCheckpoint, match=r"o\.pt: 6 bytes that are no zip file"):
@@ -316,7 +320,7 @@ def test_orders_without_the_reference(
     config = json.loads((source / "config.json").read_text())
     order = [n for n, _ in reference_on_meta("LlamaForCausalLM", config).named_parameters()]
 
-    def lacking(*given: Any) -> Any:
+    def lacking(*inputs: Any) -> Any:
         raise zoo.errors.MissingDependency("transformers")
 
     monkeypatch.setattr("zoo.checkpoints.oracle.transformers", lacking)
@@ -325,15 +329,15 @@ def test_orders_without_the_reference(
     (tmp_path / "names").write_text("\n".join(order))
     asked = ["convert-optimizer", str(source), str(tmp_path / "o.pt"), "--out", str(tmp_path / "2")]
     assert main([*asked, "--names", str(tmp_path / "names")]) == 0
-    held = load_file(source / "model.safetensors")
+    tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
-    torch.save(OrderedDict((n, held[n]) for n in order), source / "pytorch_model.bin")
+    torch.save(OrderedDict((n, tensors[n]) for n in order), source / "pytorch_model.bin")
     convert_file(source, tmp_path / "o.pt", tmp_path / "3")
     for name in ("2", "3"):
-        found = torch.load(tmp_path / name, weights_only=True)
-        assert found["param_groups"] == wanted["param_groups"]
+        actual = torch.load(tmp_path / name, weights_only=True)
+        assert actual["param_groups"] == wanted["param_groups"]
         for n, entry in wanted["state"].items():
-            assert all(torch.equal(x, found["state"][n][k]) for k, x in entry.items())
+            assert all(torch.equal(x, actual["state"][n][k]) for k, x in entry.items())
     zoo.convert(source, tmp_path / "native", to="native")
     with pytest.raises(UsageError, match="does not say it"):
         convert_file(tmp_path / "native", tmp_path / "3", tmp_path / "4", to="hf")
@@ -351,10 +355,10 @@ def test_a_training_checkpoint_of_nanogpts(tmp_path: Path) -> None:
     vectors = [p for p in other.parameters() if p.dim() < 2]
     state = stepped(other, [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
     c = model.config
-    said = {"n_layer": c.layers, "n_head": c.heads, "n_embd": c.dim, "block_size": c.positions}
-    said |= {"bias": c.bias, "vocab_size": c.vocab, "dropout": 0.0}
-    held = {"model": other.state_dict(), "optimizer": state, "model_args": said, "iter_num": 1}
-    torch.save(held, tmp_path / "ckpt.pt")
+    data = {"n_layer": c.layers, "n_head": c.heads, "n_embd": c.dim, "block_size": c.positions}
+    data |= {"bias": c.bias, "vocab_size": c.vocab, "dropout": 0.0}
+    tensors = {"model": other.state_dict(), "optimizer": state, "model_args": data, "iter_num": 1}
+    torch.save(tensors, tmp_path / "ckpt.pt")
     out = convert_file(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", tmp_path / "native.pt")
     moved = torch.load(out, weights_only=True)
     wanted = zoo.convert_optimizer(state, other, model)
@@ -367,10 +371,10 @@ def test_optimizer_of_a_llama2c_training_checkpoint(tmp_path: Path) -> None:
     """Matrices stand first in it, and the embedding is the output too."""
     model = build("llama", tied=True, eps=1e-5, rope_base=1e4, head_dim=None, act="silu")
     zoo.save(model, tmp_path / "c", to="llama2c-ckpt")
-    held = torch.load(tmp_path / "c" / "ckpt.pt", weights_only=True)
-    names = [name for name in held["model"] if name != "output.weight"]
-    names.sort(key=lambda name: held["model"][name].dim() < 2)
-    parameters = {name: nn.Parameter(held["model"][name].clone()) for name in names}
+    tensors = torch.load(tmp_path / "c" / "ckpt.pt", weights_only=True)
+    names = [name for name in tensors["model"] if name != "output.weight"]
+    names.sort(key=lambda name: tensors["model"][name].dim() < 2)
+    parameters = {name: nn.Parameter(tensors["model"][name].clone()) for name in names}
     split = sum(p.dim() >= 2 for p in parameters.values())
     groups = [[*parameters.values()][:split], [*parameters.values()][split:]]
     optimizer = torch.optim.AdamW([{"params": params} for params in groups], lr=0.01)
@@ -378,17 +382,17 @@ def test_optimizer_of_a_llama2c_training_checkpoint(tmp_path: Path) -> None:
     for p in parameters.values():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    torch.save({**held, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    torch.save({**tensors, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
     out = convert_file(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", tmp_path / "native.pt")
     moved = torch.load(out, weights_only=True)
     order = [name for group in moved["param_groups"] for name in group["param_names"]]
-    found = {name: moved["state"][n]["exp_avg"] for n, name in enumerate(order)}
+    actual = {name: moved["state"][n]["exp_avg"] for n, name in enumerate(order)}
     theirs = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
-    assert torch.equal(found["embed.weight"], theirs["tok_embeddings.weight"])
-    assert torch.equal(found["blocks.1.mlp.up.weight"], theirs["layers.1.feed_forward.w3.weight"])
-    assert torch.equal(found["norm.weight"], theirs["norm.weight"])
+    assert torch.equal(actual["embed.weight"], theirs["tok_embeddings.weight"])
+    assert torch.equal(actual["blocks.1.mlp.up.weight"], theirs["layers.1.feed_forward.w3.weight"])
+    assert torch.equal(actual["norm.weight"], theirs["norm.weight"])
     pairs = theirs["layers.0.attention.wq.weight"].unflatten(0, (model.config.heads, -1, 2))
-    assert torch.equal(found["blocks.0.attn.q.weight"], pairs.transpose(1, 2).flatten(0, 2))
+    assert torch.equal(actual["blocks.0.attn.q.weight"], pairs.transpose(1, 2).flatten(0, 2))
 
 
 # --- hostile files and destinations --------------------------------------------------------------
@@ -408,9 +412,11 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 
 def refused_state(change: Change, state: dict[str, Any], file: Path) -> ZooError:
-    held = copy.deepcopy(state)
-    held = changed if isinstance(changed := change(held), dict | list | torch.Tensor) else held
-    torch.save(held, file)
+    tensors = copy.deepcopy(state)
+    tensors = (
+        changed if isinstance(changed := change(tensors), dict | list | torch.Tensor) else tensors
+    )
+    torch.save(tensors, file)
     with pytest.raises(ZooError) as error:
         read(file)
     return error.value
@@ -492,8 +498,11 @@ def test_a_malformed_state_is_refused_by_name(
 def test_a_plain_value_is_read_as_it_was_saved(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
     group = {"params": [0], "lr": numpy.float64(0.1), "betas": (0.9, None, True), "n": -(10**30)}
-    held = {"epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [group]}}
-    torch.save(held, tmp_path / "o.pt")
+    tensors = {
+        "epoch": 3,
+        "optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": [group]},
+    }
+    torch.save(tensors, tmp_path / "o.pt")
     state = read(tmp_path / "o.pt")
     assert state["param_groups"] == [group]
     assert state["state"][0]["m"].tolist() == [1.0, 1.0]
@@ -585,7 +594,7 @@ def test_force_replaces_an_optimizers_state_and_no_other_file(
 
 
 @pytest.mark.parametrize("name", [".out.pt.partial", ".out.pt.zoo-partial"])
-def test_a_link_in_the_stages_place_is_not_written_through(
+def test_a_link_at_the_stages_path_is_not_followed(
     name: str, native: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     model, state, names = native
@@ -629,7 +638,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
         (None, "No such file"),
     ],
 )
-def test_names_that_are_none_are_refused(
+def test_malformed_names_are_refused(
     content: bytes | None,
     message: str,
     native: tuple[Path, dict[str, Any], list[str]],

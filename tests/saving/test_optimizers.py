@@ -27,7 +27,7 @@ def adam(module: nn.Module) -> torch.optim.AdamW:
 
 @pytest.mark.parametrize("back", [False, True], ids=["from-native", "to-native"])
 @pytest.mark.parametrize("key", PROVEN)
-def test_one_more_step_is_the_same_step(key: str, back: bool, tmp_path: Path) -> None:
+def test_the_next_step_equals_the_references(key: str, back: bool, tmp_path: Path) -> None:
     before = Pair(key, tmp_path / "before")
     source: nn.Module = before.reference.model if back else before.model
     target: nn.Module = before.model if back else before.reference.model
@@ -59,7 +59,7 @@ def stepped(model: Any, groups: Any = None) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def test_nanogpts_matrices_stand_first(tmp_path: Path) -> None:
+def test_nanogpts_order_of_matrices_first_is_recognized(tmp_path: Path) -> None:
     """As its ckpt.pt holds them: two groups, and a state_dict that names the head's array too."""
     model = build("gpt2", act="gelu", eps=1e-5)
     other = Nano(model.config)
@@ -72,9 +72,9 @@ def test_nanogpts_matrices_stand_first(tmp_path: Path) -> None:
         p.grad = torch.randn_like(p)
     optimizer.step()
     torch.save({"model": other.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c")
-    held = torch.load(tmp_path / "c", weights_only=True)
+    saved = torch.load(tmp_path / "c", weights_only=True)
 
-    moved = zoo.convert_optimizer(held["optimizer"], held["model"], model)
+    moved = zoo.convert_optimizer(saved["optimizer"], saved["model"], model)
     named = moved["param_groups"][0]["param_names"]
     assert all(model.get_parameter(n).dim() == 2 for n in named)
     assert [g["weight_decay"] for g in moved["param_groups"]] == [0.1, 0.0]
@@ -83,10 +83,10 @@ def test_nanogpts_matrices_stand_first(tmp_path: Path) -> None:
     for n, part in zip("qkv", fused.chunk(3), strict=True):
         place = named.index(f"blocks.0.attn.{n}.weight")
         assert moved["state"][place]["exp_avg"].equal(part)
-    back = zoo.convert_optimizer(moved, model, held["model"])
+    back = zoo.convert_optimizer(moved, model, saved["model"])
     assert back["param_groups"][0]["params"] == list(range(len(decay)))
     for n, state in back["state"].items():
-        assert all(torch.equal(x, held["optimizer"]["state"][n][k]) for k, x in state.items())
+        assert all(torch.equal(x, saved["optimizer"]["state"][n][k]) for k, x in state.items())
 
 
 def reference_like(model: Any) -> dict[str, Tensor]:
@@ -98,16 +98,16 @@ def reference_like(model: Any) -> dict[str, Tensor]:
     return {name: torch.empty(info.shape) for name, info in header.items()}
 
 
-def test_what_does_not_convert_is_said(tmp_path: Path) -> None:
+def test_states_that_do_not_convert_are_refused(tmp_path: Path) -> None:
     model = build("gpt2")
     other, state = reference_like(model), stepped(model)
     names = [n for n, _ in model.named_parameters()]
     place = names.index("blocks.0.attn.q.weight")
 
-    def refused(change: Any, told: str, kind: type = PlanError, **more: Any) -> None:
+    def refused(change: Any, message: str, kind: type = PlanError, **more: Any) -> None:
         changed = copy.deepcopy(state)
         change(changed)
-        with pytest.raises(kind, match=told):
+        with pytest.raises(kind, match=message):
             zoo.convert_optimizer(changed, model, other, **more)
 
     refused(lambda s: s["state"][place].update(step=torch.tensor(9.0)), "step: one array there")

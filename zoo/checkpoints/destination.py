@@ -71,7 +71,7 @@ class Replacing:
         return frozenset(below & replaced)
 
     def without_kept(self, place: Path) -> Output:
-        """The output less the files copied along that somebody has put there, or changed since."""
+        """Return the output less the copied files that somebody has put there, or changed since."""
         if self.force or place.is_symlink() or not place.is_dir():
             return self.output
         listed = _listed(place)
@@ -94,8 +94,10 @@ class Replacing:
         if not self.force:
             raise _exists(f"{place}: exists already")
         if not place.is_symlink() and not is_checkpoint_file(place):
-            told = "a file that is no whole checkpoint, which is never replaced"
-            raise OutputExists(f"{place}: {told}. Move it away, or write elsewhere")
+            raise OutputExists(
+                f"{place}: a file that is no whole checkpoint, which is never replaced. Move it "
+                "away, or write elsewhere"
+            )
 
     def _check_kind(self, place: Path, below: set[str]) -> None:
         """An adapter and a model's weights do not replace each other, nor lie in one directory."""
@@ -113,23 +115,23 @@ class Replacing:
     def _check_names(self, place: Path, kept: set[str]) -> None:
         names = self._names
         above = {str(folder) for name in names for folder in PurePosixPath(name).parents}
-        taken = [
+        clashes = [
             name
             for name in sorted(kept)
             if name in names or name in above or names & set(map(str, PurePosixPath(name).parents))
         ]
-        if taken:
+        if clashes:
             raise OutputExists(
                 f"{place}: would overwrite files that are not known to be a checkpoint's: "
-                f"{listing(taken)}. Move them away, or write elsewhere"
+                f"{listing(clashes)}. Move them away, or write elsewhere"
             )
 
     def _own(self, place: Path, below: set[str]) -> set[str]:
         """Of an earlier output of the same writer, all that nobody changed since."""
-        said, listed = self.output.notes, _listed(place)
+        summary, listed = self.output.notes, _listed(place)
         written = manifest.read(place) if listed else {}
-        if "writer" not in said or any(
-            written.get(key) != said.get(key) for key in ("writer", "to", "architecture")
+        if "writer" not in summary or any(
+            written.get(key) != summary.get(key) for key in ("writer", "to", "architecture")
         ):
             raise _exists(f"{place}: exists already")
         changed = {n for n in below & listed.keys() if not _is_intact(place, n, listed)}
@@ -140,8 +142,7 @@ class Replacing:
             more = sorted(loaded - listed.keys())
             problems += [f"{name} was not written with the others" for name in more]
         if problems:
-            told = f"{place}: not as {said['writer']} left it: {listing(problems)}"
-            raise _exists(told)
+            raise _exists(f"{place}: not as {summary['writer']} left it: {listing(problems)}")
         return {MANIFEST, *listed} - changed
 
     def _forced(self, place: Path, below: set[str]) -> set[str]:
@@ -183,8 +184,8 @@ def is_checkpoint_file(path: Path) -> bool:
     """Whether a single file is weights in a format that is read here, whole by its headers."""
     with suppress(ZooError, OSError):
         if (kind := kind_of(path)) not in (None, "llama2c"):  # that one has no magic
-            known = FORMATS[kind]
-            return bool(known.open(import_module(f"converters.formats.{known.module}"), path, None))
+            form = FORMATS[kind]
+            return bool(form.open(import_module(f"converters.formats.{form.module}"), path, None))
         return bool(SafetensorsReader(path).tensors)
     return False
 
@@ -207,8 +208,8 @@ def _is_intact(place: Path, name: str, listed: dict[str, dict[str, Any]]) -> boo
 
 
 @lru_cache(maxsize=4096)
-def _has_bytes(place: Path, name: str, said: str, seen: Identity) -> bool:
-    return not any(manifest.check_file(place, name, loads(said)))
+def _has_bytes(place: Path, name: str, record: str, seen: Identity) -> bool:
+    return not any(manifest.check_file(place, name, loads(record)))
 
 
 def _indexed(place: Path) -> set[str]:
@@ -216,8 +217,8 @@ def _indexed(place: Path) -> set[str]:
     names = set[str]()
     for index in _INDEXES:
         with suppress(ZooError):
-            found = read_json(place / index).get("weight_map")
-            values = found.values() if isinstance(found, dict) else ()
+            weight_map = read_json(place / index).get("weight_map")
+            values = weight_map.values() if isinstance(weight_map, dict) else ()
             plain = {name for name in values if isinstance(name, str) and is_plain(name)}
             names |= {name for name in plain if name.endswith((".safetensors", ".bin"))}
     return names

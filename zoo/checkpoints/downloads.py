@@ -39,10 +39,12 @@ class Entry(NamedTuple):
 
     @property
     def blob(self) -> Path:
+        """Where its bytes lie, under their digest."""
         return self.folder / "blobs" / self.digest
 
     @property
     def pointer(self) -> Path:
+        """Where it lies under its own name."""
         return self.folder / "snapshots" / self.commit / self.name
 
 
@@ -76,7 +78,7 @@ def ask(repo: str, name: str, revision: str, folder: Path, token: str | bool | N
 
 
 def fetch(entry: Entry, token: str | bool | None, progress: Any, stopped: Event) -> Path:
-    """The file in the cache: downloaded, checked, and only then under its name.
+    """Return the file in the cache: downloaded, checked, and only then under its name.
 
     A download in another thread ends, and leaves nothing, once `stopped` is set.
     """

@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed in what a model gives, and traced to the tensor they come from."""
+"""NaN and infinity: noticed in a model's outputs, and traced to the tensor they come from."""
 
 from __future__ import annotations
 
@@ -12,39 +12,41 @@ from torch import Tensor, nn
 from converters.carry_out import carry_out
 from converters.checkpoint import Checkpoint
 from converters.plan import Plan
+from zoo.checkpoints.locate import locate
 from zoo.components.model import Model
 from zoo.errors import NonFinite, ZooError, listing
 
-Bad = Callable[[Tensor], Tensor]  # which values are meant
+Bad = Callable[[Tensor], Tensor]  # a mask of the values that are looked for
 _BLOCK = 1 << 20  # values looked at together
 _UNOPENED = "The files that the model was loaded from could not be opened again"
 _AGAIN = "The file is damaged, or was saved by a training run that diverged: take another one"
 
 
 def nonfinite(x: Tensor) -> Tensor:
+    """True where a value is NaN or infinite."""
     return ~x.isfinite()
 
 
 def first_where(x: Tensor, bad: Bad = nonfinite) -> list[int] | None:
-    """The index of the first such value; read in blocks, since tensors may be mapped files."""
+    """Return the index of the first such value; reads in blocks, since files may be mapped."""
     if x.dim() == 0:
         return [] if bool(bad(x)) else None
     rows = max(1, _BLOCK * len(x) // max(1, x.numel()))
     for start in range(0, len(x), rows):
-        found = bad(x[start : start + rows])
-        if bool(found.any()):
-            first, *rest = found.nonzero()[0].tolist()
+        mask = bad(x[start : start + rows])
+        if bool(mask.any()):
+            first, *rest = mask.nonzero()[0].tolist()
             return [start + first, *rest]
     return None
 
 
 def at(x: Tensor, index: list[int]) -> str:
-    """[3, 7] is nan; of a scalar: is nan"""
+    """Spell a value: "[3, 7] is nan", or "is nan" for a scalar."""
     return f"{index or ''} is {x[tuple(index)].item():g}"
 
 
 def source_of(plan: Plan, checkpoint: Checkpoint, name: str, bad: Bad = nonfinite) -> str:
-    """The file, the tensor in it and the index that such a value of a native array comes from."""
+    """Name the file, the tensor in it and the index that such a value of a native array is from."""
     name = plan.native.ties.get(name, name)
     step = next(step for step in plan.steps if name in step.targets)
     names = [*step.sources, *(other for names in step.also for other in names)]
@@ -57,7 +59,7 @@ def source_of(plan: Plan, checkpoint: Checkpoint, name: str, bad: Bad = nonfinit
 
 
 def faults_of(plan: Plan, checkpoint: Checkpoint) -> Iterator[str]:
-    """Every native array with a value that is not finite, and where it comes from."""
+    """Describe every native array with a value that is not finite, and where it comes from."""
     for name, tensor in carry_out(plan, checkpoint.tensor, trust=tuple(checkpoint.tensors)):
         if (index := first_where(tensor)) is not None:
             yield f"{source_of(plan, checkpoint, name)} (here {name}{index})"
@@ -70,7 +72,7 @@ def check_finite(
     row: Callable[[int], int | None] = lambda n: n,
     again: Callable[[], Any] | None = None,
 ) -> None:
-    """Raises NonFinite, naming the cause, where a model gave values that are not finite.
+    """Raise NonFinite, naming the cause, where a model gave values that are not finite.
 
     `row` is the number that a row of `values` has for the caller, `again` repeats the computation.
     Weights are looked through only then: a check that holds costs one pass over `values`.
@@ -95,13 +97,13 @@ def watched(model: Model) -> Iterator[None]:
     """
     sums: list[Tensor] = []
 
-    def look(_: nn.Module, given: Any, out: Any) -> None:
+    def add(_: nn.Module, inputs: Any, out: Any) -> None:
         if isinstance(out, Tensor) and out.is_floating_point() and not out.is_meta:
             sums.append(out.sum(dtype=torch.promote_types(out.dtype, torch.float32)))
 
     compiled = getattr(model, "_compiled_call_impl", None) is not None
     layers = [] if compiled else filter(_is_layer, model.modules())
-    hooks = [layer.register_forward_hook(look) for layer in layers]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
         yield
     finally:
@@ -122,9 +124,9 @@ def watched(model: Model) -> Iterator[None]:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether it holds weights of its own, and no other modules."""
-    held = (module.parameters(recurse=False), module.buffers(recurse=False))
-    weighty = any(next(each, None) is not None for each in held) or hasattr(module, "packed")
-    return weighty and next(module.children(), None) is None
+    tensors = (module.parameters(recurse=False), module.buffers(recurse=False))
+    has_weights = any(next(each, None) is not None for each in tensors) or hasattr(module, "packed")
+    return has_weights and next(module.children(), None) is None
 
 
 def _fault(model: Model) -> str:
@@ -135,7 +137,7 @@ def _fault(model: Model) -> str:
                 return _traced(model, name, tensor, index)
             except (ZooError, OSError) as error:
                 return f"{name}{at(tensor, index)}. {_UNOPENED}: {error}"
-    packed = _opened(model) if hasattr(model, "prepared") else None
+    packed = _opened(model) if model.is_prepared else None
     if packed is not None and (fault := next(faults_of(*packed), None)) is not None:
         return f"{packed[1].root}: {fault}. {_AGAIN}"
     return ""
@@ -165,9 +167,9 @@ def _traced(model: Model, name: str, tensor: Tensor, index: list[int]) -> str:
                     factor = "lora_A" if tensor is piece.low.a else "lora_B"
                     return f"{model.adapter.files.where}: {factor} of {module} (here {here})"
     native = name if model.architecture == "" else name.removeprefix("model.")
-    if (found := _opened(model)) is None:
+    if (opened := _opened(model)) is None:
         return f"{here}. It is of no checkpoint: training or a change in memory made it so"
-    plan, checkpoint = found
+    plan, checkpoint = opened
     owner = plan.native.ties.get(native, native)
     if not any(owner in step.targets for step in plan.steps):
         return here
@@ -182,33 +184,30 @@ def _opened(model: Model) -> tuple[Plan, Checkpoint] | None:
 
     None for a model of no files; an error where they are gone, or changed.
     """
-    from zoo.checkpoints.locate import locate
-
-    if (known := model.provenance) is None:
+    if (provenance := model.provenance) is None:
         return None
-    known.check()
-    found = locate(
-        known.file or known.directory,
+    provenance.check()
+    located = locate(
+        provenance.file or provenance.directory,
         head=model.config.head,
-        ignore_config=known.ignore_config,
+        ignore_config=provenance.ignore_config,
         adapter=False,  # its factors are in memory, and are looked at there
     )
-    return known.plan, found.checkpoint()
+    return provenance.plan, located.checkpoint()
 
 
 def _first_module(model: Model, again: Callable[[], Any]) -> str:
     """The first whose output is not finite, as they end: inner ones before those around them."""
-    found: list[str] = []
+    names: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, given: Any, out: Any) -> None:
-            odd = isinstance(out, Tensor) and out.is_floating_point() and not out.isfinite().all()
-            if odd and not found:
-                found.append(name)
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, inputs: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and out.is_floating_point() and not out.isfinite().all():
+                names.append(name)
 
         return hook
 
-    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if n]
+    hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
     try:
         with torch.no_grad():
             again()
@@ -217,4 +216,4 @@ def _first_module(model: Model, again: Callable[[], Any]) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else ""
+    return names[0] if names else ""

@@ -1,4 +1,4 @@
-"""By which dialect of a model's spec somebody else's tensors are named, and the plan of it."""
+"""Foreign tensors, such as another program's optimizer state: their dialect and their plan."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from zoo.errors import PlanError, UsageError
 
 
 def spec_of(model: Model) -> Spec:
-    """By which the model was loaded; what is wrong in it is wrong here too, and shows."""
-    known = model.provenance
-    if known is not None and "hf" in known.plan.spec.dialects:
-        return known.plan.spec
+    """Return the spec that a model was loaded by, mistakes and all; else its architecture's."""
+    provenance = model.provenance
+    if provenance is not None and "hf" in provenance.plan.spec.dialects:
+        spec: Spec = provenance.plan.spec
+        return spec
     return load_spec(registry.architectures()[model.architecture].spec)
 
 
-def fitted(model: Model, native: Native, header: Mapping[str, TensorInfo], what: str) -> Plan:
-    """From tensors so named to a model that holds `native`, by the first dialect that they fit."""
-    spec, fields, why = spec_of(model), model.config.to_dict(), list[str]()
+def plan_by_names(
+    model: Model, native: Native, header: Mapping[str, TensorInfo], what: str
+) -> Plan:
+    """Plan from tensors under these names to a model's own, by the first dialect that they fit.
+
+    `native` has the names and shapes of the model's arrays, and `what` names the tensors in
+    messages. Where no dialect fits, the message says of each dialect why.
+    """
+    spec, fields, reasons = spec_of(model), model.config.to_dict(), list[str]()
     for dialect in spec.dialects:
         try:
             return make_plan(spec, dialect, fields, native, header, what)
         except PlanError as error:
-            why.append(f"{dialect}: {str(error).splitlines()[-1].strip()}")
+            reasons.append(f"{dialect}: {str(error).splitlines()[-1].strip()}")
     raise UsageError(
-        "\n  ".join([f"{what}: its names fit no dialect of {model.architecture}:", *why])
+        "\n  ".join([f"{what}: its names fit no dialect of {model.architecture}:", *reasons])
     )

@@ -1,4 +1,4 @@
-"""What zoo can say of a checkpoint without loading it."""
+"""`zoo.list` and `zoo.info`: what is known of a checkpoint without loading it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,19 @@ if TYPE_CHECKING:
 
 
 def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry]:
-    """Every checkpoint that has a name; `verified`: those whose own weights were compared."""
+    """List every checkpoint that has a name.
+
+    Args:
+        verified: only those whose own published weights were compared with the reference.
+
+    Returns:
+        The registry's entries: name, architecture, repository, license, number of parameters …
+
+    Example:
+        >>> import zoo
+        >>> "gpt2" in [entry.name for entry in zoo.list()]
+        True
+    """
     entries = registry.checkpoints().values()
     names = evidence.verified_checkpoints() if verified else {}
     return [entry for entry in entries if not verified or entry.name in names]
@@ -48,6 +60,7 @@ class Stored:
 
     @property
     def bytes(self) -> int:
+        """What all tensors take."""
         return sum(self.dtype_bytes.values())
 
 
@@ -78,6 +91,7 @@ class Info:
     mismatch: tuple[str, ...] = ()  # how files under a registry name differ from what it stands for
 
     def to_json(self) -> dict[str, Any]:
+        """Return all of it in plain types."""
         return asdict(self)
 
 
@@ -89,26 +103,49 @@ def info(
     ignore_config: Sequence[str] = (),
     **where: Any,
 ) -> Info:
-    """Of a name what the registry says, offline; of a directory what config and headers say.
+    """Describe a checkpoint from its config and its headers; no weights are read.
 
-    Further arguments are those of `zoo.load` that say where from: revision, token, cache_dir …
+    A registry name is answered from the registry, offline, unless an option says where to look.
+
+    Args:
+        ref: a registry name, `hf:org/repo@revision`, a directory, or a file such as a GGUF file.
+        head: the head to describe, instead of the one that the checkpoint names.
+        config: native config fields to change; the number of parameters follows.
+        ignore_config: unknown fields of config.json that may be ignored.
+        where: those options of `zoo.load` that say where the files are: revision, token, cache_dir
+            and local_files_only.
+
+    Returns:
+        Architecture, heads, config, number of parameters, and what the files hold.
+
+    Raises:
+        UsageError: the architecture has no such head.
+        ConfigError: the config is not understood; every problem is in the message.
+        NotACheckpoint: nothing there is a checkpoint.
+
+    Example:
+        >>> import zoo
+        >>> zoo.info("gpt2").parameters
+        124439808
     """
     if (entry := registry.named(ref)) is not None and not where:
-        found = _of_entry(entry)
+        description = _of_entry(entry)
     else:
-        found = _of_directory(sources.resolve(ref, weights=False, **where), ignore_config)
-    if head is not None and head not in found.heads:
-        near = did_you_mean(head, found.heads)
-        raise UsageError(f"head={head!r}: {found.architecture} has {listing(found.heads)}.{near}")
-    found = replace(found, head=head or found.head)
+        description = _of_directory(sources.resolve(ref, weights=False, **where), ignore_config)
+    if head is not None and head not in description.heads:
+        near = did_you_mean(head, description.heads)
+        raise UsageError(
+            f"head={head!r}: {description.architecture} has {listing(description.heads)}.{near}"
+        )
+    description = replace(description, head=head or description.head)
     if not config:
-        return found
+        return description
     from zoo.checkpoints.locate import skeleton
 
     # fields that the model has not are refused, and the others may change how large it is
     model = skeleton(ref, head=head, config=config, ignore_config=ignore_config, **where)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return replace(found, config={**found.config, **config}, parameters=count)
+    return replace(description, config={**description.config, **config}, parameters=count)
 
 
 def _of_entry(entry: registry.CheckpointEntry) -> Info:
@@ -156,6 +193,7 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
     from converters import manifest
     from converters.opening import open_checkpoint
     from converters.strict_json import read_json
+    from zoo.checkpoints.config_file import read_config
 
     native = source.directory / NATIVE_FILE
     if source.file is not None or not (native.exists() or (source.directory / CONFIG).exists()):
@@ -172,13 +210,12 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
-        path = source.directory / CONFIG
-        config = read_json(path)
-        architecture, named = registry.architecture_for(config, str(path))
+        file = source.config or read_config(source.directory)
+        config, architecture, named = file.reference, file.architecture, file.reference_class
         head = architecture.heads[named][0] if named else None
         quantized = _quantized(config, source.directory)
-    known = source.checkpoint
-    mismatch = () if known is None else _mismatch(source)
+    entry = source.checkpoint
+    mismatch = _mismatch(source)
     checkpoint = None if source.repo else open_checkpoint(source.directory)
     if checkpoint is not None and not quantized:
         quantized = _decoded(manifest.decoded(source.directory, checkpoint.files))
@@ -189,11 +226,11 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         head=head,
         heads=_heads(architecture),
         config=config,
-        parameters=known.parameters if known and not mismatch else None,
-        license=known.license if known else None,
+        parameters=entry.parameters if entry and not mismatch else None,
+        license=entry.license if entry else None,
         repo=source.repo,
         revision=source.revision,
-        pinned=known.pinned if known else None,
+        pinned=entry.pinned if entry else None,
         directory=str(source.directory),
         stored=None if checkpoint is None else _stored(checkpoint),
         dialect=dialect,
@@ -212,13 +249,13 @@ def _quantized(config: Mapping[str, Any], directory: Path) -> str:
     """How a config says that matrices are held, or a file beside it."""
     from converters.quantized.settings import FIELD, beside, read_config
 
-    said = config.get(FIELD)
-    if said is None and (found_beside := beside(directory)) is not None:
-        _, said = found_beside
-    if said is None:
+    settings = config.get(FIELD)
+    if settings is None and (file := beside(directory)) is not None:
+        _, settings = file
+    if settings is None:
         return ""
-    found, problems = read_config(said)
-    return f"not read: {'; '.join(problems)}" if found is None else found.about
+    quantization, problems = read_config(settings)
+    return f"not read: {'; '.join(problems)}" if quantization is None else quantization.about
 
 
 def _of_files(source: sources.Source, ignore: Sequence[str]) -> Info:
@@ -227,36 +264,36 @@ def _of_files(source: sources.Source, ignore: Sequence[str]) -> Info:
     from converters.dialects import find
 
     place = source.file or source.directory
-    found = find(place)
-    if found is None:
+    foreign = find(place)
+    if foreign is None:
         raise NotACheckpoint(f"{place}: no file in it says what it is")
-    fields, problems = found.fields(ignore)
+    fields, problems = foreign.fields(ignore)
     if problems:
-        raise ConfigError("\n  ".join([f"{found.config_from}:", *problems]))
-    said, _ = found.dialect.read_config(found.reference)
-    known = registry.architectures().values()
-    architecture = next(entry for entry in known if entry.spec == found.spec.name)
-    checkpoint = found.checkpoint
+        raise ConfigError("\n  ".join([f"{foreign.config_from}:", *problems]))
+    in_config, _ = foreign.dialect.read_config(foreign.reference)
+    entries = registry.architectures().values()
+    architecture = next(entry for entry in entries if entry.spec == foreign.spec.name)
+    checkpoint = foreign.checkpoint
     arrays = [
         info
         for name, info in checkpoint.tensors.items()
-        if name not in checkpoint.shared and found.dialect.dropped(name) is None
+        if name not in checkpoint.shared and foreign.dialect.dropped(name) is None
     ]
     return Info(
         ref=source.ref,
         architecture=architecture.name,
         reference_class=None,
-        head=" or ".join(found.heads),
+        head=" or ".join(foreign.heads),
         heads=_heads(architecture),
-        config=found.reference,
-        parameters=sum(info.numel for info in arrays) if found.shards == 1 else None,
+        config=foreign.reference,
+        parameters=sum(info.numel for info in arrays) if foreign.shards == 1 else None,
         directory=str(source.directory),
         stored=_stored(checkpoint),
-        dialect=found.dialect.name,
-        about=found.container.about,
+        dialect=foreign.dialect.name,
+        about=foreign.container.about,
         quantized=listing(sorted(set(checkpoint.quantized.values())))
         or _decoded(manifest.decoded(source.directory, checkpoint.files)),
-        inferred={name: value for name, value in fields.items() if name not in said},
+        inferred={name: value for name, value in fields.items() if name not in in_config},
     )
 
 
@@ -270,10 +307,10 @@ def _stored(checkpoint: Checkpoint) -> Stored:
         kind = checkpoint.quantized.get(name, tensor.dtype)
         values[kind] += tensor.numel
         sizes[kind] += _size(checkpoint, name)
-    known = FORMATS.get(checkpoint.format)
+    form = FORMATS.get(checkpoint.format)
     return Stored(
         format=checkpoint.format,
-        about=known.about if known else checkpoint.format,
+        about=form.about if form else checkpoint.format,
         files=tuple(path.name for path in checkpoint.files),
         size=sum(path.stat().st_size for path in checkpoint.files),
         tensors=len(checkpoint.tensors),
@@ -296,7 +333,7 @@ def _heads(architecture: registry.Architecture) -> tuple[str, ...]:
 
 
 def tree(model: Any) -> list[str]:
-    """A model's modules with the shapes of what they hold; equal neighbors share a line."""
+    """List a model's modules with the shapes of their parameters; equal layers share a line."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         first.setdefault(id(parameter), name)

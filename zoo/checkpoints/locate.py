@@ -107,11 +107,11 @@ def read(
 
 def _heads(entry: Architecture, named: str | None, asked: str | None) -> tuple[str, ...]:
     """The heads to try: the one asked for, or those of the reference class that is named."""
-    known = entry.model.heads
+    heads = entry.model.heads
     if asked is not None:
-        if asked not in known:
-            near = did_you_mean(asked, known)
-            raise UsageError(f"head={asked!r}: {entry.name} has {', '.join(known)}.{near}")
+        if asked not in heads:
+            near = did_you_mean(asked, heads)
+            raise UsageError(f"head={asked!r}: {entry.name} has {', '.join(heads)}.{near}")
         return (asked,)
     if named is None:  # the tensors tell
         return tuple(dict.fromkeys(head for heads in entry.heads.values() for head in heads))

@@ -33,7 +33,7 @@ def _moved(name: str, to: Callable[[int], int]) -> str:
 
 @cache
 def transformers() -> ModuleType:
-    """The reference library, quiet."""
+    """Import the reference library and silence it."""
     try:
         import transformers as library
     except ImportError as error:
@@ -52,17 +52,17 @@ class Oracle:
     def __init__(self, reference_class: str) -> None:
         entries = registry.architectures().values()
         entry = next((e for e in entries if reference_class in e.heads), None)
-        said = dict(entry.oracle) if entry is not None else {}
-        self.model_type: str = said.get("model_type", entry.model_type if entry else "")
-        self.reference_class = said.get("classes", {}).get(reference_class, reference_class)
-        self.fields: dict[str, str] = said.get("fields", {})
-        self.repeat: str = said.get("repeat", "")
+        oracle = dict(entry.oracle) if entry is not None else {}
+        self.model_type: str = oracle.get("model_type", entry.model_type if entry else "")
+        self.reference_class = oracle.get("classes", {}).get(reference_class, reference_class)
+        self.fields: dict[str, str] = oracle.get("fields", {})
+        self.repeat: str = oracle.get("repeat", "")
         self.own: dict[str, Any] = {}
-        if entry is not None and said:
+        if entry is not None and oracle:
             self.own = {"model_type": entry.model_type, "architectures": [reference_class]}
 
     def library_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The library's fields, for the layers that a checkpoint holds."""
+        """Return a config in the library's fields, for the layers that a checkpoint holds."""
         if not self.own:
             return dict(config)
         kept = {n: v for n, v in config.items() if n not in (*self.fields.values(), self.repeat)}
@@ -70,15 +70,15 @@ class Oracle:
         classes = {"model_type": self.model_type, "architectures": [self.reference_class]}
         return {**renamed, **classes}
 
-    def own_config(self, library: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-        """What the library wrote, as the architecture's own files have it."""
+    def own_config(self, library: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config that the library wrote, as the architecture's own files have it."""
         kept = {n: v for n, v in library.items() if n not in self.fields.values()}
         names = (*self.fields, self.repeat) if self.own else ()
-        return {**kept, **{n: said[n] for n in names if n in said}, **self.own}
+        return {**kept, **{n: own[n] for n in names if n in own}, **self.own}
 
     @contextmanager
     def directory(self, source: Path) -> Iterator[Path]:
-        """`source`, or a directory beside it that the library loads."""
+        """Give `source`, or a rewritten copy that the library loads."""
         if not self.own:
             yield source
             return
@@ -99,13 +99,13 @@ class Oracle:
             yield Path(scratch)
 
     def fold(self, source: Path) -> Callable[[str], str]:
-        """The one name of what the library has two of, where layers were written out twice."""
+        """Return a function to the one name of two layers, where layers were written out twice."""
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         twice = bool(self.repeat and config.get(self.repeat))
         return lambda name: _moved(name, lambda n: n // 2) if twice else name
 
     def folded(self, source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of layers that were written out twice, added up under their one name."""
+        """Add up gradients of layers that were written out twice, under their one name."""
         fold, out = self.fold(source), dict[str, Tensor]()
         for name, x in tensors.items():
             one = fold(name)
@@ -114,14 +114,14 @@ class Oracle:
 
 
 def reference_on_meta(reference_class: str, config: Mapping[str, Any]) -> nn.Module:
-    """Names, shapes and order of the reference's parameters, without their numbers."""
+    """Build the reference's module on the meta device: names, shapes and order of parameters."""
     library, oracle = transformers(), Oracle(reference_class)
     if config.get(oracle.repeat):
         raise ParityError(f"the reference has two layers for each of {reference_class}'s")
-    said = {**oracle.library_config(config), "model_type": oracle.model_type}
+    fields = {**oracle.library_config(config), "model_type": oracle.model_type}
     with torch.device("meta"):
         model: nn.Module = getattr(library, oracle.reference_class)(
-            library.AutoConfig.for_model(**said)
+            library.AutoConfig.for_model(**fields)
         )
     model.tie_weights()  # type: ignore[operator]
     return model

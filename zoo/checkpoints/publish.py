@@ -25,14 +25,19 @@ from zoo.version import VERSION
 
 
 def checked_destination(dst: str | PathLike[str], source: Path | None, force: bool) -> Path:
-    """Where to write: nowhere that is never replaced, and not over the source."""
+    """Return where to write.
+
+    Raises:
+        UsageError: If `dst` is not a path.
+        OutputExists: If it is never replaced, or holds the source.
+    """
     if not is_path(dst):
         raise UsageError(f"expected a directory to write, found {dst!r}")
     place = expanded(dst)
     check_place(place)
     if not force or not place.is_dir() or place.is_symlink():
         return place
-    # what was written beside a file, or within its directory, is nothing that is read
+    # output beside a source file, or in its directory, is not read
     read = [] if source is None else [source, *source.iterdir()]
     read = [path for path in read if not (path / MANIFEST).is_file() or path == source]
     if any(path.resolve().is_relative_to(place.resolve()) for path in read):
@@ -41,7 +46,7 @@ def checked_destination(dst: str | PathLike[str], source: Path | None, force: bo
 
 
 def write(output: Output, place: Path, force: bool, allow_nonfinite: bool = False) -> Path:
-    """Publish what is made of a model in memory, beside files that somebody else has put there."""
+    """Write what was made from a model in memory; keep files that other programs put there."""
     output = Replacing(output, force).without_kept(place)
     with staged(place, Replacing(output, force), restart=force, size=output.size) as stage:
         options = WriteOptions(sha256=False, allow_nonfinite=allow_nonfinite)
@@ -50,7 +55,7 @@ def write(output: Output, place: Path, force: bool, allow_nonfinite: bool = Fals
 
 
 def finished(output: Output, directory: Path, report: WriteReport) -> dict[str, Any]:
-    """The directory made whole; what there is to tell of it."""
+    """Complete a directory and return the event that reports it."""
     finish(output, directory, report, versions())
     seen = {"zeros": report.zeros, "duplicates": report.duplicates}
     seen["left"] = [f"{what}: {why}" for what, why in output.notes.get("left", {}).items()]
@@ -58,6 +63,7 @@ def finished(output: Output, directory: Path, report: WriteReport) -> dict[str, 
 
 
 def versions() -> dict[str, str]:
+    """Return the versions that a manifest names."""
     return {
         "zoo": VERSION,
         "torch": str(torch.__version__),

@@ -54,13 +54,14 @@ class SentenceModel(Model):
 
 
 class Pooling(nn.Module):
-    """(b, s, d) to (b, n d): the n ways that are asked for, beside each other."""
+    """(b, s, d) to (b, n d): one vector of a row's tokens, for each of n ways to pool them."""
 
     def __init__(self, ways: tuple[str, ...]) -> None:
         super().__init__()
         self.ways = ways
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """(b, s, d) and (b, s), True at tokens, to (b, n d)."""
         return torch.cat([WAYS[way](x, real) for way in self.ways], dim=-1)
 
 
@@ -72,8 +73,8 @@ def _last(x: Tensor, real: Tensor) -> Tensor:
     return _at(x, real.shape[1] - 1 - real.int().flip(-1).argmax(dim=-1))
 
 
-def _at(x: Tensor, place: Tensor) -> Tensor:
-    return x[torch.arange(x.shape[0], device=x.device), place]
+def _at(x: Tensor, position: Tensor) -> Tensor:
+    return x[torch.arange(x.shape[0], device=x.device), position]
 
 
 def _largest(x: Tensor, real: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def _mean_by_root(x: Tensor, real: Tensor) -> Tensor:
     return _sum(x, real) / real.sum(dim=1, keepdim=True).to(x.dtype).sqrt()
 
 
-def _mean_by_place(x: Tensor, real: Tensor) -> Tensor:
+def _mean_by_position(x: Tensor, real: Tensor) -> Tensor:
     """Later tokens count more: the n-th n times."""
     weights = (positions_of(real, real) + 1) * real
     return _sum(x * weights[..., None], real) / weights.sum(dim=1, keepdim=True)
@@ -104,7 +105,7 @@ WAYS = {
     "max_tokens": _largest,
     "mean_tokens": _mean,
     "mean_sqrt_len_tokens": _mean_by_root,
-    "weightedmean_tokens": _mean_by_place,
+    "weightedmean_tokens": _mean_by_position,
     "lasttoken": _last,
 }
 _SHORT = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
@@ -112,7 +113,7 @@ _SHORT |= {"mean_sqrt_len": "mean_sqrt_len_tokens", "weightedmean": "weightedmea
 
 
 class Dense(nn.Module):
-    """A layer of the checkpoint's own."""
+    """A linear layer and its activation, from the checkpoint's own folder."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, act: str) -> None:
         super().__init__()
@@ -120,13 +121,15 @@ class Dense(nn.Module):
         self.linear = Linear(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """(b, d) to (b, outputs)."""
         return self.act(self.linear(x))
 
 
 class Normalize(nn.Module):
-    """To length one."""
+    """Scale each vector to length one."""
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """(b, d) to (b, d)."""
         return F.normalize(x, dim=-1)
 
 
@@ -134,14 +137,14 @@ class Normalize(nn.Module):
 
 
 def headless(heads: tuple[str, ...], kind: type[Model]) -> tuple[str, ...]:
-    """Those of a class's heads that give hidden states; a head for another task is left away."""
+    """Return those of a class's heads that give hidden states; a head for a task is left away."""
     return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[:1]
 
 
 def with_steps(model: Model, directory: Path, *, finite: bool = False) -> SentenceModel:
-    """The model and every step that `directory` names; what is not known is refused by name.
+    """Put every step that a directory names behind its model; unknown steps are refused by name.
 
-    `finite`: so are NaN and infinity among their weights.
+    `finite`: NaN and infinity among their weights are refused too.
     """
     first = next(iter(model.parameters()))
     steps, folders = read_steps(directory, model.config.dim)
@@ -154,7 +157,7 @@ def with_steps(model: Model, directory: Path, *, finite: bool = False) -> Senten
 
 
 def read_steps(directory: Path, width: int) -> tuple[list[nn.Module], list[str]]:
-    """(steps for states of `width`, where each one's files lie); weights as the files have them."""
+    """Return (steps for states of `width`, where each one's files lie); weights as stored."""
     steps, folders = list[nn.Module](), list[str]()
     for kind, folder in module_folders(directory):
         step, width = _step(kind, directory, folder, width)
@@ -164,25 +167,25 @@ def read_steps(directory: Path, width: int) -> tuple[list[nn.Module], list[str]]
 
 
 class Manner(NamedTuple):
-    """What is done to a text before the model: at most how many tokens, and lower case or not."""
+    """What is done to a text before the model: cut to so many tokens, and put in lower case."""
 
     longest: int | None = None
     lower: bool = False
 
 
 def manner(directory: Path) -> Manner:
-    """As the small files beside modules.json say it."""
-    said: dict[str, Any] = {}
+    """Read what is done to a text before the model, from the small files beside modules.json."""
+    settings: dict[str, Any] = {}
     for name in SENTENCE_FILES:
         if os.path.lexists(directory / name):
-            said |= read_json(confined(directory, name), ConfigError)
-    longest, lower = said.get("max_seq_length"), said.get("do_lower_case", False)
+            settings |= read_json(confined(directory, name), ConfigError)
+    longest, lower = settings.get("max_seq_length"), settings.get("do_lower_case", False)
     if not (longest is None or (type(longest) is int and longest > 0)) or type(lower) is not bool:
         raise ConfigError(
             f"{directory / SENTENCE_FILES[0]}: expected max_seq_length, a number of tokens, and "
             f"do_lower_case, true or false; found {longest!r} and {lower!r}"
         )
-    if prompt := said.get("default_prompt_name"):
+    if prompt := settings.get("default_prompt_name"):
         raise UnsupportedArchitecture(
             f"{directory / SENTENCE_FILES[1]}: default_prompt_name {prompt!r}: prompts before each "
             "text are not implemented. Pass modules=False to zoo.load and do what it says yourself"
@@ -203,29 +206,30 @@ def _step(kind: str, root: Path, folder: str, width: int) -> tuple[nn.Module, in
     config = read_json(path, ConfigError)
     if kind == "Pooling":
         ways = _ways(config, str(path))
-        _same(config.get("word_embedding_dimension", width), width, f"{path}: width")
+        _check_width(config.get("word_embedding_dimension", width), width, f"{path}: width")
         return Pooling(ways), width * len(ways)
-    _same(config.get("in_features"), width, f"{path}: in_features")
+    _check_width(config.get("in_features"), width, f"{path}: in_features")
     return _dense(root / folder, config, str(path))
 
 
-def _same(found: Any, wanted: int, what: str) -> None:
-    if found != wanted:
-        raise ConfigError(f"{what}: {found!r}, and what comes before gives {wanted}")
+def _check_width(width: Any, wanted: int, what: str) -> None:
+    if width != wanted:
+        raise ConfigError(f"{what}: {width!r}, and what comes before gives {wanted}")
 
 
 def _ways(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    said = {k.removeprefix("pooling_mode_"): v for k, v in config.items() if "mode_" in k}
+    modes = {k.removeprefix("pooling_mode_"): v for k, v in config.items() if "mode_" in k}
     short = config.get("pooling_mode")
     for name in [short] if isinstance(short, str) else short or []:
-        said[_SHORT.get(name, name)] = True
-    known = {"word_embedding_dimension", "include_prompt", "pooling_mode"}
-    odd = [k for k in config if "mode_" not in k and k not in known]
-    odd += [k for k in said if k not in WAYS]
-    ways = tuple(way for way in WAYS if said.get(way) is True)
-    if odd or not ways or any(type(v) is not bool for v in said.values()):
-        told = f"unknown fields {listing(odd)}" if odd else f"names no way to pool: {dict(config)}"
-        raise ConfigError(f"{where}: {told}. Known: {', '.join(WAYS)}")
+        modes[_SHORT.get(name, name)] = True
+    others = {"word_embedding_dimension", "include_prompt", "pooling_mode"}
+    unknown = [k for k in config if "mode_" not in k and k not in others]
+    unknown += [k for k in modes if k not in WAYS]
+    ways = tuple(way for way in WAYS if modes.get(way) is True)
+    if unknown or not ways or any(type(v) is not bool for v in modes.values()):
+        fields = f"unknown fields {listing(unknown)}"
+        problem = fields if unknown else f"names no way to pool: {dict(config)}"
+        raise ConfigError(f"{where}: {problem}. Known: {', '.join(WAYS)}")
     return ways
 
 
@@ -241,10 +245,10 @@ def _dense(folder: Path, config: Mapping[str, Any], where: str) -> tuple[Dense, 
         dense = Dense(inputs, outputs, bias, act)
     checkpoint = open_checkpoint(folder, mmap=False)
     wanted = {f"linear.{name}": tuple(p.shape) for name, p in dense.linear.named_parameters()}
-    if odd := sorted(checkpoint.tensors.keys() ^ wanted.keys()):
-        raise MissingTensors(f"{folder}: expected {listing(wanted)}; at odds: {listing(odd)}")
+    if differing := sorted(checkpoint.tensors.keys() ^ wanted.keys()):
+        raise MissingTensors(f"{folder}: expected {listing(wanted)}; at odds: {listing(differing)}")
     for name, shape in wanted.items():
-        if (found := checkpoint.tensors[name].shape) != shape:
-            raise ShapeMismatch(f"{folder}: {name}: shape {list(found)}, expected {list(shape)}")
+        if (stored := checkpoint.tensors[name].shape) != shape:
+            raise ShapeMismatch(f"{folder}: {name}: shape {list(stored)}, expected {list(shape)}")
         setattr(dense.linear, name.removeprefix("linear."), nn.Parameter(checkpoint.tensor(name)))
     return dense, outputs

@@ -43,10 +43,10 @@ def resolve(
 ) -> Source:
     """Return the local directory of a reference, downloaded if need be.
 
-    Only names and hf: references may use the network. A registry name wins over a
-    directory of the same name: write ./gpt2, or pass a Path, for that. `weights=False` leaves the weights where they are; `config=False` takes a directory that holds
-    no config; `progress` shows only on a terminal. `adapter=True` downloads the adapter that a
-    repository of weights holds too.
+    Only names and hf: references may use the network. A registry name wins over a directory of the
+    same name: write ./gpt2, or pass a Path, for that. `weights=False` leaves the weights where they
+    are; `config=False` takes a directory that holds no config; `progress` shows only on a terminal.
+    `adapter=True` downloads the adapter that a repository of weights holds too.
     """
     file = None
     if revision is not None and not is_revision(revision):

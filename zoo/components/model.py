@@ -93,14 +93,14 @@ class Linear(nn.Linear):
     """Left as allocated: the model initializes, and a loaded one never needs it."""
 
     def reset_parameters(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class Embedding(nn.Embedding):
     """Left as allocated, likewise."""
 
     def reset_parameters(self) -> None:
-        pass
+        """Do nothing."""
 
 
 __all__ = ["Config", "Embedding", "Linear", "Model"]

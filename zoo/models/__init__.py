@@ -1,4 +1,4 @@
-"""One file an architecture; `zoo.models.llama` is imported when it is asked for."""
+"""Architectures, a file each; `zoo.models.llama` is imported when it is first used."""
 
 from importlib import import_module
 from pathlib import Path

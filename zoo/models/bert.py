@@ -1,4 +1,4 @@
-"""BERT: every token sees every token, and norms stand after each branch, on the sum."""
+"""BERT: every token attends to every token; a norm follows each sum of stream and branch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,24 +19,25 @@ class Config(encoder.Config):
     vocab: int = 30522
     layers: int = 12
     positions: int = 512
-    positions_after_pad: bool = False  # places are counted from behind the padding id's
+    positions_after_pad: bool = False  # position ids start at pad + 1 (RoBERTa)
     types: int = 2  # of tokens; 0: none
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.positions_after_pad and self.pad is None:
-            yield "pad: null, and places are counted from behind the padding id's"
+            yield "pad: null, and positions_after_pad needs a padding id"
         elif self.limit < 1:
-            yield f"positions: {self.positions} leave none behind the padding id's {self.pad}"
+            yield f"positions: {self.positions} leave none after the padding id {self.pad}"
 
     @property
-    def behind(self) -> int | None:
+    def position_pad(self) -> int | None:
+        """The padding id after which position ids start, None where they start at 0."""
         return self.pad if self.positions_after_pad else None
 
     @property
     def limit(self) -> int:
-        return self.positions - (0 if self.behind is None else self.behind + 1)
+        return self.positions - (0 if self.position_pad is None else self.position_pad + 1)
 
 
 class Block(nn.Module):
@@ -50,6 +51,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = self.norm1(x + self.dropout(self.attn(x, mask)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
@@ -58,7 +60,7 @@ class Model(encoder.Encoder):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim, padding_idx=c.pad)
-        self.positions = Embedding(c.positions, c.dim, padding_idx=c.behind)
+        self.positions = Embedding(c.positions, c.dim, padding_idx=c.position_pad)
         self.types = Embedding(c.types, c.dim) if c.types else None
         self.norm = nn.LayerNorm(c.dim, c.eps)
         self.dropout = nn.Dropout(c.dropout)
@@ -71,8 +73,9 @@ class Model(encoder.Encoder):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> encoder.Output:
+        """What the config's head gives, from (b, s) of token ids."""
         inputs.check(input_ids, self.config)
-        mask = masks.full(input_ids, attention_mask, self.config.behind)
+        mask = masks.full(input_ids, attention_mask, self.config.position_pad)
         x = self.embed(input_ids) + self.positions(mask.positions)
         if self.types is not None:
             x = x + self.types(inputs.token_types(token_type_ids, self.config.types, input_ids))

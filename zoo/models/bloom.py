@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi in the place of positions, and a norm on the embeddings."""
+"""BLOOM: ALiBi instead of position embeddings, and a norm on the token embeddings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Config(config.Config):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form, its constant cut where the original cuts it."""
+    """GELU approximated by tanh, its constant cut off where the original cuts it off."""
     return x * 0.5 * (1 + (0.79788456 * x * (1 + 0.044715 * x * x)).tanh())
 
 
@@ -40,20 +40,14 @@ class Block(nn.Module):
     def __init__(self, c: Config, attend: Biased) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(c.dim, c.eps)
-        self.attn = Attention(
-            c.dim,
-            c.heads,
-            c.heads,
-            c.dim // c.heads,
-            bias=True,
-            dropout=c.attn_dropout,
-            attend=attend,
-        )
+        shape = (c.dim, c.heads, c.heads, c.dim // c.heads)
+        self.attn = Attention(*shape, bias=True, dropout=c.attn_dropout, attend=attend)
         self.norm2 = nn.LayerNorm(c.dim, c.eps)
         self.mlp = MLP(c.dim, 4 * c.dim, gelu, bias=True)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -62,6 +56,7 @@ class NormedResidual(Block):
     """The residual stream is taken after each norm."""
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = self.norm1(x)
         x = self.norm2(x + self.dropout(self.attn(x, mask)))
         return x + self.dropout(self.mlp(x))
@@ -80,6 +75,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         mask = self.mask(input_ids, attention_mask, cache)
         x = self.embed_norm(self.embed(input_ids))
         for block in self.blocks:

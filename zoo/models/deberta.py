@@ -19,7 +19,7 @@ PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretrain
 
 
 class PositionTerms(tuple[str, ...]):
-    """Who looks at whom beside contents at contents: c2p, contents at places, and p2c."""
+    """Terms of the scores beside content to content: c2p, content to position, and p2c."""
 
     @classmethod
     def from_json(cls, value: Any) -> "PositionTerms":
@@ -27,8 +27,8 @@ class PositionTerms(tuple[str, ...]):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
         names = [name.strip().lower() for name in names]
-        if odd := [name for name in names if name not in ("c2p", "p2c")]:
-            raise ConfigError(f"{odd[0]!r} is not implemented (only c2p and p2c)")
+        if others := [name for name in names if name not in ("c2p", "p2c")]:
+            raise ConfigError(f"{others[0]!r} is not implemented (only c2p and p2c)")
         return cls(names)
 
     def to_json(self) -> list[str]:
@@ -46,14 +46,14 @@ class Config(encoder.Config):
     head_dim: int = config.DERIVED
     pooler_dim: int = config.DERIVED
     positions: int = 512
-    absolute_positions: bool = True  # inputs hold their absolute places
+    absolute_positions: bool = True  # added to the embeddings
     types: int = 0  # of tokens
     eps: float = 1e-7
     relative: bool = False
     position_terms: PositionTerms = NO_TERMS
     max_distance: int = -1  # of distances; positions
     log_buckets: int = -1  # for distances, far ones together; each has its own
-    shared_projections: bool = False  # places go through the projections of contents
+    shared_projections: bool = False  # positions use the projections of contents
     legacy: bool = config.DERIVED  # the masked LM's head is one that the reference added
     key_bias: bool = True  # the first version has none
     table_norm: str = "none"
@@ -92,6 +92,7 @@ class Config(encoder.Config):
 
 
 def relative_positions(c: Config) -> RelativePositions:
+    """The table of vectors for distances that all layers share."""
     norm = nn.LayerNorm(c.dim, c.eps) if c.table_norm == "layer_norm" else None
     return RelativePositions(c.dim, c.longest, c.log_buckets, norm)
 
@@ -115,6 +116,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, source: Tensor | None = None) -> Tensor:
+        """(b, s, d) from (b, s, d); keys and values come from `source` if given."""
         x = self.norm1(x + self.dropout(self.attn(x, mask, source)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
@@ -129,11 +131,13 @@ class Conv(nn.Module):
         self.norm = nn.LayerNorm(c.dim, c.eps)
 
     def draw(self, std: float) -> None:
+        """Initialize the weight with this standard deviation, the bias with zeros."""
         nn.init.normal_(self.conv.weight, 0, std)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, before: Tensor, x: Tensor) -> Tensor:
+        """(b, s, d) from (b, s, d) twice."""
         return self.norm(x + self.act(self.dropout(self.conv(before.mT).mT)))
 
 
@@ -160,6 +164,7 @@ class Model(encoder.Encoder):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> encoder.Output:
+        """What the config's head gives, from (b, s) of token ids."""
         inputs.check(input_ids, self.config)
         mask = masks.full(input_ids, attention_mask)
         x = self.embed(input_ids)

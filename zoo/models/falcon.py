@@ -1,4 +1,4 @@
-"""Falcon: attention and MLP beside each other on one norm, on a norm each, or in turn."""
+"""Falcon: attention and MLP run in parallel on one norm, on a norm each, or in sequence."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +77,7 @@ class Parallel(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         y = self.norm1(x)
         return x + self.dropout(self.attn(y, mask) + self.mlp(y))
 
@@ -93,6 +94,7 @@ class ParallelTwoNorms(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         return x + self.dropout(self.attn(self.norm_attn(x), mask) + self.mlp(self.norm_mlp(x)))
 
 
@@ -108,6 +110,7 @@ class Sequential(nn.Module):
         self.attn_dropout, self.dropout = nn.Dropout(c.attn_dropout), nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.attn_dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -125,6 +128,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         mask = self.mask(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         for block in self.blocks:

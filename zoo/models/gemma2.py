@@ -1,4 +1,4 @@
-"""Gemma-2: norms before and after each branch, soft caps, a window in every other layer."""
+"""Gemma-2: norms before and after each branch, soft caps, a window in every second layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +49,7 @@ class Config(Rotated, config.Windowed):
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Squash x smoothly into (-cap, cap); None leaves it as it is."""
     return x if cap is None else (x / cap).tanh() * cap
 
 
@@ -56,11 +57,9 @@ class Block(nn.Module):
     def __init__(self, c: Config, rotary: Rotary) -> None:
         super().__init__()
         self.norm1 = OffsetRMSNorm(c.dim, c.eps)
+        shape = (c.dim, c.heads, c.kv_heads, c.head_dim)
         self.attn = Attention(
-            c.dim,
-            c.heads,
-            c.kv_heads,
-            c.head_dim,
+            *shape,
             bias=c.attn_bias,
             dropout=c.attn_dropout or 0.0,
             scale=c.query_scale**-0.5,
@@ -73,6 +72,7 @@ class Block(nn.Module):
         self.norm2_out = OffsetRMSNorm(c.dim, c.eps)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.norm1_out(self.attn(self.norm1(x), mask))
         return x + self.norm2_out(self.mlp(self.norm2(x)))
 
@@ -89,6 +89,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         c = self.config
         masks = self.masks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)

@@ -64,6 +64,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -80,8 +81,9 @@ class Model(decoder.Decoder):
 
     @torch.no_grad()
     def initialize(self) -> None:
+        """As every model, with smaller weights where a branch ends: two add up in each layer."""
         super().initialize()
-        std = self.config.init_std * (2 * self.config.layers) ** -0.5  # two branches add up a layer
+        std = self.config.init_std * (2 * self.config.layers) ** -0.5
         for name, parameter in self.blocks.named_parameters():
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
                 parameter.normal_(0, std)
@@ -89,6 +91,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         mask = self.mask(input_ids, attention_mask, cache)
         x = self.dropout(self.embed(input_ids) + self.positions(mask.positions))
         for block in self.blocks:

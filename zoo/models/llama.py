@@ -1,4 +1,4 @@
-"""Llama: norms before each branch, rotary positions, grouped key heads, gated MLPs or experts."""
+"""Llama: RMS norms before each branch, rotary embedding, grouped queries, gated MLPs or experts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,11 +62,9 @@ class Block(nn.Module):
     def __init__(self, c: Config, rotary: Rotation, attend: Attend) -> None:
         super().__init__()
         self.norm1 = RMSNorm(c.dim, c.eps)
+        shape = (c.dim, c.heads, c.kv_heads, c.head_dim)
         self.attn = Attention(
-            c.dim,
-            c.heads,
-            c.kv_heads,
-            c.head_dim,
+            *shape,
             bias=c.attn_bias,
             out_bias=c.attn_out_bias,
             dropout=c.attn_dropout or 0.0,
@@ -77,6 +75,7 @@ class Block(nn.Module):
         self.mlp = mlp(c)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
@@ -93,6 +92,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         masks = self.masks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         for layer, block in enumerate(self.blocks):

@@ -21,6 +21,7 @@ class Model(llama.Model):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         masks = self.masks(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         for layer, block in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""GPT-NeoX: attention and MLP read one stream, in parallel or in turn, and part of a head turns."""
+"""GPT-NeoX: attention and MLP read one stream in parallel; part of each head is rotated."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,11 +52,9 @@ class Sequential(nn.Module):
     def __init__(self, c: Config, rotary: Rotary) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(c.dim, c.eps)
+        shape = (c.dim, c.heads, c.heads, c.dim // c.heads)
         self.attn = Attention(
-            c.dim,
-            c.heads,
-            c.heads,
-            c.dim // c.heads,
+            *shape,
             bias=c.attn_bias,
             dropout=c.attn_dropout,
             rotary=rotary,
@@ -66,6 +64,7 @@ class Sequential(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -74,6 +73,7 @@ class Parallel(Sequential):
     """Attention and MLP read one stream."""
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         y = x + self.dropout(self.attn(self.norm1(x), mask))
         return y + self.dropout(self.mlp(self.norm2(x)))
 
@@ -90,6 +90,7 @@ class Model(decoder.Decoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        """(b, s, v) of logits, or what the config's head gives, from (b, s) of token ids."""
         mask = self.mask(input_ids, attention_mask, cache)
         x = self.embed(input_ids)
         for block in self.blocks:

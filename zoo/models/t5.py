@@ -1,4 +1,4 @@
-"""T5: an encoder, a decoder that reads it, and places that show as learned biases by distance."""
+"""T5: an encoder, a decoder that attends to it, and learned biases by distance for positions."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,19 +58,13 @@ class Config(config.Config):
 
 
 def attention(c: Config, attend: Attend = attend) -> Attention:
-    return Attention(
-        c.dim,
-        c.heads,
-        c.heads,
-        c.head_dim,
-        bias=False,
-        dropout=c.dropout,
-        scale=1.0,
-        attend=attend,
-    )
+    """Attention without biases, whose scores are not scaled."""
+    shape = (c.dim, c.heads, c.heads, c.head_dim)
+    return Attention(*shape, bias=False, dropout=c.dropout, scale=1.0, attend=attend)
 
 
 def mlp(c: Config) -> nn.Module:
+    """The MLP, gated or plain."""
     kind = GatedMLP if c.gated else MLP
     return kind(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
 
@@ -84,6 +78,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -99,6 +94,7 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, encoded: Tensor, encoded_mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d), and from (b, t, d) of the encoder's states."""
         x = x + self.dropout(self.attn(self.norm1(x), mask))
         x = x + self.dropout(self.cross(self.norm_cross(x), encoded_mask, encoded))
         return x + self.dropout(self.mlp(self.norm2(x)))
@@ -114,6 +110,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d)."""
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, mask)
@@ -130,6 +127,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, encoded: Tensor, encoded_mask: Mask) -> Tensor:
+        """(b, s, d) from (b, s, d), and from (b, t, d) of the encoder's states."""
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, mask, encoded, encoded_mask)
@@ -154,7 +152,7 @@ class Model(EncoderDecoder):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """The spread that the config says, of embeddings; of what follows them by its fan-in."""
+        """Scale by the config's init_std: embeddings by it alone, matrices by their fan-in too."""
         super().initialize()
         for name, weight in self.named_parameters():
             if name.endswith("distances.weight"):
@@ -173,6 +171,7 @@ class Model(EncoderDecoder):
         decoder_attention_mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
+        """(b, s, v) of logits for the answer so far, or the hidden states of a bare model."""
         memory = self.read(input_ids, attention_mask, cache)
         if self.config.head == "encoder":
             return memory.states

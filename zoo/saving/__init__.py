@@ -1,1 +1,1 @@
-"""Models and checkpoints written back: directories, dialects, graphs, optimizer states."""
+"""Save models and convert checkpoints: directories, dialects, graphs and optimizer states."""

@@ -1,4 +1,4 @@
-"""A model's arrays as a conversion makes them: of what is on disk, as they are looked at."""
+"""A model's arrays during a conversion, made lazily from what is on disk."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ from converters.plan import Native, Plan, PlanStep
 from zoo.errors import listing
 from zoo.lora.merging import Changes
 
-ADAPTED = " + the adapter"  # behind the rule of what one changes
+ADAPTED = " + the adapter"  # appended to the rule of an array that it changes
 
 
 @dataclass
 class Arrays:
-    """A model's arrays, made of what is on disk as they are looked at."""
+    """A model's arrays, made from what is on disk when they are used."""
 
     checkpoint: Checkpoint
     plan: Plan
     trust: Collection[str]
-    quantized: Collection[str]  # those that no longer are what was published
+    quantized: Collection[str]  # names of dequantized arrays
     changes: Changes | None = None  # by an adapter
     adapter: str = ""  # the file that it is in
-    zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # that no file holds
+    zeros: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # name -> shape of arrays of zeros that no file holds
 
     @cached_property
     def ways(self) -> dict[str, tuple[PlanStep, int]]:
+        """Native name -> (the step that makes it, its number in the step)."""
         return {name: (step, n) for step in self.plan.steps for n, name in enumerate(step.targets)}
 
     def way(self, name: str) -> tuple[PlanStep, int]:
-        """Of an array by any of its names: the step that makes it, and the number in that."""
+        """Return the step that makes an array, by any of its names, and its number in the step."""
         return self.ways[self.plan.native.ties.get(name, name)]
 
     def own(self, name: str) -> Lazy:
-        """As the checkpoint has it."""
+        """Return the array that the checkpoint has."""
         step, n = self.way(name)
         names = agreed(step, self.checkpoint.lazy, self.trust)
         if step.transform is None:
@@ -52,24 +55,27 @@ class Arrays:
         return step.transform.targets_of([self.checkpoint.lazy(name) for name in names])[n]
 
     def made(self, name: str) -> Lazy:
-        """As it is to be."""
+        """Return the array to write."""
         if name in self.zeros:
             return Lazy.of(torch.zeros(self.zeros[name], dtype=torch_dtype(self.any_dtype)))
         array = self.own(name)
         return array if self.changes is None else self.changes.made(name, array)
 
     def changed(self, names: Iterable[str]) -> bool:
+        """Return whether an adapter changes any of these."""
         return self.changes is not None and any(self.changes.changed(name) for name in names)
 
     def coarse(self, names: Iterable[str]) -> bool:
+        """Return whether any of these was dequantized."""
         ties = self.plan.native.ties
         return any(ties.get(name, name) in self.quantized for name in names)
 
     def rule(self, rule: Rule, names: Sequence[str]) -> str:
+        """Return the text of a rule for the manifest."""
         return f"{rule}{ADAPTED}" if self.changed(names) else str(rule)
 
     def origin(self, names: Iterable[str]) -> str:
-        """The files and the tensors in them that native arrays are made of."""
+        """Return the files and tensors that native arrays are made from."""
         sources = dict.fromkeys(name for each in names for name in self.way(each)[0].sources)
         files = dict.fromkeys(self.checkpoint.where[name] for name in sources)
         more = f" and {self.adapter}" if self.changed(names) else ""
@@ -77,31 +83,33 @@ class Arrays:
 
     @property
     def any_dtype(self) -> str:
+        """The dtype of some array."""
         return self.checkpoint.tensors[self.plan.steps[0].sources[0]].dtype
 
     def dtype(self, name: str) -> str:
+        """Return the dtype of an array on disk."""
         return self.checkpoint.tensors[self.way(name)[0].sources[0]].dtype
 
     def span(self, name: str) -> FileSpan | None:
-        """Where its bytes lie in a file, if they do."""
+        """Return where the bytes of an array are in a file, if they can be copied."""
         step, n = self.way(name)
         if step.transform is not None or step.also or self.changed([name]):
             return None
         return span_of(self.checkpoint, step.sources[n])
 
     def state(self, native: Native, kind: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters as the files have them, without their numbers."""
+        """Yield the model's parameters with the dtypes of the files, on meta."""
         for name in self.names(native):
             dtype = kind or torch_dtype(self.dtype(name))
             yield name, torch.empty(native.shapes[name], dtype=dtype, device="meta")
 
     def names(self, native: Native) -> list[str]:
-        """In the order of the files; last those that were another's, and no longer are."""
+        """Return names in the order of the files; last those that are no longer tied."""
         names = [name for step in self.plan.steps for name in step.targets]
         return [*names, *(name for name in native.shapes if name not in self.ways)]
 
     def forward(self, native: Native) -> Iterator[Item]:
-        """Native tensors."""
+        """Yield the native tensors."""
         for name in self.names(native):
             step, _ = self.way(name)
             info = TensorInfo(name, native.shapes[name], self.dtype(name))
@@ -110,7 +118,7 @@ class Arrays:
             yield Item(info, rule, made, self.span(name), decoded=decoded, source=source)
 
     def backward(self, inverse: Plan) -> Iterator[Item]:
-        """Tensors of a dialect."""
+        """Yield the tensors of a dialect."""
 
         def made(step: PlanStep, n: int) -> Lazy:
             if step.transform is None:
@@ -134,7 +142,7 @@ class Arrays:
 
 
 def span_of(checkpoint: Checkpoint, name: str) -> FileSpan | None:
-    """Where its bytes lie as they are, if they do in a way that can be trusted unread."""
+    """Return where a tensor's bytes are in a file, if they can be copied unread."""
     reader: Any = checkpoint.readers[checkpoint.where[name]]
     span = reader.span(name) if hasattr(reader, "span") else None
     return None if span is None else FileSpan(reader.path, span[0])

@@ -1,4 +1,4 @@
-"""What cannot be saved or converted is refused before anything is read or written."""
+"""Refuse what cannot be saved or converted, before anything is read or written."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ OWN_FILES = ("hf", "native")  # written as safetensors
 
 
 def check_dialect(to: str) -> None:
+    """Check that `to` is a dialect or a graph that can be written.
+
+    Raises:
+        UsageError: With the names that are, and the nearest.
+    """
     if to not in OWN_FILES and to not in (names := dialects()):
         read = {d.name: f"{c.about} is read, and not written; " for _, d, c in every_dialect()}
         why = read.get(str(to), "")
@@ -29,7 +34,7 @@ def check_dialect(to: str) -> None:
 def check_graph(
     to: str, place: Path, layout: Mapping[str, Any] | None, max_shard_size: int | None
 ) -> None:
-    """What writing a graph needs is there, and it leaves to choose what is asked for."""
+    """Check that a graph can be written here, and that no option is given that it lacks."""
     check_no_layout(to, layout)
     if max_shard_size is not None:
         raise UsageError(
@@ -40,7 +45,7 @@ def check_graph(
 
 
 def check_whole(to: str, max_shard_size: int | None) -> None:
-    """Other programs look for the files that they know."""
+    """Refuse `max_shard_size` for a dialect whose programs look for fixed files."""
     if max_shard_size is not None:
         raise UsageError(
             f"max_shard_size: to={to!r} leaves that not to choose: its files are those that its "
@@ -49,5 +54,6 @@ def check_whole(to: str, max_shard_size: int | None) -> None:
 
 
 def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:
+    """Refuse options for a layout that has none."""
     if layout:
         raise UsageError(f"layout: {to} leaves nothing to choose, found {listing(layout)}")

@@ -27,7 +27,7 @@ from zoo.errors import (
 )
 from zoo.saving.export import Export
 
-# what belongs to a checkpoint beside config and weights, and is carried along untouched
+# files beside config and weights that are copied unchanged
 COMPANIONS = (
     *("*.json", "*.txt", "*.bpe", "*.model", "*.jinja", "*.tiktoken"),
     *("LICENSE*", "NOTICE*"),
@@ -37,22 +37,25 @@ COMPANIONS = (
 LICENCES = ("LICENSE*", "NOTICE*")
 
 
-# what a GGUF file says of itself, and not of what it holds
+# metadata of a GGUF file about itself rather than its content
 OWN_VALUES = ("architecture", "alignment", "file_type", "quantization_version", "type")
 
 
 NOT_CARRIED = (
     *("config.json", NATIVE_FILE, "*.index.json", MANIFEST),
-    *("quantize_config.json", "quant_config.json"),  # no weights are written as these say
-    ADAPTER,  # merged in, or said to be: it would be applied a second time
+    *(
+        "quantize_config.json",
+        "quant_config.json",
+    ),  # of weights packed in a way that is not written
+    ADAPTER,  # already merged: it would be applied twice
 )
 
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # whatever else they are called
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # under any other name
 
 
 def companions(source: Path) -> dict[str, Path]:
-    """What belongs to a checkpoint beside its weights, and what its modules' folders hold."""
+    """Return the files of a checkpoint beside its weights, with its modules' folders."""
     names = [
         path.name
         for path in sorted(source.iterdir())
@@ -72,7 +75,10 @@ def companions(source: Path) -> dict[str, Path]:
 def companions_of(
     directory: Path, file: Path | None, container: Container | None
 ) -> dict[str, Path]:
-    """Likewise of a checkpoint in any dialect; of a file that was given alone, its tokenizer."""
+    """Return the companions of a checkpoint in any dialect, under their usual names.
+
+    Those of a file that was given alone are its tokenizer.
+    """
     from zoo.tokenizers.load import beside
 
     if file is None:
@@ -88,20 +94,21 @@ def companions_of(
 
 
 def licences(carried: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the licenses among the files."""
     return {n: p for n, p in carried.items() if any(fnmatch(n, each) for each in LICENCES)}
 
 
 def is_of_a_step(name: str) -> bool:
-    """Whether a file is of a sentence model's further layers, which are in its graph."""
+    """Return whether a file is of a sentence model's further layers, which a graph includes."""
     return name == MODULES or ("/" in name and not name.startswith(f"{MORE_TEMPLATES}/"))
 
 
 def unpacked(
     inside: GGUFReader, carried: Mapping[str, Path], notes: dict[str, Any]
 ) -> tuple[dict[str, Path], dict[str, bytes]]:
-    """(files to carry along, files made of the vocabulary in a GGUF file).
+    """Return (files to carry along, files made from the vocabulary in a GGUF file).
 
-    Of a vocabulary that no other file can say, `said` gets the reason.
+    If no other file can hold the vocabulary, `notes` gets the reason.
     """
     from zoo.tokenizers import gguf
 
@@ -123,7 +130,10 @@ def exported_files(
     vocab: int,
     **how: Any,
 ) -> tuple[list[Shard], dict[str, bytes], dict[str, Path]]:
-    """(files of tensors, texts, files to carry along), each with the vocabulary it should hold."""
+    """Return (files of tensors, other files, files to carry along) of an export.
+
+    Each dialect gets the vocabulary that its programs expect.
+    """
     from zoo.tokenizers import gguf, gguf_values, llama2c
 
     if made.container.format == "gguf":

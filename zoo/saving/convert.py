@@ -1,4 +1,4 @@
-"""`zoo.convert`: files to files, tensor by tensor, in a memory that does not grow with them."""
+"""`zoo.convert`: convert files to files, tensor by tensor, within a memory budget."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from zoo.saving.origin import export_plan, lossy_of, native_record, origin_of, s
 from zoo.saving.outputs import graph_files, in_order, item_of, split
 
 MOST_PARTS = 10_000
-READING = (  # those of zoo.load that say what is read, and how
+READING = (  # options of zoo.load that select what is read
     "head",
     "config",
     "ignore_config",
@@ -77,29 +77,59 @@ def convert(
     adapter: Ref | bool | None = None,
     **options: Any,
 ) -> Path:
-    """A checkpoint in another dialect: `zoo.convert("gpt2", "gpt2-native", to="native")`.
+    """Convert a checkpoint to another dialect, within a memory budget.
 
-    It holds `memory` bytes at a time, whatever the checkpoint's size. Killed, the same call goes on
-    where it stopped; `restart` begins anew. `part="3/16"` writes a share of the files: any number
-    of processes, on machines that share the disk, write the others, and the last publishes.
-    `to` is "hf", "native" or another dialect of the architecture's spec; `layout` is what that one
-    offers to choose, such as {"shards": 2}. `dtype` casts; GGUF has "q8_0" too. A value too large
-    for it is an error, as is NaN or infinity unless `allow_nonfinite`. `tell` is called with what
-    happens. Further options are those of `zoo.load` that say what is read: head, config, trust …
-    "onnx" and "pt2" are graphs, traced without weights; those are written as all others are.
-    `force` replaces a checkpoint that is at `dst` and keeps all other files there. An
-    `adapter`, a LoRA directory of peft's, is merged into the model in memory, and that is written;
-    True and False are as `zoo.load` has them.
+    If it is killed, the same call resumes where it stopped. `part` lets any number of processes, on
+    machines that share the disk, write a share of the files each; the last one publishes.
+
+    Args:
+        src: A name, a repository, a directory or a file, as for `zoo.load`.
+        dst: The directory to write. Files in it that are no checkpoint's are kept.
+        to: "hf", "native", another dialect of the architecture, or a graph, "onnx" or "pt2", which
+            is traced without weights.
+        force: Whether to replace any checkpoint at `dst`.
+        dtype: Dtype of the output; GGUF also has "q8_0". A value that overflows is an error.
+        max_shard_size: Bytes of a file of weights; by default the source's split, or 5 GB.
+        memory: Bytes of buffers, whatever the size of the checkpoint.
+        threads: Threads that write; by default as many as the machine has, up to four.
+        restart: Whether to discard an unfinished conversion to `dst` and start again.
+        part: Number of this part and of all parts, such as "3/16".
+        layout: Options of the dialect, such as {"shards": 2}.
+        allow_nonfinite: Whether to write NaN and infinity instead of refusing them.
+        sha256: Whether to hash sources and files; each tensor's own digest is always recorded.
+        tell: Called with an event (a dict) as work proceeds.
+        adapter: A LoRA directory of peft's to merge; True and False as for `zoo.load`.
+        **options: Those of `zoo.load` that select what is read: head, config, ignore_config, trust,
+            revision, token, cache_dir, local_files_only.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UsageError: If an argument does not fit.
+        PlanError: If the source does not match its config and spec, with everything wrong.
+        LossyExport: If the dialect cannot express the model.
+        OutputExists: If something else is at `dst` or another process is writing it.
+        NonFinite: If a value is NaN or infinite.
+
+    Example:
+        >>> import tempfile, zoo
+        >>> from zoo.models.gpt2 import Config, Model
+        >>> model = Model(Config(vocab=11, dim=8, layers=1, heads=2, positions=16)).eval()
+        >>> place = tempfile.mkdtemp()
+        >>> directory = zoo.convert(zoo.save(model, place + "/hf"), place + "/native", to="native")
+        >>> sorted(path.name for path in directory.iterdir())
+        ['model.safetensors', 'zoo-manifest.json', 'zoo.json']
     """
     check_dialect(to)
     _check_sizes(memory, threads, max_shard_size)
     share = None if part is None else _part(part)
-    source, chosen = _located(src, to, adapter, options)
-    dst = checked_destination(dst, source.source.directory, force)
+    located, chosen = _located(src, to, adapter, options)
+    dst = checked_destination(dst, located.source.directory, force)
     if to in GRAPHS:
         check_graph(to, dst, layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
-    output = plan_output(source, to, **chosen)
+    output = plan_output(located, to, **chosen)
     engine = WriteOptions(memory, threads, sha256, allow_nonfinite, tell)
     job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
@@ -116,7 +146,7 @@ def convert(
                 tell(finished(output, stage.path, report))
         return Path(dst)
     number, parts = share
-    job = digest([job, seen])  # others read the same sources, and know no more of them
+    job = digest([job, seen])  # other parts see the same sources and nothing else of each other
     mine, same = output.part(number, parts), partial(_is, output, force)
     how: dict[str, Any] = {"restart": restart, "size": mine.size, "same": same}
     with (
@@ -147,21 +177,24 @@ def dry_run(
     adapter: Ref | bool | None = None,
     **options: Any,
 ) -> str:
-    """The plan of a conversion for a person, with no byte of weights read."""
+    """Return the plan of a conversion as text, without reading weights.
+
+    The arguments are those of `convert`.
+    """
     check_dialect(to)
     _check_sizes(MEMORY, 0, max_shard_size)
     share = None if part is None else _part(part)
-    source, chosen = _located(src, to, adapter, options)
-    checkpoint = source.checkpoint()
-    model, plan = prove(source, checkpoint, chosen.get("config") or {})
-    if source.native is not None and to == "hf" and source.native["origin"]["dialect"] == "hf":
-        text = export_plan(model, Origin.from_json(source.native["origin"])).describe(inverse=True)
+    located, chosen = _located(src, to, adapter, options)
+    checkpoint = located.checkpoint()
+    model, plan = prove(located, checkpoint, chosen.get("config") or {})
+    if located.native is not None and to == "hf" and located.native["origin"]["dialect"] == "hf":
+        text = export_plan(model, Origin.from_json(located.native["origin"])).describe(inverse=True)
     else:
         text = plan.describe()
     if to in GRAPHS:
         check_graph(to, Path(), layout, max_shard_size)
     chosen |= {"dtype": dtype, "max_shard_size": max_shard_size, "layout": layout}
-    output = plan_output(source, to, **chosen)
+    output = plan_output(located, to, **chosen)
     output = output if share is None else output.part(*share)
     items = [item for shard in output.shards for item in shard.items]
     casts = Counter(
@@ -173,7 +206,7 @@ def dry_run(
     lines += [f"cast: {n} tensors from {a} to {b}" for (a, b), n in casts.items()]
     if merged := sum(item.rule.endswith(ADAPTED) for item in items):
         lines.append(f"changed by the adapter: {merged} tensors")
-    if quantized := provenance_of(source, checkpoint, model, plan).lossy:
+    if quantized := provenance_of(located, checkpoint, model, plan).lossy:
         decoded = [f"decoded: {name}: {listing(of)}" for name, of in checkpoint.made_of.items()]
         text = "\n".join([text, f"lossy: {quantized}", *decoded])
     return "\n".join([text, "", f"to be written ({to}):", *(f"  {line}" for line in lines)])
@@ -182,30 +215,30 @@ def dry_run(
 def _located(
     src: Ref, to: str, adapter: Ref | bool | None, options: Mapping[str, Any]
 ) -> tuple[Located, dict[str, Any]]:
-    """(what is to be read, what `plan_output` is told of how)"""
+    """Return (what to read, options for `plan_output`)."""
     for name in options:
         if name not in READING:
             raise UsageError(f"{name}: not an option of convert.{did_you_mean(name, READING)}")
     chosen = {name: options[name] for name in ("config", "trust") if name in options}
     check_adapter(adapter)
     how = {k: v for k, v in options.items() if k not in chosen}
-    # read and not mapped: who writes to a source then meets an error, and no signal
-    source = locate(src, adapter=adapter, mmap=False, **how)
-    if (files := adapter_files(source, adapter)) is not None:
+    # read, not mapped: a source that is truncated then gives an error instead of a signal
+    located = locate(src, adapter=adapter, mmap=False, **how)
+    if (files := adapter_files(located, adapter)) is not None:
         asked = options.get("head") is not None
-        source, chosen["config"] = based(source, files, chosen.get("config") or {}, asked)
+        located, chosen["config"] = based(located, files, chosen.get("config") or {}, asked)
         chosen["adapter"] = files
     whole = to in GRAPHS and options.get("head") is None
-    if whole and (source.source.directory / MODULES).is_file():
-        source = source._replace(heads=headless(source.heads, source.entry.model))
+    if whole and (located.source.directory / MODULES).is_file():
+        located = located._replace(heads=headless(located.heads, located.entry.model))
         chosen["steps"] = True
-    return source, chosen
+    return located, chosen
 
 
 def _is(output: Output, force: bool, place: Path) -> bool:
-    """Whether a directory is what this makes, of sources that did not change after it.
+    """Return whether a directory is what this conversion makes, from sources unchanged since.
 
-    Who would replace it anyway does so if it is damaged.
+    With `force`, a damaged one is not: it is replaced.
     """
     path = place / manifest.NAME
     try:
@@ -220,7 +253,7 @@ def _is(output: Output, force: bool, place: Path) -> bool:
 def _still_there(
     output: Output, place: SharedStage, part: int, records: list[dict[str, Any]]
 ) -> None:
-    """Whether another part's files are as its journal has them; bytes that lie may be lost."""
+    """Raise CorruptCheckpoint if another part's files differ from its journal."""
     again = f"run it again: --part {part}/{place.parts}"
     try:
         finished = records[-1]["finished"]
@@ -245,7 +278,7 @@ def _check_sizes(memory: Any, threads: Any, max_shard_size: Any) -> None:
 
 
 def _part(part: str | tuple[int, int]) -> tuple[int, int]:
-    """(3, 16) of "3/16"."""
+    """Parse "3/16" as (3, 16)."""
     if not isinstance(part, str | tuple | list):
         raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
     words = part.split("/") if isinstance(part, str) else [str(n) for n in part]
@@ -256,11 +289,11 @@ def _part(part: str | tuple[int, int]) -> tuple[int, int]:
     raise UsageError(f"part={part!r}: expected a number of how many, such as 3/16")
 
 
-# --- what is to be written -----------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------
 
 
 def plan_output(
-    source: Located,
+    located: Located,
     to: str,
     *,
     dtype: str | torch.dtype | None = None,
@@ -271,26 +304,37 @@ def plan_output(
     steps: bool = False,
     adapter: Files | None = None,
 ) -> Output:
-    """Files, headers and recipes, proven complete; no byte of weights is read.
+    """Return the files, headers and sources of a conversion, proven complete.
 
-    `steps`: a graph goes on to the vector that the checkpoint's modules.json makes of the states.
+    No weights are read.
+
+    Args:
+        located: The checkpoint.
+        to: The dialect or graph to write.
+        dtype: Dtype of the output.
+        max_shard_size: Bytes of a file of weights.
+        config: Native config fields that replace those of the checkpoint.
+        trust: Names on disk that win where tied names hold different values.
+        layout: Options of the dialect.
+        adapter: LoRA factors to merge.
+        steps: Whether a graph includes the layers of the checkpoint's modules.json.
     """
-    checkpoint = source.checkpoint()
+    checkpoint = located.checkpoint()
     check_trust(trust, checkpoint)
-    model, plan = prove(source, checkpoint, config or {})
-    provenance = model.provenance = provenance_of(source, checkpoint, model, plan)
+    model, plan = prove(located, checkpoint, config or {})
+    provenance = model.provenance = provenance_of(located, checkpoint, model, plan)
     arrays = Arrays(checkpoint, plan, trust, provenance.quantized)
     if adapter is not None:
         arrays.changes = changes(model, plan.native, adapter, arrays.own)
         arrays.adapter = adapter.where
         if arrays.changes.apart:
-            model = on_meta(source, untied(model, plan.native.ties))
+            model = on_meta(located, untied(model, plan.native.ties))
             model.provenance = provenance
     quantized = isinstance(dtype, str) and dtype.lower() == QUANTISED
     kind = None if quantized else dtype_of(dtype)
     state = dict(arrays.state(native_of(model), kind))
     notes = {
-        **said_of(source.entry.name, to, source.spec),
+        **said_of(located.entry.name, to, located.spec),
         "dropped": dict(sorted(plan.dropped.items())),
         **lossy_of(provenance),
     }
@@ -299,21 +343,21 @@ def plan_output(
         sources += adapter.paths
         notes["adapter"] = {path.name: hash_file(path) for path in adapter.paths}
     zeros: dict[str, tuple[int, ...]] = {}
-    if to != "native" and to in source.spec.dialects:
-        model, zeros = with_zeros(model, source.spec.dialect(to))
+    if to != "native" and to in located.spec.dialects:
+        model, zeros = with_zeros(model, located.spec.dialect(to))
         like = next(iter(state.values()))
         state |= {name: like.new_empty(shape) for name, shape in zeros.items()}
         arrays.zeros = zeros
-    container = None if source.foreign is None else source.foreign.container
-    carried = companions_of(source.source.directory, source.source.file, container)
-    inside = source.foreign.reader if source.foreign and source.dialect == "gguf" else None
+    container = None if located.foreign is None else located.foreign.container
+    carried = companions_of(located.source.directory, located.source.file, container)
+    inside = located.foreign.reader if located.foreign and located.dialect == "gguf" else None
     seen = {path: identity(path.stat()) for path in sources}
     if to not in (*OWN_FILES, *GRAPHS):
         check_whole(to, max_shard_size)
         dtypes = {name: dtype_code(tensor.dtype) for name, tensor in state.items()}
         origin = provenance.origin
         before = json.loads(origin.config) if origin.dialect == to else None
-        made = export(source.spec, to, model.config, native_of(model), dtypes, layout, before)
+        made = export(located.spec, to, model.config, native_of(model), dtypes, layout, before)
         if quantized and made.container.format != "gguf":
             raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
         dtypes_there = {info.dtype for info in made.plan.header.values()}
@@ -332,7 +376,7 @@ def plan_output(
     if to == "hf":
         origin = origin_of(model, state)
         texts[CONFIG] = origin.config.encode()
-        items = list(_to_hf(source, arrays, model, origin))
+        items = list(_to_hf(located, arrays, model, origin))
         metadata, where = dict(origin.metadata), dict(origin.where)
     else:
         items = list(arrays.forward(native_of(model)))
@@ -343,7 +387,7 @@ def plan_output(
         carried = {name: path for name, path in carried.items() if name not in of_steps}
         if steps:
             notes["steps"] = {name: hash_file(path) for name, path in sorted(of_steps.items())}
-            model, items = _with_steps(model, items, source.source.directory)
+            model, items = _with_steps(model, items, located.source.directory)
         weights, texts = graph_files(model, to, {item.name: item for item in items})
         shards = [weights]
     else:
@@ -360,7 +404,7 @@ def plan_output(
 def _with_steps(
     model: Model, items: Sequence[Item], directory: Path
 ) -> tuple[SentenceModel, list[Item]]:
-    """The model that gives a text's vector, and its arrays; those of the steps as the first is."""
+    """Return the model that computes a text's vector, and all arrays in one dtype."""
     layers, folders = read_steps(directory, model.config.dim)
     whole, kind = SentenceModel(model, layers, folders), items[0].info.dtype
     arrays = [replace(item, info=item.info._replace(name=f"model.{item.name}")) for item in items]
@@ -369,17 +413,17 @@ def _with_steps(
     return whole, arrays
 
 
-def _to_hf(source: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
-    """Tensors as a directory for the reference has them."""
+def _to_hf(located: Located, arrays: Arrays, model: Any, origin: Origin) -> Iterator[Item]:
+    """Yield the tensors of a directory for the reference."""
     inverse, checkpoint, plan = export_plan(model, origin), arrays.checkpoint, arrays.plan
-    plain = source.native is None and source.foreign is None and arrays.changes is None
+    plain = located.native is None and located.foreign is None and arrays.changes is None
     if plain and not arrays.trust:
         disk = {plan.modern.get(name, name): name for name in checkpoint.tensors}
         written = {name for step in inverse.steps for name in _names(step)}
         if written <= disk.keys():
             for step in plan.steps:
                 if step.also:
-                    agreed(step, checkpoint.lazy, arrays.trust)  # before a byte is written
+                    agreed(step, checkpoint.lazy, arrays.trust)  # before anything is written
             yield from _as_they_are(arrays, inverse, disk)
             return
     yield from in_order(arrays.backward(inverse), inverse)
@@ -390,7 +434,7 @@ def _names(step: PlanStep) -> list[str]:
 
 
 def _as_they_are(arrays: Arrays, inverse: Plan, disk: Mapping[str, str]) -> Iterator[Item]:
-    """Names on disk to names on disk: nothing is turned."""
+    """Yield tensors that keep their layout: names on disk to names on disk."""
     checkpoint = arrays.checkpoint
     rules = {name: str(step.rule) for step in inverse.steps for name in _names(step)}
     decoded = {n for s in inverse.steps if arrays.coarse(s.targets) for n in _names(s)}

@@ -1,4 +1,4 @@
-"""A model in a dialect of its spec: what the dialect cannot say is refused beforehand."""
+"""Export a model to a dialect of its spec; refuse in advance what the dialect cannot express."""
 
 from __future__ import annotations
 
@@ -26,34 +26,41 @@ from zoo.components.rotary import PLAIN, Llama3
 from zoo.errors import ConfigError, LossyExport, SpecError, UsageError, did_you_mean, listing
 from zoo.saving.graphs import GRAPHS
 
-# what a format leaves to choose: the least and the most
+# options of a format: minimum and maximum
 OPTIONS: dict[str, dict[str, tuple[int, int]]] = {
     "torch": {"shards": (1, 100), "columns": (0, 1)},
     "llama2c": {"version": (0, 1), "group": (1, 1 << 20)},
     "gguf": {"vocabulary": (0, 1)},
 }
-QUANTISED = "q8_0"  # what `dtype` may be beside torch's, where a format has it
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's, of most matrices
+QUANTISED = "q8_0"  # a `dtype` besides torch's, for formats that have it
+_FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q8_0": 7,
+    "BF16": 32,
+}  # llama.cpp's number for the type of most matrices
 
 
 def dialects() -> list[str]:
-    """Every name that `to` may have; the last are no dialects, but graphs for other programs."""
+    """Return every name that `to` may have: dialects, then graphs for other programs."""
     written = (dialect.name for _, dialect, container in every_dialect() if container.file)
     return list(dict.fromkeys(["hf", "native", *written, *GRAPHS]))
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written, once nothing speaks against it."""
+    """What an export writes, once it is proven possible."""
 
     dialect: Dialect
     container: Container
     plan: Plan  # its inverse makes the tensors; its header has their dtypes
-    reference: Mapping[str, Any]  # the config in the dialect's own words
+    reference: Mapping[str, Any]  # the config in the dialect's terms
     aliases: Mapping[str, str]  # further name of an array -> its name
     options: Mapping[str, int]
-    beside: Mapping[str, Any] = field(default_factory=dict)  # values that are not the config's
-    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what says a part of it
+    beside: Mapping[str, Any] = field(default_factory=dict)  # metadata that is not the config
+    tables: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # tensors that hold a config field
 
     def files(
         self,
@@ -63,9 +70,13 @@ class Export:
         quantized: bool = False,
         values: Mapping[str, Any] | None = None,
     ) -> tuple[list[Shard], dict[str, bytes]]:
-        """(files of tensors, other files); a narrower dtype has to have been asked for.
+        """Return (files of tensors, other files).
 
-        `values` are those of other programs, such as a vocabulary, where the file holds them.
+        Args:
+            items: The tensors.
+            lossy: Whether a narrower dtype was asked for; otherwise it is refused.
+            quantized: Whether to quantize matrices to Q8_0.
+            values: Metadata for other programs, such as a vocabulary, for files that hold it.
         """
         by_name = {item.name: item for item in items}
         items = [by_name[name] for name in self.plan.header]
@@ -111,7 +122,7 @@ class Export:
             for name, t in self.tables.items()
         ]
         items = written = [*tables, *items]
-        if quantized:  # as far as rows divide into its blocks
+        if quantized:  # matrices whose rows divide into blocks
             coding = q8_0()
             written = [
                 _coded(item, item.info, coding)
@@ -169,9 +180,9 @@ class Export:
 
 
 def with_zeros(model: Model, dialect: Dialect) -> tuple[Model, dict[str, tuple[int, ...]]]:
-    """The model that a dialect can say, on meta, and the shapes of what it has more: all zeros.
+    """Return (the model that a dialect can express, on meta; shapes of its additional arrays).
 
-    A bias of zero is none.
+    They are biases, which a dialect requires; as zeros they change nothing.
     """
     config = model.config
     grown = {
@@ -197,7 +208,7 @@ def _rotary_table(header: llama2c.Header, name: str) -> Lazy:
     return Lazy.of(llama2c.rotary_tables(header)[name])
 
 
-# --- what speaks against it ----------------------------------------------------------------------
+# --- the proof ----------------------------------------------------------------------
 
 
 def export(
@@ -209,10 +220,21 @@ def export(
     options: Mapping[str, Any] | None = None,
     published: Mapping[str, Any] | None = None,
 ) -> Export:
-    """Proven: every array of the model has a place, and its config comes back as it is.
+    """Prove that a dialect can express a model: every array and every config field comes back.
 
-    `stored` is each native array's dtype. `said` is the config of files of this very dialect that
-    the model was read from: it is kept word for word if it still means this model.
+    Args:
+        spec: The mapping of the architecture.
+        to: The dialect.
+        config: The model's config.
+        native: The model's arrays.
+        stored: Native name -> dtype.
+        options: Options of the layout.
+        published: The config of the files of this dialect that the model was read from; it is kept
+            word for word while it still means this model.
+
+    Raises:
+        LossyExport: With everything that the dialect cannot express.
+        UsageError: If an option is unknown or out of range.
     """
     dialect = spec.dialects.get(to)
     if dialect is None or dialect.container is None:
@@ -243,7 +265,7 @@ def export(
             header[name] = TensorInfo(name, names[name].shape, code)
             header[name] = header[name]._replace(dtype=_stored_dtype(container, header[name]))
     plan = make_plan(spec, to, fields, native, header, "export")
-    # where tensors may not share their place, the second name is left away
+    # in formats where tensors cannot share bytes, the second name is left out
     aliases = _aliases(dialect, header) if native.ties and container.format != "gguf" else {}
     if aliases and fields["shards"] > 1 and chosen.get("columns"):
         raise LossyExport(
@@ -260,7 +282,7 @@ def export(
 
 
 def _stored_dtype(container: Container, info: TensorInfo) -> str:
-    """The dtype that a dialect's files have an array in."""
+    """Return the dtype of an array in a dialect's files."""
     if container.format == "llama2c":
         return "F32"
     vector = len(info.shape) < 2 or info.name in container.wide
@@ -268,7 +290,7 @@ def _stored_dtype(container: Container, info: TensorInfo) -> str:
 
 
 def _tables(dialect: Dialect, config: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(arrays that say a field, what the config says of it then)"""
+    """Return (tensors that hold a config field, the value of the field in the config then)."""
     name = next((n for n, field_ in dialect.tables.items() if field_ == "rope"), None)
     if name is None or not isinstance(config.rope, Llama3):
         return {}, {}
@@ -278,14 +300,18 @@ def _tables(dialect: Dialect, config: Any) -> tuple[dict[str, torch.Tensor], dic
 def _as_values(
     container: Container, reference: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the config as a GGUF file gives it back, values that are not the config's)"""
+    """Return (the config as a GGUF file returns it, metadata that is not the config)."""
     flat = {key: gguf.as_read(value) for key, value in _flat(reference).items()}
     beside = {k: v for k, v in flat.items() if k.partition(".")[0] in container.beside}
     return nested({k: v for k, v in flat.items() if k not in beside}), beside
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`; null is left away."""
+    """Return nested dicts with dotted keys; nulls are left out.
+
+    >>> _flat({"a": {"b": 1, "c": None}})
+    {'a.b': 1}
+    """
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -314,7 +340,7 @@ def _checked(dialect: Dialect, options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _aliases(dialect: Dialect, header: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Second names of arrays that the model ties, where the dialect's programs look for them."""
+    """Return the second names of tied arrays that the dialect's programs look for."""
     aliases: dict[str, str] = {}
     for other, main in dialect.tied:
         for name in header:
@@ -333,7 +359,7 @@ def _come_back(
     aliases: Mapping[str, str],
     shards: int,
 ) -> None:
-    """Reads what would be written; a field that means something else then is refused by name."""
+    """Read what would be written; refuse fields that would come back different, by name."""
     fields, problems = dialect.read_config(reference)
     everything = {**header, **{o: TensorInfo(o, *header[n][1:]) for o, n in aliases.items()}}
     inferred = infer(spec, dialect, fields, everything, shards, aliases)
@@ -349,7 +375,11 @@ def _come_back(
 def same_config(
     dialect: Dialect, config: Any, again: Mapping[str, Any], problems: Iterable[str] = ()
 ) -> None:
-    """Refuses what would come back different, by name."""
+    """Refuse a config that would come back different.
+
+    Raises:
+        LossyExport: With every field that would.
+    """
     fields, lost = config.to_dict(), list(problems)
     try:
         read = type(config)(**again).to_dict()

@@ -1,6 +1,7 @@
-"""A model as a graph that runs without zoo: ONNX or torch.export's .pt2, for any batch and length.
+"""Export a model as a graph that runs without zoo: ONNX or torch.export's .pt2.
 
-What is traced is `forward` itself, with a mask always given, so that padding counts for nothing.
+The traced function is `forward` itself, for any batch and length, always with an attention mask, so
+that padding has no effect.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ GRAPHS = ("onnx", "pt2")
 ONNX, DATA, PT2 = "model.onnx", "model.onnx.data", "model.pt2"
 OPSET = 20  # the first with Gelu
 _NEEDED = ("onnx", "onnxscript")
-_PAGE = 4096  # where each tensor's bytes begin, so that a runtime can map them
-_TRACED = (2, 17)  # rows and tokens, of which nothing stays; an answer has two tokens more
+_PAGE = 4096  # alignment of each tensor, so that a runtime can map it
+_TRACED = (2, 17)  # rows and tokens of the example, which leave no trace; the decoder has two more
 
-# as the reference calls them; one output alone is logits, or the last hidden states
+# the reference's names; a single output is logits, or the last hidden states
 _OUTPUTS = {
     "pooler": ("last_hidden_state", "pooler_output"),
     "pretraining": ("prediction_logits", "seq_relationship_logits"),
@@ -48,7 +49,7 @@ _OUTPUTS = {
 
 
 def check(to: str) -> None:
-    """What writing it needs is there."""
+    """Check that the packages for this kind of graph are installed."""
     lacking = [name for name in _NEEDED if find_spec(name) is None] if to == "onnx" else []
     if lacking:
         raise MissingDependency(
@@ -57,7 +58,7 @@ def check(to: str) -> None:
 
 
 def input_names(model: Model) -> tuple[str, ...]:
-    """Every argument of forward but the cache, and but those that the model has no use for."""
+    """Return the arguments of `forward`, except the cache and those that the model ignores."""
     if isinstance(model, SentenceModel):
         return ("input_ids", "attention_mask")
     unused = {"self", "cache"}
@@ -69,6 +70,7 @@ def input_names(model: Model) -> tuple[str, ...]:
 
 
 def output_names(model: Model) -> tuple[str, ...]:
+    """Return the names of the outputs, as the reference calls them."""
     if isinstance(model, SentenceModel):
         return ("sentence_embedding",)
     head = model.config.head
@@ -77,13 +79,16 @@ def output_names(model: Model) -> tuple[str, ...]:
 
 
 def files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
-    """(the file with the weights, others); `items` are the model's arrays, and none is read."""
+    """Return (the file of weights, other files).
+
+    `items` are the model's arrays; none of their values is read.
+    """
     ordered = {name: items[name] for name, _ in model.named_parameters()}
     return {"onnx": _onnx, "pt2": _pt2}[to](model, ordered)
 
 
 def _traced(model: Model, items: Mapping[str, Item]) -> ExportedProgram:
-    """The model's function with its outputs by name, and weights that have no numbers."""
+    """Return the model's function with named outputs and weights without values."""
     from torch.export import Dim, export
     from torch.utils._pytree import tree_structure
 
@@ -102,10 +107,10 @@ def _traced(model: Model, items: Mapping[str, Item]) -> ExportedProgram:
     try:
         with torch.no_grad():
             program = export(_weightless(model, items), (ids,), inputs, dynamic_shapes=axes)
-    except Exception as error:  # whatever its tracer stumbles over
+    except Exception as error:  # its tracer raises errors of any kind
         raise _refused(model, "torch.export cannot follow what it computes", error) from error
     names = dict.fromkeys(output_names(model), 0)
-    # a name's place in a tuple of ours would be known only where zoo is
+    # a NamedTuple of ours could be unpacked only where zoo is installed
     program.module_call_graph[0].signature.out_spec = tree_structure(names)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # this machine's paths
@@ -113,7 +118,7 @@ def _traced(model: Model, items: Mapping[str, Item]) -> ExportedProgram:
 
 
 def _refused(model: Model, why: str, error: Exception) -> LossyExport:
-    """With the first line of what it began with."""
+    """Return an error with the first line of its original cause."""
     first: BaseException = error
     while first.__cause__ is not None:
         first = first.__cause__
@@ -123,7 +128,7 @@ def _refused(model: Model, why: str, error: Exception) -> LossyExport:
 
 
 def _weightless(model: Model, items: Mapping[str, Item]) -> Model:
-    """A copy for inference on the CPU, whose parameters are shapes and dtypes alone."""
+    """Return a copy for inference on the CPU whose parameters are shapes and dtypes only."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     models = [m for m in model.modules() if isinstance(m, Model)]
@@ -144,14 +149,14 @@ _VERSION = b"0"  # of the archives whose records these are
 
 
 def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
-    """What torch.export.save writes of weights without numbers, and theirs in their places."""
+    """Write what torch.export.save writes for empty weights, and leave room for theirs."""
     from torch.export import save
 
     archive = io.BytesIO()
     save(_traced(model, items), archive)
     with zipfile.ZipFile(archive) as read:
         records = {name.partition("/")[2]: read.read(name) for name in read.namelist()}
-    records.pop(".data/serialization_id", None)  # a digest, and the weights are not in it
+    records.pop(".data/serialization_id", None)  # a digest without the weights
     empty = [name for name, data in records.items() if not data]
     strange = [name for name in empty if not name.startswith(f"{_FOLDER}/")]
     if records.get("archive_version") != _VERSION or _PLACES not in records or strange:
@@ -161,7 +166,9 @@ def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byte
         )
     config, ties = json.loads(records[_PLACES]), native_of(model).ties
     places: dict[str, str] = {}
-    for name, entry in config["config"].items():  # without addresses, torch takes all for one
+    for name, entry in config[
+        "config"
+    ].items():  # without addresses, torch takes all weights for one
         entry["path_name"] = places.setdefault(ties.get(name, name), f"weight_{len(places)}")
     records[_PLACES] = json.dumps(config).encode()
     small = {name: data for name, data in records.items() if name not in empty}
@@ -174,7 +181,7 @@ def _pt2(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byte
 
 
 def _onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
-    """Weights under the model's own names, as they are; the graph, which says where each lies."""
+    """Return the weights under the model's names, and the graph, which says where each is."""
     import onnx_ir as ir
 
     graph_model = _translated(model, items)
@@ -192,7 +199,7 @@ def _onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byt
                 DATA, start, item.nbytes, value.dtype, shape=value.shape, name=name, base_dir=""
             )
             graph.register_initializer(value)
-    for part in _everything(graph_model):  # this machine's paths, and how it came to be
+    for part in _everything(graph_model):  # remove this machine's paths and the history
         part.metadata_props.clear()
         part.doc_string = None
     graph.name = model.architecture or "model"
@@ -202,7 +209,7 @@ def _onnx(model: Model, items: Mapping[str, Item]) -> tuple[Shard, dict[str, byt
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says of torch, and of packages that it could use too."""
+    """Silence what torch's exporter logs about itself and optional packages."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -219,7 +226,7 @@ def _owner(name: str | None, ties: Mapping[str, str]) -> str:
 
 
 def _translated(model: Model, items: Mapping[str, Item]) -> Any:
-    """An onnx_ir model whose weights are inputs: no pass can turn, join or round what it lacks."""
+    """Return an onnx_ir model whose weights are inputs, so that no pass can change them."""
     program = _traced(model, items)
     outputs = output_names(model)
     sizes = {
@@ -245,7 +252,7 @@ def _translated(model: Model, items: Mapping[str, Item]) -> Any:
                     value.const_value = None
                     graph.inputs.append(value)
             made.optimize()
-    except Exception as error:  # whatever its translator stumbles over
+    except Exception as error:  # its translator raises errors of any kind
         raise _refused(model, "ONNX has no words for what it computes", error) from error
     return made.model
 
@@ -271,7 +278,7 @@ def _everything(model: Any) -> Iterator[Any]:
 
 
 def check_file(place: Path) -> None:
-    """A graph has files beside it, so that all that is written is a directory."""
+    """Refuse a file as destination: a graph is written as a directory."""
     if place.suffix in {f".{name}" for name in GRAPHS}:
         raise UsageError(
             f"{place}: a graph is written as a directory with its tokenizer and weights: "

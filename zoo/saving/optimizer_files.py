@@ -1,4 +1,4 @@
-"""Files of optimizers' states: the one beside a checkpoint, for the checkpoint's other dialect."""
+"""Convert files of optimizers' states to the other dialect of their checkpoint."""
 
 from __future__ import annotations
 
@@ -53,19 +53,33 @@ def convert_file(
     config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """The state in `file`, an optimizer's over `src`'s weights, as one over theirs in `to`.
+    """Convert the optimizer's state in a file for the weights in another dialect.
 
-    `file` is what torch.save wrote: the state alone, as trainers do, or a checkpoint that holds
-    it. One of the two dialects is native. Of the other the order of parameters is told by `names`,
-    by names in the state, by torch's own file of the weights or by the reference's module. `force`
-    replaces an optimizer's state that is at `out`, and no other file. `config` and `options` are
-    as `zoo.load` has them.
+    One of the two dialects is native. The order of parameters in the other comes from `names`, from
+    names in the state, from torch's own file of the weights, or from the reference's module.
+
+    Args:
+        src: The checkpoint, as for `zoo.load`.
+        file: What torch.save wrote: the state alone, or a checkpoint that contains it.
+        out: The file to write.
+        to: The dialect to convert to.
+        names: The parameters in the order that the optimizer was given.
+        force: Whether to replace an optimizer's state at `out`; no other file is replaced.
+        config: As for `zoo.load`.
+        **options: As for `zoo.load`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UsageError: If the order of parameters is not known, or an argument does not fit.
+        OutputExists: If something else is at `out`.
     """
     file, place = _path(file, "file"), _path(out, "out")
     if names is not None:
         check_names(names)
     if not file.is_file():
-        read(file)  # which says what it is instead
+        read(file)  # reports what it is instead
     with staged_file(place, partial(_replaced, file, force), size=file.stat().st_size) as stream:
         _save(_converted(src, file, to, names, config, options), stream)
     return place
@@ -78,13 +92,13 @@ def _path(value: Any, what: str) -> Path:
 
 
 def _replaced(file: Path, force: bool, place: Path) -> tuple[str, ...]:
-    """Refuse a destination that is no optimizer's state alone, or is the one to be read."""
+    """Refuse a destination that is not an optimizer's state, or is the file to read."""
     if os.path.abspath(place) == os.path.abspath(file):
         raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
     if not force:
         raise OutputExists(f"{place}: exists already. Use {option('force')} to replace it.")
     if place.is_symlink():
-        return ()  # the link is replaced, and not what it leads to
+        return ()  # the link is replaced, not its target
     if place.samefile(file):
         raise OutputExists(f"{place}: is the file to be read. Write elsewhere")
     if place.is_file() and not place.stat().st_size:
@@ -104,30 +118,31 @@ def _converted(
     config: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    # an adapter beside the weights changes neither their names nor their shapes
-    source = locate(src, **{"adapter": False, **options})
-    if to not in ("native", *source.spec.dialects):
-        raise UsageError(f"to={to!r}: {source.spec.name} has {listing(source.spec.dialects)}")
-    if (source.dialect == "native") == (to == "native"):
-        raise UsageError(f"to={to!r}: {src} is {source.dialect}, and one of the two is native")
+    # an adapter changes neither names nor shapes of weights
+    located = locate(src, **{"adapter": False, **options})
+    if to not in ("native", *located.spec.dialects):
+        raise UsageError(f"to={to!r}: {located.spec.name} has {listing(located.spec.dialects)}")
+    if (located.dialect == "native") == (to == "native"):
+        raise UsageError(f"to={to!r}: {src} is {located.dialect}, and one of the two is native")
     state = read(file)
-    checkpoint = source.checkpoint()
-    model, plan = prove(source, checkpoint, config or {})
+    checkpoint = located.checkpoint()
+    model, plan = prove(located, checkpoint, config or {})
     recorded = [name for group in state["param_groups"] for name in group.get(NAMES, ())]
     if to == "native":
-        other = _theirs(source, checkpoint, plan, names or recorded, file)
+        other = _theirs(located, checkpoint, plan, names or recorded, file)
         return convert_optimizer(state, other, model, names=names)
-    return convert_optimizer(state, model, _targets(source, model, to, names))
+    return convert_optimizer(state, model, _targets(located, model, to, names))
 
 
 class _Stream:
-    """A file whose errors torch hides behind its own."""
+    """A file that remembers an error that torch replaces with its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write bytes."""
         try:
             return self.file.write(data)
         except OSError as error:
@@ -135,6 +150,7 @@ class _Stream:
             raise
 
     def flush(self) -> None:
+        """Flush the file."""
         self.file.flush()
 
 
@@ -147,7 +163,7 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
 
 
 def read_names(file: Path) -> list[str]:
-    """Names of parameters, one a line."""
+    """Return the names of parameters in a text file, one a line."""
     try:
         with open(open_regular(file), encoding="utf-8") as text:
             return text.read().split()
@@ -156,7 +172,12 @@ def read_names(file: Path) -> list[str]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A torch optimizer's state_dict, wherever in the file it is."""
+    """Return a torch optimizer's state_dict from wherever in the file it is.
+
+    Raises:
+        NotACheckpoint: If there is none.
+        UsageError: If there are several, or one is sharded.
+    """
     if file.is_dir():
         raise NotACheckpoint(f"{file}: a directory, as states have it that are {SHARDED}")
     tree = TorchZipReader(file, nested=True).tree()
@@ -174,7 +195,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _states(tree: Any, name: str, depth: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, the state) of each."""
+    """Yield (path of keys, state) of each state."""
     if isinstance(tree, Mapping) and {"state", "param_groups"} <= tree.keys():
         groups = tree["param_groups"]
         if isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
@@ -197,12 +218,12 @@ def _is_sharded(tree: Any, depth: int = 2) -> bool:
 
 
 def _theirs(
-    source: Located, checkpoint: Checkpoint, plan: Plan, recorded: Sequence[str], file: Path
+    located: Located, checkpoint: Checkpoint, plan: Plan, recorded: Sequence[str], file: Path
 ) -> nn.Module | dict[str, Tensor]:
     in_order = (
         {*recorded} <= checkpoint.tensors.keys() if recorded else checkpoint.format == "torch"
     )
-    if in_order:  # torch's own files hold a state_dict, in the order of the module
+    if in_order:  # torch's own files hold a state_dict in the order of the module
         tensors = _empty(checkpoint.tensors)
         for step in plan.steps:
             for names in step.also:
@@ -213,19 +234,19 @@ def _theirs(
             return tensors
         rest = (name for name in tensors if name not in {*recorded})
         return {name: tensors[name] for name in (*recorded, *rest)}
-    if source.foreign is not None:
-        raise _no_order(source.where)
-    return _reference(source.reference_class, json.loads(source.config_text), str(file))
+    if located.foreign is not None:
+        raise _no_order(located.where)
+    return _reference(located.reference_class, json.loads(located.config_text), str(file))
 
 
 def _targets(
-    source: Located, model: Any, to: str, names: Sequence[str] | None
+    located: Located, model: Any, to: str, names: Sequence[str] | None
 ) -> nn.Module | dict[str, Tensor]:
     native = native_of(model)
     state = {name: torch.empty(shape, device="meta") for name, shape in native.shapes.items()}
     if names is not None:
         bare = model.config.head in ("none", "pooler")
-        header = target_names(source.spec, to, model.config.to_dict(), native, bare=bare)
+        header = target_names(located.spec, to, model.config.to_dict(), native, bare=bare)
         if unknown := [name for name in names if name not in header]:
             raise UsageError(f"names: {listing(unknown)}: no parameter of the checkpoint in {to}")
         rest = [name for name in header if name not in {*names}]

@@ -1,4 +1,4 @@
-"""What an optimizer keeps of each weight goes the way that the weight goes: by the spec's rules."""
+"""Convert an optimizer's state along with the weights, by the rules of the spec."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from converters.formats import TensorInfo
 from converters.plan import Plan, PlanStep
 from zoo.checkpoints import finite
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.foreign import fitted
+from zoo.checkpoints.foreign import plan_by_names
 from zoo.components.model import Model
 from zoo.errors import NonFinite, PlanError, UsageError, listing
 
 Weights = nn.Module | Mapping[str, Tensor]
-State = dict[str, Any]  # of one parameter: exp_avg, exp_avg_sq, step …
-NAMES = "param_names"  # what torch calls them in a group
-# what torch's optimizers call what they keep for each number of a parameter
+State = dict[str, Any]  # state of one parameter: exp_avg, exp_avg_sq, step …
+NAMES = "param_names"  # torch's key for the names in a group
+# torch's names of what is kept for each number of a parameter
 MOMENTS = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
     *("square_avg", "grad_avg", "acc_delta", "sum"),
@@ -38,9 +38,9 @@ class _Side:
 
     what: str
     owners: Mapping[str, str]  # every name -> the first one of the same array
-    shapes: Mapping[str, tuple[int, ...]]  # by first names
+    shapes: Mapping[str, tuple[int, ...]]  # by first name
     trained: tuple[str, ...]
-    by_alphabet: bool  # as safetensors have names, and no module
+    by_alphabet: bool  # the order of names in safetensors, not that of a module
 
     @classmethod
     def of(cls, weights: Weights) -> _Side:
@@ -53,7 +53,7 @@ class _Side:
             raise UsageError(f"expected a module or a state_dict of tensors, found {kind}")
         first, owners, shapes = dict[object, str](), dict[str, str](), dict[str, tuple[int, ...]]()
         for name, tensor in named:
-            # a state_dict's tensors are not the parameters: what they share is their memory
+            # a state_dict's tensors are not the parameters: tied ones share memory
             whole = isinstance(tensor, nn.Parameter) or tensor.is_meta or not tensor.numel()
             key = id(tensor) if whole else (tensor.data_ptr(), tuple(tensor.shape))
             owners[name] = first.setdefault(key, name)
@@ -71,10 +71,10 @@ class _Side:
             )
 
     def orders(self, converted: Iterable[str], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
-        """In which an optimizer with groups of such sizes may have been given parameters.
+        """Yield the orders in which an optimizer may have been given parameters.
 
-        One group: as they come. Two: those that decay, which are the matrices, first. The
-        reference's trainer goes by names too: biases by distance are matrices and do not decay.
+        With one group, the order of the module. With two, those that decay come first: matrices.
+        The reference's trainer also goes by names: relative biases are matrices that do not decay.
         """
         every = tuple(name for name in self.shapes if name in set(converted))
         for names in (every, tuple(n for n in every if n in set(self.trained))):
@@ -98,14 +98,44 @@ def convert_optimizer(
     *,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """A torch optimizer's state_dict over `source`'s parameters, as one over `target`'s.
+    """Convert a torch optimizer's state_dict from one layout of a model's weights to another.
 
-    One of the two is a model of zoo's; the other is any module whose parameters a dialect of its
-    spec names, or their state_dict: the reference's, nanoGPT's. Adam's moments follow the weights'
-    rules: they are turned, split and stacked as these are. `names` are those of `source`'s
-    parameters in the order in which its optimizer was given them, where it was neither that of
-    the module in one group nor matrices first in two. In the result each group's parameters stand
-    as `target` has them, and `param_names` says which they are.
+    One side is a model of zoo's. The other is any module whose parameters a dialect of its spec
+    names, or its state_dict: the reference's, nanoGPT's. Moments follow the weights' rules: they
+    are permuted, split and stacked like the weights.
+
+    Args:
+        state: The optimizer's state_dict.
+        source: The model, module or state_dict that the optimizer was made for.
+        target: The other side.
+        names: The parameters of `source` in the order that its optimizer was given. They are needed
+            if it is neither the order of the module in one group nor matrices first in two.
+
+    Returns:
+        A state_dict for an optimizer over `target`'s parameters; `param_names` in each group lists
+        them.
+
+    Raises:
+        UsageError: If `state` is no state_dict of an optimizer, or its order is ambiguous.
+        PlanError: If the weights do not match or parts of one array were treated differently.
+        NonFinite: If the state holds NaN or infinity.
+
+    Example:
+        >>> import tempfile, torch, zoo
+        >>> from zoo.models.gpt2 import Config, Model
+        >>> tiny = Model(Config(vocab=11, dim=8, layers=1, heads=2, positions=16))
+        >>> model = zoo.load(zoo.save(tiny, tempfile.mkdtemp() + "/tiny"))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.tensor([[1, 2]])).square().sum().backward()
+        >>> optimizer.step()
+        >>> from converters.carry_out import invert
+        >>> from zoo.saving.origin import export_plan, origin_of
+        >>> weights = dict(model.named_parameters())
+        >>> inverse = invert(export_plan(model, origin_of(model, weights)), weights)
+        >>> hf_weights = dict(reversed(inverse.items()))  # like a module, not sorted by name
+        >>> converted = zoo.convert_optimizer(optimizer.state_dict(), model, hf_weights)
+        >>> converted["param_groups"][0]["param_names"][:2]
+        ['transformer.wte.weight', 'transformer.wpe.weight']
     """
     if isinstance(source, Model) == isinstance(target, Model):
         raise UsageError("one of source and target is a model of zoo's, and the other is not")
@@ -113,7 +143,7 @@ def convert_optimizer(
     mine, other = _Side.of(model), _Side.of(target if model is source else source)
     (other if model is source else mine).check_order()
     header = {n: TensorInfo(n, other.shapes[of], "F32") for n, of in other.owners.items()}
-    plan = fitted(model, native_of(model), header, other.what)
+    plan = plan_by_names(model, native_of(model), header, other.what)
     uses = _uses(plan, mine, other)
     here, there = (mine, other) if model is source else (other, mine)
     inward = model is target
@@ -141,7 +171,7 @@ def convert_optimizer(
 
 
 def check_state(state: Any, where: str = "") -> None:
-    """Refuse what no `state_dict` of a torch optimizer looks like; `where` begins each message."""
+    """Refuse what is not a state_dict of a torch optimizer; `where` begins each message."""
 
     def refuse(what: str) -> NoReturn:
         raise UsageError(f"{where}not a state_dict of a torch optimizer: {what}")
@@ -181,7 +211,7 @@ def check_state(state: Any, where: str = "") -> None:
 
 
 def check_names(names: Any) -> None:
-    """Refuse what is no list of different names."""
+    """Refuse what is not a list of different names."""
     if not isinstance(names, list | tuple) or any(type(name) is not str for name in names):
         raise UsageError(f"names: expected a list of parameters' names, found {names!r:.80}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -203,7 +233,7 @@ def _check_finite(states: Mapping[str, State]) -> None:
 
 
 class _Apart(Exception):
-    """Parts of one array that an optimizer treated otherwise than each other."""
+    """Parts of one array that an optimizer treated differently."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +268,7 @@ def _read(
     converted: Sequence[str],
     names: Sequence[str] | None,
 ) -> tuple[dict[str, State], dict[str, int]]:
-    """(what is kept of each parameter, the group of each)."""
+    """Return (what is kept of each parameter, the group of each)."""
     kept, groups = state["state"], state["param_groups"]
     numbers = [n for group in groups for n in group["params"]]
     recorded = [name for group in groups for name in group.get(NAMES, ())]
@@ -257,7 +287,7 @@ def _read(
     if names is None and len(recorded) == len(numbers):
         names = recorded
     if names is None and numbers and all(isinstance(n, str) for n in numbers):
-        names = numbers  # torch's distributed checkpoints, gathered
+        names = numbers  # a gathered distributed checkpoint of torch
     if names is not None:
         check_names(names)
         if len(names) != len(numbers):

@@ -23,7 +23,10 @@ from zoo.saving.export import same_config
 
 
 def origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
-    """What the export looks like: as the source did, while the model still is that model."""
+    """Return the config and header to write: those of the source while they still fit.
+
+    A model whose config changed gets those of a checkpoint that the reference would save.
+    """
     entry = entry_of(model)
     named = class_for_head(entry, model.config.head)
     dtypes = {dtype_code(tensor.dtype) for tensor in state.values()}
@@ -40,17 +43,17 @@ def origin_of(model: Model, state: Mapping[str, Tensor]) -> Origin:
 
 
 def export_plan(model: Model, origin: Origin) -> Plan:
-    """The plan that reads `origin` into the model; its inverse writes it."""
+    """Return the plan that reads `origin` into the model; its inverse writes it."""
     spec = load_spec(entry_of(model).spec)
     fields, native = model.config.to_dict(), native_of(model)
     return make_plan(spec, origin.dialect, fields, native, origin.header, "export")
 
 
 def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
-    """zoo.json: what a native directory holds, and what it was, or would be as an HF directory."""
+    """Return zoo.json: the config of a native directory, and its origin as an HF directory."""
     try:
         origin = origin_of(model, state)
-    except LossyExport:  # nothing that the reference could say; other dialects can
+    except LossyExport:  # the reference cannot express it; other dialects can
         named = class_for_head(entry_of(model), model.config.head)
         origin = Origin("none", named, "{}", {}, {}, {})
     record = {
@@ -64,14 +67,14 @@ def native_record(model: Model, state: Mapping[str, Tensor]) -> bytes:
 
 
 def _recast(origin: Origin, model: Model, state: Mapping[str, Tensor], dtype: str | None) -> Origin:
-    """The same files, with each tensor in the dtype that the model holds it in."""
+    """Return the same files with each tensor in the dtype that the model has now."""
     plan = export_plan(model, origin)
     header = dict(origin.header)
     changed = False
     for step in plan.steps:
         code = dtype_code(state[step.targets[0]].dtype)
         if header[step.sources[0]].dtype == code:
-            continue  # as it was; another name of it may be wider, and stays so
+            continue  # unchanged; another name of it may be wider, and stays so
         for name in (*step.sources, *(n for names in step.also for n in names)):
             if header[name].dtype != code:
                 header[name] = TensorInfo(name, header[name].shape, code)
@@ -95,13 +98,13 @@ def _fresh(
     named: str,
     dtype: str | None,
 ) -> Origin:
-    """A checkpoint as the reference itself would save it."""
+    """Return a checkpoint as the reference itself would save it."""
     spec = load_spec(entry.spec)
     fields = model.config.to_dict()
-    # with no end said, the reference would take its class's own, and zoo takes none
+    # without a value the reference would use its class's default, and zoo uses none
     config: dict[str, Any] = {"eos_token_id": None}
     origin = model.provenance.origin if model.provenance is not None else None
-    if origin is not None and origin.dialect == "hf":  # what changes no inference stays as it was
+    if origin is not None and origin.dialect == "hf":  # keep fields that do not change inference
         config = json.loads(origin.config)
     config.update(spec.dialect("hf").write_config(fields))
     read, _ = spec.dialect("hf").read_config(config)
@@ -124,12 +127,14 @@ def _fresh(
 
 
 def class_for_head(entry: registry.Architecture, head: str) -> str:
+    """Return the reference class with this head."""
     return next(name for name, heads in entry.heads.items() if head in heads)
 
 
 def entry_of(model: Model) -> registry.Architecture:
+    """Return the registry entry of a model."""
     entries = registry.architectures()
-    if model.architecture:  # several may share one model's class
+    if model.architecture:  # several may share a class
         return entries[model.architecture]
     return next(entry for entry in entries.values() if entry.model is type(model))
 
@@ -139,7 +144,7 @@ def _json(data: Any) -> str:
 
 
 def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
-    """What a manifest names of how its files came to be."""
+    """Return the fields of a manifest that describe a conversion."""
     rules = {
         name: [[str(rule) for rule in d.rules], {k: list(v) for k, v in d.config.items()}]
         for name, d in spec.dialects.items()
@@ -152,9 +157,9 @@ def said_of(architecture: str, to: str, spec: Spec) -> dict[str, Any]:
 
 
 def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
-    """What a manifest says of weights that were decoded: no conversion gives their source back.
+    """Return the fields of a manifest about dequantized weights, whose source cannot be restored.
 
-    "quantised" names those of the model that are no more exact than what they stood in.
+    "quantised" lists those of the model that are no more precise than what they were stored in.
     """
     if provenance is None or not provenance.quantized:
         return {}
@@ -163,4 +168,5 @@ def lossy_of(provenance: Provenance | None) -> dict[str, Any]:
 
 
 def quantized_of(model: Model) -> Mapping[str, str]:
+    """Return native name -> type that a weight was stored in."""
     return {} if model.provenance is None else model.provenance.quantized

@@ -26,12 +26,13 @@ from zoo.saving.origin import origin_of
 
 
 def item_of(name: str, tensor: Tensor, decoded: bool = False) -> Item:
+    """Return a tensor of the model as an item to write."""
     info = TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
     return Item(info, "", partial(Lazy.of, tensor), decoded=decoded)
 
 
 def in_order(items: Iterable[Item], plan: Plan) -> list[Item]:
-    """As the files that the plan is of have them."""
+    """Sort items into the order of the files that the plan was made from."""
     order = {plan.modern.get(name, name): n for n, name in enumerate(plan.header)}
     return sorted(items, key=lambda item: order[item.name])
 
@@ -39,7 +40,7 @@ def in_order(items: Iterable[Item], plan: Plan) -> list[Item]:
 def split(
     items: list[Item], where: Mapping[str, str], metadata: Mapping[str, str], most: int | None
 ) -> list[Shard]:
-    """Over the files that `where` names, or over new ones of `most` bytes."""
+    """Split tensors over the files that `where` names, or over new ones of `most` bytes."""
     by_name = {item.name: item for item in items}
     infos = [item.info for item in items]
     files = as_before(infos, where) or shard(infos, most or SHARD_BYTES)
@@ -49,7 +50,7 @@ def split(
 def as_before(
     infos: Iterable[TensorInfo], where: Mapping[str, str]
 ) -> list[tuple[str, list[TensorInfo]]]:
-    """The source's own split over files, under the names that safetensors have."""
+    """Return the source's own split over files, under names of safetensors."""
     files: dict[str, list[TensorInfo]] = {}
     for info in infos:
         if info.name not in where:
@@ -62,13 +63,16 @@ def as_before(
 
 
 def graph_files(model: Model, to: str, items: Mapping[str, Item]) -> tuple[Shard, dict[str, bytes]]:
-    """(weights, the graph and an HF config); `items` are all arrays of the model."""
+    """Return (weights, the graph and an HF config).
+
+    `items` are all arrays of the model.
+    """
     shard, texts = graphs.files(model, to, items)
     inner, prefix = (model.model, "model.") if isinstance(model, SentenceModel) else (model, "")
     blanks = dict[str, Tensor]()
     for name, _ in inner.named_parameters():
         info = items[f"{prefix}{name}"].info
         blanks[name] = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
-    with suppress(LossyExport):  # nothing that the reference could say
+    with suppress(LossyExport):  # the reference cannot express it
         texts[CONFIG] = origin_of(inner, blanks).config.encode()
     return shard, texts

@@ -53,16 +53,38 @@ def save(
     layout: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
 ) -> Path:
-    """Write a model: to="hf" for a directory that `transformers` loads, "native" for zoo's own.
+    """Write a model to a directory.
 
-    Other dialects are those of its spec, such as "meta" or "llama2c"; `layout` is what they offer
-    to choose: {"shards": 2}, {"version": 1}. "onnx" and "pt2" (torch.export's) are graphs that run
-    without zoo, for any batch and length; they are not read again. A model still as it was loaded
-    keeps its source's split over files; `max_shard_size` (bytes) makes a new one. What is not
-    finite is refused, unless `allow_nonfinite`.
+    A model that has not changed since it was loaded keeps the names, dtypes, bytes and split of its
+    source. A model may be saved again over its own earlier output, unless that has been changed.
 
-    A model may be saved again over its own earlier output while nobody changed that one's weights
-    and config. `force` replaces any checkpoint. Both keep all other files of the directory.
+    Args:
+        model: A model of zoo's, not prepared and without an adapter beside its weights.
+        dst: The directory to write. Files in it that are no checkpoint's are kept.
+        to: "hf" for a directory that `transformers` loads, "native" for zoo's own layout, another
+            dialect of the architecture such as "gguf", "meta" or "llama2c", or a graph that runs
+            without zoo, "onnx" or "pt2".
+        force: Whether to replace any checkpoint at `dst`.
+        max_shard_size: Bytes of a file of weights; by default the source's split, or 5 GB.
+        layout: Options of the dialect, such as {"shards": 2} or {"version": 1}.
+        allow_nonfinite: Whether to write NaN and infinity instead of refusing them.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UsageError: If the model or an argument does not fit.
+        LossyExport: If the dialect cannot express the model.
+        OutputExists: If something else is at `dst`.
+        NonFinite: If a weight is NaN or infinite.
+
+    Example:
+        >>> import tempfile, zoo
+        >>> from zoo.models.gpt2 import Config, Model
+        >>> model = Model(Config(vocab=11, dim=8, layers=1, heads=2, positions=16)).eval()
+        >>> directory = zoo.save(model, tempfile.mkdtemp() + "/tiny")
+        >>> sorted(path.name for path in directory.iterdir())
+        ['config.json', 'model.safetensors', 'zoo-manifest.json']
     """
     check_dialect(to)
     if not isinstance(model, Model):
@@ -110,7 +132,7 @@ def _check_values(model: Model) -> None:
 def _output(
     model: Model, to: str, max_shard_size: int | None, layout: Mapping[str, Any] | None
 ) -> Output:
-    """Files, headers and recipes of a model as it is."""
+    """Return the files, headers and sources of a model in memory."""
     if to in GRAPHS:
         _check_values(model)
         return _graph_output(model, to)
@@ -169,7 +191,7 @@ def _exported_output(
 def _with_zeros(
     model: Model, state: Mapping[str, Tensor], to: str
 ) -> tuple[Model, dict[str, Tensor]]:
-    """The model that a dialect can say, and its tensors: those that it has more hold zeros."""
+    """Return (a model that the dialect can express, its tensors): additional ones hold zeros."""
     dialect = load_spec(entry_of(model).spec).dialects.get(to)
     if dialect is None:
         return model, dict(state)
@@ -191,7 +213,7 @@ def _carried(model: Model) -> dict[str, Path]:
 
 
 def _values_within(model: Model) -> GGUFReader | None:
-    """The GGUF file that a model is of, or the first of several."""
+    """Return the GGUF file that a model was loaded from, or the first of several."""
     if (provenance := model.provenance) is None or provenance.origin.dialect != "gguf":
         return None
     return next(iter(open_gguf(provenance.files[0]).values()))
@@ -206,7 +228,7 @@ def _notes(model: Model, to: str) -> dict[str, Any]:
 def _exported(
     plan: Plan, state: Mapping[str, Tensor], quantized: Collection[str]
 ) -> Iterator[Item]:
-    """Tensors under their names on disk, from those of the model."""
+    """Yield the tensors of the model under their names on disk."""
 
     def made(step: PlanStep, n: int) -> Lazy:
         tensors = [state[name] for name in step.targets]

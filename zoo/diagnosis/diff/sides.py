@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.foreign import fitted, spec_of
+from zoo.checkpoints.foreign import plan_by_names, spec_of
 from zoo.components.model import Model
 from zoo.diagnosis.diff.matching import Fold, Planned
 from zoo.parity.checks import call
@@ -89,7 +89,7 @@ def module(model: Model, other: nn.Module, dtype: torch.dtype) -> Other:
     names, kind = native_side(model), type(other).__name__
 
     def planned(header: Header) -> Plan:
-        return fitted(model, names, header, kind)
+        return plan_by_names(model, names, header, kind)
 
     def side(it: nn.Module) -> Other:
         return Other(kind, it, lambda inputs: _called(it, inputs), planned)
