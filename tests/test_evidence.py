@@ -100,7 +100,7 @@ def test_a_stamp_leaves_out_what_measures_nothing(copy: Path) -> None:
 def test_sections_are_stamped_apart(copy: Path) -> None:
     """Planted bugs are measured by code that parity does not import, and round trips by other."""
     for name, sections in (
-        ("zoo/parity/gates/mutants.py", {"bugs"}),
+        ("zoo/diagnosis/gate.py", {"bugs"}),
         ("zoo/parity/gates/trips.py", {"trips"}),
         ("zoo/parity/truth.py", {"parity", "bugs", "trips", "checkpoints"}),
     ):

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if __name__ == "__main__":
     if "--mutants" in sys.argv[1:]:
-        from zoo.parity.gates.mutants import main
+        from zoo.diagnosis.gate import main
 
         sys.exit(main())
     if "--formats" in sys.argv[1:]:

@@ -139,9 +139,7 @@ def test_assistants_of_another_vocabulary(
     zoo.save(build("llama", vocab=7), tmp_path / "sized")
     assert main([*asked, "--assistant", str(tmp_path / "sized")]) == 2
     error = capsys.readouterr().err
-    assert (
-        f"--assistant {tmp_path / 'sized'}: expected a vocabulary of {len(LETTERS)} tokens" in error
-    )
+    assert f"--assistant {tmp_path / 'sized'}: expected a vocabulary of {len(LETTERS)} tokens" in error
     zoo.save(build("gpt2", vocab=len(LETTERS)), tmp_path / "worded")
     CharTokenizer.of(LETTERS.replace("b", "ß")).save(tmp_path / "worded")
     assert main([*asked, "--assistant", str(tmp_path / "worded")]) == 2
@@ -157,7 +155,7 @@ def test_assistants_of_another_vocabulary(
 def test_mistakes_are_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["generate", "nothing", "abc"], ["chat", "nothing"]):
         assert main([*command, "--top-p", "7"]) == 2
-        assert "top_p must be > 0" in capsys.readouterr().err
+        assert "--top-p 7.0: must be > 0 and ≤ 1" in capsys.readouterr().err
         assert main(command) == 2
         assert "nothing" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ except BaseException:  # as libraries do that try what they can import
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [("yaml", ["list"]), ("torch", ["score", "CHECKPOINT", "FILE"]), ("argparse", ["--help"])],
+    [("yaml", ["list"]), ("torch", ["score", "CHECKPOINT", "FILE"]), ("typer", ["--help"])],
 )
 def test_an_interrupted_import_says_one_line(
     module: str, command: list[str], root: Path, made: Any, tmp_path: Path

@@ -17,9 +17,10 @@ import zoo
 from zoo import registry
 from zoo.cli import app
 from zoo.diagnosis.diff.difference import Difference
+from zoo.diagnosis.faults import FAULTS
+from zoo.diagnosis.gate import planted
 from zoo.errors import UsageError
 from zoo.loading import load_directory
-from zoo.parity.gates.mutants import MUTANTS, planted
 
 ARCHITECTURES = registry.architectures()
 # tables by distance, of which the reference takes the rows it needs, and a bias that stands alone
@@ -64,29 +65,29 @@ def test_no_difference_with_a_cache(name: str, made: Callable[..., Path]) -> Non
 
 def of_mutant(directory: Path, name: str, bug: str, **options: Any) -> Difference:
     load = functools.partial(load_directory, directory, ARCHITECTURES[name])
-    model = planted(load, MUTANTS[bug], ARCHITECTURES[name], torch.float64)
+    model = planted(load, FAULTS[bug], ARCHITECTURES[name], torch.float64)
     return zoo.diff(model, directory, **options)
 
 
 @pytest.mark.parametrize(
     ("name", "bug", "place"),
     [
-        ("gpt2", "norm1 and norm2 swapped", ""),
-        ("gpt2", "k and v swapped", "blocks.0.attn"),
-        ("gpt2", "a square read transposed", "blocks.0.attn.out"),
-        ("gpt2", "eps ten times too large", "blocks.0.norm1"),
-        ("gpt2", "the other gelu", "blocks.0.mlp"),
-        ("gpt2", "positions off by one", "positions"),
-        ("gpt2", "the future is visible", "blocks.0.attn"),
-        ("gpt2", "attention left out of the residual stream once", "blocks.2"),
-        ("gpt2", "one tensor through fp16", "blocks.0.mlp.down"),
-        ("gpt2", "vocabulary off by one", "embed"),
-        ("gpt2", "norm outside the blocks missing", "norm"),
-        ("llama", "gate and up swapped", "blocks.0.mlp"),
-        ("llama", "k permuted by the query heads", "blocks.0.attn"),
-        ("llama", "theta left at its default", "blocks.0.attn"),
-        ("llama", "keys not turned", "blocks.0.attn"),
-        ("llama", "embeddings and head swapped", "embed"),
+        ("gpt2", "norm1_norm2_exchanged", ""),
+        ("gpt2", "k_v_exchanged", "blocks.0.attn"),
+        ("gpt2", "attn_out_transposed", "blocks.0.attn.out"),
+        ("gpt2", "eps_ten_times", "blocks.0.norm1"),
+        ("gpt2", "act_other_gelu", "blocks.0.mlp"),
+        ("gpt2", "positions_off_by_one", "positions"),
+        ("gpt2", "future_visible", "blocks.0.attn"),
+        ("gpt2", "last_attention_left_out", "blocks.2"),
+        ("gpt2", "one_tensor_through_fp16", "blocks.0.mlp.down"),
+        ("gpt2", "vocabulary_rows_off_by_+1", "embed"),
+        ("gpt2", "final_norm_missing", "norm"),
+        ("llama", "gate_up_exchanged", "blocks.0.mlp"),
+        ("llama", "k_rows_in_halves_of_q_heads", "blocks.0.attn"),
+        ("llama", "rope_base_default", "blocks.0.attn"),
+        ("llama", "keys_not_rotated", "blocks.0.attn"),
+        ("llama", "embed_head_exchanged", "embed"),
     ],
 )
 def test_the_place_is_named(name: str, bug: str, place: str, made: Callable[..., Path]) -> None:
@@ -97,10 +98,10 @@ def test_the_place_is_named(name: str, bug: str, place: str, made: Callable[...,
 
 def test_padding_and_ties_have_ways_of_their_own(made: Callable[..., Path]) -> None:
     directory = made("gpt2")
-    assert of_mutant(directory, "gpt2", "positions count the padding").ok
-    padded = of_mutant(directory, "gpt2", "positions count the padding", way="padded")
+    assert of_mutant(directory, "gpt2", "positions_count_padding").ok
+    padded = of_mutant(directory, "gpt2", "positions_count_padding", way="padded")
     assert padded.first is not None and padded.first.place == "positions"
-    assert of_mutant(directory, "gpt2", "tie broken").untied == [("head.weight", "embed.weight")]
+    assert of_mutant(directory, "gpt2", "tie_broken").untied == [("head.weight", "embed.weight")]
 
 
 def test_the_first_gradient_to_differ(made: Callable[..., Path]) -> None:

@@ -19,33 +19,34 @@ from converters.spec import load_spec
 from converters.spec_lines import rule_line
 from zoo import registry
 from zoo.cli import app
-from zoo.diagnosis.diff.explain import Cause
+from zoo.diagnosis.diff.difference import Cause
 from zoo.diagnosis.diff.planted import Trace, Tracer, run, table
+from zoo.diagnosis.faults import FAULTS
+from zoo.diagnosis.planting import Mapped
 from zoo.loading import load_directory
-from zoo.parity.gates.mutants import MUTANTS, Mapped
 
 ARCHITECTURES = registry.architectures()
 FEW = [
-    ("gpt2", "norm1 and norm2 swapped"),
-    ("gpt2", "q, k, v read as v, q, k"),
-    ("gpt2", "layers shifted by one"),
-    ("gpt2", "biases of attention and MLP swapped"),
-    ("gpt2", "a square read transposed"),
-    ("gpt2", "fused q, k, v read as interleaved"),
-    ("gpt2", "attention left out of the residual stream once"),
-    ("gpt2", "positions count the padding"),
-    ("gpt2", "tie broken"),
-    ("llama", "gate and up swapped"),
-    ("llama", "k permuted by the query heads"),
-    ("llama", "embeddings and head swapped"),
-    ("llama", "rope factor too large by a tenth"),
-    ("llama", "keys not turned"),
-    ("llama", "norm moved from input to output of its branch, or back"),
-    ("llama", "first two layers exchanged"),
-    ("bert", "k un-permuted for rotary"),
-    ("bert", "padding is looked at"),
-    ("bert", "pooler reads the last token"),
-    ("bert", "dropout active in evaluation"),
+    ("gpt2", "norm1_norm2_exchanged"),
+    ("gpt2", "qkv_read_as_vqk"),
+    ("gpt2", "layers_out_of_order"),
+    ("gpt2", "attn_out_mlp_down_bias_exchanged"),
+    ("gpt2", "attn_out_transposed"),
+    ("gpt2", "fused_qkv_one_after_another_read_as_interleaved"),
+    ("gpt2", "last_attention_left_out"),
+    ("gpt2", "positions_count_padding"),
+    ("gpt2", "tie_broken"),
+    ("llama", "gate_up_exchanged"),
+    ("llama", "k_rows_in_halves_of_q_heads"),
+    ("llama", "embed_head_exchanged"),
+    ("llama", "rope_factor_a_tenth_larger"),
+    ("llama", "keys_not_rotated"),
+    ("llama", "norm_moved_in_branch"),
+    ("llama", "first_two_layers_exchanged"),
+    ("bert", "k_rows_in_halves"),
+    ("bert", "padding_attended"),
+    ("bert", "pooler_reads_last_token"),
+    ("bert", "dropout_active"),
 ]
 
 
@@ -60,7 +61,7 @@ def tracers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 @pytest.mark.parametrize(("name", "bug"), FEW, ids=lambda value: value)
 def test_a_planted_bug(name: str, bug: str, tracers: Callable[[str], Tracer]) -> None:
-    found = tracers(name).trace(MUTANTS[bug])
+    found = tracers(name).trace(FAULTS[bug])
     assert found is not None and found.ok, found
 
 
@@ -137,7 +138,7 @@ def test_what_the_class_itself_does_wrong(
     with monkeypatch.context() as patch:
         patch.setattr(rotary, "rotate", backwards)
         cause = zoo.diff(made("llama")).causes[0]
-    assert cause.restored and "turned backwards" in cause.what
+    assert cause.restored and "rotated backwards" in cause.what
     with monkeypatch.context() as patch:
         patch.setattr(
             mlp.GatedMLP,

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from converters.spec import load_spec
 from converters.spec_lines import rule_line
 from zoo import registry
 from zoo.components.decoder import Decoder
-from zoo.diagnosis.checkup.hypotheses import hypotheses, inside, without
 from zoo.diagnosis.checkup.likelihood import EVERY, TEXT, chance, ids_of, nats
-from zoo.diagnosis.checkup.search import HEATS, Reading, readings
-from zoo.diagnosis.edits import Edit, applied, order
+from zoo.diagnosis.checkup.search import HEATS, Explanation, explanations
+from zoo.diagnosis.edits import Hypothesis, applied, order
+from zoo.diagnosis.faults import FAULTS as CATALOGUE
+from zoo.diagnosis.faults import hypotheses, inside, without
+from zoo.diagnosis.gate import planted
+from zoo.diagnosis.planting import NotApplicable
 from zoo.errors import InputError, UsageError
 from zoo.loading import load_directory
-from zoo.parity.gates.mutants import MUTANTS, NotApplicable, planted
 
 ARCHITECTURES = list(registry.architectures())
 OTHER = """\
@@ -63,7 +66,7 @@ def test_an_edit_leaves_nothing_behind(name: str) -> None:
     assert len({(h.what, h.fix) for h in some}) == len(some)
     for hypothesis in some:
         try:
-            with applied(model, hypothesis.edit()) as edited:
+            with applied(model, hypothesis) as edited:
                 assert edited is model or hypothesis.config
         except (RuntimeError, zoo.ZooError):
             assert hypothesis.config  # a field that other parameters belong to
@@ -77,19 +80,18 @@ def test_what_is_read_otherwise_can_be_read_back(name: str) -> None:
     true = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def restores(hypothesis: Any) -> bool:
-        with applied(model, hypothesis.edit()):
+        with applied(model, hypothesis):
             return all(torch.equal(p, true[n]) for n, p in model.named_parameters())
 
     mistakes = [h for h in hypotheses(model) if h.parameters]
     lost = ("is left out", "head.weight is embed", "embed.weight is head", "stored", "1 + what")
     # of what nobody mistakes one way alone, the other is not tried
-    other = ("off by one", "and has")
+    other = ("off by one", "where it has")
     for mistake in mistakes:
         if any(word in mistake.fix for word in lost) or any(word in mistake.what for word in other):
             continue
-        edit = mistake.edit()
-        edit = type(edit)(parameters={n: x.clone() for n, x in edit.parameters.items()})
-        with applied(model, edit):
+        wrong = {n: make().clone() for n, make in mistake.parameters.items()}
+        with applied(model, replace(mistake, parameters=wrong)):
             if all(torch.equal(p, true[n]) for n, p in model.named_parameters()):
                 continue  # at these sizes it is none
             assert any(restores(h) for h in hypotheses(model) if h.parameters), mistake.fix
@@ -127,7 +129,7 @@ def test_each_token_costs_what_it_should() -> None:
 def test_an_untrained_model_is_said_to_know_nothing() -> None:
     model = build("gpt2").eval()
     told = list[tuple[int, int]]()
-    (found,) = readings(model, torch.arange(40), progress=lambda n, of: told.append((n, of)))
+    (found,) = explanations(model, torch.arange(40), progress=lambda n, of: told.append((n, of)))
     assert "no likelier than chance" in found.what and "untrained" in found.fix
     assert told[-1][0] <= told[-1][1] and [n for n, _ in told] == list(range(1, len(told) + 1))
 
@@ -136,19 +138,19 @@ def test_a_model_that_gives_no_numbers_is_said_to_know_nothing() -> None:
     model = build("gpt2").eval()
     with torch.no_grad():
         model.norm.weight[3] = torch.nan
-    assert "no likelier than chance" in readings(model, torch.arange(40))[0].what
+    assert "no likelier than chance" in explanations(model, torch.arange(40))[0].what
 
 
 def test_a_text_too_short_is_refused() -> None:
     with pytest.raises(InputError, match="9 tokens tell nothing"):
-        readings(build("gpt2"), torch.arange(9))
+        explanations(build("gpt2"), torch.arange(9))
 
 
 @pytest.mark.parametrize("name", ["t5", "bert"])
 def test_what_gives_no_likelihood_is_refused(name: str) -> None:
     model = build(name, **({"head": "none"} if name == "bert" else {}))
     with pytest.raises(UsageError, match="likelihood"):
-        readings(model, torch.arange(40))
+        explanations(model, torch.arange(40))
 
 
 # --- a published model ---------------------------------------------------------------------------
@@ -201,12 +203,12 @@ def test_nothing_is_wrong_in_a_healthy_model(stories: Path, text: str) -> None:
     model = zoo.load(stories)
     ids = ids_of(model, text)
     assert float(nats(model, ids).mean()) < 0.4 * chance(model)
-    assert readings(model, ids) == []
+    assert explanations(model, ids) == []
 
 
 def test_rows_of_rotary_pairs_are_named_with_their_line(wrong: Any) -> None:
     model = wrong(lambda tensors: each(tensors, "k_proj", pairs(4)))
-    found = readings(model, ids_of(model))
+    found = explanations(model, ids_of(model))
     assert found[0].what == (
         "rows of blocks.*.attn.k lie as [(g e two)], and are read as [(g two e)]"
     )
@@ -223,7 +225,7 @@ def test_one_matrix_of_one_layer(wrong: Any) -> None:
         each(tensors, "layers.2.self_attn.o_proj", lambda x: x.T)
 
     model = wrong(change)
-    found = readings(model, ids_of(model))[0]
+    found = explanations(model, ids_of(model))[0]
     assert found.what == "blocks.2.attn.out.weight is transposed"
     assert found.where == ("model.layers.2.self_attn.o_proj.weight",)
 
@@ -234,7 +236,7 @@ def test_two_faults_are_told_together(wrong: Any) -> None:
         swap(tensors, "gate_proj", "up_proj")
 
     model = wrong(change)
-    found = readings(model, ids_of(model))[0]
+    found = explanations(model, ids_of(model))[0]
     assert "mlp.gate and blocks.*.mlp.up are exchanged" in found.seen
     assert "blocks.*.attn.q is read as [(h e two) i]" in found.seen
 
@@ -270,7 +272,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         lambda t: swap(t, "input_layernorm", "post_attention_layernorm"),
         "norm1 and blocks.*.norm2 are exchanged",
     ),
-    "k and v": (lambda t: swap(t, "k_proj", "v_proj"), "attn.k is read from what v is read from"),
+    "k and v": (lambda t: swap(t, "k_proj", "v_proj"), "attn.k and blocks.*.attn.v are exchanged"),
     "an offset": (
         lambda t: each(t, "norm", lambda x: x - 1),
         "the weight of each norm is 1 + what is stored",
@@ -297,10 +299,11 @@ def test_being_less_sure_is_no_better_knowledge(stories: Path) -> None:
     model = zoo.load(stories)
     ids = ids_of(model)
     with torch.no_grad():
-        plain = Reading((), nats(model, ids, None, HEATS))
-        sure = Edit(settings={"head": {"forward": lambda x: 2 * F.linear(x, model.embed.weight)}})
+        plain = Explanation((), nats(model, ids, None, HEATS))
+        twice = {"forward": lambda x: 2 * F.linear(x, model.embed.weight)}
+        sure = Hypothesis("twice as sure", settings={"head": twice})
         with applied(model, sure):
-            hot = Reading((), nats(model, ids, None, HEATS))
+            hot = Explanation((), nats(model, ids, None, HEATS))
     assert hot.plain > plain.plain + 0.1
     assert abs(plain.gain(hot)[0]) < 1e-6
 
@@ -310,7 +313,7 @@ def test_being_less_sure_is_no_better_knowledge(stories: Path) -> None:
 def test_faults_of_a_file(fault: str, wrong: Any) -> None:
     change, fix = FAULTS[fault]
     model = wrong(change)
-    assert fix in readings(model, ids_of(model))[0].seen
+    assert fix in explanations(model, ids_of(model))[0].seen
 
 
 @pytest.mark.parametrize(
@@ -322,14 +325,14 @@ def test_faults_of_a_file(fault: str, wrong: Any) -> None:
 )
 def test_fields_of_a_config(stories: Path, fields: dict[str, Any], fix: str) -> None:
     model = zoo.load(stories, config=fields)
-    found = readings(model, ids_of(model))[0]
+    found = explanations(model, ids_of(model))[0]
     assert fix in found.seen and "converters/specs/llama.yaml" in found.fix
 
 
 def test_what_a_text_cannot_tell_is_not_claimed(stories: Path) -> None:
     """Another eps changes no likelihood that could be seen."""
     model = zoo.load(stories, config={"eps": 1e-6})
-    assert readings(model, ids_of(model)) == []
+    assert explanations(model, ids_of(model)) == []
 
 
 def test_a_tokenizer_of_another_model(stories: Path, tmp_path: Path) -> None:
@@ -353,34 +356,34 @@ def shakespeare(fixtures: Path) -> tuple[Tensor, Tensor, int]:
 
 # a bug of the mutation gate, planted in the spec or the config: how the text is likelier
 RIGHT = {
-    "norm1 and norm2 swapped": "norm1 and .*norm2 are exchanged",
-    "norms before and after a branch swapped": "norm1 and .*norm1_out are exchanged",
-    "norm after attention taken for that before the MLP": "norm1_out and .*norm2 are exchanged",
-    "first norm taken for the final one": r"blocks\.0\.norm1 and norm are exchanged",
-    "gate and up swapped": "gate and .*up are exchanged",
-    "q and k swapped": "q is read from what k",
-    "k and v swapped": "k is read from what v",
-    "q, k, v read as v, q, k": "q is read from what v .*k is read from what q",
-    "layers shifted by one": "put in order",
-    "embeddings and head swapped": "embed and head are exchanged",
-    "a square read transposed": r"blocks\.0\.attn\.out\.weight is read as \[i o\]",
-    "q un-permuted for rotary": "q is read as",
-    "k un-permuted for rotary": "k is read as",
-    "k permuted by the query heads": "k is read as .* heads",
-    "v heads interleaved": "v is read as",
-    "out reads its heads interleaved": "out is read as",
-    "fused q, k, v read as interleaved": "q, k and v are read as",
-    "theta left at its default": "rope_base is",
-    "silu for gelu, or gelu for silu": "act is",
-    "parallel branches run in turn, or the other way about": "parallel is",
-    "shared layers run once, or others twice": "repeat is",
-    "soft cap left out": "score_cap is",
-    "norms read as an offset from one": r"norm1 is what is stored - 1",
-    "vocabulary off by one": r"embed\.weight.* read 1 row earlier",
-    "first two layers exchanged": "put in order",
-    "two experts exchanged": "experts of .* are put in order",
+    "norm1_norm2_exchanged": "norm1 and .*norm2 are exchanged",
+    "norm1_norm1_out_exchanged": "norm1 and .*norm1_out are exchanged",
+    "norm2_norm1_out_exchanged": "norm2 and .*norm1_out are exchanged",
+    "first_norm_final_norm_exchanged": r"blocks\.0\.norm1 and norm are exchanged",
+    "gate_up_exchanged": "gate and .*up are exchanged",
+    "q_k_exchanged": "attn.q and .*attn.k are exchanged",
+    "k_v_exchanged": "attn.k and .*attn.v are exchanged",
+    "qkv_read_as_vqk": "q is read from what v .*k is read from what q",
+    "layers_out_of_order": "put in order",
+    "embed_head_exchanged": "embed and head are exchanged",
+    "attn_out_transposed": r"blocks\.0\.attn\.out\.weight is read as \[i o\]",
+    "q_rows_in_halves": "q is read as",
+    "k_rows_in_halves": "k is read as",
+    "k_rows_in_halves_of_q_heads": "k is read as .* heads",
+    "v_heads_interleaved": "v is read as",
+    "out_heads_interleaved": "out is read as",
+    "fused_qkv_one_after_another_read_as_interleaved": r"\{q,k,v\} are read as",
+    "rope_base_default": "rope_base is",
+    "act_silu_for_gelu": "act is",
+    "parallel_branches": "parallel is",
+    "layers_run_twice": "repeat is",
+    "score_cap_missing": "score_cap is",
+    "norm_offset_added": r"norm1 is what is stored - 1",
+    "vocabulary_rows_off_by_+1": r"embed\.weight.* read 1 row earlier",
+    "first_two_layers_exchanged": "put in order",
+    "experts_out_of_order": "experts of .* are put in order",
 }
-FEW = ["q and k swapped", "layers shifted by one", "fused q, k, v read as interleaved"]
+FEW = ["q_k_exchanged", "layers_out_of_order", "fused_qkv_one_after_another_read_as_interleaved"]
 SEEN = 0.15  # nats a token: less is not to be told from noise with so short a text
 
 
@@ -401,10 +404,10 @@ class Planted:
     def told(self, bug: str) -> tuple[float, str] | None:
         """By how much the text is less likely with it, and what would mend that."""
         try:
-            model = planted(self.load, MUTANTS[bug], self.entry, torch.float32)
+            model = planted(self.load, CATALOGUE[bug], self.entry, torch.float32)
         except (NotApplicable, zoo.ZooError):
             return None
-        found = readings(model, self.ids, mask=self.mask)
+        found = explanations(model, self.ids, mask=self.mask)
         return self.nll(model) - self.healthy, found[0].seen if found else "nothing"
 
 
@@ -425,7 +428,7 @@ def of(
 @pytest.mark.slow
 def test_nothing_is_wrong_in_what_was_just_trained(of: Callable[[str], Planted]) -> None:
     gpt2 = of("gpt2")
-    assert readings(gpt2.load(), gpt2.ids) == []
+    assert explanations(gpt2.load(), gpt2.ids) == []
 
 
 @pytest.mark.slow
@@ -440,7 +443,7 @@ def test_a_planted_bug(bug: str, of: Callable[[str], Planted]) -> None:
 def test_every_planted_bug(name: str, of: Callable[[str], Planted]) -> None:
     """What a text shows is the first to be named in nine of ten; a healthy one is left alone."""
     model = of(name)
-    assert readings(model.load(), model.ids, mask=model.mask) == []
+    assert explanations(model.load(), model.ids, mask=model.mask) == []
     told = {bug: found for bug in RIGHT if (found := model.told(bug)) is not None}
     shown = {bug: said for bug, (worse, said) in told.items() if worse > SEEN}
     wrong = {bug: said for bug, said in shown.items() if not re.search(RIGHT[bug], said)}

@@ -25,9 +25,9 @@ from zoo import evidence, parity, registry
 from zoo.cli import app
 from zoo.diagnosis.diff import planted
 from zoo.diagnosis.diff.planted import Trace
+from zoo.diagnosis.gate import Verdict
 from zoo.errors import MissingTensors
 from zoo.parity.gates import formats
-from zoo.parity.gates.mutants import Verdict
 from zoo.parity.gates.trips import Trip
 from zoo.parity.result import Report, Row
 from zoo.report.gather import Run, _by_layer, gather
@@ -54,7 +54,7 @@ KNOWN: dict[str, Any] = {
             "versions": {"torch": "9.8"},
             "code": "other",
             "bugs": {
-                "q and k swapped": {"killed": "base: fp64 1", "located": True, "diagnosed": True},
+                "q_k_exchanged": {"killed": "base: fp64 1", "located": True, "diagnosed": True},
                 "k lost": {"killed": "x", "located": True, "diagnosed": False, "said": "v <lost>"},
                 "lost": {"killed": "x", "located": False, "place": "in norm", "said": "nothing"},
                 "a shape": {"refused": "base: ShapeMismatch"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeGuard
 
@@ -137,20 +139,38 @@ def _formats() -> str:
 def _no_such(ref: str | os.PathLike[str], text: str) -> NoReturn:
     if not text.strip():
         raise UsageError("expected a name, hf:org/repo@rev or a path, found an empty string")
+    near = near_path(text)
+    near = near and f".{near}"
     if isinstance(ref, str):
         hub_url = re.fullmatch(r"(?:https?://[^/]+/|hf://)([\w.-]+/[\w.-]+).*", text)
         if hub_url:
             raise UsageError(f"{text!r}: write hf:{hub_url[1]}")
         if REPO.fullmatch(text) and not text.startswith("."):
             raise UsageError(
-                f"{text!r} is no directory here; for the hub's repository write hf:{text}"
+                f"{text!r} is no directory here; for the hub's repository write hf:{text}{near}"
             )
         if "/" not in text and os.sep not in text:
             try:
                 find(text)
             except UnknownName as error:
-                raise UnknownName(f"{error} (no directory of that name either)") from None
-    raise NotACheckpoint(f"{text}: no such directory")
+                raise UnknownName(f"{error} (no directory of that name either{near})") from None
+    raise NotACheckpoint(f"{text}: no such directory{near}")
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """` Did you mean models/gpt2?` for a path that does not exist, or nothing.
+
+    The first part of it that does not exist is compared with what lies in that directory.
+    """
+    missing = expanded(path)
+    try:
+        while not missing.parent.exists():
+            missing = missing.parent
+        names = sorted(each.name for each in islice(missing.parent.iterdir(), 2000))
+    except (OSError, ValueError):
+        return ""
+    near = get_close_matches(missing.name, names, cutoff=0.7)
+    return f" Did you mean {', '.join(str(missing.parent / name) for name in near)}?" * bool(near)
 
 
 def _nearby(path: Path) -> str:

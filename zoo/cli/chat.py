@@ -1,4 +1,4 @@
-"""A dialogue at a terminal, of which the model reads at each turn only what is new."""
+"""A dialogue at a terminal; at each turn the model reads only what is new."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ import torch
 
 from zoo.checkpoints.provenance import check_sources
 from zoo.components.model import Model
-from zoo.errors import InputError, OutputExists, SequenceTooLong, UsageError, ZooError
+from zoo.errors import (
+    InputError,
+    OutputExists,
+    SequenceTooLong,
+    TemplateError,
+    UsageError,
+    ZooError,
+)
 from zoo.terminal import BOLD, DIM, RED, has_color, paint
 from zoo.text.generate import text_pieces
 from zoo.text.inference import is_encoder_decoder
@@ -29,7 +36,9 @@ HELP = '''\
 A line that ends in \\ goes on in the next one; so do all between two lines of """.
 Ctrl-C stops an answer, Ctrl-D leaves.'''
 NAMES = {"user": "User", "assistant": "Assistant"}  # where there is no chat template
-MOST, ROOM = 1000, 1024
+MAX_NEW_TOKENS, ROOM = 1000, 1024
+# what another line can mend: a program that writes to the dialogue goes on after these alone
+MENDABLE = (UsageError, InputError, OutputExists, TemplateError)
 
 
 class Dialogue:
@@ -53,7 +62,12 @@ class Dialogue:
         self.saved: set[Path] = set()
 
     def answer(self, text: str) -> Iterator[str]:
-        """Piece by piece. One that is left in the middle is remembered as far as it came."""
+        """Yield the answer piece by piece; one that is left early is remembered as far as it came.
+
+        Raises:
+            InputError: The text holds a special token, or is longer than the model's positions.
+            SourceChanged: The model's files changed since it was loaded.
+        """
         for model in self._models:  # their files may have changed since the last turn
             check_sources(model)
         tokenizer = self.model.tokenizer
@@ -61,16 +75,16 @@ class Dialogue:
             raise InputError(f"{named[0]} is a special token, and would end or begin a turn")
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = torch.tensor([self._ids(messages)], device=next(self.model.parameters()).device)
-        most = self._most(ids.shape[1])
-        asked, said = replace(self.asked, max_new_tokens=most), ""
-        runners = [self._runner(n, ids, most) for n in range(len(self._models))]
+        limit = self._max_new_tokens(ids.shape[1])
+        asked, answer = replace(self.asked, max_new_tokens=limit), ""
+        runners = [self._runner(n, ids, limit) for n in range(len(self._models))]
         try:
             for piece in text_pieces(self.model, ids, None, asked, self.special, runners):
-                piece = piece if said else piece.lstrip()
-                said += piece
+                piece = piece if answer else piece.lstrip()
+                answer += piece
                 yield piece
         finally:
-            self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
+            self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer = self.model.tokenizer
@@ -81,17 +95,17 @@ class Dialogue:
 
     @property
     def _models(self) -> list[Model]:
-        """The one that answers, and the one that guesses ahead."""
+        """The model that answers, and the assistant that guesses ahead."""
         return [m for m in (self.model, self.asked.assistant_model) if m is not None]
 
-    def _most(self, length: int) -> int:
-        most = self.asked.max_new_tokens or MOST
+    def _max_new_tokens(self, length: int) -> int:
+        most = self.asked.max_new_tokens or MAX_NEW_TOKENS
         if self.asked.max_length is not None and self.asked.max_new_tokens is None:
             most = self.asked.max_length - length
             if most < 1:
                 raise SequenceTooLong(
                     f"the dialogue has {length} tokens, and max_length is {self.asked.max_length}: "
-                    "/reset begins anew"
+                    "/reset starts over"
                 )
         for model, name in zip(self._models, ("the model", "its assistant"), strict=False):
             if (limit := model.config.limit_cached) is None:
@@ -99,17 +113,17 @@ class Dialogue:
             if length > limit:
                 raise SequenceTooLong(
                     f"the dialogue has {length} tokens, and {name} {limit} positions: "
-                    "/reset begins anew"
+                    "/reset starts over"
                 )
             most = min(most, limit + 1 - length)
         return most
 
-    def _runner(self, n: int, ids: torch.Tensor, most: int) -> Runner:
-        """The one there is, as long as its cache has room: all of it is taken when it is made."""
-        need, kept = ids.shape[1] + most, self.runners.get(n)
-        if kept is not None and kept.cache is not None and need <= kept.cache.size:
-            kept.resume(ids)
-            return kept
+    def _runner(self, n: int, ids: torch.Tensor, new: int) -> Runner:
+        """The model's runner of the turn before, or a larger one where its cache has no room."""
+        need, runner = ids.shape[1] + new, self.runners.get(n)
+        if runner is not None and runner.cache is not None and need <= runner.cache.size:
+            runner.resume(ids)
+            return runner
         model = self._models[n]
         limit = model.config.limit_cached
         size = max(2 * need, ROOM) if limit is None else min(max(2 * need, ROOM), limit + 1)
@@ -117,9 +131,16 @@ class Dialogue:
         return self.runners[n]
 
     def reset(self) -> None:
+        """Forget all messages."""
         self.messages, self.runners = [], {}
 
     def save(self, name: str) -> Path:
+        """Write the messages to a file as JSON.
+
+        Raises:
+            OutputExists: There is such a file, and this dialogue did not write it.
+            InputError: It cannot be written.
+        """
         path = Path(name)
         if path.exists() and path.resolve() not in self.saved:
             raise OutputExists(f"{path} is there already; /save to another file")
@@ -136,26 +157,35 @@ class Dialogue:
 
 
 def talk(model: Model, options: Mapping[str, Any]) -> None:
-    """Until the input ends."""
+    """Answer each line of standard input until it ends.
+
+    A mistake is printed, and the dialogue goes on. Where nobody watches, an error that no other
+    line can mend ends it.
+
+    Raises:
+        ZooError: Such an error: weights that are not finite, files that changed …
+    """
     if sys.stdin is None:
         raise UsageError("chat: standard input is closed, and a dialogue is read from it")
-    dialogue, watched = Dialogue(model, **options), sys.stdin.isatty()
-    if watched:
+    dialogue, is_terminal = Dialogue(model, **options), sys.stdin.isatty()
+    if is_terminal:
         import readline  # noqa: F401  input() then knows arrows and earlier lines
 
         print(paint("/help tells more, Ctrl-D leaves", DIM, has_color(sys.stdout)))
     while True:
         try:
-            text = _read("> " if watched else "", "… " if watched else "")
+            text = _read("> " if is_terminal else "", "… " if is_terminal else "")
             if text.strip():
                 _turn(dialogue, text)
         except EOFError:
-            if watched:
+            if is_terminal:
                 print()
             return
         except KeyboardInterrupt:
             print(flush=True)
         except ZooError as error:
+            if not is_terminal and not isinstance(error, MENDABLE):
+                raise
             title = paint("zoo: error:", BOLD + RED, has_color(sys.stderr))
             print(title, error, file=sys.stderr, flush=True)
 

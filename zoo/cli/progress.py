@@ -1,4 +1,4 @@
-"""What a conversion says while it runs: a line that moves, a log, or events for programs."""
+"""The progress of a conversion: a line that moves, a log, or events for programs."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ from zoo.errors import listing
 from zoo.terminal import passing
 
 
-class Shown:
-    """Called with each event of a conversion."""
+class ConversionProgress:
+    """Prints each event that a conversion tells it."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
@@ -26,8 +26,8 @@ class Shown:
         self.total = event["bytes"]
 
     def anew(self, event: dict[str, Any]) -> None:
-        told = "what was begun here is of another source, spec or options: starting anew"
-        print(told, file=sys.stderr)
+        message = "what was begun here is of another source, spec or options: starting anew"
+        print(message, file=sys.stderr)
 
     def tensor(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -49,12 +49,11 @@ class Shown:
     def done(self, event: dict[str, Any]) -> None:
         passing("", sys.stderr)
         if event["resumed"]:
-            told = f"went on: {event['resumed']:,} bytes were there already"
-            print(told, file=sys.stderr)
+            print(f"went on: {event['resumed']:,} bytes were there already", file=sys.stderr)
         if zeros := event["zeros"]:
-            told = f"warning: {len(zeros)} tensors are all zero: {listing(zeros, 5)}"
-            print(told, file=sys.stderr)
-        for told in event["left"]:
-            print(f"warning: left behind: {told}", file=sys.stderr)
+            names = listing(zeros, 5)
+            print(f"warning: {len(zeros)} tensors are all zero: {names}", file=sys.stderr)
+        for file in event["left"]:
+            print(f"warning: left behind: {file}", file=sys.stderr)
         for names in event["duplicates"]:
             print(f"warning: the same numbers under {listing(names, 5)}", file=sys.stderr)

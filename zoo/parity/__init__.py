@@ -148,8 +148,9 @@ def _jobs(
 def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> list[Job]:
     from converters.strict_json import read_json
     from zoo import registry
+    from zoo.checkpoints.oracle import Oracle
     from zoo.errors import ConfigError, UsageError
-    from zoo.parity.fixtures import write_like
+    from zoo.parity.fixtures import write_like, write_under
 
     directory = source.directory
     path = directory / "config.json"
@@ -164,7 +165,8 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
             f"{directory}: quantized, and the reference computes in other numbers than those it "
             f"stands for. Run: zoo convert {directory} --to hf --out DIR, and verify DIR"
         )
-    entry, reference_class = registry.architecture_for(config, str(path))
+    entry, own_class = registry.architecture_for(config, str(path))
+    reference_class = own_class
     if (head := reading.get("head")) is not None:
         reference_class = next((c for c, heads in entry.heads.items() if head in heads), None)
     if reference_class is None:
@@ -178,8 +180,13 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
     named = None if {"head", "config", "ignore_config"} & reading.keys() else source.checkpoint
     if named is not None and source.repo and source.revision:
         published = Published(named.name, source.repo, source.revision)
+    place: dict[str, Any] = {"directory": directory}
+    if (
+        reference_class != own_class and not Oracle(reference_class).own
+    ):  # what another head leaves out is no difference
+        place = {"write": lambda copy, seed: write_under(directory, copy, reference_class)}
     return [
-        Job(name, reference_class, directory=directory, reading=reading, published=published),
+        Job(name, reference_class, **place, reading=reading, published=published),
         Job(f"{name}, hot", reference_class, write, reading=reading),
     ]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.checkpoints.oracle import Oracle, transformers
+from zoo.errors import ParityError, listing
 from zoo.registry import Architecture
 
 # what the reference calls the projections whose products are attention scores
@@ -121,3 +122,19 @@ def write_like(directory: Path, destination: Path, reference_class: str, *, seed
     """A hot checkpoint with the config of `directory`: what its own weights hide, these show."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     write(reference_class, config, destination, seed=seed, model_type=config.get("model_type", ""))
+
+
+def write_under(directory: Path, destination: Path, reference_class: str) -> None:
+    """Write the weights of `directory` as the reference publishes them under another class.
+
+    Raises:
+        ParityError: The class needs tensors that the directory does not hold.
+    """
+    kind = getattr(transformers(), reference_class)
+    how = {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
+    model, info = kind.from_pretrained(directory, **how)
+    if missing := info.get("missing_keys"):
+        raise ParityError(
+            f"{directory}: lacks what {reference_class} needs: {listing(map(str, missing))}"
+        )
+    model.save_pretrained(destination)

@@ -45,23 +45,23 @@ def fresh(n: Numbers, chance: float = _CHANCE) -> bool | None:
 
 def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding], bool]:
     """What looks as initialized, and whether all does: then layers tell nothing of each other."""
-    known = [(n, verdict) for n in numbers if (verdict := fresh(n)) is not None]
-    random = [n for n, verdict in known if verdict]
-    share = len(random) / max(len(known), 1)
+    measured = [(n, verdict) for n in numbers if (verdict := fresh(n)) is not None]
+    random = [n for n, verdict in measured if verdict]
+    share = len(random) / max(len(measured), 1)
     if share < _FRESH:
         # what resembles others is trained, however little
         random = [n for n in random if fresh(n, _ALONE) and stream.is_like_none(n)]
         random = [n for n in random if n.count >= (_ENOUGH if stream.knows(n) else _LOOSE)]
-        share = len(random) / max(len(known), 1)
+        share = len(random) / max(len(measured), 1)
     if not random:
         return [], False
-    n, of = random[0], f"{len(random)} of {len(known)} matrices"
+    n, of = random[0], f"{len(random)} of {len(measured)} matrices"
     seen = f"{n.name}: independent {_shape(n)} numbers with a deviation of {n.std:.3g}"
     if share >= _FRESH:
         fix = "if it should be trained: load it again where it came from, and heed warnings there"
         what = "nothing of it looks trained: its matrices are as initialized"
-        told = f"{of} are independent random numbers; {seen}"
-        return [Finding(what, files_of(random), told, 0.97, fix)], True
+        evidence = f"{of} are independent random numbers; {seen}"
+        return [Finding(what, files_of(random), evidence, 0.97, fix)], True
     if share > _MUCH:
         what = f"hardly trained: {of} are as initialized"
         fix = (
@@ -70,8 +70,8 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
         return [Finding(what, files_of(random), seen, 0.8, fix)], False
     what = f"never trained, as initialized: {called(random)}"
     fix = "it was missing where this was saved from, or its name was not known there"
-    told = f"{seen}; {len(known) - len(random)} other matrices have structure"
-    return [Finding(what, files_of(random), told, 0.93, fix)], False
+    evidence = f"{seen}; {len(measured) - len(random)} other matrices have structure"
+    return [Finding(what, files_of(random), evidence, 0.93, fix)], False
 
 
 def _shape(n: Numbers) -> str:
@@ -86,7 +86,7 @@ def between_layers(numbers: Sequence[Numbers]) -> Iterator[Finding]:
 
 
 def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
-    odd = list[tuple[float, Numbers]]()
+    outliers = list[tuple[float, Numbers]]()
     for each in families:
         if len(each) < 3 or each[0].array.name.endswith("bias"):
             continue
@@ -98,37 +98,37 @@ def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
             most = _SCALE if 0 < at < len(each) - 1 else _OUTER
             most *= 1.0 if n.matrix else _NORM
             if abs(away) > max(log(most), 5 * spread):
-                odd.append((exp(away), n))
-    if odd:
-        times, n = max(odd, key=lambda pair: abs(log(pair[0])))
-        told = f"{times:.3g} times" if times > 1 else f"a {1 / times:.3g}th of"
-        seen = f"{n.name}: its numbers are {told} the size of the neighboring layers'"
-        arrays = [n for _, n in odd]
+                outliers.append((exp(away), n))
+    if outliers:
+        times, n = max(outliers, key=lambda pair: abs(log(pair[0])))
+        factor = f"{times:.3g} times" if times > 1 else f"a {1 / times:.3g}th of"
+        seen = f"{n.name}: its numbers are {factor} the size of the neighboring layers'"
+        arrays = [n for _, n in outliers]
         what = f"out of scale: {called(arrays)}"
         fix = "a scale was applied twice or left out: convert the original again"
         yield Finding(what, files_of(arrays), seen, 0.8, fix)
 
 
 def _coarse(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
-    odd, usual = list[Numbers](), dict[str, int]()
+    outliers, usual = list[Numbers](), dict[str, int]()
     for each in families:
-        known = [n.bits for n in each if n.bits is not None]
-        if len(known) < 3:
+        bits = [n.bits for n in each if n.bits is not None]
+        if len(bits) < 3:
             continue
-        middle = median(known)
+        middle = median(bits)
         for n in each:
             fewer = n.bits is not None and n.bits <= middle - _BITS
             whole = bool(n.grid) and sum(bool(m.grid) for m in each) < len(each) / 2
             if (fewer or whole) and not n.array.coarse:
-                odd.append(n)
+                outliers.append(n)
                 usual[n.name] = int(middle)
-    if odd:
-        n = odd[0]
-        held = n.grid or _named(n.bits or 0)
-        seen = f"{n.name}: its numbers are {held}; the other layers' use {usual[n.name]} bits"
-        what = f"precision was lost: {called(odd)}"
+    if outliers:
+        n = outliers[0]
+        precision = n.grid or _named(n.bits or 0)
+        seen = f"{n.name}: its numbers are {precision}; the other layers' use {usual[n.name]} bits"
+        what = f"precision was lost: {called(outliers)}"
         fix = "convert the original again: these went through a narrower type"
-        yield Finding(what, files_of(odd), seen, 0.85, fix)
+        yield Finding(what, files_of(outliers), seen, 0.85, fix)
 
 
 def _named(bits: int) -> str:
@@ -141,9 +141,9 @@ def _named(bits: int) -> str:
 
 def precision(numbers: Sequence[Numbers]) -> str:
     """The narrowest type that all numbers are exact in, if it is narrower than theirs."""
-    known = [n for n in numbers if n.bits is not None and n.matrix]
-    wide = max((MANTISSA[n.array.dtype] for n in known), default=0)
-    most = max((n.bits or 0 for n in known), default=wide)
-    if not known or most >= wide - _BITS + 1:
+    matrices = [n for n in numbers if n.bits is not None and n.matrix]
+    wide = max((MANTISSA[n.array.dtype] for n in matrices), default=0)
+    most = max((n.bits or 0 for n in matrices), default=wide)
+    if not matrices or most >= wide - _BITS + 1:
         return ""
     return _named(most)

@@ -20,37 +20,37 @@ _BLOCK = re.compile(r"(?P<stem>.*?[a-z_.])(?P<number>\d+)[./](?P<rest>.+)")
 _BLOCKS = 4  # numbers, and tensors below each, that make layers
 
 
-def refused(found: Opened) -> Iterator[Finding]:
+def refused(contents: Opened) -> Iterator[Finding]:
     """What loading says against it, and of that what has one cause."""
     turned = [
         name
-        for name, (wanted, _) in found.misshapen.items()
-        if len(wanted) == 2 and found.checkpoint.tensors[name].shape == wanted[::-1]
+        for name, (wanted, _) in contents.misshapen.items()
+        if len(wanted) == 2 and contents.checkpoint.tensors[name].shape == wanted[::-1]
     ]
     if turned:
         name = turned[0]
-        here, wanted = found.checkpoint.tensors[name].shape, found.misshapen[name][0]
+        here, wanted = contents.checkpoint.tensors[name].shape, contents.misshapen[name][0]
         seen = f"{name}: shape {list(here)}, expected {list(wanted)}"
         what = f"transposed by their shapes: {counted(turned)}"
         yield Finding(what, tuple(turned), seen, 0.99, "turn their axes round")
-    if found.refused and not found.unknown:
-        lines = [line.strip() for line in found.refused.splitlines()]
-        told = lines[1:] if len(lines) > 1 else lines
-        more = f" … and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-        seen = "; ".join(told[:_SHOWN]) + more
-        names = tuple(n for n in found.checkpoint.tensors if n in found.misshapen)
+    if contents.refused and not contents.unknown:
+        lines = [line.strip() for line in contents.refused.splitlines()]
+        problems = lines[1:] if len(lines) > 1 else lines
+        more = f" … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        seen = "; ".join(problems[:_SHOWN]) + more
+        names = tuple(n for n in contents.checkpoint.tensors if n in contents.misshapen)
         yield Finding("it does not load", names, seen, 0.98)
 
 
-def holes(found: Opened) -> Iterator[Finding]:
+def holes(contents: Opened) -> Iterator[Finding]:
     """Numbers of layers that are left out, where no config says how many there are."""
-    if found.config is not None:
+    if contents.config is not None:
         return
     below = defaultdict[str, dict[int, set[str]]](dict)
-    for name in found.checkpoint.tensors:
+    for name in contents.checkpoint.tensors:
         if (match := _BLOCK.fullmatch(name)) is not None:
-            held = below[match["stem"]].setdefault(int(match["number"]), set())
-            held.add(match["rest"])
+            tensors = below[match["stem"]].setdefault(int(match["number"]), set())
+            tensors.add(match["rest"])
     for stem, layers in below.items():
         usual = max(map(len, layers.values()))
         gone = sorted(set(range(max(layers) + 1)) - layers.keys())
@@ -72,22 +72,22 @@ def holes(found: Opened) -> Iterator[Finding]:
                 yield Finding(f"a tensor is missing: {name}", (name,), seen, 0.6, fix)
 
 
-def ties(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+def ties(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Names of one array that differ, and arrays that are equal where the config has two."""
-    checkpoint = found.checkpoint
-    for groups in found.also:
+    checkpoint = contents.checkpoint
+    for groups in contents.also:
         for other in groups[1:]:
             pairs = list(zip(groups[0], other, strict=True))
-            odd = [
+            unequal = [
                 (a, b)
                 for a, b in pairs
                 if not torch.equal(checkpoint.tensor(a), checkpoint.tensor(b))
             ]
-            if odd:
-                a, b = odd[0]
+            if unequal:
+                a, b = unequal[0]
                 seen = f"the config ties {a} and {b}, and they differ"
                 fix = f"if {a} counts: trust=({a!r},); if both do, the config should not tie them"
-                yield Finding(CONFLICT, tuple(n for p in odd for n in p), seen, 0.97, fix)
+                yield Finding(CONFLICT, tuple(n for p in unequal for n in p), seen, 0.97, fix)
     by_name = {n.name: n for n in numbers}
     head = next((by_name[n] for n in ("head.weight", "head.decoder.weight") if n in by_name), None)
     embed = by_name.get("embed.weight")
@@ -99,15 +99,15 @@ def ties(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
             yield Finding("not tied, and equal", files_of([embed, head]), seen, 0.3, fix)
 
 
-def vocabulary(found: Opened) -> Iterator[Finding]:
+def vocabulary(contents: Opened) -> Iterator[Finding]:
     """A tokenizer that has more tokens than there are rows for them."""
-    rows = getattr(found.config, "vocab", None)
-    if rows is None or found.located is None:
+    rows = getattr(contents.config, "vocab", None)
+    if rows is None or contents.located is None:
         return
     from zoo.tokenizers.load import read
 
     try:
-        count = read(found.place).vocab_size
+        count = read(contents.place).vocab_size
     except (ZooError, OSError):
         return  # none, or one of its own making
     if count > rows:
@@ -116,11 +116,11 @@ def vocabulary(found: Opened) -> Iterator[Finding]:
         yield Finding("more tokens than rows for them", (), seen, 0.9, fix)
 
 
-def notes(found: Opened, numbers: Sequence[Numbers]) -> Iterator[str]:
+def notes(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[str]:
     """What is told and is common."""
-    if found.refused and found.unknown:
+    if contents.refused and contents.unknown:
         nobody = "nothing says what it is: its arrays are looked at under their own names"
-        yield nobody if found.located is None else found.refused
+        yield nobody if contents.located is None else contents.refused
     for n in numbers:
         if not n.matrix or n.array.layer is not None or n.constant or not n.finite:
             continue

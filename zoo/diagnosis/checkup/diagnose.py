@@ -21,7 +21,7 @@ from zoo.diagnosis.checkup.finding import Finding
 from zoo.diagnosis.checkup.likelihood import hidden_as, ids_of, nats
 from zoo.diagnosis.checkup.opened import Array, Opened, opened
 from zoo.diagnosis.checkup.report import Diagnosis
-from zoo.diagnosis.checkup.search import readings, shown
+from zoo.diagnosis.checkup.search import explanations, shown
 from zoo.diagnosis.checkup.statistics import Numbers, numbers_of
 from zoo.errors import ZooError
 from zoo.text.inference import at_rest
@@ -45,69 +45,69 @@ def diagnose(
     read. A text, or (s,) its `ids`, says more where the model loads: without either, a text of
     zoo's own where there is a tokenizer. `config` and `where` are as `zoo.load` has them.
     """
-    found = opened(ref, config or {}, **where)
-    arrays = [array for array in found.arrays if 0 not in array.shape]
+    contents = opened(ref, config or {}, **where)
+    arrays = [array for array in contents.arrays if 0 not in array.shape]
     tell = progress or (lambda done, count, name: None)
     numbers = list[Numbers]()
     for n, array in enumerate(arrays):
         tell(n, len(arrays), array.name)
         numbers.append(numbers_of(array))
     tell(len(arrays), len(arrays), "")
-    tied = list(consistency.ties(found, numbers))
-    inside, learnt, right = _of_numbers(found, numbers)
+    tied = list(consistency.ties(contents, numbers))
+    inside, learnt, right = _of_numbers(contents, numbers)
     findings = [
-        *consistency.refused(found),
-        *consistency.holes(found),
-        *consistency.vocabulary(found),
+        *consistency.refused(contents),
+        *consistency.holes(contents),
+        *consistency.vocabulary(contents),
     ]
     findings += [*tied, *inside]
-    notes = list(consistency.notes(found, numbers))
+    notes = list(consistency.notes(contents, numbers))
     if precise := across_layers.precision(numbers):
         notes.append(f"all numbers are {precise}")
-    loads = not found.refused and all(finding.what != consistency.CONFLICT for finding in tied)
+    loads = not contents.refused and all(finding.what != consistency.CONFLICT for finding in tied)
     if loads and learnt:
         if text is ids is None and sum(n.count for n in numbers) > _LARGE:
             notes.append("no text was read: of so large a model only one that is given")
         else:
             try:
-                told, note = _by_a_text(found, right, text, ids, config, tell)
-                findings += told
-                notes += [] if told else [note]
+                explained, note = _by_a_text(contents, right, text, ids, config, tell)
+                findings += explained
+                notes += [] if explained else [note]
             except ZooError as error:
                 notes.append(f"no text was read: {str(error).splitlines()[0]}")
     ranked = sorted(findings, key=lambda finding: -finding.likely)
-    return Diagnosis(str(ref), found, tuple(numbers), tuple(ranked), tuple(notes), loads)
+    return Diagnosis(str(ref), contents, tuple(numbers), tuple(ranked), tuple(notes), loads)
 
 
 def _of_numbers(
-    found: Opened, numbers: Sequence[Numbers]
+    contents: Opened, numbers: Sequence[Numbers]
 ) -> tuple[list[Finding], bool, list[Array]]:
     """What they tell, whether the model has learnt what a text could show, and matrices put right.
 
     Of a transposed matrix everything else is told as it should be.
     """
-    findings = list(value_checks.spoilt(found, numbers))
-    odd = {name for finding in findings for name in finding.where}
-    sound = [n for n in numbers if not odd & set(n.array.files)]
+    findings = list(value_checks.spoilt(contents, numbers))
+    names = {name for finding in findings for name in finding.where}
+    sound = [n for n in numbers if not names & set(n.array.files)]
     findings += value_checks.repeated(sound)
-    transposed, sound, stream = flips.put_right(found, read := sound)
+    transposed, sound, stream = flips.put_right(contents, read := sound)
     right = [n.array for n, before in zip(sound, read, strict=True) if n is not before]
     findings += transposed
     fresh, all_of_it = across_layers.untrained(sound, stream)
     findings += fresh
     if all_of_it:  # and layers are alike by chance alone
         return findings, False, right
-    odd = {name for finding in fresh for name in finding.where}
-    anew = {n.array.layer for n in sound if odd & set(n.array.files)}
-    sound = [n for n in sound if n.array.layer is None or n.array.layer not in anew]
+    names = {name for finding in fresh for name in finding.where}
+    layers = {n.array.layer for n in sound if names & set(n.array.files)}
+    sound = [n for n in sound if n.array.layer is None or n.array.layer not in layers]
     findings += across_layers.between_layers(sound)
-    findings += rotary_layout.rotary(found, sound)
-    findings += norms.between_norms(found, sound)
+    findings += rotary_layout.rotary(contents, sound)
+    findings += norms.between_norms(contents, sound)
     return findings, all(n.finite for n in numbers), right
 
 
 def _by_a_text(
-    found: Opened,
+    contents: Opened,
     right: Sequence[Array],
     text: str | None,
     ids: Tensor | None,
@@ -115,16 +115,16 @@ def _by_a_text(
     tell: Progress,
 ) -> tuple[list[Finding], str]:
     """What makes a text likelier than the weights, some put right, and how likely it is so."""
-    assert found.located is not None
-    model = fill(found.located, config=config)
+    assert contents.located is not None
+    model = fill(contents.located, config=config)
     for array in right:
         parameter = model.get_parameter(array.name)
         parameter.data = array.made().whole().to(parameter.dtype)
     if ids is None:
         ids = ids_of(model) if text is None else ids_of(model, text)
-    told = readings(model, ids, progress=lambda n, of: tell(n, of, "readings"))
+    findings = explanations(model, ids, progress=lambda n, of: tell(n, of, "hypotheses"))
     tell(1, 1, "")
     with at_rest(model):
         nll = float(nats(model, ids, hidden_as(model))[0].mean())
     those = " with these matrices transposed" if right else ""
-    return told, f"a text of {len(ids)} tokens was read{those}: perplexity {shown(nll)}"
+    return findings, f"a text of {len(ids)} tokens was read{those}: perplexity {shown(nll)}"

@@ -44,16 +44,16 @@ class Flip(NamedTuple):
 
 
 def put_right(
-    found: Opened, numbers: Sequence[Numbers]
+    contents: Opened, numbers: Sequence[Numbers]
 ) -> tuple[list[Finding], list[Numbers], Stream]:
     """Return what is flipped, all numbers without that, and the stream that those make."""
-    stream, flips = Stream(found, numbers), list[Flip]()
+    stream, flips = Stream(contents, numbers), list[Flip]()
     for search in (_kinds, _single):
         new = {flip.read: flip for flip in search(stream)} if len(stream.families) > 2 else {}
         if new:
             flips += new.values()
             numbers = [new[n].right if n in new else n for n in numbers]
-            stream = Stream(found, numbers)
+            stream = Stream(contents, numbers)
     return list(_findings(stream, flips)), list(numbers), stream
 
 
@@ -159,22 +159,22 @@ class _Search:
 
     def best(self) -> _Choice | None:
         """The clearest of those that the others tell."""
-        found = list[_Choice]()
+        choices = list[_Choice]()
         for family in self.kinds.keys() - self.chosen.keys():
             if (before := self.resembles(family, None)) > _ENOUGH:
                 continue
             for way in self.kinds[family].ways:
                 after = self.resembles(family, way)
                 if after > max(_CHANCE, _CLEARLY * before):
-                    found.append(_Choice(after, before, family, way))
-        return max(found, default=None)
+                    choices.append(_Choice(after, before, family, way))
+        return max(choices, default=None)
 
     def first(self) -> _Choice | None:
         """Where no kind resembles others: one whose layers resemble each other, and that leads on.
 
         Flipped, it must be what others resemble when they are flipped.
         """
-        found = list[tuple[_Choice, _Choice]]()
+        pairs = list[tuple[_Choice, _Choice]]()
         for family, kind in self.kinds.items():
             if family in self.chosen or self.resembles(family, None) > _CHANCE:
                 continue
@@ -184,9 +184,9 @@ class _Search:
                     choice = _Choice(kind.own(way), before, family, way)
                     self.chosen[family] = choice
                     if (second := self.best()) is not None:
-                        found.append((second, choice))
+                        pairs.append((second, choice))
                     del self.chosen[family]
-        return max(found)[1] if found else None
+        return max(pairs)[1] if pairs else None
 
     def run(self) -> None:
         while (choice := self.best() or self.first()) is not None:

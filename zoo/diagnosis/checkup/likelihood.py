@@ -41,10 +41,11 @@ def ids_of(model: Model, text: str = TEXT) -> Tensor:
     after = ids[len(inner) :]
     ids = [*inner[: MOST - len(after)], *after]
     vocab = model.config.vocab
-    if odd := [id for id in ids if id >= vocab]:
+    if outside := [id for id in ids if id >= vocab]:
+        token = tokenizer.token(outside[0])
         raise InputError(
-            f"{tokenizer!r}: id {odd[0]} of {tokenizer.token(odd[0])!r}, and the model has {vocab} "
-            "rows for tokens: this is another model's tokenizer"
+            f"{tokenizer!r}: id {outside[0]} of {token!r}, and the model has {vocab} rows for "
+            "tokens: this is another model's tokenizer"
         )
     return torch.tensor(ids)
 
@@ -73,11 +74,11 @@ def _foreseen(model: Model, ids: Tensor, heats: Sequence[float]) -> Tensor:
 
 def _filled(model: Model, ids: Tensor, heats: Sequence[float], mask: int, times: int) -> Tensor:
     places = torch.arange(len(ids), device=ids.device) % EVERY
-    found = list[Tensor]()
+    costs = list[Tensor]()
     for n in range(min(times, len(ids))):
         logits = model(torch.where(places == n, mask, ids)[None])[0]
-        found.append(_costs(logits[places == n], ids[places == n], heats))
-    return torch.cat(found, 1)
+        costs.append(_costs(logits[places == n], ids[places == n], heats))
+    return torch.cat(costs, 1)
 
 
 def _costs(logits: Tensor, wanted: Tensor, heats: Sequence[float]) -> Tensor:

@@ -19,9 +19,9 @@ _BELOW = 0.1  # of all scales: as good as none is negative in trained models
 _AROUND = 0.5  # how far the mean is from what is expected
 
 
-def between_norms(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+def between_norms(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     yield from _exchanged(numbers)
-    yield from _offset(found, numbers)
+    yield from _offset(contents, numbers)
 
 
 def _values(n: Numbers) -> Tensor:
@@ -48,15 +48,17 @@ def _exchanged(numbers: Sequence[Numbers]) -> Iterator[Finding]:
             ordered = sorted(each, key=lambda n: n.array.layer or 0)
             blocks[family.partition("*")[0]].append(ordered)
     for families in blocks.values():
-        held = [torch.stack([_values(n) for n in each]) for each in families]
+        values = [torch.stack([_values(n) for n in each]) for each in families]
         for a in range(len(families)):
             for b in range(a + 1, len(families)):
-                if held[a].shape != held[b].shape:
+                if values[a].shape != values[b].shape:
                     continue
                 # the outermost are like none
-                odd = [n for n in range(1, len(held[a]) - 1) if _crossed(held[a], held[b], n)]
-                if odd and len(odd) < len(held[a]) / 2:
-                    arrays = [families[k][n] for n in odd for k in (a, b)]
+                crossed = [
+                    n for n in range(1, len(values[a]) - 1) if _crossed(values[a], values[b], n)
+                ]
+                if crossed and len(crossed) < len(values[a]) / 2:
+                    arrays = [families[k][n] for n in crossed for k in (a, b)]
                     first = [each.name for each in arrays[:2]]
                     seen = f"{' and '.join(first)}: each is nearer to the other one's neighbors"
                     what = f"two norms are exchanged: {called(arrays)}"
@@ -75,20 +77,20 @@ def _crossed(first: Tensor, second: Tensor, at: int) -> bool:
     return across < _NEARER**2 * straight
 
 
-def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+def _offset(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Scales around zero where they multiply, or all around one where one is added to them."""
     norms = [n for n in _norms(numbers) if "norm" in n.name and not n.constant]
-    if len(norms) < 3 or found.model is None:
+    if len(norms) < 3 or contents.model is None:
         return
     every = torch.cat([_values(n) for n in norms])
     mean, below = float(every.mean()), float((every < 0).double().mean())
-    if _adds_one(found):
-        odd, usual = below == 0 and abs(mean - 1) < _AROUND, 0.0
+    if _adds_one(contents):
+        is_wrong, usual = below == 0 and abs(mean - 1) < _AROUND, 0.0
         what, fix = "one is added to norms that hold it already", "take one from each"
     else:
-        odd, usual = below > _BELOW and abs(mean) < _AROUND, 1.0
+        is_wrong, usual = below > _BELOW and abs(mean) < _AROUND, 1.0
         what, fix = "norms lack the one that is added to them elsewhere", "add one to each"
-    if odd:
+    if is_wrong:
         seen = (
             f"scales are {mean:.2g} on average and {below:.0%} of them are negative; about "
             f"{usual:g} were expected"
@@ -96,7 +98,7 @@ def _offset(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
         yield Finding(what, files_of(norms), seen, 0.85, fix)
 
 
-def _adds_one(found: Opened) -> bool:
+def _adds_one(contents: Opened) -> bool:
     """Whether the model adds one to what its norms hold."""
-    assert found.model is not None
-    return any(isinstance(module, OffsetRMSNorm) for module in found.model.modules())
+    assert contents.model is not None
+    return any(isinstance(module, OffsetRMSNorm) for module in contents.model.modules())

@@ -64,8 +64,8 @@ class Array:
 
     @cached_property
     def layer(self) -> int | None:
-        found = _NUMBER.search(self.name)
-        return None if found is None else int(found[0])
+        match = _NUMBER.search(self.name)
+        return None if match is None else int(match[0])
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
             return Opened(ref, checkpoint, loose, refused, silent, located)
     fitting = Fitting(plan.steps, {}) if plan is not None else _fitting(located, model, checkpoint)
     arrays = [array for step in fitting.steps for array in _of_step(step, checkpoint)]
-    taken = {n for s in fitting.steps for names in (s.sources, *s.also) for n in names}
-    taken |= plan.dropped.keys() if plan is not None else _dropped(located, checkpoint)
+    mapped = {n for s in fitting.steps for names in (s.sources, *s.also) for n in names}
+    mapped |= plan.dropped.keys() if plan is not None else _dropped(located, checkpoint)
     return Opened(
         ref,
         checkpoint,
-        (*arrays, *_loose(checkpoint, taken)),
+        (*arrays, *_loose(checkpoint, mapped)),
         refused,
         located=located,
         model=model,
@@ -148,8 +148,8 @@ def _is_silent(located: Located, config: Mapping[str, Any]) -> bool:
     if located.foreign is None:
         return False
     dialect = located.foreign.dialect
-    said = {**located.fields, **dialect.native_names(config, located.fields)}
-    return any(said.get(name) is None for name in dialect.needs)
+    fields = {**located.fields, **dialect.native_names(config, located.fields)}
+    return any(fields.get(name) is None for name in dialect.needs)
 
 
 def _fitting(located: Located, model: Model, checkpoint: Checkpoint) -> Fitting:
@@ -231,10 +231,10 @@ def flipped(array: Lazy, order: str) -> Lazy:
     return Lazy.of(x.mT.reshape(x.shape))
 
 
-def _loose(checkpoint: Checkpoint, taken: Collection[str]) -> Iterator[Array]:
+def _loose(checkpoint: Checkpoint, mapped: Collection[str]) -> Iterator[Array]:
     """What no rule maps; whole numbers among it are tables, and no weights."""
     for name, info in checkpoint.tensors.items():
-        if name not in taken and name not in checkpoint.shared and info.dtype in FLOATS:
+        if name not in mapped and name not in checkpoint.shared and info.dtype in FLOATS:
             coarse = checkpoint.quantized.get(name, "")
             made = partial(checkpoint.lazy, name)
             flips = () if coarse or len(info.shape) != 2 else _flips(made, info.shape)
@@ -258,8 +258,8 @@ def _bare(ref: Ref) -> Checkpoint | None:
     damages = list[CheckpointError]()
     for way in (_safetensors, open_checkpoint, _by_content):
         try:
-            if (found := way(path)) is not None:
-                return found
+            if (checkpoint := way(path)) is not None:
+                return checkpoint
         except CheckpointError as error:
             damages.append(error)
         except SourceError:
@@ -272,10 +272,10 @@ def _bare(ref: Ref) -> Checkpoint | None:
 def _safetensors(path: Path) -> Checkpoint | None:
     """One file, or the only one in a directory, whatever it is called."""
     if path.is_dir():
-        held = sorted(path.glob("[!.]*.safetensors"))
-        if len(held) != 1 or (path / f"{SINGLE}.index.json").exists():
+        files = sorted(path.glob("[!.]*.safetensors"))
+        if len(files) != 1 or (path / f"{SINGLE}.index.json").exists():
             return None
-        path = confined(path, held[0].name)
+        path = confined(path, files[0].name)
     descriptor = open_regular(path)
     try:
         head = os.pread(descriptor, 9, 0)
@@ -296,5 +296,5 @@ def _safetensors(path: Path) -> Checkpoint | None:
 
 
 def _by_content(path: Path) -> Checkpoint | None:
-    found = open_place(path)
-    return None if found is None else found.checkpoint(Container(found.kind))
+    container = open_place(path)
+    return None if container is None else container.checkpoint(Container(container.kind))

@@ -35,8 +35,8 @@ class Stream:
     Where no rule says what a matrix does, its shape does, or what most of its family resemble.
     """
 
-    def __init__(self, found: Opened, numbers: Sequence[Numbers]) -> None:
-        self.dim: int = getattr(found.config, "dim", 0) or _width(numbers)
+    def __init__(self, contents: Opened, numbers: Sequence[Numbers]) -> None:
+        self.dim: int = getattr(contents.config, "dim", 0) or _width(numbers)
         self.held = {n.name: n for n in numbers if self.dim and _is_known(n, self.dim)}
         families = defaultdict[str, list[Numbers]](list)
         for n in self.held.values():
@@ -58,8 +58,8 @@ class Stream:
     @property
     def square(self) -> list[Numbers]:
         """Those of the layers that have a side of the same length across."""
-        found = (n for each in self.families.values() for n in each if n.array.layer is not None)
-        return [n for n in found if set(n.array.shape) == {self.dim}]
+        layers = (n for each in self.families.values() for n in each if n.array.layer is not None)
+        return [n for n in layers if set(n.array.shape) == {self.dim}]
 
     def resembles(self, n: Numbers, side: Tensor | None = None, *, family: bool = True) -> float:
         """How alike it is to all others, in units of chance; `family`: to its own too.
@@ -70,7 +70,7 @@ class Stream:
         if own not in self.families or side is None:
             return 0.0
         mine = Products(side)
-        against = [known for f, known in self._known.items() if f != own]
+        against = [products for f, products in self._known.items() if f != own]
         if family and (others := [m for m in self.families[own] if m is not n]):
             against.append(self._products(others))
         if not against:

@@ -49,8 +49,8 @@ class Diagnosis:
         if self.findings:
             count = len(self.findings)
             title = "1 finding" if count == 1 else f"{count} findings, the most likely first"
-            told = [self._told(n, each, color) for n, each in enumerate(self.findings, 1)]
-            parts += [paint(title, BOLD + RED, color), *told]
+            described = [self._described(n, each, color) for n, each in enumerate(self.findings, 1)]
+            parts += [paint(title, BOLD + RED, color), *described]
         else:
             parts.append(paint("Nothing looks wrong.", BOLD + GREEN, color))
         if self.notes:
@@ -60,9 +60,13 @@ class Diagnosis:
         return "\n\n".join(parts)
 
     def _head(self, color: bool) -> Iterator[str]:
-        held = self.opened.checkpoint
-        count = sum(info.numel for name, info in held.tensors.items() if name not in held.shared)
-        kinds = sorted({held.quantized.get(n, i.dtype) for n, i in held.tensors.items()})
+        checkpoint = self.opened.checkpoint
+        count = sum(
+            info.numel for name, info in checkpoint.tensors.items() if name not in checkpoint.shared
+        )
+        kinds = sorted(
+            {checkpoint.quantized.get(n, i.dtype) for n, i in checkpoint.tensors.items()}
+        )
         named = self.opened.architecture or "no architecture that zoo knows"
         loads = "; it loads" if self.loads else "; it does not load"
         if self.opened.unknown:
@@ -71,11 +75,11 @@ class Diagnosis:
         looked = sum(n.count for n in self.numbers)
         all_of = "all" if looked == count else f"{looked:,}"
         yield (
-            f"  {named}; {len(held.tensors):,} tensors in {listing(kinds)}, {count:,} numbers, "
-            f"{all_of} of them looked at{loads}"
+            f"  {named}; {len(checkpoint.tensors):,} tensors in {listing(kinds)}, "
+            f"{count:,} numbers, {all_of} of them looked at{loads}"
         )
 
-    def _told(self, number: int, finding: Finding, color: bool) -> str:
+    def _described(self, number: int, finding: Finding, color: bool) -> str:
         sure = next(word for least, word in _SURE if finding.likely >= least)
         lines = [f"{number}  {paint(finding.what, BOLD, color)}  ({sure})"]
         lines += _wrapped(finding.seen)
@@ -91,10 +95,10 @@ class Diagnosis:
         families = dict[str, list[Numbers]]()
         for n in self.numbers:
             families.setdefault(n.array.family, []).append(n)
-        odd = {name for finding in self.findings for name in finding.where}
+        names = {name for finding in self.findings for name in finding.where}
         rows = [("", "shape", "layers", "std", "largest", "stands out")]
         for family, each in families.items():
-            out = [n for n in each if odd & set(n.array.files)]
+            out = [n for n in each if names & set(n.array.files)]
             rows.append(
                 (
                     family,
@@ -105,7 +109,7 @@ class Diagnosis:
                     "" if not out else _layers(out, each),
                 )
             )
-        return _table(rows if odd else [row[:-1] for row in rows])
+        return _table(rows if names else [row[:-1] for row in rows])
 
     def _each(self) -> Iterator[str]:
         rows = [

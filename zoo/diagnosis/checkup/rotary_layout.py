@@ -32,7 +32,7 @@ _FEW = 4  # rows of a head that are turned; less shows no profile
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSizes:
     """(layers, rows) logarithms of sizes, and how many heads and rows of each are turned."""
 
     arrays: tuple[Numbers, ...]
@@ -48,7 +48,7 @@ class Rows:
         return by_head - by_head.mean(-1, keepdim=True)
 
 
-def told(read: Tensor) -> Tensor:
+def explained(read: Tensor) -> Tensor:
     """(layers,), the share of each that the profile of the other layers' pairs foretells."""
     return 1 - _left(read) / read.square().mean((1, 2)).clamp_min(1e-30)
 
@@ -74,37 +74,37 @@ def rough(read: Tensor) -> float:
     return float(steps) * len(profile)
 
 
-def rotary(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    config = found.config
+def rotary(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+    config = contents.config
     if not isinstance(config, Rotated) or getattr(config, "alibi", False):
         return
-    rows = {leaf: held for leaf in ("q", "k", "v") if (held := _rows(config, numbers, leaf))}
+    rows = {leaf: sizes for leaf in ("q", "k", "v") if (sizes := _rows(config, numbers, leaf))}
     turned = [leaf for leaf in ("q", "k") if leaf in rows]
     yield from _together([each for leaf in turned for each in _layout(config, leaf, rows[leaf])])
     yield from _heads(rows)
     yield from _exchanged(rows)
 
 
-def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> Rows | None:
+def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> RowSizes | None:
     families = families_of(numbers)
-    held = next((v for f, v in families.items() if f.endswith(f".attn.{leaf}.weight")), [])
-    held = [n for n in held if n.finite and not n.constant and float(n.rows.min()) > 0]
+    arrays = next((v for f, v in families.items() if f.endswith(f".attn.{leaf}.weight")), [])
+    arrays = [n for n in arrays if n.finite and not n.constant and float(n.rows.min()) > 0]
     heads: int = config.heads  # type: ignore[attr-defined]
     if leaf != "q":
         heads = getattr(config, "kv_heads", heads) or heads
-    if len(held) < 2 or len(held[0].rows) % heads or config.rotary_dim < _FEW:
+    if len(arrays) < 2 or len(arrays[0].rows) % heads or config.rotary_dim < _FEW:
         return None
-    if config.rotary_dim % 2 or len(held[0].rows) // heads < config.rotary_dim:
+    if config.rotary_dim % 2 or len(arrays[0].rows) // heads < config.rotary_dim:
         return None
-    return Rows(
-        tuple(held), torch.stack([n.rows.log() / 2 for n in held]), heads, config.rotary_dim
+    return RowSizes(
+        tuple(arrays), torch.stack([n.rows.log() / 2 for n in arrays]), heads, config.rotary_dim
     )
 
 
 # --- the order of rows ---------------------------------------------------------------------------
 
 
-def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
+def _orders(config: Rotated, rows: RowSizes) -> Iterator[tuple[str, str, Tensor]]:
     """(what happened, how to read it, which row is which) of the usual mistakes."""
     count = rows.sizes.shape[1]
     pairs = _interleaved(count, rows.heads, rows.turned)
@@ -123,7 +123,7 @@ def _orders(config: Rotated, rows: Rows) -> Iterator[tuple[str, str, Tensor]]:
         yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", there[pairs]
 
 
-def _undone(rows: Rows) -> Tensor:
+def _undone(rows: RowSizes) -> Tensor:
     """The order before pairs were brought into halves."""
     count = rows.sizes.shape[1]
     back = torch.empty(count, dtype=torch.long)
@@ -138,12 +138,12 @@ def _interleaved(count: int, heads: int, turned: int) -> Tensor:
     return by_head.flatten()
 
 
-def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
+def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
     as_read = rows.read()
-    whole = float(told(as_read).mean())
+    whole = float(explained(as_read).mean())
     others = [(what, fix, rows.read(order)) for what, fix, order in _orders(config, rows)]
-    share = max(float(told(read).mean()) for _, _, read in others)
-    near = [other for other in others if float(told(other[2]).mean()) > _TIE * share]
+    share = max(float(explained(read).mean()) for _, _, read in others)
+    near = [other for other in others if float(explained(other[2]).mean()) > _TIE * share]
     what, fix, _ = min(near, key=lambda other: rough(other[2]), default=others[0])
     beyond = _NOISE / as_read.numel() ** 0.5
     clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
@@ -159,17 +159,17 @@ def _layout(config: Rotated, leaf: str, rows: Rows) -> Iterator[Finding]:
     if len(rows.arrays) < 3 or whole < _TOLD:
         return
     for what, fix, other in others:
-        odd = list[int]()
+        layers = list[int]()
         for layer in range(len(rows.arrays)):
             mixed = as_read.clone()
             mixed[layer] = other[layer]
-            mine, theirs = float(told(as_read)[layer]), float(told(mixed)[layer])
+            mine, theirs = float(explained(as_read)[layer]), float(explained(mixed)[layer])
             far = apart(as_read[layer : layer + 1]) > _APART
             clear = theirs > _TOLD and theirs - mine > _ALONE / as_read[0].numel() ** 0.5
             if clear and far:
-                odd.append(layer)
-        if odd and len(odd) < len(rows.arrays) / 2:
-            arrays = [rows.arrays[n] for n in odd]
+                layers.append(layer)
+        if layers and len(layers) < len(rows.arrays) / 2:
+            arrays = [rows.arrays[n] for n in layers]
             seen = (
                 f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
             )
@@ -195,22 +195,22 @@ def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
 # --- how many heads, and which of three ----------------------------------------------------------
 
 
-def _heads(rows: Mapping[str, Rows]) -> Iterator[Finding]:
+def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     """Halves of halves that are alike are heads half as wide, or pairs brought there twice."""
-    held = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
-    if len(held) < 2 or held[0].turned % 4:
+    both = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
+    if len(both) < 2 or both[0].turned % 4:
         return
-    if any(each.turned * each.heads != each.sizes.shape[1] for each in held):
+    if any(each.turned * each.heads != each.sizes.shape[1] for each in both):
         return
-    narrow = [each.read(heads=2 * each.heads) for each in held]
-    if any(float(told(read).mean()) < _TOLD or apart(read) > _ALIKE for read in narrow):
+    narrow = [each.read(heads=2 * each.heads) for each in both]
+    if any(float(explained(read).mean()) < _TOLD or apart(read) > _ALIKE for read in narrow):
         return
-    back = [each.read(_undone(each)) for each in held]
-    files = files_of(n for each in held for n in each.arrays)
+    back = [each.read(_undone(each)) for each in both]
+    files = files_of(n for each in both for n in each.arrays)
     seen = f"both halves of each half have one profile ({apart(narrow[0]):.2f} apart)"
-    queries, keys = (2 * each.heads for each in held)
+    queries, keys = (2 * each.heads for each in both)
     reorder = (
-        f"put rows in order: (h={held[0].heads} two e) -> (h e two), of keys h={held[1].heads}"
+        f"put rows in order: (h={both[0].heads} two e) -> (h e two), of keys h={both[1].heads}"
     )
     count = f"set the number of heads to {queries}, of keys to {keys}"
     if sum(map(_by_chance, back)) < sum(map(_by_chance, narrow)):
@@ -226,24 +226,24 @@ def _by_chance(read: Tensor) -> float:
     return float(_left(read).mean()) / (1 - 1 / read.shape[-1])
 
 
-def _exchanged(rows: Mapping[str, Rows]) -> Iterator[Finding]:
+def _exchanged(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     """Values that have pairs, and queries or keys of their shape that have none."""
     if "v" not in rows:
         return
     values = rows["v"].read()
-    share = float(told(values).mean())
+    share = float(explained(values).mean())
     if share < _TOLD or apart(values) > _ALIKE:
         return
     for leaf, name in (("k", "keys"), ("q", "queries")):
-        held = rows.get(leaf)
-        if held is None or held.sizes.shape != rows["v"].sizes.shape:
+        others = rows.get(leaf)
+        if others is None or others.sizes.shape != rows["v"].sizes.shape:
             continue
-        other = float(told(held.read()).mean())
+        other = float(explained(others.read()).mean())
         if other < _SHARE * share:
             seen = (
                 f"the values' rows have the profile of rotary pairs ({share:.0%} of their sizes "
                 f"follow it) and the {name}' have not ({max(other, 0):.0%})"
             )
-            arrays = (*held.arrays, *rows["v"].arrays)
+            arrays = (*others.arrays, *rows["v"].arrays)
             what = f"values and {name} are exchanged"
             yield Finding(what, files_of(arrays), seen, 0.9, f"read one as the other: {leaf} and v")

@@ -13,10 +13,9 @@ from converters.spec_lines import field_line, rule_line
 from zoo.checkpoints.foreign import spec_of
 from zoo.components.model import Model
 from zoo.diagnosis.checkup.finding import Finding
-from zoo.diagnosis.checkup.hypotheses import hypotheses, inside, narrowed, without
 from zoo.diagnosis.checkup.likelihood import EVERY, chance, hidden_as, nats
-from zoo.diagnosis.checkup.parts import Hypothesis
-from zoo.diagnosis.edits import applied, stars
+from zoo.diagnosis.edits import Hypothesis, applied, stars
+from zoo.diagnosis.faults import hypotheses, inside, narrowed, without
 from zoo.errors import InputError, ZooError
 from zoo.text.inference import at_rest, device_of
 
@@ -42,10 +41,10 @@ Tried = tuple[float, int, Hypothesis]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Explanation:
     """A hypothesis, or two, and what they make of a text."""
 
-    said: tuple[Hypothesis, ...]
+    hypotheses: tuple[Hypothesis, ...]
     costs: Tensor  # (heats, n), nats of each token
 
     @property
@@ -62,7 +61,7 @@ class Reading:
     def nll(self) -> float:
         return float(self.best.mean())
 
-    def gain(self, than: Reading) -> tuple[float, float]:
+    def gain(self, than: Explanation) -> tuple[float, float]:
         """By how many nats a token a text is likelier, and the standard error of that."""
         off = than.best - self.best
         return float(off.mean()), float(off.std()) / math.sqrt(len(off))
@@ -76,11 +75,11 @@ class Search:
     progress: Callable[[int, int], None] | None = None
     done: int = 0
     expected: int = 0
-    base: Reading = field(init=False)
+    base: Explanation = field(init=False)
 
     def __post_init__(self) -> None:
         self.ids = self.ids.to(device_of(self.model))
-        self.base = Reading((), self.costs(self.model, self.ids))
+        self.base = Explanation((), self.costs(self.model, self.ids))
 
     @property
     def chance(self) -> float:
@@ -97,19 +96,19 @@ class Search:
         if self.progress:
             self.progress(self.done, max(self.done, self.expected))
         try:
-            with applied(model, hypothesis.edit()) as edited:
+            with applied(model, hypothesis) as edited:
                 return self.costs(edited, ids)
         except (RuntimeError, ZooError):
             return None
 
-    def best(self, known: Reading) -> list[Reading]:
+    def best(self, base: Explanation) -> list[Explanation]:
         """One more hypothesis beside what is known: those that surely help, the best first."""
         with ExitStack() as stack:
             model = self.model
-            for each in known.said:
-                model = stack.enter_context(applied(model, each.edit()))
+            for each in base.hypotheses:
+                model = stack.enter_context(applied(model, each))
             few = self.ids[:FEW]
-            before = Reading((), self.costs(model, few)).nll
+            before = Explanation((), self.costs(model, few)).nll
             coarse = self._coarse(model, hypotheses(model), few, before)
             # what helps so much is not in one block alone; a second fault may be, and comes later
             if not coarse or coarse[0][0] > before - MUCH:
@@ -118,10 +117,12 @@ class Search:
                 coarse += self._coarse(model, self._inside(model, few), few, before)
                 coarse.sort(key=lambda each: each[:2])
             tried = [(n, h, self.tried(model, h, self.ids)) for _, n, h in once(coarse)[:GOOD]]
-        found = [
-            (n, Reading((*known.said, h), costs)) for n, h, costs in tried if costs is not None
+        outcomes = [
+            (n, Explanation((*base.hypotheses, h), costs))
+            for n, h, costs in tried
+            if costs is not None
         ]
-        helps = [(n, r) for n, r in found if sure(r, known) and r.nll < CHANCE * self.chance]
+        helps = [(n, r) for n, r in outcomes if sure(r, base) and r.nll < CHANCE * self.chance]
         least = min((r.nll for _, r in helps), default=0.0)
         # of what is as good, the more usual one
         helps.sort(key=lambda pair: (max(pair[1].nll, least + EVEN), pair[0]))
@@ -132,50 +133,50 @@ class Search:
     ) -> list[Tried]:
         listed = list(some)
         self.expected = max(self.expected, self.done + len(listed))
-        found = []
+        helpful = []
         for hypothesis in listed:
             costs = self.tried(model, hypothesis, few)
-            if costs is not None and (nll := Reading((), costs).nll) < before - GAIN / 4:
-                found.append((nll, self.done, hypothesis))
-        return sorted(found, key=lambda each: each[:2])
+            if costs is not None and (nll := Explanation((), costs).nll) < before - GAIN / 4:
+                helpful.append((nll, self.done, hypothesis))
+        return sorted(helpful, key=lambda each: each[:2])
 
     def _inside(self, model: Model, few: Tensor) -> Iterator[Hypothesis]:
         """Of single blocks, where leaving a branch out costs least."""
-        found = list[tuple[float, str, Hypothesis]]()
+        branches = list[tuple[float, str, Hypothesis]]()
         for branch, hypothesis in without(model):
             costs = self.tried(model, hypothesis, few)
-            nll = math.inf if costs is None else Reading((), costs).nll
-            found.append((nll, branch, hypothesis))
-        found.sort(key=lambda each: each[0])
-        for _, branch, left in found[:BRANCHES]:
+            nll = math.inf if costs is None else Explanation((), costs).nll
+            branches.append((nll, branch, hypothesis))
+        branches.sort(key=lambda each: each[0])
+        for _, branch, left in branches[:BRANCHES]:
             yield left
             yield from inside(model, branch)
 
 
 def once(some: Iterable[Tried]) -> list[Tried]:
     """Each that says the same a single time."""
-    found = dict[tuple[str, str], Tried]()
+    unique = dict[tuple[str, str], Tried]()
     for each in some:
-        found.setdefault((each[2].what, each[2].fix), each)
-    return list(found.values())
+        unique.setdefault((each[2].what, each[2].fix), each)
+    return list(unique.values())
 
 
-def sure(reading: Reading, than: Reading) -> bool:
+def sure(reading: Explanation, than: Explanation) -> bool:
     gain, error = reading.gain(than)
     return gain > max(GAIN, ERRORS * error)
 
 
-def searched(search: Search) -> list[Reading]:
+def searched(search: Search) -> list[Explanation]:
     """Of two faults both, then what explains at least half as much, the likeliest first."""
     first = search.best(search.base)
     if not first:
         return []
-    found = [*search.best(first[0])[:1], *first]
-    enough = found[0].gain(search.base)[0] / 2
-    return [each for each in found if each.gain(search.base)[0] >= enough][:TOLD]
+    best = [*search.best(first[0])[:1], *first]
+    enough = best[0].gain(search.base)[0] / 2
+    return [each for each in best if each.gain(search.base)[0] >= enough][:TOLD]
 
 
-def readings(
+def explanations(
     model: Model,
     ids: Tensor,
     *,
@@ -192,22 +193,24 @@ def readings(
         raise InputError(f"{len(ids)} tokens tell nothing: a text of some {FEW} or more does")
     with at_rest(model):
         search = Search(model, ids, mask, progress)
-        found = searched(search)
-    return [_finding(search, each, found[0]) for each in found] or list(_hopeless(search))
+        best = searched(search)
+    return [_finding(search, each, best[0]) for each in best] or list(_hopeless(search))
 
 
-def _finding(search: Search, reading: Reading, best: Reading) -> Finding:
+def _finding(search: Search, reading: Explanation, best: Explanation) -> Finding:
     gain, whole = (each.gain(search.base)[0] for each in (reading, best))
-    known = 1 - reading.nll / search.chance
+    certainty = 1 - reading.nll / search.chance
     # surely better; as good as the best; and good enough to be of a model that has learnt
-    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2 * known) ** 2
-    fixes = ", and ".join(each.fix for each in reading.said)
+    likely = gain / (gain + GAIN) * gain / whole * min(1.0, 2 * certainty) ** 2
+    fixes = ", and ".join(each.fix for each in reading.hypotheses)
     return Finding(
-        what="; and ".join(each.what for each in reading.said),
-        where=_where(search.model, [name for each in reading.said for name in each.parameters]),
+        what="; and ".join(each.what for each in reading.hypotheses),
+        where=_where(
+            search.model, [name for each in reading.hypotheses for name in each.parameters]
+        ),
         seen=f"perplexity {shown(search.base.plain)} -> {shown(reading.plain)} if {fixes}",
         likely=round(likely, 2),
-        fix=" ".join(filter(None, (_line(search.model, each) for each in reading.said))),
+        fix=" ".join(filter(None, (_line(search.model, each) for each in reading.hypotheses))),
     )
 
 
@@ -230,14 +233,18 @@ def shown(nll: float) -> str:
 
 def _where(model: Model, names: Iterable[str]) -> tuple[str, ...]:
     """The file's own names of parameters, alike ones once."""
-    known = model.provenance
+    provenance = model.provenance
     sources = {
         target: step.sources
-        for step in (known.plan.steps if known else ())
+        for step in (provenance.plan.steps if provenance else ())
         for target in step.targets
     }
-    found = dict.fromkeys(source for name in names for source in sources.get(name, (name,)))
-    return tuple(found) if len(found) <= FEW_NAMES else tuple(dict.fromkeys(map(stars, found)))
+    names_in_file = dict.fromkeys(source for name in names for source in sources.get(name, (name,)))
+    return (
+        tuple(names_in_file)
+        if len(names_in_file) <= FEW_NAMES
+        else tuple(dict.fromkeys(map(stars, names_in_file)))
+    )
 
 
 def _line(model: Model, hypothesis: Hypothesis) -> str:
@@ -247,5 +254,5 @@ def _line(model: Model, hypothesis: Hypothesis) -> str:
     lines = [field_line(spec, name, dialect) for name in hypothesis.config]
     kinds = {stars(name): name for name in hypothesis.parameters}
     lines += [rule_line(spec, name, dialect) for name in kinds.values()]
-    found = [line for line in dict.fromkeys(lines) if line][:3]
-    return " ".join(f"It is read by {line}." for line in found)
+    unique = [line for line in dict.fromkeys(lines) if line][:3]
+    return " ".join(f"It is read by {line}." for line in unique)

@@ -89,18 +89,18 @@ class Numbers:
         Along rows (0) or columns (1). Rows of zeros do not count.
         """
         there = int((~self.empty).sum())
-        held, each = (self.rows[~self.empty], len(self.columns))
+        rows, each = (self.rows[~self.empty], len(self.columns))
         share = there / max(len(self.rows), 1)
         if axis == 1:
-            held, each = self.columns / max(share, 1e-12), there
-        if len(held) < 2 or not each:
+            rows, each = self.columns / max(share, 1e-12), there
+        if len(rows) < 2 or not each:
             return nan, nan
-        square = float(held.mean())
+        square = float(rows.mean())
         fourth = self.fourth / max(share, 1e-12)
         by_chance = (fourth - square**2) / each
         if not by_chance > 0:
             return nan, nan
-        return float(held.var()) / by_chance, sqrt(2 / (len(held) - 1))
+        return float(rows.var()) / by_chance, sqrt(2 / (len(rows) - 1))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -263,14 +263,14 @@ def _closer(lazy: Lazy, height: int, width: int, array: Array) -> dict[str, Any]
     if height <= _BANDS * _BAND:
         bands = [_part(lazy, slice(0, height), across)]
     some = torch.cat(bands)
-    told: dict[str, Any] = {"bits": _bits(some, array.dtype)}
+    features: dict[str, Any] = {"bits": _bits(some, array.dtype)}
     if some.numel() >= 64:
-        told |= dict(zip(("orders", "swapped"), _orders(some, array.dtype), strict=True))
+        features |= dict(zip(("orders", "swapped"), _orders(some, array.dtype), strict=True))
     wide = some.float()
     if min(wide.shape) >= 16 and float(wide.abs().max()) < 1e15:  # and no NaN
-        told["grid"] = _grid(wide)
-        told["peak"] = _peak(wide)
-    return told
+        features["grid"] = _grid(wide)
+        features["peak"] = _peak(wide)
+    return features
 
 
 def _bits(some: Tensor, dtype: str) -> int | None:

@@ -20,7 +20,7 @@ _RARE, _COMMON = 0.01, 0.5  # share of numbers below the smallest normal one: wi
 _SHOWN = 4
 
 
-def spoilt(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
+def spoilt(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Arrays of which nothing else can be said."""
     turned = [n for n in numbers if _APART < n.orders < inf and n.swapped < _TOGETHER]
     if turned:
@@ -29,7 +29,7 @@ def spoilt(found: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
             return  # so are those that are too small to tell
         numbers = [n for n in numbers if n not in turned]
     yield from _not_finite(numbers)
-    cut = _cut_off(found, numbers)
+    cut = _cut_off(contents, numbers)
     if cut:
         names = files_of(cut)
         seen = f"from {cut[0].array.files[0]} to the end there are zeros ({counted(names)})"
@@ -56,23 +56,23 @@ def called(numbers: Sequence[Numbers]) -> str:
     families = defaultdict[str, list[Numbers]](list)
     for n in numbers:
         families[n.array.family].append(n)
-    told = []
+    names = []
     for family, each in families.items():
         if len(each) == 1:
-            told.append(each[0].name)
+            names.append(each[0].name)
         else:
             layers = listing([str(n.array.layer) for n in each], 6)
-            told.append(f"{family} of layers {layers}")
-    return listing(told, _SHOWN)
+            names.append(f"{family} of layers {layers}")
+    return listing(names, _SHOWN)
 
 
 def families_of(numbers: Iterable[Numbers]) -> dict[str, list[Numbers]]:
     """Arrays that stand in the same place of several layers."""
-    found = defaultdict[str, list[Numbers]](list)
+    families = defaultdict[str, list[Numbers]](list)
     for n in numbers:
         if n.array.layer is not None:
-            found[n.array.family].append(n)
-    return found
+            families[n.array.family].append(n)
+    return families
 
 
 # --- one array -----------------------------------------------------------------------------------
@@ -93,26 +93,29 @@ def _turned(turned: Sequence[Numbers], numbers: Sequence[Numbers]) -> Finding:
 
 
 def _not_finite(numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    odd = [n for n in numbers if not n.finite]
-    if odd:
-        told = [
-            f"{n.name}: {' and '.join(_how_many(n))} of {n.count:,} numbers" for n in odd[:_SHOWN]
+    spoilt = [n for n in numbers if not n.finite]
+    if spoilt:
+        counts = [
+            f"{n.name}: {' and '.join(_how_many(n))} of {n.count:,} numbers"
+            for n in spoilt[:_SHOWN]
         ]
-        yield Finding(f"NaN or infinity in {called(odd)}", files_of(odd), listing(told), 1.0, AGAIN)
+        yield Finding(
+            f"NaN or infinity in {called(spoilt)}", files_of(spoilt), listing(counts), 1.0, AGAIN
+        )
 
 
 def _how_many(n: Numbers) -> list[str]:
-    told = [f"{n.nans:,} NaN"] if n.nans else []
-    return told + ([f"{n.infs:,} infinite"] if n.infs else [])
+    counts = [f"{n.nans:,} NaN"] if n.nans else []
+    return counts + ([f"{n.infs:,} infinite"] if n.infs else [])
 
 
 def _zero(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """All zero or all the same, where the other layers' are not."""
     for zero in (True, False):
-        odd = [n for n in numbers if n.constant and (n.low == 0) == zero]
+        constant = [n for n in numbers if n.constant and (n.low == 0) == zero]
         families = families_of(numbers)
-        alone = [n for n in odd if n.matrix and n.array.shape[0] > 2]
-        for n in odd:
+        alone = [n for n in constant if n.matrix and n.array.shape[0] > 2]
+        for n in constant:
             siblings = [m for m in families.get(n.array.family, []) if m is not n]
             varied = [m for m in siblings if not m.constant]
             if n not in alone and varied and 2 * len(varied) >= len(siblings):
@@ -139,37 +142,37 @@ def _longest(n: Numbers) -> tuple[int, int]:
 
 def _holes(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Rows of zeros in a layer's matrix; a vocabulary's padding stands in no layer."""
-    odd = list[tuple[Numbers, int, int]]()
+    holes = list[tuple[Numbers, int, int]]()
     for n in numbers:
         if n.matrix and n.array.layer is not None and not n.constant:
             start, length = _longest(n)
             if length >= min(_HOLE, max(_FEWEST, len(n.rows) // 8)):
-                odd.append((n, start, length))
-    if odd:
-        n, start, length = odd[0]
+                holes.append((n, start, length))
+    if holes:
+        n, start, length = holes[0]
         seen = f"{n.name}: rows {start} to {start + length - 1} of {len(n.rows)} are zero"
-        arrays = [n for n, _, _ in odd]
+        arrays = [n for n, _, _ in holes]
         what = f"a part is missing, and zeros are there: {called(arrays)}"
         yield Finding(what, files_of(arrays), seen, 0.7, AGAIN)
 
 
-def _cut_off(found: Opened, numbers: Sequence[Numbers]) -> list[Numbers]:
+def _cut_off(contents: Opened, numbers: Sequence[Numbers]) -> list[Numbers]:
     """The arrays at a file's end that are zeros to the last, two or more of them."""
     by_name = defaultdict[str, list[Numbers]](list)
     for n in numbers:
         for name in n.array.files:
             by_name[name].append(n)
-    where = found.checkpoint.where
+    where = contents.checkpoint.where
     for file in dict.fromkeys(where.values()):
-        names = [n for n in found.checkpoint.tensors if where[n] == file and n in by_name]
+        names = [n for n in contents.checkpoint.tensors if where[n] == file and n in by_name]
         last = list[Numbers]()
         for name in reversed(names):
-            held = by_name[name]
-            if not all(n.constant and n.low == 0 for n in held):
-                if last and len(held) == len(held[0].array.files) == 1 and held[0].empty[-1]:
-                    last += held
+            arrays = by_name[name]
+            if not all(n.constant and n.low == 0 for n in arrays):
+                if last and len(arrays) == len(arrays[0].array.files) == 1 and arrays[0].empty[-1]:
+                    last += arrays
                 break
-            last += held
+            last += arrays
         # zeros of vectors are what biases begin as
         if len(last) > 1 and any(n.matrix for n in last) and len(last) < len(numbers):
             return last[::-1]
@@ -177,24 +180,24 @@ def _cut_off(found: Opened, numbers: Sequence[Numbers]) -> list[Numbers]:
 
 
 def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    if odd := [n for n in numbers if n.saturated]:
-        n = odd[0]
+    if limited := [n for n in numbers if n.saturated]:
+        n = limited[0]
         seen = f"{n.name}: {n.saturated:,} of {n.count:,} numbers are exactly 65504"
-        what = f"cut off at the largest number of fp16: {called(odd)}"
+        what = f"cut off at the largest number of fp16: {called(limited)}"
         fix = "convert the original again, to bfloat16 or float32"
-        yield Finding(what, files_of(odd), seen, 0.8, fix)
-    odd = [
+        yield Finding(what, files_of(limited), seen, 0.8, fix)
+    limited = [
         n
         for n in numbers
         if n.denormal > n.count * (_COMMON if n.array.dtype == "F16" else _RARE)
         and n.matrix
         and n.array.layer is not None
     ]
-    if odd:
-        n = odd[0]
+    if limited:
+        n = limited[0]
         seen = f"{n.name}: {n.denormal / n.count:.0%} of its numbers have few bits left"
-        what = f"too small for {n.array.dtype}: {called(odd)}"
-        yield Finding(what, files_of(odd), seen, 0.5, "convert the original again, to float32")
+        what = f"too small for {n.array.dtype}: {called(limited)}"
+        yield Finding(what, files_of(limited), seen, 0.5, "convert the original again, to float32")
 
 
 # --- several arrays ------------------------------------------------------------------------------
@@ -215,14 +218,14 @@ def repeated(numbers: Sequence[Numbers]) -> Iterator[Finding]:
         families = [some for some in families_of(each).values() if len(some) > 1]
         for some in families or [each]:
             pairs[tuple(n.array.layer or 0 for n in some) if families else ()].append(some)
-    for numbered, held in pairs.items():
-        arrays = [n for each in held for n in each]
+    for numbered, alike in pairs.items():
+        arrays = [n for each in alike for n in each]
         stems = {n.array.family.partition("*")[0] for n in arrays}
         whole = [f for f, each in layers.items() if not all(n.constant for n in each)]
         whole = [f for f in whole if f.partition("*")[0] in stems]
-        first, second = held[0][:2]
+        first, second = alike[0][:2]
         seen = f"{first.name} and {second.name}: {first.count:,} numbers, all equal"
-        if numbered and len(held) == len(whole) > 1:
+        if numbered and len(alike) == len(whole) > 1:
             what = f"layers {' and '.join(map(str, numbered))} hold the same numbers"
         else:
             what = f"the same numbers in {called(arrays)}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components.model import Model
-from zoo.diagnosis.diff.difference import EXACT, Difference, Reading, measured
+from zoo.diagnosis.diff.difference import EXACT, Difference, Measurement, measured
 from zoo.diagnosis.diff.flows import (
     Flow,
     Heard,
@@ -98,10 +98,10 @@ class Comparison:
         healed, difference = difference.healed, self._run(back=True)
         difference.healed |= healed
         for seed in range(SHAKEN if self.other.narrow is not None and not difference.ok else 0):
-            told = self._run(back=True, shaken=seed).readings
+            measured = self._run(back=True, shaken=seed).readings
             difference.readings = [
                 replace(r, limit=max(r.limit, other.limit))
-                for r, other in zip(difference.readings, told, strict=True)
+                for r, other in zip(difference.readings, measured, strict=True)
             ]
         return difference
 
@@ -128,7 +128,7 @@ class Comparison:
             return self._listened(narrow, back=True)
 
     def _run(self, back: bool, shaken: int | None = None) -> Difference:
-        found, way = self.matching.matches, self.way
+        matches, way = self.matching.matches, self.way
         there, *below = self.theirs(back)
         if shaken is not None:
             below = [self._shaken(shaken)]
@@ -147,7 +147,7 @@ class Comparison:
             self.dtype,
             back,
             [measured(flow, self.dtype) for flow in flowing],
-            _idle(found.values(), here.records[0], there.records[0]),
+            _idle(matches.values(), here.records[0], there.records[0]),
             _untied(self.matching),
             set(),
         )
@@ -155,23 +155,26 @@ class Comparison:
     def _ours(self, pull: Callable[[Rows], Tensor] | None = None) -> Heard:
         model = self.matching.model
         names = [name for name, _ in model.named_modules() if name in self.matching.matches]
-        turns = [partial(call, model, given, **more) for given, more in self.way.native()]
+        turns = [partial(call, model, inputs, **more) for inputs, more in self.way.native()]
         return listen(model, names, turns, pull)
 
     def _heal(self, difference: Difference) -> None:
         """Leave out what differs where all that is made of it agrees."""
         in_full: set[Place] | None = None
         while (first := difference.first) is not None:
-            place = first.reading.place
-            later = difference.readings[difference.readings.index(first.reading) + 1 :]
+            place = first.measurement.place
+            later = difference.readings[difference.readings.index(first.measurement) + 1 :]
             if not any(r.ok for r in later) and not self._multiple(place):
                 return
             after = self._reached_by(*place) & {r.place for r in difference.readings}
-            told = [r for r in difference.readings if r.place in after]
-            if not told or not (told[0].ok or self._made_up_for(place, told)):
+            reached = [r for r in difference.readings if r.place in after]
+            if not reached or not (reached[0].ok or self._made_up_for(place, reached)):
                 return
             # what is lost in the noise of a narrower dtype is lost; what is lost, in float64 too
-            if first.reading.error > NEAR * first.reading.limit and self.dtype != torch.float64:
+            if (
+                first.measurement.error > NEAR * first.measurement.limit
+                and self.dtype != torch.float64
+            ):
                 in_full = self._healed_in_full() if in_full is None else in_full
                 if place not in in_full:
                     return
@@ -194,7 +197,7 @@ class Comparison:
         factor = float((ours * theirs).sum() / ours.square().sum())
         return factor if (ours * factor - theirs).abs().max() <= EXACT * rms(theirs) else None
 
-    def _made_up_for(self, place: Place, after: Sequence[Reading]) -> bool:
+    def _made_up_for(self, place: Place, after: Sequence[Measurement]) -> bool:
         """A factor that is applied there at once, and here on the way to what it is summed into."""
         factor = self._multiple(place)
         if factor is None:
@@ -207,8 +210,8 @@ class Comparison:
                 if f.side == "out" and f.at < later.at and f.ours is not None
                 if f.ours.shape == later.ours.shape  # type: ignore[union-attr]
             }
-            found = summed(outs, later.ours)  # type: ignore[arg-type]
-            if found and math.isclose(found.parts.get(str(place), 0), factor, rel_tol=1e-5):
+            total = summed(outs, later.ours)  # type: ignore[arg-type]
+            if total and math.isclose(total.parts.get(str(place), 0), factor, rel_tol=1e-5):
                 return True
         return False
 
@@ -232,7 +235,7 @@ class Comparison:
             handle = module.register_forward_hook(lambda _, args, out: change(out))
         with handle:
             after = self._ours()
-        found: set[Place] = {
+        places: set[Place] = {
             (each, at, k)
             for old, new in zip(before.records, after.records, strict=True)
             for each in old
@@ -240,7 +243,7 @@ class Comparison:
             for at in SIDES
             if not torch.equal(a.values[at], b.values[at])
         }
-        return found - {(name, side, number)}
+        return places - {(name, side, number)}
 
 
 def _idle(matches: Collection[Match], ours: Record, theirs: Record) -> list[str]:
@@ -253,6 +256,6 @@ def _idle(matches: Collection[Match], ours: Record, theirs: Record) -> list[str]
 
 def _untied(matching: Matching) -> list[tuple[str, str]]:
     """Names that should share an array and have one each."""
-    held = dict(matching.model.named_parameters(remove_duplicate=False))
+    parameters = dict(matching.model.named_parameters(remove_duplicate=False))
     ties = matching.plan.native.ties.items()
-    return [(a, b) for a, b in ties if a in held and held[a] is not held.get(b)]
+    return [(a, b) for a, b in ties if a in parameters and parameters[a] is not parameters.get(b)]

@@ -16,8 +16,8 @@ from zoo.checkpoints.sources import Ref
 from zoo.components.model import Model
 from zoo.diagnosis.diff import sides
 from zoo.diagnosis.diff.comparison import Comparison
-from zoo.diagnosis.diff.difference import Difference
-from zoo.diagnosis.diff.explain import Cause, diagnosed
+from zoo.diagnosis.diff.difference import Cause, Difference
+from zoo.diagnosis.diff.explain import diagnosed
 from zoo.diagnosis.diff.flows import WAYS, Way
 from zoo.diagnosis.diff.matching import Matching
 from zoo.errors import UsageError, did_you_mean, listing
@@ -61,8 +61,8 @@ def diff(
             check_sources(each)
     model = _native(ours, kind, **reading)
     if way == "cached" and not _remembers(model):
-        told = f"a {model.architecture} with head {model.config.head!r} keeps no cache"
-        raise UsageError(f"way='cached': {told}. Leave the way out, or ask for 'padded'")
+        reason = f"a {model.architecture} with head {model.config.head!r} keeps no cache"
+        raise UsageError(f"way='cached': {reason}. Leave the way out, or ask for 'padded'")
     other = _other(model, theirs, kind)
     matching = Matching(model, other.module, other.planned, other.fold)
     fed = Way(way, inputs_of(model, way, text, seed, pad_of(other)))
@@ -101,8 +101,8 @@ def _native(ref: Ref | Model, dtype: torch.dtype, **reading: Any) -> Model:
         )
     if all(p.dtype == dtype for p in ref.parameters()):
         return ref
-    known = copy.deepcopy(ref, {id(ref.provenance): ref.provenance})
-    return known.to(dtype)
+    wide = copy.deepcopy(ref, {id(ref.provenance): ref.provenance})
+    return wide.to(dtype)
 
 
 def _remembers(model: Model) -> bool:
@@ -117,18 +117,20 @@ def _other(model: Model, theirs: Ref | nn.Module | None, dtype: torch.dtype) -> 
         return sides.native(model, theirs, dtype, theirs.architecture)
     if isinstance(theirs, nn.Module):
         return sides.module(model, theirs, dtype)
-    held = model if theirs is None else load(theirs, modules=False)
-    _check_comparable(model, held)
-    if (known := held.provenance) is None:
+    other = model if theirs is None else load(theirs, modules=False)
+    _check_comparable(model, other)
+    if (provenance := other.provenance) is None:
         raise UsageError("a model of no checkpoint: say what to hold it against")
-    directory, reference_class = known.directory, known.origin.reference_class
-    plain = (directory / "config.json").is_file() and not known.lossy
+    directory, reference_class = provenance.directory, provenance.origin.reference_class
+    plain = (directory / "config.json").is_file() and not provenance.lossy
     if reference_class is not None and plain:
         return sides.reference(model, directory, reference_class, dtype)
     if theirs is None:
-        why = f"quantized ({known.lossy})" if known.lossy else "not as the reference has it"
+        why = (
+            f"quantized ({provenance.lossy})" if provenance.lossy else "not as the reference has it"
+        )
         raise UsageError(f"{directory}: {why}. Say what to hold it against: zoo diff A B")
-    return sides.native(model, held, dtype, str(theirs))
+    return sides.native(model, other, dtype, str(theirs))
 
 
 def _rank(field: str) -> int:
@@ -153,16 +155,18 @@ def _check_comparable(model: Model, other: Model) -> None:
     ours, theirs = model.config.to_dict(), other.config.to_dict()
     fields = sorted((name for name in ours if ours[name] != theirs[name]), key=_rank)
     if fields:
-        told = listing((f"{name} {ours[name]!r} and {theirs[name]!r}" for name in fields), 6)
+        differences = listing((f"{name} {ours[name]!r} and {theirs[name]!r}" for name in fields), 6)
         fix = " Load both with the same head." if "head" in fields else ""
-        raise UsageError(f"the models have different arrays, and cannot be matched: {told}.{fix}")
+        raise UsageError(
+            f"the models have different arrays, and cannot be matched: {differences}.{fix}"
+        )
 
 
 def pad_of(other: sides.Other) -> int | None:
     """The padding token, by the other model."""
     config = getattr(other.module, "config", None)
-    found = getattr(config, "pad_token_id", getattr(config, "pad", None))
-    return found if isinstance(found, int) and found >= 0 else None
+    pad = getattr(config, "pad_token_id", getattr(config, "pad", None))
+    return pad if isinstance(pad, int) and pad >= 0 else None
 
 
 def inputs_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,6 @@ from zoo.diagnosis.diff.hooks import Side
 from zoo.diagnosis.diff.matching import Match
 from zoo.parity.checks import rms
 from zoo.terminal import BOLD, GREEN, RED, paint
-
-if TYPE_CHECKING:
-    from zoo.diagnosis.diff.explain import Cause
 
 # What a difference may be at most, in units of the truth's root mean square. fp64: sums in two
 # orders, which made 1e-13 at most of healthy models. In a narrower dtype, as a multiple of the
@@ -29,7 +26,7 @@ SUMMED = 8.0
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measurement:
     """A flow, measured: it leaves the noise where `error` is over `limit`."""
 
     match: Match
@@ -64,39 +61,39 @@ class Reading:
         }
 
 
-def measured(flow: Flow, dtype: torch.dtype) -> Reading:
+def measured(flow: Flow, dtype: torch.dtype) -> Measurement:
     ours, theirs = flow.ours, flow.theirs
-    reading = partial(Reading, flow.match, flow.side, flow.call)
+    measurement = partial(Measurement, flow.match, flow.side, flow.call)
     if ours is None and theirs is not None:
-        return reading(math.inf, 0.0, why="it does not come here, and does in the other model")
+        return measurement(math.inf, 0.0, why="it does not come here, and does in the other model")
     if ours is None or theirs is None:
-        return reading(math.inf, 0.0, why="the other model has nothing to compare it with")
+        return measurement(math.inf, 0.0, why="the other model has nothing to compare it with")
     shapes = tuple(ours.shape), tuple(theirs.shape)
     if ours.shape != theirs.shape:
-        return reading(math.inf, 0.0, shapes, "the other model's is of another shape")
+        return measurement(math.inf, 0.0, shapes, "the other model's is of another shape")
     scale = rms(theirs).clamp(min=torch.finfo(torch.float64).tiny)
     if flow.floor is None:
         error = ((ours.double() - theirs).abs().max() / scale).item()
-        return reading(error, EXACT, shapes)
+        return measurement(error, EXACT, shapes)
     mine, least = (float(rms(x.double() - theirs) / scale) for x in (ours, flow.floor))
     noise = SUMMED if flow.match.native in flow.match.parameters else NOISE[dtype]
     # what is exact in the other may be off by a rounding here
-    return reading(mine, noise * max(least, torch.finfo(dtype).eps / 4), shapes)
+    return measurement(mine, noise * max(least, torch.finfo(dtype).eps / 4), shapes)
 
 
 @dataclass(frozen=True)
 class Divergence:
     """The first place that leaves the noise."""
 
-    reading: Reading
+    measurement: Measurement
     before: tuple[str, ...]  # the modules whose outputs were equal just before, the last one last
     back: bool = False
 
     @property
     def place(self) -> str:
         """The module at fault: the one that gave it, or the one in which all that led to it is."""
-        mine, match = self.reading.match.native.split("."), self.reading.match
-        if match.native in match.parameters or (self.reading.side == "in") == self.back:
+        mine, match = self.measurement.match.native.split("."), self.measurement.match
+        if match.native in match.parameters or (self.measurement.side == "in") == self.back:
             return ".".join(mine)
         last = self.before[-1].split(".") if self.before else []
         shared = 0  # names that both begin with
@@ -106,22 +103,24 @@ class Divergence:
 
     def lines(self, back: bool, color: bool) -> list[str]:
         """What is known of it, for a person."""
-        reading, match = self.reading, self.reading.match
+        measurement, match = self.measurement, self.measurement.match
         what = "gradient of what" if back else "what"
-        where = f"{what} {'comes out of' if reading.side == 'out' else 'goes into'}"
+        where = f"{what} {'comes out of' if measurement.side == 'out' else 'goes into'}"
         if back and match.native in match.parameters:
             where = "gradient of"
-        told = reading.why or f"error {reading.error:.1e}, limit {reading.limit:.1e}"
+        size = measurement.why or f"error {measurement.error:.1e}, limit {measurement.limit:.1e}"
         lines = [
             paint(
-                f"first difference in {self.place or 'the model'}: {where} {reading}", RED, color
+                f"first difference in {self.place or 'the model'}: {where} {measurement}",
+                RED,
+                color,
             ),
             f"  there: {', '.join(match.others)}",
-            f"  {told}",
+            f"  {size}",
         ]
-        if reading.shapes:
+        if measurement.shapes:
             lines.append(
-                f"  shape: {' and '.join(map(str, reading.shapes))}, of tokens and features"
+                f"  shape: {' and '.join(map(str, measurement.shapes))}, of tokens and features"
             )
         if self.before:
             lines.append(f"  equal just before: {', '.join(self.before)}")
@@ -130,14 +129,53 @@ class Divergence:
         return [*lines, *(f"  rule: {rule}" for rule in match.rules)]
 
     def to_json(self) -> dict[str, Any]:
-        match = self.reading.match
+        match = self.measurement.match
         return {
-            **self.reading.to_json(),
+            **self.measurement.to_json(),
             "place": self.place,
             "before": list(self.before),
             "others": list(match.others),
             "parameters": {name: list(theirs) for name, theirs in match.parameters.items()},
             "rules": list(match.rules),
+        }
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Something that explains a difference, and what became of it when it was undone."""
+
+    what: str
+    fix: str = ""  # parity is restored if …
+    change: str = ""  # a line of a file
+    tried: bool = False
+    restored: bool = False
+    after: str = ""  # where the models part then
+    put: bool = False  # tried by putting the other model's numbers there, and no more
+    fault: str = ""  # its name in the catalogue of faults
+
+    def __str__(self) -> str:
+        parts = [self.what + "."]
+        done = self.fix or "the other model's numbers are put there"
+        if self.restored:
+            parts.append(f"Parity is restored if {done}.")
+        elif self.tried:
+            parts.append(f"If {done}, the first difference moves on to {self.after}.")
+        elif self.fix:
+            parts.append(f"Not confirmed: {self.fix}.")
+        if self.change:
+            parts.append(self.change)
+        return " ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "fix": self.fix,
+            "change": self.change,
+            "tried": self.tried,
+            "restored": self.restored,
+            "after": self.after,
+            "fault": self.fault,
+            "text": str(self),
         }
 
 
@@ -149,7 +187,7 @@ class Difference:
     way: str
     dtype: torch.dtype
     back: bool
-    readings: list[Reading]
+    readings: list[Measurement]
     idle: list[str]  # modules that run in the other model alone
     untied: list[tuple[str, str]]  # names that should share an array
     healed: set[Place]  # what differs there makes no difference: one scales before, one after
@@ -158,11 +196,11 @@ class Difference:
     @property
     def first(self) -> Divergence | None:
         before: list[str] = []
-        for reading in self.readings:
-            if not reading.ok and reading.place not in self.healed:
-                return Divergence(reading, tuple(dict.fromkeys(before[-4:])), self.back)
-            if reading.side == ("in" if self.back else "out"):
-                before.append(reading.match.native)
+        for measurement in self.readings:
+            if not measurement.ok and measurement.place not in self.healed:
+                return Divergence(measurement, tuple(dict.fromkeys(before[-4:])), self.back)
+            if measurement.side == ("in" if self.back else "out"):
+                before.append(measurement.match.native)
         return None
 
     @property
@@ -179,8 +217,8 @@ class Difference:
         count = len(self.readings)
         if self.ok:
             worst = max(self.readings, key=lambda r: r.error / r.limit)
-            told = f"no difference: {count} places agree; most at {worst}: {worst.error:.1e}"
-            return "\n".join([*lines, paint(told, GREEN, color)])
+            summary = f"no difference: {count} places agree; most at {worst}: {worst.error:.1e}"
+            return "\n".join([*lines, paint(summary, GREEN, color)])
         if (first := self.first) is not None:
             lines += first.lines(self.back, color)
         lines += [f"runs in the other model alone: {name}" for name in self.idle]
@@ -202,5 +240,5 @@ class Difference:
             "idle": self.idle,
             "untied": [" and ".join(names) for names in self.untied],
             "causes": [cause.to_json() for cause in self.causes],
-            "readings": [reading.to_json() for reading in self.readings],
+            "readings": [each.to_json() for each in self.readings],
         }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from zoo.components.model import Model
 from zoo.diagnosis.diff.causes import (
     attention,
+    catalogue,
     config,
     experts,
     gradients,
@@ -20,50 +20,14 @@ from zoo.diagnosis.diff.causes import (
     residual,
     spec_lines,
 )
-from zoo.diagnosis.diff.causes.scene import Idea, Scene, applied, put
+from zoo.diagnosis.diff.causes.scene import Scene, applied, put
 from zoo.diagnosis.diff.comparison import Comparison
-from zoo.diagnosis.diff.difference import Difference
+from zoo.diagnosis.diff.difference import Cause, Difference
+from zoo.diagnosis.edits import Hypothesis
 from zoo.errors import ZooError
 
 MOST = 5  # causes that are told
 THERE = "the other model's numbers are put there, and wherever the same is done"
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Something that explains a difference, and what became of it when it was undone."""
-
-    what: str
-    fix: str = ""  # parity is restored if …
-    change: str = ""  # a line of a file
-    tried: bool = False
-    restored: bool = False
-    after: str = ""  # where the models part then
-    put: bool = False  # tried by putting the other model's numbers there, and no more
-
-    def __str__(self) -> str:
-        parts = [self.what + "."]
-        done = self.fix or "the other model's numbers are put there"
-        if self.restored:
-            parts.append(f"Parity is restored if {done}.")
-        elif self.tried:
-            parts.append(f"If {done}, the first difference moves on to {self.after}.")
-        elif self.fix:
-            parts.append(f"Not confirmed: {self.fix}.")
-        if self.change:
-            parts.append(self.change)
-        return " ".join(parts)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "what": self.what,
-            "fix": self.fix,
-            "change": self.change,
-            "tried": self.tried,
-            "restored": self.restored,
-            "after": self.after,
-            "text": str(self),
-        }
 
 
 def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
@@ -73,19 +37,19 @@ def diagnosed(comparison: Comparison, difference: Difference) -> list[Cause]:
     scene = Scene(comparison, difference)
     if difference.back:
         return [_confirmed(scene, idea) for idea in gradients.ideas(scene)]
-    found = list[Cause]()
+    causes = list[Cause]()
     for idea in _ideas(scene):
-        if idea.what not in {cause.what for cause in found}:
-            found.append(_confirmed(scene, idea))
-        if len(found) == MOST or (found and found[-1].restored and not found[-1].put):
+        if idea.what not in {cause.what for cause in causes}:
+            causes.append(_confirmed(scene, idea))
+        if len(causes) == MOST or (causes and causes[-1].restored and not causes[-1].put):
             break
-    return sorted(found, key=lambda cause: (not cause.restored, cause.put, not cause.tried))
+    return sorted(causes, key=lambda cause: (not cause.restored, cause.put, not cause.tried))
 
 
 def _unmet(comparison: Comparison, difference: Difference) -> Iterator[Cause]:
     for names in difference.untied:
-        said = f"{' and '.join(names)} are no longer one array: the tie is broken"
-        cause = Cause(said, "they share one again")
+        what = f"{' and '.join(names)} are no longer one array: the tie is broken"
+        cause = Cause(what, "they share one again")
         model = comparison.matching.model
         other, owner = (name.rpartition(".") for name in names)
         array = model.get_submodule(owner[0])._parameters[owner[2]]
@@ -100,7 +64,7 @@ def _unmet(comparison: Comparison, difference: Difference) -> Iterator[Cause]:
         yield Cause(f"{name} does not run here, and does in the other model")
 
 
-def _ideas(scene: Scene) -> Iterator[Idea]:
+def _ideas(scene: Scene) -> Iterator[Hypothesis]:
     """The surest first; what little is known of a difference, only where no more is."""
     if ideas := list(reruns.restless(scene)):
         yield from ideas
@@ -118,11 +82,13 @@ def _ideas(scene: Scene) -> Iterator[Idea]:
     yield from config.tried(scene)
 
 
-def _sure(scene: Scene) -> Iterator[Idea]:
+def _sure(scene: Scene) -> Iterator[Hypothesis]:
     yield from config.read_again(scene)
     yield from reruns.padding(scene)
     if scene.side == "in":
         yield from parameters.unseen(scene)
+    if scene.side == "in" and not scene.name.endswith(".out"):
+        yield from catalogue.ideas(scene)
     if scene.side == "out":
         yield from layer.ideas(scene) if scene.name else reruns.outputs(scene)
         yield from experts.ideas(scene)
@@ -134,9 +100,9 @@ def _sure(scene: Scene) -> Iterator[Idea]:
         yield from residual.ideas(scene)
 
 
-def _confirmed(scene: Scene, idea: Idea) -> Cause:
+def _confirmed(scene: Scene, idea: Hypothesis) -> Cause:
     """What became of it, and of the other model's numbers in its place where it undoes nothing."""
-    lone = Cause(idea.what, idea.fix, spec_lines.told(scene, idea))
+    lone = Cause(idea.what, idea.fix, spec_lines.advice(scene, idea), fault=idea.fault)
     if scene.difference.back and not idea.undoes:
         return lone
     but = idea.touched if idea.undoes else {scene.name}
@@ -162,5 +128,5 @@ def _tried(
     if again.first is None:
         return replace(cause, tried=True, restored=True)
     if scene.later(again):
-        return replace(cause, tried=True, after=str(again.first.reading))
+        return replace(cause, tried=True, after=str(again.first.measurement))
     return cause

@@ -163,7 +163,7 @@ def flows(
     back: bool,
 ) -> list[Flow]:
     """All that can be compared, in the order in which the native model ran; or its gradients."""
-    found: list[Flow] = []
+    result: list[Flow] = []
     ran = dict[Place, int]()  # when, forward
     for match in matching.matches.values():
         parts = [record.get(match.native, []) for record in ours]
@@ -190,17 +190,17 @@ def flows(
                 elif back and not _alike(flow, way, *calls):
                     continue
                 if match.plain or flow.comparable:
-                    found.append(flow)
+                    result.append(flow)
                     ran[flow.place] = first.when(side, back=False)
-    return sorted(_dated(found, ran) if back else found, key=lambda flow: flow.at)
+    return sorted(_dated(result, ran) if back else result, key=lambda flow: flow.at)
 
 
-def _dated(found: list[Flow], ran: Mapping[Place, int]) -> list[Flow]:
+def _dated(result: list[Flow], ran: Mapping[Place, int]) -> list[Flow]:
     """A gradient that never came stands where it was due: before those of all that ran sooner."""
-    came = [(ran[flow.place], flow.at) for flow in found if flow.at]
-    found.sort(key=lambda flow: -ran[flow.place])
-    due = (min((at for n, at in came if n < ran[f.place]), default=math.inf) - 0.5 for f in found)
-    return [f if f.at else replace(f, at=at) for f, at in zip(found, due, strict=True)]
+    came = [(ran[flow.place], flow.at) for flow in result if flow.at]
+    result.sort(key=lambda flow: -ran[flow.place])
+    due = (min((at for n, at in came if n < ran[f.place]), default=math.inf) - 0.5 for f in result)
+    return [f if f.at else replace(f, at=at) for f, at in zip(result, due, strict=True)]
 
 
 def _alike(flow: Flow, way: Way, *calls: Sequence[Call | None]) -> bool:
@@ -249,7 +249,7 @@ def _flow(
 
 def outputs_of(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
     """The models' own."""
-    found = []
+    result = []
     for k in range(max(len(ours[0]), len(theirs[0]))):
         flow = Flow(math.inf, OUTPUT, "out", k)
         if k < len(ours[0]) and k < len(theirs[0]):
@@ -258,8 +258,8 @@ def outputs_of(ours: Rows, theirs: Rows, floor: Rows) -> list[Flow]:
                 for rows in (ours, theirs, floor)
             )
             flow = replace(flow, ours=here, theirs=there, floor=below)
-        found.append(flow)
-    return found
+        result.append(flow)
+    return result
 
 
 def learnt(
@@ -269,19 +269,19 @@ def learnt(
     floor: Mapping[str, Tensor],
 ) -> list[Flow]:
     """The gradients of parameters, each once."""
-    found, held = [], {n: match.parameters for n, match in matching.matches.items()}
+    result, owners = [], {n: match.parameters for n, match in matching.matches.items()}
     for name, _ in matching.model.named_parameters():
         expected = matching.expected(name, theirs.__getitem__)
         below = matching.expected(name, floor.__getitem__) if floor else None
         if expected is None or expected.shape != ours[name].shape:
             continue
-        others = tuple(held.get(name.rpartition(".")[0], {}).get(name, ()))
+        others = tuple(owners.get(name.rpartition(".")[0], {}).get(name, ()))
         match = Match(name, others, {name: others}, ())
         mine, there, narrow = (
             None if x is None else x.reshape(-1, x.shape[-1]) for x in (ours[name], expected, below)
         )
-        found.append(Flow(math.inf, match, "out", 0, mine, there, narrow))
+        result.append(Flow(math.inf, match, "out", 0, mine, there, narrow))
     # what is zero by symmetry holds rounding alone
-    sizes = [0.0 if f.theirs is None else float(f.theirs.abs().max()) for f in found]
+    sizes = [0.0 if f.theirs is None else float(f.theirs.abs().max()) for f in result]
     least = SYMMETRIC * max(sizes, default=0)
-    return [f for f, size in zip(found, sizes, strict=True) if size > least]
+    return [f for f, size in zip(result, sizes, strict=True) if size > least]

@@ -46,10 +46,10 @@ def recorded(module: nn.Module, names: Sequence[str], backward: bool = False) ->
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            assert given is not None, name
-            one = Call(clock(), {}, looked_up=not given.is_floating_point())
-            keep(one, "in", given)
+            tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            assert tensor is not None, name
+            one = Call(clock(), {}, looked_up=not tensor.is_floating_point())
+            keep(one, "in", tensor)
             running.setdefault(name, []).append(one)
 
         return hook
@@ -71,11 +71,11 @@ def recorded(module: nn.Module, names: Sequence[str], backward: bool = False) ->
                 x.register_hook(lambda gradient: came(places[id(x)][1], gradient))
             places[id(x)][1].append((one, side))
 
-    def came(known: list[tuple[Call, Side]], gradient: Tensor) -> None:
+    def came(calls: list[tuple[Call, Side]], gradient: Tensor) -> None:
         # of what one module alone is given, that module's gradient is the first
-        if sum(side == "in" for _, side in known) == 1:
-            known = sorted(known, key=lambda place: place[1])
-        for one, side in known:
+        if sum(side == "in" for _, side in calls) == 1:
+            calls = sorted(calls, key=lambda place: place[1])
+        for one, side in calls:
             one.gradients[side], one.reached[side] = gradient.detach().clone(), clock()
 
     modules = dict(module.named_modules())

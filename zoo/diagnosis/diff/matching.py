@@ -30,7 +30,7 @@ Planned = Callable[[Mapping[str, TensorInfo]], Plan]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowIndex:
     """(features,) where on disk a parameter's first axis stands, along an axis so long."""
 
     sources: tuple[str, ...]
@@ -51,7 +51,7 @@ class Match:
     out: Tensor | None = field(default=None, repr=False)
     plain: bool = True  # a layer of one kind everywhere: looks up, multiplies or norms
     whole: bool = True  # one module there holds all: what comes out is what comes out there
-    rows: Mapping[str, Rows] = field(default_factory=dict, repr=False)  # of weight and bias
+    rows: Mapping[str, RowIndex] = field(default_factory=dict, repr=False)  # of weight and bias
 
     @property
     def apart(self) -> bool:
@@ -63,7 +63,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Held:
+class OnDisk:
     """What files of a dialect call the parameters of a module, and who holds each in memory."""
 
     header: Mapping[str, TensorInfo]
@@ -79,22 +79,22 @@ class Matching:
 
     def __init__(self, model: Model, other: nn.Module, planned: Planned, fold: Fold = str) -> None:
         self.model, self.other = model, other
-        self.held = _in_memory(other, fold)
+        self.on_disk = _in_memory(other, fold)
         try:
-            self.plan = planned(self.held.header)
+            self.plan = planned(self.on_disk.header)
         except PlanError:
             if isinstance(other, Model) or not hasattr(other, "save_pretrained"):
                 raise
-            self.held = _as_saved(other, fold)  # its files call some tensors otherwise
-            self.plan = planned(self.held.header)
+            self.on_disk = _as_saved(other, fold)  # its files call some tensors otherwise
+            self.plan = planned(self.on_disk.header)
         self.steps = {target: step for step in self.plan.steps for target in step.targets}
         self.matches = {each.native: each for each in self._matches(self.plan.native)}
 
     def of(self, model: Model) -> Matching:
         """The same for another model that holds the same."""
-        found = copy.copy(self)
-        found.model = model
-        return found
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def expected(self, name: str, value: Callable[[str], Tensor] | None = None) -> Tensor | None:
         """What a native parameter is by the other model's; None if several make it.
@@ -105,19 +105,19 @@ class Matching:
         step = self.steps.get(name) or self.steps.get(self.plan.native.ties.get(name, ""))
         if step is None:
             return None
-        owners = [self.held.parameters[disk] for disk in step.sources]
+        owners = [self.on_disk.parameters[disk] for disk in step.sources]
         if value is None:
-            found = [self.other.get_parameter(names[0]).detach() for names in owners]
+            values = [self.other.get_parameter(names[0]).detach() for names in owners]
         else:
-            found = [self._summed(names, value) for names in owners]
+            values = [self._summed(names, value) for names in owners]
         if any(
-            x.shape != self.plan.header[n].shape for x, n in zip(found, step.sources, strict=True)
+            x.shape != self.plan.header[n].shape for x, n in zip(values, step.sources, strict=True)
         ):
             return None
         if step.transform is None:
-            return found[0]
+            return values[0]
         place = step.targets.index(name if name in step.targets else self.plan.native.ties[name])
-        return step.transform.forward(found)[place]
+        return step.transform.forward(values)[place]
 
     def _summed(self, names: tuple[str, ...], value: Callable[[str], Tensor]) -> Tensor:
         """Over the arrays that go by these names, each once."""
@@ -129,19 +129,19 @@ class Matching:
     def _matches(self, native: Native) -> Iterator[Match]:
         theirs, carry = _by_array(self.other), _Carrier(native)
         modules = dict(self.model.named_modules())
-        held = dict[str, list[str]]()
+        below = dict[str, list[str]]()
         for name in (*native.shapes, *native.ties):
-            held.setdefault(name.rpartition(".")[0], []).append(name)
-        for name, own in held.items():
+            below.setdefault(name.rpartition(".")[0], []).append(name)
+        for name, own in below.items():
             parameters, rules = dict[str, tuple[str, ...]](), list[str]()
             into = out = None
-            read = dict[str, Rows]()
+            read = dict[str, RowIndex]()
             for parameter in own:
                 target = parameter if parameter in self.steps else native.ties.get(parameter, "")
                 if (step := self.steps.get(target)) is None:
                     continue
                 same = (step.sources, *step.also)
-                memory = [m for names in same for n in names for m in self.held.parameters[n]]
+                memory = [m for names in same for n in names for m in self.on_disk.parameters[n]]
                 arrays = dict.fromkeys(id(self.other.get_parameter(m)) for m in memory)
                 parameters[parameter] = tuple(m for array in arrays for m in theirs[array])
                 rules.append(str(step.rule))
@@ -151,25 +151,25 @@ class Matching:
                     out = carry(step, target, 1 if looks_up else 0)
                     into = None if looks_up else carry(step, target, axes - 1)
                 leaf = parameter.rpartition(".")[2]
-                if len(step.sources) == 1 and (found := carry.found(step, target, 0)) is not None:
-                    read[leaf] = Rows(tuple(step.sources), *found)
+                if len(step.sources) == 1 and (index := carry.carried(step, target, 0)) is not None:
+                    read[leaf] = RowIndex(tuple(step.sources), *index)
             if parameters:
                 others, whole = _owners(parameters)
                 plain = whole and isinstance(modules.get(name), PLAIN)
-                said = tuple(dict.fromkeys(rules))
-                yield Match(name, others, parameters, said, into, out, plain, whole, read)
+                texts = tuple(dict.fromkeys(rules))
+                yield Match(name, others, parameters, texts, into, out, plain, whole, read)
 
 
-def _in_memory(other: nn.Module, fold: Fold) -> Held:
+def _in_memory(other: nn.Module, fold: Fold) -> OnDisk:
     header, parameters = dict[str, TensorInfo](), dict[str, tuple[str, ...]]()
     for name, p in other.named_parameters(remove_duplicate=False):
         disk = fold(name)
         header[disk] = TensorInfo(disk, tuple(p.shape), "F32")
         parameters[disk] = (*parameters.get(disk, ()), name)
-    return Held(header, parameters)
+    return OnDisk(header, parameters)
 
 
-def _as_saved(other: Any, fold: Fold) -> Held:
+def _as_saved(other: Any, fold: Fold) -> OnDisk:
     """By its own writer, with each parameter's number in all of its places."""
     owners = list(other.named_parameters())
     kept = [p.data for _, p in owners]
@@ -189,7 +189,7 @@ def _as_saved(other: Any, fold: Fold) -> Held:
         numbers = tensor.unique().int().tolist()
         header[disk] = TensorInfo(disk, tuple(tensor.shape), "F32")
         parameters[disk] = (*parameters.get(disk, ()), *(owners[n][0] for n in numbers))
-    return Held(header, parameters)
+    return OnDisk(header, parameters)
 
 
 def _owners(parameters: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], bool]:
@@ -220,12 +220,12 @@ class _Carrier:
 
     def __call__(self, step: PlanStep, target: str, axis: int) -> Tensor | None:
         """(features,), or None where they are in order."""
-        found = None if step.transform is None else self.found(step, target, axis)
-        if found is None or torch.equal(found[0], torch.arange(found[1])):
+        index = None if step.transform is None else self.carried(step, target, axis)
+        if index is None or torch.equal(index[0], torch.arange(index[1])):
             return None
-        return found[0]
+        return index[0]
 
-    def found(self, step: PlanStep, target: str, axis: int) -> tuple[Tensor, int] | None:
+    def carried(self, step: PlanStep, target: str, axis: int) -> tuple[Tensor, int] | None:
         """(features,), and how long the axis on disk is; None where they lie along several."""
         place = step.targets.index(target)
         if step.transform is None:
@@ -240,7 +240,9 @@ class _Carrier:
         for theirs, length in enumerate(transform.source_shape()):
             made = transform.coordinates(theirs)[place]
             rows = made.movedim(axis, 0).reshape(made.shape[axis], -1)
-            told = rows[:, 0]
-            if bool((rows == told[:, None]).all()) and len(told.unique()) == len(told):
-                return told.long(), length
+            coordinates = rows[:, 0]
+            if bool((rows == coordinates[:, None]).all()) and len(coordinates.unique()) == len(
+                coordinates
+            ):
+                return coordinates.long(), length
         return None

@@ -21,15 +21,17 @@ from zoo.components.model import Model
 from zoo.diagnosis.diff import sides
 from zoo.diagnosis.diff.comparison import Comparison
 from zoo.diagnosis.diff.diff import inputs_of, pad_of
-from zoo.diagnosis.diff.difference import Difference
+from zoo.diagnosis.diff.difference import Cause, Difference
 from zoo.diagnosis.diff.explain import diagnosed
 from zoo.diagnosis.diff.flows import Way
 from zoo.diagnosis.diff.matching import Matching
+from zoo.diagnosis.faults import Fault, planted_faults
+from zoo.diagnosis.gate import Verdict, planted
+from zoo.diagnosis.gate import run as gate
+from zoo.diagnosis.planting import NotApplicable
 from zoo.errors import ZooError, did_you_mean
 from zoo.loading import load_directory
 from zoo.parity.fixtures import hot_checkpoint
-from zoo.parity.gates.mutants import MUTANTS, Mutant, NotApplicable, Verdict, planted
-from zoo.parity.gates.mutants import run as gate
 from zoo.parity.reference import Reference
 from zoo.registry import Architecture
 from zoo.terminal import passing
@@ -43,12 +45,12 @@ class Trace:
     """What became of a bug in an architecture that it can be planted in."""
 
     architecture: str
-    mutant: str
+    fault: str
     located: bool
     diagnosed: bool
     where: str = ""  # variant and way in which it was seen; empty: in none
     place: str = ""
-    said: tuple[str, ...] = ()  # the causes, the first one first
+    causes: tuple[str, ...] = ()  # the most likely first
 
     @property
     def ok(self) -> bool:
@@ -57,7 +59,7 @@ class Trace:
     @property
     def restored(self) -> bool:
         """Whether the first cause was undone, and nothing differed then."""
-        return self.diagnosed and any("Parity is restored" in said for said in self.said[:1])
+        return self.diagnosed and any("Parity is restored" in text for text in self.causes[:1])
 
 
 class Tracer:
@@ -74,14 +76,14 @@ class Tracer:
             self._references[variant] = Reference(directory, named, torch.float64, lifted=True)
         return self._references[variant]
 
-    def trace(self, bug: Mutant) -> Trace | None:
+    def trace(self, fault: Fault) -> Trace | None:
         """In the first variant and way that shows it; None where it cannot be planted."""
         there = False
         for variant in self.entry.variants:
             reference = self.reference(variant)
             load = functools.partial(load_directory, reference.directory, self.entry)
             try:
-                model = planted(load, bug, self.entry, torch.float64)
+                model = planted(load, fault, self.entry, torch.float64)
             except NotApplicable:
                 continue
             except ZooError:
@@ -91,19 +93,19 @@ class Tracer:
                 comparison = compared(model, reference, way)
                 difference = comparison.run(back)
                 if not difference.ok:
-                    said = tuple(str(cause) for cause in diagnosed(comparison, difference))
-                    return self.traced(bug, f"{variant}, {way}", difference, said)
+                    causes = diagnosed(comparison, difference)
+                    return self.traced(fault, f"{variant}, {way}", difference, causes)
         if not there:
             return None
-        return Trace(self.entry.name, bug.name, False, False)
+        return Trace(self.entry.name, fault.name, False, False)
 
     def traced(
-        self, bug: Mutant, where: str, difference: Difference, said: tuple[str, ...]
+        self, fault: Fault, where: str, difference: Difference, causes: Sequence[Cause]
     ) -> Trace:
-        place = placed(difference)
-        located = re.search(bug.at, place) is not None
-        right = bool(said) and re.search(bug.cause, said[0]) is not None
-        return Trace(self.entry.name, bug.name, located, right, where, place, said)
+        place, texts = placed(difference), tuple(map(str, causes))
+        located = re.search(fault.at, place) is not None
+        right = bool(causes) and fault.is_named(causes[0].fault, texts[0])
+        return Trace(self.entry.name, fault.name, located, right, where, place, texts)
 
 
 def compared(model: Model, reference: Reference, way: str) -> Comparison:
@@ -116,26 +118,26 @@ def compared(model: Model, reference: Reference, way: str) -> Comparison:
 def placed(difference: Difference) -> str:
     """`in` or `out`, and a module; or what else shows it."""
     if (first := difference.first) is not None:
-        return f"{first.reading.side} {first.reading}"
+        return f"{first.measurement.side} {first.measurement}"
     ties = [f"tie {' and '.join(names)}" for names in difference.untied]
     return "; ".join([*ties, *difference.idle])
 
 
 def run(
     architectures: Iterable[Architecture] | None = None,
-    bugs: Iterable[Mutant] | None = None,
+    faults: Iterable[Fault] | None = None,
     seen: Callable[[str, str], None] = lambda architecture, bug: None,
 ) -> Iterator[Trace]:
     torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
-    chosen = list(MUTANTS.values() if bugs is None else bugs)
+    faults = planted_faults() if faults is None else list(faults)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="zoo-traces-")))
         for entry in architectures or registry.architectures().values():
             tracer = Tracer(entry, scratch)
-            for bug in chosen:
-                seen(entry.name, bug.name)
-                if (found := tracer.trace(bug)) is not None:
-                    yield found
+            for fault in faults:
+                seen(entry.name, fault.name)
+                if (trace := tracer.trace(fault)) is not None:
+                    yield trace
 
 
 Killed = Collection[tuple[str, str]]  # (architecture, bug) that the gate noticed
@@ -151,7 +153,7 @@ def table(traces: Iterable[Trace], killed: Killed) -> str:
         mine = [t for t in traces if not name or t.architecture == name]
         counts = [
             len(mine),
-            sum((t.architecture, t.mutant) in killed for t in mine),
+            sum((t.architecture, t.fault) in killed for t in mine),
             sum(t.located for t in mine),
             sum(t.diagnosed for t in mine),
             sum(t.restored for t in mine),
@@ -161,19 +163,19 @@ def table(traces: Iterable[Trace], killed: Killed) -> str:
     if short:
         lines += ["", "| fell short | in | seen at | said first |", "|---|---|---|---|"]
     for t in short:
-        said = t.said[0].replace("|", "\\|") if t.said else "nothing"
-        lines.append(f"| {t.mutant} | {t.architecture} | {t.place or 'nowhere'} | {said} |")
+        text = t.causes[0].replace("|", "\\|") if t.causes else "nothing"
+        lines.append(f"| {t.fault} | {t.architecture} | {t.place or 'nowhere'} | {text} |")
     return "\n".join(lines)
 
 
 def page(traces: Iterable[Trace], killed: Killed) -> str:
     """The table as it stands in docs/diagnosis.md."""
     traces = list(traces)
-    refused = len(set(killed) - {(t.architecture, t.mutant) for t in traces})
+    refused = len(set(killed) - {(t.architecture, t.fault) for t in traces})
     return (
         "# Planted bugs, located and diagnosed\n\n"
-        f"Measured {date.today()} by `make diagnosis`: each of the {len(MUTANTS)} bugs of the "
-        "mutation gate, planted alone\nin every architecture that it applies to; "
+        f"Measured {date.today()} by `make diagnosis`: each of the {len(planted_faults())} faults "
+        "of the mutation gate, planted alone\nin every architecture that it applies to; "
         f"{refused} more never run, since they are refused when loaded. *Killed*: a check of\n"
         "`zoo verify` fails. *Located*: the place that is named is the one written beside the "
         "bug. *Diagnosed*: the first cause\nthat is named is the one written there. *Restored*: "
@@ -183,25 +185,28 @@ def page(traces: Iterable[Trace], killed: Killed) -> str:
 
 def to_record(traces: Iterable[Trace], verdicts: Iterable[Verdict]) -> dict[str, dict[str, Any]]:
     """Architecture -> what became of each bug that can be planted there, for the record."""
-    traced = {(t.architecture, t.mutant): t for t in traces}
-    found: dict[str, dict[str, Any]] = {}
+    traced = {(t.architecture, t.fault): t for t in traces}
+    entries: dict[str, dict[str, Any]] = {}
     for verdict in verdicts:
-        trace = traced.get((verdict.architecture, verdict.mutant))
-        entry = found.setdefault(verdict.architecture, {})
+        trace = traced.get((verdict.architecture, verdict.fault))
+        entry = entries.setdefault(verdict.architecture, {})
         if trace is not None:
             killed = verdict.by if verdict.status == "killed" else ""
-            short = {} if trace.ok else {"place": trace.place, "said": (*trace.said, "nothing")[0]}
-            entry[verdict.mutant] = {
+            short = (
+                {} if trace.ok else {"place": trace.place, "said": (*trace.causes, "nothing")[0]}
+            )
+            entry[verdict.fault] = {
                 "killed": killed,
                 "located": trace.located,
                 "diagnosed": trace.diagnosed,
                 **short,
             }
         elif verdict.status == "killed":
-            entry[verdict.mutant] = {"refused": verdict.by}  # when it is loaded: it never runs
-    known = registry.architectures()
+            entry[verdict.fault] = {"refused": verdict.by}  # when it is loaded: it never runs
+    architectures = registry.architectures()
     return {
-        name: {**evidence.stamp("bugs", known[name]), "bugs": bugs} for name, bugs in found.items()
+        name: {**evidence.stamp("bugs", architectures[name]), "bugs": bugs}
+        for name, bugs in entries.items()
     }
 
 
@@ -212,14 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
     parser.add_argument("--record", action="store_true", help="into zoo/evidence.json")
     options = parser.parse_args(arguments)
-    known = registry.architectures()
-    if odd := [name for name in options.names if name not in known]:
-        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    architectures = registry.architectures()
+    if unknown := [name for name in options.names if name not in architectures]:
+        parser.error(
+            f"no architecture is called {unknown[0]!r}.{did_you_mean(unknown[0], architectures)}"
+        )
     if options.record:
         evidence.read()  # what is wrong with it is said before hours of work
-    chosen = [known[name] for name in options.names] or None
-    verdicts = gate(chosen, lambda v: passing(f"{v.architecture}: {v.mutant}", sys.stderr))
-    killed = {(v.architecture, v.mutant) for v in verdicts if v.status == "killed"}
+    chosen = [architectures[name] for name in options.names] or None
+    verdicts = gate(chosen, lambda v: passing(f"{v.architecture}: {v.fault}", sys.stderr))
+    killed = {(v.architecture, v.fault) for v in verdicts if v.status == "killed"}
     traces = list(run(chosen, seen=lambda *names: passing(": ".join(names), sys.stderr)))
     passing("", sys.stderr)
     print(table(traces, killed))

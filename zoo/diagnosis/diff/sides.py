@@ -49,11 +49,11 @@ def native_side(model: Model) -> Native:
 def reference(model: Model, directory: Path, reference_class: str, dtype: torch.dtype) -> Other:
     """The reference's own reading of a directory: in fp64 throughout, and in `dtype` too."""
     lifted = Reference(directory, reference_class, torch.float64, lifted=True)
-    found = read_by(model, lifted)
+    other = read_by(model, lifted)
     if dtype is not torch.float64:
         _round(lifted.model, dtype)
-        found.narrow = read_by(model, Reference(directory, reference_class, dtype))
-    return found
+        other.narrow = read_by(model, Reference(directory, reference_class, dtype))
+    return other
 
 
 def read_by(model: Model, it: Reference) -> Other:
@@ -109,11 +109,11 @@ def _called(module: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def _with_floor(side: Callable[[Any], Other], other: nn.Module, dtype: torch.dtype) -> Other:
     truth = _copied(other).to(torch.float64).eval()
-    found = side(truth)
+    floor = side(truth)
     if dtype is not torch.float64:
         _round(truth, dtype)
-        found.narrow = side(_copied(other).to(dtype).eval())
-    return found
+        floor.narrow = side(_copied(other).to(dtype).eval())
+    return floor
 
 
 def _copied(module: nn.Module) -> nn.Module:

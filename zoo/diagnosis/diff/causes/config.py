@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 from converters.strict_json import parse_json
 from zoo.checkpoints.foreign import spec_of
-from zoo.diagnosis.diff.causes.scene import Idea, Scene
-from zoo.diagnosis.edits import NOT_TRIED, Changes, values
+from zoo.diagnosis.diff.causes.scene import Scene
+from zoo.diagnosis.edits import Changes, Hypothesis
+from zoo.diagnosis.variants import NOT_TRIED, config_hypothesis, plain, values
 from zoo.errors import ConfigError, ZooError
 
 
-def read_again(scene: Scene) -> Iterator[Idea]:
+def read_again(scene: Scene) -> Iterator[Hypothesis]:
     """What the spec reads in the config that lies with the weights, and the model has not."""
     for changes in _unlike(scene):
         if scene.steady and _heals(scene, changes):
-            yield _idea(scene, changes)
+            yield config_hypothesis(scene.model.config, **changes)
 
 
-def tried(scene: Scene, flags: bool = False) -> Iterator[Idea]:
+def tried(scene: Scene, flags: bool = False) -> Iterator[Hypothesis]:
     """Every field, one after the other, with each value that it may have meant; or flags alone."""
     if not scene.steady:
         return
@@ -32,42 +32,30 @@ def tried(scene: Scene, flags: bool = False) -> Iterator[Idea]:
             continue
         for value in values(config, field.name, scene.numbers):
             if _heals(scene, {field.name: value}):
-                yield _idea(scene, {field.name: value})
+                yield config_hypothesis(config, **{field.name: value})
                 break
-
-
-def _idea(scene: Scene, changes: Changes) -> Idea:
-    config = scene.model.config
-    now = {name: _plain(getattr(config, name)) for name in changes}
-    said = {name: _plain(value) for name, value in changes.items()}
-    what = " and ".join(f"config field {n} is {now[n]!r}, not {v!r}" for n, v in said.items())
-    return Idea(what, " and ".join(f"{n} is {v!r}" for n, v in said.items()), config=changes)
-
-
-def _plain(value: Any) -> Any:
-    return value.to_json() if hasattr(value, "to_json") else value
 
 
 def _heals(scene: Scene, changes: Changes) -> bool:
     try:
-        return scene.error_of(scene.rebuilt(changes)) <= scene.reading.limit
+        return scene.error_of(scene.rebuilt(changes)) <= scene.measurement.limit
     except (RuntimeError, ZooError, ValueError, IndexError, TypeError, ZeroDivisionError):
         return False
 
 
 def _unlike(scene: Scene) -> Iterator[Changes]:
-    known = scene.model.provenance
-    if known is None or known.origin.dialect != "hf" or not known.origin.config:
+    provenance = scene.model.provenance
+    if provenance is None or provenance.origin.dialect != "hf" or not provenance.origin.config:
         return
     dialect = spec_of(scene.model).dialect("hf")
-    said, _ = dialect.read_config(parse_json(known.origin.config.encode(), "config.json"))
+    read, _ = dialect.read_config(parse_json(provenance.origin.config.encode(), "config.json"))
     config = scene.model.config
     try:
-        there = type(config)(**{**said, "head": config.head})
+        there = type(config)(**{**read, "head": config.head})
     except ConfigError:
         return
     unlike = {
-        f.name: _plain(getattr(there, f.name))
+        f.name: plain(getattr(there, f.name))
         for f in fields(config)
         if f.name != "labels" and getattr(there, f.name) != getattr(config, f.name)
     }

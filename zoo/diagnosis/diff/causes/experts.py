@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from zoo.components.moe import Experts
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
-from zoo.diagnosis.edits import stars
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.edits import Hypothesis, stars
 
 SHARES: dict[str, Callable[[Tensor], Tensor]] = {
     "are made to sum to one": lambda s: s / s.sum(-1, keepdim=True),
@@ -26,15 +26,15 @@ class Mixed:
     on: str  # what the activation is of
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     """Each side is a known mixture of the same experts, or there is no idea."""
     module, name = scene.module, scene.name
-    given = scene.known(name, "in") or scene.known(f"{name}.router", "in")
-    if not isinstance(module, Experts) or given is None or given.ours is None:
+    source = scene.flow_at(name, "in") or scene.flow_at(f"{name}.router", "in")
+    if not isinstance(module, Experts) or source is None or source.ours is None:
         return
     if scene.flow.ours is None or scene.flow.theirs is None:
         return
-    ours, theirs = (_fitted(module, given.ours, y) for y in (scene.flow.ours, scene.flow.theirs))
+    ours, theirs = (_fitted(module, source.ours, y) for y in (scene.flow.ours, scene.flow.theirs))
     if ours is None or theirs is None:
         return
     name = stars(name)
@@ -43,11 +43,13 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         settings = {n: {"experts_per_token": theirs.chosen} for n in scene.alike()}
         config = {"experts_per_token": theirs.chosen} if scene.steady else {}
         fix = f"experts_per_token is {theirs.chosen}"
-        yield Idea(what, fix, config=config, settings={} if config else settings)
+        yield Hypothesis(what, fix, config=config, settings={} if config else settings)
     if ours.shares != theirs.shares:
-        yield Idea(f"{name}: shares of the chosen {ours.shares} here, and {theirs.shares} there")
+        yield Hypothesis(
+            f"{name}: shares of the chosen {ours.shares} here, and {theirs.shares} there"
+        )
     if ours.on != theirs.on:
-        yield Idea(
+        yield Hypothesis(
             f"{name}: the activation is on {ours.on} here, and on {theirs.on} there: "
             "gate and up are exchanged"
         )

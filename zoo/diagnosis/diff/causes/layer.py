@@ -9,62 +9,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.diagnosis.diff.causes import parameters, reruns
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error, fits
+from zoo.diagnosis.diff.causes import catalogue, parameters, reruns
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error, fits
 from zoo.diagnosis.diff.residual_sums import summed
-from zoo.diagnosis.edits import block_of, stars
+from zoo.diagnosis.edits import Hypothesis, block_of, stars
 
 OTHERWISE = "another number for each token, near these or not"
 AFTER = 12  # places are looked at for where a norm has gone
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     yield from parameters.ideas(scene)
+    yield from catalogue.ideas(scene)
     flow = scene.flow
-    if flow.theirs is None:
-        yield from _elsewhere(scene)
+    if flow.theirs is None or flow.ours is None or flow.ours.shape != flow.theirs.shape:
         return
-    if flow.ours is None or flow.ours.shape != flow.theirs.shape:
-        return
-    weight = scene.held.get(f"{scene.name}.weight")
+    weight = scene.parameters.get(f"{scene.name}.weight")
     if weight is None:
         weight = scene.matching.expected(f"{scene.name}.weight")
-    given = scene.known(scene.name, "in")
+    source = scene.flow_at(scene.name, "in")
     if weight is None:
         return
     yield from _factor(scene)
     if isinstance(scene.module, nn.Embedding):
         yield from _rows(scene, weight)
-    elif given is not None and weight.dim() == 1:
-        yield from _norm(scene, given.ours, weight)  # type: ignore[arg-type]
-    elif given is not None and weight.dim() == 2:
-        yield from _product(scene, given.ours, weight)  # type: ignore[arg-type]
-
-
-def _elsewhere(scene: Scene) -> Iterator[Idea]:
-    """The other model uses these parameters in another place altogether."""
-    parameters, shapes = scene.held, scene.matching.plan.native.shapes
-    own = [name for name in scene.reading.match.parameters if name in shapes]
-    for other in scene.matching.matches.values():
-        pairs = dict(zip(own, other.parameters, strict=False))
-        if other.native == scene.name or len(other.parameters) != len(own) or not own:
-            continue
-        if any(b not in parameters or shapes.get(a) != shapes.get(b) for a, b in pairs.items()):
-            continue
-        if any(part.isdecimal() for part in other.native.split(".")):
-            continue
-        exchanged = {a: parameters[b] for a, b in pairs.items()} | {
-            b: parameters[a] for a, b in pairs.items()
-        }
-        fix = f"{scene.name} and {other.native} are exchanged"
-        what = f"the other model uses what {scene.name} is read from in another place"
-        yield Idea(what, fix, parameters=exchanged, where=tuple(exchanged), moved=True)
+    elif source is not None and weight.dim() == 1:
+        yield from _norm(scene, source.ours, weight)  # type: ignore[arg-type]
+    elif source is not None and weight.dim() == 2:
+        yield from _product(scene, source.ours, weight)  # type: ignore[arg-type]
 
 
 # --- what they do --------------------------------------------------------------------------------
 
 
-def _rows(scene: Scene, table: Tensor) -> Iterator[Idea]:
+def _rows(scene: Scene, table: Tensor) -> Iterator[Hypothesis]:
     """Which rows of a table were looked up."""
     ours, theirs = (_looked_up(table, x) for x in (scene.flow.ours, scene.flow.theirs))
     name = scene.name
@@ -72,24 +50,30 @@ def _rows(scene: Scene, table: Tensor) -> Iterator[Idea]:
         return
     by = ours - theirs
     if len(by.unique()) == 1:
-        yield Idea(f"{name}: every row that is looked up is off by {int(by[0]):+d}")
+        yield Hypothesis(f"{name}: every row that is looked up is off by {int(by[0]):+d}")
     elif len(ours.unique()) == 1:
-        yield Idea(f"{name}: row {int(ours[0])} is taken everywhere: what says which is ignored")
+        yield Hypothesis(
+            f"{name}: row {int(ours[0])} is taken everywhere: what says which is ignored"
+        )
     elif len(theirs.unique()) == 1:
-        told = "what says which is ignored there"
-        yield Idea(f"{name}: row {int(theirs[0])} is taken everywhere in the other model: {told}")
+        reason = "what says which is ignored there"
+        yield Hypothesis(
+            f"{name}: row {int(theirs[0])} is taken everywhere in the other model: {reason}"
+        )
     elif scene.comparison.way.name == "cached" and len(by[by != 0].unique()) == 1:
         first = int((by != 0).nonzero()[0])
         off = f"off by {int(by[first]):+d} in what comes later"
-        yield Idea(f"{name}: from place {first} on every row that is looked up is {off}")
+        yield Hypothesis(f"{name}: from place {first} on every row that is looked up is {off}")
     elif scene.comparison.way.name == "padded":
-        yield Idea(f"{name}: places count the padding, and there only what is no padding")
+        yield Hypothesis(f"{name}: places count the padding, and there only what is no padding")
     elif bool((by.abs() <= 1).all()) and bool((by != 0).float().mean() > 0.5):
-        yield Idea(
+        yield Hypothesis(
             f"{name}: nearly every row that is looked up is off by {int(by.sum().sign()):+d}"
         )
     else:
-        yield Idea(f"{name}: other rows are looked up, first {int(ours[0])} for {int(theirs[0])}")
+        yield Hypothesis(
+            f"{name}: other rows are looked up, first {int(ours[0])} for {int(theirs[0])}"
+        )
 
 
 def _looked_up(table: Tensor, x: Tensor | None) -> Tensor | None:
@@ -101,9 +85,9 @@ def _looked_up(table: Tensor, x: Tensor | None) -> Tensor | None:
     return near if fits(table[near], x) else None
 
 
-def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
-    bias = scene.held.get(f"{scene.name}.bias")
-    if bias is None and f"{scene.name}.bias" in scene.reading.match.parameters:
+def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
+    bias = scene.parameters.get(f"{scene.name}.bias")
+    if bias is None and f"{scene.name}.bias" in scene.measurement.match.parameters:
         bias = scene.matching.expected(f"{scene.name}.bias")
     ours, theirs = (
         normed(x, y, weight, bias)  # type: ignore[arg-type]
@@ -115,28 +99,32 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
     if None in (ours.by, theirs.by):
         where = "here" if ours.by is None else "in the other model"
         moved = _norm_moved(scene) if ours.by is None else None
-        yield Idea(
+        yield Hypothesis(
             f"{scene.name}: nothing is normed {where}: the norm is "
             + (f"moved: {moved} goes through it" if moved else "missing")
         )
-    elif ours.centred != theirs.centred:
-        here = "centred" if ours.centred else "not centred"
-        yield Idea(f"{name}: what goes into the norm is {here} here, and there it is otherwise")
+    elif ours.centered != theirs.centered:
+        here = "centered" if ours.centered else "not centered"
+        yield Hypothesis(
+            f"{name}: what goes into the norm is {here} here, and there it is otherwise"
+        )
     elif ours.offset != theirs.offset:
-        yield Idea(f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}")
+        yield Hypothesis(
+            f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}"
+        )
     elif ours.by == OTHERWISE and (rounded := list(reruns.rounding(scene))):
         yield from rounded
     elif ours.by != theirs.by:
-        yield Idea(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
+        yield Hypothesis(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
     elif not _close(ours.eps, theirs.eps):
         what = f"{name}: eps is {ours.eps:.3g} here and {theirs.eps:.3g} there"
-        config, known = scene.model.config, _near(scene, theirs.eps)
+        config, eps = scene.model.config, _near(scene, theirs.eps)
         fields = [n for n, v in vars(config).items() if "eps" in n and _close(v, ours.eps)]
         if scene.steady and len(fields) == 1:
-            yield Idea(what, f"{fields[0]} is {known:g}", config={fields[0]: known})
+            yield Hypothesis(what, f"{fields[0]} is {eps:g}", config={fields[0]: eps})
         else:
-            settings = {n: {"eps": known} for n in scene.alike()}
-            yield Idea(what, f"eps of {name} is {known:g}", settings=settings)
+            settings = {n: {"eps": eps} for n in scene.alike()}
+            yield Hypothesis(what, f"eps of {name} is {eps:g}", settings=settings)
 
 
 def _norm_moved(scene: Scene) -> str | None:
@@ -157,8 +145,8 @@ def _norm_moved(scene: Scene) -> str | None:
                 continue
             with torch.no_grad():
                 normed = norm(x)
-            found = summed({**parts, name: normed}, wanted)
-            if found is not None and found.parts.get(name) == 1:
+            total = summed({**parts, name: normed}, wanted)
+            if total is not None and total.parts.get(name) == 1:
                 return name
     return None
 
@@ -178,7 +166,7 @@ class Normed:
     """What a norm did; `by` None: nothing."""
 
     by: str | None
-    centred: bool = False
+    centered: bool = False
     offset: int = 0
     eps: float = 0.0
 
@@ -190,8 +178,8 @@ def normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Normed 
         return Normed(None)
     best: tuple[float, Normed] | None = None
     shift = 0 if bias is None else bias.double()
-    for centred in (True, False):
-        z = x - x.mean(-1, keepdim=True) if centred else x
+    for centered in (True, False):
+        z = x - x.mean(-1, keepdim=True) if centered else x
         for offset in (0, 1, -1):
             a = z * (weight.double() + offset)
             # y = a r + shift, so r of each token by least squares
@@ -199,7 +187,7 @@ def normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Normed 
             for by, eps, made in _divisors(z, r):
                 off = error(a * made[:, None] + shift, y) if made.isfinite().all() else math.inf
                 if best is None or off < best[0] / 2:  # what is likelier stands first
-                    best = off, Normed(by, centred, offset, eps)
+                    best = off, Normed(by, centered, offset, eps)
     return best[1] if best is not None and best[0] <= 100 * FITS else None
 
 
@@ -217,37 +205,29 @@ def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
     yield OTHERWISE, 0.0, r
 
 
-def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Idea]:
+def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
     """A matrix that is what it should be by the rules, and the other multiplies by another."""
-    parameters, name = scene.held, scene.name
+    parameters, name = scene.parameters, scene.name
     bias = parameters.get(f"{name}.bias")
     shift = torch.zeros(()) if bias is None else bias
     y: Tensor = scene.flow.theirs  # type: ignore[assignment]
-    if weight.shape[0] == weight.shape[1] and fits(x @ weight + shift, y):
-        for names in (scene.alike(), [name]):
-            called = name if len(names) == 1 else stars(name)
-            yield Idea(
-                f"{called}.weight is transposed",
-                f"{called}.weight is read as [i o]: [o i], or no longer so",
-                parameters={f"{n}.weight": parameters[f"{n}.weight"].T.contiguous() for n in names},
-                where=(f"{name}.weight",),
-                moved=True,
-            )
     own = scene.flow.ours - x @ weight.T  # type: ignore[operator]
     for times, often in ((2, "is added twice"), (0, "is not added")):
         if bias is not None and bias.any() and error(own, (times * bias).expand_as(own)) <= FITS:
-            yield Idea(f"{stars(name)}.bias {often} here")
+            yield Hypothesis(f"{stars(name)}.bias {often} here")
     rest = y - x @ weight.T
     if (rest - rest[0]).abs().max() > FITS * y.abs().max():
         return
     if fits(shift.expand_as(rest[0]), rest[0]):
-        yield Idea(f"{name}: what comes out here is not what its parameters make of what goes in")
+        yield Hypothesis(
+            f"{name}: what comes out here is not what its parameters make of what goes in"
+        )
     else:
-        yield Idea(f"{name}.bias: what is added is another vector there than here")
+        yield Hypothesis(f"{name}.bias: what is added is another vector there than here")
 
 
-def _factor(scene: Scene) -> Iterator[Idea]:
+def _factor(scene: Scene) -> Iterator[Hypothesis]:
     ours, theirs = scene.flow.ours, scene.flow.theirs
     ratio = float((ours * theirs).sum() / theirs.square().sum())  # type: ignore[operator, union-attr]
     if fits(ours, theirs * ratio):  # type: ignore[arg-type, operator]
-        yield Idea(f"what comes out of {scene.name} is {ratio:.6g} times what it is there")
+        yield Hypothesis(f"what comes out of {scene.name} is {ratio:.6g} times what it is there")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
-from zoo.diagnosis.edits import stars
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.edits import Hypothesis, stars
 
 PLAIN = "linear"  # the activation that is none
 
@@ -22,10 +22,10 @@ class Made:
     of: str  # what it is applied to
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     """Each side is a known function of `gate` and `up`, or there is no idea."""
     name = scene.name.rpartition(".")[0]
-    gate, up = (scene.known(f"{name}.{part}") for part in ("gate", "up"))
+    gate, up = (scene.flow_at(f"{name}.{part}") for part in ("gate", "up"))
     if up is None or scene.flow.ours is None or scene.flow.theirs is None:
         return
     parts = {"up": up.ours} | ({} if gate is None else {"gate": gate.ours})
@@ -42,54 +42,39 @@ def ideas(scene: Scene) -> Iterator[Idea]:
         ours, theirs = (replace(x, of="gate") for x in (ours, theirs))
     if {ours.of, theirs.of} == {"gate", "up"}:
         what = f"{stars(name)}: the other model's activation is on {theirs.of}, here on {ours.of}"
-        yield _exchanged(scene, name, here, what, ours.act == theirs.act)
+        yield Hypothesis(what)
     elif ours.of != theirs.of:
-        yield Idea(
+        yield Hypothesis(
             f"{stars(name)}: the activation is taken of {ours.of} here, and of {theirs.of} there"
         )
     else:
         what = f"{stars(name)}: the activation is {ours.act} here and {theirs.act} there"
-        said = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
-        if scene.steady and said is ACTIVATIONS.get(ours.act, ""):
-            yield Idea(what, f"act is {theirs.act}", config={"act": theirs.act})
+        configured = ACTIVATIONS.get(getattr(scene.model.config, "act", ""))
+        if scene.steady and configured is ACTIVATIONS.get(ours.act, ""):
+            yield Hypothesis(what, f"act is {theirs.act}", config={"act": theirs.act})
         elif theirs.act in ACTIVATIONS:
             settings = {one: {"act": ACTIVATIONS[theirs.act]} for one in here}
-            yield Idea(what, f"{stars(name)} takes {theirs.act}", settings=settings)
+            yield Hypothesis(what, f"{stars(name)} takes {theirs.act}", settings=settings)
         else:
-            yield Idea(what)
-
-
-def _exchanged(scene: Scene, name: str, here: list[str], what: str, alone: bool) -> Idea:
-    """What is read as gate and as up; `alone`: nothing else is otherwise."""
-    held = scene.held
-    exchanged = {
-        f"{one}.{a}.{leaf}": held[f"{one}.{b}.{leaf}"]
-        for one in here
-        for a, b in (("gate", "up"), ("up", "gate"))
-        for leaf in ("weight", "bias")
-        if f"{one}.{a}.{leaf}" in held
-    }
-    where = tuple(n for n in exchanged if n.startswith(f"{name}."))
-    fix = f"{stars(name)}.gate and {stars(name)}.up are exchanged"
-    return Idea(what, fix, parameters=exchanged, where=where, moved=True) if alone else Idea(what)
+            yield Hypothesis(what)
 
 
 def _own(scene: Scene) -> Any:
     return getattr(scene.fresh.get_submodule(scene.name.rpartition(".")[0]), "act", None)
 
 
-def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, said: str) -> Made | None:
+def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, configured: str) -> Made | None:
     """The one that fits best: some differ by little."""
-    named = {a: f for a, f in ACTIVATIONS.items() if a == said} | ACTIVATIONS
+    named = {a: f for a, f in ACTIVATIONS.items() if a == configured} | ACTIVATIONS
     if own is not None and own not in ACTIVATIONS.values():
         named["the class's own"] = own
-    best, found = FITS, None
+    best, fit = FITS, None
     with torch.no_grad():
         for act, function in named.items():
             for of, made in _forms(parts, function):
-                if (off := error(made, wanted)) <= best and (found is None or off < best / 2):
-                    best, found = off, Made(act, of)
-    return found
+                if (off := error(made, wanted)) <= best and (fit is None or off < best / 2):
+                    best, fit = off, Made(act, of)
+    return fit
 
 
 def _forms(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[str, Tensor]]:

@@ -9,8 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, error
-from zoo.diagnosis.edits import block_of, order, stars
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.edits import Hypothesis, block_of, order, stars
 
 MOVED = 4  # slices that are named
 SLICES = 256  # of an axis, as far as they are looked through
@@ -20,24 +20,25 @@ GROUPS = (32, 64, 128)  # numbers that share a scale
 CLOSE = 0.2  # what whole numbers may be off by, in units of the root mean square
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
-    yield from _told(scene, scene.reading.match.parameters)
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
+    yield from _wrong(scene, scene.measurement.match.parameters)
     yield from _apart(scene)
 
 
-def unseen(scene: Scene) -> Iterator[Idea]:
+def unseen(scene: Scene) -> Iterator[Hypothesis]:
     """Of modules whose outputs were not compared: of the same block, or of none."""
-    yield from _told(scene, _unseen(scene))
+    shapes = scene.matching.plan.native.shapes
+    yield from _wrong(scene, (n for n in shapes if n.rpartition(".")[0] in scene.unseen))
 
 
-def exchanged(scene: Scene) -> Iterator[Idea]:
+def exchanged(scene: Scene) -> Iterator[Hypothesis]:
     """Two such modules, or two beside the place, that hold what is the other's by the rules too."""
     beside = scene.name.rpartition(".")[0]
     near = [n for n in scene.matching.matches if n.rpartition(".")[0] == beside and n != scene.name]
-    modules = dict.fromkeys([*(name.rpartition(".")[0] for name in _unseen(scene)), *near])
-    held = scene.held
+    modules = dict.fromkeys([*scene.unseen, *near])
+    own = scene.parameters
     leaves = {
-        m: {n.rpartition(".")[2]: x.shape for n, x in held.items() if n.rpartition(".")[0] == m}
+        m: {n.rpartition(".")[2]: x.shape for n, x in own.items() if n.rpartition(".")[0] == m}
         for m in modules
     }
     for a, b in combinations(modules, 2):
@@ -50,52 +51,41 @@ def exchanged(scene: Scene) -> Iterator[Idea]:
             pairs = [(n, block_of(n) + inner) for n in scene.alike(a)]
         for kinds in (both, *({leaf} for leaf in both if len(both) > 1)):
             parameters = {
-                f"{one}.{leaf}": held[f"{other}.{leaf}"]
+                f"{one}.{leaf}": own[f"{other}.{leaf}"]
                 for pair in pairs
                 for one, other in (pair, pair[::-1])
                 for leaf in kinds
             }
             leaf = "" if kinds == both else f".{next(iter(kinds))}"
-            said = f"{stars(a)}{leaf} and {stars(b)}{leaf}"
+            names = f"{stars(a)}{leaf} and {stars(b)}{leaf}"
             where = tuple(f"{n}.{leaf}" for n in (a, b) for leaf in kinds)
-            idea = Idea(
-                f"{said} are in each other's place",
-                f"{said} are exchanged",
+            idea = Hypothesis(
+                f"{names} are in each other's place",
+                f"{names} are exchanged",
                 parameters=parameters,
                 where=where,
                 moved=True,
             )
-            if scene.error_with(idea) <= scene.reading.limit:
+            if scene.error_with(idea) <= scene.measurement.limit:
                 yield idea
                 return
 
 
-def _unseen(scene: Scene) -> list[str]:
-    seen = {name for name, side, _ in scene.comparison.flows if side == "out"}
-    here = block_of(scene.name)
-    return [
-        name
-        for name in scene.matching.plan.native.shapes
-        if name.rpartition(".")[0] not in seen
-        and (block_of(name) == here or not any(part.isdecimal() for part in name.split(".")))
-    ]
-
-
-def _told(scene: Scene, names: Iterable[str]) -> Iterator[Idea]:
-    held = scene.held
+def _wrong(scene: Scene, names: Iterable[str]) -> Iterator[Hypothesis]:
+    own = scene.parameters
     wrong = dict[str, str]()  # name: how
     for name in names:
         expected = scene.matching.expected(name)
-        if expected is not None and name in held and not _same(held[name], expected):
-            wrong[name] = _how(scene, name, held[name], expected)
+        if expected is not None and name in own and not _same(own[name], expected):
+            wrong[name] = _how(scene, name, own[name], expected)
     for name in wrong:
-        if (layer := _layer(scene, name, held)) is not None:
+        if (layer := _layer(scene, name, own)) is not None:
             yield layer
             return
     for name in wrong:
-        twin = _other(scene, name, held[name])
-        if twin in held and _other(scene, twin, held[twin]) == name:
-            yield _exchange(scene, name, twin, held)
+        twin = _other(scene, name, own[name])
+        if twin in own and _other(scene, twin, own[twin]) == name:
+            yield _exchange(scene, name, twin, own)
             return
     for name, how in wrong.items():
         alike = [f"{n}.{name.rpartition('.')[2]}" for n in scene.alike(name.rpartition(".")[0])]
@@ -106,27 +96,27 @@ def _told(scene: Scene, names: Iterable[str]) -> Iterator[Idea]:
         sources = ", ".join(match.parameters.get(name, ())) if match else ""
         where = () if lone or "another order" not in how else (name,)
         should = f"{called} is what {sources} makes of it"
-        yield Idea(f"{called} {how}", should, parameters=fix, where=where)
-        every = {n: x for n, x in _put_right(scene, held).items() if _kind(scene, n) == _bare(how)}
+        yield Hypothesis(f"{called} {how}", should, parameters=fix, where=where)
+        every = {n: x for n, x in _put_right(scene, own).items() if _kind(scene, n) == _bare(how)}
         if len(every) > len(fix):
             kinds = ", ".join(dict.fromkeys(map(stars, every)))
             what = f"{called} {how}, and so it is with {len(every)} parameters in all: {kinds}"
-            yield Idea(what, "each is what the other model's makes of it", parameters=every)
+            yield Hypothesis(what, "each is what the other model's makes of it", parameters=every)
 
 
 def _put_right(scene: Scene, names: Iterable[str]) -> dict[str, Tensor]:
     """Of these parameters, those that are wrong, as they should be."""
-    held, fix = scene.held, dict[str, Tensor]()
+    own, fix = scene.parameters, dict[str, Tensor]()
     for name in names:
         value = scene.matching.expected(name)
-        if name in held and value is not None and not _same(held[name], value):
-            fix[name] = value.to(held[name].dtype)
+        if name in own and value is not None and not _same(own[name], value):
+            fix[name] = value.to(own[name].dtype)
     return fix
 
 
 def _kind(scene: Scene, name: str) -> str:
     expected = scene.matching.expected(name)
-    return "" if expected is None else _bare(_how(scene, name, scene.held[name], expected))
+    return "" if expected is None else _bare(_how(scene, name, scene.parameters[name], expected))
 
 
 def _bare(how: str) -> str:
@@ -134,36 +124,36 @@ def _bare(how: str) -> str:
     return re.sub(r"[\d.+-]+", "", how.partition(":")[0])
 
 
-def _exchange(scene: Scene, name: str, twin: str, held: Mapping[str, Tensor]) -> Idea:
+def _exchange(scene: Scene, name: str, twin: str, own: Mapping[str, Tensor]) -> Hypothesis:
     """Two parameters, in every layer where it is so."""
     kinds = {stars(each.rpartition(".")[0]) for each in (name, twin)}
-    fix = _put_right(scene, [n for n in held if stars(n.rpartition(".")[0]) in kinds])
+    fix = _put_right(scene, [n for n in own if stars(n.rpartition(".")[0]) in kinds])
     lone = len({block_of(each) for each in fix}) == 1 or stars(name) == stars(twin)
-    said = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
-    what = f"{said} are in each other's place"
+    names = f"{name} and {twin}" if lone else f"{stars(name)} and {stars(twin)}"
+    what = f"{names} are in each other's place"
     where = () if lone else (name, twin)
-    return Idea(what, f"{said} are exchanged", parameters=fix, where=where)
+    return Hypothesis(what, f"{names} are exchanged", parameters=fix, where=where)
 
 
-def _layer(scene: Scene, name: str, held: Mapping[str, Tensor]) -> Idea | None:
+def _layer(scene: Scene, name: str, own: Mapping[str, Tensor]) -> Hypothesis | None:
     """A layer that holds what is another's, in all of its parameters."""
-    other = _other(scene, name, held[name])
+    other = _other(scene, name, own[name])
     if other is None or stars(other) != stars(name):
         return None
     ours, theirs = block_of(name), block_of(other)
-    inside = [n for n in held if n.startswith(f"{ours}.")]
+    inside = [n for n in own if n.startswith(f"{ours}.")]
     for each in inside:
         expected = scene.matching.expected(theirs + each[len(ours) :])
-        if expected is None or not _same(held[each], expected):
+        if expected is None or not _same(own[each], expected):
             return None
-    fix = _put_right(scene, [n for n in held if stars(block_of(n)) == stars(ours)])
+    fix = _put_right(scene, [n for n in own if stars(block_of(n)) == stars(ours)])
     what = f"{ours} holds what {theirs} should: layers are in each other's place"
-    return Idea(what, "each layer holds its own", parameters=fix)
+    return Hypothesis(what, "each layer holds its own", parameters=fix)
 
 
-def _apart(scene: Scene) -> Iterator[Idea]:
+def _apart(scene: Scene) -> Iterator[Hypothesis]:
     """A weight and its bias whose rules take other features of what lies on disk."""
-    match = scene.reading.match
+    match = scene.measurement.match
     if not match.apart:
         return
     name = scene.name
@@ -175,7 +165,7 @@ def _apart(scene: Scene) -> Iterator[Idea]:
             if value is None:
                 return
             fix[f"{each}.{leaf}"] = value
-        yield Idea(
+        yield Hypothesis(
             f"the rule of {stars(name)}.{leaf} takes other rows than that of its {other}",
             f"{', '.join(dict.fromkeys(f'{stars(n)}.{leaf}' for n in block))} are read as the "
             f"{other} is",
@@ -187,11 +177,11 @@ def _apart(scene: Scene) -> Iterator[Idea]:
 
 def _read_as(scene: Scene, name: str, leaf: str, other: str) -> Tensor | None:
     """A weight with the features that its bias is read with, or a bias likewise."""
-    matches, held = scene.matching.matches, scene.held
+    matches, own = scene.matching.matches, scene.parameters
     sources, features = matches[name].rows[leaf].sources, dict[int, Tensor]()
     for each, match in matches.items():
         if leaf in match.rows and match.rows[leaf].sources == sources:
-            features |= zip(match.rows[leaf].at.tolist(), held[f"{each}.{leaf}"], strict=True)
+            features |= zip(match.rows[leaf].at.tolist(), own[f"{each}.{leaf}"], strict=True)
     wanted = matches[name].rows[other].at.tolist()
     return torch.stack([features[at] for at in wanted]) if set(wanted) <= set(features) else None
 
@@ -239,7 +229,7 @@ def _how(scene: Scene, name: str, ours: Tensor, theirs: Tensor) -> str:
     if (other := _other(scene, name, ours)) is not None:
         return f"holds what {other} should"
     other = _other(scene, name, theirs)
-    if other is not None and scene.held[other].data_ptr() != ours.data_ptr():
+    if other is not None and scene.parameters[other].data_ptr() != ours.data_ptr():
         return f"is an array of its own here, and there the one of {other}"
     if alike(theirs.flip(0)):
         return "has its first axis in another order: the last row first"
@@ -279,13 +269,13 @@ def _whole(ours: Tensor, theirs: Tensor) -> str | None:
 
 def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
     """Which slices of the first axis stand where others should; empty where they are no others."""
-    found = list[int]()
+    sources = list[int]()
     for x in ours:
         at = next((m for m, y in enumerate(theirs) if torch.equal(x, y)), None)
         if at is None:
             return ""
-        found.append(at)
-    config, size = scene.model.config, len(found)
+        sources.append(at)
+    config, size = scene.model.config, len(sources)
     for heads in dict.fromkeys((getattr(config, "kv_heads", 0), getattr(config, "heads", 0))):
         for a, b in (
             ("h e two", "h two e"),
@@ -294,9 +284,9 @@ def _moved(scene: Scene, ours: Tensor, theirs: Tensor) -> str:
             ("e h", "h e"),
         ):
             fits = heads and size % (heads * (2 if "two" in a else 1)) == 0
-            if fits and order(a, b, size, h=heads, two=2).tolist() == found:
+            if fits and order(a, b, size, h=heads, two=2).tolist() == sources:
                 return f"as [({b})] where it should be [({a})], with {heads} heads"
-    moved = [(n, at) for n, at in enumerate(found) if at != n]
+    moved = [(n, at) for n, at in enumerate(sources) if at != n]
     for by in (1, -1):
         run = [n for n, at in moved if n - at == by]
         if len(run) >= max(2, len(moved) - 1):

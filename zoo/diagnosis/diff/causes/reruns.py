@@ -11,38 +11,41 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import Idea, Scene, error, fits
-from zoo.diagnosis.edits import stars
+from zoo.diagnosis.diff.causes.scene import Scene, error, fits
+from zoo.diagnosis.edits import Hypothesis, stars
 from zoo.parity.checks import call, real
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def restless(scene: Scene) -> Iterator[Idea]:
+def restless(scene: Scene) -> Iterator[Hypothesis]:
     """Two runs of the native model that are not the same."""
     again = scene.error_of(scene.model)
-    if abs(again - scene.reading.error) > 1e-6 * scene.reading.error:
+    if abs(again - scene.measurement.error) > 1e-6 * scene.measurement.error:
         training = [n for n, m in scene.model.named_modules() if m.training and n]
         which = f", such as {training[0]}" if training else ""
-        yield Idea(
+        yield Hypothesis(
             f"two runs of this model differ: dropout is active{which}",
             "the model is put to eval()",
             settings={name: {"training": False} for name in training},
         )
 
 
-def padding(scene: Scene) -> Iterator[Idea]:
+def padding(scene: Scene) -> Iterator[Hypothesis]:
     """Other tokens where padding stands must change nothing."""
     inputs = scene.comparison.way.inputs
     if scene.comparison.way.name != "padded" or inputs.mask is None:
         return
     vocab = scene.model.config.vocab
-    for what, given in (("padding", inputs), ("the padding of what it answers to", inputs.answer)):
-        if given is None or given.mask is None:
+    for what, question in (
+        ("padding", inputs),
+        ("the padding of what it answers to", inputs.answer),
+    ):
+        if question is None or question.mask is None:
             continue
-        hidden = torch.where(given.mask.bool(), given.ids, (given.ids + 1) % vocab)
-        other = replace(given, ids=hidden)
-        changed = other if given is inputs else replace(inputs, answer=other)
+        hidden = torch.where(question.mask.bool(), question.ids, (question.ids + 1) % vocab)
+        other = replace(question, ids=hidden)
+        changed = other if question is inputs else replace(inputs, answer=other)
         with torch.no_grad():
             a, b = (call(scene.model, each) for each in (inputs, changed))
         rows = range(len(inputs.ids))
@@ -51,12 +54,16 @@ def padding(scene: Scene) -> Iterator[Idea]:
             for x, y in zip(a, b, strict=True)
             for n in rows
         ):
-            of = "the question's padding" if inputs.answer is not None and given is inputs else what
-            yield Idea(f"{of} is looked at: other tokens there change what real tokens get")
+            of = (
+                "the question's padding"
+                if inputs.answer is not None and question is inputs
+                else what
+            )
+            yield Hypothesis(f"{of} is looked at: other tokens there change what real tokens get")
             return
 
 
-def alone(scene: Scene) -> Iterator[Idea]:
+def alone(scene: Scene) -> Iterator[Hypothesis]:
     """Rows that are right by themselves, and not beside padding."""
     way, there = scene.comparison.way, scene.comparison.theirs()[0].outputs
     if way.name != "padded":
@@ -68,22 +75,24 @@ def alone(scene: Scene) -> Iterator[Idea]:
         for ours, theirs in zip(rows, there, strict=True)
         for x, y in zip(ours, theirs, strict=True)
     ):
-        yield Idea(f"padding is read on the way to {scene.name}: a row alone gives what it should")
+        yield Hypothesis(
+            f"padding is read on the way to {scene.name}: a row alone gives what it should"
+        )
 
 
-def whole(scene: Scene) -> Iterator[Idea]:
+def whole(scene: Scene) -> Iterator[Hypothesis]:
     """Tokens that are right at once, and not in parts."""
     comparison, way = scene.comparison, scene.comparison.way
     if way.name == "cached":
         at_once = replace(comparison, way=replace(way, name="whole"), flows={}, _there={})
         if at_once.again(scene.model, scene.difference.healed, ()).ok:
-            yield Idea(
+            yield Hypothesis(
                 f"tokens that come at once get what they should at {scene.name}, and in parts they "
                 "do not: what is kept, or where what comes later stands"
             )
 
 
-def outputs(scene: Scene) -> Iterator[Idea]:
+def outputs(scene: Scene) -> Iterator[Hypothesis]:
     """The models' own outputs, or what comes out of the last layer on its way to them."""
     if scene.name:
         return
@@ -91,63 +100,65 @@ def outputs(scene: Scene) -> Iterator[Idea]:
     for k, other in permutations(flows, 2):
         ours, theirs = flows[k].ours, flows[other].theirs
         if ours is not None and theirs is not None and fits(ours, theirs):
-            yield Idea(f"outputs are exchanged: number {k + 1} here is number {other + 1} there")
+            yield Hypothesis(
+                f"outputs are exchanged: number {k + 1} here is number {other + 1} there"
+            )
             return
     flow = scene.flow
     if flow.ours is None or flow.theirs is None or flow.ours.shape != flow.theirs.shape:
         return
     ratio = (flow.ours * flow.theirs).sum() / flow.theirs.square().sum()
     if fits(flow.ours, flow.theirs * ratio):
-        yield Idea(f"outputs are {ratio:.6g} times what they are there")
+        yield Hypothesis(f"outputs are {ratio:.6g} times what they are there")
     for (name, side, _), before in reversed(scene.agreed.items()):
         if side != "out" or before.ours is None or before.ours.numel() != flow.ours.numel():
             continue
         plain = before.ours.reshape(flow.ours.shape)
         here, there = (_bent(scene, plain, x) for x in (flow.ours, flow.theirs))
         if here and there and here != there:
-            yield Idea(f"what comes out of {name} {here} here, and {there} there")
+            yield Hypothesis(f"what comes out of {name} {here} here, and {there} there")
             return
 
 
-def _bent(scene: Scene, plain: Tensor, given: Tensor) -> str | None:
+def _bent(scene: Scene, plain: Tensor, output: Tensor) -> str | None:
     """What was done to the last layer's output."""
-    if fits(plain, given):
+    if fits(plain, output):
         return "is given as it is"
     for cap in (n for n in scene.numbers if n > 1):
-        if fits((plain / cap).tanh() * cap, given):
+        if fits((plain / cap).tanh() * cap, output):
             return f"is softly capped at {cap:g}"
-    found = (a for a, f in ACTIVATIONS.items() if a != "linear" and fits(f(plain), given))
-    return next((f"goes through {act}" for act in found), None)
+    acts = (a for a, f in ACTIVATIONS.items() if a != "linear" and fits(f(plain), output))
+    return next((f"goes through {act}" for act in acts), None)
 
 
-def rounding(scene: Scene) -> Iterator[Idea]:
+def rounding(scene: Scene) -> Iterator[Hypothesis]:
     """What is computed in less than it should be."""
-    ours, theirs, given = scene.flow.ours, scene.flow.theirs, scene.known(scene.name, "in")
-    where, off = stars(scene.name), scene.reading.error
+    ours, theirs, source = scene.flow.ours, scene.flow.theirs, scene.flow_at(scene.name, "in")
+    where, off = stars(scene.name), scene.measurement.error
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return
     flows = "comes out of" if scene.side == "out" else "goes into"
     for dtype in NARROW:
         if held_in(ours, dtype) and not held_in(theirs, dtype):
-            yield Idea(f"what {flows} {where} is rounded to {str(dtype)[6:]} here")
+            yield Hypothesis(f"what {flows} {where} is rounded to {str(dtype)[6:]} here")
             return
-    if scene.side == "out" and given is not None and isinstance(scene.module, nn.Module):
+    if scene.side == "out" and source is not None and isinstance(scene.module, nn.Module):
         module = scene.fresh.get_submodule(scene.name)
         for dtype in (torch.float64, *reversed(NARROW)):
             try:
                 with torch.no_grad():
-                    made = copy.deepcopy(module).to(dtype)(given.ours.to(dtype))  # type: ignore[union-attr]
+                    made = copy.deepcopy(module).to(dtype)(source.ours.to(dtype))  # type: ignore[union-attr]
             except (RuntimeError, TypeError):
                 continue
             if not isinstance(made, Tensor) or error(made, ours) > off / 3:
                 continue
             if dtype is not torch.float64:  # else the class is so: of its dtype nothing is told
-                yield Idea(f"{where} is computed in {str(dtype)[6:]} here")
+                yield Hypothesis(f"{where} is computed in {str(dtype)[6:]} here")
                 return
             break
     if off < 8 * torch.finfo(torch.float32).eps:
-        told = "by no more than float32 rounds: something on the way to it is computed in float32"
-        yield Idea(f"what {flows} {where} differs {told}")
+        size = "by no more than float32 rounds: something on the way to it is computed in float32"
+        yield Hypothesis(f"what {flows} {where} differs {size}")
 
 
 def held_in(x: Tensor, dtype: torch.dtype) -> bool:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import FITS, Idea, Scene, fits
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, fits
 from zoo.diagnosis.diff.matching import Match
 from zoo.diagnosis.diff.residual_sums import Sum, summed
-from zoo.diagnosis.edits import block_of, stars
+from zoo.diagnosis.edits import Hypothesis, block_of, stars
 
 
-def ideas(scene: Scene) -> Iterator[Idea]:
+def ideas(scene: Scene) -> Iterator[Hypothesis]:
     yield from _order(scene)
     flow = scene.flow
     if flow.ours is None or flow.theirs is None or flow.ours.shape != flow.theirs.shape:
@@ -26,27 +26,27 @@ def ideas(scene: Scene) -> Iterator[Idea]:
     if not outs:
         return
     ours, theirs = (summed(outs, x) for x in (flow.ours, flow.theirs))
-    yield from _told(scene, outs, ours, theirs)
+    yield from _explained(scene, outs, ours, theirs)
 
 
 def _outputs(scene: Scene) -> dict[str, Tensor]:
     """What came before and may be summed, by where it came from."""
-    wanted, found = scene.flow.ours, dict[str, Tensor]()
+    wanted, outputs = scene.flow.ours, dict[str, Tensor]()
     assert wanted is not None
     for (name, side, call), flow in scene.agreed.items():
         x = flow.ours
         again = f", time {call + 1}" if call else ""
         if x is not None and side == "out" and x.shape[-1] == wanted.shape[-1]:
             if len(x) == len(wanted):
-                found[name + again] = x
+                outputs[name + again] = x
             elif len(x) and not len(wanted) % len(x):  # the same for all rows
-                found[name + again] = x.repeat(len(wanted) // len(x), 1)
-    return found
+                outputs[name + again] = x.repeat(len(wanted) // len(x), 1)
+    return outputs
 
 
-def _told(
+def _explained(
     scene: Scene, outs: dict[str, Tensor], ours: Sum | None, theirs: Sum | None
-) -> Iterator[Idea]:
+) -> Iterator[Hypothesis]:
     place = f"what goes into {scene.name}"
     if ours is not None and theirs is not None:
         names = [n for n in outs if ours.parts.get(n, 0) != theirs.parts.get(n, 0)]
@@ -56,35 +56,37 @@ def _told(
             what = f"{place} is {least:.6g} times what it is there"
             yield _weighed(scene, what, dict.fromkeys(names, 1 / least))
             return
-        said = (
+        counts = (
             f"{n} is in it {_times(ours.parts.get(n, 0))} here "
             f"and {_times(theirs.parts.get(n, 0))} there"
             for n in names
         )
-        what = f"{place}: {', '.join(said)}"
+        what = f"{place}: {', '.join(counts)}"
         if all(ours.parts.get(n) and theirs.parts.get(n) for n in names):
             by = {n: theirs.parts[n] / ours.parts[n] for n in names}
             yield _weighed(scene, what, {n: by[n] for n in names if ", time" not in n})
-        yield Idea(what)
+        yield Hypothesis(what)
         return
-    for side, given, known in (
+    for side, value, other in (
         ("here", scene.flow.ours, theirs),
         ("there", scene.flow.theirs, ours),
     ):
-        assert given is not None
-        if (how := _bent(scene, outs, given, known)) is not None:
-            yield Idea(f"{place}: {how} {side}, and not in the other model")
+        assert value is not None
+        if (how := _bent(scene, outs, value, other)) is not None:
+            yield Hypothesis(f"{place}: {how} {side}, and not in the other model")
     if ours is not None:
-        yield Idea(f"{place} is {ours} here, and there it is no sum of what came before")
+        yield Hypothesis(f"{place} is {ours} here, and there it is no sum of what came before")
     if theirs is not None:
-        yield Idea(f"{place} is {theirs} there, and here it is no sum of what came before")
+        yield Hypothesis(f"{place} is {theirs} there, and here it is no sum of what came before")
 
 
-def _weighed(scene: Scene, what: str, factors: Mapping[str, float]) -> Idea:
+def _weighed(scene: Scene, what: str, factors: Mapping[str, float]) -> Hypothesis:
     """What is added up, each in its part; in every layer alike."""
-    said = ", ".join(f"{stars(name)} counts {by:.6g} times as much" for name, by in factors.items())
+    weights = ", ".join(
+        f"{stars(name)} counts {by:.6g} times as much" for name, by in factors.items()
+    )
     every = {each: by for name, by in factors.items() for each in scene.alike(name)}
-    return Idea(what, said, factors=every)
+    return Hypothesis(what, weights, factors=every)
 
 
 def _times(weight: float) -> str:
@@ -92,22 +94,22 @@ def _times(weight: float) -> str:
     return {0: "not at all", 1: "once", 2: "twice"}.get(whole, f"{weight:.6g} times")
 
 
-def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | None) -> str | None:
+def _bent(scene: Scene, outs: dict[str, Tensor], value: Tensor, other: Sum | None) -> str | None:
     """What was done to a sum on its way."""
-    if known is not None:
-        plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
-        if fits(plain - plain.mean(-1, keepdim=True), given):
-            return "it is centred: its mean is taken away"
-        if (how := _normed(scene, outs, given, known)) is not None:
+    if other is not None:
+        plain = torch.stack([w * outs[n] for n, w in other.parts.items()]).sum(0)
+        if fits(plain - plain.mean(-1, keepdim=True), value):
+            return "it is centered: its mean is taken away"
+        if (how := _normed(scene, outs, value, other)) is not None:
             return how
         for act, function in ACTIVATIONS.items():
-            if act != "linear" and fits(function(plain), given):
+            if act != "linear" and fits(function(plain), value):
                 return f"it goes through {act}"
         rows = scene.rows(plain)
         for by in (1, -1):
-            if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), given):
+            if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), value):
                 return "it is moved by a place"
-        ratio = given / plain
+        ratio = value / plain
         kept = ratio[(ratio != 0) & plain.abs().gt(1e-6)]
         if (
             len(kept) < 0.99 * ratio.numel()
@@ -118,9 +120,9 @@ def _bent(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum | Non
     return None
 
 
-def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) -> str | None:
+def _normed(scene: Scene, outs: dict[str, Tensor], value: Tensor, other: Sum) -> str | None:
     """A norm of the same block that one of the parts, or all of it, went through."""
-    plain = torch.stack([w * outs[n] for n, w in known.parts.items()]).sum(0)
+    plain = torch.stack([w * outs[n] for n, w in other.parts.items()]).sum(0)
     norms = {
         name: module
         for name, module in scene.fresh.named_modules()
@@ -129,62 +131,29 @@ def _normed(scene: Scene, outs: dict[str, Tensor], given: Tensor, known: Sum) ->
     }
     with torch.no_grad():
         for norm, module in norms.items():
-            if fits(module(plain), given):
+            if fits(module(plain), value):
                 return f"it goes through {norm}"
-            for name in known.parts:
-                if fits(plain - outs[name] + module(outs[name]), given):
+            for name in other.parts:
+                if fits(plain - outs[name] + module(outs[name]), value):
                     return f"{name} goes through {norm} on its way: the norm is moved"
     return None
 
 
-def _constant(scene: Scene) -> Iterator[Idea]:
+def _constant(scene: Scene) -> Iterator[Hypothesis]:
     """A vector that is added to every token on one side alone: a bias, or two of them."""
     flow = scene.flow
     delta = (flow.ours - flow.theirs).double()  # type: ignore[operator]
     if (delta - delta[0]).abs().max() > FITS * flow.theirs.abs().max():  # type: ignore[union-attr]
         return
-    held = {n: p.data.double() for n, p in scene.model.named_parameters()}
-    biases = {n: b for n, b in held.items() if n.endswith("bias") and b.shape == delta[0].shape}
+    own = {n: p.data.double() for n, p in scene.model.named_parameters()}
+    biases = {n: b for n, b in own.items() if n.endswith("bias") and b.shape == delta[0].shape}
     for name, bias in biases.items():
         for sign, side in ((1, "here"), (-1, "there")):
             if fits(sign * bias, delta[0]):
-                yield Idea(f"{name} is added {side} alone")
-    for a, x in biases.items():
-        for b, y in biases.items():
-            if a != b and fits(x - y, delta[0]):
-                yield _exchanged(scene, a, b)
+                yield Hypothesis(f"{name} is added {side} alone")
 
 
-def _exchanged(scene: Scene, a: str, b: str) -> Idea:
-    """Two parameters, in every layer if they are in one."""
-    held = dict(scene.model.named_parameters())
-    found = dict[str, Tensor]()
-    layers = _layers(a) & _layers(b)
-    for name in held:
-        if stars(name) == stars(a) and layers:
-            twin = _same_layer(name, b)
-            found |= {name: held[twin].data, twin: held[name].data}
-    found = found or {a: held[b].data, b: held[a].data}
-    names = (stars(a), stars(b)) if layers else (a, b)
-    return Idea(
-        f"{names[0]} and {names[1]} are in each other's place",
-        f"{names[0]} and {names[1]} are exchanged",
-        parameters=found,
-        where=(a, b),
-        moved=True,
-    )
-
-
-def _layers(name: str) -> set[str]:
-    return {part for part in name.split(".") if part.isdecimal()}
-
-
-def _same_layer(name: str, other: str) -> str:
-    layer = next(part for part in name.split(".") if part.isdecimal())
-    return ".".join(layer if part.isdecimal() else part for part in other.split("."))
-
-
-def _picked(scene: Scene) -> Iterator[Idea]:
+def _picked(scene: Scene) -> Iterator[Hypothesis]:
     """One place of each row, and which."""
     ours, theirs = scene.flow.ours, scene.flow.theirs
     assert ours is not None and theirs is not None
@@ -196,14 +165,14 @@ def _picked(scene: Scene) -> Iterator[Idea]:
         if rows is None or len(rows) != len(ours):
             continue
         places = {"first": 0, "last": -1, "second": 1, "last but one": -2}
-        told = [
+        positions = [
             next((w for w, n in places.items() if fits(torch.stack([r[n] for r in rows]), y)), None)
             for y in (ours, theirs)
             if all(len(r) > 1 for r in rows)
         ]
-        if len(told) == 2 and told[0] != told[1]:
-            here, there = (w or "another" for w in told)
-            yield Idea(
+        if len(positions) == 2 and positions[0] != positions[1]:
+            here, there = (w or "another" for w in positions)
+            yield Hypothesis(
                 f"what goes into {scene.name}: the {here} token of {name} here, the {there} there"
             )
             return
@@ -212,46 +181,33 @@ def _picked(scene: Scene) -> Iterator[Idea]:
 # --- modules in each other's place ---------------------------------------------------------------
 
 
-def _order(scene: Scene) -> Iterator[Idea]:
+def _order(scene: Scene) -> Iterator[Hypothesis]:
     """The other model runs what should be the same modules in another order."""
     ours, theirs = _sequence(scene)
     there = {name for name, _ in scene.model.named_modules()}
     missing = [*scene.difference.idle, *(name for name in theirs if name not in there)]
     for name in dict.fromkeys(_whole(scene, missing, name) for name in missing):
-        yield Idea(f"{name} does not run here, and does in the other model")
+        yield Hypothesis(f"{name} does not run here, and does in the other model")
     idle = [n for n, match in scene.matching.matches.items() if _runs_here_alone(scene, match)]
     for name in dict.fromkeys(_whole(scene, idle, name) for name in idle):
-        yield Idea(f"{name} runs here, and not in the other model")
+        yield Hypothesis(f"{name} runs here, and not in the other model")
     if scene.flow.theirs is None:
         yield from _times_run(scene)
-    for kind in (_norms, _blocks):
-        a, b = kind(scene, ours), kind(scene, theirs)
-        if a == b or sorted(a) != sorted(b):
-            continue
-        moved = {x: y for x, y in zip(a, b, strict=True) if x != y}
-        held = dict(scene.model.named_parameters())
-        found = {
-            name: held[to + name[len(at) :]].data
-            for at, to in moved.items()
-            for name in held
-            if name.startswith(f"{at}.") and to + name[len(at) :] in held
-        }
-        if any(found[n].shape != held[n].shape for n in found):
-            continue
-        if all(stars(x) == stars(y) for x, y in moved.items()) != (kind is _blocks):
-            continue
-        if kind is _blocks:
-            said = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
-            what = "layers are in each other's place: the other model runs them in another order"
-            yield Idea(what, said, parameters=found, where=_first(found), moved=True)
-        else:
-            lone = len(moved) == 2
-            pairs = (tuple(sorted(pair if lone else map(stars, pair))) for pair in moved.items())
-            said = " and ".join(f"{x} and {y}" for x, y in dict.fromkeys(pairs))
-            what = f"{said} are in each other's place"
-            yield Idea(
-                what, f"{said} are exchanged", parameters=found, where=_first(found), moved=True
-            )
+    a, b = _blocks(ours), _blocks(theirs)
+    moved = {x: y for x, y in zip(a, b, strict=False) if x != y}
+    if not moved or sorted(a) != sorted(b) or any(stars(x) != stars(y) for x, y in moved.items()):
+        return
+    own = dict(scene.model.named_parameters())
+    made = {
+        name: own[to + name[len(block) :]].data
+        for block, to in moved.items()
+        for name in own
+        if name.startswith(f"{block}.") and to + name[len(block) :] in own
+    }
+    if all(made[n].shape == own[n].shape for n in made):
+        fix = ", ".join(f"{x} is read as {y}" for x, y in moved.items())
+        what = "layers are in each other's place: the other model runs them in another order"
+        yield Hypothesis(what, fix, parameters=made, where=_first(made), moved=True)
 
 
 def _runs_here_alone(scene: Scene, match: Match) -> bool:
@@ -267,15 +223,15 @@ def _whole(scene: Scene, missing: Collection[str], name: str) -> str:
     return block if inside and all(n in missing for n in inside) else stars(name)
 
 
-def _times_run(scene: Scene) -> Iterator[Idea]:
+def _times_run(scene: Scene) -> Iterator[Hypothesis]:
     record = scene.comparison.theirs()[0].records[0]
     here = sum(name == scene.name and side == "in" for name, side, _ in scene.comparison.flows)
-    there = sum(len(record[name]) for name in scene.reading.match.others[:1])
+    there = sum(len(record[name]) for name in scene.measurement.match.others[:1])
     if here != there and here and there:
         block = block_of(scene.name)
         most = [k for n, _, k in scene.comparison.flows if n.startswith(f"{block}.attn.")]
         name = block if here == 1 + max(most, default=0) else stars(scene.name)
-        yield Idea(f"{name} runs {_often(here)} here and {_often(there)} in the other model")
+        yield Hypothesis(f"{name} runs {_often(here)} here and {_often(there)} in the other model")
 
 
 def _often(count: int) -> str:
@@ -306,10 +262,5 @@ def _sequence(scene: Scene) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(n for _, n in ours)), [n for _, n in sorted(begun)]
 
 
-def _norms(scene: Scene, names: list[str]) -> list[str]:
-    shapes = scene.matching.plan.native.shapes
-    return [n for n in names if len(shapes.get(f"{n}.weight", ())) == 1]
-
-
-def _blocks(scene: Scene, names: list[str]) -> list[str]:
+def _blocks(names: list[str]) -> list[str]:
     return list(dict.fromkeys(b for n in names if (b := block_of(n)) != n))

@@ -1,4 +1,4 @@
-"""How queries and keys may be turned otherwise."""
+"""Other rotary embeddings, of numbers seen in the other model, and rare slips."""
 
 from __future__ import annotations
 
@@ -8,82 +8,63 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from zoo.components import rotary as component
 from zoo.components.masks import Mask
-from zoo.components.rotary import NO_ROTARY, Rotary
-from zoo.diagnosis.diff.causes.attention_trial import Look, Turn
+from zoo.components.rotary import Rotary
+from zoo.diagnosis.attention import Form, Variant, pairs_of_neighbors
 from zoo.diagnosis.diff.causes.scene import Scene
-from zoo.diagnosis.edits import backwards, bases, scalings
+from zoo.diagnosis.variants import bases, scalings
 
 
-def rotaries(scene: Scene, own: Look) -> Iterator[Turn]:
+def rotaries(scene: Scene, own: Form) -> Iterator[Variant]:
     config = scene.model.config
 
-    def turn(what: str, rotary: Any, lone: bool = False, **fields: Any) -> Turn:
-        changed = partial(_with, rotary)
-        return Turn("rotary", what, changed, "", fields, lone=lone)
+    def variant(what: str, rotary: Any, lone: bool = False, **fields: Any) -> Variant:
+        return Variant("rotary", what, partial(replace, rotary=rotary), fields, lone)
 
     standard = own.rotary
     if not isinstance(standard, Rotary):  # the class turns nothing
         return
-    yield turn("queries and keys are not turned", NO_ROTARY)
-    yield turn("keys are not turned", lambda q, k, m: (standard(q, k, m)[0], k))
-    yield turn("queries are not turned", lambda q, k, m: (q, standard(q, k, m)[1]))
-    for ahead in (1, -1):
-        way = "ahead" if ahead > 0 else "behind"
-        yield turn(
-            f"queries are turned as if one place {way}",
-            lambda q, k, m, n=ahead: (standard(q, k, _moved(m, n))[0], standard(q, k, m)[1]),
-        )
-    yield turn(
-        "queries and keys are turned twice",
+    yield variant(
+        "queries and keys are rotated twice",
         lambda q, k, m: standard(*standard(q, k, m), m),
         lone=True,
     )
-    yield Turn(
+    yield Variant(
         "rotary",
-        "values are turned, too",
-        lambda look: replace(look, attend=partial(_values_too, standard, look.attend)),
+        "values are rotated, too",
+        lambda form: replace(form, attend=partial(_values_too, standard, form.attend)),
         lone=True,
     )
-    yield turn("queries and keys are turned backwards", partial(backwards, standard))
-    yield turn(
-        "neighbors are turned against each other, not halves", partial(_neighbours, standard)
-    )
-    yield turn(
-        "neighbors are turned against each other in all of a head, not halves of its part",
-        partial(_neighbours, standard, whole=True),
+    yield variant(
+        "neighbors anywhere in a head are rotated as pairs, not halves of its part",
+        partial(pairs_of_neighbors, standard, whole=True),
     )
     exact = partial(_coarse, standard, torch.float64, True)
-    yield turn(_exactly(standard), exact, lone=True)
+    yield variant(_exactly(standard), exact, lone=True)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for early in (True, False):
             how = "computed in" if early else "rounded to"
-            yield turn(
+            yield variant(
                 f"cosines and sines are {how} {str(dtype)[6:]}",
                 partial(_coarse, standard, dtype, early),
                 lone=True,
             )
     for base in bases(standard.base, scene.numbers):
         rotary = Rotary(standard.width, base, standard.scaling, standard.limit)
-        yield turn(f"theta is {base:g}", rotary, rope_base=base)
+        yield variant(f"theta is {base:g}", rotary, rope_base=base)
     for scaling in scalings(standard.scaling, scene.scalings, scene.numbers):
         rotary = Rotary(standard.width, standard.base, scaling, standard.limit)
-        said = ", ".join(f"{k} {v}" for k, v in scaling.to_json().items())
-        yield turn(f"the rope's scaling is {said}", rotary, rope=scaling.to_json())
+        spelled = ", ".join(f"{k} {v}" for k, v in scaling.to_json().items())
+        yield variant(f"the rope's scaling is {spelled}", rotary, rope=scaling.to_json())
     whole = getattr(config, "head_dim", None) or config.dim // config.heads
     for width in dict.fromkeys((whole, standard.width // 2, standard.width // 4, whole // 2)):
         if width % 2 == 0 and 0 < width != standard.width:
             rotary = Rotary(width, standard.base, standard.scaling, standard.limit)
             share = {"rope_share": width / whole} if hasattr(config, "rope_share") else {}
-            yield turn(f"{width} of a head's {whole} are turned", rotary, **share)
-
-
-def _with(rotary: Any, look: Look) -> Look:
-    return replace(look, rotary=rotary)
+            yield variant(f"{width} of a head's {whole} are rotated", rotary, **share)
 
 
 def _values_too(
@@ -120,25 +101,3 @@ def _exactly(standard: Rotary) -> str:
         if off < 4 * large * torch.finfo(dtype).eps:  # angles in float32 are as large as places
             return f"cosines and sines are exact, and here as in {str(dtype)[6:]}"
     return "angles are what theta, scaling and places say, and here they are not"
-
-
-def _moved(mask: Mask, by: int) -> Mask:
-    return Mask(mask.allowed, mask.positions + by, mask.causal)
-
-
-def _neighbours(
-    rotary: Rotary, q: Tensor, k: Tensor, mask: Mask, whole: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Those in the part of a head that is turned; or brought there from all of it."""
-
-    def apart(x: Tensor) -> Tensor:
-        x, rest = x.split((width, x.shape[-1] - width), dim=-1)
-        return torch.cat((rearrange(x, "b h s (e two) -> b h s (two e)", two=2), rest), -1)
-
-    def together(x: Tensor) -> Tensor:
-        x, rest = x.split((width, x.shape[-1] - width), dim=-1)
-        return torch.cat((rearrange(x, "b h s (two e) -> b h s (e two)", two=2), rest), -1)
-
-    width = q.shape[-1] if whole else rotary.width
-    q, k = rotary(apart(q), apart(k), mask)
-    return together(q), together(k)

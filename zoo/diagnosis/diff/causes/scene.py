@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,36 +19,13 @@ from zoo.diagnosis.diff.difference import Difference
 from zoo.diagnosis.diff.flows import Flow, Place, Way
 from zoo.diagnosis.diff.hooks import Side
 from zoo.diagnosis.diff.matching import Matching
-from zoo.diagnosis.edits import Changes, Edit, rebuilt
+from zoo.diagnosis.edits import Changes, Hypothesis, block_of, rebuilt
+from zoo.diagnosis.faults import hypotheses
 from zoo.errors import ZooError
 from zoo.parity.checks import call, rms
 
 # What a fit may be off by, in units of the root mean square: its inputs agree to 1e-10 only.
 FITS = 1e-8
-
-
-@dataclass(frozen=True)
-class Idea(Edit):
-    """A cause to be tried. Of what undoes it, at most one is given; none: the numbers themselves.
-
-    `where` are native parameters whose rules are to be changed. `moved`: they hold other numbers
-    then, and what flows through their modules is no longer compared with what it was.
-    """
-
-    what: str
-    fix: str = ""  # parity is restored if …
-    factors: Mapping[str, float] = field(default_factory=dict)  # module -> of what comes out of it
-    where: tuple[str, ...] = ()
-    moved: bool = False
-
-    @property
-    def undoes(self) -> bool:
-        return bool(self.parameters or self.config or self.settings or self.factors)
-
-    @property
-    def touched(self) -> set[str]:
-        """The modules that hold or give other numbers when it is undone."""
-        return {name.rpartition(".")[0] for name in self.parameters if self.moved} | {*self.factors}
 
 
 class Reached(Exception):
@@ -65,17 +42,19 @@ class Scene:
     def __post_init__(self) -> None:
         first = self.difference.first
         assert first is not None
-        self.first, self.reading = first, first.reading
+        self.first, self.measurement = first, first.measurement
         self.model: Model = self.comparison.matching.model
-        self.flow = by_tokens(self.comparison.flows[self.reading.place], self.model, self.module)
+        self.flow = by_tokens(
+            self.comparison.flows[self.measurement.place], self.model, self.module
+        )
 
     @property
     def name(self) -> str:
-        return self.reading.match.native
+        return self.measurement.match.native
 
     @property
     def side(self) -> Side:
-        return self.reading.side
+        return self.measurement.side
 
     @property
     def matching(self) -> Matching:
@@ -92,10 +71,24 @@ class Scene:
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
     @cached_property
-    def held(self) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, Tensor]:
         """The native model's parameters, tied ones by each of their names."""
         named = self.model.named_parameters(remove_duplicate=False)
         return {name: p.data for name, p in named}
+
+    @cached_property
+    def hypotheses(self) -> list[Hypothesis]:
+        """What the catalogue knows to undo in the native model, by the rules of both models."""
+        return [h for h in hypotheses(self.model, self.matching.plan.rule_of()) if h.parameters]
+
+    @cached_property
+    def unseen(self) -> list[str]:
+        """Modules whose outputs were not compared, in the same block or in none."""
+        seen = {name for name, side, _ in self.comparison.flows if side == "out"}
+        here = block_of(self.name)
+        modules = dict.fromkeys(n.rpartition(".")[0] for n in self.matching.plan.native.shapes)
+        near = (n for n in modules if block_of(f"{n}.weight") in (here, f"{n}.weight"))
+        return [n for n in near if n not in seen]
 
     @cached_property
     def fresh(self) -> Model:
@@ -114,11 +107,11 @@ class Scene:
             error = self.error_of(self.fresh)
         except (RuntimeError, ZooError):
             return False
-        told = self.reading.error
-        return error == told or abs(error - told) <= 1e-6 * told
+        before = self.measurement.error
+        return error == before or abs(error - before) <= 1e-6 * before
 
     @cached_property
-    def said(self) -> dict[str, Any]:
+    def other_config(self) -> dict[str, Any]:
         """The other model's own config, where it has one."""
         config: Any = getattr(self.comparison.other.module, "config", None)
         return config.to_dict() if hasattr(config, "to_dict") else {}
@@ -126,42 +119,44 @@ class Scene:
     @cached_property
     def numbers(self) -> list[float]:
         """Every number in it."""
-        return list(dict.fromkeys(float(x) for x in _leaves(self.said) if type(x) in (int, float)))
+        return list(
+            dict.fromkeys(float(x) for x in _leaves(self.other_config) if type(x) in (int, float))
+        )
 
     @cached_property
     def scalings(self) -> list[dict[str, Any]]:
         """Every scaling of a rope in it."""
-        found = [value for value in self.said.values() if isinstance(value, dict)]
-        return [value for value in found if {"type", "rope_type"} & value.keys()]
+        mappings = [value for value in self.other_config.values() if isinstance(value, dict)]
+        return [value for value in mappings if {"type", "rope_type"} & value.keys()]
 
-    def known(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
+    def flow_at(self, name: str, side: Side = "out", call: int | None = None) -> Flow | None:
         """What flowed there, where it agrees."""
-        place = (name, side, self.reading.call if call is None else call)
+        place = (name, side, self.measurement.call if call is None else call)
         return self.agreed.get(place)
 
     def made(self, name: str) -> Tensor | None:
         """What this model gave there: it agrees, or there is nothing to compare it with."""
-        place = (name, "out", self.reading.call)
+        place = (name, "out", self.measurement.call)
         if place in self.comparison.flows:
-            return None if (flow := self.known(name)) is None else flow.ours
+            return None if (flow := self.flow_at(name)) is None else flow.ours
         calls = self.comparison.heard.get(name, [])
-        if len(calls) <= self.reading.call:
+        if len(calls) <= self.measurement.call:
             return None
         return self.comparison.way.tokens(
-            [calls[self.reading.call].values["out"]], self.flow.counts
+            [calls[self.measurement.call].values["out"]], self.flow.counts
         )
 
     @cached_property
     def agreed(self) -> dict[Place, Flow]:
-        found = dict[Place, Flow]()
-        for reading in self.difference.readings:
-            if reading.place == self.reading.place:
+        flows = dict[Place, Flow]()
+        for measurement in self.difference.readings:
+            if measurement.place == self.measurement.place:
                 break
             # of what is healed, one is a multiple of the other
-            fine = reading.ok or reading.place in self.difference.healed
-            if fine and self.comparison.flows[reading.place].comparable:
-                found[reading.place] = self.comparison.flows[reading.place]
-        return found
+            fine = measurement.ok or measurement.place in self.difference.healed
+            if fine and self.comparison.flows[measurement.place].comparable:
+                flows[measurement.place] = self.comparison.flows[measurement.place]
+        return flows
 
     def error_of(self, model: Model) -> float:
         """What the place's error is in another native model; it runs no further than that."""
@@ -171,17 +166,17 @@ class Scene:
             return 0.0 if again.first is None or self.later(again) else float("inf")
         if module is None or not self.flow.counts or comparison.way.name == "cached":
             return self.comparison.again(model, self.difference.healed, ()).error(
-                self.reading.place
+                self.measurement.place
             )
-        found = list[Tensor]()
-        left = self.reading.call
+        values = list[Tensor]()
+        left = self.measurement.call
 
         def hear(_: nn.Module, args: Any, out: Any = None) -> None:
             nonlocal left
             left -= 1
             if left < 0:
                 x = out if self.side == "out" else args[0]
-                found.append(x if isinstance(x, Tensor) else next(iter(x)))
+                values.append(x if isinstance(x, Tensor) else next(iter(x)))
                 raise Reached
 
         handle = (
@@ -190,15 +185,15 @@ class Scene:
             else module.register_forward_pre_hook(hear)
         )
         with handle, suppress(Reached), torch.no_grad():
-            for given, more in comparison.way.native():
-                call(model, given, **more)
-        ours = comparison.way.tokens(found, self.flow.counts) if found else None
-        theirs = comparison.flows[self.reading.place].theirs
+            for inputs, more in comparison.way.native():
+                call(model, inputs, **more)
+        ours = comparison.way.tokens(values, self.flow.counts) if values else None
+        theirs = comparison.flows[self.measurement.place].theirs
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return float("inf")
         return error(ours, theirs)
 
-    def error_with(self, idea: Idea) -> float:
+    def error_with(self, idea: Hypothesis) -> float:
         """Likewise once it is undone."""
         try:
             with applied(self.model, idea, self) as model:
@@ -209,10 +204,10 @@ class Scene:
     def later(self, again: Difference) -> bool:
         """Whether another run parts later than this one did."""
         assert again.first is not None
-        flow = self.comparison.flows.get(again.first.reading.place)
+        flow = self.comparison.flows.get(again.first.measurement.place)
         return flow is not None and flow.at > self.flow.at
 
-    def restores(self, idea: Idea) -> bool:
+    def restores(self, idea: Hypothesis) -> bool:
         """Whether nothing differs once it is undone."""
         with applied(self.model, idea, self) as model:
             return self.comparison.again(model, self.difference.healed, idea.touched).first is None
@@ -224,11 +219,11 @@ class Scene:
 
     def in_stacks(self) -> list[str]:
         """Likewise, in an encoder and in a decoder."""
-        found = self.alike()
+        names = self.alike()
         for a, b in (("encoder.", "decoder."), ("decoder.", "encoder.")):
             if self.name.startswith(a):
-                found += self.alike(b + self.name.removeprefix(a))
-        return found
+                names += self.alike(b + self.name.removeprefix(a))
+        return names
 
     def everywhere(self) -> list[Place]:
         """This place wherever the same code runs; of a norm's output, that of every such norm."""
@@ -288,22 +283,16 @@ def fits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @contextmanager
-def applied(model: Model, idea: Idea, scene: Scene) -> Iterator[Model]:
+def applied(model: Model, idea: Hypothesis, scene: Scene) -> Iterator[Model]:
     """The model with what undoes a cause: changed for as long as it is looked at."""
     if idea.config:
         yield scene.rebuilt(idea.config)
         return
     with ExitStack() as stack:
-        if idea.factors:
-            for name, by in idea.factors.items():
-                module = model.get_submodule(name)
-                stack.enter_context(
-                    module.register_forward_hook(lambda _, args, out, by=by: out * by)
-                )
-        elif idea.undoes:
+        if idea.undoes:
             stack.enter_context(edits.applied(model, idea))
         else:
-            stack.enter_context(put(model, scene, [scene.reading.place]))
+            stack.enter_context(put(model, scene, [scene.measurement.place]))
         yield model
 
 
@@ -335,14 +324,14 @@ class _Put:
     left: int
     before: int = 0  # tokens of each row that came in an earlier part
 
-    def __call__(self, given: Any) -> Any:
+    def __call__(self, value: Any) -> Any:
         if self.way.name != "cached":  # there each part is given once
             self.left -= 1
             if self.left != -1:
                 return None
-        if isinstance(given, Tensor):
-            return self.changed(given)
-        return (self.changed(given[0]), *given[1:])
+        if isinstance(value, Tensor):
+            return self.changed(value)
+        return (self.changed(value[0]), *value[1:])
 
     def changed(self, x: Tensor) -> Tensor:
         theirs, mask = self.theirs, self.way.inputs.mask

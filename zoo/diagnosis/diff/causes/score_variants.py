@@ -15,41 +15,29 @@ from torch import Tensor, nn
 from zoo.components.alibi import Alibi
 from zoo.components.attention import Biased, Explicit, attend
 from zoo.components.masks import Mask
-from zoo.diagnosis.diff.causes.attention_trial import PARTS, Bench, Look, Turn
+from zoo.diagnosis.attention import Form, Variant
+from zoo.diagnosis.edits import PARTS
 
 ROUGH = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def terms(own: Look, bench: Bench) -> Iterator[Turn]:
-    """What is done to scores, and which keys a query meets."""
-    heads = bench.heads
-    if 1 < heads["k"] < heads["q"]:
-        times = (1, heads["q"] // heads["k"], 1, 1)
-
-        def tiled(attend: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-            out: Tensor = attend(q, k.repeat(times), v.repeat(times), *rest)
-            return out
-
-        yield Turn(
-            "kv",
-            "key and value heads are tiled over the queries', not repeated",
-            lambda look: replace(look, attend=partial(tiled, look.attend)),
-        )
+def terms(own: Form) -> Iterator[Variant]:
+    """What is added to scores, or done to them."""
     kept = own.attend
     if isinstance(kept, Explicit) and kept.bend is not None:
         plain = Explicit(kept.upcast)
-        yield Turn("sum", "scores have no soft cap", lambda look: replace(look, attend=plain))
+        yield Variant("sum", "scores have no soft cap", lambda form: replace(form, attend=plain))
     elif isinstance(kept, Biased):
         yield from _biases(kept, own.scale)
     elif getattr(kept, "__self__", None) is not None:
         yield from _disentangled(kept.__self__)
 
 
-def _biases(kept: Biased, scale: float) -> Iterator[Turn]:
-    yield Turn(
+def _biases(kept: Biased, scale: float) -> Iterator[Variant]:
+    yield Variant(
         "sum",
         "no bias by distance is added to the scores",
-        lambda look: replace(look, attend=attend),
+        lambda form: replace(form, attend=attend),
     )
     term: Any = kept.term
 
@@ -57,10 +45,10 @@ def _biases(kept: Biased, scale: float) -> Iterator[Turn]:
         out: Tensor = term(q, k, Mask(mask.allowed, -mask.positions, mask.causal, -mask.keys))
         return out
 
-    yield Turn(
+    yield Variant(
         "sum",
         "distances are counted the other way",
-        lambda look: replace(look, attend=Biased(backwards)),
+        lambda form: replace(form, attend=Biased(backwards)),
     )
     if hasattr(term, "both_ways"):
         other = copy.copy(term)
@@ -70,12 +58,12 @@ def _biases(kept: Biased, scale: float) -> Iterator[Turn]:
             if other.both_ways
             else "distances ahead are not told from those behind"
         )
-        yield Turn("sum", what, lambda look: replace(look, attend=Biased(other)))
+        yield Variant("sum", what, lambda form: replace(form, attend=Biased(other)))
     if isinstance(term, Alibi):
         yield from _paces(term, scale)
 
 
-def _paces(term: Alibi, scale: float) -> Iterator[Turn]:
+def _paces(term: Alibi, scale: float) -> Iterator[Variant]:
     count = len(term.slopes)
     even = [2 ** (-8 * n / count) for n in range(1, count + 1)]
     whole = 2 ** (count.bit_length() - 1)
@@ -95,7 +83,7 @@ def _paces(term: Alibi, scale: float) -> Iterator[Turn]:
     }
     kinds = {what: pace for what, pace in kinds.items() if pace != now}
     for what, pace in ({"the bias by distance is as slopes and scale say": now} | kinds).items():
-        yield Turn("sum", what, partial(_with_term, pace), lone=True)
+        yield Variant("sum", what, partial(_with_term, pace), lone=True)
 
 
 @dataclass(frozen=True)
@@ -114,45 +102,47 @@ class Pace:
         return term.to(wide).to(q.dtype) * self.scale
 
 
-def _with_term(term: Any, look: Look) -> Look:
-    return replace(look, attend=Biased(term))
+def _with_term(term: Any, form: Form) -> Form:
+    return replace(form, attend=Biased(term))
 
 
 # --- slips ---------------------------------------------------------------------------------------
 
 
-def merges() -> Iterator[Turn]:
+def merges() -> Iterator[Variant]:
     """What comes out of the heads, put together otherwise."""
 
-    def turn(what: str, merge: Callable[[Tensor], Tensor]) -> Turn:
-        def changed(kept: Any, *given: Any) -> Tensor:
-            y: Tensor = kept(*given)
+    def variant(what: str, merge: Callable[[Tensor], Tensor]) -> Variant:
+        def changed(kept: Any, *args: Any) -> Tensor:
+            y: Tensor = kept(*args)
             return rearrange(merge(y), "b s (h e) -> b h s e", h=y.shape[1])
 
-        return Turn("merge", what, lambda look: replace(look, attend=partial(changed, look.attend)))
+        return Variant(
+            "merge", what, lambda form: replace(form, attend=partial(changed, form.attend))
+        )
 
-    yield turn(
+    yield variant(
         "heads are interleaved where they are put together",
         lambda y: rearrange(y, "b h s e -> b s (e h)"),
     )
     for n, part in enumerate(PARTS):
         what = f"heads of {part} are the other way about"
-        yield Turn("merge", what, partial(_flipped, n), lone=True)
-    yield turn(
+        yield Variant("merge", what, partial(_flipped, n), lone=True)
+    yield variant(
         "heads are put together without being brought behind the tokens first",
         lambda y: y.reshape(y.shape[0], y.shape[2], -1),
     )
 
 
-def _flipped(part: int, look: Look) -> Look:
-    def flipped(kept: Any, *given: Any) -> Tensor:
-        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(given)))
+def _flipped(part: int, form: Form) -> Form:
+    def flipped(kept: Any, *args: Any) -> Tensor:
+        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(args)))
         return out
 
-    return replace(look, attend=partial(flipped, look.attend))
+    return replace(form, attend=partial(flipped, form.attend))
 
 
-def softmaxes(own: Look) -> Iterator[Turn]:
+def softmaxes(own: Form) -> Iterator[Variant]:
     """Scores and what is made of them, step by step; DeBERTa's are its own."""
     kept = own.attend
     if kept is not attend and not isinstance(kept, Explicit | Biased):
@@ -173,15 +163,15 @@ def softmaxes(own: Look) -> Iterator[Turn]:
             ),
         ]
     for what, soft in kinds:
-        yield Turn("soft", what, partial(_stepwise, soft), lone=True)
+        yield Variant("soft", what, partial(_stepwise, soft), lone=True)
 
 
 def _softmax_in(dtype: torch.dtype, scores: Tensor) -> Tensor:
     return scores.to(dtype).softmax(-1).to(scores.dtype)
 
 
-def _stepwise(soft: Callable[[Tensor], Tensor], look: Look) -> Look:
-    kept = look.attend
+def _stepwise(soft: Callable[[Tensor], Tensor], form: Form) -> Form:
+    kept = form.attend
 
     def steps(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
         k, v = (repeat(x, "b g t e -> b (g r) t e", r=q.shape[1] // x.shape[1]) for x in (k, v))
@@ -194,42 +184,42 @@ def _stepwise(soft: Callable[[Tensor], Tensor], look: Look) -> Look:
             scores = scores.masked_fill(~allowed, -torch.inf)
         return soft(scores) @ v
 
-    return replace(look, attend=steps)
+    return replace(form, attend=steps)
 
 
 # --- DeBERTa -------------------------------------------------------------------------------------
 
 
-LOOKS: tuple[tuple[str, ...], ...] = ((), ("c2p",), ("p2c",), ("c2p", "p2c"))
+ATTENDED: tuple[tuple[str, ...], ...] = ((), ("c2p",), ("p2c",), ("c2p", "p2c"))
 
 
-def places_said(looks: Sequence[str]) -> str:
-    names = {"c2p": "contents look at places", "p2c": "places look at contents"}
-    return " and ".join(names[look] for look in looks) or "places are not looked at"
+def spelled(terms: Sequence[str]) -> str:
+    names = {"c2p": "content attends to positions", "p2c": "positions attend to content"}
+    return " and ".join(names[term] for term in terms) or "positions are not attended to"
 
 
-def _disentangled(attn: nn.Module) -> Iterator[Turn]:
+def _disentangled(attn: nn.Module) -> Iterator[Variant]:
     """DeBERTa's, whose contents and places look at each other."""
 
-    def turn(what: str, **changed: Any) -> Turn:
+    def variant(what: str, **changed: Any) -> Variant:
         other: Any = copy.copy(attn)
         for name, value in changed.items():
             setattr(other, name, value)
-        return Turn("sum", what, lambda look: replace(look, attend=other.look))
+        return Variant("sum", what, lambda form: replace(form, attend=other.look))
 
-    given: Any = attn
-    if not given.position_terms or given.distances is None:
+    module: Any = attn
+    if not module.position_terms or module.distances is None:
         return
-    for looks in LOOKS:
-        if set(looks) != set(given.position_terms):
-            yield turn(f"{places_said(looks)}, not as the config says", position_terms=looks)
-    distances: Any = given.distances.__self__
+    for looks in ATTENDED:
+        if set(looks) != set(module.position_terms):
+            yield variant(f"{spelled(looks)}, not as the config says", position_terms=looks)
+    distances: Any = module.distances.__self__
     other = copy.copy(distances)
     other._modules = dict(distances._modules)
     other.norm = None
     if distances.norm is not None:
-        yield turn("vectors of distances are not normed", distances=other.once)
+        yield variant("vectors of distances are not normed", distances=other.once)
     back = copy.copy(distances)
     back._modules = dict(distances._modules)
     back.rows = lambda positions: distances.rows(-positions)
-    yield turn("distances are counted the other way", distances=back.once)
+    yield variant("distances are counted the other way", distances=back.once)

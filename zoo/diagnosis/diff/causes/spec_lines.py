@@ -9,20 +9,23 @@ from converters.spec import Spec
 from converters.spec_lines import field_line, rule_line
 from converters.strict_json import parse_json
 from zoo.checkpoints.foreign import spec_of
-from zoo.diagnosis.diff.causes.scene import Idea, Scene
+from zoo.diagnosis.diff.causes.scene import Scene
+from zoo.diagnosis.edits import Hypothesis
 
 RULES = 3  # lines that are named
 
 
-def told(scene: Scene, idea: Idea) -> str:
+def advice(scene: Scene, idea: Hypothesis) -> str:
     """Where a rule or a field that is to be changed stands."""
     spec = spec_of(scene.model)
     if idea.config:
         return " ".join(_field(scene, spec, name, value) for name, value in idea.config.items())
     rules = dict.fromkeys(line for name in idea.where if (line := rule_line(spec, name)))
     # against somebody's code it may be either that is wrong
-    said = "Change" if scene.comparison.other.trusted else "Or the other code is wrong: here it is"
-    return " ".join(f"{said} {line}." for line in list(rules)[:RULES])
+    advice = (
+        "Change" if scene.comparison.other.trusted else "Or the other code is wrong: here it is"
+    )
+    return " ".join(f"{advice} {line}." for line in list(rules)[:RULES])
 
 
 def _field(scene: Scene, spec: Spec, name: str, value: Any) -> str:
@@ -38,14 +41,14 @@ def _field(scene: Scene, spec: Spec, name: str, value: Any) -> str:
 
 def _keys(scene: Scene, value: Any) -> list[str]:
     """What the config that lies with the weights calls a number; flags and words are not told."""
-    known = scene.model.provenance
-    if type(value) not in (int, float) or known is None or not known.origin.config:
+    provenance = scene.model.provenance
+    if type(value) not in (int, float) or provenance is None or not provenance.origin.config:
         return []
-    said = parse_json(known.origin.config.encode(), "config.json")
-    return [key for key, x in _leaves(said) if type(x) in (int, float) and x == value]
+    fields = parse_json(provenance.origin.config.encode(), "config.json")
+    return [key for key, x in _leaves(fields) if type(x) in (int, float) and x == value]
 
 
-def _leaves(said: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in said.items() if isinstance(said, Mapping) else ():
+def _leaves(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items() if isinstance(node, Mapping) else ():
         yield f"{above}{key}", value
         yield from _leaves(value, f"{above}{key}.")

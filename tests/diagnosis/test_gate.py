@@ -1,4 +1,4 @@
-"""The mutation gate: every planted bug is noticed wherever it can be planted."""
+"""The mutation gate: every planted fault is noticed wherever it can be planted."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from zoo import registry
-from zoo.parity.gates import mutants
-from zoo.parity.gates.mutants import MUTANTS, Bench, Mutant, Verdict, hunt
+from zoo.diagnosis import gate
+from zoo.diagnosis.families import Code
+from zoo.diagnosis.faults import Fault, planted_faults
+from zoo.diagnosis.gate import Bench, Verdict, hunt
+from zoo.diagnosis.planting import need
 
 
 @pytest.fixture(scope="module")
@@ -20,32 +23,32 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Bench]]:
 
 
 def test_there_are_enough() -> None:
-    assert len(MUTANTS) >= 20
-    assert {bug.kind for bug in MUTANTS.values()} == {"mapping", "config", "model"}
+    assert len(planted_faults()) >= 20
+    assert {fault.kind for fault in planted_faults()} == {"mapping", "config", "model"}
 
 
 @pytest.mark.parametrize("kind", ["mapping", "config", "model"])
 def test_a_planted_bug_is_killed(kind: str, benches: list[Bench]) -> None:
     """One of each kind in the first architecture that has a place for it."""
     bench, (variant, *_) = benches[0], benches[0].entry.variants
-    bugs = (bug for bug in MUTANTS.values() if bug.kind == kind)
-    verdicts = (hunt(bench, bug, [variant]) for bug in bugs)
+    faults = (fault for fault in planted_faults() if fault.kind == kind)
+    verdicts = (hunt(bench, fault, [variant]) for fault in faults)
     assert next(v.status for v in verdicts if v.status != "n.a.") == "killed"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", MUTANTS.values(), ids=lambda bug: bug.name)
-def test_mutant(bug: Mutant, benches: list[Bench]) -> None:
-    verdicts = [hunt(bench, bug) for bench in benches]
+@pytest.mark.parametrize("fault", planted_faults(), ids=lambda fault: fault.name)
+def test_mutant(fault: Fault, benches: list[Bench]) -> None:
+    verdicts = [hunt(bench, fault) for bench in benches]
     assert not [v for v in verdicts if v.status == "SURVIVED"]
     assert any(v.status == "killed" for v in verdicts), "nowhere to plant it: this proves nothing"
 
 
 def test_the_gate_can_fail(benches: list[Bench]) -> None:
-    """A bug that changes nothing survives, and one that cannot be planted is no success."""
+    """A fault that changes nothing survives, and one that cannot be planted is no success."""
     bench = benches[0]
-    harmless = Mutant("harmless", "model", lambda model: None)
-    impossible = Mutant("impossible", "model", lambda model: mutants.need(False))
+    harmless = Fault("harmless", Code(lambda model: None))
+    impossible = Fault("impossible", Code(lambda model: need(False)))
     first = next(iter(bench.entry.variants))
     assert hunt(bench, harmless, [first]).status == "SURVIVED"
     assert hunt(bench, impossible, [first]).status == "n.a."
@@ -53,7 +56,7 @@ def test_the_gate_can_fail(benches: list[Bench]) -> None:
 
 def test_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for status, code in (("killed", 0), ("n.a.", 0), ("SURVIVED", 1)):
-        verdicts = [Verdict("a", bug.name, bug.kind, status) for bug in MUTANTS.values()]  # type: ignore[arg-type]
-        monkeypatch.setattr(mutants, "run", lambda seen, verdicts=verdicts: verdicts)
-        assert mutants.main() == code
+        verdicts = [Verdict("a", fault.name, fault.kind, status) for fault in planted_faults()]  # type: ignore[arg-type]
+        monkeypatch.setattr(gate, "run", lambda seen, verdicts=verdicts: verdicts)
+        assert gate.main() == code
         assert status in capsys.readouterr().out
