@@ -157,7 +157,7 @@ def test_assistants_of_another_vocabulary(
 def test_mistakes_are_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["generate", "nothing", "abc"], ["chat", "nothing"]):
         assert main([*command, "--top-p", "7"]) == 2
-        assert "top_p must be > 0" in capsys.readouterr().err
+        assert "must be > 0 and ≤ 1" in capsys.readouterr().err
         assert main(command) == 2
         assert "nothing" in capsys.readouterr().err
 
