@@ -139,7 +139,9 @@ def test_assistants_of_another_vocabulary(
     zoo.save(build("llama", vocab=7), tmp_path / "sized")
     assert main([*asked, "--assistant", str(tmp_path / "sized")]) == 2
     error = capsys.readouterr().err
-    assert f"--assistant {tmp_path / 'sized'}: expected a vocabulary of {len(LETTERS)} tokens" in error
+    assert (
+        f"--assistant {tmp_path / 'sized'}: expected a vocabulary of {len(LETTERS)} tokens" in error
+    )
     zoo.save(build("gpt2", vocab=len(LETTERS)), tmp_path / "worded")
     CharTokenizer.of(LETTERS.replace("b", "ß")).save(tmp_path / "worded")
     assert main([*asked, "--assistant", str(tmp_path / "worded")]) == 2

@@ -87,7 +87,7 @@ HOSTILE = {
                 "special_tokens": {"a": {"id": "a", "ids": [0] * 99, "tokens": ["a"] * 99}},
             }
         },
-        "post_processor.single: 9900 special tokens",
+        "post_processor.single: expected at most 1024 special tokens, found 9900",
     ),
     "words": (
         {
@@ -99,7 +99,7 @@ HOSTILE = {
                 "max_input_chars_per_word": 10**9,
             }
         },
-        "max_input_chars_per_word: 1000000000, of at most",
+        "max_input_chars_per_word: expected at most 1000, found 1000000000",
     ),
 }
 

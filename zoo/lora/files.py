@@ -224,7 +224,7 @@ def _too_many(settings: AdapterSettings, modules: Collection[str]) -> Iterator[s
     if count * len(modules) > MOST_TRIES:
         yield f"{count} patterns for {len(modules)} modules: more than {MOST_TRIES} pairs of them"
     if count and (long := [name for name in modules if len(name) > LONGEST_NAME]):
-        yield f"{long[0][:40]}…: a name of {len(long[0])} characters, of at most {LONGEST_NAME}"
+        yield f"{long[0][:40]}…: a name of {len(long[0])} characters; the limit is {LONGEST_NAME}"
     if count and (broken := [name for name in modules if "\n" in name]):
         yield f"{broken[0][:40]!r}: a name of several lines, which no pattern is matched with"
 

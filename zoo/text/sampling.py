@@ -94,29 +94,18 @@ class Sampling:
             if type(value) is not int and (whole or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r}: expected a {'whole ' * whole}number")
         heat = self.temperature  # below 1e-30, fp32 logits become infinite
+        bounds = {
+            "temperature": ("0, or ≥ 1e-30 and finite", heat == 0 or 1e-30 <= heat < float("inf")),
+            "top_k": ("≥ 0", self.top_k >= 0),
+            "top_p": ("> 0 and ≤ 1", 0 < self.top_p <= 1),
+            "min_p": ("≥ 0 and ≤ 1", 0 <= self.min_p <= 1),
+            "typical_p": ("> 0 and ≤ 1", 0 < self.typical_p <= 1),
+            "epsilon_cutoff": ("≥ 0 and < 1", 0 <= self.epsilon_cutoff < 1),
+            "eta_cutoff": ("≥ 0 and < 1", 0 <= self.eta_cutoff < 1),
+        }
         wrong = [
-            text
-            for text, fits in (
-                (
-                    f"temperature must be 0, or ≥ 1e-30 and finite (got {heat!r})",
-                    heat == 0 or 1e-30 <= heat < float("inf"),
-                ),
-                (f"top_k must be ≥ 0 (got {self.top_k!r})", self.top_k >= 0),
-                (f"top_p must be > 0 and ≤ 1 (got {self.top_p!r})", 0 < self.top_p <= 1),
-                (f"min_p must be ≥ 0 and ≤ 1 (got {self.min_p!r})", 0 <= self.min_p <= 1),
-                (
-                    f"typical_p must be > 0 and ≤ 1 (got {self.typical_p!r})",
-                    0 < self.typical_p <= 1,
-                ),
-                (
-                    f"epsilon_cutoff must be ≥ 0 and < 1 (got {self.epsilon_cutoff!r})",
-                    0 <= self.epsilon_cutoff < 1,
-                ),
-                (
-                    f"eta_cutoff must be ≥ 0 and < 1 (got {self.eta_cutoff!r})",
-                    0 <= self.eta_cutoff < 1,
-                ),
-            )
+            f"{name}={getattr(self, name)!r}: must be {bound}"
+            for name, (bound, fits) in bounds.items()
             if not fits
         ]
         if wrong:

@@ -34,7 +34,7 @@ def check_steps(data: Mapping[str, Any]) -> None:
         for name in names:
             steps = list(_steps(data.get(name)))
             if len(steps) > MOST_STEPS:
-                raise ValueError(f"{name}: {len(steps)} steps, of at most {MOST_STEPS}")
+                raise ValueError(f"{name}: expected at most {MOST_STEPS} steps, found {len(steps)}")
             for step in steps:
                 growth *= _growth(step, name, seen)
                 if growth > MOST_GROWTH:
@@ -44,7 +44,9 @@ def check_steps(data: Mapping[str, Any]) -> None:
     model = data.get("model")
     word = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
     if isinstance(word, int) and word > LONGEST_WORD:
-        raise ValueError(f"model.max_input_chars_per_word: {word}, of at most {LONGEST_WORD}")
+        raise ValueError(
+            f"model.max_input_chars_per_word: expected at most {LONGEST_WORD}, found {word}"
+        )
 
 
 def _steps(step: Any) -> Iterator[Mapping[str, Any]]:
@@ -109,5 +111,6 @@ def _check_template(step: Mapping[str, Any]) -> None:
         ids = sum(sizes.get(str(p.get("id")), 1) for p in named if isinstance(p, dict))
         if ids > MOST_TEMPLATE:
             raise ValueError(
-                f"post_processor.{key}: {ids} special tokens, of at most {MOST_TEMPLATE}"
+                f"post_processor.{key}: expected at most {MOST_TEMPLATE} special tokens, "
+                f"found {ids}"
             )

@@ -41,7 +41,7 @@ def render(template: str, variables: Mapping[str, Any], where: str) -> str:
     """
     try:
         if len(template) > MOST_SOURCE:
-            raise TemplateError(f"has {len(template)} characters, of at most {MOST_SOURCE}")
+            raise TemplateError(f"expected at most {MOST_SOURCE} characters, found {len(template)}")
         return _rendered(template, marshal.dumps(_plain(variables), 4))
     except TemplateError as error:
         raise TemplateError(f"{where}: {error}") from None

@@ -177,7 +177,7 @@ def answer(render: Callable[[bytes], str], request: bytes) -> tuple[bytes, bytes
     try:
         text = render(request)
         if len(text) > MOST_TEXT:
-            raise Refused(f"makes a text of {len(text)} characters, of at most {MOST_TEXT}")
+            raise Refused(f"makes a text of {len(text)} characters; the limit is {MOST_TEXT}")
         return TEXT, text.encode("utf-8", "surrogatepass")
     except MemoryError:
         return MEMORY, f"takes more than {BYTES >> 20} MB of memory".encode()
