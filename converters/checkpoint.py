@@ -69,7 +69,7 @@ class Checkpoint:
         """
         if name not in self.where:
             near = did_you_mean(name, self.where)
-            raise MissingTensors(f"{self.root}: holds no tensor {name}.{near}")
+            raise MissingTensors(f"{self.root}: has no tensor {name}.{near}")
         return self.readers[self.where[name]].tensor(name)
 
     def spare(self, name: str) -> str:

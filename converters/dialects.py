@@ -103,7 +103,9 @@ def find(place: Path, mmap: bool | None = None) -> DialectMatch | None:
         return fits[0]
     if fits:
         named = listing(f"{match.spec.name} of {match.container.about}" for match in fits)
-        raise AmbiguousCheckpoint(f"{place}: its names are those of {named}, and nothing tells")
+        raise AmbiguousCheckpoint(
+            f"{place}: its names are those of {named}, and nothing in it decides which"
+        )
     lines = "\n  ".join(looked) or f"no dialect has files of format {opened.kind}"
     raise NotACheckpoint(
         f"{place}: {FORMATS[opened.kind].about} whose names fit no dialect, and no config.json:\n"

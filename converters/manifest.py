@@ -110,7 +110,7 @@ def read(directory: Path) -> dict[str, Any]:
     data = read_json(confined(directory, NAME), ConfigError)
     own = data.pop("digest", None)
     if own != digest(data):
-        raise ConfigError(f"{path}: differs from the digest of itself that it holds")
+        raise ConfigError(f"{path}: differs from the digest of itself")
     if problem := _problem(data):
         raise ConfigError(f"{path}: not what zoo writes: {problem}")
     return data
@@ -154,7 +154,7 @@ def _problem(data: dict[str, Any]) -> str:
             if not isinstance(one, dict) or not isinstance(one.get("xxh3"), str):
                 return f"files.{name}: {tensor}: no digest"
         if not name.endswith(".safetensors") and not _tiles(tensors, entry["size"]):
-            return f"files.{name}: its tensors do not lie side by side in it"
+            return f"files.{name}: its tensors overlap or exceed the file"
     return ""
 
 
@@ -277,4 +277,4 @@ def _check_places(path: Path, name: str, entry: dict[str, Any]) -> Iterator[Dama
             reached = start + size
         consume(rest, entry["size"] - reached)
     if rest.hexdigest() != entry["header"]:
-        yield Damage(name, "", "what stands around its tensors differs from what was written")
+        yield Damage(name, "", "bytes outside its tensors differ from what was written")

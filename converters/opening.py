@@ -82,7 +82,7 @@ def _names(root: Path) -> set[str]:
         return set(os.listdir(root))
     except OSError as error:
         single = LAYOUTS["safetensors"][0]
-        hint = "; give the directory it lies in" if error.errno == errno.ENOTDIR else ""
+        hint = "; give the directory that contains it" if error.errno == errno.ENOTDIR else ""
         raise NotACheckpoint(
             f"{root}: looked for a directory with {single}, its index or pytorch_model.bin: "
             f"{error.strerror}{hint}"

@@ -39,7 +39,7 @@ def confined(root: Path, name: str) -> Path:
     """
     path = root / name
     if not is_plain(name):
-        raise UnsafePath(f"{root}: {name!r} is no plain relative path")
+        raise UnsafePath(f"{root}: {name!r} is not a plain relative path")
     try:
         real = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError) as error:
@@ -53,7 +53,7 @@ def confined(root: Path, name: str) -> Path:
     if not any(real.is_relative_to(allowed) for allowed in homes):
         raise UnsafePath(f"{path}: links to {real}, out of its directory. Copy the file there.")
     if not real.is_file():
-        raise UnsafePath(f"{path}: is no regular file, so it was not opened")
+        raise UnsafePath(f"{path}: is not a regular file, so it was not opened")
     return path
 
 

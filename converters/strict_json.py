@@ -129,7 +129,7 @@ def _parse(text: str, where: str, error: type[ZooError]) -> Any:
     try:
         data = json.loads(text, object_pairs_hook=unique, parse_constant=_NotANumber)
     except DuplicateKeys as problem:
-        raise error(f"{where}: keys that stand twice in one object: {problem}") from None
+        raise error(f"{where}: duplicate keys in one object: {problem}") from None
     except RecursionError:
         _too_deep(where, error)
     except ValueError as problem:  # not JSON, or an integer of thousands of digits

@@ -94,16 +94,16 @@ class _Reader:
         """Read sequences separated by `|`."""
         if depth > DEEPEST:
             raise _Slow(f"nests groups deeper than {DEEPEST} levels")
-        sequences: list[list[_Part]] = [[]]
+        alternatives: list[list[_Part]] = [[]]
         while (character := self.next()) not in ("", ")"):
             if character == "|":
                 self.at += 1
-                sequences.append([])
+                alternatives.append([])
             else:
                 part = self.part(depth)
                 self.repeat(part)
-                sequences[-1].append(part)
-        return sequences
+                alternatives[-1].append(part)
+        return alternatives
 
     def part(self, depth: int) -> _Part:
         """Read a group, a class, an escape or a character."""
@@ -193,9 +193,9 @@ def _check(sequence: list[_Part], before: int, last: bool, unbounded: int) -> tu
             if part.most > 1 and not _has_one_length(part.alternatives):
                 raise _Slow("repeats a group that itself repeats, or chooses")
             inside = 0 if part.least == 0 and ends else before
-            results = [_check(each, inside, ends, unbounded) for each in part.alternatives]
-            before = before if part.asserts else max(before, *(after for after, _ in results))
-            choices *= sum(count for _, count in results)
+            checked = [_check(each, inside, ends, unbounded) for each in part.alternatives]
+            before = before if part.asserts else max(before, *(after for after, _ in checked))
+            choices *= sum(count for _, count in checked)
         if part.many:
             before += 1
         else:

@@ -153,7 +153,7 @@ def damages(output: Output, directory: Path, finished: dict[str, Any]) -> Iterat
                 if digest != digests[item.name]:
                     yield f"{shard.name}: {item.name} differs"
             if _rest(shard, fd, buffer) != finished["rest"][shard.name]:
-                yield f"{shard.name}: what stands around its tensors differs"
+                yield f"{shard.name}: bytes outside its tensors differ"
         finally:
             os.close(fd)
 
@@ -245,7 +245,7 @@ class _Run:
         if changed:
             raise SourceChanged(
                 f"{listing(map(str, changed))}: changed while it was read. Put it back as it was, "
-                "and the same command goes on; else convert it again"
+                "and the same command resumes; otherwise convert it again"
             )
 
     def _run(self) -> WriteReport:

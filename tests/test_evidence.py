@@ -69,6 +69,7 @@ def one_more(text: str) -> str:
     return f"{text}\nONE_MORE = 1\n"
 
 
+@pytest.mark.slow
 def test_a_stamp_covers_all_that_verification_imports(copy: Path) -> None:
     for name in (
         "zoo/models/gpt2.py",
@@ -91,12 +92,14 @@ def test_a_stamp_covers_all_that_verification_imports(copy: Path) -> None:
     assert evidence.digest("zoo.parity", other) != evidence.digest("zoo.parity", GPT2)
 
 
+@pytest.mark.slow
 def test_a_stamp_leaves_out_what_measures_nothing(copy: Path) -> None:
     for name in ("zoo/models/llama.py", "zoo/cli/app.py", "zoo/report/page.py", "zoo/evidence.py"):
         assert not is_changed_by(copy / name, one_more), name
     assert not is_changed_by(copy / "converters/specs/llama.yaml", lambda text: text + "\na: {}\n")
 
 
+@pytest.mark.slow
 def test_sections_are_stamped_apart(copy: Path) -> None:
     """Planted bugs are measured by code that parity does not import, and round trips by other."""
     for name, sections in (
@@ -142,8 +145,8 @@ def test_the_committed_record_is_of_this_code(section: str) -> None:
         if (changed := evidence.changes(section, name, entries[name]))
     }
     reasons = sorted({reason for changed in old.values() for reason in changed})
-    told = f"{', '.join(reasons)} changed since {section} of {', '.join(old)} was measured"
-    assert not old, f"{told}. Run: {evidence.SECTIONS[section]}"
+    changed_since = f"{', '.join(reasons)} changed since {section} of {', '.join(old)} was measured"
+    assert not old, f"{changed_since}. Run: {evidence.SECTIONS[section]}"
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -164,12 +167,12 @@ def recorded(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_is_verified_by_its_own_weights(
     kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = registry.checkpoints()["gpt2"]
+    named = registry.checkpoints()["gpt2"]
     recorded(measured(), monkeypatch)
     entry = json.loads(kept.read_text())["checkpoints"]["gpt2"]
-    assert (entry["repo"], entry["revision"], entry["ok"]) == (known.repo, COMMIT, True)
+    assert (entry["repo"], entry["revision"], entry["ok"]) == (named.repo, COMMIT, True)
     assert entry["checks"] == {"fp64": {"shown": "1.0e-14", "value": 1e-14, "limit": 1e-10}}
-    monkeypatch.setitem(registry.checkpoints(), "gpt2", known._replace(revision=COMMIT))
+    monkeypatch.setitem(registry.checkpoints(), "gpt2", named._replace(revision=COMMIT))
     assert [entry.name for entry in zoo.list(verified=True)] == ["gpt2"]
     capsys.readouterr()
     assert app.main(["list", "--verified"]) == 0
@@ -177,22 +180,22 @@ def test_a_checkpoint_is_verified_by_its_own_weights(
     assert head.split()[0] == "CHECKPOINT" and row.split()[0] == "gpt2" and COMMIT in row
     assert "1.0e-14" in row
     assert app.main(["list", "--verified", "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)["checkpoints"]
-    assert told["checkpoint"] == "gpt2" and told["revision"] == COMMIT
+    (shown,) = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert shown["checkpoint"] == "gpt2" and shown["revision"] == COMMIT
 
 
 def test_neither_a_failure_nor_another_revision_verifies_a_checkpoint(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = registry.checkpoints()["gpt2"]
-    monkeypatch.setitem(registry.checkpoints(), "gpt2", known._replace(revision=COMMIT))
+    named = registry.checkpoints()["gpt2"]
+    monkeypatch.setitem(registry.checkpoints(), "gpt2", named._replace(revision=COMMIT))
     recorded(measured(value=1.0), monkeypatch)
     assert zoo.list(verified=True) == []
     recorded(measured(revision="f" * 40), monkeypatch)
     assert zoo.list(verified=True) == []
     recorded(measured(), monkeypatch)
     assert len(zoo.list(verified=True)) == 1
-    monkeypatch.setitem(registry.checkpoints(), "gpt2", known._replace(repo="some/other"))
+    monkeypatch.setitem(registry.checkpoints(), "gpt2", named._replace(repo="some/other"))
     assert zoo.list(verified=True) == []
 
 
@@ -200,10 +203,10 @@ def test_only_weights_from_the_hub_under_a_name_are_a_checkpoints(
     made: Callable[..., Path],
 ) -> None:
     place = made("gpt2")
-    known = registry.checkpoints()["gpt2"]
-    named = sources.Source(place, "gpt2", known, known.repo, COMMIT)
+    entry = registry.checkpoints()["gpt2"]
+    named = sources.Source(place, "gpt2", entry, entry.repo, COMMIT)
     own, hot = parity._checkpoint_jobs(named, "gpt2", {})
-    assert own.published == Published("gpt2", known.repo, COMMIT) and hot.published is None
+    assert own.published == Published("gpt2", entry.repo, COMMIT) and hot.published is None
     own, _ = parity._checkpoint_jobs(sources.Source(place, str(place)), "x", {})
     assert own.published is None
     own, _ = parity._checkpoint_jobs(named, "gpt2", {"config": {"eps": 1e-3}})

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from tiny import answer, build, hot
 from torch import Tensor, nn
 
@@ -505,7 +505,7 @@ def test_threads_record_at_once() -> None:
 # --- compiled, prepared, wrapped -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", first(["gpt2", "t5"], 1))
+@pytest.mark.parametrize("name", first_of(["gpt2", "t5"], 1))
 def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
     """Whether it was compiled before or not; nothing is compiled again."""
     model = hot(build(name))

@@ -86,16 +86,16 @@ def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
 
 
 def test_the_class_chooses_the_head() -> None:
-    found, named = registry.architecture_for(
+    architecture, named = registry.architecture_for(
         {"model_type": "bert", "architectures": ["BertModel"]}, "x"
     )
     assert named is not None
-    assert found.heads[named] == ("pooler", "none")
+    assert architecture.heads[named] == ("pooler", "none")
 
 
 def test_a_config_without_model_type_is_known_by_its_class() -> None:
-    found, _ = registry.architecture_for({"architectures": ["GPT2LMHeadModel"]}, "x")
-    assert found.name == "gpt2"
+    architecture, _ = registry.architecture_for({"architectures": ["GPT2LMHeadModel"]}, "x")
+    assert architecture.name == "gpt2"
 
 
 def test_a_config_without_class() -> None:
@@ -138,7 +138,7 @@ def test_a_malformed_config_names_the_field(config: dict[str, Any]) -> None:
 # --- mistakes in the file ------------------------------------------------------------------------
 
 A = {"model_type": "a", "heads": {"AModel": "none"}}
-KNOWN = registry.parse_architectures({"a": A})
+PARSED = registry.parse_architectures({"a": A})
 C = {
     "architecture": "a",
     "repo": "o/n",
@@ -190,27 +190,27 @@ def test_a_bad_architecture_is_named(entry: Any, says: str) -> None:
 )
 def test_a_bad_checkpoint_is_named(change: dict[str, Any], says: str) -> None:
     with pytest.raises(RegistryError, match=says):
-        registry.parse_checkpoints({"c": {**C, **change}}, KNOWN)
+        registry.parse_checkpoints({"c": {**C, **change}}, PARSED)
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     broken = {"c": {**C, "repo": ""}, "d": {k: v for k, v in C.items() if k != "class"}}
     with pytest.raises(RegistryError, match=r"checkpoints\.c: repo.*checkpoints\.d: class is"):
-        registry.parse_checkpoints(broken, KNOWN)
+        registry.parse_checkpoints(broken, PARSED)
 
 
 def test_a_name_that_reads_as_a_path_is_refused() -> None:
     with pytest.raises(RegistryError, match="read as a path"):
-        registry.parse_checkpoints({"a/b": C}, KNOWN)
+        registry.parse_checkpoints({"a/b": C}, PARSED)
 
 
 def test_variants_are_checked_too() -> None:
     good = {"a": {"tiny": {"class": "AModel", "config": {}}}}
-    assert registry.parse_variants(good, KNOWN) == good
+    assert registry.parse_variants(good, PARSED) == good
     with pytest.raises(RegistryError, match=r"variants\.a\.tiny: a has no class 'B'"):
-        registry.parse_variants({"a": {"tiny": {"class": "B", "config": {}}}}, KNOWN)
+        registry.parse_variants({"a": {"tiny": {"class": "B", "config": {}}}}, PARSED)
     with pytest.raises(RegistryError, match="no architecture is called 'b'"):
-        registry.parse_variants({"b": good["a"]}, KNOWN)
+        registry.parse_variants({"b": good["a"]}, PARSED)
 
 
 HEAD = "architectures: {}\n"
@@ -219,8 +219,8 @@ HEAD = "architectures: {}\n"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (HEAD + "checkpoints:\n  a: 1\n  a: 2\n", "line 4: key 'a' stands twice"),
-        (HEAD + "checkpoints:\n  a: {x: 1, x: 2}\n", "line 3: key 'x' stands twice"),
+        (HEAD + "checkpoints:\n  a: 1\n  a: 2\n", "line 4: key 'a' occurs twice"),
+        (HEAD + "checkpoints:\n  a: {x: 1, x: 2}\n", "line 3: key 'x' occurs twice"),
         (HEAD + "checkpoints: {}\ncheckpoints: {}\n", "'checkpoints' stands 2 times"),
         (HEAD, "'checkpoints' stands 0 times"),
         (HEAD + "chekpoints: {}\n", "unknown section 'chekpoints'. Did you mean checkpoints"),

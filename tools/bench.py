@@ -290,15 +290,15 @@ def bench_convert(rounds: int, where: Path, only: str) -> list[dict[str, object]
     return rows
 
 
-def converted(given: list[object]) -> dict[str, float]:
+def converted(options: list[object]) -> dict[str, float]:
     """Ratios pair by pair and their median, the ratio of the best runs, and rates."""
-    command = [sys.executable, "-c", CONVERT, json.dumps(given)]
+    command = [sys.executable, "-c", CONVERT, json.dumps(options)]
     out = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
     if out.returncode:
         raise SystemExit(out.stderr)
-    found = json.loads(out.stdout.splitlines()[-1])
-    times, size = found["times"], found["bytes"] / 1e9
-    row = {"gigabytes": size, "anonymous": found["anonymous"]}
+    result = json.loads(out.stdout.splitlines()[-1])
+    times, size = result["times"], result["bytes"] / 1e9
+    row = {"gigabytes": size, "anonymous": result["anonymous"]}
     for who in times:
         row[who] = size / median(times[who])
     for than in ("cp", "dd"):

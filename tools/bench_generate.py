@@ -428,29 +428,29 @@ def run(pairs: int, where: Path, only: str, sections: list[str]) -> list[dict[st
         assert case.theirs is not None  # not made in inference mode, where nothing is trained
         for section in sections:
             for what, tokens, turns, ways in SECTIONS[section](case):
-                taken = in_turn(ways, pairs * turns)
-                for row in compared(taken, tokens):
+                times = in_turn(ways, pairs * turns)
+                for row in compared(times, tokens):
                     rows.append({"case": label, "what": what, **row})
                     show(rows[-1])
     return rows
 
 
 def in_turn(ways: Ways, turns: int) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {who: [] for who in ways}
+    times: dict[str, list[float]] = {who: [] for who in ways}
     for k in count():
         if k > turns:
-            return taken
+            return times
         for who, way in ways.items():
             with torch.inference_mode():
                 seconds = next(way)
             if k:  # the first warms up
-                taken[who].append(seconds)
+                times[who].append(seconds)
     raise AssertionError
 
 
-def compared(taken: dict[str, list[float]], tokens: int) -> Iterator[dict[str, object]]:
-    theirs = taken["reference"]
-    for who, ours in taken.items():
+def compared(times: dict[str, list[float]], tokens: int) -> Iterator[dict[str, object]]:
+    theirs = times["reference"]
+    for who, ours in times.items():
         ratio = median([a / b for a, b in zip(theirs, ours, strict=True)])
         yield {
             "who": who,

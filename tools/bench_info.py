@@ -44,9 +44,9 @@ def make(where: Path) -> dict[str, Path]:
         return cases
     print(f"making {where}: holes, and next to no bytes …", file=sys.stderr)
     model = skeleton(MODEL)
-    found = locate(MODEL, weights=False)
+    located = locate(MODEL, weights=False)
     fields = {**model.config.to_dict(), "shards": 1}
-    names = target_names(found.spec, "hf", fields, native_of(model), bare=False)
+    names = target_names(located.spec, "hf", fields, native_of(model), bare=False)
     infos = [info._replace(dtype="BF16") for info in names.values()]
     split = shard(infos, sum(info.nbytes for info in infos) // FILES + (1 << 29))
     for kind, (stem, suffix) in {
@@ -55,18 +55,18 @@ def make(where: Path) -> dict[str, Path]:
     }.items():
         place, index = where / kind, dict[str, str]()
         place.mkdir(exist_ok=True)
-        for n, (_, held) in enumerate(split, 1):
+        for n, (_, members) in enumerate(split, 1):
             name = f"{stem}-{n:05}-of-{len(split):05}.{suffix}"
-            index |= {info.name: name for info in held}
+            index |= {info.name: name for info in members}
             layout = (
-                safetensors.lay_out(held, {"format": "pt"}, name)
+                safetensors.lay_out(members, {"format": "pt"}, name)
                 if kind == "hf"
-                else torch_zip.lay_out(held, {info.name: info.name for info in held})
+                else torch_zip.lay_out(members, {info.name: info.name for info in members})
             )
             hollow(place / name, layout)
         text = json.dumps({"metadata": {}, "weight_map": index})
         (place / f"{stem}.{suffix}.index.json").write_text(text)
-        (place / "config.json").write_text(found.config_text)
+        (place / "config.json").write_text(located.config_text)
     for to in ("meta", "gguf", "native"):
         (where / to).mkdir(exist_ok=True)
         cut = {"shards": 8} if to == "meta" else None
@@ -101,9 +101,9 @@ def run(rounds: int, where: Path, only: str, env: dict[str, str]) -> list[dict[s
             if n:
                 times[name].append(took)
     rows: list[dict[str, object]] = []
-    for name, found in times.items():
+    for name, measured in times.items():
         size = sum(path.stat().st_size for path in cases[name].iterdir()) if name in cases else 0
-        walls, busy = zip(*found, strict=True)
+        walls, busy = zip(*measured, strict=True)
         row = {"case": name, "gigabytes": size / 1e9, "wall": median(walls), "cpu": median(busy)}
         rows.append({**row, "best": min(walls)})
         print(

@@ -188,8 +188,8 @@ def bundle(
             spans.append(span)
             start += size
         pairs.append((key, slices(NUMBERS[dtype_code(tensor.dtype)], tensor.shape, spans)))
-    for number, held in enumerate(data):
-        prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{shards:05d}").write_bytes(held)
+    for number, content in enumerate(data):
+        prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{shards:05d}").write_bytes(content)
     path = prefix.with_name(prefix.name + ".index")
     path.write_bytes(index(sorted(pairs), int(snappy)))
     return path

@@ -174,19 +174,19 @@ def reshaped(
     infos: Sequence[TensorInfo], chance: Chance, dtypes: Sequence[str]
 ) -> list[TensorInfo]:
     """Tensors left out, doubled, renamed, of other shapes or dtypes; still a list that fits."""
-    found = {info.name: info for info in infos}
+    by_name = {info.name: info for info in infos}
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        if not found:
+        if not by_name:
             break
-        info = found[chance.choice(list(found))]
+        info = by_name[chance.choice(list(by_name))]
         name, shape = info.name, list(info.shape)
         match chance.randrange(7):
             case 0:
-                del found[name]
+                del by_name[name]
                 continue
             case 1:
-                del found[name]
-                info = info._replace(name=_renamed(name, list(found), chance))
+                del by_name[name]
+                info = info._replace(name=_renamed(name, list(by_name), chance))
             case 2:
                 info = info._replace(name=_renamed(name, [], chance))
             case 3:
@@ -199,8 +199,8 @@ def reshaped(
             case _ if shape:
                 at = chance.randrange(len(shape))
                 shape[at] = chance.choice((0, 1, shape[at] + 1, shape[at] // 2, 2 * shape[at]))
-        found[info.name] = info._replace(shape=tuple(shape))
-    return list(found.values())
+        by_name[info.name] = info._replace(shape=tuple(shape))
+    return list(by_name.values())
 
 
 def _renamed(name: str, others: list[str], chance: Chance) -> str:
@@ -306,16 +306,16 @@ def rezipped(data: bytes, chance: Chance) -> bytes:
         entries[at] = entries[at][0], repickled(entries[at][1], chance)
         return zipped(entries)
     at = chance.randrange(len(entries))
-    name, held = entries[at]
+    name, content = entries[at]
     match chance.randrange(6):
         case 0:
             del entries[at]
         case 1:
-            entries[at] = name, cut(held, chance)
+            entries[at] = name, cut(content, chance)
         case 2:
-            entries[at] = name.replace("/data", chance.choice(("/../data", "/other", ""))), held
+            entries[at] = name.replace("/data", chance.choice(("/../data", "/other", ""))), content
         case 3:
-            entries[at:at] = [(f"{name}{chance.choice(('', '0', '1'))}", held)]
+            entries[at:at] = [(f"{name}{chance.choice(('', '0', '1'))}", content)]
         case 4:
             chance.shuffle(entries)
         case _:

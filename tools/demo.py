@@ -35,11 +35,11 @@ def main() -> int:
     passing("importing the reference …", sys.stdout)
     transformers()
     report = Report()
-    known = registry.architectures()
+    architectures = registry.architectures()
     with TemporaryDirectory(prefix="zoo-demo-") as scratch:
-        for number, entry in enumerate(known.values(), 1):
+        for number, entry in enumerate(architectures.values(), 1):
             passing("", sys.stdout)
-            print(paint(f"{entry.name} ({number} of {len(known)})", BOLD, COLOR))
+            print(paint(f"{entry.name} ({number} of {len(architectures)})", BOLD, COLOR))
             report.rows += demonstrate(entry, Path(scratch, entry.name))
     print("\nerror against the reference in fp64, and in fp32 and bf16 as a multiple of its own")
     print(report.to_text(color=COLOR))
@@ -57,8 +57,8 @@ def demonstrate(entry: Architecture, place: Path) -> Iterator[Row]:
     clock.done(f"{reference_class}.save_pretrained, {size(made)}")
 
     clock.start("plan", "config, spec and headers against the model")
-    found = locate(made)
-    _, plan = prove(found, open_checkpoint(made), {})
+    located = locate(made)
+    _, plan = prove(located, open_checkpoint(made), {})
     rules = {str(step.rule) for step in plan.steps}
     mapped = sum(len(step.targets) for step in plan.steps)
     clock.done(

@@ -66,9 +66,9 @@ def compared(name: str, like: str, reference: str) -> tuple[Any, ...]:
         draft = scaffold.draft(name, like, reference, root=Path(scratch))
         took = time.perf_counter() - started
     text = draft.files[f"converters/specs/{name}.yaml"]
-    found: Dialect = parse_spec(name, yaml.safe_load(text)).dialect("hf")
-    mine, theirs = rules(found.weights + found.heads), rules(wanted.weights + wanted.heads)
-    right = {f for f, paths in found.config.items() if paths[0] in wanted.config.get(f, ())}
+    drafted: Dialect = parse_spec(name, yaml.safe_load(text)).dialect("hf")
+    mine, theirs = rules(drafted.weights + drafted.heads), rules(wanted.weights + wanted.heads)
+    right = {f for f, paths in drafted.config.items() if paths[0] in wanted.config.get(f, ())}
     every = {f for f in wanted.config if f in fields}
     counts = (len(mine & theirs), len(theirs), len(right & every), len(every))
     return (took, *counts, len(draft.marks), draft.only_data)

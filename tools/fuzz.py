@@ -58,9 +58,9 @@ VICTIMS: dict[str, tuple[str, Callable[[Path], fuzzed.Kind]]] = {
     "gguf": ("GGUF: header, tensors of all kinds", fuzzed.Gguf),
     "gguf-models": ("GGUF, loaded", models.GgufModels),
     "gguf-words": ("GGUF: vocabularies", fuzzed.GgufVocabularies),
-    "gptq": ("GPTQ, loaded", partial(models.Quantized, said=models.GPTQ)),
-    "awq": ("AWQ, loaded", partial(models.Quantized, said=models.AWQ)),
-    "fp8": ("FP8, loaded", partial(models.Quantized, said=models.FP8)),
+    "gptq": ("GPTQ, loaded", partial(models.Quantized, sections=models.GPTQ)),
+    "awq": ("AWQ, loaded", partial(models.Quantized, sections=models.AWQ)),
+    "fp8": ("FP8, loaded", partial(models.Quantized, sections=models.FP8)),
     "sentencepiece": ("tokenizer.model", fuzzed.SentencePiece),
 }
 
@@ -116,12 +116,12 @@ class Memory:
     def now(self) -> int:
         if self._reset >= 0:
             os.pwrite(self._reset, b"5", 0)
-        return self.said(b"VmRSS:")
+        return self._bytes_of(b"VmRSS:")
 
     def height(self) -> int:
-        return self.said(b"VmHWM:")
+        return self._bytes_of(b"VmHWM:")
 
-    def said(self, name: bytes) -> int:
+    def _bytes_of(self, name: bytes) -> int:
         if self._status < 0:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         text = os.pread(self._status, 4096, 0)
@@ -132,7 +132,7 @@ class Memory:
         """What asks for much more than there is now meets MemoryError."""
         before = resource.getrlimit(resource.RLIMIT_AS)
         if self._status >= 0:
-            resource.setrlimit(resource.RLIMIT_AS, (self.said(b"VmSize:") + ROOM, before[1]))
+            resource.setrlimit(resource.RLIMIT_AS, (self._bytes_of(b"VmSize:") + ROOM, before[1]))
         try:
             yield
         finally:
@@ -152,7 +152,7 @@ def run(
     began = time.process_time()
     with memory.limited():
         for n in range(start, start + count):
-            held, started = memory.now(), time.process_time()
+            resident, started = memory.now(), time.process_time()
             signal.setitimer(signal.ITIMER_PROF, HUNG)
             signal.setitimer(signal.ITIMER_VIRTUAL, DEAD)
             problem = ""
@@ -166,7 +166,7 @@ def run(
                 where = f"{Path(last.filename).name}:{last.lineno}"
                 problem = f"{type(error).__name__}: {str(error)[:120]} ({where})"
             signal.setitimer(signal.ITIMER_PROF, 0)
-            took, grown = time.process_time() - started, memory.height() - held
+            took, grown = time.process_time() - started, memory.height() - resident
             tally.slowest, tally.most = max(tally.slowest, took), max(tally.most, grown)
             problem = problem or (f"took {took:.1f} s" if took > slow else "")
             problem = problem or (f"took {grown >> 20} MB" if grown > LARGE + victim.size else "")
@@ -204,8 +204,8 @@ def run_all(options: argparse.Namespace, scratch: str) -> Iterator[Tally]:
                 try:
                     tally.add(done.result())
                 except BrokenProcessPool:
-                    told = f"one of {SLICE} from --start {slices[done]}, and maybe of others"
-                    tally.faults.append(f"{kind}: the process died of {told}")
+                    where = f"one of {SLICE} from --start {slices[done]}, and maybe of others"
+                    tally.faults.append(f"{kind}: the process died of {where}")
                     yield tally
                     return
             yield tally

@@ -77,7 +77,7 @@ class Sample(NamedTuple):
     name: str
     files: Files
     damage: Mapping[str, Damage]
-    told: Mapping[str, Any] = MappingProxyType({})  # what files of a dialect do not say
+    options: Mapping[str, Any] = MappingProxyType({})  # what files of a dialect do not say
 
 
 class Samples(Kind):
@@ -87,12 +87,12 @@ class Samples(Kind):
         super().__init__(place)
         self.samples = list(self.made(place))
         for sample in self.samples:  # as they are, they can be read
-            self.read(self.put(sample.files, sample.name), **sample.told)
+            self.read(self.put(sample.files, sample.name), **sample.options)
 
     def made(self, place: Path) -> Iterable[Sample]:
         raise NotImplementedError
 
-    def read(self, place: Path, **told: Any) -> None:
+    def read(self, place: Path, **options: Any) -> None:
         raise NotImplementedError
 
     def __call__(self, chance: Chance) -> None:
@@ -101,7 +101,7 @@ class Samples(Kind):
         few = min(len(sample.damage), chance.choice((1, 1, 1, 2)))
         for name in chance.sample(list(sample.damage), few):
             files[name] = sample.damage[name](files[name], chance)
-        self.read(self.put(files, sample.name), **sample.told)
+        self.read(self.put(files, sample.name), **sample.options)
 
 
 # --- safetensors, and directories of the hub ------------------------------------------------------
@@ -142,18 +142,18 @@ class Index(Samples):
         files[INDEX] = json.dumps(index).encode()
         yield Sample("one", files, {INDEX: reworded, first: relaid})
 
-    def read(self, place: Path, **told: Any) -> None:
-        found = open_checkpoint(place)
-        for name in found.tensors:
-            found.tensor(name)
+    def read(self, place: Path, **options: Any) -> None:
+        checkpoint = open_checkpoint(place)
+        for name in checkpoint.tensors:
+            checkpoint.tensor(name)
 
 
 def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """A file of safetensors."""
     infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
     layout = safetensors.lay_out(infos, {"format": "pt"}, "here")
-    held = {n: bytes(t.reshape(-1).view(torch.uint8).tolist()) for n, t in tensors.items()}
-    return layout.head + b"".join(held[name] for name in layout.starts)
+    contents = {n: bytes(t.reshape(-1).view(torch.uint8).tolist()) for n, t in tensors.items()}
+    return layout.head + b"".join(contents[name] for name in layout.starts)
 
 
 @lru_cache(maxsize=32)
@@ -161,12 +161,12 @@ def unpacked(data: bytes) -> tuple[list[TensorInfo], dict[TensorInfo, bytes]]:
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
     header.pop("__metadata__", None)
-    held = {
-        TensorInfo(name, tuple(said["shape"]), said["dtype"]): data[size + start : size + end]
-        for name, said in header.items()
-        for start, end in [said["data_offsets"]]
+    contents = {
+        TensorInfo(name, tuple(entry["shape"]), entry["dtype"]): data[size + start : size + end]
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
     }
-    return list(held), held
+    return list(contents), contents
 
 
 def relaid(data: bytes, chance: Chance) -> bytes:
@@ -178,14 +178,14 @@ def relaid(data: bytes, chance: Chance) -> bytes:
     if kind == 1:
         head = mutated(data[8:size], chance)
         return struct.pack("<Q", len(head)) + head + data[size:]
-    infos, held = unpacked(data)
+    infos, contents = unpacked(data)
     if kind == 2:
         return data[:size] + flipped(data[size:], chance)
-    layout = safetensors.lay_out(found := reshaped(infos, chance, CODES), None, "here")
-    named = {info.name: info for info in found}
+    layout = safetensors.lay_out(changed := reshaped(infos, chance, CODES), None, "here")
+    named = {info.name: info for info in changed}
     wanted = [(named[name], named[name].nbytes) for name in layout.starts]
     return layout.head + b"".join(
-        held[info] if info in held else chance.randbytes(count) for info, count in wanted
+        contents[info] if info in contents else chance.randbytes(count) for info, count in wanted
     )
 
 
@@ -249,11 +249,11 @@ class Bundle(Samples):
         )
         yield Sample("c", files, damage)
 
-    def read(self, place: Path, **told: Any) -> None:
+    def read(self, place: Path, **options: Any) -> None:
         reader = TFBundleReader(place / "x.index")
         shards = [path.read_bytes() for path in sorted(place.glob("*.data-*"))]
-        held = sum(info.nbytes for info in reader.tensors.values())
-        assert held <= sum(map(len, shards)), "more tensors than bytes"
+        size = sum(info.nbytes for info in reader.tensors.values())
+        assert size <= sum(map(len, shards)), "more tensors than bytes"
         for name, info in reader.tensors.items():
             tensor = reader.tensor(name)
             assert (tuple(tensor.shape), dtype_code(tensor.dtype)) == info[1:], name
@@ -265,9 +265,9 @@ class Bundle(Samples):
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def gguf_of(said: Mapping[str, Any], tensors: Mapping[str, tuple[tuple[int, ...], int]]) -> bytes:
+def gguf_of(values: Mapping[str, Any], tensors: Mapping[str, tuple[tuple[int, ...], int]]) -> bytes:
     """A header with tensors of any kind, (shape, number of the kind), aligned to single bytes."""
-    head = bytearray(gguf.lay_out([], {**said, "general.alignment": 1}, "here").head)
+    head = bytearray(gguf.lay_out([], {**values, "general.alignment": 1}, "here").head)
     struct.pack_into("<Q", head, 8, len(tensors))
     at = 0
     for name, (shape, kind) in tensors.items():
@@ -285,10 +285,14 @@ class Gguf(Kind):
         super().__init__(place)
         infos = [TensorInfo("a.weight", (2, 32), "Q8_0"), TensorInfo("b.weight", (2, 3), "F32")]
         infos += [TensorInfo("c.weight", (2, 1, 2, 1), "BF16"), TensorInfo("d", (), "F16")]
-        said = {"general.architecture": "llama", "general.alignment": 32, "x": gguf.Value("u8", 7)}
-        said |= {"llama.block_count": 2, "eps": 1e-5, "y": True, "tokens": ["<s>", "ü", "c"] * 3}
-        said |= {"types": gguf.Value("[i32]", [3, 1, 1] * 400), "split.no": gguf.Value("u16", 0)}
-        layout = gguf.lay_out(infos, {**said, "split.count": gguf.Value("u16", 1)}, "here")
+        values = {
+            "general.architecture": "llama",
+            "general.alignment": 32,
+            "x": gguf.Value("u8", 7),
+        }
+        values |= {"llama.block_count": 2, "eps": 1e-5, "y": True, "tokens": ["<s>", "ü", "c"] * 3}
+        values |= {"types": gguf.Value("[i32]", [3, 1, 1] * 400), "split.no": gguf.Value("u16", 0)}
+        layout = gguf.lay_out(infos, {**values, "split.count": gguf.Value("u16", 1)}, "here")
         every = {kind.name: ((2, kind.block), number) for number, kind in KINDS.items()}
         numbers = gguf_of({"x": "y"}, every)
         size = sum(KINDS[number].nbytes(shape) for shape, number in every.values())
@@ -320,7 +324,7 @@ def gguf_parts(data: bytes, place: Path) -> tuple[dict[str, Any], list[TensorInf
 
 def regguf(data: bytes, chance: Chance, place: Path) -> bytes:
     """A GGUF file: its header's numbers, or other key/values and tensors under one that fits."""
-    said, infos = gguf_parts(data, place)
+    values, infos = gguf_parts(data, place)
     kind = chance.randrange(6)
     size = sum(info.nbytes for info in infos)
     if kind == 0:
@@ -328,12 +332,12 @@ def regguf(data: bytes, chance: Chance, place: Path) -> bytes:
     if kind == 1:
         return cut(data, chance) if chance.random() < 0.3 else flipped(data, chance)
     if kind > 2:
-        plain = altered({key: value.value for key, value in said.items()}, chance)
-        said = {key: _sayable(key, said.get(key), value) for key, value in plain.items()}
+        plain = altered({key: value.value for key, value in values.items()}, chance)
+        values = {key: _sayable(key, values.get(key), value) for key, value in plain.items()}
     if kind < 4:
         infos = reshaped(infos, chance, list(WRITTEN))
     try:
-        layout = gguf.lay_out(infos, said, "here")
+        layout = gguf.lay_out(infos, values, "here")
     except ZooError:
         return renumbered(data, chance)
     return layout.head + chance.randbytes(layout.size)
@@ -358,11 +362,11 @@ def _sayable(key: str, before: gguf.Value | None, value: Any) -> Any:
 class Vocabularies(Samples):
     """Read, and put to work on a little text."""
 
-    def read(self, place: Path, **told: Any) -> None:
-        found = zoo.tokenizer(place)
-        ids = found.encode("ab <s> é\n", special=True)
-        found.decode(ids)
-        found.decode(range(min(64, found.vocab_size)))
+    def read(self, place: Path, **options: Any) -> None:
+        tokenizer = zoo.tokenizer(place)
+        ids = tokenizer.encode("ab <s> é\n", special=True)
+        tokenizer.decode(ids)
+        tokenizer.decode(range(min(64, tokenizer.vocab_size)))
 
 
 def pieces(kind: int) -> list[tuple[str, float, int]]:
@@ -415,21 +419,24 @@ class GgufVocabularies(Vocabularies):
     """SentencePiece's, byte-level merges and WordPiece, as GGUF files hold them."""
 
     def made(self, place: Path) -> Iterable[Sample]:
-        said: dict[str, dict[str, Any]] = {}
+        vocabularies: dict[str, dict[str, Any]] = {}
         texts, scores, types = zip(*pieces(2), strict=True)
-        said["llama"] = {"tokens": list(texts), "scores": list(scores)}
-        said["llama"] |= {"token_type": gguf.Value("[i32]", list(types)), "bos_token_id": 1}
+        vocabularies["llama"] = {"tokens": list(texts), "scores": list(scores)}
+        vocabularies["llama"] |= {"token_type": gguf.Value("[i32]", list(types)), "bos_token_id": 1}
         words = ["a", "b", "Ġ", "ab", "Ġab", "<|end|>", "[PAD6]"]
-        said["gpt2"] = {"tokens": words, "merges": ["a b", "Ġ ab"], "pre": "qwen2"}
-        said["gpt2"] |= {"token_type": gguf.Value("[i32]", [1] * 5 + [3, 5]), "eos_token_id": 5}
+        vocabularies["gpt2"] = {"tokens": words, "merges": ["a b", "Ġ ab"], "pre": "qwen2"}
+        vocabularies["gpt2"] |= {
+            "token_type": gguf.Value("[i32]", [1] * 5 + [3, 5]),
+            "eos_token_id": 5,
+        }
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2581ab", "a", "b", "\u2581a"]
-        said["bert"] = {"tokens": words, "unknown_token_id": 1, "cls_token_id": 2}
-        said["bert"] |= {"token_type": gguf.Value("[i32]", [3] * 5 + [1] * 4)}
-        for name, mine in said.items():
+        vocabularies["bert"] = {"tokens": words, "unknown_token_id": 1, "cls_token_id": 2}
+        vocabularies["bert"] |= {"token_type": gguf.Value("[i32]", [3] * 5 + [1] * 4)}
+        for name, mine in vocabularies.items():
             keys = {f"tokenizer.ggml.{key}": value for key, value in mine.items()}
             keys |= {"general.architecture": name, "tokenizer.ggml.model": name}
             data = gguf.lay_out([], keys, "here").head
             yield Sample(name, {"v.gguf": data}, {"v.gguf": partial(regguf, place=place)})
 
-    def read(self, place: Path, **told: Any) -> None:
-        super().read(place / "v.gguf", **told)
+    def read(self, place: Path, **options: Any) -> None:
+        super().read(place / "v.gguf", **options)

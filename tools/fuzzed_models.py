@@ -30,14 +30,14 @@ class Configs(Samples):
     def made(self, place: Path) -> Iterable[Sample]:
         for name, entry in registry.architectures().items():
             variant = next(iter(entry.variants.values()))
-            said = {"model_type": entry.model_type, "architectures": [variant["class"]]}
+            kind = {"model_type": entry.model_type, "architectures": [variant["class"]]}
             more = {"id2label": {"0": "a", "1": "b"}, "torch_dtype": "bfloat16"}
-            config = {**said, **more, **variant["config"]}
+            config = {**kind, **more, **variant["config"]}
             yield Sample(
                 name, {"config.json": json.dumps(config).encode()}, {"config.json": reworded}
             )
 
-    def read(self, place: Path, **told: Any) -> None:
+    def read(self, place: Path, **options: Any) -> None:
         skeleton(place)
 
 
@@ -59,16 +59,16 @@ def model(name: str, **changes: Any) -> Any:
 def saved(made: Any, place: Path, to: str, **how: Any) -> dict[str, bytes]:
     """What a model's files hold in a dialect."""
     zoo.save(made, place, to=to, **how)
-    found = {p.name: p.read_bytes() for p in sorted(place.iterdir())}
-    return {name: data for name, data in found.items() if name != "zoo-manifest.json"}
+    contents = {p.name: p.read_bytes() for p in sorted(place.iterdir())}
+    return {name: data for name, data in contents.items() if name != "zoo-manifest.json"}
 
 
 class Models(Samples):
     """Loaded, whatever the damage: config, plan and all tensors."""
 
-    def read(self, place: Path, **told: Any) -> None:
-        found = zoo.load(place, config=told)
-        assert not any(p.is_meta for p in found.parameters()), "half-loaded"
+    def read(self, place: Path, **options: Any) -> None:
+        model = zoo.load(place, config=options)
+        assert not any(p.is_meta for p in model.parameters()), "half-loaded"
 
 
 class Hub(Models):
@@ -86,9 +86,9 @@ class Bin(Models):
     def made(self, place: Path) -> Iterable[Sample]:
         for name in SIZES:
             files = saved(model(name), place / f"{name}-hf", "hf")
-            infos, held = unpacked(files.pop("model.safetensors"))
+            infos, contents = unpacked(files.pop("model.safetensors"))
             state = {
-                i.name: torch.frombuffer(bytearray(held[i]), dtype=torch.float32).view(i.shape)
+                i.name: torch.frombuffer(bytearray(contents[i]), dtype=torch.float32).view(i.shape)
                 for i in infos
             }
             files["pytorch_model.bin"] = zip_of(state, place)
@@ -129,59 +129,63 @@ class Trainers(Models):
                 weights = state["model"] if dialect == "nanogpt" else state
                 adam = torch.optim.AdamW([torch.nn.Parameter(t) for t in weights.values()])
                 kept = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2)}}
-                held = {**adam.state_dict(), "state": kept}
+                moments = {**adam.state_dict(), "state": kept}
                 state = state if dialect == "nanogpt" else {"model_state_dict": state}
                 key = "optimizer" if dialect == "nanogpt" else "optimizer_state_dict"
-                state |= {key: held, "iter_num": 7, "config": {"out_dir": "out", "lr": 6e-4}}
-            told = {"heads": 2} if dialect != "nanogpt" else {}
-            yield Sample(dialect, {name: zip_of(state, place)}, {name: rezipped}, told)
+                state |= {key: moments, "iter_num": 7, "config": {"out_dir": "out", "lr": 6e-4}}
+            fields = {"heads": 2} if dialect != "nanogpt" else {}
+            yield Sample(dialect, {name: zip_of(state, place)}, {name: rezipped}, fields)
 
 
 class Quantized(Models):
     """Packed matrices, and the part of config.json that says how."""
 
-    def __init__(self, place: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
-        self.said = said
+    def __init__(self, place: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:
+        self.sections = sections
         super().__init__(place)
 
     def made(self, place: Path) -> Iterable[Sample]:
         sizes = {"dim": 16, "hidden": 32, "kv_heads": 2}
         files = saved(model("llama", **sizes), place / "plain", "hf")
-        infos, held = unpacked(files["model.safetensors"])
-        for name, said in self.said.items():
+        infos, contents = unpacked(files["model.safetensors"])
+        for name, section in self.sections.items():
             tensors: dict[str, torch.Tensor] = {}
             for info in infos:
-                data = torch.frombuffer(bytearray(held[info]), dtype=torch.float32).view(info.shape)
+                data = torch.frombuffer(bytearray(contents[info]), dtype=torch.float32).view(
+                    info.shape
+                )
                 if info.name.endswith("_proj.weight"):
-                    tensors |= parts(info.name.removesuffix(".weight"), data, said)
+                    tensors |= parts(info.name.removesuffix(".weight"), data, section)
                 else:
                     tensors[info.name] = data.half()
-            config = {**json.loads(files["config.json"]), "quantization_config": said}
+            config = {**json.loads(files["config.json"]), "quantization_config": section}
             about = {"config.json": json.dumps(config).encode()}
             damage = {"model.safetensors": relaid, "config.json": requantized}
             yield Sample(name, {**about, "model.safetensors": packed(tensors)}, damage)
 
 
-def parts(stem: str, weight: torch.Tensor, said: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def parts(stem: str, weight: torch.Tensor, section: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Of a matrix (o, i): numbers at random, in the shapes that a config asks for."""
     outputs, inputs = weight.shape
-    if "fp8" in said["quant_method"] or "compressed" in said["quant_method"]:
-        down, across = said.get("weight_block_size") or weight.shape
+    if "fp8" in section["quant_method"] or "compressed" in section["quant_method"]:
+        down, across = section.get("weight_block_size") or weight.shape
         grid = math.ceil(outputs / down), math.ceil(inputs / across)
-        ends = "weight_scale_inv" if "weight_block_size" in said else "weight_scale"
+        ends = "weight_scale_inv" if "weight_block_size" in section else "weight_scale"
         return {
             f"{stem}.weight": weight.to(torch.float8_e4m3fn),
             f"{stem}.{ends}": torch.ones(grid),
         }
-    bits, group = said["bits"], said["group_size"]
+    bits, group = section["bits"], section["group_size"]
     group = inputs if group < 0 else group
     along = (inputs * bits // 32, outputs), (inputs, outputs * bits // 32)
     made = {
-        "qweight": torch.randint(-99, 99, along[said["quant_method"] == "awq"], dtype=torch.int32),
+        "qweight": torch.randint(
+            -99, 99, along[section["quant_method"] == "awq"], dtype=torch.int32
+        ),
         "qzeros": torch.randint(-99, 99, (inputs // group, outputs * bits // 32)).int(),
         "scales": torch.rand(inputs // group, outputs).half(),
     }
-    if said["quant_method"] == "gptq":
+    if section["quant_method"] == "gptq":
         made["g_idx"] = (torch.arange(inputs) // group).int()
     return {f"{stem}.{part}": tensor for part, tensor in made.items()}
 
@@ -225,18 +229,18 @@ class Llama2c(Models):
         for version, layout in layouts.items():
             made = model("llama", positions=6, tied=version != "1", eps=1e-5)
             dialect = "llama2c-q8" if version == "2" else "llama2c"
-            told = {} if version == "2" else {"layout": layout}
-            files = saved(made, place / f"{version}-files", dialect, **told)
+            options = {} if version == "2" else {"layout": layout}
+            files = saved(made, place / f"{version}-files", dialect, **options)
             yield Sample(version, files, {"model.bin": resized})
 
-    def read(self, place: Path, **told: Any) -> None:
+    def read(self, place: Path, **options: Any) -> None:
         path = place / "model.bin"
         if kind_of(path) == "llama2c":
             reader = llama2c.Llama2cReader(path)
             assert reader.header.starts()[1] == path.stat().st_size, "accepted, of another size"
             for name in reader.tensors:
                 reader.tensor(name)
-        super().read(place, **told)
+        super().read(place, **options)
 
 
 def resized(data: bytes, chance: Chance) -> bytes:

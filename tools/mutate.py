@@ -353,11 +353,11 @@ class Journal:
             entry = json.loads(line)
             self.entries[entry["key"]] = entry["verdict"]
 
-    def record(self, key: str, verdict: str, told: str) -> None:
+    def record(self, key: str, verdict: str, output: str) -> None:
         self.entries[key] = verdict
         self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, "verdict": verdict, "mutant": told}) + "\n")
+            file.write(json.dumps({"key": key, "verdict": verdict, "mutant": output}) + "\n")
 
 
 def key(mutant: Mutant, source: bytes, tests: Iterable[str]) -> str:

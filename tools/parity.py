@@ -17,8 +17,8 @@ if __name__ == "__main__":
         from zoo.parity.gates.formats import main as formats
 
         files = Path(__file__).parents[1] / "tests" / "data"
-        given = [word for word in sys.argv[1:] if word != "--formats"]
-        sys.exit(formats(["--files", str(files), *given]))
+        arguments = [word for word in sys.argv[1:] if word != "--formats"]
+        sys.exit(formats(["--files", str(files), *arguments]))
     if "--diagnose" in sys.argv[1:]:
         from zoo.diagnosis.diff.planted import main as trace
 

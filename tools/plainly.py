@@ -68,9 +68,9 @@ def sound_gguf(data: bytes) -> bool:
 
     def take(code: str) -> Any:
         nonlocal at
-        found = struct.unpack_from(f"<{code}", data, at)
+        items = struct.unpack_from(f"<{code}", data, at)
         at += struct.calcsize(f"<{code}")
-        return found[0] if len(found) == 1 else list(found)
+        return items[0] if len(items) == 1 else list(items)
 
     def text() -> str:
         return str(take(f"{take('Q')}s"), "utf-8")
@@ -84,18 +84,18 @@ def sound_gguf(data: bytes) -> bool:
         if take("4s") != b"GGUF" or take("I") not in (2, 3):
             return False
         tensors, keys = take("Q"), take("Q")
-        said: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for _ in range(keys):
             key, kind = text(), take("I")
-            if key in said:
+            if key in values:
                 return False
             if kind == 9:
                 kind, count = take("I"), take("Q")
-                said[key] = value(kind, count) if count else []
+                values[key] = value(kind, count) if count else []
             else:
-                said[key] = value(kind)
+                values[key] = value(kind)
         spans: dict[str, tuple[int, int]] = {}
-        alignment = said.get("general.alignment", 32)
+        alignment = values.get("general.alignment", 32)
         for _ in range(tensors):
             name, dims = text(), [take("Q") for _ in range(take("I"))]
             kind, offset = KINDS[take("I")], take("Q")

@@ -166,13 +166,13 @@ def bert(c: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def read_back(prefix: Path, arrays: Arrays) -> None:
     """By TensorFlow."""
-    found = tf.raw_ops.RestoreV2(
+    restored = tf.raw_ops.RestoreV2(
         prefix=str(prefix),
         tensor_names=list(arrays),
         shape_and_slices=[""] * len(arrays),
         dtypes=[tf.dtypes.as_dtype(array.dtype) for array in arrays.values()],
     )
-    for (name, array), tensor in zip(arrays.items(), found, strict=True):
+    for (name, array), tensor in zip(arrays.items(), restored, strict=True):
         assert tensor.numpy().tobytes() == array.tobytes(), name
 
 

@@ -20,13 +20,13 @@ class Escaped:
         self.unescaped, self._escape = stream, escape
 
     def write(self, text: str) -> int:
-        """Write the text, its control characters escaped."""
+        """Write the text with control characters escaped; our own colors pass on a terminal."""
         if text.isprintable() or text == "\n":
             return self.unescaped.write(text)
         # nothing but our own colors passes, and only where they are shown
         parts = _STYLE.split(text) if has_color(self.unescaped) else [text]
-        shown = (part if n % 2 else self._escape(part) for n, part in enumerate(parts))
-        self.unescaped.write("".join(shown))
+        escaped = (part if n % 2 else self._escape(part) for n, part in enumerate(parts))
+        self.unescaped.write("".join(escaped))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +39,7 @@ def unescaped(stream: Any) -> Any:
 
 
 def has_color(stream: TextIO) -> bool:
-    """Whether the stream is a terminal that shows colors."""
+    """Whether colors may be written: on a terminal that has them, unless NO_COLOR is set."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 

@@ -149,4 +149,4 @@ def open_regular(path: Path) -> int:
             os.close(fd)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise NotACheckpoint(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    raise UnsafePath(f"{path}: is no regular file, so it was not opened")
+    raise UnsafePath(f"{path}: is not a regular file, so it was not opened")

@@ -136,7 +136,7 @@ class GGUFReader:
         if self.split is not None and not part:
             number, count = self.split
             raise MissingShard(
-                f"{path}: is file {number + 1} of {count}, and tensors lie in the others too. "
+                f"{path}: is file {number + 1} of {count}, and the other files have tensors too. "
                 "Open them together, with open_gguf."
             )
         self._places = _places(path, header, self.alignment, self._file.size)
@@ -193,7 +193,7 @@ class GGUFReader:
         place = self._places.get(name)
         if place is None:
             near = did_you_mean(name, self.tensors)
-            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+            raise MissingTensors(f"{self.path}: has no tensor {name}.{near}")
         return place
 
 
@@ -401,7 +401,7 @@ class _Header:
         key = self._text(f"key {n}")
         what = _short(key)
         if key in self.values:
-            raise CorruptCheckpoint(f"{self.path}: key {what} stands twice")
+            raise CorruptCheckpoint(f"{self.path}: key {what} occurs twice")
         kind = self._u32(f"the type of {what}")
         if kind == _ARRAY:
             array = self._array(what)
@@ -544,7 +544,7 @@ def _places(path: Path, header: _Header, alignment: int, size: int) -> dict[str,
     for entry in header.entries:
         what = f"tensor {_short(entry.name)}"
         if entry.name in places:
-            problems.append(f"{what} stands twice")
+            problems.append(f"{what} occurs twice")
         kind = KINDS.get(entry.kind)
         if kind is None:
             name = UNREAD.get(entry.kind)
@@ -651,7 +651,7 @@ def lay_out(infos: Iterable[TensorInfo], values: Mapping[str, Any], where: Any) 
     reached = 0
     for info in infos:
         if info.name in starts:
-            raise DuplicateTensor(f"{where}: {info.name} would stand twice in the header")
+            raise DuplicateTensor(f"{where}: {info.name} would occur twice in the header")
         starts[info.name] = reached
         if problem := _unwritable(info):
             problems.append(f"tensor {_short(info.name)}: {problem}")

@@ -200,7 +200,7 @@ class Llama2cReader:
         """Return a view of the map or a copy; in version 2 dequantized."""
         if name not in self.tensors:
             near = did_you_mean(name, self.tensors)
-            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+            raise MissingTensors(f"{self.path}: has no tensor {name}.{near}")
         info = self.tensors[name]
         if self.header.groups(name):
             return self.numbers(name, *(slice(0, size) for size in info.shape))

@@ -61,7 +61,7 @@ class SafetensorsReader:
         info = self.tensors.get(name)
         if info is None:
             near = did_you_mean(name, self.tensors)
-            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+            raise MissingTensors(f"{self.path}: has no tensor {name}.{near}")
         return self._file.tensor(self.span(name)[0], info.dtype, info.shape)
 
     def decoder(self, name: str) -> Read | None:
@@ -239,7 +239,7 @@ def lay_out(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None, whe
     reached = 0
     for info in header_order(infos):
         if info.name in header or info.name == "__metadata__":
-            raise DuplicateTensor(f"{where}: {info.name} would stand twice in the header")
+            raise DuplicateTensor(f"{where}: {info.name} would occur twice in the header")
         end = reached + info.nbytes
         header[info.name] = {
             "dtype": info.dtype,

@@ -143,7 +143,7 @@ def read_table(path: Path) -> list[tuple[bytes, bytes]]:
         meta, at = table.handle(footer)
         index, at = table.handle(footer, at)
         if any(footer[at : -len(_MAGIC)]):
-            raise Malformed("something stands between its handles and its magic")
+            raise Malformed("extra bytes between its handles and its magic number")
         place = "meta block"
         if list(table.block(meta)):
             raise Malformed("names filters, which tensor bundles have not")
@@ -161,7 +161,7 @@ def read_table(path: Path) -> list[tuple[bytes, bytes]]:
                 if before is not None and key <= before:
                     raise Malformed(f"key {_text(key)} does not come after {_text(before)}")
                 if key > bound:
-                    raise Malformed(f"key {_text(key)} lies behind the index's {_text(bound)}")
+                    raise Malformed(f"key {_text(key)} is greater than the index's {_text(bound)}")
                 before = key
                 pairs.append((key, value))
             before = bound

@@ -155,7 +155,7 @@ class TFBundleReader:
         info = self.tensors.get(name)
         if info is None:
             near = did_you_mean(name, self.tensors)
-            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+            raise MissingTensors(f"{self.path}: has no tensor {name}.{near}")
         pieces = self._pieces[name]
         for piece in pieces:
             self._check(name, piece.part)
@@ -305,7 +305,7 @@ def _entry(value: bytes, shards: int) -> _Entry:
     shard, crc = entry.get("shard_id", 0), entry.get("crc32c", 0)
     start, size = signed(entry.get("offset", 0)), signed(entry.get("size", 0))
     if shard >= shards:
-        raise Malformed(f"lies in shard {shard} of {shards}")
+        raise Malformed(f"is in shard {shard} of {shards}")
     if start < 0 or size < 0:
         raise Malformed(f"{size} bytes at byte {start}")
     if slices and (start or size):
@@ -365,7 +365,7 @@ def _slices(
         part = entries.get(name)
         where = f"its slice from {first} on axis {axis}"
         if part is None or name in pieces:
-            fault = "stands twice" if name in pieces else "is not in the index"
+            fault = "occurs twice" if name in pieces else "is not in the index"
             raise Malformed(f"{where} {fault}")
         if part.shape != tuple(shape) or part.dtype != whole.dtype or part.slices:
             actual = f"{_dims(part.shape)} of dtype {part.dtype}"

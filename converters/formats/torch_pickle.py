@@ -276,7 +276,7 @@ def _storage(kind: str, of: Name, key: str, device: str, numel: int, view: None 
         or type(numel) is not int
         or numel < 0
     ):
-        raise ValueError("a storage that is none")
+        raise ValueError("an argument that is not a storage")
     name = of.last.removesuffix("Storage")
     return Storage(key, _STORED.get(name, name), numel)
 

@@ -131,7 +131,7 @@ class TorchZipReader:
         array = self._arrays.get(name)
         if array is None:
             near = did_you_mean(name, self.tensors)
-            raise MissingTensors(f"{self.path}: holds no tensor {name}.{near}")
+            raise MissingTensors(f"{self.path}: has no tensor {name}.{near}")
         whole = self._storage(array.storage.key, self.tensors[name].dtype)
         self._check(name, whole)
         return whole.as_strided(array.shape, array.stride, array.offset)
@@ -228,7 +228,7 @@ def _check_directory(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> N
     for entry in entries:
         name, parts = entry.filename, entry.filename.split("/")
         if {"", ".", ".."} & set(parts) or "\\" in name or not name.isprintable():
-            raise UnsafePath(f"{path}: record {name!r} is no plain relative path")
+            raise UnsafePath(f"{path}: record {name!r} is not a plain relative path")
         if entry.flag_bits & 0x2041:
             raise UnsupportedZip(f"{path}: record {name} is encrypted")
         if entry.file_size > max(limit, ratio * entry.compress_size):
@@ -245,7 +245,7 @@ def _check_directory(path: Path, size: int, entries: list[zipfile.ZipInfo]) -> N
         raise ResourceLimit(f"{path}: its records claim {total} bytes in a file of {size}")
     counts = Counter(entry.filename for entry in entries)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise CorruptCheckpoint(f"{path}: records that stand twice: {listing(twice)}")
+        raise CorruptCheckpoint(f"{path}: duplicate records: {listing(twice)}")
 
 
 def _check_records(path: Path, fd: int, size: int, entries: list[zipfile.ZipInfo]) -> list[_Record]:
@@ -398,7 +398,7 @@ def _pair(
     }
     if {(k, n) for k, n in sizes if n} != {(k, r.size) for k, r in records.items() if r.size}:
         raise CorruptCheckpoint(
-            f"{path}: its pickle and its records disagree on where tensors lie or how long they are"
+            f"{path}: its pickle and its records disagree on positions or sizes of tensors"
         )
     return {key: records[key] for key, size in sizes if size}
 

@@ -37,7 +37,7 @@ def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
                 raise Malformed(f"a number of more than {bits} bits ends at byte {at}")
             return value, at
         shift += 7
-    why = f"goes on after {bits} bits" if at < len(data) else "is cut off"
+    why = f"continues after {bits} bits" if at < len(data) else "is cut off"
     raise Malformed(f"a number {why} at byte {at}")
 
 
@@ -70,11 +70,11 @@ def message(data: bytes, schema: Mapping[int, Field]) -> dict[str, Any]:
                 value = int.from_bytes(value, "little")
         if field.most == 1:
             if field.name in fields:
-                raise Malformed(f"field {field.name} stands twice")
+                raise Malformed(f"field {field.name} occurs twice")
             fields[field.name] = value
         else:
             values = fields.setdefault(field.name, [])
             if len(values) == field.most:
-                raise Malformed(f"field {field.name} stands more than {field.most} times")
+                raise Malformed(f"field {field.name} occurs more than {field.most} times")
             values.append(value)
     return fields

@@ -26,8 +26,7 @@ FIELD = "quantization_config"
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _WORDS = {"w_bit": "bits", "q_group_size": "group_size"}  # names in AutoAWQ's file
 _INSTEAD = (
-    "Take the weights that it was made of, or have the program that made it write what they "
-    "stand for"
+    "Use the original weights, or have the program that quantized them write dequantized weights"
 )
 
 # The fields of each method's config: those of which only these values are implemented,
@@ -146,8 +145,8 @@ def read_config(
                 # other programs read these, so the reference does not show which matter
                 near = did_you_mean(key, field_names) if len(problems) < SUGGESTED else ""
                 problems.append(
-                    f"{name}: unknown field.{near} If it does not change what "
-                    f"the numbers stand for, pass {option('ignore_config', (name,))}"
+                    f"{name}: unknown field.{near} If it does not change "
+                    f"the decoded numbers, pass {option('ignore_config', (name,))}"
                 )
     understand = _integers if method in ("gptq", "awq") else _floats
     how, more = understand(method, section)

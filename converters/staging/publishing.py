@@ -89,8 +89,8 @@ def recover(place: Path, entries: list[dict[str, Any]]) -> None:
             os.rename(aside, place)
         if old == aside and os.path.lexists(aside):
             raise OutputExists(
-                f"{aside}: a directory that was replaced, with files that nobody may have "
-                "elsewhere. Move it away, or delete it"
+                f"{aside}: a directory that was replaced, with files that may exist nowhere "
+                "else. Move it away, or delete it"
             )
 
 

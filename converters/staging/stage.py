@@ -225,7 +225,7 @@ class DestinationErrors:
         if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
             return
         file = f" ({error.filename})" if error.filename else ""
-        again = " The same command goes on where this one stopped." if self.resumes else ""
+        again = " The same command resumes where this one stopped." if self.resumes else ""
         fault = f"{self.place}: not written: {error.strerror or error}{file}."
         raise ZooError(f"{fault} What was there is untouched.{again}") from error
 

@@ -46,9 +46,9 @@ def changed(directory: Path, **fields: Any) -> Path:
 
 
 def test_no_count_is_enumerated_before_its_bound(published: Path) -> None:
-    said = json.loads((published / "config.json").read_text())
+    config = json.loads((published / "config.json").read_text())
     text = (published / "config.json").read_text()
-    for field in said.keys() & set(COUNTS):
+    for field in config.keys() & set(COUNTS):
         started = time.process_time()
         with pytest.raises(ResourceLimit, match=rf"config\.json: {field}: "):
             zoo.load(changed(published, **{field: 10**10}))
@@ -65,7 +65,7 @@ def test_any_number_in_any_field_is_answered(published: Path) -> None:
         for value in (0, -1, 10**400, -0.5, 1e300, [], ["a"], {}, "x", True):
             try:
                 model = zoo.load(changed(published, **{field: value}))
-                found = [out.shape for out in run(model, ids)]
+                actual = [out.shape for out in run(model, ids)]
             except ZooError as error:
                 answers["refused"] += 1
                 named = (
@@ -76,7 +76,7 @@ def test_any_number_in_any_field_is_answered(published: Path) -> None:
                 assert any(n in str(error) for n in named), f"{field}: {value!r}: {error}"
             else:
                 answers["run"] += 1
-                assert found == shapes, f"{field}: {value!r}: {found}"
+                assert actual == shapes, f"{field}: {value!r}: {actual}"
                 assert field not in COUNTS or value is original, f"{field}: {value!r} is no count"
             (published / "config.json").write_text(text)
     assert answers["refused"] > answers["run"] > 0
@@ -123,9 +123,9 @@ def test_a_ramp_of_negative_ends_is_refused_at_once(field: str, tmp_path: Path) 
 def test_ids_and_masks_are_tensors_of_their_kind(name: str) -> None:
     model = build(name).eval()
     ids = torch.ones(1, 3, dtype=torch.long)
-    for odd in ([[1, 2]], None, "text", ids.numpy(), ids.to(torch.int8), ids.to(torch.complex64)):
+    for value in ([[1, 2]], None, "text", ids.numpy(), ids.to(torch.int8), ids.to(torch.complex64)):
         with pytest.raises(InputError, match="expected"):
-            run(model, odd)  # type: ignore[arg-type]
+            run(model, value)  # type: ignore[arg-type]
     for mask in ([[1, 1, 1]], ids.numpy()):
         with pytest.raises(MaskError, match="expected a tensor"):
             model(ids, mask)
@@ -227,9 +227,9 @@ def test_force_replaces_neither_the_source_nor_its_neighbours(tmp_path: Path) ->
     models = tmp_path / "models"
     for name in ("gpt2", "bert"):
         zoo.save(build(name).eval(), models / name)
-    with pytest.raises(OutputExists, match="holds what is to be read"):
+    with pytest.raises(OutputExists, match="contains the source"):
         zoo.convert(models / "gpt2", models, to="hf", force=True)
-    with pytest.raises(OutputExists, match="holds what is to be read"):
+    with pytest.raises(OutputExists, match="contains the source"):
         zoo.convert(models / "gpt2", models / "gpt2", to="native", force=True)
     zoo.save(build("gpt2").eval(), models, force=True)
     assert {"bert", "gpt2", "model.safetensors"} < set(os.listdir(models))
@@ -315,13 +315,13 @@ def test_the_size_of_a_name_may_be_changed_by_the_caller(
     model = zoo.load("hf:openai-community/gpt2", cache_dir=tmp_path, local_files_only=True)
     count = sum(p.numel() for p in model.parameters())
     config = json.loads(model.provenance.origin.config)
-    known = registry.checkpoints()["gpt2"]._replace(config=config, parameters=count)
-    monkeypatch.setitem(registry.checkpoints(), "gpt2", known)
+    gpt2 = registry.checkpoints()["gpt2"]._replace(config=config, parameters=count)
+    monkeypatch.setitem(registry.checkpoints(), "gpt2", gpt2)
     where: Any = {"cache_dir": tmp_path, "local_files_only": True}
     assert zoo.load("gpt2", **where).config.layers == model.config.layers
     assert zoo.load("gpt2", head="none", **where)  # fewer parameters, as asked for
     assert zoo.load("gpt2", config={"eps": 1e-3}, **where).config.eps == 1e-3
-    for entry in (known._replace(parameters=count + 1), known._replace(config={}, parameters=1)):
+    for entry in (gpt2._replace(parameters=count + 1), gpt2._replace(config={}, parameters=1)):
         monkeypatch.setitem(registry.checkpoints(), "gpt2", entry)
         with pytest.raises(ConfigError, match=rf"parameters: expected .*, found {count:,}"):
             zoo.load("gpt2", **where)

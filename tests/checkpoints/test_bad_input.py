@@ -74,7 +74,7 @@ def sample(victims: Victims, kind: str, name: str) -> tuple[Files, Callable[[Pat
     """(its files, how they are read)"""
     victim = victims(kind)
     found = next(each for each in victim.samples if each.name == name)
-    return dict(found.files), partial(victim.read, **found.told)
+    return dict(found.files), partial(victim.read, **found.options)
 
 
 def written(files: Mapping[str, bytes], place: Path) -> Path:
@@ -398,7 +398,7 @@ def test_numbers_that_are_none(
     tensors[one].view(-1)[-1] = value
     (tmp_path / "made").mkdir()
     place = written(holding(files, tensors, tmp_path / "made"), tmp_path / "files")
-    told = next(s.told for s in victims(kind).samples if s.name == name)
+    told = next(s.options for s in victims(kind).samples if s.name == name)
     with pytest.raises(NonFinite, match=r"blocks\.0\.\S+"):
         zoo.convert(place, tmp_path / "out", to="native", config=told)
     assert not (tmp_path / "out").exists()

@@ -61,20 +61,26 @@ def test_nan_is_traced_to_its_file(nan: Path, call: str) -> None:
 
 @pytest.mark.parametrize("kind", ["prepared", "native", "half", "fresh", "in memory"])
 def test_nan_in_every_kind_of_model(nan: Path, tmp_path: Path, kind: str) -> None:
-    told = NAMED
+    message = NAMED
     if kind == "fresh":
-        model, told = build("gpt2", layers=2).eval(), r"blocks\.1\.mlp\.up\.weight\[5, 2\] is nan"
-        told += r"\. It is of no checkpoint"
+        model, message = (
+            build("gpt2", layers=2).eval(),
+            r"blocks\.1\.mlp\.up\.weight\[5, 2\] is nan",
+        )
+        message += r"\. It is of no checkpoint"
     elif kind == "native":
         zoo.save(zoo.load(nan), tmp_path / "n", to="native", allow_nonfinite=True)
-        model, told = zoo.load(tmp_path / "n"), r"model\.safetensors: blocks\.1\.mlp\.up\.weight\[5"
+        model, message = (
+            zoo.load(tmp_path / "n"),
+            r"model\.safetensors: blocks\.1\.mlp\.up\.weight\[5",
+        )
     elif kind == "in memory":
         model = zoo.load(nan)
         save = load_file(nan / "model.safetensors")
         assert save[FC].isnan().any()
         model = hot(build("gpt2", vocab=len(LETTERS), layers=2))
         model = zoo.load(zoo.save(model, tmp_path / "x"))
-        told = r"up\.weight\[5, 2\] is nan, and finite in model\.safetensors: " + FC
+        message = r"up\.weight\[5, 2\] is nan, and finite in model\.safetensors: " + FC
     else:
         model = zoo.load(
             nan, prepare=kind == "prepared", dtype="bfloat16" if kind == "half" else None
@@ -82,7 +88,7 @@ def test_nan_in_every_kind_of_model(nan: Path, tmp_path: Path, kind: str) -> Non
     if kind in ("fresh", "in memory"):
         with torch.no_grad():
             model.blocks[1].mlp.up.weight[5, 2] = float("nan")
-    with pytest.raises(NonFinite, match=told):
+    with pytest.raises(NonFinite, match=message):
         model.generate(IDS)
 
 
@@ -236,8 +242,10 @@ def test_check_has_known_values(nan: Path) -> None:
 
 def test_a_cast_that_overflows_names_the_source(tmp_path: Path) -> None:
     place = broken(tmp_path / "x", value=1e30)
-    told = rf"model\.safetensors: {FC}\[2, 5\] is 1e\+30.*torch\.float16 \(here blocks\.1\.mlp\.up"
-    with pytest.raises(OverflowOnCast, match=told):
+    message = (
+        rf"model\.safetensors: {FC}\[2, 5\] is 1e\+30.*torch\.float16 \(here blocks\.1\.mlp\.up"
+    )
+    with pytest.raises(OverflowOnCast, match=message):
         zoo.load(place, dtype="float16")
 
 
@@ -266,13 +274,13 @@ def changed(llama: Made, place: Path, **config: Any) -> Path:
     (place / "adapter_model.safetensors").write_bytes(
         (llama.adapter / "adapter_model.safetensors").read_bytes()
     )
-    said = json.loads((llama.adapter / "adapter_config.json").read_text())
-    (place / "adapter_config.json").write_text(json.dumps(said | config))
+    settings = json.loads((llama.adapter / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(settings | config))
     return place
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"lora_alpha": 10**400}, r"lora_alpha: expected a number that fp32 holds, found 1000"),
         ({"lora_alpha": -(10**400)}, "lora_alpha"),
@@ -288,7 +296,7 @@ def changed(llama: Made, place: Path, **config: Any) -> Path:
     ids=lambda value: str(value)[:40],
 )
 def test_settings_beyond_any_number_are_refused(
-    llama: Made, tmp_path: Path, config: dict[str, Any], told: str
+    llama: Made, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     place = changed(llama, tmp_path / "a", **config)
     for use in (
@@ -296,7 +304,7 @@ def test_settings_beyond_any_number_are_refused(
         lambda: zoo.load(llama.base, adapter=place, merge=True),
         lambda: zoo.convert(llama.base, tmp_path / "out", adapter=place),
     ):
-        with pytest.raises(ConfigError, match=told) as caught:
+        with pytest.raises(ConfigError, match=message) as caught:
             use()
         assert len(str(caught.value)) < 500
 
@@ -315,10 +323,10 @@ def test_a_merge_that_overflows_changes_nothing(llama: Made, tmp_path: Path) -> 
     place = changed(llama, tmp_path / "b", lora_alpha=1e10)
     model = zoo.load(llama.base, adapter=place, dtype="float16")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    told = (
+    message = (
         r"adapter_model\.safetensors: merged, blocks\.0\.attn\.q\.weight\[\d+, \d+\] is too large"
     )
-    with pytest.raises(OverflowOnCast, match=told):
+    with pytest.raises(OverflowOnCast, match=message):
         model.merge_adapter()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with pytest.raises(NonFinite, match=r"overflows in float16.*blocks\.0\.attn\.q"):
@@ -350,6 +358,6 @@ def test_factors_that_training_spoiled_are_named(llama: Made) -> None:
     piece = next(iter(model.adapter.pieces.values()))[0]
     with torch.no_grad():
         piece.low.b[1, 0] = float("nan")
-    told = r"adapter_model\.safetensors: lora_B of model\.layers\.0\.self_attn\.q_proj"
-    with pytest.raises(NonFinite, match=told):
+    message = r"adapter_model\.safetensors: lora_B of model\.layers\.0\.self_attn\.q_proj"
+    with pytest.raises(NonFinite, match=message):
         model.generate(IDS)

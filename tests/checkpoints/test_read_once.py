@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from sentence_models import checkpoint
 
 import zoo
 from zoo.registry import Architecture
@@ -64,9 +65,9 @@ class Load:
         module, _, name = target.rpartition(".")
         real = getattr(zoo.verbs.resolve(module), name)
 
-        def counting(*given: Any, **named: Any) -> Any:
+        def counting(*arguments: Any, **named: Any) -> Any:
             self.searches.append(name)
-            return real(*given, **named)
+            return real(*arguments, **named)
 
         patch.setattr(target, counting)
 
@@ -140,8 +141,6 @@ def test_a_gguf_file(tmp_path: Path, made: Callable[..., Path], load: Callable[.
 
 
 def test_a_directory_of_sentence_embeddings(tmp_path: Path, load: Callable[..., Load]) -> None:
-    from test_sentences import checkpoint
-
     it = load(checkpoint(tmp_path, "mean_tokens", dense=5))
     texts = {"config.json", "modules.json", "1_Pooling/config.json", "2_Dense/config.json"}
     assert it.texts == dict.fromkeys(texts, 1)

@@ -59,7 +59,7 @@ def model(place: Path) -> Any:
 # --- generate ------------------------------------------------------------------------------------
 
 
-def test_generate_streams_what_python_gives(
+def test_generate_prints_what_python_returns(
     place: Path, model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["generate", str(place), "abc", "--max-new-tokens", "40", "--temperature", "1"]
@@ -73,10 +73,10 @@ def test_generate_streams_what_python_gives(
     assert main([*asked, *more, "--stop", stop, "--stop", "☃"]) == 0
     assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
     assert main([*asked, *more, "--stream", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["text"] == text and len(said["ids"]) == len(said["logprobs"]) == 40
-    assert said["tokens_per_second"] == pytest.approx(40 / said["seconds"])
-    assert model.tokenizer.decode(said["ids"]) == text
+    report = json.loads(capsys.readouterr().out)
+    assert report["text"] == text and len(report["ids"]) == len(report["logprobs"]) == 40
+    assert report["tokens_per_second"] == pytest.approx(40 / report["seconds"])
+    assert model.tokenizer.decode(report["ids"]) == text
     assert main([*asked, *more, "--num-return-sequences", "2", "--json"]) == 0
     both = json.loads(capsys.readouterr().out)["samples"]
     assert both[0]["text"] == text != both[1]["text"]
@@ -98,7 +98,7 @@ def small(place: Path) -> Path:
     return Path(small)
 
 
-def test_an_assistant_changes_nothing(
+def test_an_assistant_changes_no_text(
     place: Path, small: Path, model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["generate", str(place), "abc", "--max-new-tokens", "60"]
@@ -111,16 +111,16 @@ def test_an_assistant_changes_nothing(
         assert json.loads(capsys.readouterr().out)["text"] == text
 
 
-def test_the_assistant_is_asked(
+def test_the_assistant_guesses_ahead(
     place: Path, small: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rounds: list[int] = []
     before = speculative._round
 
-    def counted(*given: Any) -> Any:
-        found = before(*given)
-        rounds.append(len(found))
-        return found
+    def counted(*arguments: Any) -> Any:
+        tokens = before(*arguments)
+        rounds.append(len(tokens))
+        return tokens
 
     monkeypatch.setattr(speculative, "_round", counted)
     asked = ["generate", str(place), "abc", "--max-new-tokens", "60"]
@@ -132,7 +132,7 @@ def test_the_assistant_is_asked(
 
 
 @pytest.mark.parametrize("command", ("generate", "chat"))
-def test_assistants_of_another_vocabulary(
+def test_an_assistant_of_another_vocabulary_is_refused(
     place: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [command, str(place), *(["abc"] if command == "generate" else [])]
@@ -154,7 +154,9 @@ def test_assistants_of_another_vocabulary(
         assert "beams do not guess ahead" in capsys.readouterr().err
 
 
-def test_mistakes_are_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for command in (["generate", "nothing", "abc"], ["chat", "nothing"]):
         assert main([*command, "--top-p", "7"]) == 2
         assert "--top-p 7.0: must be > 0 and ≤ 1" in capsys.readouterr().err
@@ -165,25 +167,25 @@ def test_mistakes_are_told_before_anything_is_loaded(capsys: pytest.CaptureFixtu
 # --- a dialogue ----------------------------------------------------------------------------------
 
 
-def told(dialogue: Dialogue, text: str) -> str:
+def answer_to(dialogue: Dialogue, text: str) -> str:
     return "".join(dialogue.answer(text))
 
 
 def fresh(model: Any, messages: list[dict[str, str]], text: str) -> str:
-    """What follows all that was said, computed anew."""
+    """The answer without a cache: the whole dialogue as one prompt."""
     turns = [("User" if m["role"] == "user" else "Assistant", m) for m in messages]
     prompt = "".join(f"{name}: {m['content']}\n" for name, m in turns)
     options = {"max_new_tokens": 30, "stop_strings": "\nUser:", **WARM}
     return str(zoo.generate(model, f"{prompt}User: {text}\nAssistant:", **options)).lstrip()
 
 
-def test_the_cache_goes_on_between_turns(model: Any) -> None:
+def test_a_turn_reads_only_what_is_new(model: Any) -> None:
     dialogue, calls = Dialogue(model, max_new_tokens=30, **WARM), []
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     for n, text in enumerate(("hello", "how are you", "good bye " * 200, "so")):
         want = fresh(model, dialogue.messages, text)
         calls.clear()
-        assert told(dialogue, text) == want
+        assert answer_to(dialogue, text) == want
         new = len(f"{want}\nUser: {text}\nAssistant:")
         # two thousand characters are more than the first cache had room for
         assert calls[0] < new + 9 if n != 2 else calls[0] > 1800
@@ -191,20 +193,20 @@ def test_the_cache_goes_on_between_turns(model: Any) -> None:
     assert [m["role"] for m in dialogue.messages] == ["user", "assistant"] * 4
 
 
-def test_an_answer_that_is_left_is_remembered_as_far_as_it_came(model: Any) -> None:
+def test_an_answer_that_is_left_early_is_remembered(model: Any) -> None:
     dialogue = Dialogue(model, max_new_tokens=30, **WARM)
     pieces = dialogue.answer("hello")
     begun = next(pieces) + next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert dialogue.messages[-1] == {"role": "assistant", "content": begun.strip()}
     before = dialogue.messages
-    assert told(dialogue, "go on") == fresh(model, before, "go on")
+    assert answer_to(dialogue, "go on") == fresh(model, before, "go on")
     dialogue.reset()
     assert dialogue.messages == []
-    assert told(dialogue, "hello") == fresh(model, [], "hello")
+    assert answer_to(dialogue, "hello") == fresh(model, [], "hello")
 
 
-def test_an_assistants_cache_goes_on_too(model: Any, small: Path) -> None:
+def test_the_assistant_reads_only_what_is_new(model: Any, small: Path) -> None:
     guesser, read = zoo.load(small), {"model": 0, "guesser": 0}
     dialogue = Dialogue(model, max_new_tokens=30, assistant_model=guesser)
     alone = Dialogue(zoo.load(model.provenance.directory), max_new_tokens=30)
@@ -225,36 +227,36 @@ def test_an_assistants_cache_goes_on_too(model: Any, small: Path) -> None:
                 _ = next(pieces), next(pieces)
                 pieces.close()  # type: ignore[attr-defined]
             continue
-        assert told(dialogue, text) == told(alone, text)
-        if n in (1, 4):  # the prompt's new part, and what was guessed: not all that was said before
+        assert answer_to(dialogue, text) == answer_to(alone, text)
+        if n in (1, 4):  # the prompt's new part, and what was guessed: not the whole dialogue
             most = len(f"\nUser: {text}\nAssistant:") + 40 + 6 * 30
             assert max(read.values()) < most < len(str(dialogue.messages)) + 6 * 30
     assert dialogue.messages == alone.messages
 
 
-def test_a_dialogue_ends_with_the_assistants_positions(model: Any) -> None:
+def test_a_dialogue_longer_than_the_assistants_positions_is_refused(model: Any) -> None:
     short = build("llama", vocab=len(LETTERS), positions=40).eval()
     dialogue = Dialogue(model, assistant_model=short)
-    assert len(told(dialogue, "hello")) <= 40 + 1 - len("User: hello\nAssistant:")
+    assert len(answer_to(dialogue, "hello")) <= 40 + 1 - len("User: hello\nAssistant:")
     with pytest.raises(SequenceTooLong, match="its assistant 40 positions: /reset"):
-        told(dialogue, "more than there are places for")
+        answer_to(dialogue, "more than there are places for")
 
 
-def test_templates(model: Any) -> None:
+def test_a_chat_template_makes_the_prompt(model: Any) -> None:
     model.tokenizer.templates["default"] = TEMPLATE
     dialogue = Dialogue(model, max_new_tokens=12, **WARM)
     for _ in range(2):
         before = [*dialogue.messages, {"role": "user", "content": "hello"}]
         ids = model.tokenizer.encode(model.tokenizer.chat(before))
         row = generate(model, torch.tensor([ids]), max_new_tokens=12, **WARM)[0, len(ids) :]
-        assert told(dialogue, "hello") == model.tokenizer.decode(row).lstrip()
+        assert answer_to(dialogue, "hello") == model.tokenizer.decode(row).lstrip()
     model.tokenizer.templates["default"] = "{{ raise_exception('no') }}"
     with pytest.raises(TemplateError):
-        told(dialogue, "hello")
+        answer_to(dialogue, "hello")
     assert len(dialogue.messages) == 4  # as before
     vars(model.tokenizer)["special_tokens"] = {"<|end|>": 3}
     with pytest.raises(InputError, match=r"<\|end\|> is a special token"):
-        told(dialogue, "what does <|end|> mean")
+        answer_to(dialogue, "what does <|end|> mean")
 
 
 @pytest.mark.parametrize("role", ["model", "assistant"])
@@ -272,19 +274,19 @@ def test_a_file_that_changed_between_two_turns_is_refused(
     assert len(dialogue.messages) == 2
 
 
-def test_a_dialogue_ends_with_the_positions() -> None:
+def test_a_dialogue_longer_than_the_positions_is_refused() -> None:
     place = build("llama", vocab=len(LETTERS), positions=60).eval()
     place.tokenizer = CharTokenizer.of(LETTERS)
     dialogue = Dialogue(place, **WARM)
-    assert len(told(dialogue, "hello")) <= 60 + 1 - len("User: hello\nAssistant:")
+    assert len(answer_to(dialogue, "hello")) <= 60 + 1 - len("User: hello\nAssistant:")
     with pytest.raises(SequenceTooLong, match="60 positions: /reset"):
-        told(dialogue, "and a lot more than there are places for")
+        answer_to(dialogue, "and a lot more than there are places for")
     assert len(dialogue.messages) == 2
     dialogue.reset()
-    assert told(dialogue, "hello")
+    assert answer_to(dialogue, "hello")
 
 
-def test_what_is_no_dialogue(model: Any, tmp_path: Path) -> None:
+def test_models_and_options_without_a_dialogue_are_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one answer"):
         Dialogue(model, num_beams=2)
     with pytest.raises(UsageError, match="each question for itself"):
@@ -306,8 +308,10 @@ COMMAND = [sys.executable, "-X", "utf8", "-m", "zoo", "chat"]
 ALWAYS = ["--temperature", "1", "--seed", "4"]
 
 
-def test_through_pipes(place: Path, model: Any, root: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "said.json"
+def test_a_piped_dialogue_prints_answers_and_goes_on_after_mistakes(
+    place: Path, model: Any, root: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "dialogue.json"
     lines = ["hello", '"""', "two", "lines", '"""', "a\\", "b", "/save", "/sing"]
     lines += [f"/save {saved}", f"/save {saved}", "/reset", "hello", "/help", "é"]
     done = subprocess.run(
@@ -320,11 +324,11 @@ def test_through_pipes(place: Path, model: Any, root: Path, tmp_path: Path) -> N
         timeout=PATIENCE,
         check=True,
     )
-    said = json.loads(saved.read_text())
-    assert [m["content"] for m in said[::2]] == ["hello", "two\nlines", "a\nb"]
+    messages = json.loads(saved.read_text())
+    assert [m["content"] for m in messages[::2]] == ["hello", "two\nlines", "a\nb"]
     dialogue = Dialogue(model, max_new_tokens=30, **WARM)
-    answers = [told(dialogue, m["content"]) for m in said[::2]]
-    assert [m["content"] for m in said[1::2]] == [answer.strip() for answer in answers]
+    answers = [answer_to(dialogue, m["content"]) for m in messages[::2]]
+    assert [m["content"] for m in messages[1::2]] == [answer.strip() for answer in answers]
     note = f"saved in {saved}\n" * 2
     assert done.stdout.startswith("".join(f"{a}\n" for a in answers) + note + answers[0] + "\n")
     assert "Ctrl-D leaves" in done.stdout
@@ -332,18 +336,18 @@ def test_through_pipes(place: Path, model: Any, root: Path, tmp_path: Path) -> N
     assert [line.partition("error: ")[2][:6] for line in errors] == ["/save ", "/sing:", "charac"]
 
 
-@pytest.mark.parametrize("said", ['"""\nhello', "hello\\", "hello"], ids=["block", "more", "line"])
+@pytest.mark.parametrize("typed", ['"""\nhello', "hello\\", "hello"], ids=["block", "more", "line"])
 def test_a_text_ends_where_the_input_does(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     assert main(["chat", str(place), "--max-new-tokens", "9"]) == 0
-    want = told(Dialogue(zoo.load(place), max_new_tokens=9), "hello")
+    want = answer_to(Dialogue(zoo.load(place), max_new_tokens=9), "hello")
     assert capsys.readouterr().out == want + "\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full")
-def test_output_that_cannot_be_written_ends_it(place: Path, root: Path) -> None:
+def test_a_full_disk_ends_the_dialogue(place: Path, root: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [*COMMAND, str(place)],
@@ -378,12 +382,12 @@ def terminal(place: Path, root: Path) -> Iterator[tuple[subprocess.Popen[bytes],
 
 
 def read_until(master: int, pattern: str, seconds: float = PATIENCE) -> str:
-    found, end = "", time.monotonic() + seconds
-    while not re.search(pattern, found):
+    screen, end = "", time.monotonic() + seconds
+    while not re.search(pattern, screen):
         ready = select.select([master], [], [], max(0, end - time.monotonic()))[0]
-        assert ready, f"no {pattern!r} in {found!r}"
-        found += os.read(master, 4096).decode()
-    return found
+        assert ready, f"no {pattern!r} in {screen!r}"
+        screen += os.read(master, 4096).decode()
+    return screen
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
@@ -406,7 +410,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
     assert program.wait(timeout=PATIENCE) == 0
 
 
-def test_an_interrupt_through_pipes(place: Path, root: Path) -> None:
+def test_an_interrupt_stops_the_answer_of_a_piped_dialogue(place: Path, root: Path) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         pytest.skip("what runs in the background ignores interrupts, and so do its programs")
     program = subprocess.Popen(

@@ -46,7 +46,7 @@ def test_list_is_a_table(run: Any) -> None:
     assert lines[0].endswith("main (unpinned)")
 
 
-def test_list_for_programs(run: Any) -> None:
+def test_list_as_json(run: Any) -> None:
     code, out, _ = run("list", "--json")
     first = json.loads(out)[0]
     assert code == 0
@@ -61,7 +61,7 @@ def test_list_for_programs(run: Any) -> None:
     }
 
 
-def test_the_functions_behind_it() -> None:
+def test_list_and_info_are_functions_too() -> None:
     assert [entry.name for entry in zoo.list()] == list(registry.checkpoints())
     assert zoo.info("llama2-7b").parameters == 6738415616
 
@@ -90,13 +90,13 @@ def test_info_of_a_name_that_is_not_cached_imports_no_client(tmp_path: Path) -> 
         "import sys, zoo; zoo.info('gpt2'); print('huggingface_hub.file_download' in sys.modules)"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
-    assert told.stdout == "False\n"
+    assert done.stdout == "False\n"
 
 
-def test_info_with_other_fields_is_of_that_model() -> None:
+def test_info_of_changed_fields_describes_that_model() -> None:
     whole, less = info.info("gpt2"), info.info("gpt2", config={"layers": 1})
     assert (whole.parameters, less.parameters) == (124_439_808, 46_473_216)
     with pytest.raises(ConfigError, match="nonsense: no such field"):
@@ -128,18 +128,18 @@ def test_info_of_a_directory_reads_config_and_headers(run: Any, tmp_path: Path) 
         "  files         model.safetensors\n",
     ):
         assert line in out
-    found = info.info(tmp_path)
-    assert found.stored is not None
-    assert (found.stored.bytes, found.parameters) == (34, None)
+    report = info.info(tmp_path)
+    assert report.stored is not None
+    assert (report.stored.bytes, report.parameters) == (34, None)
     # the same by a file of it, and for programs
-    assert info.info(tmp_path / "model.safetensors").stored == found.stored
+    assert info.info(tmp_path / "model.safetensors").stored == report.stored
     code, out, _ = run("info", str(tmp_path), "--json")
-    said = json.loads(out)["stored"]
-    assert (code, said["dtype_bytes"], said["size"]) == (0, {"F32": 24, "BF16": 10}, size)
+    stored = json.loads(out)["stored"]
+    assert (code, stored["dtype_bytes"], stored["size"]) == (0, {"F32": 24, "BF16": 10}, size)
 
 
 def test_info_of_a_file_loads_no_torch(tmp_path: Path) -> None:
-    """Which alone would take longer than all else."""
+    """Its import alone would take longer than all else."""
     import torch
 
     shapes = {"wte": (7, 4), "wpe": (5, 4), "ln_f": (4,)}
@@ -149,8 +149,8 @@ def test_info_of_a_file_loads_no_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     counted = f"zoo.info({str(tmp_path)!r}).stored.tensors"
     code = f"import sys, zoo; print({counted}, 'torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout == "3 False\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 False\n"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_tree_folds_equal_blocks_and_names_ties() -> None:
 # --- verify and convert --------------------------------------------------------------------------
 
 
-def test_verify_fails_where_parity_does(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_exits_with_1_where_parity_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(ref: str | None, *, all: bool, **more: Any) -> Any:
         return SimpleNamespace(
             ok=ref == "gpt2",
@@ -219,12 +219,14 @@ def test_verify_fails_where_parity_does(run: Any, monkeypatch: pytest.MonkeyPatc
     assert run("verify", "--all") == (1, "None all=True color=False\n", "")
 
 
-def test_verify_wants_one_thing(run: Any) -> None:
+def test_verify_takes_either_a_name_or_all(run: Any) -> None:
     assert run("verify")[0] == 2
     assert run("verify", "gpt2", "--all")[0] == 2
 
 
-def test_convert_passes_on_what_was_asked(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_hands_its_options_to_the_function(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
     others: list[dict[str, Any]] = []
 
@@ -272,13 +274,13 @@ def test_a_failure_is_one_line_and_a_code(run: Any, monkeypatch: pytest.MonkeyPa
         raise ParityError("logits differ")
 
     monkeypatch.setattr(zoo, "convert", refuse, raising=False)
-    said = "zoo: error: y is there already; --force replaces it\n"
-    assert run("convert", "x", "--out", "y") == (1, "", said)
+    line = "zoo: error: y is there already; --force replaces it\n"
+    assert run("convert", "x", "--out", "y") == (1, "", line)
     monkeypatch.setattr(zoo, "convert", lack, raising=False)
     assert run("convert", "x") == (1, "", "zoo: error: /x: Permission denied\n")
     monkeypatch.setattr(zoo, "verify", differ, raising=False)
     assert run("verify", "x") == (1, "", "zoo: error: logits differ\n")
-    for command in ("diff", "diagnose"):  # 1 is what they found
+    for command in ("diff", "diagnose"):  # 1 is an answer of theirs
         monkeypatch.setattr(zoo, command, lack, raising=False)
         assert run(command, "x") == (2, "", "zoo: error: /x: Permission denied\n")
 
@@ -323,7 +325,7 @@ def test_a_mistake_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_usage(run: Any) -> None:
+def test_a_command_line_without_sense_prints_the_usage(run: Any) -> None:
     for arguments in ((), ("lst",), ("list", "--yaml"), ("convert", "x", "--to", "tflite")):
         code, _, err = run(*arguments)
         assert code == 2
@@ -331,7 +333,7 @@ def test_usage(run: Any) -> None:
     assert run("--version")[:2] == (0, f"zoo {zoo.__version__}\n")
 
 
-def test_misspelt_options(run: Any) -> None:
+def test_misspelt_options_are_refused_with_what_is_near(run: Any) -> None:
     code, _, err = run("generate", "gpt2", "abc", "--temprature", "1")
     assert code == 2
     assert (

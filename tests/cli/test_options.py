@@ -247,7 +247,7 @@ def test_a_head_that_is_not_there_is_named_as_the_shell_spells_it(
 
 
 def test_load_takes_what_the_options_are_named() -> None:
-    known = inspect.signature(zoo.load).parameters
+    parameters = inspect.signature(zoo.load).parameters
     asked = options.Loading(
         revision="x",
         head="y",
@@ -257,4 +257,4 @@ def test_load_takes_what_the_options_are_named() -> None:
         prepare=True,
         adapter=Path("z"),
     ).arguments()
-    assert asked.keys() <= known.keys() and {"device", "dtype"} <= known.keys()
+    assert asked.keys() <= parameters.keys() and {"device", "dtype"} <= parameters.keys()

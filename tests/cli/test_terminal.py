@@ -61,8 +61,8 @@ SHOWN = r"evil\x1b[2J\x9b5m\x07\r\x08\x7f\u202e\u2066\u200f"
 
 
 def check_harmless(out: str) -> None:
-    odd = {c for c in out if not c.isprintable()} - {"\n"}
-    assert odd == set(), odd
+    unsafe = {c for c in out if not c.isprintable()} - {"\n"}
+    assert unsafe == set(), unsafe
     assert SHOWN in out or json.dumps(EVIL)[1:-1] in out
 
 
@@ -155,7 +155,7 @@ def test_a_name_that_no_file_has_is_an_error(
         assert capsys.readouterr().err.startswith("zoo: error: ")
 
 
-def test_a_deleted_directory_is_said(
+def test_a_deleted_working_directory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place := tmp_path / "gone").mkdir()

@@ -96,31 +96,6 @@ def header(**entries: object) -> str:
 # --- dtypes --------------------------------------------------------------------------------------
 
 
-def test_codes_go_both_ways() -> None:
-    for code in codes:
-        assert dtype_code(torch_dtype(code)) == code
-        assert itemsize(code) == torch_dtype(code).itemsize
-    with pytest.raises(DtypeMismatch, match="F4"):
-        torch_dtype("F4")
-    with pytest.raises(DtypeMismatch, match="complex128"):
-        dtype_code(torch.complex128)
-    with pytest.raises(DtypeMismatch, match="F6_E2M3"):
-        itemsize("F6_E2M3")
-
-
-def test_headers_need_no_torch(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    code = (
-        "import sys; from pathlib import Path;"
-        "from converters.opening import open_checkpoint;"
-        "from converters.formats.safetensors import SafetensorsReader as R;"
-        f"assert R(Path({str(tmp_path / 'a.safetensors')!r})).tensors['a'].shape == (2,);"
-        "assert 'torch' not in sys.modules"
-    )
-    root = Path(__file__).parents[2]
-    assert os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-c", code], env(root)) == 0
-
-
 def env(root: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(root)}
 
@@ -155,6 +130,31 @@ def test_reads_what_the_library_writes(
         assert same(reader.tensor(name), tensor)
         start, end = reader.span(name)
         assert path.read_bytes()[start:end] == bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def test_codes_go_both_ways() -> None:
+    for code in codes:
+        assert dtype_code(torch_dtype(code)) == code
+        assert itemsize(code) == torch_dtype(code).itemsize
+    with pytest.raises(DtypeMismatch, match="F4"):
+        torch_dtype("F4")
+    with pytest.raises(DtypeMismatch, match="complex128"):
+        dtype_code(torch.complex128)
+    with pytest.raises(DtypeMismatch, match="F6_E2M3"):
+        itemsize("F6_E2M3")
+
+
+def test_headers_need_no_torch(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    code = (
+        "import sys; from pathlib import Path;"
+        "from converters.opening import open_checkpoint;"
+        "from converters.formats.safetensors import SafetensorsReader as R;"
+        f"assert R(Path({str(tmp_path / 'a.safetensors')!r})).tensors['a'].shape == (2,);"
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parents[2]
+    assert os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-c", code], env(root)) == 0
 
 
 def test_unaligned_tensors_are_read_correctly(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from safetensors.torch import load_file
 from tiny import build, hot
 from torch import Tensor
@@ -132,7 +132,7 @@ def test_the_formats_own_package_reads_it(hf: Any, tmp_path: Path, name: str) ->
     assert torch.equal(ours[f"blk.{layer}.ffn_down.weight"], down)
 
 
-@pytest.mark.parametrize("name", first(["llama", "qwen2", "gpt2"], 1))
+@pytest.mark.parametrize("name", first_of(["llama", "qwen2", "gpt2"], 1))
 def test_the_reference_reads_it(hf: Any, tmp_path: Path, name: str) -> None:
     """transformers' own reader of GGUF knows no BERT."""
     pytest.importorskip("gguf")

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.language import (
@@ -375,7 +375,7 @@ def _grouped(draw, names):
     return " ".join(words)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(random_rules())
 def test_forward_then_backward_is_the_identity(case):
     source, target, sizes = case
@@ -402,7 +402,7 @@ def test_forward_then_backward_is_the_identity(case):
 HOLES = st.sampled_from(["{layer}", "{n=q,k,qk}", "{p}"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(HOLES, st.text("abxy.", min_size=1, max_size=4)), max_size=4), st.data())
 def test_match_inverts_format(parts, data):
     used = dict(parts)

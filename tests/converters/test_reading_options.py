@@ -139,6 +139,15 @@ def test_verify_reads_every_copy_alike_and_warns_once(
     assert output.count("unsloth_fixed") == 1 and f"zoo: warning: {path}: " in output
 
 
+def test_verify_of_another_head_compares_with_a_checkpoint_of_its_class(
+    made: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(["verify", str(made("gpt2")), "--head", "none"]) == 0
+    assert "all within their limits" in capsys.readouterr().out
+    assert app.main(["verify", str(made("gpt2")), "--head", "sequence_classification"]) == 1
+    assert "lacks what GPT2ForSequenceClassification needs" in capsys.readouterr().err
+
+
 def test_info_shows_the_head_that_is_asked_for(
     unusual: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

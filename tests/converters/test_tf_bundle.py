@@ -49,6 +49,42 @@ def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), bytes(raw.tolist())
 
 
+BUNDLES = {
+    "mixed/one": ("words", "wide"),
+    "mixed/two": (),
+    "mixed/snappy": ("words", "wide"),
+    "gpt2": (),
+    "bert": (),
+    "objects": ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE"),
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A copy of the fixtures, whole: the packed index goes with the shard of the plain one."""
+    home = tmp_path / "tf"
+    shutil.copytree(DATA, home)
+    for shard in (home / "mixed").glob("one.data-*"):
+        shutil.copy(shard, shard.with_name(shard.name.replace("one", "snappy")))
+    return home
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_bundles_of_tensorflow(data: Path, name: str) -> None:
+    """Names, shapes, dtypes and bits are those that it was given."""
+    index = find_bundle(data / name)
+    reader, same = TFBundleReader(index), SafetensorsReader(index.with_name("same.safetensors"))
+    assert reader.tensors == same.tensors
+    assert set(reader.skipped) == set(BUNDLES[name])
+    for tensor in same.tensors:
+        assert bits(reader.tensor(tensor)) == bits(same.tensor(tensor)), tensor
+    for tensor in reader.skipped:
+        with pytest.raises(MissingTensors, match=f"{tensor} is no tensor: h"):
+            reader.tensor(tensor)
+    with pytest.raises(MissingTensors, match="has no tensor"):
+        reader.tensor("no such")
+
+
 def test_only_the_encoder_of_the_tests_is_at_hand() -> None:
     """Nothing below leans on TensorFlow."""
     assert "tensorflow" not in sys.modules
@@ -187,19 +223,19 @@ def test_varints_are_read() -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"\x80" * 20, "goes on after 64 bits"),
+        (b"\x80" * 20, "continues after 64 bits"),
         (b"\xff" * 9 + b"\x02", "more than 64 bits"),
         (b"\x08\x80", "cut off"),
         (b"\x08", "cut off"),
         (b"\x08\x81\0", "bytes of nothing"),
-        (b"\x08\1\x08\2", "field a stands twice"),
+        (b"\x08\1\x08\2", "field a occurs twice"),
         (b"\x12\5ab", "field b has 5 bytes, 2 are there"),
         (b"\x12" + b"\xff" * 9 + b"\x01", "18446744073709551615 bytes"),
         (b"\x1d\1\2\3", "field c has 4 bytes, 3"),
         (b"\x0a\0", "field 1 of wire type 2"),
         (b"\x0b", "field 1 of wire type 3"),
         (b"\x78\1", "field 15 of wire type 0"),
-        (b"\x12\0" * 4, "field b stands more than 3 times"),
+        (b"\x12\0" * 4, "field b occurs more than 3 times"),
     ],
 )
 def test_damaged_messages_are_refused(data: bytes, expected: str) -> None:
@@ -214,41 +250,6 @@ def test_damaged_messages_are_refused(data: bytes, expected: str) -> None:
 
 
 # --- what TensorFlow wrote -----------------------------------------------------------------------
-
-BUNDLES = {
-    "mixed/one": ("words", "wide"),
-    "mixed/two": (),
-    "mixed/snappy": ("words", "wide"),
-    "gpt2": (),
-    "bert": (),
-    "objects": ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE"),
-}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A copy of the fixtures, whole: the packed index goes with the shard of the plain one."""
-    home = tmp_path / "tf"
-    shutil.copytree(DATA, home)
-    for shard in (home / "mixed").glob("one.data-*"):
-        shutil.copy(shard, shard.with_name(shard.name.replace("one", "snappy")))
-    return home
-
-
-@pytest.mark.parametrize("name", BUNDLES)
-def test_bundles_of_tensorflow(data: Path, name: str) -> None:
-    """Names, shapes, dtypes and bits are those that it was given."""
-    index = find_bundle(data / name)
-    reader, same = TFBundleReader(index), SafetensorsReader(index.with_name("same.safetensors"))
-    assert reader.tensors == same.tensors
-    assert set(reader.skipped) == set(BUNDLES[name])
-    for tensor in same.tensors:
-        assert bits(reader.tensor(tensor)) == bits(same.tensor(tensor)), tensor
-    for tensor in reader.skipped:
-        with pytest.raises(MissingTensors, match=f"{tensor} is no tensor: h"):
-            reader.tensor(tensor)
-    with pytest.raises(MissingTensors, match="holds no tensor"):
-        reader.tensor("no such")
 
 
 def test_the_fixtures_are_of_the_kinds_they_stand_for(data: Path) -> None:
@@ -509,7 +510,7 @@ def test_sound_slices_are_joined(tmp_path: Path) -> None:
     ("pairs", "kind", "expected"),
     [
         (cut([FIRST]), CorruptCheckpoint, ("tensor t", "end at 1 of axis 0, which has 2")),
-        (cut([FIRST, FIRST]), CorruptCheckpoint, ("tensor t", "from 0 on axis 0 stands twice")),
+        (cut([FIRST, FIRST]), CorruptCheckpoint, ("tensor t", "from 0 on axis 0 occurs twice")),
         (cut([FIRST, SECOND], (3, 2)), CorruptCheckpoint, ("end at 2 of axis 0, which has 3",)),
         (cut([FIRST, SECOND], (2, 3)), CorruptCheckpoint, ("is [1, 2] of dtype 1, not [1, 3]",)),
         (cut([FIRST, [(1, 2), (0, -1)]]), CorruptCheckpoint, ("2 from 1 on axis 0 of 2",)),
@@ -673,7 +674,7 @@ TABLES: dict[str, tuple[bytes | Callable[[], bytes], type[ZooError], tuple[str, 
         CorruptCheckpoint,
         ("index block", "key 'a' does not come after 'a'"),
     ),
-    "a key beyond its bound": (one(BLOCK, bound=b"A"), CorruptCheckpoint, ("'a' lies behind",)),
+    "a key beyond its bound": (one(BLOCK, bound=b"A"), CorruptCheckpoint, ("'a' is greater than",)),
     "too many entries": (
         lambda: bundles.index([(b"%05d" % n, b"") for n in range(33_000)]),
         ResourceLimit,
@@ -823,10 +824,10 @@ def test_shards_lie_beside_their_index(tmp_path: Path) -> None:
     refused(path, UnsafePath, str(outside))
     shard.unlink()
     shard.mkdir()
-    refused(path, UnsafePath, "no regular file")
+    refused(path, UnsafePath, "not a regular file")
     shard.rmdir()
     os.mkfifo(shard)
-    refused(path, UnsafePath, "no regular file")
+    refused(path, UnsafePath, "not a regular file")
     shard.unlink()
     outside.rename(place / "blob")
     shard.symlink_to("blob")

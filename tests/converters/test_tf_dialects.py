@@ -436,11 +436,11 @@ def test_tensorflow_files_are_read_and_never_written(
     place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = zoo.load(place / name)
-    with pytest.raises(UsageError, match="TensorFlow saved it is read, and not written; one of hf"):
+    with pytest.raises(UsageError, match="TensorFlow saved it can be read, not written; one of hf"):
         zoo.save(model, tmp_path / "out", to=DIALECT[name])
     source = str(place / name)
     assert main(["convert", source, "--to", DIALECT[name], "--out", str(tmp_path / "out")]) == 2
-    assert "is read, and not written" in capsys.readouterr().err
+    assert "can be read, not written" in capsys.readouterr().err
 
 
 # --- the command line, and what lies beside ------------------------------------------------------

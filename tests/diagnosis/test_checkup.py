@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from einops import rearrange
 from grown import grown
 from safetensors.torch import load_file, save_file
@@ -95,7 +95,7 @@ def test_a_trained_model_is_sound(fixtures: Path) -> None:
     assert zoo.diagnose(fixtures / "stories260K" / "stories260K.bin").ok
 
 
-@pytest.mark.parametrize(("to", "how"), first([LAYOUTS[0], LAYOUTS[-1], *LAYOUTS[1:-1]], 2))
+@pytest.mark.parametrize(("to", "how"), first_of([LAYOUTS[0], LAYOUTS[-1], *LAYOUTS[1:-1]], 2))
 def test_a_trained_model_is_sound_in_every_layout(
     to: str, how: dict[str, Any], fixtures: Path, tmp_path: Path
 ) -> None:

@@ -131,7 +131,7 @@ SPECS_READ_WRONG = [
             (RAGGED.format(leaf="bias", i=""), STACKED.format(leaf="bias", i="")),
         ),
         OUT,
-        r"are read as \[\(g \(r\|one\|one\) e\) i\]. Change line 7",
+        r"are read as \[\(g \(r\|one\|one\) e\) i\], not .*Change line 7",
         "grouped",
     ),
     Case(
@@ -139,14 +139,14 @@ SPECS_READ_WRONG = [
         "deberta",
         spec("deberta", ("in_proj.weight [(h n e) i]", "in_proj.weight [(n h e) i]")),
         OUT,
-        r"restored if .* are read as \[\(h n e\) i\], not \[\(n h e\) i\], in its weight",
+        r"restored if .* are read as \[\(h n e\) i\], not \[\(n o\) i\], in its weight",
     ),
     Case(
         "two biases",
         "deberta",
         spec("deberta", ("attn.{n=q,v}.bias", "attn.{n=v,q}.bias")),
         OUT,
-        r"attn\.q\.bias and .*attn\.v\.bias are exchanged. Change line 12",
+        r"attn\.q and .*attn\.v are exchanged, in its bias.*Change line 12",
     ),
     Case(
         "distances of the two stacks",
@@ -371,13 +371,13 @@ def looking(
 
 def moved_behind(by: int) -> Plant:
     """Positions of what comes behind others in a cache."""
-    kept = masks._behind
+    kept = masks._after_others
 
     def behind(step: Any, window: int | None) -> Mask:
         mask = kept(step, window)
         return Mask(mask.allowed, mask.positions + by, mask.causal, mask.keys)
 
-    return code(masks, "_behind", behind)
+    return code(masks, "_after_others", behind)
 
 
 def rms(scale: Callable[[Tensor, float], Tensor]) -> Plant:
@@ -532,7 +532,7 @@ CODE_WRONG = [
         "llama",
         moved_behind(1),
         OUT,
-        r"here positions of what comes behind others in a cache are off by \+1",
+        r"here positions of tokens that come after others in a cache are off by \+1",
         options={"way": "cached"},
     ),
     Case(
@@ -717,7 +717,7 @@ class Own(nn.Module):
     ("bug", "place", "cause"),
     [
         ("theta", OUT, "in the other model theta is 10000"),
-        ("pairs", OUT, "neighbors are turned against each other"),
+        ("pairs", OUT, "neighbors are rotated as pairs"),
         ("tiled", OUT, "key and value heads are tiled"),
         ("scale", OUT, "in the other model scores are not scaled"),
         ("gelu", DOWN, "activation is silu here and gelu there"),

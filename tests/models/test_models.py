@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from tiny import answer, build, run
 from torch import Tensor
 
@@ -25,7 +25,7 @@ CASES = [(a, h) for a in NAMES for h in registry.architectures()[a].model.heads]
 ONCE = {
     entry.model: (name, entry.model.heads[0]) for name, entry in registry.architectures().items()
 }
-COMPILED = first(sorted(CASES, key=lambda case: case not in list(ONCE.values())[:2]), 2)
+COMPILED = first_of(sorted(CASES, key=lambda case: case not in list(ONCE.values())[:2]), 2)
 
 
 def flat(out: Any) -> list[Tensor]:

@@ -23,9 +23,9 @@ def stories(fixtures: Path) -> Path:
 
 
 def kept() -> Golden:
-    found = golden.find("stories260k", None)
-    assert found is not None
-    return found
+    stories = golden.find("stories260k", None)
+    assert stories is not None
+    return stories
 
 
 def test_the_file_is_what_its_authors_logits_give(fixtures: Path) -> None:
@@ -55,9 +55,9 @@ def test_a_reference_is_asked_too_where_it_can_read(stories: Path, tmp_path: Pat
 
 
 def test_a_name_that_has_one_needs_no_asking() -> None:
-    found = golden.find(None, "stories260k")
-    assert found is not None
-    assert found.logits.equal(kept().logits)
+    golden_file = golden.find(None, "stories260k")
+    assert golden_file is not None
+    assert golden_file.logits.equal(kept().logits)
     assert golden.find(None, "gpt2") is None
     assert golden.find(None, Path("stories260k")) is None
 
@@ -76,27 +76,27 @@ class Model(torch.nn.Module):
 def test_what_a_row_measures() -> None:
     torch.manual_seed(0)
     logits = torch.randn(5, 40)
-    found = Golden.of(logits, torch.arange(5), 1e-3, "a draw")
+    truth = Golden.of(logits, torch.arange(5), 1e-3, "a draw")
 
     def value(change: Any) -> float:
         changed = logits.clone()
         change(changed)
-        return found.row("x", Model(changed)).value
+        return truth.row("x", Model(changed)).value
 
     assert value(lambda x: None) < 1e-6
     first, last, other = (int(logits[2].argsort(descending=True)[k]) for k in (0, TOP - 1, 30))
     assert value(lambda x: x[2, first].add_(0.01)) == pytest.approx(0.01, rel=1e-4)
     assert value(lambda x: x[2, other].copy_(x[2, last] + 0.5)) == pytest.approx(0.5, rel=1e-4)
     assert value(lambda x: x[2, other].sub_(3)) < 1e-6, "what is no likely token is not told"
-    assert not found.row("x", Model(logits.where(logits != logits[2, first], torch.nan))).ok
-    assert not found.row("x", Model(logits[:4])).ok
-    beyond = replace(found, ids=found.ids.clone().fill_(40)).row("x", Model(logits))
+    assert not truth.row("x", Model(logits.where(logits != logits[2, first], torch.nan))).ok
+    assert not truth.row("x", Model(logits[:4])).ok
+    beyond = replace(truth, ids=truth.ids.clone().fill_(40)).row("x", Model(logits))
     assert "with ids up to 40; the model's outputs are [5, 40]" in beyond.detail
-    assert not found.row("x", Model(logits[:, :10])).ok
+    assert not truth.row("x", Model(logits[:, :10])).ok
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("tolerance", 0, "tolerance: expected a positive number"),
         ("tolerance", 1e9, r"tolerance: 1e\+09, and logits lie within"),
@@ -111,13 +111,13 @@ def test_what_a_row_measures() -> None:
         ("more", 1, "missing or unknown: more"),
     ],
 )
-def test_files_that_are_none(field: str, value: Any, told: str, tmp_path: Path) -> None:
+def test_files_that_are_none(field: str, value: Any, message: str, tmp_path: Path) -> None:
     good = json.loads(Golden.of(torch.randn(3, 30), torch.arange(3), 1e-3, "a draw").to_text())
     path = tmp_path / "golden.json"
     path.write_text(json.dumps(good))
     assert golden.read(path).ids.shape == (3, TOP)
     path.write_text(json.dumps({**good, field: value}))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         golden.read(path)
 
 

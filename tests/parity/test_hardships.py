@@ -349,7 +349,7 @@ def test_dropped_tensors_are_in_the_manifest(source: Path, out: Path) -> None:
 
 
 def first_of(files: dict[str, Any]) -> dict[str, Any]:
-    return next(said for said in files.values() if "tensors" in said)
+    return next(file for file in files.values() if "tensors" in file)
 
 
 def set_to(*path: str, value: Any) -> Change:
@@ -448,7 +448,7 @@ def test_a_source_does_not_go_with_its_blobs(source: Path, tmp_path: Path) -> No
     for path in source.iterdir():
         shutil.copy(path, blobs / path.name)
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
-    with pytest.raises(OutputExists, match="holds what is to be read"):
+    with pytest.raises(OutputExists, match="contains the source"):
         zoo.convert(snapshot, blobs, to="native", force=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from safetensors.torch import load_file, save_file
 
 import zoo
@@ -31,7 +31,7 @@ def names(case: object) -> str | None:
 
 
 every_architecture = pytest.mark.parametrize(("entry", "variant"), FIRST, ids=names)
-some_architectures = pytest.mark.parametrize(("entry", "variant"), first(FIRST), ids=names)
+some_architectures = pytest.mark.parametrize(("entry", "variant"), first_of(FIRST), ids=names)
 MARKED = [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in VARIANTS]
 
 
@@ -141,7 +141,7 @@ def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[...,
 
 def test_old_spelling_stays(tmp_path: Path) -> None:
     """Variants that spell a field the old way have it so, and only so, in their config.json."""
-    found = 0
+    count = 0
     for entry, variant in VARIANTS:
         asked = entry.variants[variant]["config"]
         old = {k: asked[k] for k in ("rope_theta", "rope_scaling") if k in asked}
@@ -150,8 +150,8 @@ def test_old_spelling_stays(tmp_path: Path) -> None:
             written = json.loads((tmp_path / variant / "config.json").read_text())
             assert {k: written[k] for k in old} == old
             assert "rope_parameters" not in written
-            found += 1
-    assert found
+            count += 1
+    assert count
 
 
 # --- the truth -----------------------------------------------------------------------------------

@@ -13,24 +13,28 @@ from zoo import registry
 from zoo.parity.gates import formats, trips
 from zoo.parity.gates.trips import End, Trip
 
-KNOWN = registry.architectures()
+ARCHITECTURES = registry.architectures()
 MADE = trips.sources(Path(__file__).parents[1] / "data")
 COARSE = {"llama2c-q8", "gguf q8_0"}  # eight bits a number
-PAIRS = [(name, a, b) for name, entry in KNOWN.items() for a, b in trips.pairs(entry)]
+PAIRS = [(name, a, b) for name, entry in ARCHITECTURES.items() for a, b in trips.pairs(entry)]
 VARIANTS = [
     pytest.param(name, variant, marks=[pytest.mark.long] if n else [])
-    for name, entry in KNOWN.items()
+    for name, entry in ARCHITECTURES.items()
     for n, variant in enumerate(entry.variants)
 ]
 
 
-@pytest.mark.parametrize(("name", "a", "b"), PAIRS, ids=lambda part: str(part).replace(" ", "-"))
+# of each architecture from HF's files to each dialect and back; those between others are alike
+ALIKE = [pytest.param(*p, marks=() if str(p[1]) == "hf" else pytest.mark.long) for p in PAIRS]
+
+
+@pytest.mark.parametrize(("name", "a", "b"), ALIKE, ids=lambda part: str(part).replace(" ", "-"))
 def test_there_and_back(name: str, a: End, b: End, tmp_path: Path) -> None:
     """Byte for byte where both ends are exact, but for what a dialect has no word for."""
-    trip = trips.travel(KNOWN[name], a, b, tmp_path, MADE)
+    trip = trips.travel(ARCHITECTURES[name], a, b, tmp_path, MADE)
     assert trip.ok, trip.told
     made = (name, a.dialect) in MADE
-    if trips.clash(KNOWN[name], a.dialect, b.dialect):
+    if trips.clash(ARCHITECTURES[name], a.dialect, b.dialect):
         assert (trip.result, trip.why) == ("refused", "act")
     elif str(b) in COARSE - {str(a)} and not made:  # rows of what was made are too short for it
         assert trip.result == "lossy" and 1e-3 < trip.error < 0.1
@@ -46,7 +50,7 @@ def test_there_and_back(name: str, a: End, b: End, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_what_the_reference_writes(name: str, variant: str, tmp_path: Path) -> None:
     """In each dialect and back: the same weights, or a refusal that says by what."""
-    for trip in trips.published(KNOWN[name], variant, tmp_path):
+    for trip in trips.published(ARCHITECTURES[name], variant, tmp_path):
         assert trip.ok, trip.told
         if trip.to in trips.OWN:
             assert trip.result == "bytes", trip
@@ -58,13 +62,13 @@ def test_what_the_reference_writes(name: str, variant: str, tmp_path: Path) -> N
 
 def test_no_dialect_is_left_out() -> None:
     """Of two that have no model in common there is one kind alone."""
-    found = {(spec.name, dialect.name): box for spec, dialect, box in every_dialect()}
-    assert {key for key, box in found.items() if not box.file} == MADE.keys()
-    assert found.keys() <= {(name, end.dialect) for name, *ends in PAIRS for end in ends}
-    assert {d for _, d in found} >= {"meta", "llama2c", "nanogpt", "mingpt", "book", "gguf"}
+    boxes = {(spec.name, dialect.name): box for spec, dialect, box in every_dialect()}
+    assert {key for key, box in boxes.items() if not box.file} == MADE.keys()
+    assert boxes.keys() <= {(name, end.dialect) for name, *ends in PAIRS for end in ends}
+    assert {d for _, d in boxes} >= {"meta", "llama2c", "nanogpt", "mingpt", "book", "gguf"}
     several = {name for name in spec_names() if len(load_spec(name).dialects) > 1}
-    assert several == {name for name, _ in found}
-    ends = [(KNOWN[name], a.dialect, b.dialect) for name, a, b in PAIRS]
+    assert several == {name for name, _ in boxes}
+    ends = [(ARCHITECTURES[name], a.dialect, b.dialect) for name, a, b in PAIRS]
     apart = {frozenset((a, b)) for entry, a, b in ends if trips.clash(entry, a, b)}
     others = ("mingpt", "book", "gguf", "openai")
     assert apart == {frozenset(("nanogpt", other)) for other in others}
@@ -89,7 +93,7 @@ def test_a_wrong_conversion_is_seen(
         return model
 
     monkeypatch.setattr(trips, "load", load)
-    trip = trips.travel(KNOWN["llama"], End("hf"), End("llama2c"), tmp_path, {})
+    trip = trips.travel(ARCHITECTURES["llama"], End("hf"), End("llama2c"), tmp_path, {})
     assert trip.result == "WRONG" and not trip.ok
     assert ("eps" if what == "field" else "embed.weight") in trip.told
 
@@ -104,15 +108,15 @@ def test_other_bytes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             path.write_text(path.read_text() + "\n")
 
     monkeypatch.setattr(trips, "convert", convert)
-    trip = trips.travel(KNOWN["mobilellm"], End("hf"), End("native"), tmp_path, {})
+    trip = trips.travel(ARCHITECTURES["mobilellm"], End("hf"), End("native"), tmp_path, {})
     assert trip.result == "weights"
 
 
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "formats.md"
     assert formats.main(["mobilellm", "--write", str(page)]) == 0
-    said = capsys.readouterr().out
-    assert "| mobilellm | bytes        | bytes        | 4 × bytes" in said
+    out = capsys.readouterr().out
+    assert "| mobilellm | bytes        | bytes        | 4 × bytes" in out
     assert page.read_text().startswith("# Formats: round trips\n\nMeasured by `make formats`: 12 r")
     with pytest.raises(SystemExit):
         formats.main(["lama"])
@@ -122,19 +126,19 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_report_of_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [
+    journeys = [
         Trip("llama", "hf", "gguf", "bytes"),
         Trip("llama", "hf", "gguf q8_0", "lossy", "Q8_0", 0.0123),
         Trip("llama", "gguf", "hf", "WRONG", "differs", 0.5, "norm.weight"),
         Trip("llama", "gguf", "meta", "refused", "eps", told="eps: 1 cannot be said there"),
         Trip("llama", "gguf", "gguf q8_0", "lossy", "Q8_0", 0.9),
     ]
-    monkeypatch.setattr(formats, "run", lambda *given: iter(found))
+    monkeypatch.setattr(formats, "run", lambda *_: iter(journeys))
     assert formats.main(["llama"]) == 1
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     for words in ("1.2e-02 (Q8_0)", "no: eps", "WRONG llama, gguf to hf: norm.weight"):
-        assert words in said
-    assert "WRONG llama, gguf to gguf q8_0" in said  # further off than eight bits are
+        assert words in out
+    assert "WRONG llama, gguf to gguf q8_0" in out  # further off than eight bits are
     assert formats.main(["llama", "--json"]) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert said["ok"] is False and said["trips"][1]["error"] == 0.0123
+    out = json.loads(capsys.readouterr().out)
+    assert out["ok"] is False and out["trips"][1]["error"] == 0.0123

@@ -47,7 +47,7 @@ def run() -> Run:
     return gather(parity.verify("gpt2", variants=["base"]), {})
 
 
-KNOWN: dict[str, Any] = {
+RECORDED: dict[str, Any] = {
     "bugs": {
         "gpt2": {
             "date": "2001-02-03",
@@ -74,9 +74,11 @@ KNOWN: dict[str, Any] = {
 }
 
 
-def with_record(run: Run, known: dict[str, Any] = KNOWN) -> Run:
+def with_record(run: Run, recorded: dict[str, Any] = RECORDED) -> Run:
     (each,) = run.architectures
-    return Run([replace(each, bugs=known["bugs"].get("gpt2"), trips=known["trips"].get("gpt2"))])
+    return Run(
+        [replace(each, bugs=recorded["bugs"].get("gpt2"), trips=recorded["trips"].get("gpt2"))]
+    )
 
 
 def texts(html: str) -> str:
@@ -141,7 +143,7 @@ def test_it_is_one_page_without_scripts(run: Run) -> None:
     assert tags.open == []
     assert not tags.seen & {"script", "link", "img", "iframe"}
     assert "http" not in text.replace("http-equiv", "")
-    for said in (
+    for words in (
         "fp64",
         "gradients",
         "bfloat16",
@@ -150,7 +152,7 @@ def test_it_is_one_page_without_scripts(run: Run) -> None:
         "{layer}",
         "prefers-color",
     ):
-        assert said in text
+        assert words in text
     assert 'class="bad"' not in text and "NOT all" not in text
 
 
@@ -162,7 +164,7 @@ def test_what_was_not_run_says_so(run: Run) -> None:
 
 def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
     seen = texts(page(with_record(run)))
-    for told in (
+    for words in (
         # planted, killed, located, diagnosed; code that is not the one that was measured
         "3 3 2 1 2001-02-03, changed since: code, torch, transformers",
         # bytes, weights, values, lossy, refused, wrong
@@ -175,7 +177,7 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
         "1 variant as the reference writes them",
         "all within their limits",
     ):
-        assert told in seen, told
+        assert words in seen, words
     assert "not run" not in seen and "NOT all" not in seen
 
 
@@ -194,14 +196,14 @@ def test_every_cell_says_what_was_measured(run: Run) -> None:
 
 def test_the_spec_is_read_from_the_page(run: Run) -> None:
     seen = texts(page(run))
-    for told in (
+    for words in (
         "h.{layer}.attn.c_attn.weight [i (n o)] blocks.{layer}.attn.{n=q,k,v}.weight [o i]",
         "dropped: causal mask",
         "lm_head.weight transformer.wte.weight tied",
         "n_embd dim",
         "transformer.… optional prefix of all names",
     ):
-        assert told in seen, told
+        assert words in seen, words
 
 
 def failing(row: Row) -> Run:
@@ -239,17 +241,17 @@ def test_a_check_that_breaks_is_in_its_column() -> None:
     from zoo.parity.checks import CHECKS
     from zoo.parity.layouts import layouts
 
-    known = {name for names in COLUMNS.values() for name in names}
-    assert {check.__name__ for check in (*CHECKS, layouts)} <= known
+    columns = {name for names in COLUMNS.values() for name in names}
+    assert {check.__name__ for check in (*CHECKS, layouts)} <= columns
 
 
 def test_survivors_and_wrong_trips_fail_the_page(run: Run) -> None:
-    known = copy.deepcopy(KNOWN)
-    known["bugs"]["gpt2"]["bugs"]["k lost"]["killed"] = ""
-    assert "planted bug survived: k lost" in texts(page(with_record(run, known)))
-    known = copy.deepcopy(KNOWN)
-    known["trips"]["gpt2"] |= {"wrong": {"hf to <b>": "differs"}, "counts": {"wrong": 1}}
-    seen = texts(page(with_record(run, known)))
+    recorded = copy.deepcopy(RECORDED)
+    recorded["bugs"]["gpt2"]["bugs"]["k lost"]["killed"] = ""
+    assert "planted bug survived: k lost" in texts(page(with_record(run, recorded)))
+    recorded = copy.deepcopy(RECORDED)
+    recorded["trips"]["gpt2"] |= {"wrong": {"hf to <b>": "differs"}, "counts": {"wrong": 1}}
+    seen = texts(page(with_record(run, recorded)))
     assert "round trip, hf to &lt;b&gt;: differs" in seen and "NOT all" in seen
 
 
@@ -270,25 +272,25 @@ def test_a_page_of_nothing() -> None:
 
 def test_a_cell_is_the_worst_of_its_column(run: Run) -> None:
     report = parity.verify("gpt2", variants=["base", "untied"])
-    (found,) = gather(report, {}).architectures
+    (entry,) = gather(report, {}).architectures
     rows = [row for row in report.rows if row.check == "fp32"]
-    assert found.checks["fp32"].value == max(row.value for row in rows)
-    assert found.variants == 2 and found.checks["fp32"].count == 2
-    assert found.loaded == 2 and found.seconds.keys() == {"base", "untied"}
+    assert entry.checks["fp32"].value == max(row.value for row in rows)
+    assert entry.variants == 2 and entry.checks["fp32"].count == 2
+    assert entry.loaded == 2 and entry.seconds.keys() == {"base", "untied"}
 
 
 def test_checkpoints_have_a_page_too() -> None:
     """Apart from an architecture's variants, also where it has its name, as gpt2."""
     names = ("gpt2/base", "gpt2", "gpt2, hot", "other")
     rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in names]
-    run = gather(Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0}), KNOWN)
-    known = {each.name: each for each in run.architectures}
-    assert {name: each.variants for name, each in known.items()} == {
+    run = gather(Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0}), RECORDED)
+    pages = {each.name: each for each in run.architectures}
+    assert {name: each.variants for name, each in pages.items()} == {
         **dict.fromkeys(("gpt2", "other"), 1),
         "gpt2, the checkpoint": 2,
     }
-    one = known["gpt2, the checkpoint"]
-    assert one.seconds == {"published": 2.0, "redrawn": 3.0} and not one.bugs and known["gpt2"].bugs
+    one = pages["gpt2, the checkpoint"]
+    assert one.seconds == {"published": 2.0, "redrawn": 3.0} and not one.bugs and pages["gpt2"].bugs
     assert "redrawn, 3.0 s" in texts(page(run))
 
 
@@ -315,9 +317,9 @@ def test_the_command(
     assert app.main(["verify", "mobilellm", "--html", str(place), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
     assert "mobilellm" in (place / "index.html").read_text()
-    told = evidence.read(place / "report.json")
-    assert told["parity"]["mobilellm"]["ok"]
-    assert told["bugs"].keys() == {"mobilellm"} & evidence.read()["bugs"].keys()
+    record = evidence.read(place / "report.json")
+    assert record["parity"]["mobilellm"]["ok"]
+    assert record["bugs"].keys() == {"mobilellm"} & evidence.read()["bugs"].keys()
 
 
 def test_one_architecture_is_recorded_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,10 +398,10 @@ def test_a_browser_shows_it(run: Run, kind: str, width: int, tmp_path: Path) -> 
 
 
 def test_every_architecture_is_in_the_record() -> None:
-    known = evidence.read()
-    assert known["parity"].keys() == registry.architectures().keys()
-    assert all(known[name].keys() <= registry.architectures().keys() for name in known)
-    for name, measured in known["parity"].items():
+    recorded = evidence.read()
+    assert recorded["parity"].keys() == registry.architectures().keys()
+    assert all(recorded[name].keys() <= registry.architectures().keys() for name in recorded)
+    for name, measured in recorded["parity"].items():
         assert measured["ok"], name
         assert measured["variants"] == len(registry.architectures()[name].variants)
 
@@ -419,10 +421,10 @@ def test_the_list_of_what_is_verified(capsys: pytest.CaptureFixture[str]) -> Non
     only_checkpoints = registry.checkpoints().keys() - registry.architectures().keys()
     assert not only_checkpoints & set(out.split())
     assert app.main(["list", "--verified", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["checkpoints"] == [] and zoo.list(verified=True) == []
-    assert [row["architecture"] for row in told["architectures"]] == [*registry.architectures()]
-    assert all(row["fp64"] and row["variants"] for row in told["architectures"])
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["checkpoints"] == [] and zoo.list(verified=True) == []
+    assert [row["architecture"] for row in listed["architectures"]] == [*registry.architectures()]
+    assert all(row["fp64"] and row["variants"] for row in listed["architectures"])
 
 
 @pytest.fixture
@@ -435,7 +437,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "not JSON"),
         ("[1]", "list where an object is expected"),
@@ -447,11 +449,11 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_record_that_is_none(
-    text: str | None, told: str, kept: Path, capsys: pytest.CaptureFixture[str]
+    text: str | None, message: str, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept.unlink() if text is None else kept.write_text(text)
     assert app.main(["list", "--verified"]) == 1
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert app.main(["list"]) == 0
 
 
@@ -471,7 +473,7 @@ def test_a_record_of_other_code(kept: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_part_that_is_run_again_takes_its_place(kept: Path) -> None:
     before = evidence.read()
-    entries = {name: {**KNOWN["bugs"]["gpt2"], "date": "2009-09-09"} for name in ("t5", "gpt2")}
+    entries = {name: {**RECORDED["bugs"]["gpt2"], "date": "2009-09-09"} for name in ("t5", "gpt2")}
     evidence.update("bugs", entries)
     after = evidence.read()
     assert after["parity"] == before["parity"]
@@ -492,10 +494,10 @@ def test_what_is_recorded_of_bugs() -> None:
         Verdict("gpt2", "d", "names", "killed", "base: ShapeMismatch"),
         Verdict("gpt2", "e", "names", "n.a."),
     ]
-    (found,) = planted.to_record(traces, verdicts).values()
-    assert found["bugs"]["b"]["said"] == "another" and found["bugs"]["c"]["said"] == "nothing"
-    assert found["bugs"].keys() == {*"abcd"}
-    assert bug_counts(found) == {"planted": 3, "killed": 2, "located": 2, "diagnosed": 1}
+    (entry,) = planted.to_record(traces, verdicts).values()
+    assert entry["bugs"]["b"]["said"] == "another" and entry["bugs"]["c"]["said"] == "nothing"
+    assert entry["bugs"].keys() == {*"abcd"}
+    assert bug_counts(entry) == {"planted": 3, "killed": 2, "located": 2, "diagnosed": 1}
 
 
 def test_what_is_recorded_of_trips() -> None:
@@ -505,11 +507,11 @@ def test_what_is_recorded_of_trips() -> None:
         Trip("gpt2", "hf", "gguf q8_0", "lossy", "Q8_0", error=0.9, told="logits"),
         Trip("gpt2", "native", "hf", "WRONG", "differs", told="head.weight"),
     ]
-    (found,) = formats.to_record(trips).values()
-    assert found["trips"]["hf"] == {
+    (entry,) = formats.to_record(trips).values()
+    assert entry["trips"]["hf"] == {
         "native": "bytes",
         "gguf": "no: act",
         "gguf q8_0": "9.0e-01 (Q8_0)",
     }
-    assert found["wrong"] == {"hf to gguf q8_0": "logits", "native to hf": "head.weight"}
-    assert found["counts"] == {"bytes": 1, "refused": 1, "wrong": 2}
+    assert entry["wrong"] == {"hf to gguf q8_0": "logits", "native to hf": "head.weight"}
+    assert entry["counts"] == {"bytes": 1, "refused": 1, "wrong": 2}

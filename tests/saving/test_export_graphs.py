@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from cases import first
+from cases import first_of
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from tiny import build
@@ -48,7 +48,7 @@ KNOWN = registry.architectures()
 # tracing takes seconds: of one architecture in `make test`, of all in `make test-all`, of every
 # variant in `make graphs`
 QUICK = list(KNOWN)[:1]
-each_graph = pytest.mark.parametrize("to", first(sorted(graphs.GRAPHS, reverse=True), 1))
+each_graph = pytest.mark.parametrize("to", first_of(sorted(graphs.GRAPHS, reverse=True), 1))
 VARIANTS = [
     pytest.param(name, variant, marks=() if n == 0 and name in QUICK else pytest.mark.long)
     for name, entry in sorted(KNOWN.items())
@@ -213,7 +213,8 @@ def test_a_padded_row_equals_the_row_alone(to: str, tmp_path: Path) -> None:
     torch.testing.assert_close(padded[1, :9], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@each_graph
+@pytest.mark.slow
+@pytest.mark.parametrize("to", graphs.GRAPHS)
 def test_dual_chunks_at_any_length(to: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Eager code takes queries in turns, and a graph all at once."""
     monkeypatch.setattr(dual_chunk, "ROWS", 4)
@@ -239,7 +240,7 @@ def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "head", "inputs", "outputs"),
-    first(
+    first_of(
         [
             ("llama", "lm", "input_ids attention_mask", "logits"),
             ("gpt2", "none", "input_ids attention_mask", "last_hidden_state"),
@@ -681,9 +682,10 @@ def test_what_cannot_be_traced_is_refused_by_name(tmp_path: Path, monkeypatch: A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_is_written_and_not_read(source: Path, tmp_path: Path) -> None:
-    zoo.convert(source, tmp_path / "g", to="onnx")
+@each_graph
+def test_a_graph_is_written_and_not_read(to: str, source: Path, tmp_path: Path) -> None:
+    zoo.convert(source, tmp_path / "g", to=to)
     with pytest.raises(ZooError):
         zoo.load(tmp_path / "g")
     data = json.loads((tmp_path / "g" / manifest.NAME).read_text())
-    assert data["to"] == "onnx"
+    assert data["to"] == to

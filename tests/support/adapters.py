@@ -58,9 +58,9 @@ class Made:
         settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "bias": "none", **config}
         self.factors: dict[str, Tensor] = {}
         for end in ends or ADAPTED[key]:
-            found = [n for n in tensors if n.endswith(f".{end}.weight") or n == f"{end}.weight"]
-            assert found, end
-            for weight in found:
+            weights = [n for n in tensors if n.endswith(f".{end}.weight") or n == f"{end}.weight"]
+            assert weights, end
+            for weight in weights:
                 self._adapt(tensors, weight.removesuffix(".weight"), settings, name in TURNED)
         self.adapter.mkdir()
         save_file(self.factors, self.adapter / "adapter_model.safetensors", {"format": "pt"})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 
-def first(cases: Iterable[Any], count: int = 3) -> list[Any]:
+def first_of(cases: Iterable[Any], count: int = 3) -> list[Any]:
     """The cases as parameters of a test, those after the first `count` marked `long`."""
     return [
         pytest.param(

@@ -88,12 +88,12 @@ class Hub:
         if (asked := match or listed) is None:
             return 404, {}, b""
         repo, revision, name = asked.groups()
-        given = request.headers.get("Authorization")
-        if given not in (None, f"Bearer {self.token}"):
+        token = request.headers.get("Authorization")
+        if token not in (None, f"Bearer {self.token}"):
             return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""
         if repo not in self.repos:
-            return 401 if given is None else 404, {"X-Error-Code": "RepoNotFound"}, b""
-        if repo in self.gated and given is None:
+            return 401 if token is None else 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if repo in self.gated and token is None:
             return 401, {"X-Error-Code": "GatedRepo"}, b""
         commit = self.refs[repo].get(revision, revision)
         if commit not in self.repos[repo]:

@@ -33,8 +33,8 @@ def checkpoint(
     width = json.loads((root / "config.json").read_text())
     dim = width.get("hidden_size") or width["d_model"]
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    said = {f"pooling_mode_{way}": way in ways for way in WAYS}
-    write(root, "1_Pooling/config.json", {"word_embedding_dimension": dim, **said})
+    modes = {f"pooling_mode_{way}": way in ways for way in WAYS}
+    write(root, "1_Pooling/config.json", {"word_embedding_dimension": dim, **modes})
     if dense:
         folder, size = "2_Dense", {"in_features": dim * len(ways), "out_features": dense}
         act = {"bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}

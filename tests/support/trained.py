@@ -34,9 +34,9 @@ MASK = 4
 def characters(path: Path) -> tuple[Tensor, int]:
     """A text's ids, and how many there are."""
     text = path.read_text(encoding="utf-8")
-    known = sorted(set(text))
-    ids = {c: n + FIRST for n, c in enumerate(known)}
-    return torch.tensor([ids[c] for c in text]), len(known) + FIRST
+    alphabet = sorted(set(text))
+    ids = {c: n + FIRST for n, c in enumerate(alphabet)}
+    return torch.tensor([ids[c] for c in text]), len(alphabet) + FIRST
 
 
 def trained(name: str, text: Tensor, vocab: int, seed: int = 0) -> Any:
@@ -44,9 +44,9 @@ def trained(name: str, text: Tensor, vocab: int, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     entry = registry.architectures()[name]
     quiet = dict.fromkeys(("dropout", "attn_dropout", "embed_dropout"), 0.0)
-    known = entry.config_class.__dataclass_fields__
-    given = {**{f: v for f, v in quiet.items() if f in known}, "init_std": QUICK, **MODELS[name]}
-    model = entry.model(entry.config_class(vocab=vocab, **given))
+    names = entry.config_class.__dataclass_fields__
+    fields = {**{f: v for f, v in quiet.items() if f in names}, "init_std": QUICK, **MODELS[name]}
+    model = entry.model(entry.config_class(vocab=vocab, **fields))
     model.architecture = name
     steps, rate = 250, 5e-3
     if not isinstance(model, Decoder):

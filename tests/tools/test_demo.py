@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from zoo import registry
 
 
+@pytest.mark.slow
 def test_the_demo_proves_every_architecture_in_plain_text(root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "tools/demo.py"], cwd=root, capture_output=True, text=True, check=False

@@ -15,7 +15,7 @@ import pytest
 import scaffold
 import yaml
 from conftest import PATIENCE
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scaffold import Draft
 from scaffold.lines import collapse, elementary
@@ -379,6 +379,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(values)
 def test_values_read_back_as_they_were(value: Any) -> None:
     assert yaml.safe_load(f"key: {flow(value)}") == {"key": value}

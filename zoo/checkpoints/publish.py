@@ -41,7 +41,7 @@ def checked_destination(dst: str | PathLike[str], source: Path | None, force: bo
     read = [] if source is None else [source, *source.iterdir()]
     read = [path for path in read if not (path / MANIFEST).is_file() or path == source]
     if any(path.resolve().is_relative_to(place.resolve()) for path in read):
-        raise OutputExists(f"{place}: holds what is to be read, {source}. Write elsewhere")
+        raise OutputExists(f"{place}: contains the source, {source}. Write elsewhere")
     return place
 
 

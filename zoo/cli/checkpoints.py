@@ -140,7 +140,7 @@ def info(
 
 
 def _summary(report: Any) -> list[tuple[str, str]]:
-    """Name and value of each fact that is known."""
+    """Name and value of each fact."""
     rows: list[tuple[str, str]] = []
     stored = report.stored
     if stored:

@@ -120,8 +120,7 @@ class Command(TyperCommand):
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Write the line that begins with "usage:"."""
-        arguments = (param for param in self.params if param.param_type_name == "argument")
-        words = [param.metavar or "" for param in arguments]
+        words = [str(p.metavar) for p in self.params if p.param_type_name == "argument"]
         formatter.write_usage(ctx.command_path, " ".join([*words, "[OPTIONS]"]), _USAGE)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

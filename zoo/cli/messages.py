@@ -12,7 +12,7 @@ from zoo.errors import in_shell, option
 _CALL = re.compile(r"(zoo\.\w+\([^)]*\))")  # an example in Python stays one
 _VALUE = r"'[^']*'|\"[^\"]*\"|\{[^{}]*\}|\([^()]*\)|True|False|-?[\d.]+(?:e-?\d+)?"
 _KEYWORD = re.compile(rf"(?<![\w.'\"-])(\w+)=({_VALUE})(?!\w)")
-_ALSO = {"max_shard_size": "--shard"}  # keywords that are called otherwise than their option
+_ALSO = {"max_shard_size": "--shard"}  # keywords whose option has another name
 
 
 def spellings(params: Iterable[Any]) -> dict[str, str]:

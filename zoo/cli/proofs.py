@@ -73,7 +73,7 @@ def verify(
     """Run the parity protocol; exit with 1 where it fails."""
     if (ref is None) != all:
         raise UsageError("verify: expected either NAME|DIR or --all")
-    # what is wrong with either place is said before the work
+    # either is refused before the work begins
     recorded = _evidence_before(html, record)
     how: dict[str, Any] = {"all": all, "golden": golden, "progress": show_progress}
     asked = reading.arguments() | no_adapter.arguments() | mapped.arguments()

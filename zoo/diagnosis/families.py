@@ -325,10 +325,13 @@ class Fused(Family):
             lie, read, name = f"[({self.lie})]", f"[({self.read})]", attn.name
             if "(" in self.lie + self.read:
                 lie, read = f"[{self.lie}]", f"[{self.read}]"
+            made = rows_of(attn, rows, together=True)
+            alone = attn.has("q.bias") and not any(each.endswith("bias") for each in made)
             yield Hypothesis(
                 f"{name}: queries, keys and values lie fused as {lie}, and are read as {read}",
-                f"{name}.{{q,k,v}} are read as {lie[:-1]} i], not {read[:-1]} i]",
-                rows_of(attn, rows, together=True),
+                f"{name}.{{q,k,v}} are read as {lie[:-1]} i], not {read[:-1]} i]"
+                + ", in its weight" * alone,
+                made,
                 rows=rows,
             )
 

@@ -25,7 +25,7 @@ def check_dialect(to: str) -> None:
         UsageError: With the names that are, and the nearest.
     """
     if to not in OWN_FILES and to not in (names := dialects()):
-        read = {d.name: f"{c.about} is read, and not written; " for _, d, c in every_dialect()}
+        read = {d.name: f"{c.about} can be read, not written; " for _, d, c in every_dialect()}
         why = read.get(str(to), "")
         near = did_you_mean(str(to), names)
         raise UsageError(f"to={to!r}: {why}one of {', '.join(names)}.{near}")
@@ -37,9 +37,7 @@ def check_graph(
     """Check that a graph can be written here, and that no option is given that it lacks."""
     check_no_layout(to, layout)
     if max_shard_size is not None:
-        raise UsageError(
-            f"max_shard_size: to={to!r} leaves that not to choose: its weights are one file"
-        )
+        raise UsageError(f"max_shard_size: to={to!r} does not support it: its weights are one file")
     graphs.check(to)
     graphs.check_file(place)
 
@@ -48,12 +46,12 @@ def check_whole(to: str, max_shard_size: int | None) -> None:
     """Refuse `max_shard_size` for a dialect whose programs look for fixed files."""
     if max_shard_size is not None:
         raise UsageError(
-            f"max_shard_size: to={to!r} leaves that not to choose: its files are those that its "
-            "programs look for. layout= has what they let be chosen"
+            f"max_shard_size: to={to!r} does not support it: its programs look for "
+            "fixed files. layout= has the options that they support"
         )
 
 
 def check_no_layout(to: str, layout: Mapping[str, Any] | None) -> None:
     """Refuse options for a layout that has none."""
     if layout:
-        raise UsageError(f"layout: {to} leaves nothing to choose, found {listing(layout)}")
+        raise UsageError(f"layout: {to} has no options, found {listing(layout)}")

@@ -138,7 +138,7 @@ def exported_files(
 
     if made.container.format == "gguf":
         if MODULES in carried:
-            reason = "GGUF holds the model alone, and not what is made of its output"
+            reason = "GGUF holds the model only, without layers after its output"
             notes["left"] = {MODULES: reason}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
         own = inside is not None and gguf.has_vocabulary(inside.values)

@@ -133,7 +133,7 @@ def convert(
     engine = WriteOptions(memory, threads, sha256, allow_nonfinite, tell)
     job, seen = digest([output.job(), sha256]), digest(output.identity())
     replaces = Replacing(output, force)
-    way_out = f"{option('memory', 1 << 24)} and fewer threads need less; the same call goes on"
+    way_out = f"{option('memory', 1 << 24)} and fewer threads need less; the same call resumes"
     if share is None:
         with (
             enough(f"{dst}: not written", way_out),
@@ -362,7 +362,7 @@ def plan_output(
             raise UsageError(f"dtype={dtype!r}: {to} has no such type; gguf has")
         dtypes_there = {info.dtype for info in made.plan.header.values()}
         if kind is not None and dtype_code(kind) not in dtypes_there:
-            raise UsageError(f"dtype={dtype!r}: {to} holds {listing(sorted(dtypes_there))} alone")
+            raise UsageError(f"dtype={dtype!r}: {to} has {listing(sorted(dtypes_there))} only")
         items = list(arrays.backward(made.plan))
         how = {"lossy": kind is not None or quantized, "quantized": quantized}
         vocab = model.config.vocab

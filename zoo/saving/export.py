@@ -83,7 +83,7 @@ class Export:
         if not lossy and (wide := [item.name for item in items if item.lossy]):
             kinds = listing(sorted({by_name[name].info.dtype for name in wide}))
             raise LossyExport(
-                f"{self.dialect.name} holds {kinds}, and {listing(wide, 5)} hold more"
+                f"{self.dialect.name} stores {kinds}, and {listing(wide, 5)} have more precision"
             )
         if self.container.format == "gguf":
             return [self._gguf(items, quantized, values or {})], {}
@@ -245,7 +245,7 @@ def export(
         )
     container, chosen = dialect.container, _checked(dialect, options or {})
     if not container.file:
-        raise LossyExport(f"to={to!r}: {container.about} is read, and not written")
+        raise LossyExport(f"to={to!r}: {container.about} can be read, not written")
     fields = {**config.to_dict(), "shards": chosen.get("shards", 1)}
     tables, said_so = _tables(dialect, config)
     reference, beside = dialect.write_config({**fields, **said_so}), dict[str, Any]()

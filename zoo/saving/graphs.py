@@ -253,7 +253,7 @@ def _translated(model: Model, items: Mapping[str, Item]) -> Any:
                     graph.inputs.append(value)
             made.optimize()
     except Exception as error:  # its translator raises errors of any kind
-        raise _refused(model, "ONNX has no words for what it computes", error) from error
+        raise _refused(model, "ONNX cannot express what it computes", error) from error
     return made.model
 
 

@@ -66,8 +66,8 @@ class _Side:
     def check_order(self) -> None:
         if self.by_alphabet:
             raise UsageError(
-                f"{self.what}: its names stand by the alphabet, as files of safetensors have them, "
-                "and an optimizer numbers parameters as their module has them. Pass the module"
+                f"{self.what}: its names are in alphabetical order, as in safetensors files, and "
+                "an optimizer numbers parameters in the order of their module. Pass the module"
             )
 
     def orders(self, converted: Iterable[str], sizes: Sequence[int]) -> Iterator[tuple[str, ...]]:
@@ -258,7 +258,7 @@ def _uses(plan: Plan, mine: _Side, other: _Side) -> list[_Use]:
             seen[name] = native[0]
         uses.append(_Use(step, native, disk))
     if problems:
-        raise PlanError("\n  ".join(["weights are tied on one side alone:", *problems]))
+        raise PlanError("\n  ".join(["weights are tied on one side only:", *problems]))
     return uses
 
 
@@ -277,12 +277,12 @@ def _read(
         if any(not x.is_floating_point() or x.dtype.itemsize < 2 for x in arrays.values()):
             raise UsageError(
                 "the optimizer keeps whole numbers of its weights, as those of eight bits do: "
-                "their blocks run across rows, and no rule turns them. Begin with a new one"
+                "their blocks run across rows, and no rule permutes them. Start with a new one"
             )
         if len({x.shape for x in arrays.values()}) > 1:
             raise UsageError(
                 f"the optimizer keeps {listing(arrays)} in several shapes for one weight, as "
-                "Adafactor does, and no rule turns them. Begin with a new one"
+                "Adafactor does, and no rule permutes them. Start with a new one"
             )
     if names is None and len(recorded) == len(numbers):
         names = recorded
@@ -305,8 +305,9 @@ def _read(
         return all(x.dim() == 0 or tuple(x.shape) == shape for x in tensors)
 
     def fits(order: tuple[str, ...]) -> bool:
-        pairs = zip(order, numbers, strict=False)
-        return len(order) == len(numbers) and all(fits_one(*pair) for pair in pairs)
+        if len(order) != len(numbers):
+            return False
+        return all(fits_one(*pair) for pair in zip(order, numbers, strict=True))
 
     fitting = list(dict.fromkeys(each for each in orders if fits(each)))
     if names is not None and not fitting:

@@ -91,13 +91,13 @@ def save(
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
     if model.is_prepared:
         raise UsageError(
-            "a prepared model holds its weights as this machine's kernels want them, and no file "
-            "does: save the model as it was before zoo.prepare, or load it again"
+            "a prepared model has its weights in the layout of this machine's kernels, and no file "
+            "has: save the model from before zoo.prepare, or load it again"
         )
     if any(isinstance(part, Lora) for part in model.modules()):
         raise UsageError(
-            "an adapter stands beside the weights: merge_adapter() adds it to them, save_adapter() "
-            "writes it alone, remove_adapter() leaves it away"
+            "the model has an adapter: merge_adapter() adds it to the weights, save_adapter() "
+            "writes it by itself, remove_adapter() removes it"
         )
     if max_shard_size is not None and (type(max_shard_size) is not int or max_shard_size < 1):
         raise UsageError(f"max_shard_size={max_shard_size!r}: expected a number of bytes")

@@ -91,7 +91,8 @@ def _explained(scene: Scene, name: str, sample: Sample) -> Iterator[Hypothesis]:
     # of what this model makes with its own parameters, none is read in another order
     slips = [*merges(), *softmaxes(own)]
     ours = trial.fitted(own, [*code, *slips], sample.ours)
-    theirs = trial.fitted(own, [*row_variants(scene, name), *code], sample.theirs)
+    rows, joint = row_variants(scene, name), row_variants(scene, name, joint=True)
+    theirs = trial.fitted(own, [*rows, *code, *joint], sample.theirs)
     if theirs:
         yield from _in_other_model(scene, own, name, theirs)
     if ours:

@@ -18,14 +18,17 @@ from zoo.diagnosis.diff.causes.rotary_variants import rotaries
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.diff.causes.score_variants import terms
 from zoo.diagnosis.edits import PARTS
-from zoo.diagnosis.families import Attends, own_rows
+from zoo.diagnosis.families import Attends, PermutedRows, own_rows
 from zoo.diagnosis.faults import FAULTS
 from zoo.diagnosis.kinds import attentions
 from zoo.diagnosis.variants import NOT_TRIED
 
 
-def row_variants(scene: Scene, name: str) -> Iterator[Variant]:
-    """Rows that the catalogue knows to be read in another order."""
+def row_variants(scene: Scene, name: str, joint: bool = False) -> Iterator[Variant]:
+    """Rows that the catalogue knows to be read in another order; `joint`: of several parts alike.
+
+    The latter come last, since code that differs may do the same.
+    """
     kind = next((kind for kind in attentions(scene.model) if name in kind.modules), None)
     if kind is None:
         return
@@ -39,6 +42,8 @@ def row_variants(scene: Scene, name: str) -> Iterator[Variant]:
     some = [h for h in scene.hypotheses if h.rows and f"{name}." in " ".join(h.parameters)]
     # where reading q otherwise does the same as reading k so, the one that a rule turns is to blame
     for each in sorted(some, key=lambda h: "as it stands" not in h.fix):
+        if joint != (len(each.rows) > 1 and isinstance(FAULTS[each.fault].edit, PermutedRows)):
+            continue
         parts = "roles" if "exchanged" in each.fix else "".join(each.rows)
         lone = parts != "roles" and (len(each.rows) > 1 or each.across)
         yield Variant(
