@@ -1,10 +1,10 @@
-"""Regular expressions from files: only those that a backtracking matcher is quick with are used.
+"""Regular expressions from files: refuse those that a backtracking matcher may be slow with.
 
 Where a sequence fails, such a matcher tries every length of every unbounded repetition before the
-place where it failed. So of two unbounded repetitions in a sequence, nothing that may fail follows
-the second; a group that is repeated has one length; and all other choices of a sequence together
-are few. Trying a pattern at one character then takes time in proportion to the text. The published
-pre-tokenizers that are known to us are so.
+position of the failure. So a pattern is accepted only if nothing that may fail follows the second
+of two unbounded repetitions in a sequence, if repeated groups have one length, and if all other
+choices of a sequence together are few. Matching at one character then takes time linear in the
+text. All published pre-tokenizers that we know of are accepted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 LONGEST = 1 << 13  # characters of a pattern
 DEEPEST = 20  # groups in groups
-_FEW = 16  # a repetition of so many at most is no unbounded one
-_CHOICES = 1 << 12  # ways in which one sequence may choose, its unbounded repetitions aside
+_FEW = 16  # a repetition of at most so many does not count as unbounded
+_CHOICES = 1 << 12  # ways to match one sequence, without its unbounded repetitions
 _COUNTS = re.compile(r"\{(\d*)(,?)(\d*)\}")
 _OPENINGS = re.compile(r"\?(?:[ims-]*:|P?<[A-Za-z_]\w*>|(?P<looks><?[=!]))")
 _FLAGS = re.compile(r"\(\?[ims-]+\)")
-# no others, such as \\c, which takes the character behind it along in one engine and not in another
+# no others, such as \\c, which includes the character behind it in some engines only
 _ESCAPES = re.compile(
     r"\\(?:[pP]\{\^?\w+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}"
     r"|[sSdDwWbBAZzGnrtfvhH]|[^A-Za-z0-9])"
@@ -28,12 +28,12 @@ _ASSERTED = {"\\b", "\\B", "\\A", "\\Z", "\\z", "\\G"}  # match no character, an
 
 
 class _Slow(Exception):
-    """A pattern that is not used; holds why."""
+    """The reason why a pattern is refused."""
 
 
 @dataclass
 class _Part:
-    """What is repeated: a character where it has no alternatives."""
+    """A part that may be repeated: a group with alternatives, or a character."""
 
     alternatives: list[list[_Part]] | None = None
     asserts: bool = False
@@ -41,11 +41,12 @@ class _Part:
     most: int = 1
     many: bool = field(init=False, default=False)
     any: bool = False  # character of a line
-    takes_line: bool = field(init=False, default=False)  # all that is left of it
+    takes_line: bool = field(init=False, default=False)  # matches the rest of it
 
     def may_be_empty(self) -> bool:
+        """Whether it always matches, if only the empty string."""
         if self.asserts:
-            return False  # it may fail, which is what counts
+            return False  # an assertion may fail
         inside = self.alternatives is not None and any(map(_may_be_empty, self.alternatives))
         return self.least == 0 or inside
 
@@ -57,12 +58,13 @@ def _may_be_empty(sequence: list[_Part]) -> bool:
 def why_slow(
     pattern: str, unbounded: int = 2, *, nested: bool = True, to_the_end: bool = False
 ) -> str:
-    """Why a pattern is not used, or nothing.
+    """Why a pattern is refused, or "" if it is accepted.
 
     Args:
-        unbounded: after so many unbounded repetitions nothing may fail; more do for short texts.
-        nested: whether `[` in a class opens another one, as in all engines but Python's.
-        to_the_end: whether it has to match all of a text of one line: `$` behind it may fail.
+        pattern: a regular expression.
+        unbounded: after so many unbounded repetitions nothing may fail; 3 is fine for short texts.
+        nested: whether `[` in a class opens another class, as in all engines but Python's.
+        to_the_end: whether it has to match a whole text of one line, as if `$` followed.
     """
     try:
         if len(pattern) > LONGEST:
@@ -85,9 +87,11 @@ class _Reader:
         self.pattern, self.nested, self.at = pattern, nested, 0
 
     def next(self) -> str:
+        """The next character, or "" at the end."""
         return self.pattern[self.at : self.at + 1]
 
     def alternatives(self, depth: int) -> list[list[_Part]]:
+        """Read sequences separated by `|`."""
         if depth > DEEPEST:
             raise _Slow(f"nests groups deeper than {DEEPEST} levels")
         alternatives: list[list[_Part]] = [[]]
@@ -102,6 +106,7 @@ class _Reader:
         return alternatives
 
     def part(self, depth: int) -> _Part:
+        """Read a group, a class, an escape or a character."""
         character = self.next()
         if flags := _FLAGS.match(self.pattern, self.at):
             self.at = flags.end()
@@ -126,6 +131,7 @@ class _Reader:
         return _Part(asserts=character in "^$", any=character == ".")
 
     def escape(self) -> str:
+        """Read an escape."""
         escape = _ESCAPES.match(self.pattern, self.at)
         if escape is None:
             raise _Slow(f"has an escape of an unknown kind at character {self.at}")
@@ -133,6 +139,7 @@ class _Reader:
         return escape[0]
 
     def skip_class(self, depth: int) -> None:
+        """Skip a class of characters."""
         if depth > DEEPEST:
             raise _Slow(f"nests classes deeper than {DEEPEST} levels")
         self.at += 1 + self.pattern.startswith("^", self.at + 1)
@@ -152,6 +159,7 @@ class _Reader:
         self.at += 1
 
     def repeat(self, part: _Part) -> None:
+        """Read a repetition, if one follows a part."""
         character, counts = self.next(), _COUNTS.match(self.pattern, self.at)
         if character and character in "*+?":
             part.least, most = int(character == "+"), 1 if character == "?" else None
@@ -172,9 +180,9 @@ class _Reader:
 
 
 def _check(sequence: list[_Part], before: int, last: bool, unbounded: int) -> tuple[int, int]:
-    """(unbounded repetitions at its end, of `before`; the choices in it).
+    """(unbounded repetitions up to its end, counting `before`; the number of choices in it).
 
-    `last`: all that follows may be empty.
+    `last`: everything that follows may be empty.
     """
     choices = 1
     for n, part in enumerate(sequence):

@@ -1,4 +1,4 @@
-"""Looking inside: names, patterns, patches and the lens, on every architecture."""
+"""Interpretability on every architecture: activations, patterns, patching, logit lens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zoo import registry
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.components.attention import Attention
 from zoo.errors import InputError, UsageError
-from zoo.interpret import places
+from zoo.interpret import hook_points
 
 ARCHITECTURES = registry.architectures()
 TOKENS = 11
@@ -36,8 +36,8 @@ def model(request: pytest.FixtureRequest) -> Any:
     return hot(build(request.param)).double()
 
 
-def given(model: Any, rows: int = 2, padded: bool = True) -> dict[str, Any]:
-    """Tokens, one row of them padded on the left; an encoder-decoder's answer too."""
+def example_inputs(model: Any, rows: int = 2, padded: bool = True) -> dict[str, Any]:
+    """Inputs with one row padded on the left, and an encoder-decoder's answer."""
     ids = torch.randint(5, 60, (rows, TOKENS), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids) if padded else None
     if mask is not None:
@@ -46,7 +46,7 @@ def given(model: Any, rows: int = 2, padded: bool = True) -> dict[str, Any]:
 
 
 def untouched(model: nn.Module) -> bool:
-    """Nothing listens, and every module is what it was."""
+    """Whether all hooks are removed, and every module is unchanged."""
     hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     attends = [m.attend for m in model.modules() if isinstance(m, Attention)]
     return not hooked and not any(type(a).__module__ == "zoo.interpret" for a in attends)
@@ -67,39 +67,39 @@ def layers(model: Any) -> str:
 # --- what flows by -------------------------------------------------------------------------------
 
 
-def test_looking_changes_nothing(model: Any) -> None:
-    plain = model(**given(model))
-    out, kept = model.run_with_cache(**given(model), names=["*", "*:*"])
+def test_recording_does_not_change_the_output(model: Any) -> None:
+    plain = model(**example_inputs(model))
+    out, kept = model.run_with_cache(**example_inputs(model), names=["*", "*:*"])
     assert same(out, plain) and untouched(model)
     assert not any(x.requires_grad for each in kept.values() for x in flat(each))
     assert {f"{layers(model)}.0", f"{layers(model)}.0.attn:pattern", "embed"} <= kept.keys()
 
 
-def test_patterns_hide_nothing(model: Any) -> None:
-    """What is made once for all layers, such as T5's distances, is made in the model's own run."""
-    _, alone = model.run_with_cache(**given(model))
-    _, beside = model.run_with_cache(**given(model), names=["*", "*:pattern"])
+def test_recording_patterns_records_everything_else_too(model: Any) -> None:
+    """Tensors computed once for all layers, such as T5's distances, belong to the run itself."""
+    _, alone = model.run_with_cache(**example_inputs(model))
+    _, beside = model.run_with_cache(**example_inputs(model), names=["*", "*:pattern"])
     assert [*alone] == [name for name in beside if ":" not in name]
     assert all(same(alone[name], beside[name]) for name in alone)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "deberta", "t5"])
-def test_looking_draws_no_random_numbers(name: str) -> None:
-    """Where a model drops out, it drops the same whether anybody looks or not."""
+def test_recording_draws_no_random_numbers(name: str) -> None:
+    """Dropout is the same with and without hooks."""
     model = hot(build(name)).train()
     outs = []
     for names in ("*", "*:pattern"):
         torch.manual_seed(0)
-        out, _ = model.run_with_cache(**given(model), names=names)
+        out, _ = model.run_with_cache(**example_inputs(model), names=names)
         outs.append((out, torch.rand(3)))
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
 
 
-def test_patterns_are_what_attention_did(model: Any) -> None:
-    _, kept = model.run_with_cache(**given(model), names=[*HEADED, "*attn.out:in"])
-    found = [name for name in kept if ":pattern" in name]
-    assert len(found) >= sum(isinstance(m, Attention) for m in model.modules())
-    for name in found:
+def test_patterns_reproduce_the_heads(model: Any) -> None:
+    _, kept = model.run_with_cache(**example_inputs(model), names=[*HEADED, "*attn.out:in"])
+    names = [name for name in kept if ":pattern" in name]
+    assert len(names) >= sum(isinstance(m, Attention) for m in model.modules())
+    for name in names:
         of = {what: kept[name.replace("pattern", what)] for what in ("q", "k", "v", "heads")}
         pattern, groups = kept[name], of["q"].shape[1] // of["v"].shape[1]
         assert pattern.shape == (*of["q"].shape[:3], of["k"].shape[2])
@@ -112,9 +112,9 @@ def test_patterns_are_what_attention_did(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "neox", "falcon", "mistral"])
-def test_patterns_look_back_and_at_no_padding(name: str) -> None:
+def test_patterns_are_causal_and_ignore_padding(name: str) -> None:
     model = hot(build(name))
-    _, kept = model.run_with_cache(**given(model), names="*:pattern")
+    _, kept = model.run_with_cache(**example_inputs(model), names="*:pattern")
     for pattern in kept.values():
         assert not pattern.triu(1).any()
         assert not pattern[0, :, 3:, :3].any()
@@ -129,12 +129,12 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("entry", "variant"), VARIANTS)
-def test_every_variant(entry: registry.Architecture, variant: str) -> None:
-    """Caps, windows, chunks, biases: a pattern is what its kernel does, and the lens ends right."""
+def test_patterns_of_every_variant(entry: registry.Architecture, variant: str) -> None:
+    """Caps, windows, chunks, biases: patterns match the kernel, and the lens the output."""
     published = entry.variants[variant]["config"]
     fields, _ = load_spec(entry.spec).dialect("hf").read_config(published)
     model = hot(entry.model(entry.config_class(**fields))).double()
-    inputs = given(model)
+    inputs = example_inputs(model)
     if model.config.head == "encoder":
         inputs = {name: x for name, x in inputs.items() if "decoder" not in name}
     with torch.no_grad():
@@ -150,10 +150,10 @@ def test_every_variant(entry: registry.Architecture, variant: str) -> None:
         assert same(tuple(x[-1] for x in flat(model.logit_lens(**inputs))), tuple(flat(plain)))
 
 
-def test_patterns_are_those_of_the_formula() -> None:
-    """Once by hand, for grouped heads that are turned."""
+def test_patterns_match_the_formula() -> None:
+    """By hand, for grouped heads with rotary embedding."""
     model = hot(build("llama")).double()
-    _, kept = model.run_with_cache(**given(model, padded=False), names="blocks.1.attn:*")
+    _, kept = model.run_with_cache(**example_inputs(model, padded=False), names="blocks.1.attn:*")
     q, k = kept["blocks.1.attn:q"], kept["blocks.1.attn:k"]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -163,11 +163,11 @@ def test_patterns_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2", "t5"])
-def test_distances_are_seen_and_patched(name: str) -> None:
-    """Once a run, however many layers; of DeBERTa the vectors, and which of them stand where."""
+def test_distances_are_recorded_and_patched(name: str) -> None:
+    """They run once for all layers; DeBERTa's are vectors and their indices."""
     model = hot(build(name)).double()
-    inputs, place = given(model), "encoder.distances" if name == "t5" else "distances"
-    if name != "t5":  # distances alone look at distances
+    inputs, place = example_inputs(model), "encoder.distances" if name == "t5" else "distances"
+    if name != "t5":  # only distances use positions then
         model.config = replace(model.config, absolute_positions=False)
 
     def none(terms: Any) -> Any:
@@ -186,13 +186,13 @@ def test_distances_are_seen_and_patched(name: str) -> None:
             elsewhere = model(**turned)
     assert same(again, plain) and not torch.allclose(without, plain)
     assert [n for n in kept if n.startswith(place) and ":" not in n][-1] == place
-    if name != "t5":  # without them a text is a bag of tokens
+    if name != "t5":  # without distances a text is a bag of tokens
         torch.testing.assert_close(elsewhere.flip(1), without)
 
 
-def test_a_window_is_in_the_pattern() -> None:
+def test_patterns_show_the_sliding_window() -> None:
     model = hot(build("mistral", window=4))
-    _, kept = model.run_with_cache(**given(model, padded=False), names="*:pattern")
+    _, kept = model.run_with_cache(**example_inputs(model, padded=False), names="*:pattern")
     assert all(
         (x[..., 8, :] > 0).nonzero()[:, -1].unique().tolist() == [5, 6, 7, 8] for x in kept.values()
     )
@@ -201,9 +201,9 @@ def test_a_window_is_in_the_pattern() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "t5"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_patterns_with_a_cache(name: str, tokens: int) -> None:
-    """Of later tokens they are the last rows of the whole text's, and stay as they were."""
+    """For later tokens they are the last rows of the whole text's patterns, and do not change."""
     model = hot(build(name)).double()
-    inputs = given(model, padded=False)
+    inputs = example_inputs(model, padded=False)
     ids = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     names = [f"{layers(model)}.*.attn{what[1:]}" for what in HEADED]
     with torch.no_grad():
@@ -221,24 +221,26 @@ def test_patterns_with_a_cache(name: str, tokens: int) -> None:
         torch.testing.assert_close(x, rows, rtol=1e-9, atol=1e-12)
 
 
-def test_what_runs_again_has_a_number() -> None:
+def test_a_second_run_of_a_module_has_a_number() -> None:
     model = hot(build("mobilellm", repeat=True))
-    _, kept = model.run_with_cache(**given(model), names=["blocks.0", "blocks.1:in", "norm:in"])
+    _, kept = model.run_with_cache(
+        **example_inputs(model), names=["blocks.0", "blocks.1:in", "norm:in"]
+    )
     assert [*kept] == ["blocks.0", "blocks.0@2", "blocks.1:in", "blocks.1:in@2", "norm:in"]
     assert torch.equal(kept["blocks.0@2"], kept["blocks.1:in"])
 
 
 def test_a_layer_that_is_used_for_the_pattern_alone_counts_once() -> None:
-    """DeBERTa's keys are projected again for distances: that is told, and not that we looked."""
+    """DeBERTa projects keys again for distances, which is recorded; our own replay is not."""
     model = hot(build("deberta-v2"))
-    _, plain = model.run_with_cache(**given(model), names="*.attn.*")
-    _, kept = model.run_with_cache(**given(model), names=["*.attn.*", "*:pattern"])
+    _, plain = model.run_with_cache(**example_inputs(model), names="*.attn.*")
+    _, kept = model.run_with_cache(**example_inputs(model), names=["*.attn.*", "*:pattern"])
     assert [*plain] == [name for name in kept if ":" not in name]
 
 
-def test_gradients_are_kept_where_they_are_asked_for(model: Any) -> None:
-    """Also those of patterns, through which nothing flows when nobody asks."""
-    inputs = given(model)
+def test_gradients_are_kept_on_request(model: Any) -> None:
+    """Also gradients of patterns, which are not part of the graph without hooks."""
+    inputs = example_inputs(model)
     names = [f"{layers(model)}.0.attn", f"{layers(model)}.0.attn:pattern", "embed"]
     model.requires_grad_(False)
     out, kept = model.run_with_cache(**inputs, names=names, grad=True)
@@ -259,7 +261,7 @@ def test_gradients_are_kept_where_they_are_asked_for(model: Any) -> None:
 
 def test_nothing_is_copied_or_attached() -> None:
     model = hot(build("gpt2"))
-    out, kept = model.run_with_cache(**given(model))
+    out, kept = model.run_with_cache(**example_inputs(model))
     assert out.requires_grad and kept["head"].data_ptr() == out.data_ptr()
     assert not any(x.requires_grad for x in kept.values())
 
@@ -268,7 +270,7 @@ def test_nothing_is_copied_or_attached() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         ("blocks.*.atn", r"'blocks\.\*\.atn' matches nothing\. Did you mean blocks\.\*\.attn"),
         ("blocks.1.mlp.dwn", r"Did you mean blocks\.1\.mlp\.down"),
@@ -281,59 +283,59 @@ def test_nothing_is_copied_or_attached() -> None:
         ("blocks", r"matches nothing"),
     ],
 )
-def test_a_name_that_is_none(names: Any, told: str) -> None:
+def test_names_that_match_nothing_are_refused(names: Any, message: str) -> None:
     model = build("gpt2")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         model.run_with_cache(torch.zeros(1, 2, dtype=torch.int64), names=names)
     if isinstance(names, str):
-        with pytest.raises(UsageError, match=told), model.patch({names: torch.zeros_like}):
+        with pytest.raises(UsageError, match=message), model.patch({names: torch.zeros_like}):
             pass
     assert untouched(model)
 
 
-def test_texts_are_told_how_to_become_ids() -> None:
+def test_a_text_instead_of_ids_is_refused() -> None:
     model = build("gpt2")
-    for told in (model.run_with_cache, model.logit_lens, model):
+    for function in (model.run_with_cache, model.logit_lens, model):
         with pytest.raises(InputError, match=r"found str\. Of texts, m\.tokenizer\.batch"):
-            told("a text")
+            function("a text")
 
 
-def test_what_was_not_kept_is_said_by_name() -> None:
+def test_an_activation_not_recorded_is_named() -> None:
     model = build("gpt2")
     _, kept = model.run_with_cache(torch.zeros(1, 2, dtype=torch.int64), names="blocks.*.attn")
     with pytest.raises(
-        UsageError, match=r"blocks\.0\.atn.* not kept\. Did you mean blocks\.0\.attn"
+        UsageError, match=r"blocks\.0\.atn.* not recorded\. Did you mean blocks\.0\.attn"
     ):
         kept["blocks.0.atn"]
     assert kept.get("blocks.0.mlp") is None
 
 
-def test_what_never_runs_is_said_by_name() -> None:
+def test_a_hook_point_not_used_is_named() -> None:
     model = build("deberta-v2")
-    inputs = given(model)
-    table = "distances.embed"  # which is not looked up in, but read as a whole
-    with pytest.raises(UsageError, match=f"{table}: known, and nothing flowed by"):
+    inputs = example_inputs(model)
+    table = "distances.embed"  # an embedding that is read as a whole, never looked up
+    with pytest.raises(UsageError, match=f"{table}: hook points that were not used"):
         model.run_with_cache(**inputs, names=["embed", table])
     with (
-        pytest.raises(UsageError, match=f"{table}: nothing flowed by there, so nothing was"),
+        pytest.raises(UsageError, match=f"{table}: not used in this run, so nothing was"),
         model.patch({table: torch.zeros_like}),
     ):
         model(**inputs)
 
 
-def test_names_do_not_depend_on_what_is_looked_at(model: Any) -> None:
-    """Every name is one that a parameter's begins with, or stands for no parameters."""
-    known = {str(place) for place in places(model)}
+def test_hook_points_do_not_depend_on_hooks(model: Any) -> None:
+    """Every owner of a parameter is a hook point."""
+    names = {str(place) for place in hook_points(model)}
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    assert owners - {""} <= known
+    assert owners - {""} <= names
 
 
 # --- patches -------------------------------------------------------------------------------------
 
 
 def test_a_patch_from_another_run_gives_that_runs_output(model: Any) -> None:
-    """All that the last block gives decides what is read out; and afterwards nothing is left."""
-    one, two = given(model, padded=False), given(model, padded=False)
+    """The last block's output decides the logits; afterwards the model is unchanged."""
+    one, two = example_inputs(model, padded=False), example_inputs(model, padded=False)
     two["input_ids"] = two["input_ids"].flip(1)
     if "decoder_input_ids" in two:
         two["decoder_input_ids"] = two["decoder_input_ids"].flip(1)
@@ -351,8 +353,8 @@ def test_a_patch_from_another_run_gives_that_runs_output(model: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["", ":in", ":q", ":v", ":pattern", ":heads"])
-def test_every_place_can_be_patched(model: Any, what: str) -> None:
-    name, inputs = f"{layers(model)}.0.attn{what}", given(model)
+def test_every_hook_point_can_be_patched(model: Any, what: str) -> None:
+    name, inputs = f"{layers(model)}.0.attn{what}", example_inputs(model)
     with torch.no_grad():
         plain = flat(model(**inputs))[0]
         with model.patch({name: lambda x: x.flip(-1)}):
@@ -365,9 +367,9 @@ def test_every_place_can_be_patched(model: Any, what: str) -> None:
 
 
 def test_a_pattern_knocked_out() -> None:
-    """Without its edges to the first token a model says what it says when it cannot see it."""
+    """A model without attention to the first token equals one that has it masked."""
     model = hot(build("llama")).double()
-    inputs = given(model, padded=False)
+    inputs = example_inputs(model, padded=False)
 
     def blind(pattern: Tensor) -> Tensor:
         pattern = pattern.clone()
@@ -386,10 +388,10 @@ def test_a_pattern_knocked_out() -> None:
 
 @pytest.mark.parametrize("what", [":in", ":q", ":v", ":pattern", ":heads", ""])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_function_may_write_to_what_it_is_given(what: str, mode: Any) -> None:
-    """It counts as if it had made another, and what others read stays as it is."""
+def test_a_patch_function_may_write_in_place(what: str, mode: Any) -> None:
+    """It works like returning a new tensor, and other readers see the old one."""
     model = hot(build("llama"))
-    inputs, name = given(model), f"blocks.1.attn{what}"
+    inputs, name = example_inputs(model), f"blocks.1.attn{what}"
 
     def written(x: Tensor) -> Tensor:
         x[..., 0] = 0
@@ -405,10 +407,10 @@ def test_a_function_may_write_to_what_it_is_given(what: str, mode: Any) -> None:
     assert kept["blocks.1.norm1"][..., 0].any() and not kept[name][..., 0].any()
 
 
-def test_a_function_that_writes_leaves_the_cache() -> None:
-    """Values lie in the key-value cache: a patch says what flows on, not what was."""
+def test_an_in_place_patch_leaves_the_cache() -> None:
+    """Values are views of the KV cache: a patch must not write to it."""
     model, past = hot(build("llama")), zoo.Cache(TOKENS)
-    ids = given(model, padded=False)["input_ids"]
+    ids = example_inputs(model, padded=False)["input_ids"]
     with torch.no_grad():
         with model.patch({"*:v": lambda x: x.zero_()}):
             model(ids[:, :-1], cache=past)
@@ -416,9 +418,9 @@ def test_a_function_that_writes_leaves_the_cache() -> None:
         assert kept["blocks.0.attn:v"][:, :, :-1].abs().amin(dim=-1).gt(0).any()
 
 
-def test_patches_nest_and_leave_also_by_an_exception() -> None:
+def test_patches_nest_and_end_with_an_exception() -> None:
     model = hot(build("gpt2"))
-    inputs = given(model)
+    inputs = example_inputs(model)
     plain = model(**inputs)
     with model.patch({"blocks.0.attn": torch.zeros_like}):
         once = model(**inputs)
@@ -433,32 +435,32 @@ def test_patches_nest_and_leave_also_by_an_exception() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (
             torch.zeros(1, 1),
-            r"blocks\.0\.mlp is float32 \[2, 11, 48\] on cpu, and float32 \[1, 1\]",
+            r"blocks\.0\.mlp: expected float32 \[2, 11, 48\] on cpu, found float32 \[1, 1\]",
         ),
-        (torch.zeros(2, 11, 48).double(), r"float64 \[2, 11, 48\] on cpu cannot stand in"),
-        (lambda x: None, r"NoneType cannot stand in"),
-        (3, r"int cannot stand in"),
-        (lambda x: (x,), r"\(float32 \[2, 11, 48\] on cpu\) cannot stand in"),
+        (torch.zeros(2, 11, 48).double(), r"found float64 \[2, 11, 48\] on cpu"),
+        (lambda x: None, "found NoneType"),
+        (3, "found int"),
+        (lambda x: (x,), r"found \(float32 \[2, 11, 48\] on cpu\)"),
     ],
 )
-def test_values_that_cannot_stand_in(value: Any, told: str) -> None:
+def test_patches_of_another_shape_or_dtype_are_refused(value: Any, message: str) -> None:
     model = build("gpt2")
     width = model.config.dim
     if isinstance(value, Tensor) and value.shape[-1] == 48:
         value = value[..., :1].expand(2, 11, width)
-    told = told.replace("48", str(width))
-    with pytest.raises(UsageError, match=told), model.patch({"blocks.0.mlp": value}):
-        model(**given(model))
+    message = message.replace("48", str(width))
+    with pytest.raises(UsageError, match=message), model.patch({"blocks.0.mlp": value}):
+        model(**example_inputs(model))
     assert untouched(model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_generation_is_patched(name: str) -> None:
-    """At the prompt and at each token; without the last block as without its branches."""
+    """At the prompt and at each token: removing the last block equals removing its branches."""
     model = hot(build(name))
     ids = torch.tensor([[7, 8, 9]])
     last = f"{layers(model)}.{len(model.get_submodule(layers(model))) - 1}"
@@ -478,9 +480,9 @@ def test_generation_is_patched(name: str) -> None:
     assert len(blocks) > 1 and torch.equal(model.generate(ids, **options), patched)
 
 
-def test_another_thread_sees_no_patch() -> None:
+def test_other_threads_see_no_patch() -> None:
     model = hot(build("llama"))
-    inputs = given(model)
+    inputs = example_inputs(model)
     plain = model(**inputs)
     changes = {"blocks.0.attn": torch.zeros_like, "blocks.1.attn:pattern": lambda x: x.flip(-1)}
     with ThreadPoolExecutor(1) as other, model.patch(changes):
@@ -488,26 +490,26 @@ def test_another_thread_sees_no_patch() -> None:
         assert not torch.allclose(model(**inputs), plain)
 
 
-def test_threads_look_at_once() -> None:
+def test_threads_record_at_once() -> None:
     model = hot(build("llama"))
-    inputs = given(model)
+    inputs = example_inputs(model)
 
     def look(_: int) -> list[str]:
         return [*model.run_with_cache(**inputs, names=["*", "*:*"])[1]]
 
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(look, range(12)))
-    assert all(names == found[0] for names in found) and untouched(model)
+        results = list(threads.map(look, range(12)))
+    assert all(names == results[0] for names in results) and untouched(model)
 
 
 # --- compiled, prepared, wrapped -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", first_of(["gpt2", "t5"], 1))
-def test_compiled_code_is_looked_into_as_it_is_written(name: str) -> None:
-    """Whether it was compiled before or not; and nothing is compiled anew for it."""
+def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
+    """Whether it was compiled before or not; nothing is compiled again."""
     model = hot(build(name))
-    inputs, graphs = given(model, padded=False), list[Any]()
+    inputs, graphs = example_inputs(model, padded=False), list[Any]()
 
     def counted(graph: Any, _: Any) -> Any:
         graphs.append(graph)
@@ -523,21 +525,21 @@ def test_compiled_code_is_looked_into_as_it_is_written(name: str) -> None:
         assert not graphs
         plain = compiled(**inputs)
         assert len(graphs) == 1
-        for change, said in zip(changes, expected, strict=True):
+        for change, result in zip(changes, expected, strict=True):
             with model.patch(change):
-                assert torch.equal(compiled(**inputs), said)
-            assert not torch.allclose(said, plain)
+                assert torch.equal(compiled(**inputs), result)
+            assert not torch.allclose(result, plain)
             _, kept = compiled.run_with_cache(**inputs, names=change)
             assert [*kept] == [*change]
         assert torch.equal(compiled(**inputs), plain) and len(graphs) == 1
 
 
-def test_the_lens_on_a_model_compiled_in_place() -> None:
+def test_logit_lens_of_a_compiled_model() -> None:
     model = hot(build("gpt2"))
-    expected = model.logit_lens(**given(model))
+    expected = model.logit_lens(**example_inputs(model))
     model.compile(backend="eager")
-    model(**given(model))
-    assert torch.equal(model.logit_lens(**given(model)), expected)
+    model(**example_inputs(model))
+    assert torch.equal(model.logit_lens(**example_inputs(model)), expected)
 
 
 COMPILED_WITHIN = """
@@ -558,7 +560,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_what_is_compiled_within_a_patch_does_not_keep_it(root: Path) -> None:
+def test_compiled_code_does_not_keep_a_patch(root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILED_WITHIN], cwd=root, capture_output=True, text=True
     )
@@ -566,10 +568,10 @@ def test_what_is_compiled_within_a_patch_does_not_keep_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_a_prepared_model(tokens: int) -> None:
+def test_prepared_models_are_recorded_and_patched(tokens: int) -> None:
     plain, fast = hot(build("llama")), zoo.prepare(hot(build("llama")))
     names = ["blocks.[0-9]", "blocks.*.attn:*"]
-    inputs = given(plain, padded=False)
+    inputs = example_inputs(plain, padded=False)
     inputs["input_ids"] = inputs["input_ids"][:, :tokens]
     with torch.no_grad():
         kept = [model.run_with_cache(**inputs, names=names)[1] for model in (plain, fast)]
@@ -579,16 +581,16 @@ def test_a_prepared_model(tokens: int) -> None:
     torch.testing.assert_close(
         fast.logit_lens(**inputs), plain.logit_lens(**inputs), rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(UsageError, match="other parts: look into it as"):
+    with pytest.raises(UsageError, match="other parts: use the model as"):
         fast.run_with_cache(**inputs, names="blocks.0.attn.q")
     with pytest.raises(UsageError, match="a prepared model has no gradients"):
         fast.run_with_cache(**inputs, grad=True)
 
 
-def test_a_part_that_gives_two() -> None:
-    """Such as the model within a sentence model."""
+def test_modules_with_two_outputs_are_patched() -> None:
+    """Such as the model inside a sentence model."""
     model = SentenceModel(hot(build("bert", head="pooler")), [], [])
-    inputs = given(model)
+    inputs = example_inputs(model)
     plain, kept = model.run_with_cache(**inputs, names=["model", "model.pooler"])
     assert type(kept["model"]).__name__ == "Pooled"
     assert torch.equal(kept["model"].pooled, kept["model.pooler"])
@@ -596,46 +598,46 @@ def test_a_part_that_gives_two() -> None:
         assert torch.equal(model(**inputs), plain * 2)
     with model.patch({"model": kept["model"]}):
         assert torch.equal(model(**inputs), plain)
-    wrong = pytest.raises(UsageError, match="cannot stand in")
+    wrong = pytest.raises(UsageError, match=r"expected .* found")
     with wrong, model.patch({"model": plain}):
         model(**inputs)
-    with pytest.raises(UsageError, match="'pooler' says nothing of its states"):
+    with pytest.raises(UsageError, match="'pooler' has no logits"):
         model.logit_lens(**inputs)
 
 
 # --- the lens ------------------------------------------------------------------------------------
 
 
-def test_the_lens_ends_with_what_the_model_says(model: Any) -> None:
-    inputs = given(model)
+def test_logit_lens_ends_with_the_models_output(model: Any) -> None:
+    inputs = example_inputs(model)
     with torch.no_grad():
         out = model(**inputs)
     if model.config.head in model.headless:
         pytest.skip("no head")
-    said, blocks = model.logit_lens(**inputs), len(model.get_submodule(layers(model)))
-    assert torch.equal(said[-1], out) and untouched(model)
-    assert said.shape == (blocks + 1, *out.shape)
-    assert not any(torch.allclose(a, b) for a, b in pairwise(said))
+    logits, blocks = model.logit_lens(**inputs), len(model.get_submodule(layers(model)))
+    assert torch.equal(logits[-1], out) and untouched(model)
+    assert logits.shape == (blocks + 1, *out.shape)
+    assert not any(torch.allclose(a, b) for a, b in pairwise(logits))
     lazy = model.logit_lens(**inputs, lazy=True)
-    assert all(torch.equal(a, b) for a, b in zip(lazy, said, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(lazy, logits, strict=True))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "t5", "bert"])
-def test_the_lens_reads_states_as_the_head_would(name: str) -> None:
-    """By hand: the final norm, T5's scale, the head, Gemma's cap."""
+def test_logit_lens_applies_norm_and_head(name: str) -> None:
+    """By hand: the final norm, T5's scale, the head, Gemma's soft cap."""
     model = hot(build(name)).double()
-    inputs = given(model)
+    inputs = example_inputs(model)
     _, kept = model.run_with_cache(**inputs, names=f"{layers(model)}.0")
     x = kept[f"{layers(model)}.0"]
     with torch.no_grad():
         if name == "t5":
-            said = model.head(model.decoder.norm(x) * model.config.dim**-0.5)
+            logits = model.head(model.decoder.norm(x) * model.config.dim**-0.5)
         else:
-            said = model.head(x if name == "bert" else model.norm(x))
+            logits = model.head(x if name == "bert" else model.norm(x))
         if name == "gemma2":
-            said = (said / model.config.logit_cap).tanh() * model.config.logit_cap
+            logits = (logits / model.config.logit_cap).tanh() * model.config.logit_cap
     assert model.config.tied or name == "llama"
-    torch.testing.assert_close(model.logit_lens(**inputs)[1], said, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.logit_lens(**inputs)[1], logits, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -649,27 +651,27 @@ def test_the_lens_reads_states_as_the_head_would(name: str) -> None:
         ("gpt2", {"head": "sequence_classification"}, 0),
     ],
 )
-def test_the_lens_on_odd_models(name: str, changes: dict[str, Any], more: int) -> None:
-    """Blocks that run again, a convolution between them, heads that say several things."""
+def test_logit_lens_of_unusual_models(name: str, changes: dict[str, Any], more: int) -> None:
+    """Repeated blocks, a convolution between blocks, heads with several outputs."""
     model = hot(build(name, **changes))
-    inputs = given(model)
+    inputs = example_inputs(model)
     with torch.no_grad():
         out = model(**inputs)
-    said = model.logit_lens(**inputs)
-    assert same(tuple(x[-1] for x in flat(said)), tuple(flat(out)))
-    assert type(said) is type(out)
-    assert len(flat(said)[0]) == model.config.layers + more + 1
+    logits = model.logit_lens(**inputs)
+    assert same(tuple(x[-1] for x in flat(logits)), tuple(flat(out)))
+    assert type(logits) is type(out)
+    assert len(flat(logits)[0]) == model.config.layers + more + 1
 
 
-def test_the_lens_sees_patches() -> None:
+def test_logit_lens_sees_patches() -> None:
     model = hot(build("gpt2"))
-    inputs = given(model)
+    inputs = example_inputs(model)
     with torch.no_grad(), model.patch({"blocks.0.attn": torch.zeros_like}):
         assert torch.equal(model.logit_lens(**inputs)[-1], model(**inputs))
 
 
-def test_the_lens_needs_a_head_and_a_whole_text() -> None:
-    with pytest.raises(UsageError, match="'none' says nothing of its states"):
+def test_logit_lens_needs_a_head_and_a_whole_text() -> None:
+    with pytest.raises(UsageError, match="'none' has no logits"):
         build("gpt2", head="none").logit_lens(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(UsageError, match="no cache"):
         build("gpt2").logit_lens(torch.zeros(1, 2, dtype=torch.int64), cache=zoo.Cache(4))
@@ -679,27 +681,27 @@ def test_the_lens_needs_a_head_and_a_whole_text() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """In half the steps that it takes by itself."""
-    found = induction.main(["--steps", "300"])
-    heads = found.induction.shape[1]
-    assert found.induction[1].max() > 10 * found.chance
-    assert found.before[0].max() > 5 * found.chance
-    assert found.induction[0].max() < 5 * found.chance
-    assert found.groups["induction"] and all(layer == 1 for layer, _ in found.groups["induction"])
-    assert sum(map(len, found.groups.values())) == 2 * heads
+def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """In half the steps of the script's default."""
+    result = induction.main(["--steps", "300"])
+    heads = result.induction.shape[1]
+    assert result.induction[1].max() > 10 * result.chance
+    assert result.before[0].max() > 5 * result.chance
+    assert result.induction[0].max() < 5 * result.chance
+    assert result.groups["induction"] and all(layer == 1 for layer, _ in result.groups["induction"])
+    assert sum(map(len, result.groups.values())) == 2 * heads
     chance = math.log(induction.VOCAB)
-    assert found.plain < chance / 2 < found.lens[1]
-    assert found.lens[-1] == found.plain
+    assert result.plain < chance / 2 < result.lens[1]
+    assert result.lens[-1] == result.plain
     for way in ("zero", "mean"):
-        assert found.without["induction", way] > found.plain + 1.5
-        assert found.without["previous token", way] > found.plain + 1.5
-    assert found.recovered[1].max() > 0.15 > found.recovered[0].max()
+        assert result.without["induction", way] > result.plain + 1.5
+        assert result.without["previous token", way] > result.plain + 1.5
+    assert result.recovered[1].max() > 0.15 > result.recovered[0].max()
     assert "loss without heads" in capsys.readouterr().out
 
 
 def test_the_document_quotes_the_example(root: Path) -> None:
-    """What it cites of the code is what stands there."""
+    """The document's code is that of the example."""
     text = (root / "docs/looking-inside.md").read_text(encoding="utf-8")
     code = (root / "examples/induction.py").read_text(encoding="utf-8")
     lines = {line.strip() for line in code.splitlines()}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import zoo
 from zoo.components.cache import Cache
-from zoo.prepared.prepare import last_only
+from zoo.prepared.last_only import last_only
 
 Ways = dict[str, Iterator[float]]  # who -> seconds of a turn, for ever
 RUNS = {  # label: checkpoint, dtype, tokens of a long prompt

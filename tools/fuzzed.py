@@ -35,7 +35,7 @@ from converters.formats.tf_bundle import TFBundleReader
 from converters.opening import open_checkpoint
 from converters.quantized.blocks import KINDS, WRITTEN
 from zoo.errors import ZooError
-from zoo.tokenizers.llama2c import model_of
+from zoo.tokenizers.llama2c import sentencepiece_model
 
 Files = Mapping[str, bytes]
 
@@ -379,7 +379,7 @@ def pieces(kind: int) -> list[tuple[str, float, int]]:
 
 def spm(kind: int, table: bytes = b"") -> bytes:
     """A model's file, with a table by which characters are replaced."""
-    data = model_of(pieces(kind), falls_back=kind == 2)
+    data = sentencepiece_model(pieces(kind), falls_back=kind == 2)
     if kind == 1:
         data += bundles.part(2, bundles.number(3, kind))
     return data + bundles.part(3, bundles.part(2, table)) if table else data

@@ -139,7 +139,9 @@ def test_an_assistant_of_another_vocabulary_is_refused(
     zoo.save(build("llama", vocab=7), tmp_path / "sized")
     assert main([*asked, "--assistant", str(tmp_path / "sized")]) == 2
     error = capsys.readouterr().err
-    assert f"--assistant {tmp_path / 'sized'}: 7 tokens, and the model has" in error
+    assert (
+        f"--assistant {tmp_path / 'sized'}: expected a vocabulary of {len(LETTERS)} tokens" in error
+    )
     zoo.save(build("gpt2", vocab=len(LETTERS)), tmp_path / "worded")
     CharTokenizer.of(LETTERS.replace("b", "ß")).save(tmp_path / "worded")
     assert main([*asked, "--assistant", str(tmp_path / "worded")]) == 2
@@ -157,7 +159,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
 ) -> None:
     for command in (["generate", "nothing", "abc"], ["chat", "nothing"]):
         assert main([*command, "--top-p", "7"]) == 2
-        assert "--top-p: above 0" in capsys.readouterr().err
+        assert "--top-p 7.0: must be > 0 and ≤ 1" in capsys.readouterr().err
         assert main(command) == 2
         assert "nothing" in capsys.readouterr().err
 
@@ -291,7 +293,7 @@ def test_models_and_options_without_a_dialogue_are_refused(model: Any, tmp_path:
         Dialogue(build("t5"))
     with pytest.raises(UsageError, match="bert is an encoder"):
         Dialogue(build("bert"))
-    with pytest.raises(UsageError, match="'none' writes no text"):
+    with pytest.raises(UsageError, match="'none' cannot generate text"):
         Dialogue(build("gpt2", head="none"))
     with pytest.raises(InputError, match="No such file or directory"):
         Dialogue(model).save(str(tmp_path / "nowhere" / "x"))

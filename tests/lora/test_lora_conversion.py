@@ -1,4 +1,4 @@
-"""`zoo convert --adapter`: each tensor with what the adapter adds to it, as it is read."""
+"""`zoo convert --adapter`: the adapter is merged into each tensor while converting."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from converters.manifest import NAME, check
 from zoo.cli.app import main
 from zoo.errors import NotACheckpoint, PlanError, UsageError
 from zoo.lora.files import Factors
-from zoo.lora.merging import Low, Merged, Part, product
-from zoo.lora.places import Place
+from zoo.lora.merging import FactorSlice, LowRankUpdate, Merged, product
+from zoo.lora.targets import TargetMatrix
 from zoo.parity.reference import Reference
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +38,14 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("key", ADAPTED)
 @torch.no_grad()
-def test_converted_is_merged_and_saved(key: str, tmp_path: Path) -> None:
+def test_converting_an_adapter_equals_merging_and_saving(key: str, tmp_path: Path) -> None:
     made = Made(tmp_path, key)
     zoo.convert(made.base, tmp_path / "hf", adapter=made.adapter, memory=1, threads=1)
     zoo.load(made.base, adapter=made.adapter, merge=True).save_pretrained(tmp_path / "saved")
     assert same(tmp_path / "hf", tmp_path / "saved")
     wanted = tensors(made.merged)
     assert all(distance(x, wanted[n]) < 1e-14 for n, x in tensors(tmp_path / "hf").items())
-    # by way of native files, before the adapter and behind it
+    # through native files, before and after the adapter
     zoo.convert(made.base, tmp_path / "native", to="native")
     zoo.convert(tmp_path / "native", tmp_path / "hf2", adapter=made.adapter)
     assert same(tmp_path / "hf2", tmp_path / "hf")
@@ -56,18 +56,18 @@ def test_converted_is_merged_and_saved(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["meta", "gguf"])
 @torch.no_grad()
 def test_from_and_to_other_dialects(to: str, tmp_path: Path) -> None:
-    """Factors are named by the reference, whatever the base is named by."""
+    """Factors have the reference's names, whatever dialect the base has."""
     made = Made(tmp_path, "llama/multi-head", ends=("q_proj", "down_proj"), dtype=torch.float32)
     kept: dict[str, Any] = {"to": to}
     zoo.convert(made.base, tmp_path / "first", **kept)
     zoo.convert(tmp_path / "first", tmp_path / "then", adapter=made.adapter, **kept)
     zoo.convert(made.base, tmp_path / "at-once", adapter=made.adapter, **kept)
-    held = {
+    files = {
         name: [p.read_bytes() for p in (tmp_path / name).iterdir() if p.suffix in (".pth", ".gguf")]
         for name in ("first", "then", "at-once")
     }
-    assert held["then"] == held["at-once"] != held["first"]
-    assert len(held["then"]) == 1
+    assert files["then"] == files["at-once"] != files["first"]
+    assert len(files["then"]) == 1
 
 
 def test_the_manifest_names_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,20 +76,21 @@ def test_the_manifest_names_the_adapter(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*asked, "--dry-run"]) == 0
     assert "changed by the adapter: 12 tensors" in capsys.readouterr().out
     assert main([*asked, "--out", str(out), "--quiet"]) == 0
-    said = json.loads((out / NAME).read_bytes())
+    manifest = json.loads((out / NAME).read_bytes())
     files = ("adapter_config.json", "adapter_model.safetensors")
-    assert {name: said["sources"][name]["sha256"] for name in files} == said["adapter"]
-    rules = {n: t["rule"] for n, t in said["files"]["model.safetensors"]["tensors"].items()}
+    assert {name: manifest["sources"][name]["sha256"] for name in files} == manifest["adapter"]
+    rules = {n: t["rule"] for n, t in manifest["files"]["model.safetensors"]["tensors"].items()}
     changed = {name for name, rule in rules.items() if rule.endswith(" + the adapter")}
     assert changed == {n for n in rules if any(f"{end}." in n for end in ADAPTED["llama/base"])}
     assert main(["check", str(out)]) == 0
     assert (
-        f"adapter_model.safetensors, sha256 {said['adapter'][files[1]]}" in capsys.readouterr().out
+        f"adapter_model.safetensors, sha256 {manifest['adapter'][files[1]]}"
+        in capsys.readouterr().out
     )
 
-    held = bytearray((out / "model.safetensors").read_bytes())
-    held[-1] ^= 1
-    (out / "model.safetensors").write_bytes(held)
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
     assert len(list(check(out))) == 1
 
 
@@ -110,7 +111,7 @@ print(seen[-1]["resumed"], any(event["event"] == "anew" for event in seen))
 """
 
 
-def test_killed_it_goes_on_unless_the_adapter_is_another(tmp_path: Path) -> None:
+def test_a_killed_conversion_resumes_with_the_same_adapter_only(tmp_path: Path) -> None:
     made, out = Made(tmp_path, "llama/base"), tmp_path / "out"
 
     def convert(at: int) -> subprocess.CompletedProcess[str]:
@@ -121,9 +122,9 @@ def test_killed_it_goes_on_unless_the_adapter_is_another(tmp_path: Path) -> None
 
     assert convert(9).returncode == -signal.SIGKILL
     assert not out.exists()
-    resumed, anew = convert(0).stdout.split()
+    resumed, restarted = convert(0).stdout.split()
     assert int(resumed) > 0
-    assert anew == "False"
+    assert restarted == "False"
     zoo.convert(made.base, tmp_path / "whole", adapter=made.adapter)
     assert (out / NAME).read_bytes() == (tmp_path / "whole" / NAME).read_bytes()
 
@@ -136,7 +137,7 @@ def test_killed_it_goes_on_unless_the_adapter_is_another(tmp_path: Path) -> None
     assert not same(out, tmp_path / "whole")
 
 
-def test_parts(tmp_path: Path) -> None:
+def test_conversion_in_parts_gives_the_same_bytes(tmp_path: Path) -> None:
     made = Made(tmp_path, "llama/base")
     kept: dict[str, Any] = {"adapter": made.adapter, "max_shard_size": 300_000}
     for part in ("2/2", "1/2"):
@@ -154,22 +155,22 @@ def test_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("embedding", [False, True])
-def test_no_more_is_made_than_is_looked_at(embedding: bool) -> None:
-    """Whole, this one would be 160 GB."""
+def test_only_the_requested_part_of_an_update_is_computed(embedding: bool) -> None:
+    """The whole matrix would be 160 GB."""
     size = 200_000
     a, b = torch.randn(2, size), torch.randn(size, 2)
     every = torch.arange(size)
-    part = Part(Place("x", None, (0, every), (1, every)), every, every)
+    part = FactorSlice(TargetMatrix("x", None, (0, every), (1, every)), every, every)
     array = Decoded((size, size), torch.float32, lambda rows, columns: torch.ones(1, 1))
-    merged = Merged(array, [Low(part, Factors(a, b, 0.5, embedding))])
-    found = merged.matrix(slice(150_001, 150_004), slice(7, 900))
+    merged = Merged(array, [LowRankUpdate(part, Factors(a, b, 0.5, embedding))])
+    part = merged.matrix(slice(150_001, 150_004), slice(7, 900))
     rows, columns = (a.mT, b.mT) if embedding else (b, a)
     wanted = 1 + rows[150_001:150_004] @ columns[:, 7:900] * 0.5
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(part, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["in order", "turned", "one in three"])
-def test_a_product_in_tiles(order: str) -> None:
+def test_tiles_have_the_bits_of_the_whole_product(order: str) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(5, 1009).double(), torch.randn(211, 5).double()
     rows, columns = torch.arange(3, 200), torch.arange(11, 1000)
@@ -187,26 +188,28 @@ def test_a_product_in_tiles(order: str) -> None:
 
 
 def classifier(made: Made, labels: int, task: str | None = "SEQ_CLS", **changes: Any) -> Tensor:
-    """The adapter with a head of its own, as peft saves modules_to_save."""
+    """The adapter with its own head, as peft saves modules_to_save."""
     place, config = (made.adapter / n for n in ("adapter_model.safetensors", "adapter_config.json"))
     dim = json.loads((made.base / "config.json").read_text())["hidden_size"]
     score = torch.randn(labels, dim, generator=torch.Generator().manual_seed(1)).double()
     save_file({**load_file(place), "base_model.model.score.weight": score}, place, {"format": "pt"})
-    said = {**json.loads(config.read_text()), "task_type": task, "modules_to_save": ["score"]}
-    config.write_text(json.dumps({**said, **changes}))
+    fields = {**json.loads(config.read_text()), "task_type": task, "modules_to_save": ["score"]}
+    config.write_text(json.dumps({**fields, **changes}))
     return score
 
 
 @pytest.mark.parametrize("labels", [2, 5])
 @torch.no_grad()
-def test_a_head_that_the_base_lacks(labels: int, tmp_path: Path) -> None:
+def test_an_adapter_brings_a_head_that_the_base_lacks(labels: int, tmp_path: Path) -> None:
     made = Made(tmp_path, "llama/base")
     score = classifier(made, labels)
-    held = {n: x for n, x in tensors(made.merged).items() if n != "lm_head.weight"}
+    merged = {n: x for n, x in tensors(made.merged).items() if n != "lm_head.weight"}
     config = json.loads((made.merged / "config.json").read_text())
     config |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
     config["id2label"] = {str(n): f"LABEL_{n}" for n in range(labels)}
-    save_file({**held, "score.weight": score}, made.merged / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**merged, "score.weight": score}, made.merged / "model.safetensors", {"format": "pt"}
+    )
     (made.merged / "config.json").write_text(json.dumps(config))
     reference = Reference(made.merged, "LlamaForSequenceClassification", torch.float64, lifted=True)
     ids = torch.arange(3, 14)[None]
@@ -219,13 +222,13 @@ def test_a_head_that_the_base_lacks(labels: int, tmp_path: Path) -> None:
     assert distance(model.merge_adapter()(ids), wanted) < FP64
     zoo.convert(made.base, tmp_path / "out", adapter=made.adapter)
     assert distance(zoo.load(tmp_path / "out")(ids), wanted) < FP64
-    said = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert said["architectures"] == ["LlamaForSequenceClassification"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
     again = Reference(
         tmp_path / "out", "LlamaForSequenceClassification", torch.float64, lifted=True
     )
     assert distance(next(iter(again({"input_ids": ids}).values())).detach(), wanted) < FP64
-    # onto a classifier of other labels
+    # on a classifier with another number of labels
     zoo.convert(tmp_path / "out", tmp_path / "native", to="native")
     for base in (tmp_path / "native", tmp_path / "out"):
         other = Made(tmp_path / base.name / "x", "llama/base")
@@ -233,7 +236,7 @@ def test_a_head_that_the_base_lacks(labels: int, tmp_path: Path) -> None:
         assert zoo.load(base, adapter=other.adapter)(ids).shape == (1, 7)
 
 
-def test_heads_that_are_not_brought_are_said(tmp_path: Path) -> None:
+def test_missing_heads_are_reported(tmp_path: Path) -> None:
     made = Made(tmp_path, "llama/base")
     classifier(made, 5, None)
     with pytest.raises(PlanError, match=r"score.weight: .* another head than lm: pass head="):
@@ -257,7 +260,7 @@ def test_heads_that_are_not_brought_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("key", "to"), [("gpt2/base", "native"), ("llama/base", "gguf")])
 @torch.no_grad()
 def test_whole_arrays_on_bases_of_other_names(key: str, to: str, tmp_path: Path) -> None:
-    """Biases and norms that were trained are of the base, whatever it calls them."""
+    """Trained biases and norms are mapped to the base's names."""
     ends = ADAPTED[key][:1]
     made = Made(tmp_path, key, ends=ends, dtype=torch.float32, bias="all")
     place, base = made.adapter / "adapter_model.safetensors", tensors(made.base)
@@ -274,7 +277,7 @@ def test_whole_arrays_on_bases_of_other_names(key: str, to: str, tmp_path: Path)
             assert (tmp_path / "other" / path.name).read_bytes() != path.read_bytes()
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_alone_is_refused_as_a_model(tmp_path: Path) -> None:
     made = Made(tmp_path, "llama/base")
     with pytest.raises(NotACheckpoint, match=r"an adapter, .* adapter="):
         zoo.load(made.adapter)

@@ -1,4 +1,4 @@
-"""Prepared models compute what they did, within the error that their dtype makes anyway."""
+"""Prepared models compute the same function, within the error of their dtype."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,12 +18,14 @@ import zoo
 from zoo import registry
 from zoo.checkpoints.sentences import Pooling, SentenceModel
 from zoo.components.cache import Cache
+from zoo.components.heads import LOGITS
 from zoo.errors import MissingDependency, UsageError
-from zoo.prepared import prepare
+from zoo.prepared import packed
+from zoo.prepared.last_only import last_only
 from zoo.text.inference import headless
 
 TOKENS = 33
-# a row's first part has to hold a real token, and one of these stands behind nine of padding
+# a row's first part needs a real token, and one row begins with nine tokens of padding
 SPLITS = ([20, 13], [10] + [1] * 23, [10, 1, 1, 5, 16])
 FIRST = [(name, next(iter(variants))) for name, variants in registry.variants().items()]
 OTHERS = [(name, v) for name, (_, *later) in registry.variants().items() for v in later]
@@ -34,7 +36,7 @@ Hot = Callable[[str, str], Path]
 
 @pytest.fixture(scope="session")
 def hot(made: Hot) -> Hot:
-    """A variant as the reference saves it, every parameter redrawn."""
+    """A variant as the reference saves it, with random parameters."""
     return made
 
 
@@ -48,21 +50,21 @@ def masks(rows: int) -> Iterator[Tensor | None]:
 
 @torch.no_grad()
 def outputs(model: Any, ids: Tensor) -> Iterator[Tensor]:
-    """At all real tokens: whole, and through a cache in parts."""
+    """Outputs at all real tokens: at once, and in parts through a cache."""
     accepts = signature(type(model).forward).parameters
     for mask in masks(len(ids)):
         real = torch.ones_like(ids).bool() if mask is None else mask.bool()
         for out in run(model, ids, mask):
             places = out.ndim > 1 and out.shape[1] == TOKENS
             yield (out[real] if places else out).double().flatten()
-        if "cache" not in accepts or model.config.head not in ("none", *prepare.LOGITS):
+        if "cache" not in accepts or model.config.head not in ("none", *LOGITS):
             continue
         if (model.config.limit_cached or TOKENS) < TOKENS:
             continue
         for split in SPLITS:
             past, parts = Cache(TOKENS), []
-            given = (None,) * len(split) if mask is None else mask.split(split, 1)
-            for part, its_mask in zip(ids.split(split, 1), given, strict=True):
+            mask_parts = (None,) * len(split) if mask is None else mask.split(split, 1)
+            for part, its_mask in zip(ids.split(split, 1), mask_parts, strict=True):
                 if "decoder_input_ids" in accepts:
                     parts.append(model(ids, mask, part, its_mask, cache=past))
                 else:
@@ -76,7 +78,7 @@ def ids_for(model: Any, rows: int = 4) -> Tensor:
 
 
 def enough_for(model: Any) -> Tensor:
-    """Ratios of errors need many numbers, and some heads give few a row."""
+    """More rows for heads with few outputs: ratios of errors need many numbers."""
     ids = ids_for(model)
     few = min(x.numel() for x in outputs(model, ids)) < 1000
     return ids_for(model, 256) if few else ids
@@ -87,12 +89,12 @@ def error(model: Any, truth: list[Tensor], ids: Tensor) -> float:
     return torch.stack(squares).mean().sqrt().item()
 
 
-# Sums in another order: over 101 variants the ratio of errors was 1.2 at most.
+# sums have another order: over 101 variants the ratio of errors was 1.2 at most
 FLOOR = 1.5
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
-def test_no_further_from_the_truth(name: str, variant: str, hot: Hot) -> None:
+def test_prepared_is_as_exact_as_plain(name: str, variant: str, hot: Hot) -> None:
     place = hot(name, variant)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         plain = zoo.load(place, dtype=dtype)
@@ -108,7 +110,7 @@ def test_no_further_from_the_truth(name: str, variant: str, hot: Hot) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_int8_says_what_it_loses(name: str) -> None:
+def test_int8_reports_its_loss(name: str) -> None:
     model = build(name).eval()
     ids = ids_for(model)[:2, :16]
     with torch.no_grad():
@@ -120,14 +122,14 @@ def test_int8_says_what_it_loses(name: str) -> None:
     assert loss.tokens == ids.numel()
     apart = ((after - before).abs() / before.square().mean().sqrt()).max().item()
     assert loss.worst == pytest.approx(apart, rel=1e-6) or loss.worst > apart
-    assert (loss.kl is not None) == (model.config.head in prepare.LOGITS)
+    assert (loss.kl is not None) == (model.config.head in LOGITS)
 
 
-def test_what_loses_nothing_reports_no_loss() -> None:
+def test_lossless_preparation_reports_no_loss() -> None:
     assert zoo.prepare(build("gpt2")).prepared.loss is None
 
 
-def test_changed_in_place_and_every_linear_layer_goes() -> None:
+def test_every_linear_layer_is_replaced_in_place() -> None:
     model = build("llama")
     before = [weakref.ref(p) for p in model.parameters()]
     assert zoo.prepare(model) is model
@@ -138,11 +140,11 @@ def test_changed_in_place_and_every_linear_layer_goes() -> None:
     }
     assert not any(p.requires_grad for p in left.values())
     assert not any(isinstance(part, torch.nn.Linear) for part in model.modules())
-    assert not any(p() is not None for p in before)  # no second copy stays
+    assert not any(p() is not None for p in before)  # no second copy of the weights stays
 
 
 def test_without_onednn_weights_are_fused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "has_onednn", lambda dtype: False)
+    monkeypatch.setattr(packed, "has_onednn", lambda dtype: False)
     model, ids = build("llama").eval(), torch.arange(20).view(2, 10)
     with torch.no_grad():
         before = model(ids)
@@ -168,7 +170,9 @@ def test_without_onednn_weights_are_fused_all_the_same(monkeypatch: pytest.Monke
         lambda m, place: m.load_state_dict({}),
     ],
 )
-def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+def test_training_saving_and_copying_are_refused(
+    use: Callable[[Any, Path], Any], tmp_path: Path
+) -> None:
     model = zoo.prepare(build("gpt2"))
     with pytest.raises(UsageError, match="prepared"):
         use(model, tmp_path / "out")
@@ -177,7 +181,7 @@ def test_what_it_cannot_do_is_refused(use: Callable[[Any, Path], Any], tmp_path:
     assert all(p.dtype is torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 
-def test_a_sentence_model_and_the_model_in_it(tmp_path: Path) -> None:
+def test_a_sentence_model_is_prepared_with_its_inner_model(tmp_path: Path) -> None:
     model = SentenceModel(
         build("bert", head="none"), [Pooling(("mean_tokens",))], ["1_Pooling"]
     ).eval()
@@ -191,27 +195,27 @@ def test_a_sentence_model_and_the_model_in_it(tmp_path: Path) -> None:
                 use(one)
 
 
-def test_what_changes_nothing_is_allowed() -> None:
+def test_calls_without_effect_are_allowed() -> None:
     model = zoo.prepare(build("gpt2"))
     assert model.eval().float().to("cpu").requires_grad_(False) is model
 
 
-def test_gradients_are_refused_and_not_left_out() -> None:
+def test_gradients_are_refused() -> None:
     model = zoo.prepare(build("llama"))
     model.embed.weight.requires_grad = True
     with pytest.raises(UsageError, match="no gradients"):
         model(torch.ones(1, 4, dtype=torch.long))
 
 
-def test_meta_and_strangers_are_refused() -> None:
+def test_meta_models_and_other_modules_are_refused() -> None:
     with torch.device("meta"):
         model = build("gpt2")
-    for odd in (model, torch.nn.Linear(2, 2), None):
+    for value in (model, torch.nn.Linear(2, 2), None):
         with pytest.raises(UsageError):
-            zoo.prepare(odd)
+            zoo.prepare(value)
 
 
-def test_no_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cpp_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder, exc
 
     def none() -> None:
@@ -231,7 +235,7 @@ def test_no_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_last_only(name: str, fast: bool) -> None:
     model = build(name).eval()
-    if model.config.head not in prepare.LOGITS:
+    if model.config.head not in LOGITS:
         with pytest.raises(UsageError, match="last_only"):
             zoo.prepare(model, last_only=True)
         assert not model.is_prepared
@@ -246,7 +250,7 @@ def test_last_only(name: str, fast: bool) -> None:
                 TOKENS - 1 if mask is None else int(row.nonzero().max())
                 for row in masked(mask, ids)
             ]
-            with prepare.last_only(model):
+            with last_only(model):
                 (out,) = run(model, ids, mask)
             torch.testing.assert_close(out[:, 0], whole[torch.arange(len(ids)), last])
             assert run(model, ids, mask)[0].shape == whole.shape
@@ -256,7 +260,7 @@ def masked(mask: Tensor | None, ids: Tensor) -> Tensor:
     return torch.ones_like(ids) if mask is None else mask
 
 
-def test_last_only_for_good() -> None:
+def test_prepared_with_last_only() -> None:
     model, ids = build("gpt2").eval(), torch.arange(20).view(2, 10)
     with torch.no_grad():
         whole = model(ids)
@@ -266,18 +270,18 @@ def test_last_only_for_good() -> None:
         mask = torch.ones_like(ids)
         model(ids[:, :6], mask[:, :6], cache=past)
         torch.testing.assert_close(model(ids[:, 6:], mask, cache=past), whole[:, -1:])
-        with prepare.last_only(model):
+        with last_only(model):
             torch.testing.assert_close(model(ids), whole[:, -1:])
 
 
-def test_what_another_thread_reads_is_not_cut() -> None:
+def test_last_only_does_not_affect_other_threads() -> None:
     model, ids = zoo.prepare(build("gpt2"), last_only=True), torch.arange(20).view(2, 10)
     first, second = torch.ones_like(ids), torch.ones_like(ids)
     first[:, 4:] = 0
     want = [model(ids, mask) for mask in (first, second)]
     inner: list[Tensor] = []
 
-    def meanwhile(*_: Any) -> None:  # between the mask of one and its head
+    def meanwhile(*_: Any) -> None:  # between the note of the mask and the head
         hook.remove()
         inner.append(ThreadPoolExecutor(1).submit(model, ids, second).result())
 
@@ -286,7 +290,7 @@ def test_what_another_thread_reads_is_not_cut() -> None:
     torch.testing.assert_close(inner[0], want[1])
 
 
-def test_a_prepared_model_reads_texts_as_it_was() -> None:
+def test_a_prepared_model_scores_and_embeds_like_before() -> None:
     plain, fast = build("gpt2").eval(), zoo.prepare(build("gpt2"))
     ids = ids_for(plain, 1)[0]
     assert zoo.perplexity(fast, ids, window=16).nll == pytest.approx(
@@ -298,7 +302,7 @@ def test_a_prepared_model_reads_texts_as_it_was() -> None:
     assert fast(ids[None]).shape[-1] == plain.config.vocab
 
 
-def test_who_wants_every_place_is_not_given_the_last() -> None:
+def test_perplexity_with_last_only_is_refused() -> None:
     last, other = zoo.prepare(build("gpt2"), last_only=True), build("gpt2").eval()
     ids = ids_for(other, 1)[:, :9]
     with pytest.raises(UsageError, match="last_only=True"):
@@ -316,7 +320,7 @@ def test_who_wants_every_place_is_not_given_the_last() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> None:
-    """One graph for the prompt, one for every token after it, in a second dialogue too."""
+    """One graph for the prompt and one for every later token, in a second dialogue too."""
     torch._dynamo.reset()
     counters.clear()
     model = build(name).eval()
@@ -336,14 +340,14 @@ def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> No
     assert not counters["graph_break"]
 
 
-# torch's own compiler uses what torch has deprecated
+# torch.compile itself uses deprecated functions
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "int8"), [("gpt2", False), ("llama", False), ("llama", True)])
-def test_prepared_and_compiled(
+def test_prepared_and_compiled_agree(
     name: str, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # what another process is writing would be read half done
+    # a cache shared with other processes could be read half-written
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     counters.clear()
@@ -364,6 +368,6 @@ def test_prepared_and_compiled(
     assert counters["stats"]["unique_graphs"] == 2
     with (
         pytest.raises(UsageError, match="compiled"),
-        prepare.last_only(zoo.prepare(build(name), compile=True)),
+        last_only(zoo.prepare(build(name), compile=True)),
     ):
         pass

@@ -1,4 +1,4 @@
-"""generation_config.json against the reference: `generate(ids)` with no options on both sides."""
+"""Defaults of generation_config.json: `generate(ids)` without options matches the reference."""
 
 import json
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from zoo.cli.chat import Dialogue
 from zoo.errors import ConfigError, SequenceTooLong, TokenIdError, UsageError, ZooError
 from zoo.parity.fixtures import hot_checkpoint
 from zoo.parity.reference import Reference
-from zoo.text.generate import asked_of
 from zoo.text.generation_config import NOT_IMPLEMENTED, defaults_of
+from zoo.text.options import resolve_options
 from zoo.tokenizers import CharTokenizer
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzAU:.\n"
 
 
 class Pair:
-    """A model and the reference's, of one directory whose generation_config.json changes."""
+    """A model and the reference, of one directory whose generation_config.json changes."""
 
     def __init__(self, place: Path, name: str) -> None:
         entry = registry.architectures()[name]
@@ -60,14 +60,14 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def fields_of(this: Pair) -> Iterator[dict[str, Any]]:
-    """Each field that greedy and beam search read, with tokens that do come."""
+    """Each field that greedy and beam search read, with tokens that are generated."""
     (a, b, c, d, *_), other = this.free[0], this.free[1][5]
     new: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 1}
     yield {}
     yield {"max_length": 15}
     yield {"max_length": 12, "max_new_tokens": 9}
     yield {"eos_token_id": c, "pad_token_id": 2}
-    yield {"eos_token_id": [other, d]}  # padding is the first of them
+    yield {"eos_token_id": [other, d]}  # rows are padded with the first
     yield {**new, "eos_token_id": c, "min_length": 13}
     yield {**new, "eos_token_id": c, "min_new_tokens": 6}
     yield {**new, "eos_token_id": c, "min_length": 40, "min_new_tokens": 4}
@@ -89,7 +89,7 @@ def fields_of(this: Pair) -> Iterator[dict[str, Any]]:
     yield {**new, "num_beams": 3, "no_repeat_ngram_size": 1, "renormalize_logits": True}
     yield {**new, "num_beams": 3, "eos_token_id": c, "min_new_tokens": 5, "suppress_tokens": [a]}
     yield {**new, "num_beams": 2, "forced_eos_token_id": 9, "eos_token_id": [9]}
-    # what samples alone do not count without do_sample, nor do beams' alone without beams
+    # fields of sampling have no effect without do_sample, nor those of beams without beams
     yield {**new, "temperature": 0.0, "top_k": 3, "top_p": 0.5, "typical_p": 0.2}
     yield {**new, "do_sample": False, "length_penalty": 3.0, "early_stopping": True}
     yield {**new, "use_cache": False, "transformers_version": "4.1", "chat_format": "x"}
@@ -98,12 +98,12 @@ def fields_of(this: Pair) -> Iterator[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", range(29))
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_generate_without_options_gives_the_references_ids(
+def test_generate_without_options_matches_the_reference(
     name: str, number: int, request: pytest.FixtureRequest
 ) -> None:
     this: Pair = request.getfixturevalue(name)
     fields = list(fields_of(this))[number]
-    if name == "t5":  # saved with its config; without it the reference has nothing to begin with
+    if name == "t5":  # without it the reference has no decoder start token
         fields = {"decoder_start_token_id": 4, "pad_token_id": 1, **fields}
         fields |= {"use_cache": False}
     assert this.written(fields).tolist() == this.wanted(fields).tolist()
@@ -115,7 +115,7 @@ def test_every_case_is_compared_and_changes_the_output(gpt2: Pair) -> None:
     assert len(cases) == 29
     plain = gpt2.written({"max_new_tokens": 12, "pad_token_id": 1}).tolist()
     for fields in cases[3:-3]:
-        if "forced_bos_token_id" not in fields:  # after a single token alone
+        if "forced_bos_token_id" not in fields:  # it needs a prompt of one token
             assert gpt2.written(fields).tolist() != plain, fields
 
 
@@ -124,9 +124,9 @@ def test_every_case_is_compared_and_changes_the_output(gpt2: Pair) -> None:
 def test_forced_first_token_of_a_one_token_prompt(gpt2: Pair, more: dict[str, Any]) -> None:
     fields = {"max_new_tokens": 5, "pad_token_id": 1, "forced_bos_token_id": 9, **more}
     ids = gpt2.ids[:, :1]
-    found = gpt2.written(fields, ids)
-    assert found.tolist() == gpt2.wanted(fields, ids).tolist()
-    assert (found[:, 1] == 9).all()
+    written = gpt2.written(fields, ids)
+    assert written.tolist() == gpt2.wanted(fields, ids).tolist()
+    assert (written[:, 1] == 9).all()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -146,7 +146,7 @@ def test_arguments_override_what_the_file_sets(gpt2: Pair, options: dict[str, An
     fields = {"max_length": 15, "num_beams": 2, "repetition_penalty": 1.6, "pad_token_id": 1}
     fields["suppress_tokens"] = gpt2.free[0][:2]
     assert gpt2.written(fields, **options).tolist() == gpt2.wanted(fields, **options).tolist()
-    assert asked_of(gpt2.model, {"max_length": 9})[0].most(gpt2.model, gpt2.ids) == 2
+    assert resolve_options(gpt2.model, {"max_length": 9})[0].max_new(gpt2.model, gpt2.ids) == 2
 
 
 def test_a_length_as_an_argument_overrides_any_in_the_file(gpt2: Pair) -> None:
@@ -173,39 +173,39 @@ def test_a_length_as_an_argument_overrides_any_in_the_file(gpt2: Pair) -> None:
     ids=str,
 )
 def test_samples_follow_the_references_distribution(gpt2: Pair, sampling: dict[str, Any]) -> None:
-    """Each side's random numbers are its own: what they are drawn from is compared."""
+    """Random numbers differ, so the distributions are compared."""
     fields = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 1, **sampling}
     want = gpt2.wanted(fields, output_scores=True, return_dict_in_generate=True).scores[0]
-    asked, bounds = asked_of(gpt2.model, {})
+    asked, bounds = resolve_options(gpt2.model, {})
     assert asked.sampled
     rules = asked.constraints(gpt2.model, gpt2.ids, 1, bounds)
     with torch.no_grad():
         logits = gpt2.model(gpt2.ids)[:, -1].float()
-    found = asked.sampling.warped(rules.apply(logits, gpt2.ids.tolist(), 0))
-    torch.testing.assert_close(found.softmax(-1), want.softmax(-1), rtol=0, atol=1e-6)
+    warped = asked.sampling.warp(rules.apply(logits, gpt2.ids.tolist(), 0))
+    torch.testing.assert_close(warped.softmax(-1), want.softmax(-1), rtol=0, atol=1e-6)
     assert gpt2.written(fields, seed=3).tolist() == gpt2.written(fields, seed=3).tolist()
     if "top_k" not in sampling and sampling.keys() <= {"temperature"}:
-        assert found.isfinite().sum(dim=1).tolist() == [50, 50]
+        assert warped.isfinite().sum(dim=1).tolist() == [50, 50]
 
 
 def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
     fields = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 8, "pad_token_id": 1}
-    found = {tuple(gpt2.written(fields, seed=seed)[0].tolist()) for seed in range(6)}
-    assert len(found) == 6
+    samples = {tuple(gpt2.written(fields, seed=seed)[0].tolist()) for seed in range(6)}
+    assert len(samples) == 6
     greedy = gpt2.written({"max_new_tokens": 8, "pad_token_id": 1}).tolist()
     for options in ({"do_sample": False}, {"temperature": 0}, {"ignore_generation_config": True}):
         assert gpt2.written(fields, **options, max_new_tokens=8).tolist() == greedy
     assert gpt2.written(fields, num_return_sequences=3).shape[0] == 6
-    # sampling asked for by an argument takes the file's temperature, and no top_k of its own
-    warm = asked_of(gpt2.model, {"top_p": 0.9})[0].sampling
+    # sampling set by an argument uses the file's temperature, and no default top_k
+    warm = resolve_options(gpt2.model, {"top_p": 0.9})[0].sampling
     assert (warm.temperature, warm.top_k, warm.top_p) == (1.5, 50, 0.9)
     gpt2.file.write_text('{"temperature": 0.5}')
-    assert asked_of(gpt2.model, {"do_sample": True})[0].sampling.top_k == 0
-    assert not asked_of(gpt2.model, {})[0].sampled
+    assert resolve_options(gpt2.model, {"do_sample": True})[0].sampling.top_k == 0
+    assert not resolve_options(gpt2.model, {})[0].sampled
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"guidance_scale": 1.5}, "guidance_scale: 1.5"),
         ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty: 1.2"),
@@ -219,21 +219,26 @@ def test_a_file_that_asks_for_samples_gives_samples(gpt2: Pair) -> None:
         ({"cache_implementation": "quantized"}, "cache_implementation: 'quantized'"),
         ({"dola_layers": "high"}, "dola_layers: 'high'"),
         ({"force_words_ids": [[4]]}, "force_words_ids"),
-        ({"do_sample": True, "num_beams": 3}, "num_beams: beams neither sample"),
-        ({"num_return_sequences": 2}, "num_return_sequences: all would be the same"),
+        ({"do_sample": True, "num_beams": 3}, "num_beams: beam search works neither with sampling"),
+        (
+            {"num_return_sequences": 2},
+            "num_return_sequences: greedy sequences would all be the same",
+        ),
         ({"do_sample": True, "temperature": 0}, "temperature=0 is greedy"),
         ({"do_sample": "yes"}, "do_sample='yes'"),
         ({"repetition_penalty": "much"}, "repetition_penalty='much'"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
-        ({"eos_token_id": "x"}, "eos_token_id: 'x'"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected an id below 113, found 'x'"),
         ({"bad_words_ids": 5}, "bad_words_ids=5"),
     ],
     ids=str,
 )
-def test_what_is_not_implemented_is_named(gpt2: Pair, fields: dict[str, Any], told: str) -> None:
+def test_fields_not_implemented_are_refused_by_name(
+    gpt2: Pair, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         gpt2.written(fields)
-    assert told in str(caught.value) and str(gpt2.file) in str(caught.value)
+    assert message in str(caught.value) and str(gpt2.file) in str(caught.value)
     if "eos_token_id" not in fields:
         assert "ignore_generation_config=True" in str(caught.value)
         every = tuple(fields)
@@ -242,30 +247,30 @@ def test_what_is_not_implemented_is_named(gpt2: Pair, fields: dict[str, Any], to
 
 
 @pytest.mark.parametrize("name", NOT_IMPLEMENTED)
-def test_neutral_values_of_what_is_not_implemented_pass(gpt2: Pair, name: str) -> None:
+def test_neutral_values_of_fields_not_implemented_pass(gpt2: Pair, name: str) -> None:
     plain = gpt2.written({}).tolist()
     for value in (None, *NOT_IMPLEMENTED[name]):
         assert gpt2.written({name: value}).tolist() == plain
-    idle = {"top_h": 0.4, "assistant_ensemble_weight": 0.5}  # without samples, without assistant
+    idle = {"top_h": 0.4, "assistant_ensemble_weight": 0.5}  # no sampling, no assistant
     assert gpt2.written(idle).tolist() == plain
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("more", [{}, {"num_beams": 1}], ids=str)
-def test_fields_of_beams_alone_pass_without_beams(gpt2: Pair, more: dict[str, Any]) -> None:
+def test_beam_fields_are_ignored_without_beams(gpt2: Pair, more: dict[str, Any]) -> None:
     fields = {"max_new_tokens": 5, "diversity_penalty": 0.5, "num_beam_groups": 2, **more}
     assert gpt2.written(fields).tolist() == gpt2.wanted(fields).tolist()
 
 
-def test_ignored_fields_are_fields_of_the_file(gpt2: Pair) -> None:
-    for wrong, told in (
+def test_ignoring_an_unset_field_is_refused(gpt2: Pair) -> None:
+    for wrong, message in (
         (["guidance_scal"], "does not set 'guidance_scal'. Did you mean guidance_scale"),
-        ("guidance_scale", "True, or names of fields"),
-        (3, "True, or names of fields"),
+        ("guidance_scale", "expected True, or names of fields"),
+        (3, "expected True, or names of fields"),
     ):
         with pytest.raises(UsageError) as caught:
             gpt2.written({"guidance_scale": 2}, ignore_generation_config=wrong)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_a_prompt_beyond_max_length_is_refused(gpt2: Pair) -> None:
@@ -275,7 +280,7 @@ def test_a_prompt_beyond_max_length_is_refused(gpt2: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
-def test_forced_tokens_are_tokens(gpt2: Pair, name: str) -> None:
+def test_forced_tokens_outside_the_vocabulary_are_refused(gpt2: Pair, name: str) -> None:
     with pytest.raises(TokenIdError, match=f"{name}: 1000000 is outside"):
         gpt2.written({name: 10**6})
     for fields in ({"bad_words_ids": [[10**6]]}, {"sequence_bias": [[[10**6], 1.0]]}):
@@ -283,8 +288,8 @@ def test_forced_tokens_are_tokens(gpt2: Pair, name: str) -> None:
             gpt2.written(fields)
 
 
-def test_without_the_file_config_json_counts(tmp_path: Path) -> None:
-    """As files of before 2023 have it, and as the reference still reads them."""
+def test_config_json_counts_without_generation_config(tmp_path: Path) -> None:
+    """Checkpoints from before 2023 have these fields in config.json; the reference reads them."""
     from transformers import AutoModelForCausalLM
 
     entry = registry.architectures()["gpt2"]
@@ -302,13 +307,13 @@ def test_without_the_file_config_json_counts(tmp_path: Path) -> None:
     assert model.generate(ids).shape == (1, 24)
 
 
-def test_ends_are_those_of_the_file_alone(gpt2: Pair) -> None:
-    """The reference does not look for them in config.json where there is the file."""
+def test_end_tokens_come_from_generation_config_only(gpt2: Pair) -> None:
+    """With generation_config.json the reference does not read end tokens from config.json."""
     gpt2.file.write_text('{"eos_token_id": [-1, 7]}')
-    assert defaults_of(gpt2.model).ends == ((7,), None, None)
+    assert defaults_of(gpt2.model).special == ((7,), None, None)
 
 
-def test_guesses_ahead_obey_the_file(gpt2: Pair) -> None:
+def test_speculative_decoding_obeys_generation_config(gpt2: Pair) -> None:
     c = gpt2.free[0][2]
     fields = {"max_new_tokens": 12, "pad_token_id": 1, "eos_token_id": c, "min_new_tokens": 5}
     fields |= {"begin_suppress_tokens": gpt2.free[0][:1], "forced_eos_token_id": 9}
@@ -330,7 +335,9 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_text_commands_obey_the_file(speller: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_command_obeys_generation_config(
+    speller: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = speller / "generation_config.json"
     file.write_text("{}")
     assert main(["generate", str(speller), "abc"]) == 0
@@ -350,7 +357,7 @@ def test_text_commands_obey_the_file(speller: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == plain
 
 
-def test_a_dialogue_obeys_the_file(speller: Path) -> None:
+def test_chat_obeys_generation_config(speller: Path) -> None:
     file = speller / "generation_config.json"
     file.write_text('{"max_new_tokens": 7, "no_repeat_ngram_size": 1}')
     text = "".join(Dialogue(zoo.load(speller)).answer("abc"))
@@ -380,7 +387,7 @@ def test_a_dialogue_obeys_the_file(speller: Path) -> None:
     ],
     ids=lambda fields: next(iter(reversed(fields))),
 )
-def test_values_that_no_generation_can_have_are_refused(
+def test_values_out_of_range_in_the_file_are_refused(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     place = zoo.save(build("gpt2").eval(), tmp_path / "x")

@@ -1,4 +1,4 @@
-"""Warpers against the reference's, draws against the distribution that they are drawn from."""
+"""Sampling: warpers match the reference, and samples follow their distribution."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from zoo.models.gpt2 import Config as GPT2
 from zoo.text import sampling, speculative
 from zoo.text.constraints import Constraints
 from zoo.text.generate import generate
-from zoo.text.sampling import Dice, Sampling, pick, seeds_of
+from zoo.text.sampling import RowGenerators, Sampling, pick, seeds_of
 
 INF = float("inf")
 
@@ -29,7 +29,7 @@ def logits() -> dict[str, Tensor]:
         "flat": plain * 1e-4,
         "ties": plain.round(),
         "equal": torch.zeros(2, 9),
-        "quarters": torch.zeros(2, 4),  # whose sums meet a bound exactly
+        "quarters": torch.zeros(2, 4),  # cumulative sums equal a bound exactly
         "masked": plain.masked_fill(plain < 0.3, -INF),
         "one left": torch.full((2, 9), -INF).index_fill(1, torch.tensor([4]), 1.5),
         "two tokens": plain[:, :2],
@@ -55,39 +55,41 @@ every_kind = pytest.mark.parametrize("kind", LOGITS)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_warpers(kind: str, mine: Any, reference: str, values: tuple[float, ...]) -> None:
+def test_warpers_match_the_reference(
+    kind: str, mine: Any, reference: str, values: tuple[float, ...]
+) -> None:
     import transformers
 
     for value in values:
         warper = getattr(transformers, reference)(value)
         for dtype in (torch.float32, torch.float64):
-            given = LOGITS[kind].to(dtype)
-            assert torch.equal(mine(given, value), warper(None, given.clone())), value
+            logits = LOGITS[kind].to(dtype)
+            assert torch.equal(mine(logits, value), warper(None, logits.clone())), value
 
 
 @every_kind
-def test_penalties(kind: str) -> None:
+def test_penalties_match_the_reference(kind: str) -> None:
     import transformers
 
-    given = LOGITS[kind]
+    logits = LOGITS[kind]
     random = torch.Generator().manual_seed(1)
-    rows = torch.randint(0, min(given.shape[1], 7), (len(given), 23), generator=random)
+    rows = torch.randint(0, min(logits.shape[1], 7), (len(logits), 23), generator=random)
     for value in (0.3, 0.99, 1.0, 1.2, 40.0):
-        want = transformers.RepetitionPenaltyLogitsProcessor(value)(rows, given.clone())
-        got = Constraints(repetition_penalty=value).apply(given, rows.tolist(), 0)
+        want = transformers.RepetitionPenaltyLogitsProcessor(value)(rows, logits.clone())
+        got = Constraints(repetition_penalty=value).apply(logits, rows.tolist(), 0)
         assert torch.equal(got, want), value
     for size in (1, 2, 3, 5, 23, 40):
-        want = transformers.NoRepeatNGramLogitsProcessor(size)(rows, given.clone())
-        got = Constraints(no_repeat_ngram_size=size).apply(given, rows.tolist(), 0)
+        want = transformers.NoRepeatNGramLogitsProcessor(size)(rows, logits.clone())
+        got = Constraints(no_repeat_ngram_size=size).apply(logits, rows.tolist(), 0)
         assert torch.equal(got, want), size
 
 
-def test_warpers_come_in_the_references_order() -> None:
-    """Temperature, top-k, top-p, min-p: each of the later ones sees what the former left."""
+def test_warpers_apply_in_the_references_order() -> None:
+    """Temperature, top-k, top-p, min-p: each applies to the result of those before."""
     import transformers as ref
 
-    given = LOGITS["plain"] * 2
-    want = given
+    logits = LOGITS["plain"] * 2
+    want = logits
     for warper in (
         ref.TemperatureLogitsWarper(1.3),
         ref.TopKLogitsWarper(12),
@@ -95,7 +97,7 @@ def test_warpers_come_in_the_references_order() -> None:
         ref.MinPLogitsWarper(0.1),
     ):
         want = warper(None, want)
-    got = Sampling(temperature=1.3, top_k=12, top_p=0.8, min_p=0.1).warped(given)
+    got = Sampling(temperature=1.3, top_k=12, top_p=0.8, min_p=0.1).warp(logits)
     assert torch.equal(got, want)
     left = got.isfinite().sum(dim=1)
     assert 1 < left.max() < 12
@@ -121,7 +123,7 @@ def test_warpers_come_in_the_references_order() -> None:
     ],
     ids=str,
 )
-def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
+def test_sampling_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)
 
@@ -148,13 +150,13 @@ def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_constraints_that_cannot_be(wrong: dict[str, Any]) -> None:
+def test_constraint_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(wrong))}=.*expected"):
         Constraints(**wrong)
 
 
 def test_single_bad_words_and_biases_are_applied_together() -> None:
-    """However many there are; with longer ones beside them."""
+    """The cost does not grow with their number, with longer sequences beside them."""
 
     def applied(count: int) -> tuple[torch.Tensor, int]:
         biases = [[[n], 0.5 * n] for n in range(count, 2 * count)]
@@ -177,21 +179,21 @@ def test_single_bad_words_and_biases_are_applied_together() -> None:
         with Counting():
             return rules.apply(torch.zeros(2, 5000), [[3, 7], [7, 3]], 0), calls
 
-    (_, few), (found, many) = applied(2), applied(1000)
+    (_, few), (out, many) = applied(2), applied(1000)
     assert many == few
     want = torch.zeros(2, 5000)
     want[:, 1000:2000] = torch.arange(1000, 2000) * 0.5
     want[:, 1:1000] = -torch.inf
     want[0, 1000] -= 2.0
     want[0, 2000] = -torch.inf
-    assert torch.equal(found, want)
+    assert torch.equal(out, want)
 
 
 # --- draws ---------------------------------------------------------------------------------------
 
 
 def chi_square(counts: Tensor, chances: Tensor) -> float:
-    """Against its own mean and spread: below 4 is what chance does, 10 is not."""
+    """Chi-square in units of its standard deviation: below 4 is chance, 10 is not."""
     expected = chances * counts.sum()
     seen = expected > 0
     assert (counts[~seen] == 0).all()
@@ -204,27 +206,30 @@ def counted(tokens: Tensor, vocab: int) -> Tensor:
     return torch.bincount(tokens.flatten(), minlength=vocab).double()
 
 
-def test_draws_follow_the_distribution() -> None:
-    warm = Sampling(temperature=0.8, top_k=9).warped(LOGITS["plain"][:1])
+def test_samples_follow_the_distribution() -> None:
+    warm = Sampling(temperature=0.8, top_k=9).warp(LOGITS["plain"][:1])
     chances = warm.double().softmax(dim=-1)
-    numbers = Dice([11]).numbers(20_000)
+    numbers = RowGenerators([11]).numbers(20_000)
     tokens = torch.cat([pick(chances, numbers[:, n : n + 1]) for n in range(20_000)])
     counts = counted(tokens, chances.shape[1])
     assert abs(chi_square(counts, chances[0])) < 4
-    other = Sampling(temperature=0.9, top_k=9).warped(LOGITS["plain"][:1]).double().softmax(dim=-1)
-    assert chi_square(counts, other[0]) > 10  # it can tell
+    other = Sampling(temperature=0.9, top_k=9).warp(LOGITS["plain"][:1]).double().softmax(dim=-1)
+    assert chi_square(counts, other[0]) > 10  # the test detects another distribution
 
 
-def test_edges_of_the_numbers() -> None:
-    """0 is a number that comes up, and what has no chance is never chosen by it."""
+def test_pick_never_chooses_probability_zero() -> None:
+    """The random number may be 0, and must not choose a token of probability 0."""
     chances = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
     numbers = torch.tensor([0.0, 0.2499, 0.25, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
     assert pick(chances.expand(6, 5), numbers[:, None]).tolist() == [1, 1, 3, 3, 3, 3]
     assert int(pick(chances * 1e-300, torch.tensor([[0.9]], dtype=torch.float64))) == 3
 
 
-def test_each_row_and_each_sample_has_its_own_numbers() -> None:
-    one, two = Dice(seeds_of([3, 4], 2, 2)).numbers(5), Dice(seeds_of(4, 1, 3)).numbers(5)
+def test_each_row_and_sample_has_its_own_random_numbers() -> None:
+    one, two = (
+        RowGenerators(seeds_of([3, 4], 2, 2)).numbers(5),
+        RowGenerators(seeds_of(4, 1, 3)).numbers(5),
+    )
     assert one[2:].tolist() == two[:2].tolist()
     assert len({tuple(row) for row in torch.cat((one, two[2:])).tolist()}) == 5
     assert len(set(seeds_of(None, 3, 3))) == 9
@@ -237,17 +242,17 @@ def test_each_row_and_each_sample_has_its_own_numbers() -> None:
             seeds_of(wrong, 2, 1)  # type: ignore[arg-type]
 
 
-def test_negative_and_large_seeds() -> None:
-    assert Dice([-1, 2**80, 0]).numbers().shape == (3, 1)
+def test_negative_and_large_seeds_are_accepted() -> None:
+    assert RowGenerators([-1, 2**80, 0]).numbers().shape == (3, 1)
 
 
-# --- guessing ahead ------------------------------------------------------------------------------
+# --- speculative decoding -------------------------------------------------------------------------
 
 VOCAB = 5
 
 
 class Chain(Model):
-    """What follows depends on the last token and on whether its place is even: all is countable."""
+    """A Markov chain: the next token depends on the last one and on the parity of its position."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(GPT2(vocab=VOCAB, dim=2, heads=1, positions=10**6))
@@ -260,14 +265,14 @@ class Chain(Model):
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.step(input_ids, None)
-        odd = (start + torch.arange(input_ids.shape[1])) % 2
-        return self.head(one_hot(input_ids + VOCAB * odd, 2 * VOCAB).double())
+        parity = (start + torch.arange(input_ids.shape[1])) % 2
+        return self.head(one_hot(input_ids + VOCAB * parity, 2 * VOCAB).double())
 
 
 def distance_of_guesses(**options: Any) -> float:
-    """How far the steps of a chain, guessed ahead by another one, are from the chain's own."""
+    """The distance of a chain's steps under speculative decoding from its own distribution."""
     large, small = Chain(seed=1), Chain(seed=2)
-    chances = Sampling(**options).warped(large.head.weight.detach().T).softmax(dim=-1)
+    chances = Sampling(**options).warp(large.head.weight.detach().T).softmax(dim=-1)
     counts = torch.zeros_like(chances)
     for seed in range(2):
         row = generate(
@@ -283,26 +288,28 @@ def distance_of_guesses(**options: Any) -> float:
         before = row[:-1] + VOCAB * (torch.arange(len(row) - 1) % 2)
         pairs = torch.stack((before, row[1:]))[:, 1:]
         counts.index_put_(tuple(pairs), torch.ones(600, dtype=torch.float64), accumulate=True)
-    found = [chi_square(n, p) for n, p in zip(counts, chances, strict=True) if n.sum() > 50]
-    assert len(found) > 5
-    return sum(found) / len(found) ** 0.5
+    distances = [chi_square(n, p) for n, p in zip(counts, chances, strict=True) if n.sum() > 50]
+    assert len(distances) > 5
+    return sum(distances) / len(distances) ** 0.5
 
 
 @pytest.mark.parametrize("how", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}], ids=str)
-def test_guesses_are_exact_in_distribution(how: dict[str, Any]) -> None:
+def test_speculative_decoding_keeps_the_distribution(how: dict[str, Any]) -> None:
     assert abs(distance_of_guesses(**how)) < 4
 
 
 @pytest.mark.parametrize(
     ("rule", "wrong"),
     [
-        ("_holds", lambda mine, said, number: True),
-        ("_holds", lambda mine, said, number: bool(number < mine)),
-        ("_left", lambda mine, said: mine),
-        ("_left", lambda mine, said: (mine - said).abs()),
+        ("_accepts", lambda mine, draft, number: True),
+        ("_accepts", lambda mine, draft, number: bool(number < mine)),
+        ("_residual", lambda mine, draft: mine),
+        ("_residual", lambda mine, draft: (mine - draft).abs()),
     ],
     ids=["all hold", "as if alone", "drawn from all", "from too many"],
 )
-def test_a_wrong_rule_shows(monkeypatch: pytest.MonkeyPatch, rule: str, wrong: Any) -> None:
+def test_a_wrong_acceptance_rule_changes_the_distribution(
+    monkeypatch: pytest.MonkeyPatch, rule: str, wrong: Any
+) -> None:
     monkeypatch.setattr(speculative, rule, wrong)
     assert distance_of_guesses(temperature=1.0) > 10

@@ -1,4 +1,4 @@
-"""Perplexity, gaps and vectors: against the reference, and against plain readings of each."""
+"""perplexity, fill and embed: against the reference, and against plain implementations."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def names(case: object) -> str | None:
 
 @pytest.fixture(scope="session")
 def hot(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A hot checkpoint of a variant, with a vocabulary of words that every one has room for."""
+    """A checkpoint of a variant with random weights, and a small vocabulary of words."""
 
     @cache
     def write(architecture: str, variant: str = "") -> Path:
@@ -82,7 +82,7 @@ def some_ids(count: int, vocab: int = 100) -> list[int]:
 
 
 def expected(reference: Any, ids: list[int], window: int, stride: int) -> float:
-    """The reference's losses, with labels where no window before had scored; nats together."""
+    """The sum of the reference's losses in nats, with labels at tokens not scored before."""
     total, scored = 0.0, 1
     while scored < len(ids):
         end = len(ids) if scored == 1 and len(ids) <= window else 0
@@ -97,8 +97,8 @@ def expected(reference: Any, ids: list[int], window: int, stride: int) -> float:
 
 
 @pytest.mark.parametrize(("entry", "variant"), DECODERS, ids=names)
-def test_perplexity_is_the_references(hot: Any, entry: Architecture, variant: str) -> None:
-    """In fp32 on both sides, whose noise on a mean of logarithms is below 1e-6."""
+def test_perplexity_matches_the_reference(hot: Any, entry: Architecture, variant: str) -> None:
+    """In fp32 on both sides; the noise of a mean of logarithms is below 1e-6."""
     root = hot(entry.name, variant)
     reference = Reference(root, entry.variants[variant]["class"], torch.float32).model
     model, ids = zoo.load(root), some_ids(50)
@@ -111,7 +111,7 @@ def test_perplexity_is_the_references(hot: Any, entry: Architecture, variant: st
 
 
 @pytest.mark.parametrize(("entry", "variant"), first_of(DECODERS), ids=names)
-def test_parts_give_what_the_whole_gives(
+def test_logits_in_chunks_score_like_all_at_once(
     hot: Any, entry: Architecture, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = zoo.load(hot(entry.name, variant), dtype="float64"), some_ids(45)
@@ -130,8 +130,10 @@ def test_parts_give_what_the_whole_gives(
             assert again == pytest.approx(nll, rel=1e-12)
 
 
-def test_no_more_logits_than_a_part(hot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none where nothing is scored."""
+def test_perplexity_keeps_one_chunk_of_logits_in_memory(
+    hot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No logits are computed for tokens that are not scored."""
     model = zoo.load(hot("gpt2"))
     monkeypatch.setattr(perplexity, "LOGITS", 6 * model.config.vocab)
     seen: dict[str, list[int]] = {"embed": [], "head": []}
@@ -156,8 +158,10 @@ def test_each_token_is_scored_once(length: int, window: int, stride: int) -> Non
     assert scored == list(range(1, length))
 
 
-def test_windows_of_models_without_an_end(hot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotary type that adapts scores beyond its positions too, where no cache goes on."""
+def test_windows_of_models_without_a_position_limit(
+    hot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamic rotary embedding scores beyond its positions too, without a cache."""
     model = zoo.load(hot("llama", "rope-dynamic"), dtype="float64")
     positions = model.config.positions
     assert (model.config.limit, model.config.limit_cached) == (None, positions)
@@ -167,19 +171,19 @@ def test_windows_of_models_without_an_end(hot: Any, monkeypatch: pytest.MonkeyPa
         logits = model(torch.tensor([ids[:-1]]))[0].log_softmax(dim=-1)
     wanted = -logits[range(len(ids) - 1), ids[1:]].mean().item()
     monkeypatch.setattr(perplexity, "LOGITS", 7 * model.config.vocab)
-    found = zoo.perplexity(model, ids, window=len(ids)).nll
-    assert found == pytest.approx(wanted, rel=1e-12)
-    with torch.no_grad():  # the last window, of which two tokens are new
+    nll = zoo.perplexity(model, ids, window=len(ids)).nll
+    assert nll == pytest.approx(wanted, rel=1e-12)
+    with torch.no_grad():  # the last window, in which two tokens are new
         logits = model(torch.tensor([ids[2:-1]]))[0, -2:].log_softmax(dim=-1)
     wanted = (-logits[range(2), ids[-2:]].sum()).item()
-    found = zoo.perplexity(model, ids, window=len(ids) - 2, stride=2).nll * (len(ids) - 1)
+    nll = zoo.perplexity(model, ids, window=len(ids) - 2, stride=2).nll * (len(ids) - 1)
     before = zoo.perplexity(model, ids[:-2], window=len(ids) - 2).nll * (len(ids) - 3)
-    assert found - before == pytest.approx(wanted, rel=1e-9)
+    assert nll - before == pytest.approx(wanted, rel=1e-9)
     assert perplexity._sizes(zoo.load(hot("bloom")), None, None) == (2048, 1024)
 
 
 class Letters(CharTokenizer):
-    """Characters with a token that stands before each text."""
+    """A character tokenizer with a begin token."""
 
     @classmethod
     def begun(cls, text: str, *, custom: bool) -> Tokenizer:
@@ -187,7 +191,7 @@ class Letters(CharTokenizer):
         return Tokenizer(engine, roles={"bos": 0}, before=[0] if custom else [])
 
 
-def test_bytes_and_the_first_token(hot: Any) -> None:
+def test_bytes_per_token_leave_out_the_unscored_first_token(hot: Any) -> None:
     text = "héllo wörld, 漢字"
     model = zoo.load(hot("gpt2"), dtype="float64")
     size = len(text.encode())
@@ -205,12 +209,12 @@ def test_bytes_and_the_first_token(hot: Any) -> None:
         assert (forced.tokens, forced.bytes) == (15, size)
         assert forced.nll == zoo.perplexity(model, [0, *ids[-15:]]).nll
         begun = zoo.perplexity(model, "\0" + text, bos=bos)
-        assert begun.bytes == size + 1 - first  # a text may begin with what stands before texts
+        assert begun.bytes == size + 1 - first  # a text may begin with the bos token itself
     assert zoo.perplexity(model, torch.tensor(ids)) == alone
     assert zoo.perplexity(model, torch.tensor(ids, dtype=torch.int32)) == alone
 
 
-def test_a_model_in_training_is_scored_at_rest(hot: Any) -> None:
+def test_a_model_in_training_mode_is_scored_without_dropout(hot: Any) -> None:
     model, ids = zoo.load(hot("gpt2")), some_ids(30)
     score = zoo.perplexity(model, ids)
     model.train()
@@ -219,7 +223,7 @@ def test_a_model_in_training_is_scored_at_rest(hot: Any) -> None:
     assert model.training and model.blocks[1].training and not model.blocks[0].training
 
 
-def test_perplexity_of_what_only_guesses(hot: Any) -> None:
+def test_perplexity_of_random_weights_is_near_the_vocabulary(hot: Any) -> None:
     bound = pytest.approx(100, rel=0.5)
     model = zoo.load(hot("gpt2"), weights="random")
     assert zoo.perplexity(model, some_ids(200)).perplexity == bound
@@ -234,11 +238,11 @@ def test_perplexity_of_what_only_guesses(hot: Any) -> None:
         ({"window": 54}, SequenceTooLong, "53 positions"),
         ({"window": 10, "stride": 10}, UsageError, "expected 1 to 9"),
         ({"stride": 0}, UsageError, "expected 1 to 52"),
-        ({"bos": True}, UsageError, "of ids"),
+        ({"bos": True}, UsageError, "bos=True: only for a text"),
         ({"text": []}, InputError, "nothing to score"),
         ({"text": ""}, InputError, "nothing to score"),
         ({"text": [3]}, InputError, "nothing to score"),
-        ({"text": [[3, 4]]}, InputError, r"found \[1, 2\]"),
+        ({"text": [[3, 4]]}, InputError, r"found shape \[1, 2\]"),
         ({"text": [3.0, 4.0]}, InputError, "float32"),
         ({"text": ["a", "b"]}, InputError, "text or its ids"),
         ({"text": [3, 4, 999]}, TokenIdError, "999"),
@@ -248,17 +252,19 @@ def test_perplexity_of_what_only_guesses(hot: Any) -> None:
         ({"model": "no/such/directory"}, ZooError, "no/such/directory"),
     ],
 )
-def test_wrong_scores(hot: Any, options: dict[str, Any], error: type[ZooError], says: str) -> None:
-    given = {"model": zoo.load(hot("gpt2")), "text": some_ids(60), **options}
+def test_wrong_arguments_of_perplexity_are_refused(
+    hot: Any, options: dict[str, Any], error: type[ZooError], says: str
+) -> None:
+    arguments = {"model": zoo.load(hot("gpt2")), "text": some_ids(60), **options}
     with pytest.raises(error, match=says):
-        zoo.perplexity(given.pop("model"), given.pop("text"), **given)
+        zoo.perplexity(arguments.pop("model"), arguments.pop("text"), **arguments)
 
 
 @pytest.mark.parametrize(("entry", "variant"), VARIANTS, ids=names)
-def test_only_decoders_are_scored_and_only_masked_models_fill(
+def test_only_decoders_are_scored_and_only_masked_lms_fill(
     entry: Architecture, variant: str
 ) -> None:
-    """Each variant does at most one of the two, by its head."""
+    """Each variant does at most one of the two, depending on its head."""
     fields = entry.variants[variant]
     head = entry.heads[fields["class"]][0]
     from converters.spec import load_spec
@@ -289,7 +295,7 @@ GAPS = (
 
 
 @pytest.mark.parametrize(("entry", "variant"), ONE_OF_EACH_MASKED, ids=names)
-def test_gaps_are_filled_as_the_pipeline_does(hot: Any, entry: Architecture, variant: str) -> None:
+def test_fill_matches_the_references_pipeline(hot: Any, entry: Architecture, variant: str) -> None:
     import transformers
 
     root = hot(entry.name, variant)
@@ -298,18 +304,18 @@ def test_gaps_are_filled_as_the_pipeline_does(hot: Any, entry: Architecture, var
     pipe = transformers.FillMaskPipeline(model=reference, tokenizer=tokenizer, device="cpu")
     model = zoo.load(root)
     for text in GAPS:
-        # its tokenizer has no names for the last rows of the model's table
-        found, wanted = zoo.fill(model, text, top=7), pipe(text, top_k=model.config.vocab)
-        wanted = wanted if isinstance(wanted[0], list) else [wanted]
-        assert len(found) == text.count("[MASK]")
-        for mine, theirs in zip(found, wanted, strict=True):
-            known = [guess for guess in theirs if guess["token"] < len(WORDS)]
-            for guess, its in zip(mine, known[:7], strict=True):
+        # the tokenizer has no tokens for the last rows of the embedding
+        guesses, expected = zoo.fill(model, text, top=7), pipe(text, top_k=model.config.vocab)
+        expected = expected if isinstance(expected[0], list) else [expected]
+        assert len(guesses) == text.count("[MASK]")
+        for mine, theirs in zip(guesses, expected, strict=True):
+            valid = [guess for guess in theirs if guess["token"] < len(WORDS)]
+            for guess, its in zip(mine, valid[:7], strict=True):
                 assert (guess.id, guess.text) == (its["token"], its["token_str"])
                 assert guess.probability == pytest.approx(its["score"], rel=1e-5)
 
 
-def test_every_head_that_predicts_fills(hot: Any) -> None:
+def test_every_masked_lm_head_fills(hot: Any) -> None:
     root = hot("bert", "pretraining")
     gaps = zoo.fill(root, GAPS[1])
     assert gaps == zoo.fill(zoo.load(root, head="masked_lm"), GAPS[1])
@@ -320,8 +326,8 @@ def test_every_head_that_predicts_fills(hot: Any) -> None:
     assert len(zoo.fill(hot("deberta", "predictions"), GAPS[1])) == 2
 
 
-def test_masks_by_another_name(hot: Any) -> None:
-    """As RoBERTa writes it."""
+def test_mask_tokens_of_other_names_are_read(hot: Any) -> None:
+    """RoBERTa writes <mask>."""
     model = zoo.load(hot("roberta"))
     settings = {"mask_token": {"content": "<mask>", "lstrip": True}, "unk_token": "[UNK]"}
     root = model.provenance.directory
@@ -349,15 +355,17 @@ def test_masks_by_another_name(hot: Any) -> None:
         (3, 5, InputError, "expected a text"),
     ],
 )
-def test_wrong_gaps(hot: Any, text: Any, top: int, error: type[ZooError], says: str) -> None:
+def test_wrong_arguments_of_fill_are_refused(
+    hot: Any, text: Any, top: int, error: type[ZooError], says: str
+) -> None:
     with pytest.raises(error, match=says):
         zoo.fill(zoo.load(hot("bert")), text, top=top)
 
 
-def test_a_tokenizer_that_names_no_mask(hot: Any) -> None:
+def test_fill_without_a_mask_token_is_refused(hot: Any) -> None:
     model = zoo.load(hot("bert"))
     model.tokenizer = CharTokenizer.of("abc")
-    with pytest.raises(InputError, match="names no mask token"):
+    with pytest.raises(InputError, match="has no mask token"):
         zoo.fill(model, "a")
 
 
@@ -365,7 +373,7 @@ def test_a_tokenizer_that_names_no_mask(hot: Any) -> None:
 
 
 def states(body: Model, text: str) -> Tensor:
-    """(s, d) of a text alone."""
+    """(s, d) hidden states of a text alone."""
     with torch.no_grad():
         return body(torch.tensor([body.tokenizer.encode(text)]))[0]
 
@@ -379,8 +387,10 @@ PLAIN = {
 
 
 @pytest.mark.parametrize(("entry", "variant"), FIRST, ids=names)
-def test_a_vector_is_its_texts_alone(hot: Any, entry: Architecture, variant: str) -> None:
-    """In any batch and order, whatever head is loaded: to 1e-12 in fp64."""
+def test_an_embedding_does_not_depend_on_its_batch(
+    hot: Any, entry: Architecture, variant: str
+) -> None:
+    """In any batch and order, with any head, to 1e-12 in fp64."""
     root = hot(entry.name, variant)
     model = zoo.load(root, dtype="float64")
     body = zoo.load(root, head=entry.model.headless[0], dtype="float64")
@@ -389,13 +399,13 @@ def test_a_vector_is_its_texts_alone(hot: Any, entry: Architecture, variant: str
     for pooling, plain in PLAIN.items():
         wanted = torch.stack([plain(x) for x in hidden])
         for size in (1, 2, 32):
-            found = zoo.embed(model, TEXTS, pooling=pooling, batch_size=size)
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    found = zoo.embed(model, TEXTS)
-    torch.testing.assert_close(found, zoo.embed(model, TEXTS, pooling="mean"), rtol=0, atol=0)
+            vectors = zoo.embed(model, TEXTS, pooling=pooling, batch_size=size)
+            torch.testing.assert_close(vectors, wanted, rtol=0, atol=1e-12)
+    vectors = zoo.embed(model, TEXTS)
+    torch.testing.assert_close(vectors, zoo.embed(model, TEXTS, pooling="mean"), rtol=0, atol=0)
     units = zoo.embed(model, TEXTS[::-1], normalize=True).flip(0)
-    length = found.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(units, found / length, rtol=0, atol=1e-12)
+    length = vectors.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(units, vectors / length, rtol=0, atol=1e-12)
     assert model.config.head == zoo.load(root).config.head
 
 
@@ -405,8 +415,8 @@ def test_pooling_is_done_in_fp32(hot: Any) -> None:
     assert set(POOLINGS) == set(PLAIN)
 
 
-def test_padding_is_little(hot: Any) -> None:
-    """Texts of a length go together."""
+def test_texts_of_similar_length_share_a_batch(hot: Any) -> None:
+    """This saves padding."""
     model = zoo.load(hot("bert", "bare"))
     seen: list[tuple[int, ...]] = []
     model.embed.register_forward_hook(lambda m, i, out: seen.append(tuple(i[0].shape)))
@@ -414,45 +424,45 @@ def test_padding_is_little(hot: Any) -> None:
     assert seen == [(2, 3), (2, 7)]
 
 
-def test_steps_of_its_own(tmp_path: Path) -> None:
+def test_embed_follows_modules_json(tmp_path: Path) -> None:
     root = sentence_checkpoint(tmp_path / "s", "mean_tokens", "cls_token", dense=5)
     (root / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     model = zoo.load(root)
     with torch.no_grad():
         alone = [model(torch.tensor([model.tokenizer.encode(text)])) for text in TEXTS]
-    found = zoo.embed(root, TEXTS, batch_size=4)
-    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-6)
+    vectors = zoo.embed(root, TEXTS, batch_size=4)
+    torch.testing.assert_close(vectors, torch.cat(alone), rtol=0, atol=1e-6)
     for options in ({"pooling": "mean"}, {"normalize": True}):
         with pytest.raises(UsageError, match="modules=False"):
             zoo.embed(model, TEXTS, **options)
     assert zoo.embed(zoo.load(root, modules=False), TEXTS, pooling="max").shape == (6, 44)
 
 
-def test_what_is_said_of_sentences(tmp_path: Path) -> None:
-    """How many tokens they have at most, and of which case: in files beside modules.json."""
+def test_sentence_bert_config_limits_and_lowercases(tmp_path: Path) -> None:
+    """Its max_seq_length and do_lower_case are obeyed."""
     root = sentence_checkpoint(tmp_path / "s", "mean_tokens")
     (root / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     (root / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    said = root / "sentence_bert_config.json"
+    file = root / "sentence_bert_config.json"
     with pytest.raises(SequenceTooLong, match="model takes 53"):
         zoo.embed(root, ["a " * 60])
-    said.write_text('{"max_seq_length": 6, "do_lower_case": true}')
+    file.write_text('{"max_seq_length": 6, "do_lower_case": true}')
     with pytest.raises(SequenceTooLong, match=r"text 1 has 7 tokens, .* takes 6"):
         zoo.embed(root, ["a b", "a b c d e"])
-    found = zoo.embed(root, ["a b c d e", "The fox", "a b c d"], truncate=True)
-    assert torch.equal(found[0], found[2])
-    torch.testing.assert_close(found[1:2], zoo.embed(root, ["the fox"]), rtol=0, atol=1e-6)
+    vectors = zoo.embed(root, ["a b c d e", "The fox", "a b c d"], truncate=True)
+    assert torch.equal(vectors[0], vectors[2])
+    torch.testing.assert_close(vectors[1:2], zoo.embed(root, ["the fox"]), rtol=0, atol=1e-6)
     with pytest.raises(InputError, match="expected a text, found int"):
         zoo.embed(root, [3])
-    said.write_text('{"max_seq_length": 600}')
-    assert not torch.allclose(found[1], zoo.embed(root, ["The fox"]), rtol=0, atol=1e-3)
+    file.write_text('{"max_seq_length": 600}')
+    assert not torch.allclose(vectors[1], zoo.embed(root, ["The fox"]), rtol=0, atol=1e-3)
     with pytest.raises(SequenceTooLong, match="model takes 53"):
         zoo.embed(root, ["a " * 60])
     for wrong in ('{"max_seq_length": "6"}', '{"max_seq_length": 0}', '{"do_lower_case": 1}'):
-        said.write_text(wrong)
+        file.write_text(wrong)
         with pytest.raises(ConfigError, match="expected max_seq_length"):
             zoo.embed(root, ["a"])
-    said.unlink()
+    file.unlink()
     prompts = '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}'
     (root / "config_sentence_transformers.json").write_text(prompts)
     with pytest.raises(UnsupportedArchitecture, match=r"'query': prompts .* modules=False"):
@@ -460,8 +470,8 @@ def test_what_is_said_of_sentences(tmp_path: Path) -> None:
     zoo.embed(zoo.load(root, modules=False), ["a"])
 
 
-def test_positions_of_the_head_that_is_left_away(hot: Any) -> None:
-    """DeBERTa's enhanced mask decoder brings an end of positions along."""
+def test_embed_limit_follows_the_loaded_head(hot: Any) -> None:
+    """DeBERTa's enhanced mask decoder has a limit of positions; the model without it has none."""
     root = hot("deberta-v2")
     model = zoo.load(root, head="enhanced_masked_lm", weights="random")
     model.tokenizer = zoo.tokenizer(root)
@@ -470,14 +480,14 @@ def test_positions_of_the_head_that_is_left_away(hot: Any) -> None:
     assert zoo.embed(root, ["a " * 60]).shape == (1, 42)
 
 
-def test_too_long_is_an_error_or_cut(hot: Any) -> None:
+def test_long_texts_are_refused_or_truncated(hot: Any) -> None:
     model = zoo.load(hot("bert", "bare"), dtype="float64")
     texts = ["a", "b a " * 50, "the fox", "c " * 60]
     with pytest.raises(SequenceTooLong, match=r"text 1 has 102 .* text 3 has 62 .*truncate=True"):
         zoo.embed(model, texts)
-    found = zoo.embed(model, texts, truncate=True)
+    vectors = zoo.embed(model, texts, truncate=True)
     fits = [texts[0], ("b a " * 26)[:-3], texts[2], "c " * 51]
-    assert torch.equal(found, zoo.embed(model, fits))
+    assert torch.equal(vectors, zoo.embed(model, fits))
     assert zoo.embed(hot("t5"), texts).shape == (4, 48)
 
 
@@ -491,14 +501,14 @@ def test_too_long_is_an_error_or_cut(hot: Any) -> None:
         (["a"], {"batch_size": 0}, UsageError, "positive"),
     ],
 )
-def test_wrong_texts(
+def test_wrong_arguments_of_embed_are_refused(
     hot: Any, texts: Any, options: dict[str, Any], error: type[ZooError], says: str
 ) -> None:
     with pytest.raises(error, match=says):
         zoo.embed(zoo.load(hot("bert")), texts, **options)
 
 
-def test_texts_of_no_tokens(hot: Any) -> None:
+def test_texts_without_tokens_are_refused(hot: Any) -> None:
     model = zoo.load(hot("gpt2"))
     model.tokenizer = CharTokenizer.of("abc")
     with pytest.raises(InputError, match="no tokens: 1, 3, counted from 0"):
@@ -530,7 +540,7 @@ def test_score_command(run: Any, hot: Any, tmp_path: Path, monkeypatch: pytest.M
     assert f"bits a byte   {score.bits_per_byte:.4f}" in out
 
 
-def test_score_of_what_is_no_text(run: Any, hot: Any, tmp_path: Path) -> None:
+def test_score_command_refuses_files_that_are_no_text(run: Any, hot: Any, tmp_path: Path) -> None:
     root, path = hot("llama"), tmp_path / "text"
     assert run("score", root, path) == (
         1,

@@ -1,4 +1,4 @@
-"""A real trained model: stories260K, whose greedy text and logits others have computed."""
+"""A trained model, stories260K: greedy text and logits as published."""
 
 import json
 from pathlib import Path
@@ -35,5 +35,5 @@ def test_logits(stories: Model, fixtures: Path) -> None:
     greedy = json.loads((place / "EXPECTED.json").read_text())["greedy_ids_from_BOS"]
     truth = torch.from_numpy(np.load(place / "ref_logits_64tok.npy"))
     logits = stories(torch.tensor([greedy[:64]]))
-    # llama2.c's own distance from the reference is 4.4e-5
+    # llama2.c's own error against the reference is 4.4e-5
     torch.testing.assert_close(logits.reshape(truth.shape), truth, atol=2e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Chat templates from strangers: what the sandbox forbids, and the limits of its child process."""
+"""Untrusted chat templates: the sandbox, and the limits of its child process."""
 
 import json
 import os
@@ -39,7 +39,7 @@ FORBIDDEN = {
 
 
 def doubled(value: str, name: str = "n") -> str:
-    """A namespace's `s` that holds itself twice, forty times over."""
+    """A namespace's `s`, doubled forty times."""
     start = f"{{% set {name} = namespace(s={value}) %}}"
     again = f"{{% set {name}.s = [{name}.s, {name}.s] %}}"
     return f"{start}{{% for i in range(40) %}}{again}{{% endfor %}}"
@@ -119,12 +119,26 @@ def no_process_is_left() -> Iterator[None]:
     chat._close_all()
 
 
-def rendered(template: str, **given: object) -> str:
-    return chat.render(template, {"messages": [{"role": "user", "content": "x"}], **given}, "here")
+def rendered(template: str, **variables: object) -> str:
+    return chat.render(
+        template, {"messages": [{"role": "user", "content": "x"}], **variables}, "here"
+    )
+
+
+def test_values_pass_through_a_template_unchanged() -> None:
+    values = {"a": [1, 2.5, None, True, -0.0, "é\ud800", {"b": 10**30}], 3: float("inf")}
+    assert json.loads(rendered("{{ x.a|tojson }}", x=values)) == values["a"]
+    shown = rendered("{{ x.a[4] }} {{ x[3] }} {{ x.a[5] }} {{ x.a[6].b }}", x=values)
+    assert shown == f"-0.0 inf é\ud800 {10**30}"
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TemplateError, match="here: the messages or variables nest too deeply"):
+        rendered("{{ 1 }}", x=deep)
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_what_a_template_may_not_do(name: str) -> None:
+def test_forbidden_operations_of_templates_are_refused(name: str) -> None:
     with pytest.raises(TemplateError, match=r"^here: ") as caught:
         rendered(FORBIDDEN[name])
     assert "takes more than" not in str(caught.value)
@@ -132,15 +146,15 @@ def test_what_a_template_may_not_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*ENDLESS, *LARGE])
 def test_hostile_template_runs_into_a_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With less time than it has, so that this takes less too."""
+    """With a shorter limit, so that the test is faster."""
     monkeypatch.setattr(template_process, "SECONDS", 0.05 if name in ENDLESS else 2.0)
-    told = "of processor time" if name in ENDLESS else "40 MB of memory"
-    with pytest.raises(TemplateError, match=f"^here: takes more than .*{told}"):
+    message = "of processor time" if name in ENDLESS else "40 MB of memory"
+    with pytest.raises(TemplateError, match=f"^here: takes more than .*{message}"):
         rendered((ENDLESS | LARGE)[name])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are Linux's")
-def test_memory_of_hostile_templates(root: Path) -> None:
+def test_memory_of_hostile_templates_is_limited(root: Path) -> None:
     code = f"""
 import resource
 from zoo.errors import TemplateError
@@ -158,25 +172,13 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
 
 
 def test_limits_grow_with_the_conversation() -> None:
-    text = "ü😀" * 3_000_000  # four bytes a character, in memory and on the way
+    text = "ü😀" * 3_000_000  # four bytes a character, in memory and in the pipe
     assert len(rendered("{{ m ~ '!' }}", m=text)) == len(text) + 1
-    with pytest.raises(TemplateError, match="makes a text of 18000000 characters, of at most"):
+    with pytest.raises(TemplateError, match="makes a text of 18000000 characters; the limit is"):
         rendered("{{ m }}{{ m }}{{ m }}", m=text)
 
 
-def test_values_come_and_go_as_they_are() -> None:
-    values = {"a": [1, 2.5, None, True, -0.0, "é\ud800", {"b": 10**30}], 3: float("inf")}
-    assert json.loads(rendered("{{ x.a|tojson }}", x=values)) == values["a"]
-    shown = rendered("{{ x.a[4] }} {{ x[3] }} {{ x.a[5] }} {{ x.a[6].b }}", x=values)
-    assert shown == f"-0.0 inf é\ud800 {10**30}"
-    deep: list[object] = []
-    for _ in range(5000):
-        deep = [deep]
-    with pytest.raises(TemplateError, match="here: is given values that nest too deeply"):
-        rendered("{{ 1 }}", x=deep)
-
-
-def test_filters_that_used_to_be_left_out() -> None:
+def test_every_filter_is_available() -> None:
     assert rendered("{{ 'a'|center(3) }}|{{ '%s-%s'|format(1, 2) }}") == " a |1-2"
     assert (
         rendered("{{ 'abc defghijkl'|truncate(5, true) }}|{{ 'ab'|wordwrap(1) }}") == "ab...|a\nb"
@@ -188,21 +190,21 @@ def test_one_process_renders_all_texts_of_a_template() -> None:
     (renderer,) = chat._idle
     with pytest.raises(TemplateError, match="has no attribute 'a'"):
         rendered("{{ n }}!" + "{{ n.a.b }}", n=1)
-    assert len(chat._idle) == 2  # it refused, and is sound
+    assert len(chat._idle) == 2  # it refused the text, and is reused
     for n in range(chat.MOST_IDLE + 1):
         rendered(f"{n}")
     assert len(chat._idle) == chat.MOST_IDLE and renderer not in chat._idle
     assert renderer._process.poll() is not None
 
 
-def test_a_process_that_died_is_replaced() -> None:
+def test_a_dead_process_is_replaced() -> None:
     assert rendered("{{ n }}", n=1) == "1"
     chat._idle[0]._process.kill()
     chat._idle[0]._process.wait()
     assert rendered("{{ n }}", n=2) == "2" and len(chat._idle) == 1
 
 
-def test_a_process_that_ran_into_a_limit_is_not_used_again() -> None:
+def test_a_process_that_exceeded_a_limit_is_not_reused() -> None:
     template = "{{ 'a' * n }}"
     assert rendered(template, n=3) == "aaa"
     with pytest.raises(TemplateError, match="of memory"):
@@ -211,7 +213,7 @@ def test_a_process_that_ran_into_a_limit_is_not_used_again() -> None:
     assert rendered(template, n=2) == "aa"
 
 
-def test_templates_in_threads() -> None:
+def test_templates_render_in_threads() -> None:
     texts: dict[int, str] = {}
 
     def render(n: int) -> None:
@@ -243,7 +245,9 @@ print(render("{{ n }}", {"n": "parent"}, "here"), flush=True)
     assert (done.stdout.split(), done.stderr) == (["before", "child", "parent"], "")
 
 
-def test_an_interrupted_text_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_reply_does_not_answer_the_next_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert rendered("{{ n }}", n=1) == "1"
 
     def interrupted(request: bytes) -> tuple[bytes, str]:
@@ -257,10 +261,10 @@ def test_an_interrupted_text_is_not_taken_for_the_next(monkeypatch: pytest.Monke
     assert rendered("{{ n }}", n=3) == "3"
 
 
-def test_the_process_is_told_nothing_of_the_environment(
+def test_the_process_does_not_get_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither secrets, nor where else modules are to be found."""
+    """Neither secrets, nor other paths of modules."""
     (tmp_path / "jinja2.py").write_text("raise SystemExit(3)")
     (tmp_path / "json.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
@@ -283,9 +287,7 @@ def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
         rendered("{{ 1 }}")
 
 
-def test_a_process_that_does_nothing_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_process_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "idle.py").write_text("import time\ntime.sleep(1000)")
     monkeypatch.setattr(chat, "WALL_SECONDS", 0.2)
     monkeypatch.setattr(template_process, "__file__", str(tmp_path / "idle.py"))

@@ -1,4 +1,4 @@
-"""A stranger's tokenizer.json: steps that lengthen texts, slow patterns, large vocabularies."""
+"""Untrusted tokenizer.json: steps that lengthen texts, slow patterns, large vocabularies."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ def replace(content: str, **pattern: str) -> dict[str, Any]:
 
 
 def table(*texts: str) -> dict[str, Any]:
-    """A table that finds none of its texts, which stand in it all the same."""
+    """A character map that contains a text which it never uses."""
     data = (1024).to_bytes(4, "little") + bytes(1024) + b"".join(t.encode() + b"\0" for t in texts)
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
@@ -87,7 +87,7 @@ HOSTILE = {
                 "special_tokens": {"a": {"id": "a", "ids": [0] * 99, "tokens": ["a"] * 99}},
             }
         },
-        "post_processor.single: 9900 special tokens",
+        "post_processor.single: expected at most 1024 special tokens, found 9900",
     ),
     "words": (
         {
@@ -99,20 +99,12 @@ HOSTILE = {
                 "max_input_chars_per_word": 10**9,
             }
         },
-        "max_input_chars_per_word: 1000000000, of at most",
+        "max_input_chars_per_word: expected at most 1000, found 1000000000",
     ),
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
-    parts, told = HOSTILE[name]
-    with pytest.raises(BadTokenizer) as caught:
-        read(tmp_path, **parts)
-    assert told in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
-def test_steps_as_published_ones_have_them(tmp_path: Path) -> None:
+def test_steps_of_published_tokenizers_are_accepted(tmp_path: Path) -> None:
     llama = several(NORMAL, [{"type": "Prepend", "prepend": "▁"}, replace("▁", String=" ")])
     albert = several(
         NORMAL,
@@ -131,6 +123,14 @@ def test_steps_as_published_ones_have_them(tmp_path: Path) -> None:
         assert read(tmp_path, normalizer=normalizer, pre_tokenizer=cut).encode("a")
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    parts, message = HOSTILE[name]
+    with pytest.raises(BadTokenizer) as caught:
+        read(tmp_path, **parts)
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.parametrize("depth", [100, 5000])
 def test_normalizers_nested_too_deep_are_refused(tmp_path: Path, depth: int) -> None:
     head, tail = '{"type":"Sequence","normalizers":[', "]}"
@@ -140,14 +140,14 @@ def test_normalizers_nested_too_deep_are_refused(tmp_path: Path, depth: int) -> 
 
 
 @pytest.mark.parametrize("filler", ["[],", "{},", '["a"],', '{"a":1},'])
-def test_vocabulary_of_nothing_is_refused_before_it_is_built(tmp_path: Path, filler: str) -> None:
+def test_an_inflated_vocabulary_is_refused_before_it_is_built(tmp_path: Path, filler: str) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model":[' + filler * (10**7 // len(filler)) + "0]}")
     with pytest.raises(ResourceLimit, match="MB of memory"):
         zoo.tokenizer(tmp_path)
 
 
-def test_added_tokens_take_long_runs_of_spaces_along() -> None:
-    """In steps that grow with the text: of 40,000 spaces a pattern would try all pairs."""
+def test_added_tokens_strip_long_runs_of_spaces_quickly() -> None:
+    """In linear time: a pattern would try all pairs of 40,000 spaces."""
     flags = {"lstrip": True, "rstrip": True}
     split = Splitter({"<m>": Added("<m>", 7, **flags), "<s>": Added("<s>", 8, single_word=True)})
     spaces = " " * 200_000
@@ -156,7 +156,7 @@ def test_added_tokens_take_long_runs_of_spaces_along() -> None:
     assert list(split(spaces, True)) == [spaces]
 
 
-def test_added_tokens_of_a_file_take_long_runs_of_spaces_along(tmp_path: Path) -> None:
+def test_added_tokens_of_a_file_strip_long_runs_of_spaces_quickly(tmp_path: Path) -> None:
     flags = {"lstrip": True, "rstrip": True, "single_word": True, "normalized": False}
     token = {"id": 2, "content": "<m>", "special": True, **flags}
     tokenizer = read(tmp_path, added_tokens=[token], pre_tokenizer={"type": "Whitespace"})
@@ -164,7 +164,7 @@ def test_added_tokens_of_a_file_take_long_runs_of_spaces_along(tmp_path: Path) -
     assert tokenizer.encode(f"a{spaces}<m>{spaces}b", special=True) == [0, 2, 1]
 
 
-def test_errors_are_ours(tmp_path: Path) -> None:
+def test_errors_of_other_libraries_become_ours(tmp_path: Path) -> None:
     for value in (5, "x", [], [[]], {"type": "Sequence"}, {"type": "Replace", "pattern": 5}):
         for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor", "model"):
             with pytest.raises(ZooError):

@@ -44,7 +44,7 @@ from zoo.errors import (
     UsageError,
     ZooError,
 )
-from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, llama2c, unigrams
+from zoo.tokenizers import CharTokenizer, Tokenizer, bytelevel, llama2c, sentencepiece_file
 
 KINDS = ("gpt2", "qwen2", "llama3", "llama2", "t5", "bert-uncased")
 MORE = ("xlm-roberta", "qwen", "tekken")
@@ -74,7 +74,7 @@ EDGES = ("", " ", "  ", "\n", "a", " a", "a ", "\0", "\u0301", "'s", "Hello worl
 
 
 def texts(count: int, seed: int = 0) -> Iterator[str]:
-    """Edges, then random strings of up to a dozen stretches, each from one script or none."""
+    """Edge cases, then random strings of up to a dozen runs, each of one script."""
     yield from EDGES
     draw = random.Random(seed)
     for _ in range(count):
@@ -118,7 +118,7 @@ TEKKEN_PATTERN = r"\p{Lu}*[\p{Ll}\p{M}]+|\p{N}|[^\s\p{N}]|\s+(?!\S)|\s+"
 
 
 def ranks(split: str) -> list[bytes]:
-    """Bytes in their order, then what a BPE trained by `tokenizers` merges."""
+    """All bytes in order, then the merges of a BPE trained by `tokenizers`."""
     backend = Backend(models.BPE())
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Split(Regex(split), "isolated")
@@ -143,7 +143,7 @@ def write_tekken(path: Path) -> None:
     config = {
         "pattern": TEKKEN_PATTERN,
         "num_vocab_tokens": len(vocab),
-        "default_vocab_size": len(vocab) - 20 + 10,  # so that some are left out
+        "default_vocab_size": len(vocab) - 20 + 10,  # so that some special tokens are unlisted
         "default_num_special_tokens": 10,
         "version": "v13",
     }
@@ -166,7 +166,7 @@ def write_pieces(path: Path, **options: Any) -> None:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of each kind, as small as they come."""
+    """A small directory of each kind."""
     top = tmp_path_factory.mktemp("tokenizers")
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -209,8 +209,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=400,
         character_coverage=0.98,
     )
-    said = '{"tokenizer_class": "XLMRobertaTokenizer"}'
-    (top / "xlm-roberta" / "tokenizer_config.json").write_text(said)
+    config = '{"tokenizer_class": "XLMRobertaTokenizer"}'
+    (top / "xlm-roberta" / "tokenizer_config.json").write_text(config)
     (top / "qwen").mkdir()
     tokens = enumerate(ranks(bytelevel.PATTERNS["qwen2"]))
     lines = (base64.b64encode(token) + b" %d\n" % n for n, token in tokens)
@@ -220,19 +220,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _folder(request: pytest.FixtureRequest) -> Path:
-    """The directory that holds one of each kind."""
+    """The directory with one tokenizer of each kind."""
     if request.param == "made":
         return Path(request.getfixturevalue("made"))
     return Path(request.getfixturevalue("fixtures")) / "tokenizers"
 
 
-# reading the published ones takes the reference seconds: only what has to be asked of them is fast
+# the reference takes seconds to read published files
 kinds = pytest.fixture(_folder, params=("made", pytest.param("published", marks=pytest.mark.slow)))
 everywhere = pytest.fixture(_folder, params=("made", "published"), name="everywhere")
 
 
 class Oracle(NamedTuple):
-    """The reference, with special tokens in a text taken for text and for such."""
+    """The reference, with special tokens in a text read as text, and read as special."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -247,25 +247,27 @@ def oracle(folder: Path, kind: str) -> Oracle:
         model = sentencepiece.SentencePieceProcessor(model_file=str(next(folder.glob("*.model"))))
         return Oracle(model.encode, _through_pieces(model, kind).decode, model)
     if kind == "llama3":
-        found = _through_ranks(folder / "tokenizer.model")
+        reference = _through_ranks(folder / "tokenizer.model")
     elif kind == "bert-uncased":
-        found = ref.BertTokenizer(vocab=str(folder / "vocab.txt"))
+        reference = ref.BertTokenizer(vocab=str(folder / "vocab.txt"))
     elif kind == "gpt2":
         vocab, merges = str(folder / "encoder.json"), str(folder / "vocab.bpe")
-        found = ref.GPT2Tokenizer(vocab=vocab, merges=merges)
+        reference = ref.GPT2Tokenizer(vocab=vocab, merges=merges)
     else:
         vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-        found = ref.Qwen2Tokenizer(vocab=vocab, merges=merges)
+        reference = ref.Qwen2Tokenizer(vocab=vocab, merges=merges)
 
     def encode(text: str) -> list[int]:
-        ids = found(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return list(ids)
 
-    return Oracle(encode, lambda ids: found.decode(ids, clean_up_tokenization_spaces=False), found)
+    return Oracle(
+        encode, lambda ids: reference.decode(ids, clean_up_tokenization_spaces=False), reference
+    )
 
 
 def _through_pieces(model: Any, kind: str) -> Any:
-    """The reference's class on the pieces of a model, whose file it needs protobuf to read."""
+    """The reference's class on the pieces of a model; for the file itself it needs protobuf."""
     import transformers as ref
     from transformers.tokenization_utils_base import generate_merges
 
@@ -311,18 +313,18 @@ def same(folder: Path, kind: str, count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_texts(everywhere: Path, kind: str) -> None:
+def test_random_texts_match_the_reference(everywhere: Path, kind: str) -> None:
     same(everywhere / kind, kind, 1000, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_thousand_random_texts(kinds: Path, kind: str) -> None:
+def test_ten_thousand_random_texts_match_the_reference(kinds: Path, kind: str) -> None:
     same(kinds / kind, kind, 10_000, seed=2)
 
 
-def test_llama_is_the_references_class_too(kinds: Path) -> None:
-    """Where that one does as sentencepiece: transformers 5 drops the space before a space."""
+def test_llama_matches_the_references_class(kinds: Path) -> None:
+    """Except where it differs from sentencepiece: transformers 5 drops a space before a space."""
     folder = kinds / "llama2"
     mine, reference = zoo.tokenizer(folder), _through_pieces(oracle(folder, "llama2").backend, "")
     for text in texts(1000, seed=3):
@@ -332,9 +334,9 @@ def test_llama_is_the_references_class_too(kinds: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ("gpt2", "qwen2", "llama3", "bert-uncased"))
-def test_special_tokens_in_a_text_if_asked(kinds: Path, kind: str) -> None:
+def test_special_tokens_in_a_text_are_read_on_request(kinds: Path, kind: str) -> None:
     mine, reference = zoo.tokenizer(kinds / kind), copy.deepcopy(oracle(kinds / kind, kind).backend)
-    if kind != "bert-uncased":  # what only one of the two knows would be text to the other
+    if kind != "bert-uncased":  # a special token of only one of the two would be text to the other
         reference.add_special_tokens({"extra_special_tokens": list(mine.special_tokens)})
     special = 0
     for text in texts(1000, seed=4):
@@ -346,35 +348,35 @@ def test_special_tokens_in_a_text_if_asked(kinds: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_ids_decode_and_stream_alike(kinds: Path, kind: str) -> None:
-    """Not only those that a text gives: a model may stop in the middle of a character."""
+    """Also ids that no text has: a model may stop within a character."""
     mine, reference = zoo.tokenizer(kinds / kind), oracle(kinds / kind, kind)
     draw = random.Random(5)
-    known = mine.vocab_size if kind not in ("qwen2", "llama3") else mine.eos
+    size = mine.vocab_size if kind not in ("qwen2", "llama3") else mine.eos
     for _ in range(300):
-        ids = [draw.randrange(known) for _ in range(draw.randint(1, 20))]
+        ids = [draw.randrange(size) for _ in range(draw.randint(1, 20))]
         shown = mine.decode(ids)
         assert streamed(mine, ids) == shown
         if kind != "llama2":
             assert shown == reference.decode(ids)
         elif not set(ids) & set(mine.special_tokens.values()):
-            # half a character: one mark for each of its bytes, and the whole ones before it stay
+            # half a character: one U+FFFD for each byte, and the characters before it stay
             assert shown == reference.backend.decode(ids)
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("gpt2", "gpt-2"), ("llama2", "llama-spm"), ("bert-uncased", "bert-bge")]
 )
-def test_vectors(fixtures: Path, kind: str, name: str) -> None:
+def test_llama_cpps_vectors(fixtures: Path, kind: str, name: str) -> None:
     vectors = fixtures / "tokenizer_vectors"
-    given = (vectors / f"{name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    texts = (vectors / f"{name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     wanted = (vectors / f"{name}.out").read_text().split("\n")
     mine = zoo.tokenizer(fixtures / "tokenizers" / kind)
-    assert len(given) == len(wanted) == 47
-    for text, ids in zip(given, wanted, strict=True):
+    assert len(texts) == len(wanted) == 47
+    for text, ids in zip(texts, wanted, strict=True):
         assert plain(mine, text) == [int(id) for id in ids.split()], repr(text)
 
 
-def test_known_answers(fixtures: Path) -> None:
+def test_published_examples(fixtures: Path) -> None:
     llama2 = zoo.tokenizer(fixtures / "tokenizers/llama2")
     wanted = [1, 306, 4658, 278, 6593, 310, 2834, 338]
     assert llama2.encode("I believe the meaning of life is") == wanted
@@ -397,7 +399,7 @@ XLM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 def fairseq(folder: Path) -> Any:
-    """The reference's class as it reads such a file, for which it needs protobuf."""
+    """The reference's class for such a file, which it needs protobuf to read."""
     import transformers as ref
 
     path = folder / "sentencepiece.bpe.model"
@@ -405,43 +407,44 @@ def fairseq(folder: Path) -> Any:
     numbers = range(3, model.get_piece_size())
     pieces = [(model.id_to_piece(n), model.get_score(n)) for n in numbers]
     first = [(text, 0.0) for text in XLM_SPECIALS[:4]]
-    table = unigrams.read_model(path).characters or None
+    table = sentencepiece_file.read_model(path).characters or None
     vocab = [*first, *pieces, ("<mask>", 0.0)]
     return ref.XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=table)
 
 
 def same_as_fairseq(folder: Path, count: int, seed: int) -> None:
-    """With special tokens in a text found; and where there are none, also as if not to be found:
-    the reference's model takes their characters for them nonetheless, since they are pieces of it.
+    """Compare with special tokens read as special; without any in the text, also read as text.
+
+    The reference's model reads their characters as special either way: they are among its pieces.
     """
     mine, reference = zoo.tokenizer(folder), fairseq(folder)
     apart = 0
     for text in texts(count, seed):
-        found = reference(text)["input_ids"]
-        assert mine.encode(text, special=True) == found, repr(text)
+        theirs = reference(text)["input_ids"]
+        assert mine.encode(text, special=True) == theirs, repr(text)
         ids = plain(mine, text)
         if any(special in text for special in XLM_SPECIALS):
             apart += 1
             assert not {0, 1, 2, mine.vocab_size - 1} & set(ids), repr(text)
         else:
-            theirs = reference(text, add_special_tokens=False, split_special_tokens=True)
-            assert ids == theirs["input_ids"], repr(text)
-        shown = mine.decode(found)
-        assert shown == reference.decode(found, clean_up_tokenization_spaces=False), repr(text)
-        assert streamed(mine, found) == shown, repr(text)
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            assert ids == reference(text, **options)["input_ids"], repr(text)
+        shown = mine.decode(theirs)
+        assert shown == reference.decode(theirs, clean_up_tokenization_spaces=False), repr(text)
+        assert streamed(mine, theirs) == shown, repr(text)
     assert 0 < apart < count / 5
 
 
-def test_xlm_roberta_is_the_references(made: Path) -> None:
+def test_xlm_roberta_matches_the_reference(made: Path) -> None:
     same_as_fairseq(made / "xlm-roberta", 1000, seed=11)
 
 
 @pytest.mark.slow
-def test_xlm_roberta_on_ten_thousand_texts(made: Path) -> None:
+def test_xlm_roberta_matches_on_ten_thousand_texts(made: Path) -> None:
     same_as_fairseq(made / "xlm-roberta", 10_000, seed=12)
 
 
-def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
+def test_xlm_roberta_without_a_character_map(tmp_path: Path) -> None:
     write_pieces(
         tmp_path / "x" / "sentencepiece.bpe.model",
         model_type="unigram",
@@ -451,7 +454,9 @@ def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
         user_defined_symbols=["foxes"],
         control_symbols=["<ctl>"],
     )
-    assert unigrams.read_model(tmp_path / "x" / "sentencepiece.bpe.model").characters == b""
+    assert (
+        sentencepiece_file.read_model(tmp_path / "x" / "sentencepiece.bpe.model").characters == b""
+    )
     same_as_fairseq(tmp_path / "x", 500, seed=13)
     mine = zoo.tokenizer(tmp_path / "x")
     assert mine.id("<ctl>") in mine.special_tokens.values()
@@ -464,8 +469,8 @@ def test_xlm_roberta_without_a_table_of_characters(tmp_path: Path) -> None:
     assert 4 in plain(mine, "a<ctl>b", special=True) and 4 not in plain(mine, "a<ctl>b")
 
 
-def test_fairseqs_ids_are_sentencepieces_but_for_the_first(made: Path) -> None:
-    """Where no character is composed and no score is the same twice, so is the engine."""
+def test_fairseq_ids_are_sentencepiece_ids_except_the_first(made: Path) -> None:
+    """If no character is composed and all scores differ."""
     path = made / "xlm-roberta" / "sentencepiece.bpe.model"
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     mine = zoo.tokenizer(path.parent)
@@ -478,7 +483,7 @@ def test_fairseqs_ids_are_sentencepieces_but_for_the_first(made: Path) -> None:
     assert plain(mine, "\ufffc") == [mine.id("\u2581"), 3]
 
 
-def test_the_config_says_what_fairseqs_tokens_are(made: Path, tmp_path: Path) -> None:
+def test_the_config_names_fairseqs_special_tokens(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "xlm-roberta", tmp_path, dirs_exist_ok=True)
     size = zoo.tokenizer(tmp_path).vocab_size
     config = {
@@ -507,7 +512,7 @@ def test_the_config_says_what_fairseqs_tokens_are(made: Path, tmp_path: Path) ->
         ({}, {"model_type": "mbart"}, False),
     ],
 )
-def test_other_families_ids_are_not_guessed(
+def test_unigrams_of_other_families_are_refused(
     made: Path, tmp_path: Path, config: Any, model: Any, fine: bool
 ) -> None:
     shutil.copytree(made / "xlm-roberta", tmp_path, dirs_exist_ok=True)
@@ -521,10 +526,10 @@ def test_other_families_ids_are_not_guessed(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"model_type": "bpe"}, "expected unigrams"),
-        ({"model_type": "unigram", "byte_fallback": True}, "bytes to fall back on"),
+        ({"model_type": "unigram", "byte_fallback": True}, "byte fallback"),
         (
             {"model_type": "unigram", "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
             "twice: </s>",
@@ -532,18 +537,18 @@ def test_other_families_ids_are_not_guessed(
         ({"model_type": "unigram", "bos_id": -1}, "its first"),
     ],
 )
-def test_models_that_fairseqs_ids_are_not_for(
-    tmp_path: Path, options: dict[str, Any], told: str
+def test_models_that_do_not_fit_fairseq_ids_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "x" / "sentencepiece.bpe.model"
     write_pieces(path, vocab_size=700, character_coverage=0.98, **options)
-    with pytest.raises(BadTokenizer, match=told) as caught:
+    with pytest.raises(BadTokenizer, match=message) as caught:
         zoo.tokenizer(path.parent)
     assert str(path) in str(caught.value)
 
 
 class Ranked(NamedTuple):
-    """tiktoken itself on the tables that are made here, and the id of each of its ranks."""
+    """tiktoken itself on the tables of this file, and the id of each rank."""
 
     encoding: tiktoken.Encoding
     ids: list[int]
@@ -551,8 +556,8 @@ class Ranked(NamedTuple):
 
     def encode(self, text: str, **options: Any) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.composes else text
-        found = self.encoding.encode(text, disallowed_special=(), **options)
-        return [self.ids[rank] for rank in found]
+        ids = self.encoding.encode(text, disallowed_special=(), **options)
+        return [self.ids[rank] for rank in ids]
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode([self.ids.index(id) for id in ids])
@@ -580,7 +585,7 @@ def through_tiktoken(kind: str) -> Ranked:
 def same_as_tiktoken(folder: Path, count: int, seed: int) -> None:
     mine, reference = zoo.tokenizer(folder), through_tiktoken(folder.name)
     special = list(mine.special_tokens)
-    draw, found = random.Random(seed), 0
+    draw, specials = random.Random(seed), 0
     for text in texts(count, seed):
         text += draw.choice(["", "", draw.choice(special), draw.choice(special) + "\u0338 a"])
         ids = plain(mine, text)
@@ -591,22 +596,22 @@ def same_as_tiktoken(folder: Path, count: int, seed: int) -> None:
         ids = plain(mine, text, special=True)
         assert ids == reference.encode(text, allowed_special="all"), repr(text)
         assert mine.decode(ids) == reference.decode(ids)
-        found += any(id in mine.special_tokens.values() for id in ids)
-    assert found > count / 4
+        specials += any(id in mine.special_tokens.values() for id in ids)
+    assert specials > count / 4
 
 
 @pytest.mark.parametrize("kind", ("qwen", "tekken"))
-def test_ranks_are_tiktokens(made: Path, kind: str) -> None:
+def test_ranks_match_tiktoken(made: Path, kind: str) -> None:
     same_as_tiktoken(made / kind, 1000, seed=14)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ("qwen", "tekken"))
-def test_ranks_on_ten_thousand_texts(made: Path, kind: str) -> None:
+def test_ranks_match_tiktoken_on_ten_thousand_texts(made: Path, kind: str) -> None:
     same_as_tiktoken(made / kind, 10_000, seed=15)
 
 
-def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
+def test_qwen_tiktoken_file(made: Path, tmp_path: Path) -> None:
     mine = zoo.tokenizer(made / "qwen")
     count = mine.vocab_size - 208
     assert mine.token(count) == "<|endoftext|>" and mine.token(count + 207) == "<|extra_204|>"
@@ -618,7 +623,9 @@ def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "QWenTokenizer"}')
     assert zoo.tokenizer(tmp_path).eos == count
     shutil.copyfile(made / "qwen" / "qwen.tiktoken", tmp_path / "qwen.tiktoken")
-    with pytest.raises(BadTokenizer, match=r"other\.tiktoken, qwen\.tiktoken, and one"):
+    with pytest.raises(
+        BadTokenizer, match=r"one file of ranks, found other\.tiktoken, qwen\.tiktoken"
+    ):
         zoo.tokenizer(tmp_path)
     (tmp_path / "other.tiktoken").unlink()
     assert zoo.tokenizer(tmp_path).eos == count
@@ -627,7 +634,7 @@ def test_qwens_tokens(made: Path, tmp_path: Path) -> None:
         zoo.tokenizer(tmp_path)
 
 
-def test_tekkens_tokens(made: Path) -> None:
+def test_tekken_file(made: Path) -> None:
     mine = zoo.tokenizer(made / "tekken")
     assert [mine.unk, mine.bos, mine.eos, mine.pad] == [0, 1, 2, 5]
     assert mine.encode("fox") == [1, *plain(mine, "fox")]
@@ -636,7 +643,7 @@ def test_tekkens_tokens(made: Path) -> None:
     assert mine.vocab_size == file["config"]["default_vocab_size"] < len(file["vocab"])
 
 
-def test_tekkens_tokens_where_an_early_file_names_none(made: Path, tmp_path: Path) -> None:
+def test_early_tekken_file_without_special_tokens(made: Path, tmp_path: Path) -> None:
     file = json.loads((made / "tekken" / "tekken.json").read_text())
     del file["special_tokens"]
     file["config"] |= {"version": "v3", "default_num_special_tokens": 30}
@@ -652,7 +659,7 @@ def test_tekkens_tokens_where_an_early_file_names_none(made: Path, tmp_path: Pat
 
 
 def test_many_special_tokens_are_found_quickly(made: Path, tmp_path: Path) -> None:
-    """A published tekken.json has a thousand: 24 kB took seven seconds, and take a millisecond."""
+    """A published tekken.json has a thousand: 24 kB of text once took seven seconds."""
     file = json.loads((made / "tekken" / "tekken.json").read_text())
     more = {"default_num_special_tokens": 1000, "default_vocab_size": 1500}
     (tmp_path / "tekken.json").write_text(json.dumps(file | {"config": file["config"] | more}))
@@ -667,7 +674,7 @@ def test_many_special_tokens_are_found_quickly(made: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizer_json(kinds: Path, kind: str, tmp_path: Path) -> None:
-    """As the reference saves it, which brings in every decoder that these kinds need."""
+    """As the reference saves it, with every decoder that these kinds need."""
     reference = oracle(kinds / kind, kind).backend
     if kind in ("llama2", "t5"):
         reference = _through_pieces(reference, kind)
@@ -709,7 +716,9 @@ def test_tokenizer_json_comes_first(made: Path, tmp_path: Path) -> None:
         ("bert-uncased", ["[CLS]"], ["[SEP]"]),
     ],
 )
-def test_custom(made: Path, kind: str, before: list[str], after: list[str]) -> None:
+def test_special_tokens_around_a_text_by_family(
+    made: Path, kind: str, before: list[str], after: list[str]
+) -> None:
     mine = zoo.tokenizer(made / kind)
     body = plain(mine, "the fox")
     ends = [list(map(mine.id, tokens)) for tokens in (before, after)]
@@ -721,7 +730,7 @@ def test_custom(made: Path, kind: str, before: list[str], after: list[str]) -> N
             mine.encode("", bos=True)
 
 
-def test_the_config_says_what_stands_around(made: Path, tmp_path: Path) -> None:
+def test_the_config_sets_special_tokens_around_a_text(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "llama2", tmp_path, dirs_exist_ok=True)
     config = {"add_bos_token": False, "add_eos_token": True, "padding_side": "left"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -731,7 +740,7 @@ def test_the_config_says_what_stands_around(made: Path, tmp_path: Path) -> None:
 
 
 def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> None:
-    """Some numbers, <s>, </s> and bytes, of a class that `kind` names."""
+    """Numbers, <s>, </s> and bytes, with `kind` as tokenizer_class."""
     place.mkdir()
     numbers = {str(n): n for n in range(20)}
     bytes_ = {f"<0x{n:02X}>": 40 + n for n in range(256)}
@@ -745,12 +754,12 @@ def write_json(place: Path, kind: str, flags: dict[str, bool], **parts: Any) -> 
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
-def test_tokenizer_json_says_what_stands_around(kind: str, tmp_path: Path) -> None:
-    """The reference heeds nothing beside it, and puts nothing where it says nothing."""
+def test_tokenizer_json_sets_special_tokens_around_a_text(kind: str, tmp_path: Path) -> None:
+    """Like the reference: other files do not count, and without a post-processor there are none."""
     import transformers as ref
 
-    known = [("<s>", 30), ("</s>", 31)]
-    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=known)
+    specials = [("<s>", 30), ("</s>", 31)]
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
     for n, around in enumerate((None, both)):
         for flag in (None, True, False):
             flags = {} if flag is None else {"add_bos_token": flag, "add_eos_token": flag}
@@ -761,8 +770,8 @@ def test_tokenizer_json_says_what_stands_around(kind: str, tmp_path: Path) -> No
             assert zoo.tokenizer(place).encode("1") == ([30, 1, 31] if n else [1])
 
 
-def test_ends_of_those_that_know_no_letters(tmp_path: Path) -> None:
-    """What they do not know they drop, and where it was is not between the ends."""
+def test_post_processor_of_a_vocabulary_without_letters(tmp_path: Path) -> None:
+    """Such a vocabulary drops unknown letters, so the probe text must be one of its tokens."""
     around = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 30), ("</s>", 31)]
     )
@@ -770,17 +779,17 @@ def test_ends_of_those_that_know_no_letters(tmp_path: Path) -> None:
     assert zoo.tokenizer(tmp_path / "x").encode("1a") == [30, 1, 31]
 
 
-def test_ids_that_stand_for_nothing(tmp_path: Path) -> None:
+def test_ids_without_a_token_are_refused(tmp_path: Path) -> None:
     decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     write_json(tmp_path / "x", "PreTrainedTokenizerFast", {}, decoder=decoder)
     mine = zoo.tokenizer(tmp_path / "x")
     ids = [1, 35, 40 + 0xC3, 35, 40 + 0xA9, 35]
     assert mine.decode(ids) == streamed(mine, ids) == "1é"
-    with pytest.raises(TokenIdError, match="35 stands for nothing"):
+    with pytest.raises(TokenIdError, match="35 has no token"):
         mine.token(35)
 
 
-def test_t5_sentinels_where_the_config_says_t5(made: Path, tmp_path: Path) -> None:
+def test_t5_has_sentinel_tokens(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "t5", tmp_path, dirs_exist_ok=True)
     size = zoo.tokenizer(tmp_path).vocab_size
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
@@ -807,14 +816,14 @@ def test_added_tokens(made: Path, tmp_path: Path) -> None:
     mine = zoo.tokenizer(tmp_path)
     assert (mine.pad, mine.mask, mine.vocab_size) == (size, size + 2, size + 4)
     assert list(mine.special_tokens.values()) == [0, 1, 2, size, size + 2]
-    # what is not special is found in any text, and the other takes the space before it along
+    # tokens that are not special are matched in any text; lstrip includes the space before
     assert plain(mine, "foxesfox") == [size + 1, size + 3]
     assert plain(mine, "the  <mark>foxes", special=True) == [*plain(mine, "the"), size, size + 1]
     assert mine.decode([size, size + 1]) == "<mark>foxes"
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"added_tokens_decoder": {"5": {"content": "x9"}}}, "'x9' has id 5, and so has"),
         ({"added_tokens_decoder": {"99999999": {"content": "x9"}}}, "far beyond"),
@@ -830,23 +839,23 @@ def test_added_tokens(made: Path, tmp_path: Path) -> None:
         ({"chat_template": [{"name": "x"}]}, "chat_template"),
     ],
 )
-def test_settings_that_cannot_be(
-    made: Path, tmp_path: Path, config: dict[str, Any], told: str | None
+def test_wrong_settings_are_refused(
+    made: Path, tmp_path: Path, config: dict[str, Any], message: str | None
 ) -> None:
     shutil.copytree(made / "llama2", tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    if told is None:
+    if message is None:
         zoo.tokenizer(tmp_path)
         return
     with pytest.raises(BadTokenizer) as caught:
         zoo.tokenizer(tmp_path)
-    assert told in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 # --- the rest of the surface ---------------------------------------------------------------------
 
 
-def test_batches(made: Path) -> None:
+def test_batches_are_padded(made: Path) -> None:
     mine = zoo.tokenizer(made / "gpt2")
     long, short = plain(mine, "the quick fox"), plain(mine, "a")
     blank = [mine.eos] * (len(long) - 1)
@@ -867,7 +876,7 @@ def test_batches(made: Path) -> None:
         mine.batch(["a"], pad=10**6)
 
 
-def test_no_pad_token() -> None:
+def test_a_batch_without_a_pad_token_is_refused() -> None:
     mine = CharTokenizer.of("abc")
     with pytest.raises(UsageError, match="no pad token: pass pad="):
         mine.batch(["a", "ab"])
@@ -876,7 +885,7 @@ def test_no_pad_token() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_have_ids_and_ids_tokens(kinds: Path, kind: str) -> None:
+def test_tokens_and_ids_map_both_ways(kinds: Path, kind: str) -> None:
     mine = zoo.tokenizer(kinds / kind)
     for id in range(0, mine.vocab_size, 1 + mine.vocab_size // 997):
         assert mine.id(mine.token(id)) == id
@@ -893,7 +902,7 @@ def test_tokens_have_ids_and_ids_tokens(kinds: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS + MORE)
-def test_what_is_no_text(made: Path, kind: str) -> None:
+def test_input_that_is_no_text_is_refused(made: Path, kind: str) -> None:
     mine = zoo.tokenizer(made / kind)
     with pytest.raises(InputError, match="half a surrogate pair at character 1"):
         mine.encode("a\ud800")
@@ -901,7 +910,7 @@ def test_what_is_no_text(made: Path, kind: str) -> None:
         mine.encode(b"a")  # type: ignore[arg-type]
 
 
-def test_what_is_one_row_of_ids(made: Path) -> None:
+def test_decode_takes_one_row_of_ids(made: Path) -> None:
     mine = zoo.tokenizer(made / "llama2")
     ids = plain(mine, "the fox")
     one = mine.decode(ids[:1])
@@ -912,7 +921,7 @@ def test_what_is_one_row_of_ids(made: Path) -> None:
             mine.decode(wrong)  # type: ignore[arg-type]
 
 
-def test_a_stream_holds_back_and_skips(made: Path) -> None:
+def test_a_stream_waits_for_whole_characters(made: Path) -> None:
     mine = zoo.tokenizer(made / "llama2")
     stream, parts = mine.stream(skip_special=True), mine.encode("a \U0010fffd")
     shown = [stream.put(id) for id in parts]
@@ -923,8 +932,8 @@ def test_a_stream_holds_back_and_skips(made: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_runs(kinds: Path, kind: str) -> None:
-    """A hundred thousand of one character: no hang, no crash, and it all comes back."""
+def test_long_runs_of_one_character(kinds: Path, kind: str) -> None:
+    """A hundred thousand of one character: no hang, no crash, and decoding returns them."""
     mine = zoo.tokenizer(kinds / kind)
     for piece in ("a", " ", "\n", "é", "!", "1", "'s", "a "):
         text = piece * 100_000
@@ -935,13 +944,13 @@ def test_long_runs(kinds: Path, kind: str) -> None:
             assert mine.decode(ids) == text
 
 
-def test_whitespace_that_tiktoken_cannot_follow(made: Path) -> None:
+def test_whitespace_beyond_tiktokens_stack(made: Path) -> None:
     mine = zoo.tokenizer(made / "gpt2")
     for text in (" " * 10**6 + "a", "\n" * 10**6, " \n" * 10**6):
         assert mine.decode(plain(mine, text)) == text
 
 
-def test_copies_share_it(made: Path) -> None:
+def test_copies_share_the_tokenizer(made: Path) -> None:
     mine = zoo.tokenizer(made / "gpt2")
     assert copy.deepcopy(mine) is mine
     assert "gpt2" in repr(mine)
@@ -950,7 +959,7 @@ def test_copies_share_it(made: Path) -> None:
 # --- characters ----------------------------------------------------------------------------------
 
 
-def test_characters(tmp_path: Path) -> None:
+def test_character_tokenizer(tmp_path: Path) -> None:
     mine = CharTokenizer.of("hello wörld 😀")
     mine.save(tmp_path)
     again = zoo.tokenizer(tmp_path)
@@ -969,8 +978,8 @@ def test_characters(tmp_path: Path) -> None:
 # --- where it comes from -------------------------------------------------------------------------
 
 
-def test_a_models_tokenizer(made: Path, tmp_path: Path) -> None:
-    """It lies with the weights, is read when asked for, and goes where they go."""
+def test_a_model_has_its_tokenizer(made: Path, tmp_path: Path) -> None:
+    """It is read from the checkpoint when first used, and saved with the model."""
     published = zoo.save(build("gpt2").eval(), tmp_path / "published")
     for path in (made / "gpt2").iterdir():
         shutil.copyfile(path, published / path.name)
@@ -1001,18 +1010,18 @@ print(sorted(libraries & set(sys.modules)))
         assert shown.stdout.splitlines() == ["[]", used], shown.stderr
 
 
-def test_the_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenize_command(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokenize", str(made / "gpt2"), "fox<|endoftext|>", "--special", "--json"]) == 0
     mine = zoo.tokenizer(made / "gpt2")
-    found = json.loads(capsys.readouterr().out)
-    assert found["ids"] == [*plain(mine, "fox"), mine.eos]
-    assert found["tokens"][-1] == "<|endoftext|>"
+    output = json.loads(capsys.readouterr().out)
+    assert output["ids"] == [*plain(mine, "fox"), mine.eos]
+    assert output["tokens"][-1] == "<|endoftext|>"
     assert main(["tokenize", str(made / "bert-uncased"), "fox"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [["2", "[CLS]"], ["6", "fox"], ["3", "[SEP]"]]
 
 
-def test_directories_without_one(tmp_path: Path) -> None:
+def test_directories_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(NotACheckpoint, match=r"no tokenizer.*It holds notes\.txt"):
         zoo.tokenizer(tmp_path)
@@ -1022,7 +1031,7 @@ def test_directories_without_one(tmp_path: Path) -> None:
         zoo.tokenizer(tmp_path, revision="main")
 
 
-def test_files_out_of_the_directory(made: Path, tmp_path: Path) -> None:
+def test_files_outside_the_directory_are_refused(made: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").symlink_to(made / "llama2" / "tokenizer.model")
     with pytest.raises(UnsafePath):
         zoo.tokenizer(tmp_path)
@@ -1031,11 +1040,11 @@ def test_files_out_of_the_directory(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "kind"), [(["12", ".com"], "gpt2"), ([".com", "the"], "qwen2"), (["the"], "gpt2")]
 )
-def test_the_pattern_that_a_vocabulary_speaks_of(words: list[str], kind: str) -> None:
+def test_the_pattern_is_guessed_from_the_vocabulary(words: list[str], kind: str) -> None:
     assert bytelevel.guess(words) == kind
 
 
-def test_the_published_vocabularies_speak(fixtures: Path) -> None:
+def test_the_pattern_of_published_vocabularies_is_guessed(fixtures: Path) -> None:
     for kind, name in (("gpt2", "encoder.json"), ("qwen2", "vocab.json")):
         ids = bytelevel.read_ids(fixtures / "tokenizers" / kind / name)
         assert bytelevel.guess(ids) == kind
@@ -1071,7 +1080,7 @@ def damaged(data: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize(("kind", "name"), PLACES)
-def test_damage_is_an_error_of_ours_or_none(
+def test_damaged_files_raise_only_our_errors(
     made: Path, tmp_path: Path, kind: str, name: str
 ) -> None:
     shutil.copytree(made / kind, tmp_path, dirs_exist_ok=True)
@@ -1085,7 +1094,7 @@ def test_damage_is_an_error_of_ours_or_none(
     assert refused >= 3
 
 
-def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
+def test_damaged_tokenizer_json_raises_only_our_errors(made: Path, tmp_path: Path) -> None:
     oracle(made / "bert-uncased", "bert-uncased").backend.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     data = path.read_bytes()
@@ -1101,7 +1110,7 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "edit", "told"),
+    ("kind", "name", "edit", "message"),
     [
         ("gpt2", "vocab.bpe", lambda d: d + b"zz qq\n", "1 merges of or into tokens"),
         ("gpt2", "vocab.bpe", lambda d: d + b"zz\n", "expected two tokens, found 'zz'"),
@@ -1112,7 +1121,7 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("gpt2", "encoder.json", lambda d: b"[]", "an object is expected"),
         ("llama3", "tokenizer.model", lambda d: d + b"!!!! 265\n", "line 266: expected base64"),
         ("llama3", "tokenizer.model", lambda d: d + b"YWJj 300\n", "rank 300 is out of order"),
-        ("llama3", "tokenizer.model", lambda d: d + b"dGg= 265\n", "1 tokens stand twice"),
+        ("llama3", "tokenizer.model", lambda d: d + b"dGg= 265\n", "1 tokens occur twice"),
         ("llama3", "tokenizer.model", lambda d: d[:808], "truncated"),
         ("llama2", "tokenizer.model", lambda d: d[: len(d) // 2], "no model of sentencepiece"),
         ("bert-uncased", "vocab.txt", lambda d: d[:6], r"no \[UNK\]"),
@@ -1120,7 +1129,7 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("qwen", "qwen.tiktoken", lambda d: d[: d.index(b" 200\n")], "line 201"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d[:-1], "it ends within"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x0a\x00", "without text"),
-        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "bytes are exp"),
+        ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + b"\x18\x01", "expected bytes"),
         ("xlm-roberta", "sentencepiece.bpe.model", lambda d: d + d, "its first pieces"),
         (
             "xlm-roberta",
@@ -1139,7 +1148,7 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
             "tekken",
             "tekken.json",
             lambda d: d.replace(b'"YQ=="', b'"Yg=="'),
-            "1 tokens stand twice",
+            "1 tokens occur twice",
         ),
         ("tekken", "tekken.json", lambda d: d.replace(b'"<pad>"', b'"<s>"'), "special_tokens.5"),
         ("tekken", "tekken.json", lambda d: d.replace(b'"<s>"', b'"<SPECIAL_7>"'), "of its own"),
@@ -1148,25 +1157,25 @@ def test_damaged_tokenizer_json(made: Path, tmp_path: Path) -> None:
         ("tekken", "tekken.json", lambda d: d.replace(b'size": ', b'size": 9'), "vocab_size"),
     ],
 )
-def test_damage_by_name(
-    made: Path, tmp_path: Path, kind: str, name: str, edit: Callable[[bytes], bytes], told: str
+def test_damaged_files_are_refused_by_name(
+    made: Path, tmp_path: Path, kind: str, name: str, edit: Callable[[bytes], bytes], message: str
 ) -> None:
     shutil.copytree(made / kind, tmp_path, dirs_exist_ok=True)
     path = tmp_path / name
     before = path.read_bytes()
     path.write_bytes(edit(before))
     assert path.read_bytes() != before
-    with pytest.raises(BadTokenizer, match=told) as caught:
+    with pytest.raises(BadTokenizer, match=message) as caught:
         zoo.tokenizer(tmp_path)
     assert str(path) in str(caught.value)
 
 
 def table(*units: int, size: int = 1024, texts: bytes = b"a\0") -> bytes:
-    """One that replaces characters, of which the first units are given."""
+    """A character map with these first units."""
     return struct.pack("<257I", size, *units, *[0] * (256 - len(units))) + texts
 
 
-LEAF, BEYOND = 1 << 31, 1 << 20  # a unit where a text begins; one that points far away
+LEAF, BEYOND = 1 << 31, 1 << 20  # a unit where a text begins; one that points far outside
 TABLES = {
     "more than there is": table(size=0xFFFFFF00),
     "half a unit": table(size=1022),
@@ -1183,35 +1192,37 @@ TABLES = {
 
 @pytest.mark.parametrize("case", TABLES)
 @pytest.mark.parametrize("name", ["tokenizer.model", "sentencepiece.bpe.model", "tokenizer.json"])
-def test_tables_that_point_outside(tmp_path: Path, name: str, case: str) -> None:
-    """What reads them would read there, or take as much memory as they say."""
+def test_character_maps_that_point_outside_are_refused(
+    tmp_path: Path, name: str, case: str
+) -> None:
+    """The library would read outside the map, or allocate as much memory as it claims."""
 
     def read(data: bytes) -> None:
         if name == "tokenizer.json":
             step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
             model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-            said = {"normalizer": {"type": "Sequence", "normalizers": [step]}, "model": model}
-            text = json.dumps({"version": "1.0", "added_tokens": [], **said}).encode()
+            config = {"normalizer": {"type": "Sequence", "normalizers": [step]}, "model": model}
+            text = json.dumps({"version": "1.0", "added_tokens": [], **config}).encode()
         else:
             words = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1)]
-            text = llama2c.model_of(words, falls_back=False) + b"\x12\x02\x18\x01"
+            text = llama2c.sentencepiece_model(words, falls_back=False) + b"\x12\x02\x18\x01"
             text += llama2c._bytes(3, llama2c._bytes(2, data))
         (tmp_path / name).write_bytes(text)
         zoo.tokenizer(tmp_path).encode("a")
 
-    if name == "tokenizer.model":  # sentencepiece looks itself, and more closely
-        told = "INTERNAL"
+    if name == "tokenizer.model":  # sentencepiece checks its maps itself
+        message = "INTERNAL"
     else:
         read(table())
-        told = "a table .*for characters"
-    with pytest.raises(BadTokenizer, match=f"{name}.*{told}"):
+        message = "a character map"
+    with pytest.raises(BadTokenizer, match=f"{name}.*{message}"):
         read(TABLES[case])
 
 
-def test_files_too_large_are_not_read(made: Path, tmp_path: Path) -> None:
+def test_files_too_large_are_refused(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "gpt2", tmp_path, dirs_exist_ok=True)
     os.truncate(tmp_path / "vocab.bpe", 1 << 40)
-    with pytest.raises(BadTokenizer, match="more than the"):
+    with pytest.raises(BadTokenizer, match="larger than the"):
         zoo.tokenizer(tmp_path)
 
 
@@ -1257,7 +1268,7 @@ You help.<|im_end|>
 <|im_start|>assistant
 {% endif %}
 """
-SAID = [
+MESSAGES = [
     {"role": "system", "content": "Be brief. <b>'ü'</b>"},
     {"role": "user", "content": " Hello\n"},
     {"role": "assistant", "content": "Hi! "},
@@ -1272,10 +1283,10 @@ def talker(made: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("template", (LLAMA2_CHAT, LLAMA3_CHAT, CHATML), ids=("2", "3", "ml"))
-@pytest.mark.parametrize("messages", (SAID, SAID[1:], SAID[:2]), ids=len)
+@pytest.mark.parametrize("messages", (MESSAGES, MESSAGES[1:], MESSAGES[:2]), ids=len)
 @pytest.mark.parametrize("prompt", (True, False))
 @pytest.mark.parametrize("tools", (None, TOOLS), ids=("", "tools"))
-def test_chats_are_the_references(
+def test_chat_templates_match_the_reference(
     made: Path, tmp_path: Path, template: str, messages: Any, prompt: bool, tools: Any
 ) -> None:
     reference = _through_pieces(oracle(made / "llama2", "llama2").backend, "llama2")
@@ -1287,10 +1298,10 @@ def test_chats_are_the_references(
 
 
 def test_documented_formats(talker: Tokenizer) -> None:
-    assert talker.chat(SAID[:3], template=LLAMA2_CHAT) == (
+    assert talker.chat(MESSAGES[:3], template=LLAMA2_CHAT) == (
         "<s>[INST] <<SYS>>\nBe brief. <b>'ü'</b>\n<</SYS>>\n\n Hello [/INST] Hi! </s>"
     )
-    assert talker.chat(SAID[1:2], template=LLAMA3_CHAT) == (
+    assert talker.chat(MESSAGES[1:2], template=LLAMA3_CHAT) == (
         "<s><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
@@ -1315,7 +1326,7 @@ def test_named_templates(made: Path, tmp_path: Path) -> None:
 
 
 def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
-    """As the reference writes several, and reads them; what a checkpoint has is carried along."""
+    """As the reference saves several templates; saving a model copies them."""
     reference = _through_pieces(oracle(made / "llama2", "llama2").backend, "llama2")
     texts = {"default": "default", "tool_use": "{{ tools|length }} tools", "rag": "documents"}
     reference.chat_template = texts
@@ -1326,80 +1337,84 @@ def test_templates_in_a_folder(made: Path, tmp_path: Path) -> None:
     for name in ("x", "saved", "native"):
         mine = zoo.tokenizer(tmp_path / name)
         assert mine.templates == texts
-        assert mine.chat(SAID, tools=TOOLS) == "1 tools"
-        assert mine.chat(SAID) == "default" and mine.chat(SAID, template="rag") == "documents"
+        assert mine.chat(MESSAGES, tools=TOOLS) == "1 tools"
+        assert (
+            mine.chat(MESSAGES) == "default" and mine.chat(MESSAGES, template="rag") == "documents"
+        )
     (tmp_path / "x" / "additional_chat_templates" / "out.jinja").symlink_to("/etc/hostname")
     with pytest.raises(UnsafePath):
         zoo.tokenizer(tmp_path / "x")
 
 
-@pytest.mark.parametrize("messages", ["hello", SAID[0], None, ["hello"], [("user", "hello")], 5])
-def test_what_is_no_dialogue(talker: Tokenizer, messages: Any) -> None:
+@pytest.mark.parametrize(
+    "messages", ["hello", MESSAGES[0], None, ["hello"], [("user", "hello")], 5]
+)
+def test_wrong_messages_are_refused(talker: Tokenizer, messages: Any) -> None:
     with pytest.raises(InputError, match="messages: expected a list of mappings"):
         talker.chat(messages, template=CHATML)
     with pytest.raises(InputError, match="template=5"):
-        talker.chat(SAID, template=5)  # type: ignore[arg-type]
+        talker.chat(MESSAGES, template=5)  # type: ignore[arg-type]
 
 
-def test_no_template(talker: Tokenizer) -> None:
+def test_a_missing_template_is_refused(talker: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="no chat template 'default'; it has none"):
-        talker.chat(SAID)
+        talker.chat(MESSAGES)
 
 
-def test_what_a_template_is_given(talker: Tokenizer) -> None:
-    """Plain values alone: an object's methods might do anything."""
-    with pytest.raises(TemplateError, match="is given a"):
+def test_objects_in_messages_are_refused(talker: Tokenizer) -> None:
+    """Only plain values are accepted: an object's methods could do anything."""
+    with pytest.raises(TemplateError, match="expected texts, numbers, lists and mappings, found a"):
         talker.chat([{"role": "user", "content": Path()}], template="{{ 1 }}")
-    odd = type("Odd", (str,), {"harm": lambda self: "done"})("text")
+    harmful = type("Odd", (str,), {"harm": lambda self: "done"})("text")
     with pytest.raises(TemplateError):
-        talker.chat([{"content": odd}], template="{{ messages[0].content.harm() }}")
+        talker.chat([{"content": harmful}], template="{{ messages[0].content.harm() }}")
 
 
 def test_long_conversations_fit(talker: Tokenizer) -> None:
-    said = [{"role": "user", "content": "word " * 2000}] * 500
+    messages = [{"role": "user", "content": "word " * 2000}] * 500
     for template in (LLAMA2_CHAT, LLAMA3_CHAT, CHATML):
-        assert len(talker.chat(said, template=template)) > 4_900_000
+        assert len(talker.chat(messages, template=template)) > 4_900_000
 
 
 # --- whether case counts -------------------------------------------------------------------------
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CASED = {  # of what a vocabulary may hold; each has other letters
+CASED = {  # words of cased vocabularies in several scripts
     "english": (["Paris", "paris", "the", "##s", "."], "Paris"),
     "multilingual": (["Москва", "москва", "été", "Été", "東", "京", "##ს", "और"], "Été"),
 }
 
 
 @pytest.mark.parametrize("language", CASED)
-@pytest.mark.parametrize("said", [None, True, False])
-def test_case_counts_where_the_words_have_capitals(
-    tmp_path: Path, language: str, said: bool | None
-) -> None:
-    """Google's files do not say; where a tokenizer_config.json does, that is what counts."""
+@pytest.mark.parametrize("setting", [None, True, False])
+def test_a_cased_vocabulary_keeps_case(tmp_path: Path, language: str, setting: bool | None) -> None:
+    """Without do_lower_case in tokenizer_config.json, as in Google's files, the words decide."""
     words, text = CASED[language]
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", encoding="utf-8")
-    if said is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": said}))
-    found = zoo.tokenizer(tmp_path)
-    small = text.lower() if language == "english" else "ete"  # accents go with capitals
-    whole = text if said is not True else small
+    if setting is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": setting}))
+    tokenizer = zoo.tokenizer(tmp_path)
+    small = text.lower() if language == "english" else "ete"  # lowercasing also strips accents
+    whole = text if setting is not True else small
     expected = whole if whole in words else "[UNK]"
     assert [
-        found.token(id) for id in found.encode(text) if found.token(id) not in SPECIALS[2:4]
+        tokenizer.token(id)
+        for id in tokenizer.encode(text)
+        if tokenizer.token(id) not in SPECIALS[2:4]
     ] == [expected]
 
 
 @pytest.mark.parametrize("stray", [0, 2])
-def test_case_does_not_count_where_no_word_has_capitals(tmp_path: Path, stray: int) -> None:
+def test_an_uncased_vocabulary_lowercases(tmp_path: Path, stray: int) -> None:
     words = [*SPECIALS, "[Q]", "paris", "ete", "東", *(f"w{n}" for n in range(400))]
     words += ["A", "B"][:stray]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    found = zoo.tokenizer(tmp_path)
-    tokens = [found.token(id) for id in found.encode("Paris ÉTÉ")]
+    tokenizer = zoo.tokenizer(tmp_path)
+    tokens = [tokenizer.token(id) for id in tokenizer.encode("Paris ÉTÉ")]
     assert [token for token in tokens if token not in SPECIALS] == ["paris", "ete"]
 
 
-def test_case_in_googles_own_directory(tmp_path: Path) -> None:
+def test_googles_own_directory_lowercases(tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "data" / "tf" / "bert"
     for path in source.glob("bert*"):
         shutil.copy(path, tmp_path)

@@ -24,7 +24,10 @@ from zoo.errors import (
     ZooError,
 )
 from zoo.terminal import BOLD, DIM, RED, has_color, paint
-from zoo.text.generate import Runner, answers, asked_of, check_writes, pieces_of
+from zoo.text.generate import text_pieces
+from zoo.text.inference import is_encoder_decoder
+from zoo.text.options import resolve_options
+from zoo.text.runner import Runner, check_can_generate
 
 HELP = '''\
 /reset      forget the dialogue
@@ -42,10 +45,10 @@ class Dialogue:
     """Messages, and a cache of what the model has read of them."""
 
     def __init__(self, model: Model, **options: Any) -> None:
-        check_writes(model)
+        check_can_generate(model)
         self.model = model
-        self.asked, self.bounds = asked_of(model, options)
-        if answers(model):
+        self.asked, self.special = resolve_options(model, options)
+        if is_encoder_decoder(model):
             raise UsageError(f"{model.architecture} answers each question for itself: zoo generate")
         if self.asked.num_beams > 1 or self.asked.num_return_sequences > 1:
             raise UsageError(
@@ -76,7 +79,7 @@ class Dialogue:
         asked, answer = replace(self.asked, max_new_tokens=limit), ""
         runners = [self._runner(n, ids, limit) for n in range(len(self._models))]
         try:
-            for piece in pieces_of(self.model, ids, None, asked, self.bounds, runners):
+            for piece in text_pieces(self.model, ids, None, asked, self.special, runners):
                 piece = piece if answer else piece.lstrip()
                 answer += piece
                 yield piece

@@ -582,11 +582,11 @@ class Sampling(Options):
         """
         if not self.assistant:
             return {}
-        from zoo.text.speculative import check_words
+        from zoo.text.speculative import check_vocabulary
 
         small = loading.load_assistant(self.assistant)
         try:
-            check_words(model, small)
+            check_vocabulary(model, small)
         except UsageError as error:
             problem = str(error).removeprefix("assistant_model: ")
             raise UsageError(f"--assistant {self.assistant}: {problem}") from None

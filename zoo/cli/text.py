@@ -215,19 +215,20 @@ def generate(
 ) -> int:
     """Continue a text."""
     exclusive(stream=stream, no_stream=no_stream)
-    from zoo.text.generate import Options, asked_of, complete
+    from zoo.text.generate import continue_texts
+    from zoo.text.options import GenerationOptions, resolve_options
 
     asked = sampling.arguments()
     if num_return_sequences is not None:
         asked["num_return_sequences"] = num_return_sequences
     if beams is not None:
         asked["num_beams"] = beams
-    options = Options.of(asked)  # before weights are looked at
+    options = GenerationOptions.of(asked)  # before weights are looked at
     if sampling.assistant and options.num_beams > 1:
         raise UsageError("--assistant: beams do not guess ahead")
     model = loading.load(ref)
     asked |= sampling.load_assistant(loading, model)
-    options, bounds = asked_of(model, asked)
+    options, special_ids = resolve_options(model, asked)
     several = options.num_return_sequences > 1 or options.num_beams > 1
     with redirect_stdout(unescaped(sys.stdout)):  # what a model writes is printed as it is
         if not json and (stream or not (no_stream or several)):
@@ -239,7 +240,7 @@ def generate(
                 print(flush=True)
             return ExitCode.OK
         started = time.perf_counter()
-        results = complete(model, [prompt], options, bounds, special)
+        results = continue_texts(model, [prompt], options, special_ids, special)
         seconds = time.perf_counter() - started
         if json:
             samples = [each._asdict() for each in results]
@@ -255,9 +256,9 @@ def generate(
 def chat(ref: Ref, sampling: Sampling, loading: Loading) -> int:
     """Hold a dialogue."""
     from zoo.cli.chat import talk
-    from zoo.text.generate import Options
+    from zoo.text.options import GenerationOptions
 
-    Options.of(sampling.arguments())  # before weights are looked at
+    GenerationOptions.of(sampling.arguments())  # before weights are looked at
     model = loading.load(ref)
     with redirect_stdout(unescaped(sys.stdout)):
         talk(model, {**sampling.arguments(), **sampling.load_assistant(loading, model)})

@@ -1,4 +1,4 @@
-"""A directory of peft's: adapter_config.json, audited, and the factors under their names."""
+"""The files of a peft adapter: adapter_config.json, with every field checked, and the factors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from zoo.checkpoints.layout import ADAPTER_WEIGHTS as WEIGHTS
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
 
 PREFIX = "base_model.model."  # peft's two wrappers
-# how a factor's name ends, for linear layers and for embeddings
+# the ends of the factors' names, of linear layers and of embeddings
 ENDS = {
     False: (".lora_A.weight", ".lora_B.weight"),
     True: (".lora_embedding_A", ".lora_embedding_B"),
 }
-# What the tensors say themselves, or what changes nothing in what is computed from them.
+# fields that the tensors imply, or that do not change the output
 IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("task_type", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out"),
@@ -44,18 +44,18 @@ USED = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias"),
     *("rank_pattern", "alpha_pattern", "init_lora_weights"),
 }
-# Beginnings that leave the base weights as they are; others take from them what they put in.
-BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+# initializations that do not change the base weights; others subtract the factors from them
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 MERGED = "Merge it in peft (merge_and_unload) and load what that saves"
-_LARGEST, _LARGEST_RANK = 3e38, 1 << 31  # what fp32 holds; more rows than any matrix has
-MOST_TRIES = 1 << 20  # of a pattern with a module
-LONGEST_NAME = 256  # characters of a module's name, where patterns are tried with it
+_LARGEST, _LARGEST_RANK = 3e38, 1 << 31  # the range of fp32; more rows than any matrix has
+MOST_TRIES = 1 << 20  # pairs of a pattern and a module
+LONGEST_NAME = 256  # characters of a module's name that patterns are matched with
 _UNBOUNDED = 3  # repetitions in a pattern: names are short
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What adapter_config.json says of the numbers beside it."""
+class AdapterSettings:
+    """The fields of adapter_config.json that change the output."""
 
     rank: int
     alpha: float
@@ -63,21 +63,22 @@ class Settings:
     rslora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)  # pattern -> rank
     alphas: Mapping[str, float] = field(default_factory=dict)
-    task: str = ""  # what it was trained to do
+    task: str = ""  # peft's task_type
 
     def rank_of(self, module: str) -> int:
+        """The rank of a module's factors."""
         return int(_first(self.ranks, module, self.rank))
 
     def scale_of(self, module: str, rank: int) -> float:
-        """What the product of a module's factors is multiplied by."""
+        """The scale of the product of a module's factors."""
         alpha = _first(self.alphas, module, self.alpha)
         return float(alpha / sqrt(rank) if self.rslora else alpha / rank)
 
 
 def _first(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Of the first pattern that is the module's name or an end of it."""
-    found = (v for p, v in patterns.items() if _is_named(_compiled(p), module))
-    return next(found, default)
+    """The value of the first pattern that matches the module's name or an end of it."""
+    matches = (v for p, v in patterns.items() if _is_named(_compiled(p), module))
+    return next(matches, default)
 
 
 @cache
@@ -86,64 +87,67 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _is_named(pattern: re.Pattern[str], module: str) -> bool:
-    """Whether it is `(.*\\.)?(pattern)$`, without a repetition more for the matcher to try."""
+    """Whether `(.*\\.)?(pattern)$` matches, tried without one more repetition for the matcher."""
     starts = [0, *(dot.end() for dot in re.finditer(r"\.", module))]
     return any(pattern.match(module, start) for start in starts)
 
 
 class Factors(NamedTuple):
-    """b @ a, times scale, is added to a module's weight (out, in), or (in, out) as it has it."""
+    """scale * b @ a is added to a module's weight, stored (out, in) or (in, out)."""
 
     a: Tensor  # (rank, in)
     b: Tensor  # (out, rank)
     scale: float
-    embedding: bool = False  # in: the tokens
+    embedding: bool = False  # then `in` is the vocabulary
 
 
 @dataclass(frozen=True)
 class Files:
-    """An adapter as peft has it, by the names of the reference's modules."""
+    """An adapter as peft stores it, by the names of the reference's modules."""
 
     where: str
     config: str  # verbatim
-    settings: Settings
+    settings: AdapterSettings
     factors: Mapping[str, Factors] = field(repr=False)  # by module
-    whole: Mapping[str, Tensor] = field(repr=False)  # by tensor: in the place of the model's
-    # what stands under further names: saved again as it was
+    whole: Mapping[str, Tensor] = field(repr=False)  # by tensor: replaces the model's
+    # tensors under further names, saved again unchanged
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # tensor -> name in the file
     others: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     paths: tuple[Path, ...] = ()
 
 
 def read(directory: Path) -> Files:
-    """Everything that is wrong with it is said at once."""
+    """Read an adapter's directory; list every problem at once."""
     path = directory / CONFIG
     if not directory.is_dir():
-        raise NotACheckpoint(f"{directory}: no directory; an adapter is read from one on this disk")
+        raise NotACheckpoint(
+            f"{directory}: no such directory; an adapter is read from a local directory"
+        )
     if not path.is_file():
-        raise NotACheckpoint(f"{directory}: no {CONFIG} in it, so it is no adapter of peft's")
+        raise NotACheckpoint(f"{directory}: no {CONFIG} in it, so it is no adapter of peft")
     text = confined(directory, CONFIG).read_bytes().decode("utf-8", "replace")
     settings = read_settings(parse_json(text.encode(), str(path)), str(path))
     name = next((name for name in WEIGHTS if (directory / name).is_file()), None)
     if name is None:
-        raise NotACheckpoint(f"{directory}: {CONFIG}, and neither of {listing(WEIGHTS)}")
-    place = confined(directory, name)
+        raise NotACheckpoint(f"{directory}: has {CONFIG}, and none of {listing(WEIGHTS)}")
+    file = confined(directory, name)
     kind = SafetensorsReader if name.endswith(".safetensors") else TorchZipReader
-    reader = kind(place, mmap=False)
-    odd = [
+    reader = kind(file, mmap=False)
+    wrong = [
         f"{n}: {i.dtype} is no weight" for n, i in reader.tensors.items() if i.dtype not in FLOATS
     ]
-    tensors = {name: reader.tensor(name) for name in reader.tensors} if not odd else {}
-    files, problems = _sorted(tensors, settings, str(place), text)
-    if problems := [*odd, *problems]:
-        raise PlanError("\n  ".join([f"{place}:", *problems]))
-    return replace(files, paths=(path, place))
+    tensors = {name: reader.tensor(name) for name in reader.tensors} if not wrong else {}
+    files, problems = _sorted(tensors, settings, str(file), text)
+    if problems := [*wrong, *problems]:
+        raise PlanError("\n  ".join([f"{file}:", *problems]))
+    return replace(files, paths=(path, file))
 
 
-def read_settings(config: Mapping[str, Any], where: str) -> Settings:
+def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
+    """Read an adapter_config.json; list every field that is wrong or not implemented."""
     if problems := list(_problems(config)):
         raise ConfigError("\n  ".join([f"{where}:", *problems]), problems)
-    return Settings(
+    return AdapterSettings(
         config["r"],
         config["lora_alpha"],
         config.get("lora_dropout") or 0.0,
@@ -168,7 +172,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(config.get("use_rslora"), bool | None):
         yield f"use_rslora: expected true or false, found {config['use_rslora']!r}"
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        yield f"bias: none, all or lora_only, found {config['bias']!r}"
+        yield f"bias: expected none, all or lora_only, found {config['bias']!r}"
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
@@ -177,11 +181,11 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         for pattern, value in patterns.items():
             if why := "no number that fits" * (not fits(value)) or _bad_pattern(pattern):
                 yield f"{name}: {pattern!r}: {_shown(value)}: {why}"
-    beginning = config.get("init_lora_weights", True)
-    if beginning not in BEGINNINGS:
+    initialization = config.get("init_lora_weights", True)
+    if initialization not in INITIALIZATIONS:
         yield (
-            f"init_lora_weights: {beginning!r} changed the base weights too, which are not here. "
-            "Save it in peft with path_initial_model_for_weight_conversion"
+            f"init_lora_weights: {initialization!r} changed the base weights too, which are not "
+            "here. Save it in peft with path_initial_model_for_weight_conversion"
         )
     for name, value in config.items():
         if name not in USED | IGNORED and value not in (None, False, [], {}):
@@ -193,18 +197,18 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whole ones may have hundreds of digits, which no float holds."""
+    """Whether fp32 represents it; integers of JSON may have hundreds of digits."""
     return type(value) in (int, float) and abs(value) <= _LARGEST
 
 
 def _shown(value: Any) -> str:
-    """Numbers of hundreds of digits by their beginning."""
+    """A value's repr; of a long one only the beginning."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:30]}… ({len(text)} characters)"
 
 
 def _bad_pattern(pattern: str) -> str:
-    """A pattern comes from a file: none is tried that could take for ever."""
+    """Why a pattern from a file is not used: it could take forever, or is invalid."""
     if why := why_slow(pattern, _UNBOUNDED, nested=False, to_the_end=True):
         return f"a pattern that is not tried: it {why}"
     try:
@@ -214,19 +218,19 @@ def _bad_pattern(pattern: str) -> str:
     return ""
 
 
-def _too_many(settings: Settings, modules: Collection[str]) -> Iterator[str]:
-    """Why patterns are not tried with so many modules, or with such names."""
+def _too_many(settings: AdapterSettings, modules: Collection[str]) -> Iterator[str]:
+    """Why patterns are not matched with so many modules, or with such names."""
     count = len(settings.ranks) + len(settings.alphas)
     if count * len(modules) > MOST_TRIES:
         yield f"{count} patterns for {len(modules)} modules: more than {MOST_TRIES} pairs of them"
     if count and (long := [name for name in modules if len(name) > LONGEST_NAME]):
-        yield f"{long[0][:40]}…: a name of {len(long[0])} characters, of at most {LONGEST_NAME}"
+        yield f"{long[0][:40]}…: a name of {len(long[0])} characters; the limit is {LONGEST_NAME}"
     if count and (broken := [name for name in modules if "\n" in name]):
-        yield f"{broken[0][:40]!r}: a name of several lines, which no pattern is tried with"
+        yield f"{broken[0][:40]!r}: a name of several lines, which no pattern is matched with"
 
 
 def _sorted(
-    tensors: Mapping[str, Tensor], settings: Settings, where: str, config: str
+    tensors: Mapping[str, Tensor], settings: AdapterSettings, where: str, config: str
 ) -> tuple[Files, list[str]]:
     problems: list[str] = []
     halves: dict[tuple[str, bool], dict[int, Tensor]] = {}
@@ -251,7 +255,7 @@ def _sorted(
         elif ".lora_" in name:
             problems.append(f"{key}: not implemented, or not as peft saves it. {MERGED}")
         elif ".original_module." in name:
-            others[key] = tensor  # what the module was; nothing reads it
+            others[key] = tensor  # the module before training; nothing reads it
         else:
             plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             if why := _not_finite(key, tensor):
@@ -265,24 +269,24 @@ def _sorted(
     factors: dict[str, Factors] = {}
     if too_many := list(_too_many(settings, {module for module, _ in halves})):
         return Files(where, config, settings, {}, {}), too_many
-    for (module, embedding), found in halves.items():
-        if why := _half_problem(module, found, settings, ENDS[embedding]):
+    for (module, embedding), pair in halves.items():
+        if why := _half_problem(module, pair, settings, ENDS[embedding]):
             problems.append(why)
         else:
-            scale = settings.scale_of(module, found[0].shape[0])
-            factors[module] = Factors(found[0], found[1], scale, embedding)
+            scale = settings.scale_of(module, pair[0].shape[0])
+            factors[module] = Factors(pair[0], pair[1], scale, embedding)
     if not tensors:
-        problems.append("holds no tensors at all")
+        problems.append("contains no tensors")
     return Files(where, config, settings, factors, whole, keys, others), problems
 
 
 def _half_problem(
-    module: str, found: Mapping[int, Tensor], settings: Settings, ends: tuple[str, str]
+    module: str, pair: Mapping[int, Tensor], settings: AdapterSettings, ends: tuple[str, str]
 ) -> str:
-    if len(found) < 2:
-        there, lacking = (ends[n] for n in (*found, 1 - next(iter(found))))
-        return f"{PREFIX}{module}: {there[1:]} without {lacking[1:]}"
-    a, b = found[0], found[1]
+    if len(pair) < 2:
+        present, missing = (ends[n] for n in (*pair, 1 - next(iter(pair))))
+        return f"{PREFIX}{module}: {present[1:]} without {missing[1:]}"
+    a, b = pair[0], pair[1]
     rank = settings.rank_of(module)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         return (
@@ -305,7 +309,7 @@ def _not_finite(key: str, tensor: Tensor) -> str:
 
 
 def output(files: Files) -> Output:
-    """The directory to be: the same bytes where it was read and has not changed."""
+    """The files to write: the same bytes if the adapter was read and has not changed."""
     tensors = dict(files.others)
     for module, (a, b, _, embedding) in files.factors.items():
         for end, tensor in zip(ENDS[embedding], (a, b), strict=True):
@@ -321,8 +325,8 @@ def output(files: Files) -> Output:
     )
 
 
-def config_text(settings: Settings, modules: list[str]) -> str:
-    """An adapter_config.json that peft reads."""
+def config_text(settings: AdapterSettings, modules: list[str]) -> str:
+    """Write an adapter_config.json that peft reads."""
     config = {
         "base_model_name_or_path": None,
         "bias": "none",

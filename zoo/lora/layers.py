@@ -1,4 +1,4 @@
-"""Low-rank factors beside a model's weights: apart from them, trainable, and taken off again."""
+"""Trainable low-rank factors beside a layer's weight, attached and detached by hooks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LINEAR = "lora"  # what a layer's factors are called in it
+LINEAR = "lora"  # the name of the factors' module in a layer
 
 
 class Lora(nn.Module):
-    """(out, in): scale * b @ a, which is added to a weight."""
+    """Low-rank factors: scale * b @ a, (out, in), is added to a weight."""
 
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> None:
         super().__init__()
@@ -21,37 +21,39 @@ class Lora(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, out) from a layer's input (…, in)."""
+        """(…, out): what to add to a linear layer's output, from its input (…, in)."""
         return F.linear(F.linear(self.dropout(x.to(self.a.dtype)), self.a), self.b) * self.scale
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """(…, out) of tokens, which are what goes in."""
+        """(…, out): what to add to an embedding's output, from token ids."""
         return F.linear(F.embedding(ids, self.a.mT), self.b) * self.scale
 
     def delta(self) -> Tensor:
+        """(out, in): what to add to the weight."""
         return self.b @ self.a * self.scale
 
     def extra_repr(self) -> str:
+        """Sizes and scale, for print(model)."""
         return f"{self.a.shape[1]} -> {self.a.shape[0]} -> {self.b.shape[0]}, scale={self.scale:g}"
 
 
-def _beside(layer: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
+def _beside(layer: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
     low: Any = layer.lora
-    more = low.look_up(given[0]) if isinstance(layer, nn.Embedding) else low(given[0])
+    more = low.look_up(inputs[0]) if isinstance(layer, nn.Embedding) else low(inputs[0])
     return (out + more).to(out.dtype)
 
 
-def _with_stacks(layer: nn.Module, given: tuple[Any, ...]) -> None:
-    for name, lows in _stacks(layer):
+def _with_stacks(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    for name, updates in _stacks(layer):
         weight = layer.get_parameter(name)
         total = list(weight)
-        for n, low in lows.items():
+        for n, low in updates.items():
             assert isinstance(low, Lora)
             total[int(n)] = (weight[int(n)] + low.delta()).to(weight.dtype)
-        vars(layer)[name] = torch.stack(total)  # for this call alone, in the parameter's place
+        vars(layer)[name] = torch.stack(total)  # hides the parameter, during this call only
 
 
-def _without_stacks(layer: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+def _without_stacks(layer: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
     for name, _ in _stacks(layer):
         vars(layer).pop(name, None)
 
@@ -62,8 +64,8 @@ def _stacks(layer: nn.Module) -> Iterator[tuple[str, nn.ModuleDict]]:
             yield name.removeprefix(f"{LINEAR}_"), child
 
 
-def put(layer: nn.Module, leaf: str, at: int | None, low: Lora) -> list[Any]:
-    """Factors beside `layer.leaf`, or beside one of the matrices stacked in it; hooks to remove."""
+def attach_factors(layer: nn.Module, leaf: str, at: int | None, low: Lora) -> list[Any]:
+    """Put factors beside `layer.leaf`, or beside one matrix of a stack; return hooks to remove."""
     if at is None:
         layer.add_module(LINEAR, low)
         return [layer.register_forward_hook(_beside)]
@@ -77,6 +79,7 @@ def put(layer: nn.Module, leaf: str, at: int | None, low: Lora) -> list[Any]:
     return hooks
 
 
-def take_off(layer: nn.Module, leaf: str) -> None:
+def detach_factors(layer: nn.Module, leaf: str) -> None:
+    """Remove the factors beside `layer.leaf`; the hooks are the caller's to remove."""
     for name in (LINEAR, f"{LINEAR}_{leaf}"):
         layer._modules.pop(name, None)

@@ -1,1 +1,1 @@
-"""Models prepared for fast inference: fused projections, packed weights, compiled kernels."""
+"""Models prepared for fast inference: fused projections, packed weights, kernels in C, int8."""

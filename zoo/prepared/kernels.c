@@ -1,5 +1,5 @@
-// Products of a few rows with a large matrix: each weight is read once, in the order in which it
-// lies, and all arithmetic is in float. Vectors are GCC's and Clang's own, so any machine will do.
+// Products of a few rows with a large matrix: each weight is read once, in memory order, and all
+// arithmetic is in float. Vectors are GCC's and Clang's vector extensions, so any CPU will do.
 
 #include <math.h>
 #include <stdint.h>
@@ -13,8 +13,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 64  // outputs of a block
 #define PARTS (WIDE / 16)
-#define PIECE 256  // inputs that are added up by themselves
-#define CHUNK 64  // tokens whose values stay in the first cache
+#define PIECE 256  // inputs that are summed separately
+#define CHUNK 64  // tokens whose values fit in the L1 cache
 
 typedef float vec __attribute__((vector_size(64)));
 typedef uint32_t bits __attribute__((vector_size(64)));
@@ -55,7 +55,7 @@ INLINE uint16_t rounded(float f) {  // to the nearest, ties to even
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-// element i of numbers that are bfloat16 (half) or float
+// element i of an array of bfloat16 (half) or float
 INLINE float at(const void *p, long i, int half) {
     return half ? widened(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
@@ -72,11 +72,11 @@ INLINE void put(void *p, long i, float f, int half) {
     else ((float *)p)[i] = f;
 }
 
-// --- y (rows, n) = x (rows, k) times blocks (n / 64, deep, 64), of pairs of k where they are halves
+// --- y (rows, n) = x (rows, k) times blocks (n / 64, deep, 64) (bfloat16: pairs of k)
 
 INLINE void piece(const void *w, const float *x, vec (*out)[PARTS], long deep, long from, long to,
                   int rows, int half) {
-    vec acc[4][PARTS] = {0};  // its own, so that it stays in registers
+    vec acc[4][PARTS] = {0};  // local, so that it stays in registers
     if (half) {
         const uint32_t *p = (const uint32_t *)w + from / 2 * WIDE;
         for (long i = from; i < to; i += 2, p += WIDE)
@@ -98,7 +98,7 @@ INLINE void piece(const void *w, const float *x, vec (*out)[PARTS], long deep, l
         for (int j = 0; j < PARTS; j++) out[r][j] += acc[r][j];
 }
 
-// in pieces, lest what is added be lost beside what was added before
+// in pieces: small addends would be lost in one long sum
 INLINE void block(const void *w, const float *x, vec (*out)[PARTS], long deep, int rows, int half) {
     memset(out, 0, sizeof(vec[4][PARTS]));
     for (long i = 0; i < deep; i += PIECE)
@@ -115,7 +115,7 @@ INLINE void blocks(const char *w, const float *x, const float *bias, void *y, lo
         for (long r = 0; r < rows; r += 4) {
             int some = rows - r < 4 ? (int)(rows - r) : 4;
             const float *from = x + r * deep;
-            switch (some) {  // each of them is compiled apart, its sums in registers
+            switch (some) {  // each case is compiled separately, with its sums in registers
                 case 1: block(w + b * size, from, acc, deep, 1, half); break;
                 case 2: block(w + b * size, from, acc, deep, 2, half); break;
                 case 3: block(w + b * size, from, acc, deep, 3, half); break;
@@ -130,7 +130,7 @@ INLINE void blocks(const char *w, const float *x, const float *bias, void *y, lo
     }
 }
 
-// x as floats, each row as long as the blocks are deep. 0: there is no memory for it
+// x as floats, each row padded to the depth of the blocks; 0 if there is no memory for it
 static float *rows_of(const void *x, long rows, long k, long deep, int half) {
     float *out = calloc((size_t)(rows * deep), sizeof *out);
     for (long r = 0; out && r < rows; r++)
@@ -152,7 +152,7 @@ int zoo_blocks(const void *w, int half, const void *x, int x_half, const float *
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-// x of 16 bits, as 256 high + low; bytes of weights are shifted to 0..255, which `shift` takes back
+// x quantized to 16 bits as 256 high + low; weights are shifted to 0..255, which `shift` undoes
 typedef struct {
     int8_t *high, *low;
     double scale, shift;
@@ -162,11 +162,11 @@ static int quantise(const void *x, long k, int half, quantised *out) {
     float most = 0;
     for (long i = 0; i < k; i++) {
         float f = at(x, i, half);
-        if (!(f - f == 0)) return 0;  // neither NaN nor infinity has a scale
+        if (!(f - f == 0)) return 0;  // NaN and infinity have no scale
         most = f > most ? f : -f > most ? -f : most;
     }
     float scale = most > 0 ? 32000 / most : 0;
-    if (scale - scale != 0) scale = 0;  // all but zero
+    if (scale - scale != 0) scale = 0;  // x is nearly zero
     long total = 0;
     for (long i = 0; i < k; i++) {
         float f = at(x, i, half) * scale;
@@ -196,7 +196,7 @@ int zoo_bytes(const int8_t *w, const float *scale, const void *x, int x_half, co
               void *y, int y_half, long rows, long n, long k, int threads) {
     quantised *all = malloc((size_t)rows * sizeof *all);
     int8_t *room = malloc((size_t)(2 * rows * k));
-    int fine = all && room && k <= 65536;  // beyond it sums of 32 bits might not do
+    int fine = all && room && k <= 65536;  // beyond, sums could exceed 32 bits
     for (long r = 0; fine && r < rows; r++) {
         all[r].high = room + 2 * r * k;
         all[r].low = room + (2 * r + 1) * k;
@@ -242,7 +242,7 @@ int zoo_bytes(const int8_t *w, const float *scale, const void *x, int x_half, co
 
 #endif
 
-// --- one query a row over its keys: q (b, g, r, e), keys and values (b, g, t, e) by their strides
+// --- one query a row over its keys: q (b, g, r, e), keys and values (b, g, t, e), strided
 
 INLINE void score(const char *keys, const float *q, float *out, long r, long t, long e, long step,
                   int half) {
@@ -310,7 +310,7 @@ int zoo_mix(const float *p, const char *v, void *y, int half, long b, long g, lo
     return 1;
 }
 
-// --- small things between products, each one pass where torch makes several ------------------------
+// --- norm and rotary in one pass, where torch makes several ---------------------------------------
 
 // y = x / root of its mean square * (offset + w), rows of d
 int zoo_norm(const void *x, const void *w, void *y, int half, long rows, long d, float eps,
@@ -331,7 +331,7 @@ int zoo_norm(const void *x, const void *w, void *y, int half, long rows, long d,
     return 1;
 }
 
-// (b, h, e) by its steps, its first two halves (width / 2 each) turned, to (b, h, e) without gaps
+// rotary embedding of strided (b, h, e) into contiguous (b, h, e); `width` elements are rotated
 int zoo_turn(const void *x, const void *cosines, const void *sines, void *y, int half, long b,
              long h, long e, long width, const long *step, long row) {
     for (long n = 0; n < b * h; n++) {

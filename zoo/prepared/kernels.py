@@ -1,6 +1,6 @@
-"""Products of a few rows in C, where torch's own read memory at half its speed.
+"""Kernels in C for products of a few rows, where torch's own reach half the memory bandwidth.
 
-The machine's compiler translates them once a process; where there is none, torch does it all.
+They are compiled once a process; on a machine without a C compiler, torch's kernels are used.
 """
 
 from __future__ import annotations
@@ -39,45 +39,46 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 @cache
 def library() -> Any:
-    """The kernels for this machine; None where no compiler makes them."""
-    given = os.environ.get("CC", "").split()
-    found = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if not given and found is None:
+    """The kernels compiled for this machine; None if there is no compiler."""
+    setting = os.environ.get("CC", "").split()
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if not setting and compiler is None:
         return None
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-    try:  # where no temporary directory can be written, torch does it all, too
+    try:  # also without kernels: a machine where no temporary directory can be written
         with tempfile.TemporaryDirectory(prefix="zoo-kernels-") as directory:
             out = os.path.join(directory, "kernels.so")
-            command = [*(given or [str(found)]), *flags, "-o", out, os.fspath(_SOURCE)]
+            command = [*(setting or [str(compiler)]), *flags, "-o", out, os.fspath(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
-            made = ctypes.CDLL(out)
+            handle = ctypes.CDLL(out)
     except (OSError, subprocess.SubprocessError):
         return None
     for name, arguments in _ARGUMENTS.items():
-        getattr(made, name).argtypes = arguments
-        getattr(made, name).restype = c_int
-    return made
+        getattr(handle, name).argtypes = arguments
+        getattr(handle, name).restype = c_int
+    return handle
 
 
 def usable(x: Tensor) -> bool:
+    """Whether the kernels take an input like this one."""
     fits = x.dtype in _DTYPES and x.device.type == "cpu"
     return fits and not torch.compiler.is_compiling() and library() is not None
 
 
-class Blocks:
-    """(o, i) as oneDNN packed it: 64 outputs a block, in it one input after the other."""
+class WeightBlocks:
+    """A weight (o, i) in oneDNN's layout: blocks of 64 outputs, in each input after input."""
 
     def __init__(self, packed: Tensor, bias: Tensor | None, outputs: int, deep: int) -> None:
         self.packed, self.outputs, self.deep = packed, outputs, deep
         self.bias = None if bias is None else bias.float()
         self.half = int(packed.dtype == torch.bfloat16)
-        # it lies where it is as long as it is held
+        # the address is valid as long as `packed` is alive
         self.start = torch.ops.mkldnn.data_ptr(packed)
         _in_large_pages(self.start, torch.ops.mkldnn._nbytes(packed))
 
     @classmethod
-    def of(cls, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Blocks | None:
-        """None where oneDNN chose another order, as it may for another machine or shape."""
+    def of(cls, packed: Tensor, weight: Tensor, bias: Tensor | None) -> WeightBlocks | None:
+        """The blocks, or None if oneDNN chose another layout, as it may for some CPU or shape."""
         if library() is None or weight.dtype not in _DTYPES:
             return None
         outputs, inputs = weight.shape
@@ -86,25 +87,25 @@ class Blocks:
         deep, rest = divmod(nbytes, count * WIDE * size)
         if rest or deep % pair or deep < inputs:
             return None
-        made = cls(packed, bias, outputs, deep)
-        memory = (ctypes.c_char * nbytes).from_address(made.start)
-        found = torch.frombuffer(memory, dtype=weight.dtype).view(count, deep // pair, WIDE, pair)
+        result = cls(packed, bias, outputs, deep)
+        memory = (ctypes.c_char * nbytes).from_address(result.start)
+        blocks = torch.frombuffer(memory, dtype=weight.dtype).view(count, deep // pair, WIDE, pair)
 
         def agree(b: int) -> bool:
             rows = weight[b * WIDE : (b + 1) * WIDE]
             rows = F.pad(rows, (0, deep - inputs, 0, WIDE - len(rows)))
-            return torch.equal(found[b], rows.view(WIDE, -1, pair).transpose(0, 1))
+            return torch.equal(blocks[b], rows.view(WIDE, -1, pair).transpose(0, 1))
 
         some = {0, count // 2, count - 1}
-        plain = all((rows := found[b]).eq(rows.flatten()[0]).all() for b in some)
-        return made if all(map(agree, range(count) if plain else some)) else None
+        plain = all((rows := blocks[b]).eq(rows.flatten()[0]).all() for b in some)
+        return result if all(map(agree, range(count) if plain else some)) else None
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., i) to (..., o), in fp32 up to the last rounding."""
+        """(..., o) from (..., i), summed in fp32 and rounded once."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.outputs), dtype=dtype)
         inputs = x.shape[-1]
-        done = library().zoo_blocks(
+        ok = library().zoo_blocks(
             self.start,
             self.half,
             x.data_ptr(),
@@ -118,26 +119,26 @@ class Blocks:
             self.deep,
             torch.get_num_threads(),
         )
-        return _got(done, y)
+        return _checked(ok, y)
 
 
 _LARGE, _COLLAPSE = 2 << 20, 25  # bytes of a large page; MADV_COLLAPSE, of Linux 6.1
 
 
 def _in_large_pages(start: int, size: int) -> None:
-    """A twentieth faster where the system does it, and nothing lost where it does not."""
+    """Ask Linux for large pages: 5% faster if it has them, and harmless if not."""
     first, end = -(-start // _LARGE) * _LARGE, (start + size) // _LARGE * _LARGE
     if sys.platform == "linux" and first < end:
         ctypes.CDLL(None).madvise(c_void_p(first), ctypes.c_size_t(end - first), _COLLAPSE)
 
 
 def bytes_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """(..., i) and bytes (o, i) to (..., o); scale and bias are fp32. None: x is not finite."""
+    """(..., o) from (..., i) and int8 (o, i); scale and bias are fp32. None if x is not finite."""
     x = x.contiguous()
     outputs, inputs = weight.shape
     y = x.new_empty((*x.shape[:-1], outputs))
     half = x.dtype == torch.bfloat16
-    done = library().zoo_bytes(
+    ok = library().zoo_bytes(
         weight.data_ptr(),
         scale.data_ptr(),
         x.data_ptr(),
@@ -150,31 +151,31 @@ def bytes_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
         inputs,
         torch.get_num_threads(),
     )
-    return y if done else None
+    return y if ok else None
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """`attend` for (b, h, 1, e) of queries: keys and values are read once, where they lie."""
+    """`attend` for queries (b, h, 1, e); keys and values are read once, without a copy."""
     (b, h, _, e), (_, g, t, _) = q.shape, k.shape
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
     q = q.contiguous()
     scores = q.new_empty((b, h, 1, t), dtype=torch.float32)
     sizes = (half, b, g, h // g, t, e)
-    done = library().zoo_scores(
+    ok = library().zoo_scores(
         q.data_ptr(), k.data_ptr(), scores.data_ptr(), *sizes, _steps(k), scale, threads
     )
     if mask.allowed is not None:
         scores.masked_fill_(~mask.allowed, -torch.inf)
-    weights, y = _got(done, scores).softmax(dim=-1), torch.empty_like(q)
+    weights, y = _checked(ok, scores).softmax(dim=-1), torch.empty_like(q)
     sizes = (half, b, g, h // g, t, v.shape[-1])
-    done = library().zoo_mix(
+    ok = library().zoo_mix(
         weights.data_ptr(), v.data_ptr(), y.data_ptr(), *sizes, _steps(v), threads
     )
-    return _got(done, y)
+    return _checked(ok, y)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """(..., d), each row by the root of its mean square and by `offset + weight`."""
+    """RMS norm of (..., d), scaled by `offset + weight`."""
     x = x.contiguous()
     y, half, rows = torch.empty_like(x), x.dtype == torch.bfloat16, x.numel() // x.shape[-1]
     sizes = (half, rows, x.shape[-1])
@@ -182,8 +183,8 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return y
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotary.rotate` of (b, h, 1, e) by (b, 1, 1, e/2), or by one row for all."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (b, h, 1, e) by (b, 1, 1, e/2), or by one row for all."""
     b, h, _, e = x.shape
     y, half = x.new_empty((b, h, 1, e)), x.dtype == torch.bfloat16
     row = cos.shape[-1] if len(cos) > 1 else 0
@@ -196,7 +197,7 @@ def _steps(x: Tensor) -> Any:
     return _STEPS(*x.stride()[:3])
 
 
-def _got(done: int, y: Tensor) -> Tensor:
-    if not done:
+def _checked(ok: int, y: Tensor) -> Tensor:
+    if not ok:
         raise MemoryError("no memory for the rows of a product")
     return y

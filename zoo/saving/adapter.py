@@ -11,14 +11,31 @@ from torch import Tensor
 from zoo.components.model import Model
 from zoo.lora import adapter_of, own_parameters
 from zoo.lora.files import Factors, output
-from zoo.lora.places import on_disk
+from zoo.lora.targets import on_disk
 from zoo.saving.save import checked_destination, write
 
 
 def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = False) -> Path:
-    """A directory that peft loads: while nothing was trained, the bytes of the one it was.
+    """Save the adapter of a model as a directory that peft loads.
 
-    An adapter may be saved again over its own earlier output; see `zoo.save` for that and `force`.
+    An adapter that was loaded and not trained is saved with the same bytes.
+
+    Args:
+        model: a model with an adapter.
+        directory: where to write; the earlier output of `save_adapter` may be there.
+        force: replace any checkpoint that is there; see `zoo.save`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UsageError: the model has no adapter.
+        OutputExists: the directory holds other files.
+
+    Example:
+        >>> path = zoo.load("tiny-llama").add_adapter(["q_proj"]).save_adapter("saved")
+        >>> sorted(file.name for file in path.glob("adapter*"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     adapter = adapter_of(model)
     factors, whole = dict[str, Factors](), dict[str, Tensor]()
@@ -27,7 +44,7 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
         now = adapter.factors(module)
         factors[module] = now._replace(a=_as_it_was(now.a, was.a), b=_as_it_was(now.b, was.b))
     for name, before in adapter.files.whole.items():
-        _, step, n = adapter.changes.places.find(name)
+        _, step, n = adapter.changes.index.find(name)
         whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
     changed = output(replace(adapter.files, factors=factors, whole=whole))
     return write(changed, checked_destination(directory, None, force), force)

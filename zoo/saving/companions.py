@@ -79,7 +79,7 @@ def companions_of(
 
     Those of a file that was given alone are its tokenizer.
     """
-    from zoo.tokenizers.reading import beside
+    from zoo.tokenizers.load import beside
 
     if file is None:
         files = companions(directory)
@@ -112,7 +112,7 @@ def unpacked(
     """
     from zoo.tokenizers import gguf
 
-    if not gguf.has_one(inside.values):
+    if not gguf.has_vocabulary(inside.values):
         return dict(carried), {}
     try:
         made = gguf.files(inside.values, Path(inside.path.name))
@@ -134,14 +134,14 @@ def exported_files(
 
     Each dialect gets the vocabulary that its programs expect.
     """
-    from zoo.tokenizers import gguf, llama2c
+    from zoo.tokenizers import gguf, gguf_values, llama2c
 
     if made.container.format == "gguf":
         if MODULES in carried:
             reason = "GGUF holds the model only, without layers after its output"
             notes["left"] = {MODULES: reason}
         values: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
-        own = inside is not None and gguf.has_one(inside.values)
+        own = inside is not None and gguf.has_vocabulary(inside.values)
         if inside is not None:
             skipped = {f"general.{name}" for name in OWN_VALUES}
             values |= {
@@ -153,7 +153,7 @@ def exported_files(
             values = {k: v for k, v in values.items() if not k.startswith("tokenizer.")}
             values["tokenizer.ggml.model"] = "no_vocab"
         elif not own:
-            values |= gguf.values_of(carried, vocab)
+            values |= gguf_values.values_of(carried, vocab)
         shards, texts = made.files(items, values=values, **how)
         return shards, texts, licences(carried)
     shards, texts = made.files(items, **how)
@@ -162,6 +162,6 @@ def exported_files(
         kept, more = unpacked(inside, carried, notes)
         texts |= more
     if made.container.format == "llama2c" and llama2c.FILE not in kept:
-        text = llama2c.made_of(kept)
+        text = llama2c.from_sentencepiece(kept)
         texts |= {} if text is None else {llama2c.FILE: text}
     return shards, texts, kept

@@ -1,1 +1,1 @@
-"""Text in and out of a model: generation, scoring, filling masks, embeddings."""
+"""Text in and out of a model: `generate`, `perplexity`, `fill` (masked tokens), `embed`."""

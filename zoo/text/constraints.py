@@ -1,7 +1,6 @@
-"""Which tokens may come next, by what was written so far and by how many tokens there are.
+"""Logits processors: constraints on the next token by the tokens so far and by their number.
 
-The reference calls these logits processors. They come before sampling, and count for greedy search
-and beams too.
+They are applied before sampling, and to greedy search and beam search too.
 """
 
 from __future__ import annotations
@@ -18,23 +17,26 @@ from zoo.errors import TokenIdError, UsageError
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Tokens of (b, v) `seen` are less likely: divided where positive, multiplied where not."""
+    """Make tokens that occur in (b, v) `seen` less likely.
+
+    Their logits are divided by the penalty where positive, multiplied where negative.
+    """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def no_repeat_ngram(logits: Tensor, rows: Sequence[Sequence[int]], size: int) -> Tensor:
-    """No token ends a run of `size` that stood in its row before."""
+    """Exclude tokens that would complete an n-gram of `size` a second time in their row."""
     out = logits.clone()
     for n, row in enumerate(rows):
         start = tuple(row[len(row) - size + 1 :])
-        for place in range(len(row) - size + 1):
-            if tuple(row[place : place + size - 1]) == start:
-                out[n, row[place + size - 1]] = -torch.inf
+        for at in range(len(row) - size + 1):
+            if tuple(row[at : at + size - 1]) == start:
+                out[n, row[at + size - 1]] = -torch.inf
     return out
 
 
 class Biases:
-    """By sequence of tokens, what is added to the last of them; those of one token are together."""
+    """Biases by sequence of tokens; those of a single token are kept in one tensor."""
 
     def __init__(self, biases: Mapping[tuple[int, ...], float]) -> None:
         self.ids = [id for ids in biases for id in ids]
@@ -43,13 +45,13 @@ class Biases:
 
     @cached_property
     def single(self) -> tuple[Tensor, Tensor]:
-        """(ids, what is added); made when the ids are known to be such."""
+        """(ids, biases); a tensor only once the ids have been checked."""
         ids, values = [*self._single], [*self._single.values()]
         return torch.tensor(ids, dtype=torch.long), torch.tensor(values, dtype=torch.float64)
 
 
 def sequence_bias(logits: Tensor, rows: Sequence[Sequence[int]], biases: Biases) -> Tensor:
-    """Added to the last token of a sequence in rows that end with the tokens before it."""
+    """Add each bias to the last token of its sequence, in rows that end with the tokens before."""
     total = torch.zeros_like(logits)
     ids, values = biases.single
     total[:, ids.to(logits.device)] = values.to(logits)
@@ -61,20 +63,21 @@ def sequence_bias(logits: Tensor, rows: Sequence[Sequence[int]], biases: Biases)
 
 
 def only(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """No token but these."""
+    """Exclude all tokens but these; their logits become 0."""
     out = torch.full_like(logits, -torch.inf)
     out[:, list(ids)] = 0
     return out
 
 
 def without(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """Exclude these tokens."""
     out = logits.clone()
     out[:, list(ids)] = -torch.inf
     return out
 
 
-def ends_sooner(logits: Tensor, ends: Sequence[int], factor: float) -> Tensor:
-    """The ends' logits plus so many times their size less one; what cannot come still cannot."""
+def favor_ends(logits: Tensor, ends: Sequence[int], factor: float) -> Tensor:
+    """Add `|logit| * (factor - 1)` to the end tokens; an excluded one stays excluded."""
     out, size = logits.clone(), logits[:, list(ends)]
     more = (size.abs() * (factor - 1)).masked_fill(~size.isfinite(), 0.0)
     out[:, list(ends)] = size + more
@@ -83,14 +86,14 @@ def ends_sooner(logits: Tensor, ends: Sequence[int], factor: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """All of them for one call, applied in the reference's order.
+    """All constraints of one call, applied in the reference's order.
 
-    `prompt` is the number of tokens before the first new one, padding included, and `most` the
-    number of new ones at which all rows end.
+    `prompt` is the number of tokens before the first new one, padding included, and `max_new` the
+    number of new tokens at which all rows end.
     """
 
     prompt: int = 0
-    most: int = 0
+    max_new: int = 0
     ends: Sequence[int] = ()
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -110,7 +113,7 @@ class Constraints:
             raise UsageError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     def check_ids(self, vocab: int) -> None:
-        """Tokens that are to be biased or forced exist; suppressing one that does not is idle."""
+        """Refuse to bias or force ids outside the vocabulary; suppressing one has no effect."""
         forced = {"forced_bos_token_id": _ids(self.forced_bos_token_id)}
         forced["forced_eos_token_id"] = _ids(self.forced_eos_token_id)
         forced["sequence_bias"] = self._biases.ids
@@ -121,18 +124,19 @@ class Constraints:
 
     @cached_property
     def _biases(self) -> Biases:
-        given = self.sequence_bias or {}
-        pairs = given.items() if isinstance(given, Mapping) else given
+        biases = self.sequence_bias or {}
+        pairs = biases.items() if isinstance(biases, Mapping) else biases
         return Biases({tuple(ids): float(bias) for ids, bias in pairs})
 
     @cached_property
     def _banned(self) -> Biases:
-        """An end is no bad word."""
+        """The bad words; an end token is never one."""
         words, ends = map(tuple, self.bad_words_ids or ()), {(end,) for end in self.ends}
         return Biases({ids: -torch.inf for ids in words if ids not in ends})
 
     @property
     def reads_rows(self) -> bool:
+        """Whether `apply` needs the tokens of each row."""
         return bool(
             self.repetition_penalty != 1
             or self.no_repeat_ngram_size
@@ -141,7 +145,7 @@ class Constraints:
         )
 
     def apply(self, logits: Tensor, rows: Sequence[Sequence[int]], new: int) -> Tensor:
-        """(b, v) in fp32, after `new` tokens; `rows` are all real tokens of each row so far."""
+        """(b, v) logits in fp32 after `new` tokens; `rows` are each row's real tokens so far."""
         if self._biases.ids:
             logits = sequence_bias(logits, rows, self._biases)
         if self.repetition_penalty != 1:
@@ -161,12 +165,12 @@ class Constraints:
             logits = without(logits, self.ends)
         if self.forced_bos_token_id is not None and length == 1:
             logits = only(logits, [self.forced_bos_token_id])
-        if (last := _ids(self.forced_eos_token_id)) and new == self.most - 1:
+        if (last := _ids(self.forced_eos_token_id)) and new == self.max_new - 1:
             logits = only(logits, last)
         if self.exponential_decay_length_penalty is not None and self.ends:
             start, factor = self.exponential_decay_length_penalty
             if new > start:
-                logits = ends_sooner(logits, self.ends, factor ** (new - start))
+                logits = favor_ends(logits, self.ends, factor ** (new - start))
         if self.suppress_tokens:
             logits = without(logits, _within(self.suppress_tokens, vocab))
         # the first token that is not forced
@@ -187,7 +191,7 @@ def _ids(value: int | Sequence[int] | None) -> list[int]:
 
 
 def _problems(c: Constraints) -> Iterable[tuple[str, str]]:
-    """(field, what it should be)"""
+    """(field, the expected value) of each field that has another."""
     penalty = c.repetition_penalty
     if not _is_number(penalty) or not 0 < penalty < float("inf"):
         yield "repetition_penalty", "a number above 0"

@@ -1,4 +1,4 @@
-"""A vector for each text: last hidden states pooled, or what a modules.json makes of them."""
+"""`embed`: one vector for each text, by pooling hidden states or by a checkpoint's modules.json."""
 
 from __future__ import annotations
 
@@ -31,16 +31,36 @@ def embed(
     normalize: bool = False,
     batch_size: int = 32,
     truncate: bool = False,
-    **reading: Any,
+    **loading: Any,
 ) -> Tensor:
-    """(texts, d), in their order; what is embedded together does not change it.
+    """Embed texts: one vector for each, independent of the other texts of its batch.
 
-    The states of real tokens, special ones included, are pooled (`mean`), in fp32 at least. A
-    checkpoint with a modules.json has steps of its own, which nothing is added to. A text of more
-    tokens than the model takes is an error; `truncate` cuts it, and keeps its end token. `reading`
-    is as `zoo.load` has it: head, config, ignore_config, revision …
+    The last hidden states of all real tokens, special ones included, are pooled in fp32 at least.
+    A checkpoint with a modules.json follows its own steps instead.
+
+    Args:
+        model: a model, or a reference that `zoo.load` loads.
+        texts: a list of one text or more.
+        pooling: "mean" (default), "first", "last" or "max" over a text's tokens.
+        normalize: scale each vector to length 1.
+        batch_size: texts computed at a time; texts of similar length go together.
+        truncate: cut texts that have more tokens than the model takes, and keep their end token.
+        **loading: options of `zoo.load`, for a reference: head, config, ignore_config, revision …
+
+    Returns:
+        (texts, d), in the order of the texts.
+
+    Raises:
+        UsageError: an option is out of range, or contradicts the checkpoint's modules.json.
+        InputError: a text is no string, or has no tokens.
+        SequenceTooLong: a text has more tokens than the model takes, without `truncate`.
+
+    Example:
+        >>> model = zoo.load("tiny-bert")
+        >>> zoo.embed(model, ["the fox", "a dog"], normalize=True).shape
+        torch.Size([2, 44])
     """
-    model = model_of(model, **reading)
+    model = model_of(model, **loading)
     _check(model, texts, pooling, normalize, batch_size)
     body, limit = model, model.config.limit
     if not isinstance(model, SentenceModel):
@@ -50,34 +70,34 @@ def embed(
         limit = min((n for n in (limit, longest) if n is not None), default=None)
         texts = [text.lower() for text in texts] if lower else texts
     rows = _rows(model.tokenizer, limit, texts, truncate)
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # alike in length: less padding
-    found: list[Tensor] = []
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # similar length: less padding
+    vectors: list[Tensor] = []
     with at_rest(body):
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             ids = [rows[n] for n in numbers]
             again = partial(_vectors, body, ids, pooling or "mean")
-            with nullcontext() if found else watched(model):
-                found.append(again())
+            with nullcontext() if vectors else watched(model):
+                vectors.append(again())
                 row = numbers.__getitem__
-                check_finite(model, found[-1], "the embedding", row=row, again=again)
-    vectors = torch.cat(found)
-    vectors = vectors[torch.tensor(order, device=vectors.device).argsort()]
-    return F.normalize(vectors, dim=-1) if normalize else vectors
+                check_finite(model, vectors[-1], "the embedding", row=row, again=again)
+    out = torch.cat(vectors)
+    out = out[torch.tensor(order, device=out.device).argsort()]
+    return F.normalize(out, dim=-1) if normalize else out
 
 
 def _check(
     model: Model, texts: Sequence[str], pooling: str | None, normalize: bool, batch_size: int
 ) -> None:
     if isinstance(model, SentenceModel) and (pooling is not None or normalize):
-        asked = "normalize=True" if pooling is None else f"pooling={pooling!r}"
+        argument = "normalize=True" if pooling is None else f"pooling={pooling!r}"
         raise UsageError(
-            f"{asked}: this checkpoint's modules.json says how its states become a vector. "
-            "zoo.load(…, modules=False) is the model without it"
+            f"{argument}: this checkpoint's modules.json says how its states become a vector. "
+            "zoo.load(…, modules=False) loads the model without it"
         )
     if pooling is not None and pooling not in POOLINGS:
         near = did_you_mean(str(pooling), POOLINGS)
-        raise UsageError(f"pooling={pooling!r}: one of {', '.join(POOLINGS)}.{near}")
+        raise UsageError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}.{near}")
     if type(batch_size) is not int or batch_size < 1:
         raise UsageError(f"batch_size={batch_size!r}: expected a positive number")
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
@@ -90,7 +110,7 @@ def _check(
 def _rows(
     tokenizer: Tokenizer, limit: int | None, texts: Sequence[str], truncate: bool
 ) -> list[list[int]]:
-    """Ids of each text, or which of them no model could embed."""
+    """The ids of each text; refuse texts of no tokens or too many."""
     rows = [tokenizer.encode(text) for text in texts]
     if empty := [str(n) for n, row in enumerate(rows) if not row]:
         raise InputError(f"texts of no tokens: {listing(empty)}, counted from 0")
@@ -103,14 +123,14 @@ def _rows(
             f"{counts}, counted from 0; the model takes {limit}. truncate=True cuts them"
         )
     for n in long:
-        rows[n] = _cut(tokenizer, texts[n], rows[n], limit)
+        rows[n] = _truncated(tokenizer, texts[n], rows[n], limit)
     return rows
 
 
-def _cut(tokenizer: Tokenizer, text: str, row: list[int], limit: int) -> list[int]:
-    """The first tokens and what stands behind every text."""
-    begun = len(tokenizer.encode(text, eos=False))
-    end = row[begun:]
+def _truncated(tokenizer: Tokenizer, text: str, row: list[int], limit: int) -> list[int]:
+    """The first tokens, and the end tokens that follow every text."""
+    length = len(tokenizer.encode(text, eos=False))
+    end = row[length:]
     return row[: limit - len(end)] + end
 
 

@@ -1,4 +1,4 @@
-"""Perplexity: how well a decoder foresees a text, each token from as much as a window shows."""
+"""Perplexity: how well a decoder predicts a text, each token from those before it in a window."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from zoo.components.decoder import Decoder
 from zoo.components.inputs import check_ids
 from zoo.components.model import Model
 from zoo.errors import InputError, SequenceTooLong, UsageError
-from zoo.text.inference import at_rest, called, device_of, every_place, headless, model_of
+from zoo.text.inference import (
+    at_rest,
+    check_all_logits,
+    device_of,
+    headless,
+    model_of,
+    name_of,
+)
 
 UNLIMITED = 2048  # the window where a model has no end of positions
-LOGITS = 1 << 24  # how many are held at a time: 64 MB of fp32
+LOGITS = 1 << 24  # in memory at a time: 64 MB of fp32
 
 
 @dataclass(frozen=True)
 class Score:
-    """`nll` in nats a token; `bytes` of the scored text as UTF-8, None where only ids are known."""
+    """`nll` in nats a token; `bytes` of the scored text as UTF-8, None for ids without a text."""
 
     tokens: int
     nll: float
@@ -35,6 +42,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        """exp(nll), or inf where that overflows."""
         try:
             return math.exp(self.nll)
         except OverflowError:
@@ -42,9 +50,11 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
+        """The negative log-likelihood in bits for each byte of the text."""
         return self.tokens * self.nll / math.log(2) / self.bytes if self.bytes else None
 
     def to_json(self) -> dict[str, Any]:
+        """All figures as plain numbers."""
         return {
             "tokens": self.tokens,
             "nll": self.nll,
@@ -61,24 +71,49 @@ def perplexity(
     stride: int | None = None,
     bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **reading: Any,
+    **loading: Any,
 ) -> Score:
-    """Of a text, or of ids as they are, of any length; each token is scored once.
+    """Score a text of any length under a decoder; each token is scored once.
 
-    A `window` of tokens (all positions of the model) moves on by `stride` (half of it), and what
-    is new in it is scored: after at least `window - stride` tokens. The first token of all has
-    nothing before it and is not scored, unless the tokenizer puts one there, or `bos=True` does.
-    `reading` is as `zoo.load` has it: head, config, ignore_config, revision …
+    A window of tokens moves over the text by `stride`, and the tokens that are new in it are
+    scored, after at least `window - stride` others. The first token has none before it and is not
+    scored, unless the tokenizer, or `bos=True`, puts a token there.
+
+    Args:
+        model: a decoder with head "lm", or a reference that `zoo.load` loads.
+        text: a text, or its token ids.
+        window: tokens that the model reads at a time (default: all its positions).
+        stride: tokens by which the window moves (default: half of it).
+        bos: True puts the bos token before a text, False none (default: as the tokenizer does).
+        progress: called with (tokens scored, tokens in all) after each window.
+        **loading: options of `zoo.load`, for a reference: head, config, ignore_config, revision …
+
+    Returns:
+        A `Score`: the number of tokens, their mean negative log-likelihood, perplexity and bits
+        per byte.
+
+    Raises:
+        UsageError: the model is no decoder with head "lm", or `window` or `stride` do not fit it.
+        SequenceTooLong: `window` exceeds the model's positions.
+        InputError: fewer than two tokens, or no text and no ids.
+
+    Example:
+        >>> model = zoo.load("tiny-gpt2")
+        >>> score = zoo.perplexity(model, "abcabcabc")
+        >>> score.tokens
+        8
+        >>> score.perplexity > 1
+        True
     """
-    model = model_of(model, **reading)
+    model = model_of(model, **loading)
     if not isinstance(model, Decoder) or model.config.head != "lm":
         raise UsageError(
-            f"{called(model)}: only a decoder with head 'lm' gives each token a probability "
-            "from those before it; a masked LM fills gaps (zoo.fill)"
+            f"{name_of(model)}: only a decoder with head 'lm' gives each token a probability "
+            "from those before it; a masked LM predicts masked tokens (zoo.fill)"
         )
-    every_place(model)
+    check_all_logits(model)
     window, stride = _sizes(model, window, stride)
-    ids, size = _read(model, text, bos)
+    ids, size = _encode(model, text, bos)
     total = 0.0
     with at_rest(model):
         for start, new, end in _windows(len(ids), window, stride):
@@ -102,18 +137,18 @@ def _sizes(model: Model, window: int | None, stride: int | None) -> tuple[int, i
     if type(stride) is not int or not 1 <= stride < window:
         raise UsageError(
             f"stride={stride!r}: expected 1 to {window - 1}; at the window's {window} tokens or "
-            "more, its first one would have nothing before it"
+            "more, its first token would have none before it"
         )
     return window, stride
 
 
-def _read(
+def _encode(
     model: Model, text: str | Sequence[int] | Tensor, bos: bool | None
 ) -> tuple[Tensor, int | None]:
-    """(s,) of ids, and the bytes of those that are scored."""
+    """(s,) ids, and the bytes of those that are scored."""
     if not isinstance(text, str):
         if bos is not None:
-            raise UsageError(f"bos={bos}: of ids, the first one is what it is")
+            raise UsageError(f"bos={bos}: only for a text; put a bos id before the ids yourself")
         return _ids(text, model), None
     tokenizer = model.tokenizer
     ids = tokenizer.encode(text, bos=bos, eos=False)
@@ -124,14 +159,14 @@ def _read(
     return _ids(ids, model), size
 
 
-def _ids(given: Sequence[int] | Tensor, model: Model) -> Tensor:
-    """(s,), each of them known: the last one is never shown to the model, which checks the rest."""
+def _ids(values: Sequence[int] | Tensor, model: Model) -> Tensor:
+    """(s,) ids, all of the vocabulary: the model checks all but the last, which it never reads."""
     try:
-        ids = torch.as_tensor(given, device="cpu")
+        ids = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"expected a text or its ids: {error}") from None
     if ids.ndim != 1:
-        raise InputError(f"ids: expected one row of them, found {list(ids.shape)}")
+        raise InputError(f"ids: expected one row of ids, found shape {list(ids.shape)}")
     if len(ids) < 2:
         raise InputError("nothing to score: no token has another before it")
     check_ids(ids[None], model.config.vocab)
@@ -139,7 +174,7 @@ def _ids(given: Sequence[int] | Tensor, model: Model) -> Tensor:
 
 
 def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, the first token that is scored, end), the last one as wide as the others."""
+    """(start, first scored token, end) of each window; the last is as wide as the others."""
     new, end = 1, min(window, length)
     while new < length:
         yield max(0, end - window), new, end
@@ -147,22 +182,22 @@ def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def _nll(model: Model, ids: Tensor, count: int) -> float:
-    """Of the last `count` of these ids together, in nats."""
+    """The sum over the last `count` of these ids, in nats."""
     total, at = 0.0, len(ids) - count
     for logits in _logits(model, ids[:-1], at - 1):
         check_finite(model, logits, row=lambda n: None, again=lambda: model(ids[None, :-1]))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        wanted = ids[at : at + len(wide)]
-        total += F.cross_entropy(wide, wanted, reduction="none").double().sum().item()
+        targets = ids[at : at + len(wide)]
+        total += F.cross_entropy(wide, targets, reduction="none").double().sum().item()
         at += len(wide)
     return total
 
 
 def _logits(model: Model, context: Tensor, first: int) -> Iterator[Tensor]:
-    """(n, v), a part at a time; of the tokens before `first` none, they are only looked at."""
-    most = model.config.limit_cached
-    if most is not None and len(context) > most:
-        yield model(context[None])[0, first:]  # no cache goes so far
+    """(n, v) logits from token `first` on, a chunk at a time; those before are context only."""
+    limit = model.config.limit_cached
+    if limit is not None and len(context) > limit:
+        yield model(context[None])[0, first:]  # no cache is that long
         return
     size = max(1, LOGITS // model.config.vocab)
     cache, body = Cache(len(context)), headless(model)

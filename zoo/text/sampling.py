@@ -1,6 +1,6 @@
-"""Sampling: warpers of the distribution, and draws that a row makes for itself.
+"""Sampling: warpers of the distribution, and one random generator for each row.
 
-Each warper takes and gives (b, v) logits; what may not follow has -inf.
+Each warper maps (b, v) logits to (b, v) logits; excluded tokens have -inf.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ _SEED = 1 << 63
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
+    """Divide the logits: above 1 the distribution is flatter, below 1 sharper."""
     return logits / value
 
 
 def top_k(logits: Tensor, count: int) -> Tensor:
-    """The `count` most likely, and what is as likely as the last of them."""
+    """Keep the `count` most likely tokens, and those as likely as the last of them."""
     least = logits.topk(min(count, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
 
 def top_p(logits: Tensor, mass: float) -> Tensor:
-    """The fewest that hold `mass` of the probability; one at least."""
+    """Nucleus sampling: keep the smallest set of tokens whose probabilities sum to `mass`."""
     ordered, index = logits.sort(dim=-1, descending=False)
     removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - mass
     removed[..., -1] = False
@@ -35,14 +36,14 @@ def top_p(logits: Tensor, mass: float) -> Tensor:
 
 
 def min_p(logits: Tensor, share: float) -> Tensor:
-    """Those that have `share` of the likeliest one's probability."""
+    """Keep tokens that have `share` of the most likely one's probability."""
     probabilities = logits.softmax(dim=-1)
     least = share * probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < least, -torch.inf)
 
 
 def typical_p(logits: Tensor, mass: float) -> Tensor:
-    """Those whose information is nearest to its mean, until they hold `mass` together."""
+    """Locally typical sampling: keep tokens of nearly average information, up to `mass`."""
     likely = logits.log_softmax(dim=-1)
     entropy = -(likely * likely.exp()).nansum(dim=-1, keepdim=True)
     ordered, index = (-likely - entropy).abs().sort(dim=-1)
@@ -54,12 +55,12 @@ def typical_p(logits: Tensor, mass: float) -> Tensor:
 
 
 def epsilon_cutoff(logits: Tensor, least: float) -> Tensor:
-    """Those of this probability at least, and the likeliest."""
+    """Keep tokens of this probability at least, and the most likely one."""
     return _cut(logits, least)
 
 
 def eta_cutoff(logits: Tensor, epsilon: float) -> Tensor:
-    """The same, where less counts as little if the distribution is flat."""
+    """Keep tokens as `epsilon_cutoff` does, with a lower cutoff where the distribution is flat."""
     likely, bound = logits.log_softmax(dim=-1), torch.tensor(epsilon, device=logits.device)
     finite = likely.clamp(min=torch.finfo(likely.dtype).min)
     entropy = -(finite * likely.exp()).sum(dim=-1, keepdim=True)
@@ -74,9 +75,9 @@ def _cut(logits: Tensor, least: Tensor | float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen: the likeliest at temperature 0, else drawn from what is left.
+    """How to choose tokens: the most likely at temperature 0, else drawn from what warpers keep.
 
-    Warpers come in the order of the fields.
+    Warpers are applied in the order of the fields.
     """
 
     temperature: float = 0.0
@@ -92,18 +93,19 @@ class Sampling:
             whole = name == "top_k"
             if type(value) is not int and (whole or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r}: expected a {'whole ' * whole}number")
-        warm = self.temperature  # below the least that fp32 divides by, all logits are infinite
+        heat = self.temperature  # below 1e-30, fp32 logits become infinite
+        bounds = {
+            "temperature": ("0, or ≥ 1e-30 and finite", heat == 0 or 1e-30 <= heat < float("inf")),
+            "top_k": ("≥ 0", self.top_k >= 0),
+            "top_p": ("> 0 and ≤ 1", 0 < self.top_p <= 1),
+            "min_p": ("≥ 0 and ≤ 1", 0 <= self.min_p <= 1),
+            "typical_p": ("> 0 and ≤ 1", 0 < self.typical_p <= 1),
+            "epsilon_cutoff": ("≥ 0 and < 1", 0 <= self.epsilon_cutoff < 1),
+            "eta_cutoff": ("≥ 0 and < 1", 0 <= self.eta_cutoff < 1),
+        }
         wrong = [
-            text
-            for text, fits in (
-                ("temperature: 0, or 1e-30 and more", warm == 0 or 1e-30 <= warm < float("inf")),
-                ("top_k: 0 or more", self.top_k >= 0),
-                ("top_p: above 0, 1 at most", 0 < self.top_p <= 1),
-                ("min_p: from 0 to 1", 0 <= self.min_p <= 1),
-                ("typical_p: above 0, 1 at most", 0 < self.typical_p <= 1),
-                ("epsilon_cutoff: from 0 to 1", 0 <= self.epsilon_cutoff < 1),
-                ("eta_cutoff: from 0 to 1", 0 <= self.eta_cutoff < 1),
-            )
+            f"{name}={getattr(self, name)!r}: must be {bound}"
+            for name, (bound, fits) in bounds.items()
             if not fits
         ]
         if wrong:
@@ -111,10 +113,11 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is chosen."""
         return self.temperature == 0
 
-    def warped(self, logits: Tensor) -> Tensor:
-        """As far as it is drawn from."""
+    def warp(self, logits: Tensor) -> Tensor:
+        """Apply all warpers to (b, v) logits."""
         if self.greedy:
             return logits
         if self.temperature != 1:
@@ -134,36 +137,39 @@ class Sampling:
         return logits
 
 
-class Dice:
-    """A source of numbers for each row, so that no row depends on the others of its batch."""
+class RowGenerators:
+    """A random generator for each row, so that no row depends on the others of its batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.sources = [torch.Generator().manual_seed(seed % _SEED) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed % _SEED) for seed in seeds]
 
     def numbers(self, count: int = 1) -> Tensor:
-        """(b, count) in [0, 1), fp64."""
-        draws = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.sources]
+        """(b, count) random numbers in [0, 1), fp64."""
+        draws = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.generators]
         return torch.stack(draws)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """(b,) tokens by (b, v) logits: where the row's number falls in their distribution."""
+        """(b,) tokens drawn from the distribution of (b, v) logits."""
         return pick(logits.double().softmax(dim=-1), self.numbers().to(logits.device))
 
 
 def pick(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """(b,): the first place where the sum of (b, v) passes the row's number; never one of none."""
+    """(b,) indices where the cumulative (b, v) probabilities pass the rows' numbers.
+
+    An index of probability 0 is never picked.
+    """
     sums = probabilities.cumsum(dim=-1)
-    found = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
+    index = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
     last = torch.arange(sums.shape[-1], device=sums.device) * (probabilities > 0)
-    return torch.minimum(found, last.amax(dim=-1))
+    return torch.minimum(index, last.amax(dim=-1))
 
 
 def seeds_of(seed: int | Sequence[int] | None, rows: int, samples: int) -> list[int]:
-    """One for each sample of each row; a row's own do not follow from where it stands."""
+    """A seed for each sample of each row; it does not depend on the row's number in the batch."""
     if seed is None:
         return torch.randint(_SEED - 1, (rows * samples,)).tolist()
-    given = list(seed) if isinstance(seed, Sequence) else [seed] * rows
-    if len(given) != rows or not all(type(s) is int for s in given):
-        raise UsageError(f"seed={seed!r}: a whole number, or one for each of {rows} rows")
-    # the first sample is the one that a single sample would be
-    return [s + n * 0x9E3779B97F4A7C15 for s in given for n in range(samples)]
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * rows
+    if len(seeds) != rows or not all(type(s) is int for s in seeds):
+        raise UsageError(f"seed={seed!r}: expected a whole number, or one for each of {rows} rows")
+    # a row's first sample does not depend on how many there are
+    return [s + n * 0x9E3779B97F4A7C15 for s in seeds for n in range(samples)]

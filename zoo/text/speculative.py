@@ -1,7 +1,7 @@
-"""Guessing ahead: a small model proposes, the large one looks at all proposals at once.
+"""Speculative decoding: a small model proposes tokens, the large one checks them in one call.
 
-What comes out is what the large model alone would give: the same tokens where it is greedy, the
-same distribution where it is not.
+The result is that of the large model alone: the same tokens under greedy search, the same
+distribution under sampling.
 """
 
 from __future__ import annotations
@@ -16,103 +16,115 @@ from zoo.components.inputs import check_mask
 from zoo.components.model import Model
 from zoo.errors import NotACheckpoint, UsageError, ZooError
 from zoo.text.constraints import Constraints
-from zoo.text.generate import Bounds, Options, Runner, Step, Stop, answers
-from zoo.text.inference import every_place
-from zoo.text.sampling import Dice, Sampling, pick, seeds_of
+from zoo.text.inference import check_all_logits, is_encoder_decoder
+from zoo.text.options import GenerationOptions, SpecialIds
+from zoo.text.pieces import StopStrings
+from zoo.text.runner import NewToken, Runner
+from zoo.text.sampling import RowGenerators, Sampling, pick, seeds_of
 
 
-def ahead(
+def speculate(
     model: Model,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    asked: Options,
-    bounds: Bounds,
+    options: GenerationOptions,
+    special: SpecialIds,
     runners: Sequence[Runner] = (),
-) -> Iterator[Step]:
-    """Row by row: each accepts as many guesses as it does.
+) -> Iterator[NewToken]:
+    """Generate row by row; each row accepts its own number of proposals.
 
-    `runners`: the model's and the small one's, of one row, if they have read some of it before.
+    `runners`: the model's and the assistant's, of one row, if they have read some of it before.
     """
-    small = asked.assistant_model
+    small = options.assistant_model
     assert small is not None
-    _same_size(model, small)
-    if answers(model) or answers(small):
-        raise UsageError("assistant_model: not for models that read a question apart")
-    every_place(model)
+    _check_size(model, small)
+    if is_encoder_decoder(model) or is_encoder_decoder(small):
+        raise UsageError("assistant_model: not implemented for encoder-decoders")
+    check_all_logits(model)
     real = check_mask(attention_mask, input_ids)
-    samples = asked.num_return_sequences
-    seeds = seeds_of(asked.seed, len(input_ids), samples)
+    samples = options.num_return_sequences
+    seeds = seeds_of(options.seed, len(input_ids), samples)
     for n in range(len(input_ids) * samples):
         row = n // samples
         prompt = input_ids[row : row + 1]
         if real is not None:
             prompt = prompt[:, real[row]]
-        most = asked.most(model, input_ids)
-        rules = asked.constraints(model, input_ids, most, bounds)
-        large, draft = runners or _runners(model, small, prompt, most, asked.use_cache)
+        max_new = options.max_new(model, input_ids)
+        rules = options.constraints(model, input_ids, max_new, special)
+        large, draft = runners or _runners(model, small, prompt, max_new, options.use_cache)
         large.row = draft.row = row if len(input_ids) > 1 else None
-        stops = Stop(model, asked.stops, large.rows[0]) if asked.stops else None
-        for token, logprob in _row(large, draft, Dice([seeds[n]]), rules, asked):
-            yield Step(n, token, logprob)
-            if token in bounds.eos or (stops is not None and stops.reached(token)):
+        stops = StopStrings(model, options.stops, large.rows[0]) if options.stops else None
+        for token, logprob in _row(large, draft, RowGenerators([seeds[n]]), rules, options):
+            yield NewToken(n, token, logprob)
+            if token in special.eos or (stops is not None and stops.reached(token)):
                 break
 
 
-def _same_size(model: Model, small: Model) -> None:
+def _check_size(model: Model, small: Model) -> None:
     if small.config.vocab != model.config.vocab:
         raise UsageError(
-            f"assistant_model: {small.config.vocab} tokens, and the model has {model.config.vocab}"
+            f"assistant_model: expected a vocabulary of {model.config.vocab} tokens, like the "
+            f"model's, found {small.config.vocab}"
         )
 
 
-def check_words(model: Model, small: Model) -> None:
-    """Whether an id stands for the same in both, special tokens aside.
+def check_vocabulary(model: Model, small: Model) -> None:
+    """Refuse an assistant whose ids stand for other tokens, special tokens aside.
 
-    Any guess is looked at, so that nothing wrong would come of it; but few would hold.
+    The output would be right all the same, since every proposal is checked, but few would hold.
     """
-    _same_size(model, small)
+    _check_size(model, small)
     try:
         mine, other = model.tokenizer, small.tokenizer
-    except NotACheckpoint:  # one without words of its own is as good as its guesses
+    except NotACheckpoint:  # without a tokenizer, it is as good as its proposals
         return
-    if (found := mine.difference(other)) is not None:
-        id, word, guess = found
+    if (difference := mine.difference(other)) is not None:
+        id, word, proposal = difference
         raise UsageError(
-            f"assistant_model: another vocabulary: id {id} is {guess!r}, and {word!r} to the model"
+            f"assistant_model: another vocabulary: id {id} is {proposal!r}, and {word!r} to the "
+            "model"
         )
 
 
 def _runners(
-    model: Model, small: Model, prompt: Tensor, most: int, use_cache: bool
+    model: Model, small: Model, prompt: Tensor, max_new: int, use_cache: bool
 ) -> tuple[Runner, Runner]:
-    large = Runner(model, prompt, None, room=most, use_cache=use_cache)
+    large = Runner(model, prompt, None, room=max_new, use_cache=use_cache)
     try:
-        return large, Runner(small, prompt, None, room=most, use_cache=use_cache)
+        return large, Runner(small, prompt, None, room=max_new, use_cache=use_cache)
     except ZooError as error:
         raise type(error)(f"assistant_model: {error}") from None
 
 
 def _row(
-    large: Runner, draft: Runner, dice: Dice, rules: Constraints, asked: Options
+    large: Runner,
+    draft: Runner,
+    generators: RowGenerators,
+    rules: Constraints,
+    options: GenerationOptions,
 ) -> Iterator[tuple[int, float]]:
     draft.feed()
-    count, accepted = 0, _first(large.feed()[0], large, rules, asked.sampling, dice)
+    count, accepted = 0, _first(large.feed()[0], large, rules, options.sampling, generators)
     while True:
         for token, logprob in accepted:
             count += 1
             yield token, logprob
-            if count == rules.most:
+            if count == rules.max_new:
                 return
-        guesses = min(asked.num_assistant_tokens, rules.most - count - 1)
-        chances = partial(_chances, rules=rules, sampling=asked.sampling)
-        accepted = _round(draft, large, accepted[-1][0], count, guesses, chances, dice)
+        proposals = min(options.num_assistant_tokens, rules.max_new - count - 1)
+        distribution = partial(_distribution, rules=rules, sampling=options.sampling)
+        accepted = _round(draft, large, accepted[-1][0], count, proposals, distribution, generators)
 
 
 def _first(
-    logits: Tensor, runner: Runner, rules: Constraints, sampling: Sampling, dice: Dice
+    logits: Tensor,
+    runner: Runner,
+    rules: Constraints,
+    sampling: Sampling,
+    generators: RowGenerators,
 ) -> list[tuple[int, float]]:
-    chances = _chances(logits, runner.rows[0], 0, rules, sampling)
-    token = int(pick(chances, dice.numbers())[0])
+    probabilities = _distribution(logits, runner.rows[0], 0, rules, sampling)
+    token = int(pick(probabilities, generators.numbers())[0])
     return [(token, _logprob(logits, token))]
 
 
@@ -121,66 +133,66 @@ def _round(
     large: Runner,
     last: int,
     count: int,
-    guesses: int,
-    chances: Callable[[Tensor, list[int], int], Tensor],
-    dice: Dice,
+    proposals: int,
+    distribution: Callable[[Tensor, list[int], int], Tensor],
+    generators: RowGenerators,
 ) -> list[tuple[int, float]]:
-    """The guesses that hold, and a token of the large model's own behind them.
+    """The accepted proposals, and one token of the large model's own behind them.
 
     `last` is the last of `count` new tokens.
     """
     length = large.ids.shape[1] + 1  # with `last`, which is certain
-    token, said, guessed = last, [], []
-    for n in range(guesses):
+    token, drafts, proposed = last, [], []
+    for n in range(proposals):
         logits = small.feed(_one(large, token), last=1)[0]
-        said.append(chances(logits, small.rows[0], count + n))
-        token = int(pick(said[-1], dice.numbers())[0])
-        guessed.append(token)
-    tokens = torch.cat([_one(large, t) for t in (last, *guessed)], dim=1)
+        drafts.append(distribution(logits, small.rows[0], count + n))
+        token = int(pick(drafts[-1], generators.numbers())[0])
+        proposed.append(token)
+    tokens = torch.cat([_one(large, t) for t in (last, *proposed)], dim=1)
     before = large.rows[0]
-    logits = large.feed(tokens, last=guesses + 1)[0]
+    logits = large.feed(tokens, last=proposals + 1)[0]
     out: list[tuple[int, float]] = []
-    for n in range(guesses + 1):
-        mine = chances(logits[n : n + 1], [*before, last, *guessed[:n]], count + n)
-        if n < guesses:
-            token = guessed[n]
-            if _holds(mine[0, token], said[n][0, token], dice.numbers()[0, 0]):
+    for n in range(proposals + 1):
+        mine = distribution(logits[n : n + 1], [*before, last, *proposed[:n]], count + n)
+        if n < proposals:
+            token = proposed[n]
+            if _accepts(mine[0, token], drafts[n][0, token], generators.numbers()[0, 0]):
                 out.append((token, _logprob(logits[n : n + 1], token)))
                 continue
-            mine = _left(mine, said[n])
-        token = int(pick(mine, dice.numbers())[0])
+            mine = _residual(mine, drafts[n])
+        token = int(pick(mine, generators.numbers())[0])
         out.append((token, _logprob(logits[n : n + 1], token)))
         break
-    # both have seen `last` and what was accepted, but not the token that comes now
-    large.cut(length + len(out) - 1)
-    if len(out) == guesses + 1 and guesses:
-        small.feed(_one(large, guessed[-1]))  # all held: the small one has not read its last
-    small.cut(length + len(out) - 1)
+    # both have read `last` and the accepted tokens, but not the token that comes now
+    large.truncate(length + len(out) - 1)
+    if len(out) == proposals + 1 and proposals:
+        small.feed(_one(large, proposed[-1]))  # all accepted: the small one has not read its last
+    small.truncate(length + len(out) - 1)
     return out
 
 
-def _holds(mine: Tensor, said: Tensor, number: Tensor) -> bool:
-    """A guess, in as many cases of those where the small model makes it as the large one would."""
-    return bool(number * said < mine)
+def _accepts(mine: Tensor, draft: Tensor, number: Tensor) -> bool:
+    """Accept a proposal with probability min(1, p_large / p_small)."""
+    return bool(number * draft < mine)
 
 
-def _left(mine: Tensor, said: Tensor) -> Tensor:
-    """What the large model gives more often than guesses do: the rest of its distribution."""
-    return (mine - said).clamp(min=0)
+def _residual(mine: Tensor, draft: Tensor) -> Tensor:
+    """The part of the large model's distribution that proposals do not cover."""
+    return (mine - draft).clamp(min=0)
 
 
 def _one(runner: Runner, token: int) -> Tensor:
     return torch.full_like(runner.ids[:, :1], token)
 
 
-def _chances(
+def _distribution(
     logits: Tensor, row: list[int], new: int, rules: Constraints, sampling: Sampling
 ) -> Tensor:
-    """(1, v) probabilities; all of it on the likeliest where it is greedy."""
+    """(1, v) probabilities; under greedy search all of it on the most likely token."""
     logits = rules.apply(logits.float(), [row], new)
     if sampling.greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
-    return sampling.warped(logits).double().softmax(dim=-1)
+    return sampling.warp(logits).double().softmax(dim=-1)
 
 
 def _logprob(logits: Tensor, token: int) -> float:

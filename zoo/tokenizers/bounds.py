@@ -1,8 +1,8 @@
-"""What a tokenizer.json may ask for: steps that lengthen a text or try patterns, within bounds.
+"""Limits on a tokenizer.json: how much its steps may lengthen a text, and which patterns they try.
 
 Normalizer, pre-tokenizer and decoder are chains of steps, and each may make a text longer: thirty
-that double it make a billion characters of one. So the growth of each is multiplied, at its worst,
-before `tokenizers` is given the file.
+that double it turn one character into a billion. So the worst growth of each step is multiplied
+before `tokenizers` reads the file.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from typing import Any
 
 from converters.strict_regex import why_slow
 
-MOST_GROWTH = 256  # of published ones some have 8
+MOST_GROWTH = 256  # some published files have 8
 MOST_STEPS = 64
 MOST_TEMPLATE = 1024  # special tokens around a text
-LONGEST_WORD = (
-    1000  # characters that WordPiece looks for pieces in, all pairs of places; 100 usually
-)
+LONGEST_WORD = 1000  # characters; WordPiece tries all substrings of a word; usually 100
 _CHAINS = ("normalizers", "pretokenizers", "decoders", "processors")
-# what writes a character as several: one such step grows as much as Unicode does, others after it
-# may do so again
+# steps that write a character as several: the first one grows as Unicode does, later ones may again
 _FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Precompiled": 18, "Lowercase": 2}
 _SPELLINGS = {"BertNormalizer": 3, "ByteLevel": 2, "Metaspace": 2}
 _CERTAIN = re.compile(
@@ -31,13 +28,13 @@ _CERTAIN = re.compile(
 
 
 def check_steps(data: Mapping[str, Any]) -> None:
-    """ValueError where a text could grow without bounds, or a pattern take for ever."""
+    """Raise ValueError if a text could grow beyond the limit, or a pattern take forever."""
     for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
         growth, seen = 1.0, set[str]()
         for name in names:
             steps = list(_steps(data.get(name)))
             if len(steps) > MOST_STEPS:
-                raise ValueError(f"{name}: {len(steps)} steps, of at most {MOST_STEPS}")
+                raise ValueError(f"{name}: expected at most {MOST_STEPS} steps, found {len(steps)}")
             for step in steps:
                 growth *= _growth(step, name, seen)
                 if growth > MOST_GROWTH:
@@ -47,7 +44,9 @@ def check_steps(data: Mapping[str, Any]) -> None:
     model = data.get("model")
     word = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
     if isinstance(word, int) and word > LONGEST_WORD:
-        raise ValueError(f"model.max_input_chars_per_word: {word}, of at most {LONGEST_WORD}")
+        raise ValueError(
+            f"model.max_input_chars_per_word: expected at most {LONGEST_WORD}, found {word}"
+        )
 
 
 def _steps(step: Any) -> Iterator[Mapping[str, Any]]:
@@ -62,7 +61,7 @@ def _steps(step: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any], name: str, seen: set[str]) -> float:
-    """How many times as long a text may be after a step; its pattern, if any, is checked."""
+    """By which factor a step may lengthen a text; a slow pattern in it is refused."""
     kind, pattern = str(step.get("type")), step.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if isinstance(regex, str) and (why := why_slow(regex)):
@@ -85,13 +84,13 @@ def _growth(step: Mapping[str, Any], name: str, seen: set[str]) -> float:
     seen.add(first)
     if kind == "Precompiled":
         longest = _longest_text(step.get("precompiled_charsmap"))
-        if longest > _FORMS[kind]:  # no table of Unicode's, which the first step has for nothing
+        if longest > _FORMS[kind]:  # not one of Unicode's tables, whose first use is not counted
             growth = longest
     return growth
 
 
 def _longest_text(table: Any) -> int:
-    """Characters of the longest text that a table writes for one."""
+    """The length of the longest text that a table writes for a character."""
     data = base64.b64decode(table) if isinstance(table, str) else b""
     texts = data[4 + int.from_bytes(data[:4], "little") :]
     return max(len(text.decode("utf-8", "replace")) for text in texts.split(b"\0"))
@@ -112,5 +111,6 @@ def _check_template(step: Mapping[str, Any]) -> None:
         ids = sum(sizes.get(str(p.get("id")), 1) for p in named if isinstance(p, dict))
         if ids > MOST_TEMPLATE:
             raise ValueError(
-                f"post_processor.{key}: {ids} special tokens, of at most {MOST_TEMPLATE}"
+                f"post_processor.{key}: expected at most {MOST_TEMPLATE} special tokens, "
+                f"found {ids}"
             )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import BadTokenizer, listing
-from zoo.tokenizers.engines import Added, Pieces, Splitter, Stream, place, refusing
+from zoo.tokenizers.engines import Added, ByteTokens, Splitter, TextStream, assign_ids, refusing
 from zoo.tokenizers.settings import parse_vocabulary, read_bytes, read_text
 
-# what one step of merging never crosses, as each was trained
+# pre-tokenizer patterns: merges stay within a match, as each family was trained
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
@@ -23,7 +23,7 @@ PATTERNS = {
     "qwen2": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
     "llama3": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
 }
-MOST_BLANK = 100_000  # at a million its stack overflows
+MOST_BLANK = 100_000  # at a million, tiktoken's stack overflows
 _BLANK = re.compile(rf"\s{{{MOST_BLANK}}}")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 Composed = Literal["text", "parts"]
@@ -31,10 +31,10 @@ Composed = Literal["text", "parts"]
 
 @cache
 def letters() -> dict[int, str]:
-    """Each byte as GPT-2's files write it: itself where it is seen, else moved beyond 255."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = (b for b in range(256) if b not in seen)
-    return {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    """GPT-2's spelling of each byte: printable ones are themselves, others begin at 256."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (b for b in range(256) if b not in printable)
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 @cache
@@ -43,14 +43,15 @@ def _values() -> dict[str, int]:
 
 
 def spelling(token: bytes) -> str:
+    """A token's bytes as GPT-2's files spell them."""
     table = letters()
     return "".join([table[byte] for byte in token])
 
 
 class ByteLevel:
-    """Ranks decide what merges first; `ids` says which id each rank has.
+    """Byte-level BPE: lower ranks merge first, and `ids` are the ids of the ranks.
 
-    `composed`: characters are put together (NFC) in the whole text, or between added tokens alone.
+    `composed`: NFC is applied to the whole text, or to the text between added tokens only.
     """
 
     def __init__(
@@ -89,15 +90,16 @@ class ByteLevel:
             assert entry.id is not None
             pieces[entry.id], self._texts[entry.id] = text.encode(), text
         self._pieces = pieces
-        self._table = Pieces(pieces)
+        self._table = ByteTokens(pieces)
 
     def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text, without special tokens around it."""
         if self._composed == "text":
             text = self._normal.normalize_str(text)
-        found: list[int] = []
+        out: list[int] = []
         for part in self._split(text, special):
             if isinstance(part, int):
-                found.append(part)
+                out.append(part)
                 continue
             if self._composed == "parts":
                 part = self._normal.normalize_str(part)
@@ -106,19 +108,23 @@ class ByteLevel:
             for piece in _cut(part):
                 with refusing(self._where):  # a pattern may give up
                     ranks = self._bpe.encode_ordinary(piece)
-                found += ranks if self._ids is None else [self._ids[rank] for rank in ranks]
-        return found
+                out += ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+        return out
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return self._table.decode(ids)
 
-    def stream(self) -> Stream:
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return self._table.stream()
 
     def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary writes it."""
         return self._texts.get(id) or spelling(self._pieces[id]) or None
 
     def id(self, token: str) -> int | None:
+        """The id of a token."""
         if token in self._added:
             return self._added[token].id
         try:
@@ -129,7 +135,7 @@ class ByteLevel:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """The text, in several pieces where whitespace runs longer than tiktoken can follow."""
+    """Split a text where whitespace runs longer than tiktoken's stack allows."""
     start = 0
     for run in _BLANK.finditer(text) if len(text) > MOST_BLANK else ():
         yield text[start : run.end()]
@@ -138,7 +144,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _composer() -> Any:
-    """NFC by the reference's own tables, which are not those of every Python."""
+    """NFC by the reference's own Unicode tables, which differ from some Pythons'."""
     from tokenizers.normalizers import NFC
 
     return NFC()
@@ -148,8 +154,11 @@ def _composer() -> Any:
 
 
 def guess(vocabulary: Iterable[str]) -> str:
-    """GPT-2's pattern keeps digits together, Qwen2's never; and only the latter glues a
-    sign other than a space to the letters after it."""
+    """Guess which pattern a vocabulary was trained with: "gpt2" or "qwen2".
+
+    Only GPT-2's keeps several digits together; only Qwen2's joins a sign other than a space to the
+    letters after it.
+    """
     digits = glued = False
     for token in vocabulary:
         digits |= len(token) > 1 and token.isascii() and token.isdigit()
@@ -158,30 +167,33 @@ def guess(vocabulary: Iterable[str]) -> str:
 
 
 def from_merges(
-    vocab: Path, merges: Path, kind: str, wanted: Iterable[Added], space: bool
+    vocab: Path, merges_file: Path, kind: str, extra: Iterable[Added], space: bool
 ) -> ByteLevel:
-    """A token's rank is the line of the merge that makes it; bytes come before all merges."""
+    """Read vocabulary and merges; a token's rank is the line of the merge that makes it.
+
+    Single bytes rank before all merges.
+    """
     ids = read_ids(vocab)
     ranked = {letter: bytes([byte]) for byte, letter in letters().items()}
     unknown = []
-    for number, left, right in _merges(merges):
+    for number, left, right in merges(merges_file):
         if left not in ids or right not in ids or left + right not in ids:
             unknown.append(f"line {number}: {left} {right}")
         else:
             ranked.setdefault(left + right, _bytes(left + right))
     if unknown:
         raise BadTokenizer(
-            f"{merges}: {len(unknown)} merges of or into tokens that {vocab.name} lacks: "
+            f"{merges_file}: {len(unknown)} merges of or into tokens that {vocab.name} lacks: "
             f"{listing(unknown, 5)}"
         )
-    if lacking := [letter for letter in letters().values() if letter not in ids]:
-        raise BadTokenizer(f"{vocab}: {len(lacking)} of 256 bytes are no token: {listing(lacking)}")
-    # what nothing merges into cannot come from a text: it is there to be named
-    named = [Added(text, id) for text, id in ids.items() if text not in ranked]
-    listed = list(wanted)
-    known = {token.text for token in listed}
-    named = [token for token in named if token.text not in known]
-    added = place([*listed, *named], ids, 1 + max(ids.values()), vocab)
+    if missing := [letter for letter in letters().values() if letter not in ids]:
+        raise BadTokenizer(f"{vocab}: {len(missing)} of 256 bytes are no token: {listing(missing)}")
+    # no merge makes these tokens, so no text does: they are added tokens
+    unmerged = [Added(text, id) for text, id in ids.items() if text not in ranked]
+    extras = list(extra)
+    texts = {token.text for token in extras}
+    unmerged = [token for token in unmerged if token.text not in texts]
+    added = assign_ids([*extras, *unmerged], ids, 1 + max(ids.values()), vocab)
     numbers = [ids[text] for text in ranked]
     composed: Composed | None = "parts" if kind == "qwen2" else None
     return ByteLevel(
@@ -196,19 +208,20 @@ def from_merges(
 
 
 def read_ids(path: Path) -> dict[str, int]:
-    """token -> id, each id once and none far beyond their number."""
-    found = parse_vocabulary(read_bytes(path), path)
-    odd = [f"{text!r}: {id!r}" for text, id in found.items() if type(id) is not int or id < 0]
-    if odd or not found:
-        raise BadTokenizer(f"{path}: expected tokens with their ids, found {listing(odd, 5)}")
-    if len(set(found.values())) != len(found):
+    """Read token -> id; each id occurs once, and none is far beyond their number."""
+    ids = parse_vocabulary(read_bytes(path), path)
+    wrong = [f"{text!r}: {id!r}" for text, id in ids.items() if type(id) is not int or id < 0]
+    if wrong or not ids:
+        raise BadTokenizer(f"{path}: expected tokens with their ids, found {listing(wrong, 5)}")
+    if len(set(ids.values())) != len(ids):
         raise BadTokenizer(f"{path}: tokens that share an id")
-    if max(found.values()) > 2 * len(found) + 1024:
-        raise BadTokenizer(f"{path}: id {max(found.values())} among {len(found)} tokens")
-    return found
+    if max(ids.values()) > 2 * len(ids) + 1024:
+        raise BadTokenizer(f"{path}: id {max(ids.values())} among {len(ids)} tokens")
+    return ids
 
 
-def _merges(path: Path) -> Iterator[tuple[int, str, str]]:
+def merges(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, left, right) of each merge in a file."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         line = line.rstrip("\r")
         if not line or (number == 1 and line.startswith("#version")):
@@ -224,11 +237,11 @@ def _bytes(text: str) -> bytes:
     try:
         return bytes([values[letter] for letter in text])
     except KeyError as error:
-        raise BadTokenizer(f"{text!r}: {error} stands for no byte") from None
+        raise BadTokenizer(f"{text!r}: {error} is not the spelling of a byte") from None
 
 
 def merges_of(tokens: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Of each token the two parts that tokens of lower ranks make of it, in order."""
+    """The merge that makes each token: its two parts by tokens of lower ranks, in rank order."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for rank, token in enumerate(tokens):
         parts = [token[n : n + 1] for n in range(len(token))]
@@ -246,21 +259,22 @@ def merges_of(tokens: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def holds_ranks(path: Path) -> bool:
-    """Whether its first line is one of base64 and a number."""
+    """Whether a file's first line is base64 and a number."""
     with path.open("rb") as file:
         return _RANK_LINE.fullmatch(file.readline(4096).rstrip()) is not None
 
 
 def from_ranks(
-    path: Path, kind: str, wanted: Iterable[Added], composed: Composed | None = None
+    path: Path, kind: str, extra: Iterable[Added], composed: Composed | None = None
 ) -> ByteLevel:
+    """Read a file of ranks, one base64 token a line."""
     tokens = read_ranks(path)
-    added = place(wanted, {}, len(tokens), path)
+    added = assign_ids(extra, {}, len(tokens), path)
     return ranked(tokens, PATTERNS[kind], added, path, composed=composed)
 
 
 def read_ranks(path: Path) -> list[bytes]:
-    """Tokens by rank."""
+    """Read tokens in the order of their ranks."""
     tokens: list[bytes] = []
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line:
@@ -286,12 +300,12 @@ def ranked(
     first: int = 0,
     composed: Composed | None = None,
 ) -> ByteLevel:
-    """A token's place is its rank, and its id counts from `first` on."""
-    known = set(tokens)
-    if len(known) != len(tokens):
-        raise BadTokenizer(f"{path}: {len(tokens) - len(known)} tokens stand twice")
-    if lacking := [byte for byte in range(256) if bytes([byte]) not in known]:
-        raise BadTokenizer(f"{path}: {len(lacking)} of 256 bytes have no rank: truncated?")
+    """Build the engine from tokens in the order of their ranks; ids begin at `first`."""
+    distinct = set(tokens)
+    if len(distinct) != len(tokens):
+        raise BadTokenizer(f"{path}: {len(tokens) - len(distinct)} tokens occur twice")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in distinct]:
+        raise BadTokenizer(f"{path}: {len(missing)} of 256 bytes have no rank: truncated?")
     ids = range(first, first + len(tokens))
     if clash := [token.text for token in added.values() if token.id in ids]:
         raise BadTokenizer(f"{path}: added tokens with ids of ranks: {listing(clash)}")

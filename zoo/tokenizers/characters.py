@@ -1,4 +1,4 @@
-"""One token a character: for those who train on a text of their own."""
+"""Character-level tokenizer: one token a character, to train on a text of your own."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ from typing import Self
 from converters.strict_json import read_json
 from zoo.errors import BadTokenizer, InputError, listing
 from zoo.tokenizers.core import Tokenizer
-from zoo.tokenizers.engines import Pieces, Stream
+from zoo.tokenizers.engines import ByteTokens, TextStream
 
 FILE = "characters.json"
 
 
 class CharTokenizer(Tokenizer):
-    """Its vocabulary is the characters of a text, in order."""
+    """A tokenizer whose vocabulary is the characters of a text, sorted.
+
+    Example:
+        >>> tokenizer = zoo.tokenizers.CharTokenizer.of("hello")
+        >>> tokenizer.encode("hole")
+        [1, 3, 2, 0]
+        >>> tokenizer.decode([1, 3, 2, 0])
+        'hole'
+    """
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Of every character in a text."""
+        """Make a tokenizer of every character in a text."""
         return cls(_Characters("".join(sorted(set(text)))))
 
     @classmethod
     def read(cls, path: Path) -> Self:
+        """Read a characters.json."""
         characters = read_json(path, BadTokenizer).get("characters")
         if not isinstance(characters, str) or len(set(characters)) != len(characters):
             raise BadTokenizer(f"{path}: characters: expected a text that has each of them once")
         return cls(_Characters(characters), directory=path.parent)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Into a directory, for `zoo.tokenizer` to find."""
+        """Write characters.json into a directory, where `zoo.tokenizer` finds it."""
         path = Path(directory) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"characters": self._characters}, ensure_ascii=False) + "\n"
@@ -45,7 +54,7 @@ class CharTokenizer(Tokenizer):
 
 
 class _Characters:
-    """An id is a character's place."""
+    """An engine whose ids are the indices of characters."""
 
     specials: frozenset[int] = frozenset()
 
@@ -54,7 +63,7 @@ class _Characters:
         self._all = characters
         self._ids = {character: id for id, character in enumerate(characters)}
         try:
-            self._table = Pieces([character.encode() for character in characters])
+            self._table = ByteTokens([character.encode() for character in characters])
         except UnicodeEncodeError as error:
             raise InputError(f"half a surrogate pair at character {error.start}") from None
 
@@ -71,7 +80,7 @@ class _Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return self._table.decode(ids)
 
-    def stream(self) -> Stream:
+    def stream(self) -> TextStream:
         return self._table.stream()
 
     def token(self, id: int) -> str | None:

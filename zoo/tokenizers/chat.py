@@ -1,8 +1,9 @@
-"""Chat templates: jinja from a stranger, rendered in a child process under limits of the system.
+"""Chat templates: untrusted jinja, rendered in a child process with limited time and memory.
 
-A few lines of it could run or grow forever, and no list of harmless operations is complete. So the
-child (`zoo.tokenizers.template_process`) has its processor time and memory limited, and may do what
-the reference's sandbox lets it do. It serves one template and stays alive for the next text.
+A few lines of a template could run or grow forever, and no list of harmless operations is complete.
+So the system limits the child's processor time and memory (`zoo.tokenizers.template_process`), and
+within them it may do what the reference's sandbox allows. A child serves one template and stays
+alive for the next text.
 """
 
 from __future__ import annotations
@@ -25,30 +26,31 @@ from zoo.errors import MissingDependency, TemplateError
 from zoo.tokenizers import template_process as child
 
 MOST_SOURCE = 1 << 18  # characters of a template; published ones have some 20 thousand
-MOST_IDLE = 4  # processes that wait for the next text of their template
-WALL_SECONDS = 20.0  # for a child that does not even use processor time
-# all that a child is told of the environment: the time zone, and what its interpreter needs
+MOST_IDLE = 4  # child processes that wait for the next text of their template
+WALL_SECONDS = 20.0  # for a child that uses no processor time either
+# the child's whole environment: the time zone, and what its interpreter needs
 _ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
-def render(template: str, given: Mapping[str, Any], where: str) -> str:
-    """The text that a template makes of what it is given.
+def render(template: str, variables: Mapping[str, Any], where: str) -> str:
+    """Render a template with these variables.
 
     Raises:
-        TemplateError: it refuses the messages, breaks a rule of jinja's, or runs into a limit.
+        TemplateError: the template refuses the messages, breaks a rule of jinja, or exceeds a
+            limit.
     """
     try:
         if len(template) > MOST_SOURCE:
-            raise TemplateError(f"has {len(template)} characters, of at most {MOST_SOURCE}")
-        return _rendered(template, marshal.dumps(_plain(given), 4))
+            raise TemplateError(f"expected at most {MOST_SOURCE} characters, found {len(template)}")
+        return _rendered(template, marshal.dumps(_plain(variables), 4))
     except TemplateError as error:
         raise TemplateError(f"{where}: {error}") from None
     except (RecursionError, ValueError):  # marshal's own limit
-        raise TemplateError(f"{where}: is given values that nest too deeply") from None
+        raise TemplateError(f"{where}: the messages or variables nest too deeply") from None
 
 
 def _plain(value: Any) -> Any:
-    """Without methods of the caller's own, which the sandbox would not know to be harmful."""
+    """Copy a value as plain types: the sandbox cannot judge methods of the caller's classes."""
     match value:
         case bool() | None:
             return value
@@ -63,7 +65,7 @@ def _plain(value: Any) -> Any:
         case list() | tuple():
             return [_plain(item) for item in value]
     kind = type(value).__name__
-    raise TemplateError(f"is given a {kind}, and takes texts, numbers, lists and mappings")
+    raise TemplateError(f"expected texts, numbers, lists and mappings, found a {kind}")
 
 
 # --- child processes -----------------------------------------------------------------------------
@@ -126,12 +128,13 @@ class _Renderer:
         return f"its process ended without a text, with status {code}"
 
     def close(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.wait()
         self.close_pipes()
 
     def leave(self) -> None:
-        """After a fork: the process is the parent's, the pipes are copies."""
+        """Close the copied pipes after a fork: the process is the parent's."""
         self._process.returncode = 0
         self.close_pipes()
 
@@ -143,14 +146,14 @@ class _Renderer:
 
 
 def _directories() -> list[str]:
-    """Where jinja2 is, and what it imports: the child is told nothing else of our sys.path."""
-    places = []
+    """The directories of jinja2 and what it imports: all of our sys.path that the child gets."""
+    directories = []
     for name in ("jinja2", "markupsafe"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise MissingDependency(f"chat templates need {name}: pip install jinja2")
-        places.append(str(Path(spec.origin).parent.parent))
-    return list(dict.fromkeys(places))
+        directories.append(str(Path(spec.origin).parent.parent))
+    return list(dict.fromkeys(directories))
 
 
 _idle: list[_Renderer] = []
@@ -175,7 +178,7 @@ def _rendered(template: str, request: bytes) -> str:
             _keep(renderer)
             raise TemplateError(text)
         renderer.close()
-        if not was_used:  # else what it kept of earlier texts, or its own end, may be the reason
+        if not was_used:  # a used one may fail for what it kept of earlier texts: try a fresh one
             raise TemplateError(text)
 
 
@@ -203,7 +206,7 @@ def _close_all() -> None:
 
 
 def _leave_all() -> None:
-    """In a forked process: the parent's children answer the parent."""
+    """Forget all renderers in a forked process: they belong to the parent."""
     global _lock
     _lock = threading.Lock()
     while _idle:

@@ -1,4 +1,4 @@
-"""A Tokenizer: an engine, the tokens around a text, and what is made of both."""
+"""The `Tokenizer` class: an engine, special tokens around a text, batches and chat templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from zoo.errors import InputError, TemplateError, TokenIdError, UsageError, did_you_mean, listing
-from zoo.tokenizers.engines import Engine, Stream
+from zoo.tokenizers.engines import Engine, TextStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,14 +17,25 @@ Side = Literal["left", "right"]
 
 
 class Batch(NamedTuple):
-    """(b, s) each, as a model's forward takes them: `model(**batch._asdict())`."""
+    """Padded ids and their mask, (b, s) each: `model(**batch._asdict())`."""
 
     input_ids: Tensor
     attention_mask: Tensor
 
 
 class Tokenizer:
-    """Text to ids and back. It never changes, so that threads and copies may share it."""
+    """Encode text to ids and decode ids to text. Immutable: threads and copies may share it.
+
+    `bos`, `eos`, `pad`, `unk`, `mask`, `cls` and `sep` are the ids of special tokens, or None.
+
+    Example:
+        >>> tokenizer = zoo.tokenizer("tiny-bert")
+        >>> ids = tokenizer.encode("the fox")
+        >>> ids
+        [2, 5, 7, 3]
+        >>> tokenizer.decode(ids, skip_special=True)
+        'the fox'
+    """
 
     def __init__(
         self,
@@ -60,10 +71,23 @@ class Tokenizer:
         eos: bool | None = None,
         special: bool = False,
     ) -> list[int]:
-        """Ids; what stands before (`bos`) and after (`eos`) is the checkpoint's own custom.
+        """Encode a text.
 
-        True forces them, False leaves them out. `special`: special tokens in the text are such,
-        and not the characters that they are written with.
+        Args:
+            text: the text.
+            bos: True puts a begin token (bos or cls) first, False none (default: as the checkpoint
+                does).
+            eos: True puts an end token (eos or sep) last, False none (default: as the checkpoint
+                does).
+            special: read special tokens in the text as such, not as the characters they are
+                written with.
+
+        Returns:
+            The token ids.
+
+        Raises:
+            InputError: `text` is no text, or half a surrogate pair is in it.
+            UsageError: `bos` or `eos` is True, and the tokenizer has no such token.
         """
         _check_text(text)
         ids = self._engine.encode(text, special)
@@ -71,31 +95,42 @@ class Tokenizer:
         return [*before, *ids, *self._around(eos, self._after, ("eos", "sep"), "eos")]
 
     def _around(
-        self, asked: bool | None, custom: list[int], roles: tuple[str, str], name: str
+        self, flag: bool | None, custom: list[int], roles: tuple[str, str], name: str
     ) -> list[int]:
-        if asked is None or (asked and custom):
+        if flag is None or (flag and custom):
             return custom
-        if not asked:
+        if not flag:
             return []
         if (id := self._roles.get(roles[0], self._roles.get(roles[1]))) is None:
             raise UsageError(f"{name}=True: this tokenizer has no such token")
         return [id]
 
     def decode(self, ids: int | Iterable[int] | Tensor, *, skip_special: bool = False) -> str:
-        """The text of ids. A character that is not whole shows as U+FFFD."""
-        given: Any = ids.tolist() if hasattr(ids, "tolist") else ids
-        if not isinstance(given, int | Iterable) or getattr(ids, "ndim", 1) > 1:
-            raise InputError(f"expected one row of ids, found {type(ids).__name__}; each by itself")
-        listed = [given] if isinstance(given, int) else list(given)
-        for id in listed:
+        """Decode ids. An incomplete character becomes U+FFFD.
+
+        Args:
+            ids: one id, or one row of ids.
+            skip_special: leave special tokens out.
+
+        Raises:
+            InputError: `ids` is no row of ids.
+            TokenIdError: an id is outside the vocabulary.
+        """
+        values: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(values, int | Iterable) or getattr(ids, "ndim", 1) > 1:
+            raise InputError(
+                f"expected one row of ids, found {type(ids).__name__}; decode rows one by one"
+            )
+        numbers = [values] if isinstance(values, int) else list(values)
+        for id in numbers:
             self._check(id)
         if skip_special:
             specials = self._engine.specials
-            listed = [id for id in listed if id not in specials]
-        return self._engine.decode(listed)
+            numbers = [id for id in numbers if id not in specials]
+        return self._engine.decode(numbers)
 
-    def stream(self, *, skip_special: bool = False) -> Stream:
-        """Decodes one id at a time: what `put` and `end` give together is what `decode` gives."""
+    def stream(self, *, skip_special: bool = False) -> TextStream:
+        """Decode id by id: the results of `put` and `end` together are that of `decode`."""
         return _Checked(self, self._engine.stream(), skip_special)
 
     def batch(
@@ -108,14 +143,34 @@ class Tokenizer:
         eos: bool | None = None,
         special: bool = False,
     ) -> Batch:
-        """Rows of one length. Without a pad token the end token pads: the mask hides it anyway."""
+        """Encode several texts, padded to one length.
+
+        Args:
+            texts: the texts.
+            padding_side: "left" or "right" (default: the checkpoint's).
+            pad: the id that pads (default: the pad token, else the end token; the mask hides it).
+            bos: as in `encode`.
+            eos: as in `encode`.
+            special: as in `encode`.
+
+        Returns:
+            A `Batch` of ids and mask.
+
+        Raises:
+            UsageError: `texts` is one text, or no token can pad.
+
+        Example:
+            >>> batch = zoo.tokenizer("tiny-bert").batch(["the fox", "a"])
+            >>> batch.attention_mask.tolist()
+            [[1, 1, 1, 1], [1, 1, 1, 0]]
+        """
         import torch
 
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise UsageError(f"expected several texts, found {type(texts).__name__}")
         side = self.padding_side if padding_side is None else padding_side
         if side not in ("left", "right"):
-            raise UsageError(f"padding_side={side!r}: either 'left' or 'right'")
+            raise UsageError(f"padding_side={side!r}: expected 'left' or 'right'")
         rows = [self.encode(text, bos=bos, eos=eos, special=special) for text in texts]
         width = max(map(len, rows), default=0)
         if pad is not None:
@@ -142,23 +197,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """All ids are below it, those of added tokens too."""
+        """The number of ids, added tokens included: all ids are below it."""
         return self._engine.size
 
     def token(self, id: int) -> str:
-        """As the vocabulary writes it: Ġthe, ▁the, ##ing."""
+        """The token of an id, as the vocabulary writes it: Ġthe, ▁the, ##ing."""
         self._check(id)
-        if (found := self._engine.token(id)) is None:
-            raise TokenIdError(f"token id {id} stands for nothing")
-        return found
+        if (text := self._engine.token(id)) is None:
+            raise TokenIdError(f"token id {id} has no token in this vocabulary")
+        return text
 
     def id(self, token: str) -> int:
-        if (found := self._engine.id(token)) is None:
+        """The id of a token, as the vocabulary writes it."""
+        if (number := self._engine.id(token)) is None:
             raise TokenIdError(f"{token!r} is no token of this vocabulary")
-        return found
+        return number
 
     def difference(self, other: Tokenizer) -> tuple[int, str | None, str | None] | None:
-        """The first id that stands for something else there, and for what; special tokens aside."""
+        """(id, own token, other's token) of the first id that differs, special tokens aside."""
         mine, theirs = self._engine, other._engine
         for id in range(max(mine.size, theirs.size)):
             if id in mine.specials or id in theirs.specials:
@@ -170,35 +226,42 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Every token that a text cannot make, by its id's order."""
+        """Every special token with its id, in the order of ids."""
         return {self.token(id): id for id in sorted(self._engine.specials)}
 
     @property
     def bos(self) -> int | None:
+        """The id of the token that begins a text."""
         return self._roles.get("bos")
 
     @property
     def eos(self) -> int | None:
+        """The id of the token that ends a text."""
         return self._roles.get("eos")
 
     @property
     def pad(self) -> int | None:
+        """The id of the padding token."""
         return self._roles.get("pad")
 
     @property
     def unk(self) -> int | None:
+        """The id of the token for unknown text."""
         return self._roles.get("unk")
 
     @property
     def mask(self) -> int | None:
+        """The id of the mask token."""
         return self._roles.get("mask")
 
     @property
     def cls(self) -> int | None:
+        """The id of BERT's first token, [CLS]."""
         return self._roles.get("cls")
 
     @property
     def sep(self) -> int | None:
+        """The id of BERT's separator, [SEP]."""
         return self._roles.get("sep")
 
     # --- chat ---
@@ -211,13 +274,33 @@ class Tokenizer:
         template: str | None = None,
         **vars: Any,
     ) -> str:
-        """The messages as the checkpoint's template writes them, for `encode(…, bos=False,
-        eos=False, special=True)`. `template` is the name of one, or a text of your own.
+        """Write messages as the checkpoint's chat template does.
+
+        Encode the result with `encode(text, bos=False, eos=False, special=True)`.
+
+        Args:
+            messages: mappings such as `{"role": "user", "content": "Hi"}`.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            template: the name of a template, or the text of one.
+            **vars: further variables of the template, such as `tools`.
+
+        Returns:
+            The text of the whole chat.
+
+        Raises:
+            InputError: `messages` is no list of mappings.
+            TemplateError: there is no such template, or it refuses the messages.
+
+        Example:
+            >>> tokenizer = zoo.tokenizer("tiny-gpt2")
+            >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+            >>> tokenizer.chat([{"role": "user", "content": "hi"}], template=template)
+            'user: hi'
         """
         from zoo.tokenizers.chat import render
 
-        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
-        if not listed or not all(isinstance(each, Mapping) for each in messages):
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if not is_list or not all(isinstance(each, Mapping) for each in messages):
             raise InputError(
                 "messages: expected a list of mappings, such as {'role': 'user', 'content': 'Hi'}"
             )
@@ -228,22 +311,22 @@ class Tokenizer:
         if text is None and template and ("{" in template):
             text, name = template, "template="
         if text is None:
-            known = listing(sorted(self.templates)) or "none"
+            names = listing(sorted(self.templates)) or "none"
             near = did_you_mean(name, self.templates)
-            raise TemplateError(f"{self!r}: no chat template {name!r}; it has {known}.{near}")
+            raise TemplateError(f"{self!r}: no chat template {name!r}; it has {names}.{near}")
         words = {f"{role}_token": self.token(id) for role, id in self._roles.items()}
-        given = {**words, "tools": None, "documents": None, **vars}
-        given |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        return render(text, given, f"{self.directory or 'chat template'}: {name}")
+        variables = {**words, "tools": None, "documents": None, **vars}
+        variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        return render(text, variables, f"{self.directory or 'chat template'}: {name}")
 
     def _has_tools(self, vars: Mapping[str, Any]) -> bool:
         return vars.get("tools") is not None and "tool_use" in self.templates
 
 
 class _Checked:
-    """A stream that names ids which are none, and leaves special ones out if asked."""
+    """A stream that refuses unknown ids, and may leave special tokens out."""
 
-    def __init__(self, owner: Tokenizer, stream: Stream, skip_special: bool) -> None:
+    def __init__(self, owner: Tokenizer, stream: TextStream, skip_special: bool) -> None:
         self._owner, self._stream = owner, stream
         self._skipped = owner._engine.specials if skip_special else frozenset()
 

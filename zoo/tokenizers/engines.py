@@ -1,4 +1,4 @@
-"""What every engine is to a Tokenizer, and what those share whose tokens are bytes."""
+"""The interface of tokenizer engines, added tokens, and engines whose tokens are bytes."""
 
 from __future__ import annotations
 
@@ -12,47 +12,66 @@ from zoo.errors import BadTokenizer, ZooError
 
 
 class Added(NamedTuple):
-    """A token beside the vocabulary proper: matched as a whole, before anything else."""
+    """A token beside the vocabulary, matched as a whole before anything else."""
 
     text: str
-    id: int | None = None  # None: its place in the vocabulary, or else the next free one
+    id: int | None = None  # None: its id in the vocabulary, or else the next free one
     special: bool = True
-    lstrip: bool = False  # takes the whitespace before it along
+    lstrip: bool = False  # includes the whitespace before it
     rstrip: bool = False
     single_word: bool = False
     normalized: bool = False
 
 
-class Stream(Protocol):
-    """Text as ids come in, whole characters only."""
+class TextStream(Protocol):
+    """Decodes ids as they come, complete characters only."""
 
-    def put(self, id: int) -> str: ...
-    def end(self) -> str: ...
+    def put(self, id: int) -> str:
+        """The characters that this id completes."""
+        ...
+
+    def end(self) -> str:
+        """The rest, after the last id."""
+        ...
 
 
 class Engine(Protocol):
-    """Ids of a text without what stands around it, and back. Ids are checked by the caller."""
+    """Encodes and decodes text without the special tokens around it; the caller checks ids."""
 
     size: int  # all ids are below it
     specials: frozenset[int]
 
-    def encode(self, text: str, special: bool) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def stream(self) -> Stream: ...
-    def token(self, id: int) -> str | None: ...
-    def id(self, token: str) -> int | None: ...
+    def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text; `special`: special tokens in it are read as such."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        ...
+
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
+        ...
+
+    def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary writes it."""
+        ...
+
+    def id(self, token: str) -> int | None:
+        """The id of a token."""
+        ...
 
 
 @contextmanager
 def refusing(where: object) -> Iterator[None]:
-    """Another library's complaint about a file, as one of ours."""
+    """Turn any error of another library about a file into a `BadTokenizer`."""
     try:
         yield
     except (ZooError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
-        told = " ".join(str(error).split())[:300]
-        raise BadTokenizer(f"{where}: {told or type(error).__name__}") from None
+    except BaseException as error:  # a Rust panic is not an Exception
+        message = " ".join(str(error).split())[:300]
+        raise BadTokenizer(f"{where}: {message or type(error).__name__}") from None
 
 
 # --- added tokens --------------------------------------------------------------------------------
@@ -60,36 +79,36 @@ def refusing(where: object) -> Iterator[None]:
 MOST_ADDED = 1 << 20  # ids beyond the vocabulary, before a table of them is made
 
 
-def place(
-    wanted: Iterable[Added], ids: Mapping[str, int], size: int, where: object
+def assign_ids(
+    extra: Iterable[Added], ids: Mapping[str, int], size: int, where: object
 ) -> dict[str, Added]:
-    """Each with its id, or everything that contradicts the vocabulary."""
-    placed: dict[str, Added] = {}
-    taken: dict[int, str] = {}
+    """Give each added token its id; refuse those that contradict the vocabulary, all at once."""
+    result: dict[str, Added] = {}
+    texts_by_id: dict[int, str] = {}
     problems = []
     texts = {id: text for text, id in ids.items()}
     after = size
-    for token in sorted(wanted, key=lambda t: (t.id is None, t.id or 0)):
-        known = ids.get(token.text)
-        at = token.id if token.id is not None else known
+    for token in sorted(extra, key=lambda t: (t.id is None, t.id or 0)):
+        own_id = ids.get(token.text)
+        at = token.id if token.id is not None else own_id
         if at is None:
             at = after
-        there = taken.get(at, texts.get(at, token.text))
-        if there != token.text:
-            problems.append(f"{token.text!r} has id {at}, and so has {there!r}")
-        elif known not in (None, at):
-            problems.append(f"{token.text!r} has id {at}, and {known} in the vocabulary")
+        owner = texts_by_id.get(at, texts.get(at, token.text))
+        if owner != token.text:
+            problems.append(f"{token.text!r} has id {at}, and so has {owner!r}")
+        elif own_id not in (None, at):
+            problems.append(f"{token.text!r} has id {at}, and {own_id} in the vocabulary")
         elif not 0 <= at < size + MOST_ADDED:
             problems.append(f"{token.text!r} has id {at}, far beyond the {size} of the vocabulary")
-        placed[token.text], taken[at] = token._replace(id=at), token.text
+        result[token.text], texts_by_id[at] = token._replace(id=at), token.text
         after = max(after, at + 1)
     if problems:
         raise BadTokenizer("\n  ".join([f"{where}: added tokens that cannot be:", *problems[:20]]))
-    return placed
+    return result
 
 
 class Splitter:
-    """Cuts a text at added tokens; special ones only where that is asked for."""
+    """Splits a text at added tokens; at special ones only if `special`."""
 
     def __init__(self, added: Mapping[str, Added]) -> None:
         self._added = added
@@ -97,27 +116,27 @@ class Splitter:
         self._plain = _pattern(token for token in added.values() if not token.special)
 
     def __call__(self, text: str, special: bool) -> Iterator[str | int]:
-        """Stretches of text, never empty, and ids."""
+        """Texts between added tokens, never empty, and the ids of added tokens."""
         pattern = self._all if special else self._plain
         start = 0
         for match in pattern.finditer(text) if pattern else ():
-            found = self._added[match[match.lastindex or 0]]
-            assert found.id is not None
+            token = self._added[match[match.lastindex or 0]]
+            assert token.id is not None
             before = text[start : match.start()]
-            if found.lstrip:  # here, as a pattern would look for it from each space on
+            if token.lstrip:  # here: in the pattern it would be quadratic in runs of spaces
                 before = before.rstrip()
             if before:
                 yield before
-            yield found.id
+            yield token.id
             start = match.end()
         if start < len(text):
             yield text[start:]
 
 
 def _pattern(tokens: Iterable[Added]) -> re.Pattern[str] | None:
-    """The longest that fits, from the left; the group that took part, if any, is its text.
+    """Match the longest token, from the left; the group that matched, if any, is its text.
 
-    Only what takes part of its surroundings is a group: a thousand of them take seconds a page.
+    Only tokens that include whitespace are groups: a thousand groups take seconds a page.
     """
     parts = []
     for token in sorted(tokens, key=lambda t: -len(t.text)):
@@ -134,7 +153,7 @@ def _pattern(tokens: Iterable[Added]) -> re.Pattern[str] | None:
 
 
 def _each_byte(error: UnicodeError) -> tuple[str, int]:
-    """One mark for every byte that fits nowhere: sentencepiece counts them so."""
+    """U+FFFD for each invalid byte, as sentencepiece does, instead of one for a run of them."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
@@ -142,10 +161,10 @@ def _each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("zoo-each-byte", _each_byte)
 
 
-class Pieces:
-    """Tokens as bytes of UTF-8, which together make the text; `lead` drops the space it opens with.
+class ByteTokens:
+    """Tokens as bytes of UTF-8, joined to a text; `lead` drops the space that it begins with.
 
-    `errors` says what stands for bytes that are none: one mark for a run, or one for each byte.
+    `errors` handles invalid bytes: "replace" one U+FFFD for a run, "zoo-each-byte" for each byte.
     """
 
     def __init__(
@@ -154,15 +173,17 @@ class Pieces:
         self._pieces, self._errors, self._lead = pieces, errors, lead
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         text = b"".join([self._pieces[id] for id in ids]).decode("utf-8", self._errors)
         return text.removeprefix(" ") if self._lead else text
 
-    def stream(self) -> Stream:
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return _ByteStream(self._pieces, self._errors, self._lead)
 
 
 class _ByteStream:
-    """The same, with a character held back until its last byte is there."""
+    """Decodes id by id; a character appears with its last byte."""
 
     def __init__(self, pieces: Sequence[bytes], errors: str, lead: bool) -> None:
         self._pieces, self._lead = pieces, lead

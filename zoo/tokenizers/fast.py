@@ -1,4 +1,4 @@
-"""What `tokenizers` reads: tokenizer.json, and WordPiece from vocab.txt."""
+"""The engine of the library `tokenizers`: tokenizer.json, and WordPiece from vocab.txt."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from typing import Any
 
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.bounds import check_steps
-from zoo.tokenizers.engines import Added, Stream, place, refusing
-from zoo.tokenizers.replacing import check_replacements, tables_in
-from zoo.tokenizers.settings import KINDS, Settings, parse_vocabulary, read_bytes, read_text
+from zoo.tokenizers.character_maps import check_replacements, tables_in
+from zoo.tokenizers.engines import Added, TextStream, assign_ids, refusing
+from zoo.tokenizers.settings import (
+    KINDS,
+    TokenizerSettings,
+    parse_vocabulary,
+    read_bytes,
+    read_text,
+)
 
-STRAYS = 0.01
+STRAYS = 0.01  # the share of words with capitals that a lowercased vocabulary may have
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Fast:
-    """A tokenizer of `tokenizers`; its truncation and padding are left to the caller.
+    """A tokenizer of `tokenizers`, without its truncation and padding.
 
-    `plain` makes the model for texts in which special tokens are text, if it is another one.
+    `plain` makes the model for texts in which special tokens are plain text, if it differs.
     """
 
     def __init__(
         self,
         backend: Any,
-        wanted: Iterable[Added],
+        extra: Iterable[Added],
         where: Path,
         *,
         plain: Callable[[], Any] | None = None,
@@ -35,26 +41,28 @@ class Fast:
         with refusing(where):
             backend.no_truncation()
             backend.no_padding()
-            known: Mapping[int, Any] = backend.get_added_tokens_decoder()
+            already: Mapping[int, Any] = backend.get_added_tokens_decoder()
             vocabulary = backend.get_vocab(with_added_tokens=True)
             size = 1 + max(vocabulary.values(), default=-1)
         if not vocabulary:
             raise BadTokenizer(f"{where}: an empty vocabulary")
-        added = place(wanted, vocabulary, size, where)
-        special = {token.content for token in known.values() if token.special}
-        there = {token.content for token in known.values()}
-        lacking = [t for t in added.values() if t.text not in (special if t.special else there)]
+        added = assign_ids(extra, vocabulary, size, where)
+        special = {token.content for token in already.values() if token.special}
+        known_texts = {token.content for token in already.values()}
+        missing = [
+            t for t in added.values() if t.text not in (special if t.special else known_texts)
+        ]
         with refusing(where):
-            for token in sorted(lacking, key=lambda t: t.id or 0):
+            for token in sorted(missing, key=lambda t: t.id or 0):
                 self._add(backend, token)
-        if wrong := [t.text for t in lacking if backend.token_to_id(t.text) != t.id]:
+        if wrong := [t.text for t in missing if backend.token_to_id(t.text) != t.id]:
             raise BadTokenizer(f"{where}: added tokens whose ids leave a gap: {wrong[:5]}")
         self._backend, self._where, self._unspecial = backend, where, plain
-        # its pieces of bytes become text all at once, so that none of them can be shown before
+        # byte tokens become text only together, so that none of them can be decoded alone
         self._falls_back = "ByteFallback" in repr(backend.decoder)
-        found: Mapping[int, Any] = backend.get_added_tokens_decoder()
-        self.specials = frozenset(id for id, token in found.items() if token.special)
-        self.size = max(size, 1 + max(found, default=-1))
+        final: Mapping[int, Any] = backend.get_added_tokens_decoder()
+        self.specials = frozenset(id for id, token in final.items() if token.special)
+        self.size = max(size, 1 + max(final, default=-1))
 
     @staticmethod
     def _add(backend: Any, token: Added) -> None:
@@ -66,7 +74,7 @@ class Fast:
 
     @cached_property
     def _plain(self) -> Any:
-        """Takes special tokens for text: a tokenizer of its own, as the switch is not a call's."""
+        """A second tokenizer that reads special tokens as text: a call cannot choose that."""
         from tokenizers import Tokenizer
 
         plain = Tokenizer.from_str(self._backend.to_str())
@@ -76,12 +84,12 @@ class Fast:
         return plain
 
     def ends(self) -> tuple[list[int], list[int]] | None:
-        """What its post-processor puts before and after a text, if it has one."""
+        """The ids that the post-processor, if any, puts before and after a text."""
         backend = self._backend
         if backend.post_processor is None:
             return None
         with refusing(self._where):
-            texts = ("a", *backend.get_vocab())  # some know no such letter, and drop it
+            texts = ("a", *backend.get_vocab())  # some vocabularies lack "a" and drop it
             text = next(t for t in texts if backend.encode(t, add_special_tokens=False).ids)
             encoding = backend.encode(text)
             mask = encoding.special_tokens_mask
@@ -89,42 +97,47 @@ class Fast:
         return encoding.ids[:start], encoding.ids[stop:]
 
     def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text, without special tokens around it."""
         backend = self._backend if special else self._plain
         with refusing(self._where):
-            found: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return found
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         with refusing(self._where):
             text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def stream(self) -> Stream:
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return _Window(self)
 
     def whole(self, id: int) -> bool:
-        """Whether text may end with this token: always, unless it is one byte of several."""
+        """Whether text may end with this token; False if it may be one byte of a character."""
         return not (self._falls_back and _BYTE.fullmatch(self.token(id) or ""))
 
     def token(self, id: int) -> str | None:
-        found: str | None = self._backend.id_to_token(id)
-        return found
+        """The token of an id, as the vocabulary writes it."""
+        text: str | None = self._backend.id_to_token(id)
+        return text
 
     def id(self, token: str) -> int | None:
-        found: int | None = self._backend.token_to_id(token)
-        return found
+        """The id of a token."""
+        number: int | None = self._backend.token_to_id(token)
+        return number
 
 
 class _Window:
-    """Decodes the last tokens again with each new one, since their text may depend on each other.
+    """Decodes the last tokens again with each new one, since a token's text may depend on others.
 
-    What is shown ends where a character ends, so decoding can begin anew there.
+    Text is returned up to the end of a character, so decoding can restart there.
     """
 
     def __init__(self, engine: Fast) -> None:
         self._engine = engine
         self._ids: list[int] = []
-        self._shown = 0  # how many of them, and the text that they gave
+        self._shown = 0  # the number of ids whose text was returned, and that text
         self._text = ""
 
     def put(self, id: int) -> str:
@@ -144,41 +157,42 @@ class _Window:
         return new
 
 
-def from_json(path: Path, wanted: Iterable[Added]) -> Fast:
+def from_json(path: Path, extra: Iterable[Added]) -> Fast:
+    """Read a tokenizer.json, after checking that it stays within bounds."""
     from tokenizers import Tokenizer
 
     data = read_bytes(path)
-    said = parse_vocabulary(data, path)
+    content = parse_vocabulary(data, path)
     with refusing(path):
-        # a vocabulary has no tables, and half a million entries
-        for table in tables_in({key: value for key, value in said.items() if key != "model"}):
+        # not in the vocabulary: it has no tables, and half a million entries
+        for table in tables_in({key: value for key, value in content.items() if key != "model"}):
             check_replacements(table)
-        check_steps(said)
+        check_steps(content)
         backend = Tokenizer.from_str(data.decode())
-    return Fast(backend, wanted, path)
+    return Fast(backend, extra, path)
 
 
 def words_of(path: Path) -> list[str]:
-    """A word a line; its number is its id."""
+    """Read a vocab.txt: a word a line, in the order of ids."""
     words = [line.rstrip("\r") for line in read_text(path).split("\n")]
     return words[:-1] if words[-1] == "" else words
 
 
-def lower_case(words: Sequence[str], settings: Settings) -> bool:
-    """Whether letters are made small: what is said, else what the words are.
+def lower_case(words: Sequence[str], settings: TokenizerSettings) -> bool:
+    """Whether to lowercase texts: as tokenizer_config.json says, else by the words.
 
-    Google's directories say it in their names alone. Where case counts many of the words have
-    capitals, in any language that knows them; elsewhere none has, but for strays.
+    Google's checkpoints say it only in the names of their directories. A cased vocabulary has many
+    words with capitals, an uncased one only strays.
     """
-    said = settings.flag("do_lower_case")
-    if said is not None:
-        return said
+    setting = settings.flag("do_lower_case")
+    if setting is not None:
+        return setting
     plain = [word for word in words if not (word.startswith("[") and word.endswith("]"))]
     return sum(word != word.lower() for word in plain) <= len(plain) * STRAYS
 
 
-def from_words(path: Path, settings: Settings) -> Fast:
-    """WordPiece with what BERT's class takes for granted."""
+def from_words(path: Path, settings: TokenizerSettings) -> Fast:
+    """Read a WordPiece vocabulary with the defaults of BERT's tokenizer class."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import WordPiece
 
@@ -188,8 +202,10 @@ def from_words(path: Path, settings: Settings) -> Fast:
     unknown = roles["unk"]
     if unknown not in ids:
         raise BadTokenizer(f"{path}: no {unknown} among its {len(ids)} words: truncated?")
-    listed = {token.text for token in settings.added}
-    wanted = [Added(text) for text in roles.values() if text in ids and text not in listed]
+    extra_texts = {token.text for token in settings.added}
+    role_tokens = [
+        Added(text) for text in roles.values() if text in ids and text not in extra_texts
+    ]
     with refusing(path):
         backend = Tokenizer(WordPiece(ids, unk_token=unknown))
         backend.normalizer = normalizers.BertNormalizer(
@@ -199,4 +215,4 @@ def from_words(path: Path, settings: Settings) -> Fast:
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-    return Fast(backend, [*settings.added, *wanted], path)
+    return Fast(backend, [*settings.added, *role_tokens], path)

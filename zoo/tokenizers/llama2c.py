@@ -1,4 +1,4 @@
-"""llama2.c's tokenizer.bin: the pieces of a SentencePiece model with their scores, and no more."""
+"""llama2.c's tokenizer.bin: the pieces of a SentencePiece model with their scores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from converters.formats import open_regular
 from zoo.errors import BadTokenizer, ZooError
 from zoo.tokenizers.engines import refusing
-from zoo.tokenizers.pieces import MOST, SPACE
+from zoo.tokenizers.sentencepiece_file import MOST_PIECES, SPACE
 from zoo.tokenizers.settings import read_bytes
 
 FILE = "tokenizer.bin"
-_MARKS = {"\n<s>\n": "<s>", "\n</s>\n": "</s>"}  # set off so that they stand out when printed
+_MARKS = {"\n<s>\n": "<s>", "\n</s>\n": "</s>"}  # llama2.c prints them on lines of their own
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # kinds of pieces in SentencePiece's message
 _LONGEST = 1 << 10
 
 
-def is_one(path: Path) -> bool:
-    """Whether a file is such a vocabulary from its first byte to its last."""
+def is_vocabulary(path: Path) -> bool:
+    """Whether a file is such a vocabulary, from its first byte to its last."""
     try:
         fd = open_regular(path)
         try:
@@ -33,31 +33,33 @@ def is_one(path: Path) -> bool:
 
 
 def pieces(path: Path) -> list[tuple[str, float]]:
-    """(text, score) by id."""
+    """Read (text, score) of each piece, in the order of ids."""
     data = read_bytes(path)
     if len(data) < 4:
         raise BadTokenizer(f"{path}: {len(data)} bytes are no vocabulary of llama2.c's")
     (longest,) = struct.unpack_from("<I", data)
-    found: list[tuple[str, float]] = []
+    out: list[tuple[str, float]] = []
     at = 4
     while at < len(data):
-        if at + 8 > len(data) or len(found) >= MOST:
-            raise BadTokenizer(f"{path}: piece {len(found)}: cut short at byte {at}, or too many")
+        if at + 8 > len(data) or len(out) >= MOST_PIECES:
+            raise BadTokenizer(f"{path}: piece {len(out)}: cut short at byte {at}, or too many")
         score, length = struct.unpack_from("<fI", data, at)
         at += 8
         if length > min(longest, _LONGEST) or at + length > len(data):
-            raise BadTokenizer(f"{path}: piece {len(found)} has {length} bytes; at most {longest}")
+            raise BadTokenizer(
+                f"{path}: piece {len(out)}: expected {longest} bytes at most, found {length}"
+            )
         try:
-            found.append((data[at : at + length].decode(), score))
+            out.append((data[at : at + length].decode(), score))
         except UnicodeDecodeError:
-            raise BadTokenizer(f"{path}: piece {len(found)} is not UTF-8") from None
+            raise BadTokenizer(f"{path}: piece {len(out)} is not UTF-8") from None
         at += length
-    return found
+    return out
 
 
-def as_model(path: Path) -> bytes:
-    """The SentencePiece model that has these pieces: BPE, bytes to fall back on."""
-    found: list[tuple[str, float, int]] = []
+def to_sentencepiece(path: Path) -> bytes:
+    """Make a SentencePiece model of these pieces: BPE with byte fallback."""
+    out: list[tuple[str, float, int]] = []
     for id, (text, score) in enumerate(pieces(path)):
         text = _MARKS.get(text, text)
         kind = _NORMAL
@@ -67,18 +69,18 @@ def as_model(path: Path) -> bytes:
             kind = _CONTROL
         elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kind = _BYTE
-        found.append((text.replace(" ", SPACE), score, kind))
-    return model_of(found)
+        out.append((text.replace(" ", SPACE), score, kind))
+    return sentencepiece_model(out)
 
 
-def model_of(
+def sentencepiece_model(
     pieces: Iterable[tuple[str, float, int]],
     *,
     prefix: bool = True,
     collapse: bool = False,
     falls_back: bool = True,
 ) -> bytes:
-    """A SentencePiece model of type BPE, of (text, score, kind); spaces are always escaped."""
+    """Write a SentencePiece model of type BPE from (text, score, kind); spaces are escaped."""
     parts = []
     for text, score, kind in pieces:
         piece = _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score)
@@ -89,7 +91,7 @@ def model_of(
 
 
 def _bytes(field: int, data: bytes) -> bytes:
-    """A field of protobuf that holds bytes."""
+    """A protobuf field of bytes."""
     length, size = b"", len(data)
     while size > 127:
         length += bytes([size & 127 | 128])
@@ -97,8 +99,8 @@ def _bytes(field: int, data: bytes) -> bytes:
     return bytes([field << 3 | 2]) + length + bytes([size]) + data
 
 
-def made_of(files: Mapping[str, Path]) -> bytes | None:
-    """tokenizer.bin of the SentencePiece model among a checkpoint's files, if there is one."""
+def from_sentencepiece(files: Mapping[str, Path]) -> bytes | None:
+    """Write tokenizer.bin from the SentencePiece model among a checkpoint's files, if any."""
     import sentencepiece
 
     from zoo.tokenizers import bytelevel

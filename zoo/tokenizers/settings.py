@@ -1,4 +1,4 @@
-"""What a checkpoint says of its tokenizer beside the vocabulary: roles, added tokens, templates."""
+"""A tokenizer's small files: roles of special tokens, added tokens, flags and chat templates."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAX_VOCABULARY = 512 << 20  # bytes of memory for its JSON; Gemma 3's tokenizer.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
-class Kind(NamedTuple):
-    """What a family of tokenizers takes for granted, where its files do not say it."""
+class TokenizerKind(NamedTuple):
+    """A family's defaults, for what its files do not say."""
 
     roles: Mapping[str, str]
-    before: str | None = None  # the role of what stands before a text
-    after: str | None = None
+    before: str | None = None  # the role of the token before a text
+    after: str | None = None  # and after it
     beyond: tuple[str, ...] = ()  # special tokens that follow the vocabulary, in order
 
 
@@ -49,27 +49,29 @@ _LLAMA3 = (
     *(f"reserved_special_token_{n}" for n in range(5, 251)),
 )
 KINDS = {
-    "gpt2": Kind({"bos": _END, "eos": _END, "unk": _END}),
-    "qwen2": Kind(
+    "gpt2": TokenizerKind({"bos": _END, "eos": _END, "unk": _END}),
+    "qwen2": TokenizerKind(
         {"eos": _END, "pad": _END, "unk": _END}, beyond=(_END, "<|im_start|>", "<|im_end|>")
     ),
-    "qwen": Kind(
+    "qwen": TokenizerKind(
         {"eos": _END, "pad": _END},
         beyond=(_END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205))),
     ),
-    "llama": Kind({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, before="bos"),
-    "llama3": Kind(
+    "llama": TokenizerKind({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, before="bos"),
+    "llama3": TokenizerKind(
         {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"},
         before="bos",
         beyond=tuple(f"<|{name}|>" for name in _LLAMA3),
     ),
-    "tekken": Kind({"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, before="bos"),
-    "t5": Kind({"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, after="eos"),
-    "bert": Kind(_BERT, before="cls", after="sep"),
-    "deberta": Kind({**_BERT, "bos": "[CLS]", "eos": "[SEP]"}, before="cls", after="sep"),
-    "roberta": Kind(_ROBERTA, before="cls", after="sep"),
+    "tekken": TokenizerKind(
+        {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, before="bos"
+    ),
+    "t5": TokenizerKind({"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}, after="eos"),
+    "bert": TokenizerKind(_BERT, before="cls", after="sep"),
+    "deberta": TokenizerKind({**_BERT, "bos": "[CLS]", "eos": "[SEP]"}, before="cls", after="sep"),
+    "roberta": TokenizerKind(_ROBERTA, before="cls", after="sep"),
 }
-# names by which the same is known
+# other names of the same families
 _SAME = {
     "distilbert": "bert",
     "debertav2": "deberta",
@@ -81,8 +83,8 @@ _ANYONES = ("", "pretrained", "tokenizersbackend")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The small files of a directory, each checked for what is read of it."""
+class TokenizerSettings:
+    """The small files of a directory; every value is checked when it is read."""
 
     directory: Path
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -90,12 +92,13 @@ class Settings:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, directory: Path) -> Settings:
+    def of(cls, directory: Path) -> TokenizerSettings:
+        """Read the files of a directory; those that are missing are empty."""
         return cls(directory, *(_optional(directory, name) for name in (SETTINGS, MAP, ADDED)))
 
     @cached_property
     def kind(self) -> str | None:
-        """A key of KINDS: by the class that is named, else by the model; None if by neither."""
+        """A key of KINDS by tokenizer_class, else by the model; None if neither is known."""
         for name in (self.family, self._model):
             if (name := _SAME.get(name, name)) in KINDS:
                 return name
@@ -103,20 +106,20 @@ class Settings:
 
     @cached_property
     def family(self) -> str:
-        """Whose it is: by the class that is named, by the model if that class is anyone's."""
-        said = str(self.config.get("tokenizer_class") or "").lower().removesuffix("fast")
-        said = said.removesuffix("tokenizer")
-        return self._model if said in _ANYONES else said
+        """The family by tokenizer_class, or by the model if that class is a generic one."""
+        name = str(self.config.get("tokenizer_class") or "").lower().removesuffix("fast")
+        name = name.removesuffix("tokenizer")
+        return self._model if name in _ANYONES else name
 
     @cached_property
     def _model(self) -> str:
         for name, key in ((NATIVE_FILE, "architecture"), (CONFIG, "model_type")):
-            if found := _optional(self.directory, name).get(key):
-                return str(found).replace("-", "").replace("_", "").lower()
+            if value := _optional(self.directory, name).get(key):
+                return str(value).replace("-", "").replace("_", "").lower()
         return ""
 
     def flag(self, name: str) -> bool | None:
-        """None where nothing is said."""
+        """A boolean of tokenizer_config.json, or None if it is missing."""
         value = self.config.get(name)
         if not isinstance(value, bool | None):
             raise self.wrong(SETTINGS, name, "true or false", value)
@@ -124,29 +127,29 @@ class Settings:
 
     @cached_property
     def named(self) -> dict[str, Added]:
-        """role -> the token that these files name for it; the config wins."""
-        found = {}
+        """The token of each role that these files name; tokenizer_config.json wins."""
+        tokens = {}
         for file, source in ((MAP, self.map), (SETTINGS, self.config)):
             for role in ROLES:
                 if (value := source.get(f"{role}_token")) is not None:
-                    found[role] = self._token(file, f"{role}_token", value)
-        return found
+                    tokens[role] = self._token(file, f"{role}_token", value)
+        return tokens
 
     @cached_property
     def added(self) -> list[Added]:
-        """Every token that these files add or name, with its id where they say it."""
+        """Every token that these files add or name, with its id where they set it."""
         by_id = self._by_id()
         named = [*self.named.values(), *self._additional()]
-        found = {token.text: token for token in named}
+        tokens = {token.text: token for token in named}
         for text, id in self.extra.items():
             if type(id) is not int:
                 raise self.wrong(ADDED, text, "an id", id)
-            known = found.get(text, Added(self._text(ADDED, text, text), special=False))
-            found[text] = known._replace(id=id)
-        return list({**found, **{token.text: token for token in by_id}}.values())
+            token = tokens.get(text, Added(self._text(ADDED, text, text), special=False))
+            tokens[text] = token._replace(id=id)
+        return list({**tokens, **{token.text: token for token in by_id}}.values())
 
     def _by_id(self) -> list[Added]:
-        found = []
+        tokens = []
         listed = self.config.get("added_tokens_decoder") or {}
         if not isinstance(listed, dict):
             raise self.wrong(SETTINGS, "added_tokens_decoder", "tokens by id", listed)
@@ -155,8 +158,8 @@ class Settings:
             if not (id.isascii() and id.isdigit() and len(id) < 10) or not isinstance(value, dict):
                 raise self.wrong(SETTINGS, where, "an id and its token", value)
             token = self._token(SETTINGS, where, value)
-            found.append(token._replace(id=int(id), special=bool(value.get("special", False))))
-        return found
+            tokens.append(token._replace(id=int(id), special=bool(value.get("special", False))))
+        return tokens
 
     def _additional(self) -> Iterator[Added]:
         for file, source in ((MAP, self.map), (SETTINGS, self.config)):
@@ -182,31 +185,32 @@ class Settings:
             raise self.wrong(file, name, "a token's text", value)
         return value
 
-    def wrong(self, file: str, name: str, wanted: str, found: Any) -> BadTokenizer:
+    def wrong(self, file: str, name: str, expected: str, value: Any) -> BadTokenizer:
+        """The error for a field of a file that has an unexpected value."""
         return BadTokenizer(
-            f"{self.directory / file}: {name}: expected {wanted}, found {repr(found)[:80]}"
+            f"{self.directory / file}: {name}: expected {expected}, found {repr(value)[:80]}"
         )
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """name -> text; files of their own win over what the config holds."""
-        found = self.config.get("chat_template")
-        if found is None:
+        """Chat templates by name; *.jinja files win over tokenizer_config.json."""
+        value = self.config.get("chat_template")
+        if value is None:
             templates = {}
-        elif isinstance(found, str):
-            templates = {"default": found}
+        elif isinstance(value, str):
+            templates = {"default": value}
         else:
-            listed = found if isinstance(found, list) else [found]
-            said = [item if isinstance(item, dict) else {} for item in listed]
-            pairs = [(item.get("name"), item.get("template")) for item in said]
+            listed = value if isinstance(value, list) else [value]
+            items = [item if isinstance(item, dict) else {} for item in listed]
+            pairs = [(item.get("name"), item.get("template")) for item in items]
             templates = {n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}
             if len(templates) != len(listed):
-                raise self.wrong(SETTINGS, "chat_template", "a text, or names with texts", found)
+                raise self.wrong(SETTINGS, "chat_template", "a text, or names with texts", value)
         if os.path.lexists(self.directory / TEMPLATE):
             templates["default"] = read_text(confined(self.directory, TEMPLATE))
         for path in sorted((self.directory / MORE_TEMPLATES).glob("*.jinja")):
-            place = confined(self.directory, f"{MORE_TEMPLATES}/{path.name}")
-            templates[path.stem] = read_text(place)
+            file = confined(self.directory, f"{MORE_TEMPLATES}/{path.name}")
+            templates[path.stem] = read_text(file)
         return templates
 
 
@@ -217,23 +221,24 @@ def _optional(directory: Path, name: str) -> dict[str, Any]:
 
 
 def parse_vocabulary(data: bytes, path: Path) -> dict[str, Any]:
-    """JSON that may take much more memory than its bytes, as the short texts of a vocabulary do."""
+    """Parse JSON with a larger memory limit: short texts take much more memory than their bytes."""
     most = min(MAX_MEMORY + 24 * len(data), MAX_VOCABULARY)
     return parse_json(data, str(path), BadTokenizer, most)
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file, of no more than a tokenizer's size."""
+    """Read a whole file; refuse one that is empty, or larger than a tokenizer may be."""
     with open(open_regular(path), "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise BadTokenizer(f"{path}: more than the {MAX_BYTES} bytes that such a file may have")
+        raise BadTokenizer(f"{path}: larger than the {MAX_BYTES} bytes that such a file may have")
     if not data:
         raise BadTokenizer(f"{path}: is empty")
     return data
 
 
 def read_text(path: Path) -> str:
+    """Read a file as UTF-8, within the same limits."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ REQUEST, REPLY = struct.Struct("<Q"), struct.Struct("<cQ")
 TEXT, REFUSAL, MEMORY = b"t", b"r", b"m"  # statuses of a reply
 SECONDS = 0.7  # of processor time a text, and more for long conversations
 SECONDS_PER_BYTE = 2e-7
-USUAL_START = 0.1  # seconds that importing jinja2 takes: a slow machine gets more for all the rest
+USUAL_START = 0.1  # seconds to import jinja2; a slower machine gets more time in proportion
 BYTES = 40 << 20  # of memory beyond what the interpreter takes
 BYTES_PER_BYTE = 24  # an emoji makes four bytes of every character; several copies are alive
 MOST_TEXT = 1 << 24  # characters of a rendered text
@@ -32,14 +32,14 @@ MOST_MESSAGE = 1000
 
 
 class Refused(Exception):
-    """The template asks for what it may not have, or refuses the messages itself."""
+    """The template does something forbidden, or refuses the messages itself."""
 
 
 # --- the template --------------------------------------------------------------------------------
 
 
 def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
-    """The function that renders a template, with what the reference gives to one."""
+    """Compile a template to a function, with the reference's filters and globals."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
@@ -56,7 +56,7 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Names(Namespace):
-        """Refuses names by which Python's own machinery is reached."""
+        """Refuses names with underscores, which reach Python's internals."""
 
         def __init__(self, /, *args: Any, **kwargs: Any) -> None:
             values = dict(*args, **kwargs)
@@ -79,11 +79,13 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def check_public(name: Any) -> None:
+    """Refuse to set a name that begins with an underscore."""
     if isinstance(name, str) and name.startswith("_"):
         raise Refused(f"sets {name!r}, a name that begins with an underscore")
 
 
 def refuse(message: Any) -> NoReturn:
+    """`raise_exception` of a template."""
     raise Refused(f"refuses the messages: {message}")
 
 
@@ -94,7 +96,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON, where jinja's own filter writes it for HTML."""
+    """`tojson` of a template: plain JSON, where jinja's own filter escapes it for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -105,6 +107,7 @@ def to_json(
 
 
 def now(format: str) -> str:
+    """`strftime_now` of a template."""
     return datetime.datetime.now().strftime(format)
 
 
@@ -112,7 +115,7 @@ def now(format: str) -> str:
 
 
 def address_space() -> int | None:
-    """Bytes of this process's address space, or None where the system does not say."""
+    """Bytes of this process's address space, or None where the system does not tell."""
     try:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
@@ -124,6 +127,7 @@ def address_space() -> int | None:
 
 
 def keep_no_files() -> None:
+    """Forbid this process to write files or core dumps."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -133,9 +137,9 @@ def keep_no_files() -> None:
 
 @contextlib.contextmanager
 def limits(seconds: float, memory: int | None) -> Iterator[None]:
-    """Within it, `seconds` of processor time end the process, and `memory` is all there is."""
+    """Limit processor time, which ends the process, and memory, which raises MemoryError."""
     timed = hasattr(signal, "setitimer")
-    if timed:  # whatever this process was started with
+    if timed:  # the parent may have blocked or ignored the signal
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -158,7 +162,7 @@ def limits(seconds: float, memory: int | None) -> Iterator[None]:
 
 
 def read(file: BinaryIO) -> bytes:
-    """One frame; the end of the input ends the process."""
+    """Read one frame; the end of the input ends the process."""
     head = file.read(REQUEST.size)
     data = file.read(*REQUEST.unpack(head)) if len(head) == REQUEST.size else b""
     if not data:
@@ -167,13 +171,13 @@ def read(file: BinaryIO) -> bytes:
 
 
 def answer(render: Callable[[bytes], str], request: bytes) -> tuple[bytes, bytes]:
-    """(status, text in UTF-8) of one rendering."""
+    """Render one text: (status, text in UTF-8)."""
     from jinja2.exceptions import TemplateError
 
     try:
         text = render(request)
         if len(text) > MOST_TEXT:
-            raise Refused(f"makes a text of {len(text)} characters, of at most {MOST_TEXT}")
+            raise Refused(f"makes a text of {len(text)} characters; the limit is {MOST_TEXT}")
         return TEXT, text.encode("utf-8", "surrogatepass")
     except MemoryError:
         return MEMORY, f"takes more than {BYTES >> 20} MB of memory".encode()
@@ -190,6 +194,7 @@ def answer(render: Callable[[bytes], str], request: bytes) -> tuple[bytes, bytes
 
 
 def main() -> None:
+    """Answer requests until the input ends."""
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     directories, template, seconds = marshal.loads(read(requests))
     sys.path += directories

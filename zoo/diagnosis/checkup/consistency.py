@@ -104,7 +104,7 @@ def vocabulary(contents: Opened) -> Iterator[Finding]:
     rows = getattr(contents.config, "vocab", None)
     if rows is None or contents.located is None:
         return
-    from zoo.tokenizers.reading import read
+    from zoo.tokenizers.load import read
 
     try:
         count = read(contents.place).vocab_size

@@ -14,7 +14,7 @@ from zoo.components.decoder import Decoder
 from zoo.components.encoder import Encoder
 from zoo.components.model import Model
 from zoo.errors import InputError, UsageError
-from zoo.text.inference import called, every_place
+from zoo.text.inference import check_all_logits, name_of
 
 MOST = 320  # tokens that are looked at
 EVERY = 7  # of an encoder's tokens one is hidden at a time
@@ -89,16 +89,16 @@ def _costs(logits: Tensor, wanted: Tensor, heats: Sequence[float]) -> Tensor:
 
 def hidden_as(model: Model) -> int | None:
     """The id that hides a token; None where a decoder needs none."""
-    every_place(model)
+    check_all_logits(model)
     if isinstance(model, Decoder) and model.config.head == "lm":
         return None
     if isinstance(model, Encoder) and model.config.head in ("masked_lm", "lm_predictions"):
         id = None if model.provenance is None else model.tokenizer.mask
         if id is None:
-            raise UsageError(f"{called(model)}: no tokenizer names the token that hides others")
+            raise UsageError(f"{name_of(model)}: no tokenizer names the token that hides others")
         return id
     raise UsageError(
-        f"{called(model)}: gives a text no likelihood; a decoder with head 'lm' does, and an "
+        f"{name_of(model)}: gives a text no likelihood; a decoder with head 'lm' does, and an "
         "encoder with head 'masked_lm'"
     )
 

@@ -1,4 +1,4 @@
-"""SentencePiece: BPE with bytes to fall back on (Llama-2), and unigrams (T5)."""
+"""The engine of sentencepiece: BPE with byte fallback (Llama 2), and unigrams (T5)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import BadTokenizer
-from zoo.tokenizers.engines import Added, Pieces, Splitter, Stream, place, refusing
-from zoo.tokenizers.settings import KINDS, Kind, read_bytes
+from zoo.tokenizers.engines import Added, ByteTokens, Splitter, TextStream, assign_ids, refusing
+from zoo.tokenizers.sentencepiece_file import MOST_PIECES, SPACE
+from zoo.tokenizers.settings import KINDS, TokenizerKind, read_bytes
 
-SPACE = "\u2581"  # how a piece writes the space before a word
-# a message set twice is merged: after this, the model puts no space before a text
+# protobuf merges repeated messages: with this appended, the model puts no space before a text
 _NO_PREFIX = b"\x1a\x02\x18\x00"
-MOST = 1 << 21  # pieces; the largest published vocabulary has 256 thousand
 
 
 class SentencePieces:
-    """`prefix_each`: all stretches between special tokens open with a space, not only the first."""
+    """A SentencePiece model.
+
+    `prefix_each`: put a space before each text between special tokens, not only before the first.
+    """
 
     def __init__(
         self,
         path: Path,
-        wanted: Iterable[Added],
+        extra: Iterable[Added],
         *,
         prefix_each: bool | None = None,
-        data: bytes | None = None,  # the model, where it is not what the file holds
+        data: bytes | None = None,  # the model, if it is not the file's content
     ) -> None:
         self._path, self._data = path, read_bytes(path) if data is None else data
         model = self._model = self._load(self._data)
         count = model.get_piece_size()
-        if not 0 < count <= MOST:
+        if not 0 < count <= MOST_PIECES:
             raise BadTokenizer(f"{path}: {count} pieces")
         with refusing(path):
             texts = [model.id_to_piece(id) for id in range(count)]
             marks = [id for id in range(count) if model.is_control(id) or model.is_unknown(id)]
             byte = {id: bytes.fromhex(texts[id][3:-1]) for id in range(count) if model.is_byte(id)}
         if any(len(value) != 1 for value in byte.values()):
-            raise BadTokenizer(f"{path}: pieces for bytes that are none")
+            raise BadTokenizer(f"{path}: pieces for bytes that are not one byte long")
         self._ids = {text: i for i, text in enumerate(texts)}
-        added = place([*wanted, *self._own(texts, marks, wanted)], self._ids, count, path)
+        added = assign_ids([*extra, *self._own(texts, marks, extra)], self._ids, count, path)
         self._added, self._split = added, Splitter(added)
         places = {t.id: text for text, t in added.items() if t.id is not None}
         self.specials = frozenset(id for id, text in places.items() if added[text].special)
@@ -54,15 +56,15 @@ class SentencePieces:
         opens = self._encode("a")[:1]
         self._prefixes = bool(opens) and texts[opens[0]].startswith(SPACE)
         collapses = self._encode("a  b") == self._encode("a b")
-        # with spaces collapsed, a stretch without its prefix would be glued to what it follows
+        # where spaces collapse, a text without its prefix would be joined to the token before it
         self._each = collapses if prefix_each is None else prefix_each
-        self._table = Pieces(pieces, errors="zoo-each-byte", lead=self._prefixes)
+        self._table = ByteTokens(pieces, errors="zoo-each-byte", lead=self._prefixes)
 
     @staticmethod
-    def _own(texts: list[str], marks: list[int], wanted: Iterable[Added]) -> list[Added]:
-        """What the model itself keeps out of texts."""
-        known = {token.text for token in wanted}
-        return [Added(texts[i], i) for i in marks if texts[i] not in known]
+    def _own(texts: list[str], marks: list[int], extra: Iterable[Added]) -> list[Added]:
+        """The model's own control and unknown pieces, as added tokens."""
+        extra_texts = {token.text for token in extra}
+        return [Added(texts[i], i) for i in marks if texts[i] not in extra_texts]
 
     def _load(self, data: bytes) -> Any:
         import sentencepiece
@@ -76,11 +78,11 @@ class SentencePieces:
 
     def _encode(self, text: str) -> list[int]:
         with refusing(self._path):
-            found: list[int] = self._model.encode(text)
-        return found
+            ids: list[int] = self._model.encode(text)
+        return ids
 
-    def kind(self) -> Kind:
-        """Roles as the model has them; where it has no token to begin with, one ends the text."""
+    def kind(self) -> TokenizerKind:
+        """The model's own roles: with a bos token it is Llama's kind, else T5's."""
         roles = {}
         for role in ("bos", "eos", "unk", "pad"):
             if (id := getattr(self._model, f"{role}_id")()) >= 0:
@@ -88,24 +90,29 @@ class SentencePieces:
         return KINDS["llama" if "bos" in roles else "t5"]._replace(roles=roles)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        found: list[int] = []
+        """The ids of a text, without special tokens around it."""
+        ids: list[int] = []
         bare = False
         for part in self._split(text, special):
             if isinstance(part, int):
-                found.append(part)
+                ids.append(part)
             else:
-                found += (self._bare if bare else self._model).encode(part)
+                ids += (self._bare if bare else self._model).encode(part)
             bare = self._prefixes and not self._each
-        return found
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return self._table.decode(ids)
 
-    def stream(self) -> Stream:
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
         return self._table.stream()
 
     def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary writes it."""
         return self._texts[id] or None
 
     def id(self, token: str) -> int | None:
+        """The id of a token."""
         return self._added[token].id if token in self._added else self._ids.get(token)

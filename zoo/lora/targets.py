@@ -1,4 +1,7 @@
-"""Where a tensor of the reference's stands in a model: by its spec's rules, and nothing else."""
+"""Target modules: which native matrices hold the weight of one of the reference's modules.
+
+The answer follows from the rules of the architecture's spec.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,32 @@ from zoo.checkpoints.foreign import spec_of
 from zoo.errors import PlanError, SpecError, did_you_mean, option
 
 
-class Place(NamedTuple):
-    """A native matrix, or one of several stacked in an array, that is part of one on disk.
+class TargetMatrix(NamedTuple):
+    """A native matrix, or one of a stack, that is part of a matrix on disk.
 
-    Its rows are those of the matrix on disk along one axis, its columns along the other.
+    `rows` and `columns` say which indices of the matrix on disk they are, and along which axis.
     """
 
     native: str
-    at: int | None  # which of the stacked ones
-    rows: tuple[int, Tensor]  # (axis on disk, numbers along it)
+    at: int | None  # the index in a stack
+    rows: tuple[int, Tensor]  # (axis on disk, indices along it)
     columns: tuple[int, Tensor]
 
 
-class Places:
-    """Names as files have them, with and without the prefix; as memory has them, where told."""
+class TargetIndex:
+    """The reference's names, with and without the prefix, and the native matrices behind them."""
 
     def __init__(self, model: Any, native: Native) -> None:
         self.spec = spec_of(model)
         self.dialect: Dialect = self.spec.dialect("hf")
         self.fields, self.head, self.native = model.config.to_dict(), model.config.head, native
         self._at: dict[str, tuple[Plan, PlanStep, int]] = {}
-        self._maps: dict[tuple[int, int], list[Place]] = {}
-        # one array under two names is adapted under each of them apart
+        self._maps: dict[tuple[int, int], list[TargetMatrix]] = {}
+        # of two tied names each is adapted separately
         every = {**native.shapes, **{n: native.shapes[of] for n, of in native.ties.items()}}
         try:
             self._learn(Native(every, {}))
-        except SpecError:  # some of the names no file has
+        except SpecError:  # no file has some of these names
             self._learn(native)
 
     def _learn(self, native: Native) -> None:
@@ -55,23 +58,23 @@ class Places:
                     self._at.setdefault(name, (plan, step, n))
 
     def find(self, name: str) -> tuple[TensorInfo, PlanStep, int]:
-        """(what it is on disk, the step that reads it, which of its tensors it is)."""
+        """(tensor on disk, the step that reads it, its number among the step's tensors)."""
         prefix = self.dialect.prefix
         bare = name.removeprefix(prefix) if prefix else name
         forms = [name, bare]
         for legacy, modern in (*self.dialect.aliases, *self.dialect.tied):
             forms += [modern.format(b) for f in (name, bare) if (b := legacy.match(f)) is not None]
-        found = next((self._at[form] for form in forms if form in self._at), None)
-        if found is None:
+        entry = next((self._at[form] for form in forms if form in self._at), None)
+        if entry is None:
             near = did_you_mean(bare, self._at)
             if any(rule.source.name.match(bare) is not None for rule in self.dialect.heads):
-                near = f" It is of another head than {self.head}: pass {option('head', ...)}"
-            raise PlanError(f"{name}: the model has nothing of that name.{near}")
-        plan, step, n = found
+                near = f" It belongs to another head than {self.head}: pass {option('head', ...)}"
+            raise PlanError(f"{name}: the model has no tensor of that name.{near}")
+        plan, step, n = entry
         return plan.header[step.sources[n]], step, n
 
     def main(self, name: str) -> str | None:
-        """Of a further name that files have for an array: its own."""
+        """The main name of a tied array, for one of its other names."""
         for other, main in self.dialect.tied:
             for form in (name, name.removeprefix(self.dialect.prefix)):
                 if (binding := other.match(form)) is not None:
@@ -79,34 +82,35 @@ class Places:
         return None
 
     def is_shared(self, name: str) -> bool:
-        """Whether it is one of several modules of the reference's that are one here."""
+        """Whether several modules of the reference share this array."""
         mains = (main for _, main in self.dialect.tied)
         return self.main(name) is not None or any(main.match(name) is not None for main in mains)
 
     def header(self) -> dict[str, TensorInfo]:
-        """What files of this model hold."""
+        """The tensors that files of this model contain."""
         bare = self.head in ("none", "pooler")
         return target_names(self.spec, "hf", self.fields, self.native, bare=bare)
 
-    def first(self, name: str) -> Place:
+    def first(self, name: str) -> TargetMatrix:
+        """The first native matrix behind a name."""
         info, step, n = self.find(name)
-        return self.places(step, n, info.shape)[0]
+        return self.matrices(step, n, info.shape)[0]
 
-    def places(self, step: PlanStep, n: int, shape: tuple[int, ...]) -> list[Place]:
-        """The native matrices that hold a matrix on disk."""
+    def matrices(self, step: PlanStep, n: int, shape: tuple[int, ...]) -> list[TargetMatrix]:
+        """The native matrices that a matrix on disk becomes."""
         if step.transform is None:
             first, second = (torch.arange(length) for length in shape)
-            return [Place(step.targets[n], None, (0, first), (1, second))]
+            return [TargetMatrix(step.targets[n], None, (0, first), (1, second))]
         key = id(step.transform), n
         if key not in self._maps:
             self._maps[key] = list(_carried(step, n))
         return [e._replace(native=step.targets[int(e.native)]) for e in self._maps[key]]
 
 
-def _carried(step: PlanStep, n: int) -> Iterator[Place]:
-    """By numbers that are carried through the step: which tensor, and the coordinates in it.
+def _carried(step: PlanStep, n: int) -> Iterator[TargetMatrix]:
+    """Carry coordinates through a step to see which native rows and columns they become.
 
-    Targets are named by their number: all uses of one rule have the same places.
+    Matrices are named by their numbers, so that the result holds for all uses of one rule.
     """
     assert step.transform is not None
 
@@ -119,26 +123,26 @@ def _carried(step: PlanStep, n: int) -> Iterator[Place]:
         for at, here in enumerate(which):
             if not bool((here == n).any()):
                 continue
-            found = [_axis(axis, x[target][at]) for axis, x in enumerate(along)]
-            rows = next((f[1] for f in found if f is not None and f[0] == 0), None)
-            columns = next((f[1] for f in found if f is not None and f[0] == 1), None)
+            axes = [_axis(axis, x[target][at]) for axis, x in enumerate(along)]
+            rows = next((f[1] for f in axes if f is not None and f[0] == 0), None)
+            columns = next((f[1] for f in axes if f is not None and f[0] == 1), None)
             if rows is None or columns is None or not bool((here == n).all()) or len(stacked) > 3:
                 raise PlanError(
                     f"{step.rule}: a row of {step.targets[target]} is no row or column of "
-                    f"{step.sources[n]}, so factors of the one are none of the other"
+                    f"{step.sources[n]}, so low-rank factors cannot be mapped"
                 )
-            yield Place(str(target), at if len(stacked) == 3 else None, rows, columns)
+            yield TargetMatrix(str(target), at if len(stacked) == 3 else None, rows, columns)
 
 
 def _ref(step: PlanStep, target: int) -> Any:
-    """The side of the rule that a target is of."""
+    """The reference in the rule that a target comes from."""
     assert step.transform is not None
     refs = [r for r in step.rule.targets for _ in step.transform.grid(step.rule.spread(r))]
     return refs[target]
 
 
 def _axis(axis: int, numbers: Tensor) -> tuple[int, tuple[int, Tensor]] | None:
-    """(which of two axes such coordinates run along, (the axis on disk, the coordinates))."""
+    """(native axis along which coordinates vary, (axis on disk, coordinates)), or None."""
     if bool((numbers == numbers[:, :1]).all()):
         return 0, (axis, numbers[:, 0].long())
     if bool((numbers == numbers[:1]).all()):
@@ -147,4 +151,5 @@ def _axis(axis: int, numbers: Tensor) -> tuple[int, tuple[int, Tensor]] | None:
 
 
 def on_disk(step: PlanStep, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on disk of a step, from native arrays."""
     return dict(zip(step.sources, backward(step, native), strict=True))

@@ -1,8 +1,8 @@
-"""The tables by which SentencePiece replaces characters, looked at before `tokenizers` reads them.
+"""Checks of SentencePiece's precompiled character maps, before `tokenizers` reads them.
 
-A table is a double array, as Darts has it, and behind it texts that each end with a zero.
-`tokenizers` takes as much memory as the table says that it has, and ends the process where there is
-not as much. sentencepiece looks at its tables itself.
+A map is a Darts double array, followed by texts that each end with a zero. `tokenizers` allocates
+as much memory as the map claims, and aborts the process where there is not as much. sentencepiece
+checks its maps itself.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-_BLOCK = 256  # units, which a byte of text chooses among
+_BLOCK = 256  # units, one for each value of a byte
 
 
 def check_replacements(table: bytes) -> None:
-    """ValueError where anything in a table points outside it; an empty one replaces nothing."""
+    """Raise ValueError if a map points outside itself; an empty map replaces nothing."""
     if not table:
         return
     size = int.from_bytes(table[:4], "little")
     texts = table[4 + size :]
     if len(table) < 4 or size % (4 * _BLOCK) or not size or not texts.endswith(b"\0"):
-        raise ValueError(f"a table of {len(table)} bytes for characters, of which {size} are units")
+        raise ValueError(
+            f"a character map of {len(table)} bytes whose header claims {size} bytes of units"
+        )
     units = struct.unpack(f"<{size // 4}I", table[4 : 4 + size])
     for at, unit in enumerate(units):
         if unit >> 31:  # where a text begins
@@ -31,11 +33,11 @@ def check_replacements(table: bytes) -> None:
             below = at ^ (unit >> 10 << (unit >> 6 & 8))
             sound = below < len(units) and (not unit >> 8 & 1 or bool(units[below] >> 31))
         if not sound:
-            raise ValueError(f"a table for characters, whose unit {at} points outside it")
+            raise ValueError(f"a character map whose unit {at} points outside it")
 
 
 def tables_in(data: Any) -> Iterator[bytes]:
-    """Those in a tokenizer.json."""
+    """The character maps in a tokenizer.json."""
     for key, value in data.items() if isinstance(data, dict) else enumerate(data):
         if key == "precompiled_charsmap" and isinstance(value, str):
             yield base64.b64decode(value)
