@@ -254,8 +254,9 @@ class PermutedRows(Family):
         if self.again:
             rows = rows[order(b, a, own * width, h=own, two=2)]
         made = self._hypothesis(attn, {part: rows}, rules, letter="h")
-        fix = f"{made.fix} with {count} heads"
-        if self.again:
+        stands = made.fix.endswith("as it stands")
+        fix = made.fix if stands else f"{made.fix} with {count} heads"
+        if self.again and not stands:
             fix += f", and as [({b}) i]: [({a}) i] with {own}"
         what = f"{made.what} of {count} heads, where it has {own}"
         yield replace(made, what=what, fix=fix, across=True)

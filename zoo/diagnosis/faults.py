@@ -111,7 +111,7 @@ def _rotary_rows() -> Iterator[Fault]:
             name = f"{'_'.join(parts)}_rows_in_{lie}"
             yield Fault(name, PermutedRows(parts, a, b), OUT * planted)
     for part, other in (("k", "q"), ("k", "one"), ("q", "k"), ("q", "one")):
-        for a, b, lie in ((HALVES, PAIRS, "halves"), (PAIRS, HALVES, "pairs")):
+        for a, b, lie in ((PAIRS, HALVES, "pairs"), (HALVES, PAIRS, "halves")):
             for again in (False, True):
                 planted = (part, other, lie, again) == ("k", "q", "halves", False)
                 name = f"{part}_rows_in_{lie}_of_{other}_heads{'_again' * again}"
