@@ -279,7 +279,7 @@ shutil.copy(path, other)
 try:
     zoo.convert(source, out, to="native", threads=1, tell=tell)
 except zoo.errors.SourceChanged as error:
-    assert "model.safetensors: changed" in str(error) and "goes on" in str(error), error
+    assert "model.safetensors: changed" in str(error) and "resumes" in str(error), error
     sys.exit(3)
 """
 

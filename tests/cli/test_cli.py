@@ -39,7 +39,7 @@ def test_list_is_a_table(run: Any) -> None:
     assert (code, err) == (0, "")
     assert head.split()[:3] == ["NAME", "ARCHITECTURE", "PARAMETERS"]
     assert [line.split()[0] for line in lines] == list(registry.checkpoints())
-    for column in ("ARCHITECTURE", "LICENCE", "REPOSITORY", "REVISION"):
+    for column in ("ARCHITECTURE", "LICENSE", "REPOSITORY", "REVISION"):
         at = head.index(column)
         assert all(line[at - 1] == " " and line[at] != " " for line in lines), column
     assert "124M" in lines[0]

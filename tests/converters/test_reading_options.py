@@ -143,7 +143,7 @@ def test_verify_of_another_head_compares_with_a_checkpoint_of_its_class(
     made: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert app.main(["verify", str(made("gpt2")), "--head", "none"]) == 0
-    assert "all within their limits" in capsys.readouterr().out
+    assert "all within limits" in capsys.readouterr().out
     assert app.main(["verify", str(made("gpt2")), "--head", "sequence_classification"]) == 1
     assert "lacks what GPT2ForSequenceClassification needs" in capsys.readouterr().err
 

@@ -175,7 +175,7 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
         "lost x no no nothing (located at in norm)",
         "a shape refused, base: ShapeMismatch",
         "1 variant as the reference writes them",
-        "all within their limits",
+        "all within limits",
     ):
         assert words in seen, words
     assert "not run" not in seen and "NOT all" not in seen
@@ -298,7 +298,7 @@ def test_what_holds_much_says_how_much() -> None:
     model = build("t5")
     assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
     count = sum(p.numel() for p in model.encoder.parameters())
-    assert about(model.encoder) == f"Stack, {count:,} parameters"
+    assert about(model.encoder) == f"Encoder, {count:,} parameters"
 
 
 def test_marks_in_names_are_escaped() -> None:

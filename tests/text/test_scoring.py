@@ -545,7 +545,7 @@ def test_score_command_refuses_files_that_are_no_text(run: Any, hot: Any, tmp_pa
     assert run("score", root, path) == (
         1,
         "",
-        f"zoo: error: {path}: No such file or directory\n",
+        f"zoo: error: {path}: no such file\n",
     )
     for data, says in ((b"", "is empty"), (b"abc\xffd", "not UTF-8 at byte 3")):
         path.write_bytes(data)

@@ -178,11 +178,11 @@ def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
 
 
 def _mismatch(source: sources.Source) -> tuple[str, ...]:
-    from zoo.checkpoints.locate import read
-    from zoo.checkpoints.named import name_problems
-
     if source.checkpoint is None:
         return ()
+    from zoo.checkpoints.locate import read  # torch comes with it
+    from zoo.checkpoints.named import name_problems
+
     try:
         return tuple(name_problems(read(source), source.checkpoint))
     except ConfigError as error:

@@ -46,7 +46,7 @@ def list_checkpoints(
         )
         for entry in entries
     ]
-    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENCE", "REPOSITORY", "REVISION")
+    head = ("NAME", "ARCHITECTURE", "PARAMETERS", "LICENSE", "REPOSITORY", "REVISION")
     print(table([head, *rows], right={2}))
     return ExitCode.OK
 

@@ -17,9 +17,9 @@ class ExitCode(IntEnum):
         member.meaning = meaning
         return member
 
-    OK = 0, "the command did what it was asked; a check passed"
+    OK = 0, "success; a check passed"
     FAILED = 1, "an error, or a check that did not pass (verify, check, diff, diagnose)"
-    USAGE = 2, "a command line that cannot mean anything; any error of diff and diagnose"
+    USAGE = 2, "an invalid command line; any error of diff and diagnose"
     INTERRUPTED = 130, "Ctrl-C"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import FrozenInstanceError
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
@@ -236,6 +237,9 @@ class Config(BaseModel):
     def limit_cached(self) -> int | None:
         """How many tokens a KV cache can hold and still give what a full forward would."""
         return self.limit
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise FrozenInstanceError(f"{name}: a config is frozen. Use config.replace({name}=…)")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values of some fields, checked as a new config is."""

@@ -34,7 +34,7 @@ COMPANIONS = (
 )
 
 
-LICENCES = ("LICENSE*", "NOTICE*")
+LICENSES = ("LICENSE*", "NOTICE*")
 
 
 # metadata of a GGUF file about itself rather than its content
@@ -93,9 +93,9 @@ def companions_of(
     return {others.get(name, name): path for name, path in files.items()}
 
 
-def licences(carried: Mapping[str, Path]) -> dict[str, Path]:
+def licenses(carried: Mapping[str, Path]) -> dict[str, Path]:
     """Return the licenses among the files."""
-    return {n: p for n, p in carried.items() if any(fnmatch(n, each) for each in LICENCES)}
+    return {n: p for n, p in carried.items() if any(fnmatch(n, each) for each in LICENSES)}
 
 
 def is_of_a_step(name: str) -> bool:
@@ -118,7 +118,7 @@ def unpacked(
         made = gguf.files(inside.values, Path(inside.path.name))
     except BadTokenizer as error:
         notes["left"], made = {"tokenizer": str(error)}, {}
-    return licences(carried), made
+    return licenses(carried), made
 
 
 def exported_files(
@@ -155,7 +155,7 @@ def exported_files(
         elif not own:
             values |= gguf_values.values_of(carried, vocab)
         shards, texts = made.files(items, values=values, **how)
-        return shards, texts, licences(carried)
+        return shards, texts, licenses(carried)
     shards, texts = made.files(items, **how)
     kept = dict(carried)
     if inside is not None:

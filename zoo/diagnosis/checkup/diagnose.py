@@ -61,8 +61,11 @@ def diagnose(
         UsageError: An option is invalid.
 
     Example:
-        >>> diagnosis = zoo.diagnose("broken.safetensors")
-        >>> [finding.what for finding in diagnosis.findings]
+        >>> model = zoo.load("tiny-llama")
+        >>> model.norm.weight.data[0] = float("nan")
+        >>> path = zoo.save(model, "broken", allow_nonfinite=True)
+        >>> zoo.diagnose("broken").findings[0].what
+        'NaN or infinity in norm.weight'
     """
     contents = opened(ref, config or {}, **where)
     arrays = [array for array in contents.arrays if 0 not in array.shape]

@@ -67,8 +67,10 @@ def diff(
         UsageError: An option is invalid, or the models' modules cannot be matched.
 
     Example:
-        >>> difference = zoo.diff("gpt2", my_model)
-        >>> print(difference.to_text())
+        >>> model = zoo.load("tiny-gpt2")
+        >>> model.blocks[0].norm1.weight.data *= 2
+        >>> zoo.diff("tiny-gpt2", model).ok
+        False
     """
     if way not in WAYS:
         raise UsageError(f"way={way!r}: no such way.{did_you_mean(way, WAYS)}")
