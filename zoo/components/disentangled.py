@@ -21,6 +21,7 @@ class PositionTerms(Parsed, tuple[str, ...]):
 
     @classmethod
     def from_json(cls, value: Any) -> "PositionTerms":
+        """From a list of c2p and p2c, or from both joined by |; null is neither."""
         names = value.split("|") if isinstance(value, str) else value or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
@@ -30,6 +31,7 @@ class PositionTerms(Parsed, tuple[str, ...]):
         return cls(names)
 
     def to_json(self) -> list[str]:
+        """The terms as a list."""
         return list(self)
 
 

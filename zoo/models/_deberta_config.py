@@ -11,7 +11,7 @@ from zoo.components.disentangled import NO_TERMS, PositionTerms, RelativePositio
 PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretraining left
 
 
-class Config(encoder.Config):
+class Config(encoder.EncoderConfig):
     head: str = "masked_lm"
     vocab: config.Size = 128100
     layers: config.Layers = 12
@@ -40,19 +40,23 @@ class Config(encoder.Config):
 
     @property
     def limit(self) -> int | None:
+        """How many tokens have positions; None where only distances count."""
         return (
             self.positions if self.absolute_positions or self.head == "enhanced_masked_lm" else None
         )
 
     @property
     def longest(self) -> int:
+        """The distance beyond which all distances share a vector."""
         return self.max_distance if self.max_distance > 0 else self.positions
 
     def derived(self) -> Mapping[str, Any]:
+        """Widths from dim and heads; a head that pretraining left is not a legacy one."""
         own = {"head_dim": self.dim // self.heads, "pooler_dim": self.dim}
         return {**super().derived(), **own, "legacy": self.head not in PREDICTIONS}
 
     def problems(self) -> Iterator[str]:
+        """Widths, norms and convolutions that are not implemented."""
         yield from super().problems()
         if self.head_dim * self.heads != self.dim or self.pooler_dim != self.dim:
             yield "head_dim, pooler_dim: heads and poolers of other widths are not implemented"

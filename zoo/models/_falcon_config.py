@@ -30,14 +30,17 @@ class Config(Rotated):
 
     @property
     def rotary_dim(self) -> int:
+        """The whole head is rotated."""
         return self.dim // self.heads
 
     def derived(self) -> Mapping[str, Any]:
+        """The number of key heads, which follows from how they are shared, and the MLP's width."""
         groups = self.groups or self.heads
         shared = groups if self.grouped else 1 if self.multi_query else self.heads
         return {"groups": groups, "kv_heads": shared, "hidden": 4 * self.dim}
 
     def problems(self) -> Iterator[str]:
+        """Numbers of heads that do not divide, or of norms that no wiring has."""
         yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)

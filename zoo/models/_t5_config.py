@@ -34,6 +34,7 @@ class Config(config.Config):
     heads_known: ClassVar = encoder_decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
+        """The activation, and whether the MLP is gated, from `mlp`; answers start with padding."""
         gated, act = self.mlp.startswith("gated-"), self.mlp.removeprefix("gated-")
         act = "gelu_new" if self.mlp == "gated-gelu" else act
         return {
@@ -44,6 +45,7 @@ class Config(config.Config):
         }
 
     def problems(self) -> Iterator[str]:
+        """A start token outside the vocabulary, or a shared head where sharing is off."""
         yield from super().problems()
         yield from self.vocabulary_problems("start")
         if self.head == "shared_lm" and not self.may_share:
