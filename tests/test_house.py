@@ -69,7 +69,7 @@ def test_the_reference_is_imported_only_when_called(code: SourceTree) -> None:
 
 
 def test_models_specs_and_entries_have_each_other() -> None:
-    models = {path.stem for path in (ROOT / "zoo/models").glob("*.py")} - {"__init__"}
+    models = {path.stem for path in (ROOT / "zoo/models").glob("[!_]*.py")}
     specs = {path.name for path in (ROOT / "converters/specs").iterdir()} - {"common"}
     entries = registry.architectures().values()
     assert {entry.module for entry in entries} == models

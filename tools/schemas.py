@@ -33,13 +33,14 @@ def schemas() -> dict[str, dict[str, Any]]:
     """The schema of each kind of file and of each architecture's config, by path in the folder."""
     made = {name: model.model_json_schema() for name, model in FILES.items()}
     for entry in registry.architectures().values():
-        made.setdefault(f"configs/{entry.module}", _of_config(entry.config_class))
+        made.setdefault(f"configs/{entry.module}", _of_config(entry))
     return made
 
 
-def _of_config(config: Any) -> dict[str, Any]:
+def _of_config(entry: registry.Architecture) -> dict[str, Any]:
+    config = entry.config_class
     schema: dict[str, Any] = config.model_json_schema()
-    schema["description"] = f"The config of {config.__module__}, as `to_dict` gives it."
+    schema["description"] = f"The config of zoo.models.{entry.module}, as `to_dict` gives it."
     fields = schema["properties"]
     fields["head"]["enum"] = list(config.heads_known)
     for name, field in fields.items():

@@ -1,8 +1,7 @@
 """Components on their own: masks, rotary scaling, activations, heads, configs."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -226,14 +225,13 @@ def test_pooler_reads_the_first_real_token() -> None:
 # --- configs -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
 class Tiny(config.Config):
-    layers: int = 2
-    eps: float = 1e-5
+    layers: config.Layers = 2
+    eps: config.Positive = 1e-5
     tied: bool = False
-    pad: int | None = 0
-    dropout: float = 0.0
-    heads_known = ("lm", "none")
+    pad: config.TokenId | None = 0
+    dropout: config.Fraction = 0.0
+    heads_known: ClassVar = ("lm", "none")
 
 
 @pytest.mark.parametrize(
@@ -283,9 +281,8 @@ def test_labels_by_count_or_by_name() -> None:
             config.Labels.from_json(bad)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Seen(config.Windowed):
-    heads_known = ("lm",)
+    heads_known: ClassVar = ("lm",)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,41 @@
 """Disentangled attention: contents and relative positions score each other (DeBERTa)."""
 
 from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from zoo.components.attention import Attention, attend
+from zoo.components.config import Parsed
 from zoo.components.masks import Mask
 from zoo.components.model import Embedding, Linear
+from zoo.errors import ConfigError
+
+
+class PositionTerms(Parsed, tuple[str, ...]):
+    """Terms of the scores beside content to content: c2p, content to position, and p2c."""
+
+    json_schema: ClassVar = {"type": ["array", "string", "null"]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "PositionTerms":
+        """From a list of c2p and p2c, or from both joined by |; null is neither."""
+        names = value.split("|") if isinstance(value, str) else value or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
+        names = [name.strip().lower() for name in names]
+        if others := [name for name in names if name not in ("c2p", "p2c")]:
+            raise ConfigError(f"{others[0]!r} is not implemented (only c2p and p2c)")
+        return cls(names)
+
+    def to_json(self) -> list[str]:
+        """The terms as a list."""
+        return list(self)
+
+
+NO_TERMS = PositionTerms()
 
 
 class RelativePositions(nn.Module):

@@ -36,6 +36,7 @@ class DualChunk(Parsed):
 
     @classmethod
     def from_json(cls, value: Any) -> DualChunk:
+        """From an object of the sizes; local_size must be below chunk_size."""
         fields = cls.__dataclass_fields__
         if not isinstance(value, dict) or value.keys() - fields or len(value) < 2:
             raise ConfigError(f"expected {', '.join(fields)}, found {value!r}")
@@ -47,6 +48,7 @@ class DualChunk(Parsed):
         return made
 
     def to_json(self) -> dict[str, Any]:
+        """The sizes by name."""
         return asdict(self)
 
     @property

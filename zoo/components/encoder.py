@@ -47,7 +47,7 @@ class Span(NamedTuple):
 Output = Tensor | Pooled | Pretraining | Span
 
 
-class Config(config.Config):
+class EncoderConfig(config.Config):
     """What a config says of the blocks' branches and of heads."""
 
     dim: config.Size = 768
@@ -66,9 +66,11 @@ class Config(config.Config):
     pad: config.TokenId | None = 0
 
     def derived(self) -> Mapping[str, Any]:
+        """The head's activation is that of the blocks."""
         return {"head_act": self.act}
 
     def problems(self) -> Iterator[str]:
+        """A width that heads do not divide, or a span without two labels."""
         yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
         if self.head == "question_answering" and len(self.labels) != 2:

@@ -1,13 +1,19 @@
 """Encoder-decoders: the encoder reads a question once, and the cache keeps what it made of it."""
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from zoo.components import inputs, masks
 from zoo.components.cache import Cache
 from zoo.components.masks import Mask
-from zoo.components.model import Embedding, Model
+from zoo.components.model import Embedding, Linear, Model
+from zoo.components.relative_bias import RelativeBias
 from zoo.errors import InputError
+
+HEADS: tuple[str, ...] = ("lm", "shared_lm", "encoder", "none")
 
 
 class Memory:
@@ -29,11 +35,44 @@ class Memory:
         return Memory(states, self.mask.take(rows), ids)
 
 
-class EncoderDecoder(Model):
-    """Expects `embed`, and an `encoder` that takes (b, t, d) of embeddings and a mask."""
+class Stack(nn.Module):
+    """Blocks that share one bias by distance, and the norm after the last of them."""
 
+    def __init__(
+        self, distances: RelativeBias, blocks: Iterable[nn.Module], norm: nn.Module, dropout: float
+    ) -> None:
+        super().__init__()
+        self.distances = distances
+        self.blocks = nn.ModuleList(blocks)
+        self.norm, self.dropout = norm, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *context: Mask | Tensor) -> Tensor:
+        """(b, s, d) from (b, s, d); `context` is what each block takes besides.
+
+        That is a mask, and for a decoder also the encoder's states and the mask for them.
+        """
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, *context)
+        return self.dropout(self.norm(x))
+
+
+class EncoderDecoder(Model):
+    """Expects `embed`, an `encoder` of (b, t, d) and a mask, and a config with dim, vocab, tied."""
+
+    heads: ClassVar[tuple[str, ...]] = HEADS
+    headless: ClassVar[tuple[str, ...]] = ("encoder", "none")
     embed: Embedding
     encoder: nn.Module
+
+    def add_head(self) -> None:
+        """Add the head that the config names, and initialize: the constructor's last line."""
+        c = self.config
+        if c.head in ("lm", "shared_lm"):
+            self.head = Linear(c.dim, c.vocab, bias=False)
+            if c.tied or c.head == "shared_lm":
+                self.head.weight = self.embed.weight
+        self.finish()
 
     def encode(self, ids: Tensor, attention_mask: Tensor | None) -> Memory:
         """Check the question, and run the encoder over it."""

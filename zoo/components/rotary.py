@@ -130,6 +130,7 @@ class Scaling(Parsed):
         return scaling
 
     def to_json(self) -> dict[str, Any]:
+        """As `rope_scaling` has it, without the numbers left at null."""
         fields = {k: v for k, v in asdict(self).items() if v is not None}
         return {"rope_type": self.type, **fields}
 
@@ -142,6 +143,7 @@ class Linear(Scaling):
     factor: float
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        """(e/2,) frequencies, each divided by the factor."""
         return super().frequencies(rotary, steps, positions) / self.factor
 
 
@@ -154,10 +156,12 @@ class Dynamic(Scaling):
     factor: float
 
     def misfits(self, width: int, base: float) -> Iterator[str]:
+        """Heads so narrow that the base has no exponent."""
         if width == 2:
             yield "head_dim: 2 is too narrow for rope type 'dynamic'"
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        """(b, 1, e/2) frequencies: the base of each row depends on its length."""
         length = (positions.amax(dim=-1, keepdim=True) + 1).clamp(min=rotary.limit)
         growth = self.factor * length.to(steps.dtype) / rotary.limit - (self.factor - 1)
         base = rotary.base * growth ** (rotary.width / (rotary.width - 2))
@@ -175,11 +179,13 @@ class Llama3(Scaling):
     original_max_position_embeddings: int | None = None
 
     def problems(self) -> list[str]:
+        """Also bounds that do not enclose a range."""
         fits = 0 < self.low_freq_factor < self.high_freq_factor
         wrong = [] if fits else ["low_freq_factor must be positive and below high_freq_factor"]
         return super().problems() + wrong
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        """(e/2,) frequencies, divided the more the fewer rotations fit the original length."""
         plain = super().frequencies(rotary, steps, positions)
         rotations = (self.original_max_position_embeddings or rotary.limit) * plain / (2 * math.pi)
         span = self.high_freq_factor - self.low_freq_factor
@@ -224,6 +230,7 @@ class Yarn(Scaling):
     truncate: bool = True
 
     def misfits(self, width: int, base: float) -> Iterator[str]:
+        """A base with which all frequencies are equal."""
         if base == 1:
             yield "rope_base: 1 rotates every pair alike, and rope type 'yarn' tells them apart"
 
@@ -234,6 +241,7 @@ class Yarn(Scaling):
         return self.factor or rotary.limit / self._original(rotary)
 
     def frequencies(self, rotary: Rotary, steps: Tensor, positions: Tensor) -> Tensor:
+        """(e/2,) frequencies, from kept to divided along a ramp over the pairs."""
         plain = super().frequencies(rotary, steps, positions)
         half = rotary.width // 2
 
@@ -252,6 +260,7 @@ class Yarn(Scaling):
         return plain * (1 - divided) + plain / self._stretch(rotary) * divided
 
     def amplitude(self, rotary: Rotary) -> float:
+        """The `attention_factor` if there is one, else the temperature for the factor."""
         stretch = self._stretch(rotary)
 
         def temperature(weight: float) -> float:
@@ -285,6 +294,7 @@ class Rotated(Config):
 
     @property
     def limit(self) -> int | None:
+        """How many tokens have positions; None where more are accepted."""
         return None if self.extrapolate or self.rope.unbounded else self.positions
 
     @property
@@ -297,6 +307,7 @@ class Rotated(Config):
         return Rotary(self.rotary_dim, self.rope_base, self.rope, self.positions)
 
     def problems(self) -> Iterator[str]:
+        """A rotated width that is odd, or that the type of scaling cannot serve."""
         yield from super().problems()
         if self.rotary_dim % 2 or self.rotary_dim < 2:
             yield f"head_dim: {self.rotary_dim} of it are rotated, and rotary rotates pairs"

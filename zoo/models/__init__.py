@@ -1,4 +1,7 @@
-"""Architectures, a file each; `zoo.models.llama` is imported when it is first used."""
+"""Architectures, a file each; `zoo.models.llama` is imported when it is first used.
+
+Where a config and its model are more than a page, the config is a file beside: `_t5_config.py`.
+"""
 
 from importlib import import_module
 from pathlib import Path

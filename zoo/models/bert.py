@@ -12,7 +12,7 @@ from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
 
-class Config(encoder.Config):
+class Config(encoder.EncoderConfig):
     head: str = "masked_lm"
     vocab: config.Size = 30522
     layers: config.Layers = 12
@@ -22,6 +22,7 @@ class Config(encoder.Config):
     heads_known: ClassVar = encoder.HEADS
 
     def problems(self) -> Iterator[str]:
+        """A padding id that is missing, or that leaves no positions."""
         yield from super().problems()
         if self.positions_after_pad and self.pad is None:
             yield "pad: null, and positions_after_pad needs a padding id"
@@ -35,6 +36,7 @@ class Config(encoder.Config):
 
     @property
     def limit(self) -> int:
+        """How many tokens have positions: those after the padding id's."""
         return self.positions - (0 if self.position_pad is None else self.position_pad + 1)
 
 

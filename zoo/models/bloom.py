@@ -26,6 +26,7 @@ class Config(config.Config):
     heads_known: ClassVar = decoder.HEADS
 
     def problems(self) -> Iterator[str]:
+        """A width that heads do not divide."""
         yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
 

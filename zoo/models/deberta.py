@@ -1,100 +1,16 @@
 """DeBERTa: content and relative position attend to each other, each with its own projections."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
-
 from torch import Tensor, nn
 
-from zoo.components import config, encoder, inputs, masks
+from zoo.components import encoder, inputs, masks
 from zoo.components.activations import ACTIVATIONS
+from zoo.components.convolution import Conv1d
 from zoo.components.disentangled import DisentangledAttention, RelativePositions
 from zoo.components.heads import MaskedLMHead
 from zoo.components.masks import Mask
 from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
-from zoo.errors import ConfigError
-
-PREDICTIONS = ("lm_predictions", "enhanced_masked_lm")  # heads on what pretraining left
-
-
-class PositionTerms(config.Parsed, tuple[str, ...]):
-    """Terms of the scores beside content to content: c2p, content to position, and p2c."""
-
-    json_schema: ClassVar = {"type": ["array", "string", "null"]}
-
-    @classmethod
-    def from_json(cls, value: Any) -> "PositionTerms":
-        names = value.split("|") if isinstance(value, str) else value or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"expected c2p and p2c in a list, or joined by |, found {value!r}")
-        names = [name.strip().lower() for name in names]
-        if others := [name for name in names if name not in ("c2p", "p2c")]:
-            raise ConfigError(f"{others[0]!r} is not implemented (only c2p and p2c)")
-        return cls(names)
-
-    def to_json(self) -> list[str]:
-        return list(self)
-
-
-NO_TERMS = PositionTerms()
-
-
-class Config(encoder.Config):
-    head: str = "masked_lm"
-    vocab: config.Size = 128100
-    layers: config.Layers = 12
-    head_dim: config.Size = config.DERIVED
-    pooler_dim: config.Size = config.DERIVED
-    positions: config.Size = 512
-    absolute_positions: bool = True  # added to the embeddings
-    types: config.Count = 0  # of tokens
-    eps: config.Positive = 1e-7
-    relative: bool = False
-    position_terms: PositionTerms = NO_TERMS
-    max_distance: config.Limit = -1  # of distances; positions
-    log_buckets: config.Limit = -1  # for distances, far ones together; each has its own
-    shared_projections: bool = False  # positions use the projections of contents
-    legacy: bool = config.DERIVED  # the masked LM's head is one that the reference added
-    key_bias: bool = True  # the first version has none
-    table_norm: str = "none"
-    conv: config.Count = 0  # tokens that a convolution beside the first layer sees
-    conv_groups: config.Size = 1
-    conv_act: config.ActivationName = "tanh"
-    summary_act: config.ActivationName | None = "gelu"
-    heads_known: ClassVar = (
-        *("masked_lm", *PREDICTIONS, "none"),
-        *("sequence_classification", "token_classification", "question_answering"),
-    )
-
-    @property
-    def limit(self) -> int | None:
-        return (
-            self.positions if self.absolute_positions or self.head == "enhanced_masked_lm" else None
-        )
-
-    @property
-    def longest(self) -> int:
-        return self.max_distance if self.max_distance > 0 else self.positions
-
-    def derived(self) -> Mapping[str, Any]:
-        own = {"head_dim": self.dim // self.heads, "pooler_dim": self.dim}
-        return {**super().derived(), **own, "legacy": self.head not in PREDICTIONS}
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.head_dim * self.heads != self.dim or self.pooler_dim != self.dim:
-            yield "head_dim, pooler_dim: heads and poolers of other widths are not implemented"
-        if self.table_norm not in ("none", "layer_norm"):
-            yield f"table_norm: {self.table_norm!r} is not implemented (only none and layer_norm)"
-        if self.conv and not self.conv % 2:
-            yield f"conv: {self.conv} is even, and leaves sequences of another length"
-        yield from config.divides("conv_groups", self.conv_groups, "dim", self.dim)
-
-
-def relative_positions(c: Config) -> RelativePositions:
-    """The table of vectors for distances that all layers share."""
-    norm = nn.LayerNorm(c.dim, c.eps) if c.table_norm == "layer_norm" else None
-    return RelativePositions(c.dim, c.longest, c.log_buckets, norm)
+from zoo.models._deberta_config import PREDICTIONS, Config
 
 
 class Block(nn.Module):
@@ -122,27 +38,21 @@ class Block(nn.Module):
 
 
 class Conv(nn.Module):
-    """(b, s, d): the block's output `x`, plus a convolution over the block's input."""
+    """Beside the first block: what it gives, plus a convolution over what it reads."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(c.dim, c.dim, c.conv, padding=c.conv // 2, groups=c.conv_groups)
+        self.conv = Conv1d(c.dim, c.dim, c.conv, padding=c.conv // 2, groups=c.conv_groups)
         self.act, self.dropout = ACTIVATIONS[c.conv_act], nn.Dropout(c.dropout)
         self.norm = nn.LayerNorm(c.dim, c.eps)
 
-    def draw(self, std: float) -> None:
-        """Initialize the weight with this standard deviation, the bias with zeros."""
-        nn.init.normal_(self.conv.weight, 0, std)
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
-
     def forward(self, before: Tensor, x: Tensor) -> Tensor:
-        """(b, s, d) from (b, s, d) twice."""
+        """(b, s, d) from the block's input and output, (b, s, d) each."""
         return self.norm(x + self.act(self.dropout(self.conv(before.mT).mT)))
 
 
 class Model(encoder.Encoder):
-    heads: ClassVar = Config.heads_known
+    heads = Config.heads_known
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
@@ -150,7 +60,7 @@ class Model(encoder.Encoder):
         self.positions = Embedding(c.positions, c.dim) if c.limit else None
         self.types = Embedding(c.types, c.dim) if c.types else None
         self.norm, self.dropout = nn.LayerNorm(c.dim, c.eps), nn.Dropout(c.dropout)
-        self.distances = relative_positions(c) if c.relative else None
+        self.distances = c.relative_positions()
         self.blocks = nn.ModuleList(Block(c, self.distances) for _ in range(c.layers))
         self.conv = Conv(c) if c.conv else None
         if c.head in PREDICTIONS:

@@ -38,10 +38,12 @@ class Config(Rotated, config.Windowed):
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
+        """Every second layer has a window, the first among them."""
         kinds = (config.FULL if n % 2 else config.SLIDING for n in range(self.layers))
         return {"kinds": config.LayerKinds(kinds)}
 
     def problems(self) -> Iterator[str]:
+        """Key heads that do not divide the heads."""
         yield from super().problems()
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
 

@@ -34,9 +34,11 @@ class Config(config.Config):
     heads_known: ClassVar = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
+        """The usual width of the MLP; q, k and v have biases where all projections do."""
         return {"hidden": 4 * self.dim, "qkv_bias": self.bias}
 
     def problems(self) -> Iterator[str]:
+        """A width that heads do not divide."""
         yield from super().problems()
         yield from config.divides("heads", self.heads, "dim", self.dim)
 

@@ -35,10 +35,12 @@ class Config(Rotated, config.Windowed):
     heads_known: ClassVar[tuple[str, ...]] = decoder.HEADS
 
     def derived(self) -> Mapping[str, Any]:
+        """As many key heads as heads; heads divide the width; one setting for all biases."""
         width = self.dim // self.heads
         return {"kv_heads": self.heads, "head_dim": width, "attn_out_bias": self.attn_bias}
 
     def problems(self) -> Iterator[str]:
+        """Numbers of heads or of experts that do not fit together."""
         yield from super().problems()
         yield from config.divides("kv_heads", self.kv_heads, "heads", self.heads)
         if self.head_dim * self.heads != self.dim and self.dim % self.heads:

@@ -31,12 +31,15 @@ class Config(Rotated):
 
     @property
     def rotary_dim(self) -> int:
+        """The rotated part of each head."""
         return int(self.dim // self.heads * self.rope_share)
 
     def derived(self) -> Mapping[str, Any]:
+        """The usual width of the MLP."""
         return {"hidden": 4 * self.dim}
 
     def problems(self) -> Iterator[str]:
+        """A width that heads do not divide, or more rotated than a head has."""
         yield from config.divides("heads", self.heads, "dim", self.dim)
         if self.rope_share > 1:
             yield f"rope_share: {self.rope_share} is more than a head"

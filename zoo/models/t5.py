@@ -1,79 +1,23 @@
 """T5: an encoder, a decoder that attends to it, and learned biases by distance for positions."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from zoo.components import config
-from zoo.components.activations import ACTIVATIONS
-from zoo.components.attention import Attend, Attention, Biased, attend
-from zoo.components.encoder_decoder import EncoderDecoder
+from zoo.components.attention import Attend, Biased
+from zoo.components.encoder_decoder import EncoderDecoder, Stack
 from zoo.components.masks import Cache, Mask
-from zoo.components.mlp import MLP, GatedMLP
-from zoo.components.model import Embedding, Linear
+from zoo.components.model import Embedding
 from zoo.components.norm import RMSNorm
 from zoo.components.relative_bias import RelativeBias
-
-
-class Config(config.Config):
-    vocab: config.Size = 32128
-    dim: config.Size = 512
-    layers: config.Layers = 6
-    decoder_layers: config.Layers = config.DERIVED  # layers
-    heads: config.Size = 8
-    head_dim: config.Size = 64
-    hidden: config.Size = 2048
-    mlp: str = "relu"  # gated- before it: of two projections
-    act: config.ActivationName = config.DERIVED  # what mlp says
-    gated: bool = config.DERIVED
-    buckets: config.Size = 32
-    max_distance: config.Size = 128
-    eps: config.Positive = 1e-6
-    dropout: config.Fraction = 0.1
-    tied: bool = True  # and the states scaled before it, which an untied head's are not
-    may_share: bool = True  # the embedding is the head where files hold no other
-    init_std: config.Amount = 1.0
-    pad: config.TokenId | None = 0
-    start: config.TokenId | None = config.DERIVED  # what answers begin with: pad
-    heads_known: ClassVar = ("lm", "shared_lm", "encoder", "none")
-
-    def derived(self) -> Mapping[str, Any]:
-        gated, act = self.mlp.startswith("gated-"), self.mlp.removeprefix("gated-")
-        act = "gelu_new" if self.mlp == "gated-gelu" else act
-        return {
-            "decoder_layers": self.layers,
-            "act": act,
-            "gated": gated,
-            "start": self.pad,
-        }
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from self.vocabulary_problems("start")
-        if self.head == "shared_lm" and not self.may_share:
-            yield "may_share: false, so the head is a matrix of its own"
-
-
-def attention(c: Config, attend: Attend = attend) -> Attention:
-    """Attention without biases, whose scores are not scaled."""
-    shape = (c.dim, c.heads, c.heads, c.head_dim)
-    return Attention(*shape, bias=False, dropout=c.dropout, scale=1.0, attend=attend)
-
-
-def mlp(c: Config) -> nn.Module:
-    """The MLP, gated or plain."""
-    kind = GatedMLP if c.gated else MLP
-    return kind(c.dim, c.hidden, ACTIVATIONS[c.act], bias=False, dropout=c.dropout)
+from zoo.models._t5_config import Config
 
 
 class EncoderBlock(nn.Module):
     def __init__(self, c: Config, attend: Attend) -> None:
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
-        self.attn = attention(c, attend)
-        self.mlp = mlp(c)
+        self.attn = c.attention(attend)
+        self.mlp = c.feed_forward()
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
@@ -86,10 +30,10 @@ class DecoderBlock(nn.Module):
     def __init__(self, c: Config, attend: Attend) -> None:
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
-        self.attn = attention(c, attend)
+        self.attn = c.attention(attend)
         self.norm_cross = RMSNorm(c.dim, c.eps)
-        self.cross = attention(c)
-        self.mlp = mlp(c)
+        self.cross = c.attention()
+        self.mlp = c.feed_forward()
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, encoded: Tensor, encoded_mask: Mask) -> Tensor:
@@ -99,55 +43,22 @@ class DecoderBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-class Encoder(nn.Module):
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.distances = RelativeBias(c.heads, c.buckets, c.max_distance, both_ways=True)
-        attend = Biased(self.distances)
-        self.blocks = nn.ModuleList(EncoderBlock(c, attend) for _ in range(c.layers))
-        self.norm = RMSNorm(c.dim, c.eps)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        """(b, s, d) from (b, s, d)."""
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.dropout(self.norm(x))
-
-
-class Decoder(nn.Module):
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.distances = RelativeBias(c.heads, c.buckets, c.max_distance, both_ways=False)
-        attend = Biased(self.distances)
-        self.blocks = nn.ModuleList(DecoderBlock(c, attend) for _ in range(c.decoder_layers))
-        self.norm = RMSNorm(c.dim, c.eps)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def forward(self, x: Tensor, mask: Mask, encoded: Tensor, encoded_mask: Mask) -> Tensor:
-        """(b, s, d) from (b, s, d), and from (b, t, d) of the encoder's states."""
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, mask, encoded, encoded_mask)
-        return self.dropout(self.norm(x))
+def stack(c: Config, block: type[nn.Module], layers: int, *, both_ways: bool) -> Stack:
+    """Blocks that share one bias by distance."""
+    distances = RelativeBias(c.heads, c.buckets, c.max_distance, both_ways=both_ways)
+    attend = Biased(distances)
+    blocks = (block(c, attend) for _ in range(layers))
+    return Stack(distances, blocks, RMSNorm(c.dim, c.eps), c.dropout)
 
 
 class Model(EncoderDecoder):
-    heads: ClassVar = Config.heads_known
-    headless: ClassVar = ("encoder", "none")
-
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.embed = Embedding(c.vocab, c.dim)
-        self.encoder = Encoder(c)
+        self.encoder = stack(c, EncoderBlock, c.layers, both_ways=True)
         if c.head != "encoder":
-            self.decoder = Decoder(c)
-        if c.head in ("lm", "shared_lm"):
-            self.head = Linear(c.dim, c.vocab, bias=False)
-            if c.tied or c.head == "shared_lm":
-                self.head.weight = self.embed.weight
-        self.finish()
+            self.decoder = stack(c, DecoderBlock, c.decoder_layers, both_ways=False)
+        self.add_head()
 
     @torch.no_grad()
     def initialize(self) -> None:
