@@ -47,7 +47,7 @@ class Span(NamedTuple):
 Output = Tensor | Pooled | Pretraining | Span
 
 
-class Config(config.Config):
+class EncoderConfig(config.Config):
     """What a config says of the blocks' branches and of heads."""
 
     dim: config.Size = 768

@@ -12,7 +12,7 @@ from zoo.components.mlp import MLP
 from zoo.components.model import Embedding
 
 
-class Config(encoder.Config):
+class Config(encoder.EncoderConfig):
     head: str = "masked_lm"
     vocab: config.Size = 30522
     layers: config.Layers = 12

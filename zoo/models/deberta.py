@@ -39,7 +39,7 @@ class PositionTerms(config.Parsed, tuple[str, ...]):
 NO_TERMS = PositionTerms()
 
 
-class Config(encoder.Config):
+class Config(encoder.EncoderConfig):
     head: str = "masked_lm"
     vocab: config.Size = 128100
     layers: config.Layers = 12
