@@ -25,9 +25,9 @@ IDS = torch.tensor([[1, 5, 9, 4]])
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("hf")
-    said = {"gpt2": {"act": "gelu", "eps": 1e-5}}  # as nanoGPT is
+    fields = {"gpt2": {"act": "gelu", "eps": 1e-5}}  # as nanoGPT is
     names = ("gpt2", "bert", "llama")
-    return {n: zoo.save(tiny.build(n, **said.get(n, {})), place / n) for n in names}
+    return {n: zoo.save(tiny.build(n, **fields.get(n, {})), place / n) for n in names}
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +195,8 @@ def test_every_way_of_reading_gives_the_same(
 ) -> None:
     model = zoo.load(hf["llama" if dialect == "gguf" else "gpt2"])
     zoo.save(model, tmp_path / "m", to=dialect)
-    found = zoo.load(tmp_path / "m", mmap=mmap)
-    assert torch.equal(found(IDS), model(IDS))
+    loaded = zoo.load(tmp_path / "m", mmap=mmap)
+    assert torch.equal(loaded(IDS), model(IDS))
     maps = Path("/proc/self/maps").read_text()
     assert (str(tmp_path) in maps) is (mmap is True or (mmap is None and dialect != "nanogpt"))
 
@@ -251,14 +251,14 @@ def test_random_weights_are_those_of_a_default_dtype(
     hf: Any, family: str, kind: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    found = zoo.load(hf[family], weights="random", dtype=kind)
+    loaded = zoo.load(hf[family], weights="random", dtype=kind)
     torch.set_default_dtype(kind)
     try:
         torch.manual_seed(3)
         wanted = zoo.load(hf[family], weights="random")
     finally:
         torch.set_default_dtype(torch.float32)
-    for mine, theirs in zip(found.parameters(), wanted.parameters(), strict=True):
+    for mine, theirs in zip(loaded.parameters(), wanted.parameters(), strict=True):
         assert mine.dtype == theirs.dtype == kind
         assert torch.equal(mine, theirs)
 
@@ -295,7 +295,7 @@ def test_a_conversion_whose_source_was_cut_goes_on_when_it_is_back(
     events: list[dict[str, Any]] = []
     zoo.convert(directory, out, to="native", tell=events.append)
     assert events[-1]["resumed"] > 0
-    assert not [event for event in events if event["event"] == "anew"]
+    assert not [event for event in events if event["event"] == "restart"]
     assert_as_fresh(directory, out, tmp_path)
 
 

@@ -54,14 +54,15 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_provenance_says_where_each_tensor_comes_from(published: Path, no_sockets: None) -> None:
     model = zoo.load(published)
-    found = model.provenance
-    assert found.directory == published
+    provenance = model.provenance
+    assert provenance.directory == published
     assert (
-        set(found.hashes) == {"model.safetensors"} and len(found.hashes["model.safetensors"]) == 64
+        set(provenance.hashes) == {"model.safetensors"}
+        and len(provenance.hashes["model.safetensors"]) == 64
     )
     owners = {name for name, _ in model.named_parameters()}
-    assert set(found.rules) == owners
-    assert all(": " in rule for rule in found.rules.values())
+    assert set(provenance.rules) == owners
+    assert all(": " in rule for rule in provenance.rules.values())
     with pytest.raises(AttributeError):
         model.config.layers = 3
 
@@ -145,7 +146,7 @@ def test_a_head_can_be_left_out_and_none_is_invented(published: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"pruned_head": 1}, ConfigError, "pruned_head: unknown field"),
         ({"architectures": ["NoSuchModel"]}, UnsupportedArchitecture, "NoSuchModel"),
@@ -153,10 +154,10 @@ def test_a_head_can_be_left_out_and_none_is_invented(published: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_be_read(
-    published: Path, changes: dict[str, Any], error: type[Exception], said: str
+    published: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     edit(published / "config.json", **changes)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         zoo.load(published)
 
 

@@ -88,16 +88,16 @@ def of(name: str, change: Callable[[str, Answer], Answer | None]) -> Any:
 
 def headers(**more: str) -> Callable[[str, Answer], Answer]:
     def change(method: str, answer: Answer) -> Answer:
-        status, given, content = answer
-        return status, {**given, **{k.replace("_", "-"): v for k, v in more.items()}}, content
+        status, headers, content = answer
+        return status, {**headers, **{k.replace("_", "-"): v for k, v in more.items()}}, content
 
     return change
 
 
 def files_of(place: Path) -> dict[str, bytes]:
     """Everything under a directory but locks."""
-    found = {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
-    return {name: data for name, data in found.items() if ".locks" not in name}
+    files = {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    return {name: data for name, data in files.items() if ".locks" not in name}
 
 
 def check_clean(hub: OddHub, cache: Path, root: Path) -> None:
@@ -143,8 +143,8 @@ def test_a_download_that_does_not_match_its_digest_is_refused(
     hub: OddHub, cache: Path, tmp_path: Path
 ) -> None:
     def flipped(method: str, answer: Answer) -> Answer:
-        status, given, content = answer
-        return status, given, b"W" + content[1:]
+        status, headers, content = answer
+        return status, headers, b"W" + content[1:]
 
     hub.change = of("model.safetensors", flipped)
     with pytest.raises(ChecksumMismatch, match=r"model\.safetensors.*sha256.*expected"):
@@ -202,21 +202,21 @@ def announced(size: str) -> Callable[[str, Answer], Answer]:
 
 def longer(method: str, answer: Answer) -> Answer:
     """More than was announced."""
-    status, given, content = answer
-    return status, given, content + (b"more" * 9 if method == "GET" else b"")
+    status, headers, content = answer
+    return status, headers, content + (b"more" * 9 if method == "GET" else b"")
 
 
 def shorter(method: str, answer: Answer) -> Answer:
-    status, given, content = answer
-    return status, given, content[:3] if method == "GET" else content
+    status, headers, content = answer
+    return status, headers, content[:3] if method == "GET" else content
 
 
 def not_gzip(method: str, answer: Answer) -> Answer:
-    status, given, content = answer
-    return status, {**given, "Content-Encoding": "gzip"}, content
+    status, headers, content = answer
+    return status, {**headers, "Content-Encoding": "gzip"}, content
 
 
-ODD: dict[str, Callable[[str, Answer], Answer]] = {
+ANSWERS: dict[str, Callable[[str, Answer], Answer]] = {
     "html": html,
     "a loop": loop,
     "elsewhere": elsewhere,
@@ -241,11 +241,11 @@ ODD: dict[str, Callable[[str, Answer], Answer]] = {
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.txt"])
-@pytest.mark.parametrize("how", ODD)
+@pytest.mark.parametrize("how", ANSWERS)
 def test_an_odd_answer_is_a_named_error(
     hub: OddHub, cache: Path, tmp_path: Path, how: str, name: str
 ) -> None:
-    hub.change = of(name, ODD[how])
+    hub.change = of(name, ANSWERS[how])
     try:
         source = resolve(cache)
     except ZooError as error:
@@ -261,8 +261,8 @@ def test_a_wrong_content_length(hub: OddHub, cache: Path, tmp_path: Path, length
         request.close_connection = True
         if not request.path.endswith("model.safetensors"):
             return answer
-        status, given, content = answer
-        return status, {**given, "Content-Length": length}, content
+        status, headers, content = answer
+        return status, {**headers, "Content-Length": length}, content
 
     hub.change = change
     with pytest.raises(ZooError):

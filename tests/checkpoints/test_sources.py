@@ -109,8 +109,8 @@ def test_a_sentence_model_is_downloaded_with_its_modules(
     files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     hub.add("o/m", {**files, "2_Dense/pytorch_model.bin": b"no", "1_Pooling/notes.txt": b"no"})
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
-    found = source.directory.rglob("*")
-    assert {str(p.relative_to(source.directory)) for p in found if p.is_file()} == files.keys()
+    paths = source.directory.rglob("*")
+    assert {str(p.relative_to(source.directory)) for p in paths if p.is_file()} == files.keys()
     # the cache holds links, also below its folders
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(zoo.load(source.directory)(ids), zoo.load(root)(ids))
@@ -191,9 +191,9 @@ def made(place: Path, to: str, **how: Any) -> dict[str, bytes]:
 
 def same(ref: str, place: Path, cache: Path) -> Any:
     """What a reference loads, which is what the directory does."""
-    found, wanted = zoo.load(ref, cache_dir=cache), zoo.load(place).state_dict()
-    assert all(torch.equal(x, wanted[n]) for n, x in found.state_dict().items())
-    return found
+    loaded, wanted = zoo.load(ref, cache_dir=cache), zoo.load(place).state_dict()
+    assert all(torch.equal(x, wanted[n]) for n, x in loaded.state_dict().items())
+    return loaded
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -202,9 +202,9 @@ def test_a_repository_of_tensorflows_files(hub: Hub, cache: Path, name: str) -> 
     files = bytes_of(TF / name, "same.safetensors")
     beside = {"vocab.txt": b"[UNK]\n"} if name == "bert" else {"encoder.json": b"{}"}
     hub.add("o/m", {**files, **beside, "README.md": b"", "events.out.1": b"no"})
-    found = same("hf:o/m", TF / name, cache)
-    assert (found.provenance.repo, found.provenance.revision) == ("o/m", FIRST)
-    assert holds(found.provenance.directory) == sorted({*files, *beside})
+    loaded = same("hf:o/m", TF / name, cache)
+    assert (loaded.provenance.repo, loaded.provenance.revision) == ("o/m", FIRST)
+    assert holds(loaded.provenance.directory) == sorted({*files, *beside})
     hub.log.clear()
     same("hf:o/m", TF / name, cache)
     assert hub.asked("GET") == [
@@ -219,9 +219,9 @@ def test_a_repository_of_metas_files(hub: Hub, cache: Path, tmp_path: Path) -> N
     """In a folder too, as Llama 3 has them; all of several."""
     files = made(tmp_path / "meta", "meta")
     hub.add("o/m", {f"original/{name}": data for name, data in files.items()} | {"LICENSE": b""})
-    found = same("hf:o/m", tmp_path / "meta", cache)
-    assert holds(found.provenance.directory) == ["consolidated.00.pth", "params.json"]
-    assert found.provenance.revision == FIRST
+    loaded = same("hf:o/m", tmp_path / "meta", cache)
+    assert holds(loaded.provenance.directory) == ["consolidated.00.pth", "params.json"]
+    assert loaded.provenance.revision == FIRST
 
 
 def test_one_gguf_of_several_has_to_be_named(hub: Hub, cache: Path, tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_one_gguf_of_several_has_to_be_named(hub: Hub, cache: Path, tmp_path: Pa
     with pytest.raises(AmbiguousCheckpoint, match=r"7 checkpoints.*hf:o/m/m\.Q2_K\.gguf, hf:o/m/m"):
         zoo.load("hf:o/m", cache_dir=cache)
     assert not [name for name in hub.asked("GET") if name.endswith(".gguf")]
-    found = same("hf:o/m/m.Q4_K.gguf", tmp_path / "gguf", cache)
-    assert holds(found.provenance.directory) == ["m.Q4_K.gguf"]
+    loaded = same("hf:o/m/m.Q4_K.gguf", tmp_path / "gguf", cache)
+    assert holds(loaded.provenance.directory) == ["m.Q4_K.gguf"]
     hub.add("o/m", {"m.Q4_K.gguf": data}, SECOND, "v2")
     for ref, how in (("hf:o/m/m.Q4_K.gguf@v2", {}), ("hf:o/m/m.Q4_K.gguf", {"revision": "v2"})):
         assert zoo.load(ref, cache_dir=cache, **how).provenance.revision == SECOND
@@ -280,7 +280,7 @@ def test_a_repository_of_an_adapter_alone_names_its_base(
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "expected"),
     [
         (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.gguf"], [(0, 1), (2,)]),
         (["consolidated.00.pth", "consolidated.01.pth", "params.json"], [(0, 1)]),
@@ -291,8 +291,8 @@ def test_a_repository_of_an_adapter_alone_names_its_base(
         (["a[1]-00001-of-00002.gguf", "a[1]-00002-of-00002.gguf"], [(0, 1)]),
     ],
 )
-def test_which_names_are_one_checkpoint(names: list[str], found: list[tuple[int, ...]]) -> None:
-    assert [g.files for g in groups(names)] == [tuple(names[n] for n in ns) for ns in found]
+def test_which_names_are_one_checkpoint(names: list[str], expected: list[tuple[int, ...]]) -> None:
+    assert [g.files for g in groups(names)] == [tuple(names[n] for n in ns) for ns in expected]
 
 
 # --- what is refused, before the weights are fetched ---------------------------------------------
@@ -673,8 +673,10 @@ def test_an_environment_that_the_client_cannot_use_is_named(
         "import zoo.checkpoints.sources as s, zoo.errors as e\n"
         "try: s.resolve('hf:o/m')\nexcept e.SourceError as error: print(error)"
     )
-    said = finish(user(root, tmp_path, code, **{name: value}))
-    assert re.fullmatch(rf"huggingface_hub cannot use the environment .*: check .*{name}.*", said)
+    message = finish(user(root, tmp_path, code, **{name: value}))
+    assert re.fullmatch(
+        rf"huggingface_hub cannot use the environment .*: check .*{name}.*", message
+    )
 
 
 def test_a_home_is_expanded_for_reading_and_writing(

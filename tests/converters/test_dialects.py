@@ -46,8 +46,8 @@ from zoo.parity.gates import trips
 from zoo.parity.gates.trips import differences
 from zoo.saving.convert import plan_output
 
-FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
-EVERY = {key: each for key, each in FOUND.items() if each[1].container.file}  # and written
+DIALECTS = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
+EVERY = {key: each for key, each in DIALECTS.items() if each[1].container.file}  # and written
 
 
 def entry_of(spec: str) -> registry.Architecture:

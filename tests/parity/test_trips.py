@@ -32,7 +32,7 @@ ALIKE = [pytest.param(*p, marks=() if str(p[1]) == "hf" else pytest.mark.long) f
 def test_there_and_back(name: str, a: End, b: End, tmp_path: Path) -> None:
     """Byte for byte where both ends are exact, but for what a dialect has no word for."""
     trip = trips.travel(ARCHITECTURES[name], a, b, tmp_path, MADE)
-    assert trip.ok, trip.told
+    assert trip.ok, trip.detail
     made = (name, a.dialect) in MADE
     if trips.clash(ARCHITECTURES[name], a.dialect, b.dialect):
         assert (trip.result, trip.why) == ("refused", "act")
@@ -51,11 +51,11 @@ def test_there_and_back(name: str, a: End, b: End, tmp_path: Path) -> None:
 def test_what_the_reference_writes(name: str, variant: str, tmp_path: Path) -> None:
     """In each dialect and back: the same weights, or a refusal that says by what."""
     for trip in trips.published(ARCHITECTURES[name], variant, tmp_path):
-        assert trip.ok, trip.told
+        assert trip.ok, trip.detail
         if trip.to in trips.OWN:
             assert trip.result == "bytes", trip
         if trip.result == "refused":
-            assert trip.why and "\n" not in trip.why and trip.told
+            assert trip.why and "\n" not in trip.why and trip.detail
         else:
             assert trip.result in ("bytes", "weights") or trip.why == "without its head", trip
 
@@ -95,7 +95,7 @@ def test_a_wrong_conversion_is_seen(
     monkeypatch.setattr(trips, "load", load)
     trip = trips.travel(ARCHITECTURES["llama"], End("hf"), End("llama2c"), tmp_path, {})
     assert trip.result == "WRONG" and not trip.ok
-    assert ("eps" if what == "field" else "embed.weight") in trip.told
+    assert ("eps" if what == "field" else "embed.weight") in trip.detail
 
 
 def test_other_bytes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_the_report_of_what_is_wrong(
         Trip("llama", "hf", "gguf", "bytes"),
         Trip("llama", "hf", "gguf q8_0", "lossy", "Q8_0", 0.0123),
         Trip("llama", "gguf", "hf", "WRONG", "differs", 0.5, "norm.weight"),
-        Trip("llama", "gguf", "meta", "refused", "eps", told="eps: 1 cannot be said there"),
+        Trip("llama", "gguf", "meta", "refused", "eps", detail="eps: 1 cannot be said there"),
         Trip("llama", "gguf", "gguf q8_0", "lossy", "Q8_0", 0.9),
     ]
     monkeypatch.setattr(formats, "run", lambda *_: iter(journeys))

@@ -503,9 +503,9 @@ def test_what_is_recorded_of_bugs() -> None:
 def test_what_is_recorded_of_trips() -> None:
     trips = [
         Trip("gpt2", "hf", "native", "bytes"),
-        Trip("gpt2", "hf", "gguf", "refused", "act", told="no word for act"),
-        Trip("gpt2", "hf", "gguf q8_0", "lossy", "Q8_0", error=0.9, told="logits"),
-        Trip("gpt2", "native", "hf", "WRONG", "differs", told="head.weight"),
+        Trip("gpt2", "hf", "gguf", "refused", "act", detail="no word for act"),
+        Trip("gpt2", "hf", "gguf q8_0", "lossy", "Q8_0", error=0.9, detail="logits"),
+        Trip("gpt2", "native", "hf", "WRONG", "differs", detail="head.weight"),
     ]
     (entry,) = formats.to_record(trips).values()
     assert entry["trips"]["hf"] == {

@@ -65,31 +65,31 @@ def draft(
     `only_data` insists on two (True) or three (False); `settings` are fields of the tiny config.
     """
     text = (root / REGISTRY).read_text(encoding="utf-8")
-    known = registry.parse_architectures(registry.parse_section(text, "architectures"))
+    architectures = registry.parse_architectures(registry.parse_section(text, "architectures"))
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UsageError(f"{name!r}: the name is a module's: small letters, digits and _")
-    if like not in known or like == name:
-        near = did_you_mean(like, known.keys() - {name})
+    if like not in architectures or like == name:
+        near = did_you_mean(like, architectures.keys() - {name})
         raise UsageError(
             f"--like {like}: "
             + ("that is what is to be drafted" if like == name else "no such architecture")
-            + f".{near or f' There is {chr(44).join(known)}.'}"
+            + f".{near or f' There is {chr(44).join(architectures)}.'}"
         )
-    if name in known and not force:
+    if name in architectures and not force:
         raise OutputExists(f"{REGISTRY}: {name} is there already; --force replaces it")
 
     from scaffold.guess import Guess, registered
-    from scaffold.reference import survey  # transformers, and seconds
+    from scaffold.reference import make_survey  # transformers, and seconds
 
-    entry = known[like]
-    found = survey(reference, entry, settings or {})
-    for other in known.values():
-        if other.model_type == found.model_type and other.name != name:
+    entry = architectures[like]
+    survey = make_survey(reference, entry, settings or {})
+    for other in architectures.values():
+        if other.model_type == survey.model_type and other.name != name:
             raise UsageError(
                 f"--reference {reference}: {other.name} has its model_type {other.model_type!r} "
                 f"already; add the class to that entry of {REGISTRY}"
             )
-    guess = Guess(entry, found)
+    guess = Guess(entry, survey)
     if only_data and guess.misses:
         raise UsageError(
             "\n  ".join([f"--only-data: {name} is no {like} with other names:", *guess.misses])
@@ -105,7 +105,7 @@ def draft(
     added = _added(text, files[REGISTRY])
     texts = {**files, REGISTRY: "\n".join(added)}
     marks = [
-        f"{path}: {_said(line)}"
+        f"{path}: {_mark_of(line)}"
         for path, written in texts.items()
         for line in written.splitlines()
         if MARK in line
@@ -121,7 +121,7 @@ def _added(before: str, after: str) -> list[str]:
 def left(root: Path = ROOT) -> list[str]:
     """Every mark that is still in the tree: `file:line: what`."""
     return [
-        f"{path.relative_to(root)}:{number}: {_said(line)}"
+        f"{path.relative_to(root)}:{number}: {_mark_of(line)}"
         for pattern in ("zoo/models/*.py", "converters/specs/*/*.yaml", REGISTRY)
         for path in sorted(root.glob(pattern))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
@@ -129,5 +129,5 @@ def left(root: Path = ROOT) -> list[str]:
     ]
 
 
-def _said(line: str) -> str:
+def _mark_of(line: str) -> str:
     return line[line.index(MARK) :].strip().rstrip('"')

@@ -64,35 +64,35 @@ def reads(
     rule: Rule,
     disk: Mapping[str, tuple[tuple[int, ...], bool]],
     native: Native,
-    taken: set[str],
+    used: set[str],
     filled: set[str],
 ) -> bool:
     """Does the rule read a name on disk into the model? What it takes and fills is noted."""
-    found = False
+    matched = False
     for name, (shape, _) in disk.items():
-        if name in taken or (binding := rule.source.name.match(name)) is None:
+        if name in used or (binding := rule.source.name.match(name)) is None:
             continue
-        known = []
+        targets = []
         for target in rule.targets:
             spread = rule.spread(target)
             for point in product(*(range(len(p.values) or 1) for p in spread.values())):
                 into = target.name.format({**binding, **dict(zip(spread, point, strict=True))})
-                known.append((into, target, native.shapes.get(native.ties.get(into, into))))
-        if any(size is None for _, _, size in known) or not _solves(rule, shape, known):
+                targets.append((into, target, native.shapes.get(native.ties.get(into, into))))
+        if any(size is None for _, _, size in targets) or not _solves(rule, shape, targets):
             continue
-        taken.add(name)
-        filled.update(native.ties.get(into, into) for into, _, _ in known)
-        found = True
-    return found
+        used.add(name)
+        filled.update(native.ties.get(into, into) for into, _, _ in targets)
+        matched = True
+    return matched
 
 
-def _solves(rule: Rule, shape: tuple[int, ...], known: Sequence[tuple[str, Ref, Any]]) -> bool:
+def _solves(rule: Rule, shape: tuple[int, ...], targets: Sequence[tuple[str, Ref, Any]]) -> bool:
     if rule.source.pattern is None:
-        return all(size == shape for _, _, size in known)
+        return all(size == shape for _, _, size in targets)
     sizes = dict(NUMBER_WORDS)
     for ref in (rule.source, *rule.targets):
         sizes.update({n: len(p.values) for n, p in ref.name.placeholders.items() if p.values})
-    for _, ref, size in known:
+    for _, ref, size in targets:
         if ref.pattern is None or solve(ref.pattern, size, sizes):
             return False
     return solve(rule.source.pattern, shape, sizes) is None

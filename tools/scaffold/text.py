@@ -17,8 +17,8 @@ def flow(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, float):
-        said = repr(value)
-        return said if "." in said or "e" not in said else said.replace("e", ".0e", 1)
+        digits = repr(value)
+        return digits if "." in digits or "e" not in digits else digits.replace("e", ".0e", 1)
     if isinstance(value, str):
         reserved = value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
         if re.fullmatch(r"[A-Za-z_][\w ./+-]*", value) and not reserved and value == value.strip():

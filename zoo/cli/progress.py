@@ -25,8 +25,8 @@ class ConversionProgress:
     def start(self, event: dict[str, Any]) -> None:
         self.total = event["bytes"]
 
-    def anew(self, event: dict[str, Any]) -> None:
-        message = "what was begun here is of another source, spec or options: starting anew"
+    def restart(self, event: dict[str, Any]) -> None:
+        message = "what was begun here is of another source, spec or options: starting again"
         print(message, file=sys.stderr)
 
     def tensor(self, event: dict[str, Any]) -> None:

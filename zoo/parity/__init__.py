@@ -66,9 +66,9 @@ def verify(
         )
     jobs = _jobs(ref, published, revision, reading)
     if variants is not None:
-        known = [job.name.rpartition("/")[2] for job in jobs]
-        if odd := [name for name in variants if name not in known]:
-            raise UsageError(f"{ref}: no variant {odd[0]!r}.{did_you_mean(odd[0], known)}")
+        names = [job.name.rpartition("/")[2] for job in jobs]
+        if unknown := [name for name in variants if name not in names]:
+            raise UsageError(f"{ref}: no variant {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
         jobs = [job for job in jobs if job.name.rpartition("/")[2] in variants]
     report = Report()
     for done, job in enumerate(jobs):
@@ -119,8 +119,14 @@ def _jobs(
     from zoo.checkpoints import sources
     from zoo.errors import Offline
 
-    known = registry.architectures()
-    entries = list(known.values()) if ref is None else [known[ref]] if ref in known else []
+    architectures = registry.architectures()
+    entries = (
+        list(architectures.values())
+        if ref is None
+        else [architectures[ref]]
+        if ref in architectures
+        else []
+    )
     jobs = [variant_job(entry, name) for entry in entries for name in entry.variants]
     if ref is None or (entries and ref not in registry.checkpoints()):
         return jobs

@@ -63,11 +63,11 @@ def write(
     knows no config for that. `model_type` is needed where the registry does not know the class.
     """
     library, oracle = transformers(), Oracle(reference_class)
-    given = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
+    kept = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
     named = {"model_type": oracle.model_type or model_type, "architectures": None}
     # a copy: the library fills in what nested fields leave open
-    said = {**copy.deepcopy(oracle.library_config(given)), **named}
-    model = getattr(library, oracle.reference_class)(library.AutoConfig.for_model(**said))
+    values = {**copy.deepcopy(oracle.library_config(kept)), **named}
+    model = getattr(library, oracle.reference_class)(library.AutoConfig.for_model(**values))
     if untied:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())

@@ -170,13 +170,13 @@ class Reference:
             vars(module).update(attributes)
             module._buffers.update(buffers)
         accepted = inspect.signature(model.forward).parameters
-        given = {name: value for name, value in inputs.items() if name in accepted}
+        arguments = {name: value for name, value in inputs.items() if name in accepted}
         if "use_cache" in accepted:
-            given["use_cache"] = False  # type: ignore[assignment]
+            arguments["use_cache"] = False  # type: ignore[assignment]
         modes: list[Callable[[], Any]] = ([Watch] if watch else []) + (
             [Lift] if self.lifted else []
         )
-        return _outputs(_under(modes, lambda: model(**given)))
+        return _outputs(_under(modes, lambda: model(**arguments)))
 
     def by_rows(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """A batch, in one call where the reference can and row by row where it refuses."""
@@ -196,8 +196,8 @@ class Reference:
             with TemporaryDirectory() as scratch:
                 self.model.save_pretrained(scratch)
                 named = load_file(f"{scratch}/model.safetensors")
-                found = {name: gradient.clone() for name, gradient in named.items()}
-                return self.oracle.folded(self.directory, found)
+                gradients = {name: gradient.clone() for name, gradient in named.items()}
+                return self.oracle.folded(self.directory, gradients)
         finally:
             for name, p in self.model.named_parameters():
                 p.data = kept[name]

@@ -91,28 +91,27 @@ def _aligned(rows: list[list[str]]) -> str:
 def summary(trips: Iterable[Trip]) -> str:
     trips = list(trips)
     counts = Counter(trip.result for trip in trips)
-    said = ", ".join(f"{n} {result}" for result, n in counts.most_common())
-    return (
-        f"{len(trips)} round trips of {len({t.architecture for t in trips})} architectures: {said}"
-    )
+    counted = ", ".join(f"{n} {result}" for result, n in counts.most_common())
+    architectures = len({trip.architecture for trip in trips})
+    return f"{len(trips)} round trips of {architectures} architectures: {counted}"
 
 
 def to_record(trips: Iterable[Trip]) -> dict[str, dict[str, Any]]:
     """Architecture -> what came of each trip, for the record."""
-    trips, known = list(trips), registry.architectures()
-    found: dict[str, dict[str, Any]] = {}
+    trips, architectures = list(trips), registry.architectures()
+    record: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(trip.architecture for trip in trips):
         mine = [trip for trip in trips if trip.architecture == name]
         cells: dict[str, dict[str, str]] = {}
         for trip in mine:
             cells.setdefault(trip.source, {})[trip.to] = trip.shown
-        found[name] = {
-            **evidence.stamp("trips", known[name]),
+        record[name] = {
+            **evidence.stamp("trips", architectures[name]),
             "counts": Counter("wrong" if not trip.ok else trip.result for trip in mine),
             "trips": cells,
-            "wrong": {f"{trip.source} to {trip.to}": trip.told for trip in mine if not trip.ok},
+            "wrong": {f"{trip.source} to {trip.to}": trip.detail for trip in mine if not trip.ok},
         }
-    return found
+    return record
 
 
 def made_with() -> str:
@@ -130,28 +129,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="into zoo/evidence.json")
     parser.add_argument("--files", metavar="DIR", type=Path, help="files of what is only read")
     options = parser.parse_args(arguments)
-    known = registry.architectures()
-    if odd := [name for name in options.names if name not in known]:
-        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    architectures = registry.architectures()
+    if unknown := [name for name in options.names if name not in architectures]:
+        parser.error(
+            f"no architecture is called {unknown[0]!r}.{did_you_mean(unknown[0], architectures)}"
+        )
     if options.record:
         evidence.read()  # what is wrong with it is said before the work
-    entries = [known[name] for name in options.names or known]
+    entries = [architectures[name] for name in options.names or architectures]
     torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
-    found = sources(options.files) if options.files else {}
-    trips = list(run(entries, found, lambda name: passing(name, sys.stderr)))
+    files = sources(options.files) if options.files else {}
+    trips = list(run(entries, files, lambda name: passing(name, sys.stderr)))
     passing("", sys.stderr)
     ok = all(trip.ok for trip in trips)
-    told = f"{summary(trips)} ({made_with()}, {date.today()})"
+    headline = f"{summary(trips)} ({made_with()}, {date.today()})"
     if options.json:
-        print(json.dumps({"ok": ok, "told": told, "trips": [asdict(t) for t in trips]}, indent=2))
+        print(
+            json.dumps(
+                {"ok": ok, "summary": headline, "trips": [asdict(t) for t in trips]}, indent=2
+            )
+        )
     else:
         print(markdown(trips))
         for trip in (trip for trip in trips if not trip.ok):
-            line = f"WRONG {trip.architecture}, {trip.source} to {trip.to}: {trip.told}"
+            line = f"WRONG {trip.architecture}, {trip.source} to {trip.to}: {trip.detail}"
             print(paint(line, RED, has_color(sys.stdout)))
-        print(paint(told, GREEN if ok else RED, has_color(sys.stdout)))
+        print(paint(headline, GREEN if ok else RED, has_color(sys.stdout)))
     if options.write:
-        text = f"# Formats: round trips\n\nMeasured by `make formats`: {told}.\n\n{markdown(trips)}"
+        heading = f"# Formats: round trips\n\nMeasured by `make formats`: {headline}."
+        text = f"{heading}\n\n{markdown(trips)}"
         options.write.write_text(text, encoding="utf-8")
     if options.record:
         evidence.update("trips", to_record(trips))
