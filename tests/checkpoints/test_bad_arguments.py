@@ -94,7 +94,11 @@ def test_any_number_in_any_field_is_answered(published: Path) -> None:
             {"id2label": {"9" * 4200: "a", "1": "b"}},
             "id2label: expected a number of labels",
         ),
-        ("roberta", {"pad_token_id": None}, "pad_token_id: null, and places are counted"),
+        (
+            "roberta",
+            {"pad_token_id": None},
+            "pad_token_id: null, and positions_after_pad",
+        ),
         ("roberta", {"max_position_embeddings": 1}, "max_position_embeddings: 1 leave none"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: 0.0 is not"),
         ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, "is not implemented"),

@@ -175,7 +175,7 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
         "lost x no no nothing (located at in norm)",
         "a shape refused, base: ShapeMismatch",
         "1 variant as the reference writes them",
-        "all within their limits",
+        "all within limits",
     ):
         assert words in seen, words
     assert "not run" not in seen and "NOT all" not in seen

@@ -1,4 +1,4 @@
-"""Round trips: from each dialect of an architecture to each other and back, and what is lost."""
+"""Round trips: convert between every two dialects of an architecture and back, and compare."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from zoo.saving.export import QUANTISED
 from zoo.saving.save import save
 
 TOKENS = 33
-OWN = ("hf", "native")  # what every architecture has
+OWN = ("hf", "native")  # the dialects of every architecture
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
-# Eight bits with a scale for each 32 or 64 numbers: 0.005 of a matrix's largest, which three hot
-# layers made up to 0.03 of the logits' scale; a scale or a sign that is wrong makes it 1.
+# Eight bits with a scale for each 32 or 64 numbers err by 0.005 of a matrix's maximum; after three
+# hot layers that was up to 0.03 of the logits' scale. A wrong scale or sign gives an error of 1.
 COARSE = 0.2
 
 
 class End(NamedTuple):
-    """A dialect as it is read or written, with the type that its matrices are asked to be in."""
+    """A dialect that a trip starts or ends in, and the dtype of its matrices."""
 
     dialect: str
     dtype: str | None = None
@@ -48,26 +48,28 @@ class End(NamedTuple):
 
 @dataclass(frozen=True)
 class Trip:
-    """What came of files that were converted, and converted back.
+    """The result of converting files to another dialect and back.
 
-    `bytes`: the same files to the byte. `weights`: the same files of weights; a config beside them
-    says it in other words. `values`: the same tensors and logits. `lossy`: how far logits were off.
+    `bytes`: the same files, byte for byte. `weights`: the same weight files, with an equivalent
+    config. `values`: the same tensors and logits. `lossy`: `error` is how far the logits were off.
     """
 
     architecture: str
     source: str
     to: str
     result: Literal["bytes", "weights", "values", "lossy", "refused", "WRONG"]
-    why: str = ""  # in a few words
-    error: float = 0.0  # of logits, in units of their root mean square
+    why: str = ""  # short, for a table cell
+    error: float = 0.0  # of the logits, relative to their root mean square
     detail: str = ""  # the whole message
 
     @property
     def ok(self) -> bool:
+        """Whether the result is not WRONG and the error is within the limit."""
         return self.result != "WRONG" and self.error <= COARSE
 
     @property
     def shown(self) -> str:
+        """The text of the table cell."""
         if self.result == "lossy":
             return f"{self.error:.1e} ({self.why})"
         if self.result == "refused":
@@ -75,19 +77,19 @@ class Trip:
         return f"{self.result}{f', {self.why}' if self.why else ''}"
 
 
-# --- which there are -----------------------------------------------------------------------------
+# --- dialects and pairs --------------------------------------------------------------------------
 
 
 def foreign(entry: Architecture) -> dict[str, Dialect]:
-    """The dialects of an architecture that have files of their own."""
-    # a spec that several architectures share is the first one's in such files
+    """Return the dialects of an architecture that have their own file format."""
+    # architectures that share a spec share its files: count them for the first one
     first = next(e for e in registry.architectures().values() if e.spec == entry.spec)
     dialects = load_spec(entry.spec).dialects if first.name == entry.name else {}
     return {name: dialect for name, dialect in dialects.items() if dialect.container is not None}
 
 
 def targets(entry: Architecture) -> list[End]:
-    """All that is written; beside what is written as it is, what is written coarser."""
+    """Return every dialect that can be written, also quantized where it can be."""
     ends = [End(name) for name in OWN]
     for name, dialect in foreign(entry).items():
         assert dialect.container is not None
@@ -97,14 +99,14 @@ def targets(entry: Architecture) -> list[End]:
 
 
 def pairs(entry: Architecture) -> list[tuple[End, End]]:
-    """Every dialect to every other, those that are read alone first."""
+    """Return all pairs of source and target, first the sources that are only read."""
     ends = targets(entry)
     alone = [End(name) for name in foreign(entry) if End(name) not in ends]
     return list(product([*alone, *ends], ends))
 
 
 def sources(root: Path) -> dict[tuple[str, str], Path]:
-    """(architecture, dialect) -> files that another program wrote, by their content."""
+    """Map (architecture, dialect) to the directory under `root` whose files are in it."""
     files = {}
     for place in sorted({path.parent for path in root.rglob("*") if path.is_file()}):
         try:
@@ -116,11 +118,11 @@ def sources(root: Path) -> dict[tuple[str, str], Path]:
     return files
 
 
-# --- a model that both ends have words for -------------------------------------------------------
+# --- a model that both dialects can represent ----------------------------------------------------
 
 
-def sayable(entry: Architecture, *dialects: str, wide: bool = False) -> dict[str, Any]:
-    """Of the first tiny config what all these dialects have words for, or shapes that tell it."""
+def common_fields(entry: Architecture, *dialects: str, wide: bool = False) -> dict[str, Any]:
+    """Return the fields of the first tiny config that all these dialects can represent."""
     spec = load_spec(entry.spec)
     published = next(iter(entry.variants.values()))["config"]
     fields, problems = spec.dialect("hf").read_config(published)
@@ -131,49 +133,49 @@ def sayable(entry: Architecture, *dialects: str, wide: bool = False) -> dict[str
     for each in spoken:
         kept = {*each.config, *axes, *each.required, "layers"} - each.value_map.keys()
         fields = {n: v for n, v in fields.items() if n in kept or n in granted}
-    if wide:  # rows that divide into blocks, whatever the heads are
+    if wide:  # row lengths that divide into blocks of 32
         fields = {n: v for n, v in fields.items() if n != "head_dim"}
         fields |= {"dim": 32 * fields["heads"], "hidden": 96}
     return fields | granted
 
 
 def _granted(dialects: Iterable[Dialect]) -> dict[str, Any]:
-    """What is taken for granted, by a dialect that has no word for it before one that has."""
+    """Return the default values; those of a dialect without a field for them take precedence."""
     dialects = list(dialects)
     defaults = {n: v for each in dialects for n, v in each.defaults.items() if n in each.config}
     return defaults | {n: v for d in dialects for n, v in d.defaults.items() if n not in d.config}
 
 
 def clash(entry: Architecture, *dialects: str) -> list[str]:
-    """What two dialects take for granted, each another value: they have no model in common."""
+    """Return the fields that two dialects fix to different values: no model fits both."""
     own = [dialect for name in dialects if (dialect := foreign(entry).get(name)) is not None]
-    unsaid = [{n: v for n, v in d.defaults.items() if n not in d.config} for d in own]
-    return sorted({n for a, b in product(unsaid, unsaid) for n in a.keys() & b if a[n] != b[n]})
+    fixed = [{n: v for n, v in d.defaults.items() if n not in d.config} for d in own]
+    return sorted({n for a, b in product(fixed, fixed) for n in a.keys() & b if a[n] != b[n]})
 
 
 def model_of(entry: Architecture, *dialects: str, wide: bool = False, **changes: Any) -> Any:
-    """A small model, every parameter redrawn, of which all these dialects can say everything."""
+    """Return a small model with random parameters that all these dialects can represent."""
     if "lm" not in entry.model.heads:
         changes = {"head": "none", **changes}  # an encoder's
-    model = entry.model(entry.config_class(**sayable(entry, *dialects, wide=wide) | changes))
+    model = entry.model(entry.config_class(**common_fields(entry, *dialects, wide=wide) | changes))
     model.architecture = entry.name
     redraw(model, seed=0)
     return model.eval()
 
 
 def asked(entry: Architecture, dialect: str, model: Any) -> dict[str, Any]:
-    """What a dialect has to be told."""
+    """Return the config fields that loading files of a dialect requires from the caller."""
     target = foreign(entry).get(dialect)
     return {name: getattr(model.config, name) for name in target.required} if target else {}
 
 
-# --- there and back ------------------------------------------------------------------------------
+# --- one round trip ------------------------------------------------------------------------------
 
 
 def travel(
     entry: Architecture, a: End, b: End, place: Path, made: Mapping[tuple[str, str], Path]
 ) -> Trip:
-    """A model of both ends' words in one, in the other, and in the first again."""
+    """Convert a model that both dialects can represent from `a` to `b` and back."""
     if fields := clash(entry, a.dialect, b.dialect):
         why = f"{a} and {b} take other values of {listing(fields)} for granted"
         return Trip(entry.name, str(a), str(b), "refused", listing(fields), detail=why)
@@ -195,7 +197,7 @@ def there_and_back(
     config: Mapping[str, Any] | None = None,
     label: str = "",
 ) -> Trip:
-    """What came of it; where an end has no word for the model's head, of the model without it."""
+    """Convert `source` to `b` and back; without the head if a dialect cannot represent it."""
     base = Trip(entry.name, label or str(a), str(b), "values")
     trips = []
     for head in (None, "none") if "none" in entry.model.heads else (None,):
@@ -257,7 +259,7 @@ def _trip(
 
 
 def differences(one: Any, other: Any) -> list[str]:
-    """Tensors and fields in which two models differ."""
+    """Return the tensors and config fields in which two models differ."""
     mine, theirs = one.state_dict(), other.state_dict()
     lines = [f"{n}: {'there' if n in mine else 'gone'}" for n in mine.keys() ^ theirs.keys()]
     lines += [n for n in mine.keys() & theirs.keys() if not torch.equal(mine[n], theirs[n])]
@@ -270,7 +272,7 @@ def _off(output: Tensor, truth: Tensor) -> float:
 
 
 def _alike(source: Path, back: Path) -> Literal["bytes", "weights", "values"]:
-    """How far two directories hold the same files."""
+    """Return which files of two directories are equal."""
 
     def contents(place: Path, weights: bool) -> dict[str, bytes]:
         return {
@@ -286,7 +288,7 @@ def _alike(source: Path, back: Path) -> Literal["bytes", "weights", "values"]:
 
 @torch.no_grad()
 def _outputs(model: Any) -> list[Tensor]:
-    """Of weights as they lie when initialized: of a turned view, sums come in another order."""
+    """Run the model on contiguous weights: a transposed view sums in another order."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     config = model.config
@@ -297,12 +299,12 @@ def _outputs(model: Any) -> list[Tensor]:
 
 
 def _in_short(message: str) -> str:
-    """The fields and tensors that a refusal names."""
+    """Return the fields and tensors that an error message names."""
     names = re.findall(r"(?m)(?:^  |read back: )([\w.]+): |no rule for ([\w.]+)", message)
     return listing(dict.fromkeys(filter(None, chain(*names))), 4) or message.partition("\n")[0]
 
 
-# --- all of them ---------------------------------------------------------------------------------
+# --- all round trips -----------------------------------------------------------------------------
 
 
 def run(
@@ -310,7 +312,7 @@ def run(
     made: Mapping[tuple[str, str], Path],
     seen: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Trip]:
-    """Pairs of dialects, then every variant that the reference writes to each dialect."""
+    """Run every pair of dialects, then every variant as the reference writes it."""
     for entry in architectures:
         for a, b in pairs(entry):
             seen(f"{entry.name}: {a} to {b}")
@@ -323,7 +325,7 @@ def run(
 
 
 def published(entry: Architecture, variant: str, place: Path) -> Iterator[Trip]:
-    """What the reference wrote, to each dialect and back."""
+    """Convert a variant that the reference wrote to each dialect and back."""
     source, hf = place / "hf", End("hf")
     hot_checkpoint(entry, variant, source)
     for end in targets(entry):
