@@ -84,7 +84,7 @@ def written(files: Mapping[str, bytes], place: Path) -> Path:
     return place
 
 
-def test_every_sample_is_looked_at(victims: Victims) -> None:
+def test_every_sample_is_tested(victims: Victims) -> None:
     for kind, names in {**MODELS, **WORDS}.items():
         assert tuple(sample.name for sample in victims(kind).samples) == names
 
@@ -152,7 +152,7 @@ NAMED_FILES = "gguf-words"  # by its own path, which may be a link to anywhere
     ("kind", "name", "harm"),
     [(k, n, harm) for k, n in EVERY for harm in HARMS if (k, harm) != (NAMED_FILES, outside)],
 )
-def test_files_that_are_none(
+def test_damaged_file_is_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str, harm: Callable[[Path], None]
 ) -> None:
     """Each of a checkpoint's files in turn."""
@@ -186,7 +186,7 @@ WITH_CONFIG = [("hf", "llama"), ("meta", "1"), ("tf-models", "gpt2"), ("tf-model
 
 @pytest.mark.parametrize("case", JSON)
 @pytest.mark.parametrize(("kind", "name"), WITH_CONFIG)
-def test_configs_that_are_no_json(
+def test_config_that_is_not_json_is_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str, case: str
 ) -> None:
     files, read = sample(victims, kind, name)
@@ -233,7 +233,9 @@ def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
-def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_wrong_config_value_is_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     files, read = sample(victims, kind, name)
     layers, heads, width, similar = FIELDS[kind, name].split()
     cases: dict[str, tuple[dict[str, Any], type[ZooError] | tuple[type[ZooError], ...], str]] = {
@@ -263,7 +265,7 @@ def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, 
 
 
 @pytest.mark.parametrize("share", [1.5, 1e308])
-def test_a_share_of_more_than_a_head(tmp_path: Path, share: float) -> None:
+def test_rotary_factor_above_one_is_refused(tmp_path: Path, share: float) -> None:
     """In numbers so large that their product is infinite."""
     variant = next(iter(registry.architectures()["neox"].variants.values()))
     fields = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
@@ -343,9 +345,7 @@ LAYER = re.compile(r"((?:layers?[._]|/h|h\.|blk\.|blocks\.))0(?=[./])")
 
 
 @pytest.mark.parametrize(("kind", "name"), TENSORS)
-def test_tensors_that_are_not_as_they_should_be(
-    victims: Victims, tmp_path: Path, kind: str, name: str
-) -> None:
+def test_wrong_tensors_are_refused(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
     files, read = sample(victims, kind, name)
     file, tensors = stored_tensors(files, tmp_path / "held")
     one = matrix(tensors)
@@ -385,7 +385,7 @@ def test_tensors_that_are_not_as_they_should_be(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("kind", "name"), TENSORS)
-def test_numbers_that_are_none(
+def test_convert_refuses_nan_and_infinity(
     victims: Victims, tmp_path: Path, kind: str, name: str, value: float
 ) -> None:
     """A conversion looks at each, however it is held."""
@@ -413,7 +413,9 @@ PREFIXED = {  # what names may begin with
 
 
 @pytest.mark.parametrize(("kind", "name"), PREFIXED)
-def test_one_name_in_two_forms(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_tensor_under_two_names_is_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     files, read = sample(victims, kind, name)
     _, tensors = stored_tensors(files, tmp_path / "held")
     (tmp_path / "made").mkdir()
@@ -433,7 +435,9 @@ TIED = {  # a second name of a table's, where files may have both
 
 
 @pytest.mark.parametrize(("kind", "name"), TIED)
-def test_ties_that_are_none(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_tied_weights_that_differ_are_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     files, read = sample(victims, kind, name)
     _, tensors = stored_tensors(files, tmp_path / "held")
     first, second = TIED[kind, name]
@@ -469,7 +473,9 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "name"), ZIPS)
-def test_zips_and_pickles(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_hostile_zips_and_pickles_are_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     """Nothing is run, nothing is unpacked, and no sum is passed over."""
     files, read = sample(victims, kind, name)
     file = next(n for n in files if not n.endswith(".json"))
@@ -502,7 +508,7 @@ def test_zips_and_pickles(victims: Victims, tmp_path: Path, kind: str, name: str
     fails("beyond the file", bytes(beyond), CorruptCheckpoint, "disagree|overlaps|whole zip")
 
 
-def test_a_flipped_bit_of_a_bundle(victims: Victims, tmp_path: Path) -> None:
+def test_flipped_bit_of_a_bundle_is_refused(victims: Victims, tmp_path: Path) -> None:
     for name in MODELS["tf-models"]:
         files, read = sample(victims, "tf-models", name)
         (file,) = (n for n in files if ".data-" in n)
@@ -516,7 +522,7 @@ def test_a_flipped_bit_of_a_bundle(victims: Victims, tmp_path: Path) -> None:
     ("kind", "name"),
     [(k, n) for k, n in EVERY if k in ("meta", "trainers", "llama2c", "gguf-models", "tf-models")],
 )
-def test_two_checkpoints_in_one_directory(
+def test_two_checkpoints_in_one_directory_are_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str
 ) -> None:
     files, read = sample(victims, kind, name)
