@@ -57,7 +57,7 @@ def test_excessive_counts_are_refused_at_once(published: Path) -> None:
 
 
 def test_any_number_in_a_config_field_loads_or_is_refused(published: Path) -> None:
-    """By an error that names the file, or by a model of the same outputs; never by neither."""
+    """Either an error names the file, or the model has outputs of the same shapes."""
     text = (published / "config.json").read_text()
     ids, answers = torch.ones(1, 3, dtype=torch.long) * 5, Counter[str]()
     shapes = [out.shape for out in run(zoo.load(published), ids)]

@@ -66,12 +66,12 @@ Victims = Callable[[str], Any]
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Victims:
-    """By kind what fuzzing damages: samples of files that can be read, and how they are."""
+    """Return the fuzzing samples of a kind: valid files and the function that reads them."""
     return cache(lambda kind: fuzz.VICTIMS[kind][1](tmp_path_factory.mktemp(kind)))
 
 
 def sample(victims: Victims, kind: str, name: str) -> tuple[Files, Callable[[Path], None]]:
-    """(its files, how they are read)"""
+    """Return a sample's files and the function that reads them."""
     victim = victims(kind)
     match = next(each for each in victim.samples if each.name == name)
     return dict(match.files), partial(victim.read, **match.options)
@@ -155,7 +155,7 @@ NAMED_FILES = "gguf-words"  # by its own path, which may be a link to anywhere
 def test_damaged_file_is_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str, harm: Callable[[Path], None]
 ) -> None:
-    """Each of a checkpoint's files in turn."""
+    """Damage each file of a checkpoint in turn."""
     files, read = sample(victims, kind, name)
     for number, file in enumerate(files):
         place = written(files, tmp_path / str(number))
@@ -215,7 +215,7 @@ FIELDS = {
 
 
 def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
-    """A sample whose config says something else."""
+    """Return a sample with changed config fields."""
     if "model.gguf" in files:
         (place / "g").mkdir()
         fields, infos = fuzzed.gguf_parts(files["model.gguf"], place / "g")
@@ -266,7 +266,7 @@ def test_wrong_config_value_is_refused(
 
 @pytest.mark.parametrize("share", [1.5, 1e308])
 def test_rotary_factor_above_one_is_refused(tmp_path: Path, share: float) -> None:
-    """In numbers so large that their product is infinite."""
+    """Also for factors whose product with the size is infinite."""
     variant = next(iter(registry.architectures()["neox"].variants.values()))
     fields = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
     fields.pop("rope_parameters", None)
@@ -283,7 +283,7 @@ STORED = ("F32", "F16", "BF16")  # in a GGUF file that is written here
 
 
 def stored_tensors(files: Files, place: Path) -> tuple[str, dict[str, Tensor]]:
-    """(a file of weights, its tensors by the names that they have there)"""
+    """Return the name of the weight file and its tensors."""
     for file, data in files.items():
         if file.endswith(".safetensors"):
             infos, bytes_of = fuzzed.unpacked(data)
@@ -309,7 +309,7 @@ def _weights(saved: Any) -> Any:
 
 
 def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
-    """The same files with other tensors in the place of those."""
+    """Return the files with their tensors replaced."""
     file, _ = stored_tensors(files, place / "before")
     if file.endswith(".safetensors"):
         return {**files, file: fuzzed.packed(tensors)}
@@ -334,7 +334,7 @@ def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
 
 
 def matrix(tensors: Mapping[str, Tensor]) -> str:
-    """The name of one that is no table of rows, nor tied, nor packed."""
+    """Return the name of a matrix that is no embedding, not tied and not packed."""
     ends = ("o_proj.weight", "down_proj.weight", "o_proj.qweight", "wo.weight", "c_proj.weight")
     ends += ("c_proj/w", "attention/output/dense/kernel", "attention.output.dense.weight")
     ends += ("att.out_proj.weight", "attn_output.weight")
@@ -388,7 +388,7 @@ def test_wrong_tensors_are_refused(victims: Victims, tmp_path: Path, kind: str, 
 def test_convert_refuses_nan_and_infinity(
     victims: Victims, tmp_path: Path, kind: str, name: str, value: float
 ) -> None:
-    """A conversion looks at each, however it is held."""
+    """A conversion checks every number in every storage format."""
     files, _ = sample(victims, kind, name)
     _, tensors = stored_tensors(files, tmp_path / "held")
     one = next(n for n in (matrix(tensors).replace("qweight", "scales"),) if n in tensors)
@@ -476,7 +476,7 @@ def bomb() -> bytes:
 def test_hostile_zips_and_pickles_are_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str
 ) -> None:
-    """Nothing is run, nothing is unpacked, and no sum is passed over."""
+    """No code is run, no bomb is unpacked, and every checksum is verified."""
     files, read = sample(victims, kind, name)
     file = next(n for n in files if not n.endswith(".json"))
     entries = damage.records(files[file])

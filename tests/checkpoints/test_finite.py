@@ -138,7 +138,7 @@ ATTENTION = "transformer.h.0.attn.c_attn.weight"  # q of the first head lies fir
 def test_nan_hidden_by_fused_attention_is_refused(
     prepare: bool, value: float, tmp_path: Path
 ) -> None:
-    """torch's fused attention makes zeros of a row of NaN: logits are finite, and wrong."""
+    """torch's fused attention replaces a row of NaN by zeros: finite but wrong logits."""
     place = broken(tmp_path / "x", ATTENTION, (1, 0), value)
     says = rf"model\.safetensors: {ATTENTION}\[1, 0\] is (nan|inf)"
     for name in ("greedy", "beams", "text", "perplexity", "embed"):
@@ -149,7 +149,7 @@ def test_nan_hidden_by_fused_attention_is_refused(
 
 
 def test_error_names_the_row(tmp_path: Path) -> None:
-    """An embedding that is not finite spoils the rows that hold its token alone."""
+    """A non-finite embedding affects only the rows with its token."""
     model = hot(build("gpt2", vocab=len(LETTERS), layers=1, tied=False))
     with torch.no_grad():
         model.embed.weight[9, 0] = float("inf")
@@ -205,7 +205,7 @@ def test_shell_commands_name_the_file(
 
 
 def test_hook_on_the_head_is_removed_if_forward_raises() -> None:
-    """Else every later forward would give the last token's logits alone."""
+    """With the hook, every later forward would return only the last token's logits."""
     model = build("gpt2", vocab=50).eval()
 
     def fail(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What `zoo.load`, `zoo.save` and `zoo.convert` promise beside the right numbers."""
+"""Provenance, dtypes, heads, shards and errors of `zoo.load`, `zoo.save` and `zoo.convert`."""
 
 import gc
 import json
@@ -105,7 +105,7 @@ def test_loading_restores_the_garbage_collector(published: Path, tmp_path: Path)
 
 
 def test_weights_are_memory_mapped(tmp_path: Path) -> None:
-    """No copy: a fresh process that loads 40 MB has them in no memory of its own."""
+    """A new process that loads 40 MB allocates no memory for them."""
     big = zoo.save(build("llama", dim=528, head_dim=88, hidden=2048, layers=4), tmp_path / "big")
     small = zoo.save(build("llama"), tmp_path / "small")
     script = f"""
@@ -162,7 +162,7 @@ def test_wrong_config_is_refused(
 
 
 def test_head_follows_from_the_tensors_without_a_class(published: Path) -> None:
-    """deberta-v3-base and Bio_ClinicalBERT say no `architectures`."""
+    """deberta-v3-base and Bio_ClinicalBERT have no `architectures` field."""
     named = zoo.load(published)
     edit(published / "config.json", architectures=...)
     model = zoo.load(published)

@@ -59,7 +59,7 @@ def test_missing_tensor_is_refused(made: Callable[..., Path], name: str, variant
 def test_missing_untied_head_is_not_replaced_by_the_embedding(
     made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """T5 v1.1 and Flan as published; the installed reference saves another config."""
+    """The published config of T5 v1.1 and Flan, which the installed reference does not write."""
     directory = tmp_path / "published"
     shutil.copytree(made("t5", "gated-own-head"), directory)
     path = directory / "config.json"

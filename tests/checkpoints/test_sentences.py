@@ -57,7 +57,7 @@ def test_pooling_matches_the_reference(ways: tuple[str, ...], tmp_path: Path) ->
     [("bert", "bare"), ("roberta", "masked-lm"), ("t5", "encoder"), ("t5", "tied")],
 )
 def test_dense_layer_and_normalization(architecture: str, variant: str, tmp_path: Path) -> None:
-    """Of a class with a head for another task, the hidden states are taken."""
+    """The hidden states are used even if the class has a head for another task."""
     root = checkpoint(
         tmp_path / "s", "mean_tokens", dense=5, architecture=architecture, variant=variant
     )

@@ -198,7 +198,7 @@ def same(ref: str, place: Path, cache: Path) -> Any:
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_tensorflow_repository_loads(hub: Hub, cache: Path, name: str) -> None:
-    """With the config and the vocabulary beside them, and nothing else."""
+    """Only the weights, the config and the vocabulary are downloaded."""
     files = bytes_of(TF / name, "same.safetensors")
     beside = {"vocab.txt": b"[UNK]\n"} if name == "bert" else {"encoder.json": b"{}"}
     hub.add("o/m", {**files, **beside, "README.md": b"", "events.out.1": b"no"})
@@ -216,7 +216,7 @@ def test_tensorflow_repository_loads(hub: Hub, cache: Path, name: str) -> None:
 
 
 def test_meta_repository_loads(hub: Hub, cache: Path, tmp_path: Path) -> None:
-    """In a folder too, as Llama 3 has them; all of several."""
+    """Also from a subfolder, as Llama 3 has them, and with several shards."""
     files = made(tmp_path / "meta", "meta")
     hub.add("o/m", {f"original/{name}": data for name, data in files.items()} | {"LICENSE": b""})
     loaded = same("hf:o/m", tmp_path / "meta", cache)

@@ -109,7 +109,7 @@ def test_config_enables_dual_chunk_attention() -> None:
 
 
 def test_enhanced_mask_decoder_runs_the_last_layer_twice(tmp_path: Path) -> None:
-    """Its layers are the reference's own; the loop around them is the paper's."""
+    """The layers are those of the reference; the loop around them is that of the paper."""
     entry = registry.architectures()["deberta-v2"]
     reference_class = hot_checkpoint(entry, "predictions", tmp_path)
     torch.manual_seed(0)

@@ -143,7 +143,7 @@ def test_refusal_keeps_unfinished_output(source: Path, out: Path) -> None:
 def test_foreign_files_in_the_stage_are_not_published(
     source: Path, out: Path, tmp_path: Path
 ) -> None:
-    """What another run left, what somebody put there, and links to what is nobody's affair."""
+    """Files of another run, files of the user, and links to other files."""
     stopped(source, out, 20, max_shard_size=SHARDS)
     stage = out.parent / ".native.zoo-partial"
     victim = tmp_path / "victim"

@@ -58,7 +58,7 @@ def test_variant_is_within_limits(entry: Architecture, variant: str) -> None:
 def test_directory_is_within_limits(
     entry: Architecture, variant: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """A checkpoint that is nobody's variant: its own weights, and a hot copy of its config."""
+    """A directory is checked with its own weights and with random weights."""
     fixtures.hot_checkpoint(entry, variant, tmp_path, seed=5, dtype=dtype)
     report = parity.verify(tmp_path)
     assert report.ok, report.to_text()
@@ -66,7 +66,7 @@ def test_directory_is_within_limits(
 
 
 def test_converted_checkpoint_is_within_limits(tmp_path: Path) -> None:
-    """Its manifest says where it came from, and is nobody's to give back."""
+    """The manifest of the source is not compared."""
     fixtures.hot_checkpoint(*FIRST[0], tmp_path / "hot")
     report = parity.verify(zoo.convert(tmp_path / "hot", tmp_path / "again", to="hf"))
     assert report.ok, report.to_text()
@@ -93,7 +93,7 @@ def is_prime(n: int) -> bool:
 
 
 def test_sizes_are_distinct() -> None:
-    """A mix-up of two sizes must show, in every variant."""
+    """Swapping two sizes must change the result in every variant."""
     wrong = []
     for entry, variant in VARIANTS:
         published = entry.variants[variant]["config"]
@@ -125,7 +125,7 @@ def test_every_parameter_is_redrawn(entry: Architecture, variant: str, tmp_path:
 
 @every_architecture
 def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
-    """Neither uniform nor one-hot: where it is either, what feeds it does not show."""
+    """Attention is neither uniform nor one-hot; otherwise errors in q and k would not show."""
     named = entry.variants[variant]["class"]
     model = reference.Reference(made(entry.name, variant), named, torch.float32).model
     ids = torch.randint(8, model.config.vocab_size, (4, TOKENS))
@@ -142,7 +142,7 @@ def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[...,
 
 
 def test_old_field_names_are_kept(tmp_path: Path) -> None:
-    """Variants that spell a field the old way have it so, and only so, in their config.json."""
+    """A variant with an old field name has only that name in its config.json."""
     count = 0
     for entry, variant in VARIANTS:
         asked = entry.variants[variant]["config"]
@@ -163,7 +163,7 @@ def test_old_field_names_are_kept(tmp_path: Path) -> None:
 def test_lifted_reference_computes_in_fp64(
     entry: Architecture, variant: str, made: Callable[..., Path]
 ) -> None:
-    """Two ways through the lifted reference agree to the last digits; unlifted it is caught."""
+    """Two ways through the lifted reference agree to the last digits."""
     directory, named = made(entry.name, variant), entry.variants[variant]["class"]
     ids = {"input_ids": torch.randint(8, 100, (2, TOKENS))}
     ids["decoder_input_ids"] = ids["input_ids"].flip(1)  # read by encoder-decoders alone
@@ -193,7 +193,7 @@ def test_unlifted_reference_is_caught(made: Callable[..., Path]) -> None:
 
 @some_architectures
 def test_truth_is_repeatable(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
-    """Also where the reference remembers the longest input that it has seen."""
+    """Also if the reference keeps state of the longest input."""
     directory, named = made(entry.name, variant), entry.variants[variant]["class"]
     one, two = Truth(directory, named), Truth(directory, named)
     for name, value in one.outputs.items():

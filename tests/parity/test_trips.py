@@ -30,7 +30,7 @@ ALIKE = [pytest.param(*p, marks=() if str(p[1]) == "hf" else pytest.mark.long) f
 
 @pytest.mark.parametrize(("name", "a", "b"), ALIKE, ids=lambda part: str(part).replace(" ", "-"))
 def test_round_trip(name: str, a: End, b: End, tmp_path: Path) -> None:
-    """Byte for byte where both ends are exact, but for what a dialect has no word for."""
+    """Equal bytes between exact dialects, except for fields that one cannot represent."""
     trip = trips.travel(ARCHITECTURES[name], a, b, tmp_path, MADE)
     assert trip.ok, trip.detail
     made = (name, a.dialect) in MADE
@@ -49,7 +49,7 @@ def test_round_trip(name: str, a: End, b: End, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_round_trip_of_what_the_reference_writes(name: str, variant: str, tmp_path: Path) -> None:
-    """In each dialect and back: the same weights, or a refusal that says by what."""
+    """To each dialect and back: the same weights, or a refusal that names the fields."""
     for trip in trips.published(ARCHITECTURES[name], variant, tmp_path):
         assert trip.ok, trip.detail
         if trip.to in trips.OWN:
@@ -61,7 +61,7 @@ def test_round_trip_of_what_the_reference_writes(name: str, variant: str, tmp_pa
 
 
 def test_every_dialect_is_covered() -> None:
-    """Of two that have no model in common there is one kind alone."""
+    """Only one kind of pair has no model in common."""
     boxes = {(spec.name, dialect.name): box for spec, dialect, box in every_dialect()}
     assert {key for key, box in boxes.items() if not box.file} == MADE.keys()
     assert boxes.keys() <= {(name, end.dialect) for name, *ends in PAIRS for end in ends}

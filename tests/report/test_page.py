@@ -211,7 +211,7 @@ def failing(row: Row) -> Run:
 
 
 def test_failure_is_named_and_expanded() -> None:
-    """Whatever it says; and what cannot be loaded is no end of the page."""
+    """With any message; a model that cannot be loaded does not stop the page."""
     why = 'a <b>"tensor"</b> & more'
     row = Row("gpt2/base", "fp64", 0.5, 1e-10, "5.0e-01", why)
     text = page(failing(row))
@@ -237,7 +237,7 @@ def test_architecture_that_does_not_load(check: str, monkeypatch: pytest.MonkeyP
 
 
 def test_raising_check_is_shown_in_its_column() -> None:
-    """Under the name of its function, where it gave none."""
+    """Under the name of its function if it raised before its first row."""
     from zoo.parity.checks import CHECKS
     from zoo.parity.layouts import layouts
 
@@ -280,7 +280,7 @@ def test_cell_shows_the_worst_of_its_column(run: Run) -> None:
 
 
 def test_checkpoints_have_a_page() -> None:
-    """Apart from an architecture's variants, also where it has its name, as gpt2."""
+    """Separate from the variants of an architecture of the same name, such as gpt2."""
     names = ("gpt2/base", "gpt2", "gpt2, hot", "other")
     rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in names]
     run = gather(Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0}), RECORDED)
@@ -298,7 +298,7 @@ def test_long_sections_show_their_length() -> None:
     model = build("t5")
     assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
     count = sum(p.numel() for p in model.encoder.parameters())
-    assert about(model.encoder) == f"Stack, {count:,} parameters"
+    assert about(model.encoder) == f"Encoder, {count:,} parameters"
 
 
 def test_names_are_escaped() -> None:
@@ -409,7 +409,7 @@ def test_every_architecture_is_in_the_record() -> None:
 
 
 def test_list_of_verified_architectures(capsys: pytest.CaptureFixture[str]) -> None:
-    """A row an architecture; no checkpoint is said to be verified by what tiny models gave."""
+    """One row for each architecture; tiny models do not count as a verified checkpoint."""
     assert app.main(["list", "--verified"]) == 0
     out = capsys.readouterr().out
     about, table, after = out.split("\n\n")

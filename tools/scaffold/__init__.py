@@ -1,6 +1,6 @@
-"""A new architecture drafted from a reference and a kindred one: rules guessed by name and shape.
+"""Draft a new architecture from a reference class and a similar architecture, by names and shapes.
 
-What could not be guessed carries the word `unguessed:` in the files written; `left` lists it.
+Whatever could not be guessed is marked `unguessed:` in the written files; `left` lists the marks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REGISTRY = "registry.yaml"
 
 @dataclass
 class Draft:
-    """The texts of the files, and what loading would say of them as they stand."""
+    """The texts of the drafted files, and the errors that loading them would raise."""
 
     name: str
     only_data: bool
@@ -32,7 +32,7 @@ class Draft:
     verdict: list[str]
 
     def write(self, root: Path = ROOT, *, force: bool = False) -> list[Path]:
-        """All of them or none; only force replaces what is there."""
+        """Write all files or none; `force` replaces existing files."""
         texts = {root / path: text for path, text in self.files.items()}
         there = [p for p in self.files if p != REGISTRY and (root / p).exists()]
         if there and not force:
@@ -60,9 +60,9 @@ def draft(
     force: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Draft:
-    """The files of architecture `name`: three, or two where `like`'s model holds it as it is.
+    """Draft the files of architecture `name`: three, or two if `like`'s model fits unchanged.
 
-    `only_data` insists on two (True) or three (False); `settings` are fields of the tiny config.
+    `only_data` requires two (True) or three (False) files; `settings`: fields of the tiny config.
     """
     text = (root / REGISTRY).read_text(encoding="utf-8")
     architectures = registry.parse_architectures(registry.parse_section(text, "architectures"))
@@ -119,7 +119,7 @@ def _added(before: str, after: str) -> list[str]:
 
 
 def left(root: Path = ROOT) -> list[str]:
-    """Every mark that is still in the tree: `file:line: what`."""
+    """Return every mark that is still in the tree, as `file:line: text`."""
     return [
         f"{path.relative_to(root)}:{number}: {_mark_of(line)}"
         for pattern in ("zoo/models/*.py", "converters/specs/*/*.yaml", REGISTRY)

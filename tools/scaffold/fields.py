@@ -34,7 +34,7 @@ CALLED = {
 
 
 class Fields:
-    """The config section: the kindred's mapping as far as it goes; the rest is marked."""
+    """The config section: the similar architecture's mapping where it applies, marks elsewhere."""
 
     def __init__(self, like: Architecture, dialect: Dialect, survey: Survey) -> None:
         self.like, self.survey = like, survey
@@ -81,7 +81,7 @@ class Fields:
         self.dialect = replace(dialect, config=self.paths)
 
     def native(self, config: Mapping[str, Any], head: str) -> Any:
-        """The kindred's config; a value that it refuses is left at its default."""
+        """Return the similar architecture's config; a value that it refuses keeps its default."""
         fields, _ = self.dialect.read_config(config)
         try:
             return self.like.config_class(**fields, head=head)
@@ -119,5 +119,5 @@ class Fields:
 
 
 def _neutral(value: Any) -> bool:
-    """A switch, a word, nothing, or a factor without effect: it can be required as it is."""
+    """Return whether a value can be required: a boolean, a string, null, or a factor of 0 or 1."""
     return value is None or isinstance(value, bool | str) or value in (0.0, 1.0)

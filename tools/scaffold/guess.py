@@ -1,4 +1,4 @@
-"""What names and shapes tell of an architecture, as the text of its spec, model and entry."""
+"""Guess an architecture's spec, model file and registry entry from names and shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Guess:
-    """What names and shapes tell, gathered over every tiny checkpoint of the reference."""
+    """The rules that follow from names and shapes in all tiny checkpoints of the reference."""
 
     def __init__(self, like: Architecture, survey: Survey) -> None:
         self.like, self.survey = like, survey
@@ -46,7 +46,7 @@ class Guess:
 
     @property
     def misses(self) -> list[str]:
-        """What keeps this from being the kindred's model with other names."""
+        """The tensors that keep the similar architecture's model from fitting."""
         return [
             *(f"on disk alone: {disk}" for disk, _ in self.proposed.values()),
             *(f"in the model alone: {native}" for native in self.unmapped.values()),
@@ -80,7 +80,7 @@ class Guess:
             return native_of(self.like.model(self.fields.native(probe.config, head)))
 
     def _disk(self, probe: Probe) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Names less their prefix; one that lacks what its neighbors carry belongs to a head."""
+        """Yield (name without prefix, shape, whether it belongs to a head)."""
         prefix = self.survey.prefix
         some = bool(prefix) and any(name.startswith(prefix) for name in probe.header)
         for name, info in probe.header.items():
@@ -88,7 +88,7 @@ class Guess:
             yield name.removeprefix(prefix) if under else name, info.shape, some and not under
 
     def _match(self, disk: list[Family], native: list[Family]) -> None:
-        """Pairs by name and shape, then several natives fused into one; the rest is noted."""
+        """Pair tensors by name and shape, then fused tensors with their parts; record the rest."""
         scored = [(alike(d, n), d, n) for d in disk for n in native if fits(d, n)]
         for score, d, n in sorted(scored, key=lambda s: -s[0]):
             if score >= ALIKE and d in disk and n in native:
@@ -136,7 +136,7 @@ class Guess:
         self.guessed.append(Line(f"{disk.name} {left}", targets, disk.head, note))
 
     def _native_name(self, disk: Family) -> str:
-        """Where its neighbors went, and then the name as it is."""
+        """Return a native name: the module that its siblings map to, then its own name."""
         moved: dict[tuple[str, ...], list[str]] = {}
         for rule in self._rules():
             here, there = (str(r.name).split(".")[:-1] for r in (rule.source, rule.targets[0]))
@@ -149,7 +149,7 @@ class Guess:
         return ".".join([*disk.path, disk.leaf])
 
     def _rules(self) -> Iterator[Rule]:
-        """The rules that hold, one for each enumerated name."""
+        """Yield the rules that apply, one for each enumerated name."""
         for rules in self.kept.values():
             yield from (rule for rule, reads in rules.items() if reads)
         for line in self.guessed:
@@ -203,13 +203,13 @@ class Guess:
         return "\n".join([*out, *self.fields.text()]) + "\n"
 
     def native_text(self) -> str:
-        """`native.yaml`: the axes that the kindred's spec names and that are fields here too."""
+        """Return `native.yaml`: the axes of the similar spec whose fields exist here too."""
         axes = {a: field for a, field in self.spec.axes.items() if field in self.fields.paths}
         schema = "# yaml-language-server: $schema=../../../docs/schemas/native.json"
         return f"{schema}\naxes: {flow(axes)}\n"
 
     def _carried(self, section: str) -> dict[str, Any]:
-        """The kindred's further names, where the module that they belong to is here too."""
+        """Return the entries of a section of the similar spec whose modules exist here too."""
         if section == "optional":
             here = {str(rule.targets[0].name).partition(".")[0] for rule in self._rules()}
         else:
@@ -219,7 +219,7 @@ class Guess:
     # --- the model and the proof ---
 
     def model_text(self, name: str, source: str) -> str:
-        """The kindred's code under a docstring that says what it lacks and has too much."""
+        """Return the similar model's code with marks for what is missing and superfluous."""
         tree = ast.parse(source)
         end = tree.body[0].end_lineno if ast.get_docstring(tree) is not None else 0
         code = source.splitlines()[end:]
@@ -234,7 +234,7 @@ class Guess:
         return "\n".join([*head, *code]) + "\n"
 
     def verdict(self, name: str, text: str) -> list[str]:
-        """What is wrong with the spec beside the kindred's model, as loading would say it."""
+        """Return the errors that loading with this spec and the similar model would raise."""
         spec = self._parsed(name, text)
         dialect = spec.dialect("hf")
         verdicts: dict[str, str] = {}
@@ -263,14 +263,14 @@ class Guess:
 
 
 def _beside(name: str, here: set[str]) -> bool:
-    """Is there a name in `here` below the module that holds what `name` names?"""
+    """Return whether `here` has a name below the module of `name`."""
     rules = elementary(parse_rule(name, name))
     paths = [str(rule.source.name).split(".")[:-2] or [str(rule.source.name)] for rule in rules]
     return any(name_here.split(".")[: len(p)] == p for p in paths for name_here in here)
 
 
 def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
-    """The registry with an entry more; not a letter of the others changes."""
+    """Return the registry's text with the new entry; the other entries do not change."""
     survey, like = guess.survey, guess.like
     heads = {new: like.heads[old] for new, old in survey.classes.items()}
     entry = [f"  {name}:", f"    model_type: {survey.model_type}"]

@@ -1,4 +1,4 @@
-"""Rules as lines of a spec: taken apart into single names, tried, and put together again."""
+"""Rules as lines of a spec: expand them to single names, test them, and collapse them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scaffold.text import quoted
 
 @dataclass
 class Line:
-    """One rule of the draft as text, and what a person has to know of it."""
+    """One rule of the draft as text, with a note for the person who completes it."""
 
     source: str
     targets: str | list[str]
@@ -37,7 +37,7 @@ class Line:
 
 
 def elementary(rule: Rule) -> list[Rule]:
-    """A rule for each value of the enumerations that stand on both sides."""
+    """Expand a rule to one rule for each value of the enumerations on both sides."""
     listed = {n: p for n, p in rule.loops.items() if p.values}
 
     def chosen(ref: Ref, at: Mapping[str, int]) -> Ref:
@@ -67,7 +67,7 @@ def reads(
     used: set[str],
     filled: set[str],
 ) -> bool:
-    """Does the rule read a name on disk into the model? What it takes and fills is noted."""
+    """Return whether the rule maps a name on disk to the model; add to `used` and `filled`."""
     matched = False
     for name, (shape, _) in disk.items():
         if name in used or (binding := rule.source.name.match(name)) is None:
@@ -99,7 +99,7 @@ def _solves(rule: Rule, shape: tuple[int, ...], targets: Sequence[tuple[str, Ref
 
 
 def collapse(rules: Sequence[Rule]) -> list[tuple[str, str | list[str]]]:
-    """Rules as few lines: weight and bias as one, then names that differ in one place."""
+    """Collapse rules to few lines: weight with bias, then names that differ in one component."""
     out: list[tuple[str, str | list[str]]] = []
     stems: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for rule in rules:
@@ -133,7 +133,7 @@ _Item = tuple[list[str], list[str], tuple[tuple[str, str], ...]]
 
 
 def _differs(a: _Item, b: _Item, i: int, j: int) -> bool:
-    """Equal, or unlike at place i of the source and j of the target and nowhere else."""
+    """Return whether two items differ at most in source component i and target component j."""
     if a == b:
         return True
     if a[2] != b[2] or len(a[0]) != len(b[0]) or len(a[1]) != len(b[1]):
@@ -146,13 +146,13 @@ def _differs(a: _Item, b: _Item, i: int, j: int) -> bool:
 
 
 def _shared(words: Sequence[str]) -> str:
-    """What all of them begin with."""
+    """Return the common prefix."""
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*words, strict=False))
     return "".join(letters[0] for letters in same)
 
 
 def _enumerated(name: str, words: Sequence[str]) -> str:
-    """`{n=q,k,v}_proj`"""
+    """Return names as an enumeration, such as `{n=q,k,v}_proj`."""
     if len(words) == 1:
         return words[0]
     start = _shared(words)

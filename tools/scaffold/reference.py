@@ -1,4 +1,4 @@
-"""What `tools/new_arch.py` asks the reference: a tiny config, and what its files call tensors."""
+"""Build tiny reference checkpoints for `tools/new_arch.py` and read their configs and headers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAME_KIND = {"LMHeadModel": "ForCausalLM", "ForCausalLM": "LMHeadModel"}
 
 @dataclass(frozen=True)
 class Probe:
-    """One tiny checkpoint of a reference, as its files show it."""
+    """The config and header of one tiny checkpoint of the reference."""
 
     name: str
     reference_class: str
@@ -41,7 +41,7 @@ class Probe:
 
 @dataclass
 class Survey:
-    """What is known of a reference without knowing its code."""
+    """What the classes, configs and files of a reference show without its code."""
 
     reference_class: str
     model_type: str
@@ -55,18 +55,18 @@ class Survey:
     probes: list[Probe] = field(default_factory=list)
 
     def own(self, name: str) -> str:
-        """What this config calls a field of the kindred's."""
+        """Return this config's name of a field of the similar architecture."""
         name = self.usual.get(name, name)
         return self.renamed.get(name, name)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every field that a config.json held; the first probe's value."""
+        """Every field of any probe's config.json, with the first probe's value."""
         return {k: v for probe in reversed(self.probes) for k, v in probe.config.items()}
 
 
 def make_survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> Survey:
-    """Tiny checkpoints of a reference class and its siblings, read through their headers."""
+    """Write tiny checkpoints of a reference class and its siblings, and read their headers."""
     kind = _named(reference)
     kindred = _named(next(iter(like.heads)))
     stems = [k.config_class.__name__.removesuffix("Config") for k in (kindred, kind)]
@@ -129,7 +129,7 @@ def _named(name: str) -> Any:
 def _translated(
     like: Architecture, survey: Survey
 ) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, Any]]]]:
-    """The kindred's first variant in this config's words, and what its other variants change."""
+    """Return the first variant's fields under this config's names, and the others' changes."""
     own, here = survey.own, survey.defaults
     base, *others = like.variants.values()
     names = list(like.variants)[1:]
@@ -149,7 +149,7 @@ def _translated(
 
 
 def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Small sizes, all different; the kindred's where the names are the same."""
+    """Return small sizes, all different; the similar architecture's where names are equal."""
     fields: dict[str, Any] = {}
     for name, value in base.items():
         if _is_number(value) and name != "tie_word_embeddings":
@@ -198,7 +198,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _unused(used: set[int], start: int, step: int) -> Iterator[int]:
-    """Numbers from `start` that no other size has; the odd ones without small factors."""
+    """Yield unused sizes from `start`; uneven ones have no small factors."""
     for n in count(start, step):
         if n not in used and (n % 2 == 0 or all(n % d for d in (3, 5, 7))):
             used.add(n)
@@ -206,7 +206,7 @@ def _unused(used: set[int], start: int, step: int) -> Iterator[int]:
 
 
 def _write_all(survey: Survey, others: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-    """A checkpoint of each class; a variant that the reference itself cannot build is left out."""
+    """Write a checkpoint of each class; skip variants that the reference cannot build."""
     kindred = {old: new for new, old in survey.classes.items()}
     survey.probes.append(_probe(survey, "base", survey.reference_class, {}))
     for name, (old, changes) in others.items():
