@@ -73,6 +73,19 @@ assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict
 """
 
 
+@pytest.mark.parametrize("dialect", ["hf", "gguf", "nanogpt"])
+@pytest.mark.parametrize("mmap", [None, True, False])
+def test_mapped_and_read_weights_give_equal_outputs(
+    hf: Any, tmp_path: Path, dialect: str, mmap: bool | None
+) -> None:
+    model = zoo.load(hf["llama" if dialect == "gguf" else "gpt2"])
+    zoo.save(model, tmp_path / "m", to=dialect)
+    loaded = zoo.load(tmp_path / "m", mmap=mmap)
+    assert torch.equal(loaded(IDS), model(IDS))
+    maps = Path("/proc/self/maps").read_text()
+    assert (str(tmp_path) in maps) is (mmap is True or (mmap is None and dialect != "nanogpt"))
+
+
 def test_torch_checkpoint_may_be_overwritten_by_its_model(trainers: Path) -> None:
     done = run(OVERWRITTEN, trainers)
     assert done.returncode == 0, done.stderr
@@ -184,19 +197,6 @@ def test_model_can_be_saved_after_its_directory_is_deleted(directory: Path, tmp_
         zoo.save(model, tmp_path / "out")
     again = dict(zoo.load(tmp_path / "out").named_parameters())
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
-
-
-@pytest.mark.parametrize("dialect", ["hf", "gguf", "nanogpt"])
-@pytest.mark.parametrize("mmap", [None, True, False])
-def test_mapped_and_read_weights_give_equal_outputs(
-    hf: Any, tmp_path: Path, dialect: str, mmap: bool | None
-) -> None:
-    model = zoo.load(hf["llama" if dialect == "gguf" else "gpt2"])
-    zoo.save(model, tmp_path / "m", to=dialect)
-    loaded = zoo.load(tmp_path / "m", mmap=mmap)
-    assert torch.equal(loaded(IDS), model(IDS))
-    maps = Path("/proc/self/maps").read_text()
-    assert (str(tmp_path) in maps) is (mmap is True or (mmap is None and dialect != "nanogpt"))
 
 
 # --- what is the process's -----------------------------------------------------------------------

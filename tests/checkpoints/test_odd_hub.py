@@ -112,6 +112,25 @@ def check_clean(hub: OddHub, cache: Path, root: Path) -> None:
     assert (source.directory / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_compressed_and_chunked_answers_are_decoded(hub: OddHub, cache: Path) -> None:
+    def change(request: BaseHTTPRequestHandler, answer: Answer) -> Answer | None:
+        status, _, content = answer
+        if request.command != "GET" or status != 200:
+            return answer
+        packed = gzip.compress(content)
+        request.send_response(200)
+        request.send_header("Content-Encoding", "gzip")
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        for piece in (packed[:5], packed[5:], b""):
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        return None
+
+    hub.change = change
+    source = resolve(cache)
+    assert {n: (source.directory / n).read_bytes() for n in SMALL} == SMALL
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize(
     "etag", ["../../../x", "", "a" * 39, "g" * 64, "A" * 60_000, "0" * 32 + "-5", "é", "..", "/x"]
@@ -299,25 +318,6 @@ def test_interrupted_download_resumes(
     assert (source.directory / "model.safetensors").read_bytes() == WEIGHTS
     assert cut == ["", "bytes=3-"]
     check_clean(hub, cache, tmp_path)
-
-
-def test_compressed_and_chunked_answers_are_decoded(hub: OddHub, cache: Path) -> None:
-    def change(request: BaseHTTPRequestHandler, answer: Answer) -> Answer | None:
-        status, _, content = answer
-        if request.command != "GET" or status != 200:
-            return answer
-        packed = gzip.compress(content)
-        request.send_response(200)
-        request.send_header("Content-Encoding", "gzip")
-        request.send_header("Transfer-Encoding", "chunked")
-        request.end_headers()
-        for piece in (packed[:5], packed[5:], b""):
-            request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-        return None
-
-    hub.change = change
-    source = resolve(cache)
-    assert {n: (source.directory / n).read_bytes() for n in SMALL} == SMALL
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,15 @@ def part(source: Path, out: Path, which: str, **options: Any) -> None:
 # --- taken up again ------------------------------------------------------------------------------
 
 
+def test_interrupted_replacement_resumes(source: Path, out: Path) -> None:
+    zoo.convert(source, out, to="native")
+    change(source)
+    stopped(source, out, 20, force=True)
+    zoo.convert(source, out, to="native", force=True)
+    assert contents(out) == fresh(source)
+    assert beside(out) == ["native"]
+
+
 @pytest.mark.parametrize("first", [{}, {"allow_nonfinite": True}])
 def test_source_nan_is_reported_on_resume(first: dict[str, bool], source: Path, out: Path) -> None:
     change(source, value=float("nan"))
@@ -105,15 +114,6 @@ def test_overflow_is_reported_on_resume(source: Path, out: Path) -> None:
     stopped(source, out, 30, dtype="float16")
     with pytest.raises(OverflowOnCast, match=r"embed\.weight\[0, 0\] is 1e\+06"):
         zoo.convert(source, out, to="native", dtype="float16")
-
-
-def test_interrupted_replacement_resumes(source: Path, out: Path) -> None:
-    zoo.convert(source, out, to="native")
-    change(source)
-    stopped(source, out, 20, force=True)
-    zoo.convert(source, out, to="native", force=True)
-    assert contents(out) == fresh(source)
-    assert beside(out) == ["native"]
 
 
 def test_damaged_output_is_replaced(source: Path, out: Path) -> None:

@@ -49,6 +49,19 @@ def earlier() -> TemporaryDirectory[str]:
     return root
 
 
+def test_similar_architecture_needs_no_model_file() -> None:
+    draft = mistral()
+    assert draft.only_data
+    assert set(draft.files) == {
+        "converters/specs/kin/native.yaml",
+        "converters/specs/kin/hf.yaml",
+        "registry.yaml",
+    }
+    llama = yaml.safe_load((ROOT / "converters/specs/llama/hf.yaml").read_text())
+    assert names(hf(draft)["weights"]) == names(llama["weights"])
+    assert names(hf(draft)["heads"]) == names(llama["heads"])
+
+
 def test_nothing_is_left_unguessed() -> None:
     """A draft that somebody wrote and has not finished says here what it still needs."""
     assert scaffold.left() == []
@@ -89,20 +102,7 @@ def names(rules: dict[str, Any]) -> set[tuple[str, ...]]:
 # --- real architectures --------------------------------------------------------------------------
 
 
-def test_a_cousin_is_only_data() -> None:
-    draft = mistral()
-    assert draft.only_data
-    assert set(draft.files) == {
-        "converters/specs/kin/native.yaml",
-        "converters/specs/kin/hf.yaml",
-        "registry.yaml",
-    }
-    llama = yaml.safe_load((ROOT / "converters/specs/llama/hf.yaml").read_text())
-    assert names(hf(draft)["weights"]) == names(llama["weights"])
-    assert names(hf(draft)["heads"]) == names(llama["heads"])
-
-
-def test_what_nobody_guessed_is_marked_and_refused() -> None:
+def test_unguessed_parts_are_marked_and_refused() -> None:
     draft = mistral()
     assert sum("sliding_window" in mark for mark in draft.marks) == 1
     assert sum("published checkpoint" in mark for mark in draft.marks) == 1
@@ -123,7 +123,7 @@ def test_fused_projections_are_found_by_shape() -> None:
     assert hf(draft)["require"]["sliding_window"] == []
 
 
-def test_a_model_of_its_own() -> None:
+def test_different_architecture_gets_a_model_file() -> None:
     draft = olmo2()
     assert not draft.only_data
     assert set(draft.files) == {
@@ -148,7 +148,7 @@ def test_a_model_of_its_own() -> None:
     assert any("blocks.0.norm1.weight" in line for line in draft.verdict)
 
 
-def test_names_that_nobody_told_it() -> None:
+def test_names_outside_the_table_are_matched() -> None:
     """GPT-NeoX beside Llama: every word differs, fields too, and qkv is one tensor."""
     draft = drafted("gpt_neox", "llama", "GPTNeoXForCausalLM")
     spec = hf(draft)
@@ -223,7 +223,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
-def test_writing_and_not_overwriting(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     root, draft = tree(tmp_path), olmo2()
     before = contents(root)
     draft.write(root)
@@ -245,7 +245,7 @@ def run(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_from_nothing_to_parity(tmp_path: Path) -> None:
+def test_draft_reaches_parity(tmp_path: Path) -> None:
     """The tool, the two edits that it asks for, and a green table."""
     root = tree(tmp_path)
     made = ("tools/new_arch.py", "kin", "--like", "llama", "--reference", "MistralForCausalLM")
@@ -276,7 +276,7 @@ def test_from_nothing_to_parity(tmp_path: Path) -> None:
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_its_rules_are_rules() -> None:
+def test_rules_in_contributing_parse() -> None:
     rows = re.findall(r"^\| (`.*?`) \| ", PAGE.replace(r"\|", "/"), re.M)
     rules = [re.findall("`(.*?)`", row) for row in rows if ".weight`" in row or "]" in row]
     assert len(rules) >= 6
@@ -286,7 +286,7 @@ def test_its_rules_are_rules() -> None:
         parse_rule(source, listed or target.strip(), "CONTRIBUTING.md")
 
 
-def test_its_targets_and_files_are_there() -> None:
+def test_targets_and_files_in_contributing_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     last = PAGE.strip().splitlines()[-1]
     for target in {*re.findall(r"`make ([\w-]+)`", PAGE), *re.findall(r"`([\w-]+)`", last)} - {
@@ -315,14 +315,14 @@ def test_its_targets_and_files_are_there() -> None:
         ("lama", "bert", "GPT2Model", UsageError, "gpt2 has its model_type"),
     ],
 )
-def test_mistakes(
+def test_wrong_arguments_are_refused(
     name: str, like: str, reference: str, error: type[ZooError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         scaffold.draft(name, like, reference)
 
 
-def test_only_data_can_be_insisted_on() -> None:
+def test_only_data_can_be_required() -> None:
     with pytest.raises(UsageError, match=r"in the model alone: blocks.\{layer\}.norm1.weight"):
         scaffold.draft("olmo2", "llama", "Olmo2ForCausalLM", only_data=True)
 
@@ -335,7 +335,7 @@ def test_only_data_can_be_insisted_on() -> None:
         ({"hidden_size": 6000}, ConfigError, "not tiny"),
     ],
 )
-def test_sizes_that_do_not_do(
+def test_sizes_that_the_reference_rejects_are_refused(
     settings: dict[str, int], error: type[ZooError], message: str
 ) -> None:
     with pytest.raises(error, match=f"(?s){message}"):
@@ -350,7 +350,7 @@ def test_sizes_that_do_not_do(
         (["x", "--like", "gpt2", "--reference", "Y", "--set", "a"], 2, "expected FIELD=VALUE"),
     ],
 )
-def test_the_command_says_it_in_one_line(arguments: list[str], code: int, message: str) -> None:
+def test_command_prints_errors_on_one_line(arguments: list[str], code: int, message: str) -> None:
     done = run(ROOT, "tools/new_arch.py", *arguments)
     assert done.returncode == code
     assert message in done.stderr
@@ -361,7 +361,7 @@ def test_the_command_says_it_in_one_line(arguments: list[str], code: int, messag
 
 
 @pytest.mark.parametrize("entry", registry.architectures().values(), ids=lambda e: e.name)
-def test_rules_taken_apart_and_together(entry: registry.Architecture) -> None:
+def test_rules_expand_and_collapse(entry: registry.Architecture) -> None:
     """Fewer lines than names, and the same names."""
     rules = [one for r in load_spec(entry.spec).dialect("hf").rules for one in elementary(r)]
     lines = collapse(rules)
