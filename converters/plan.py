@@ -605,7 +605,7 @@ class _Planner:
 
     def _check_counts(self, disk: _Disk) -> None:
         """Check that indices on disk are exactly those that the config declares."""
-        suspects = [*disk.unexpected, *disk.taken]
+        suspects = [*disk.unexpected, *disk.used]
         for axis, field_name in self.spec.axes.items():
             if axis not in self.axes:
                 continue
@@ -663,7 +663,7 @@ class _Disk:
     def __init__(self, planner: _Planner, uses: Iterable[_Use]) -> None:
         self.planner = planner
         self.header, self.dialect = planner.header, planner.dialect
-        self.taken: dict[str, None] = {}
+        self.used: dict[str, None] = {}
         self.unexpected: list[str] = []
         self.modern: dict[str, str] = {}
         self._with: list[str] = []
@@ -690,7 +690,7 @@ class _Disk:
             return None
         if prefix:
             (self._with if here[0].startswith(prefix) else self._without).append(here[0])
-        self.taken[here[0]] = None
+        self.used[here[0]] = None
         if here[0] in self._aliases.get(name, ()):
             self.modern[here[0]] = (prefix if here[0].startswith(prefix) else "") + name
         return here[0]
@@ -724,7 +724,7 @@ class _Disk:
                 continue  # a rule of its own reads it
             for form in dict.fromkeys((self.dialect.prefix + name, name)):
                 if form in self.header:
-                    self.taken[form] = None
+                    self.used[form] = None
                     groups.append((form,))
         return groups
 
@@ -733,7 +733,7 @@ class _Disk:
         self._check_prefix()
         dropped: dict[str, str] = {}
         for name in self.header:
-            if name in self.taken:
+            if name in self.used:
                 continue
             reason, hint = self._why(name)
             reason = reason or self.planner.spare(name)

@@ -58,7 +58,7 @@ def reference_script(directory: Path, name: str) -> str:
 
 
 def run(script: str) -> dict[str, float]:
-    """One fresh process: its phases, and its whole wall time."""
+    """Run a new process and return the time of its phases and its total wall time."""
     started = time.perf_counter()
     out = subprocess.run(
         [sys.executable, "-c", script], env=ENV, capture_output=True, text=True, check=False
@@ -70,7 +70,7 @@ def run(script: str) -> dict[str, float]:
 
 
 def evict(directory: Path) -> None:
-    """Drop the weights from the page cache, so that the next reader goes to the disk."""
+    """Drop the weights from the page cache, so that the next read is from disk."""
     os.sync()
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -102,7 +102,7 @@ STEPS = ("import", "load", "first")
 
 
 def phases(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
-    """Each step of both sides apart, in ms and MB, and the ratios of the whole."""
+    """Measure each phase of both sides in ms and MB, and the ratios of the totals."""
 
     def library(run: dict[str, float]) -> float:
         return sum(run[step] for step in STEPS)
@@ -121,7 +121,7 @@ def phases(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict
 
 
 def print_row(row: dict[str, float | str]) -> None:
-    """Two lines a case, one a side: never one side's load beside the other's import."""
+    """Print two lines for each case, one for each side."""
     ratios = f"library {row['library_ratio']:.1f}x, process {row['process_ratio']:.1f}x faster"
     print(f"{row['case']}, {row['cache']} cache: {ratios}")
     for side in ("zoo", "reference"):
@@ -141,7 +141,7 @@ IMPORTS = {
 
 
 def bench_import(rounds: int) -> dict[str, float]:
-    """`import zoo` with a model's class, and with the loader too, against `import torch`."""
+    """Time `import zoo` with a model class, and with the loader, against `import torch`."""
     walls: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for k in range(rounds + 1):
         for name, script in IMPORTS.items():
@@ -291,7 +291,7 @@ def bench_convert(rounds: int, where: Path, only: str) -> list[dict[str, object]
 
 
 def converted(options: list[object]) -> dict[str, float]:
-    """Ratios pair by pair and their median, the ratio of the best runs, and rates."""
+    """Return the median of the paired ratios, the ratio of the best runs, and the rates."""
     command = [sys.executable, "-c", CONVERT, json.dumps(options)]
     out = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
     if out.returncode:
@@ -315,13 +315,13 @@ def main() -> None:
     parser.add_argument("what", choices=["load", "moe", "convert", "generate", "info"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
-        "--dir", type=Path, default=ROOT / ".bench", help="where checkpoints are kept"
+        "--dir", type=Path, default=ROOT / ".bench", help="directory of the checkpoints"
     )
+    parser.add_argument("--only", default="", help="run only cases whose label contains this")
     parser.add_argument(
-        "--only", default="", help="cases whose label has this; of load, one by name"
+        "--section", action="append", help="section of generate: decode, prefill, …"
     )
-    parser.add_argument("--section", action="append", help="of generate: decode, prefill, …")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     figures: dict[str, object] = {}

@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def demonstrate(entry: Architecture, place: Path) -> Iterator[Row]:
-    """The whole way, there and back; what parity measured on it."""
+    """Run every step for one architecture and yield the measurements."""
     made, native, back = (place / name for name in ("made", "native", "back"))
     place.mkdir()
     clock = Clock()
@@ -90,7 +90,7 @@ def demonstrate(entry: Architecture, place: Path) -> Iterator[Row]:
 
 
 class Clock:
-    """One line a step: what goes on while it does, then what came of it and how long it took."""
+    """Print one line for a step: its name while it runs, then its result and duration."""
 
     def start(self, name: str, text: str) -> None:
         self.name, self.began = name, time.perf_counter()

@@ -40,7 +40,7 @@ FAMILIES = {  # name: what it is most like, the reference's class
 
 
 def tree(root: Path, name: str) -> None:
-    """A copy of the project in which nobody knows an architecture."""
+    """Copy the project without one architecture."""
     for folder in ("converters/specs", "zoo/models"):
         shutil.copytree(ROOT / folder, root / folder)
     text = (ROOT / "registry.yaml").read_text(encoding="utf-8")

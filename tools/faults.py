@@ -112,7 +112,7 @@ int open64(const char *path, int flags, ...) {
 
 
 def build(directory: Path) -> Path:
-    """The shim, by whatever C compiler there is."""
+    """Compile the shim with the installed C compiler."""
     source, shim = directory / "shim.c", directory / "shim.so"
     source.write_text(SHIM, encoding="utf-8")
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -128,7 +128,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 class Hunt:
-    """One process that has all imports done; each conversion is a fork of it."""
+    """A process with all imports done; each conversion is a fork of it."""
 
     def __init__(self, source: Path, scratch: Path) -> None:
         self.source, self.scratch = source, scratch
@@ -197,7 +197,7 @@ class Hunt:
             self.convert(out, part=FIRST)
 
     def point(self, scene: str, mode: str, at: int, truth: dict[str, bytes]) -> str:
-        """What is wrong after a fault at one call, or nothing."""
+        """Return the problem after a fault at one call, or an empty string."""
         out = self.scratch / "place" / "out"
         self.prepare(scene, out)
         parts = "part" in scene
@@ -263,7 +263,9 @@ def lines(hunt: Hunt, faults: list[str]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, help="Nth call alone  [1]")
+    parser.add_argument(
+        "--every", type=int, default=1, help="test only every Nth call (default: 1)"
+    )
     options = parser.parse_args()
     if "LD_PRELOAD" not in os.environ:
         with tempfile.TemporaryDirectory(prefix="zoo-faults-") as scratch:

@@ -75,7 +75,7 @@ ROOM = LARGE + (64 << 20)  # of addresses: files are mapped, and allocators take
 
 @dataclass
 class Tally:
-    """What became of some mutants of a kind."""
+    """The results of some mutants of a kind."""
 
     kind: str
     mutants: int = 0
@@ -129,7 +129,7 @@ class Memory:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """What asks for much more than there is now meets MemoryError."""
+        """Limit the memory, so that a much larger allocation raises MemoryError."""
         before = resource.getrlimit(resource.RLIMIT_AS)
         if self._status >= 0:
             resource.setrlimit(resource.RLIMIT_AS, (self._bytes_of(b"VmSize:") + ROOM, before[1]))
@@ -213,13 +213,19 @@ def run_all(options: argparse.Namespace, scratch: str) -> Iterator[Tally]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=VICTIMS, help="one kind of input")
-    parser.add_argument("--count", type=int, default=COUNT, help=f"mutants of each  [{COUNT:,}]")
-    parser.add_argument("--start", type=int, default=0, help="the first mutant's number  [0]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slow", type=float, default=SLOW, help="seconds that are a fault  [1]")
+    parser.add_argument("--only", choices=VICTIMS, help="test one kind of input (default: all)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes  [all there are]"
+        "--count", type=int, default=COUNT, help=f"mutants of each kind (default: {COUNT:,})"
+    )
+    parser.add_argument(
+        "--start", type=int, default=0, help="number of the first mutant (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--slow", type=float, default=SLOW, help="seconds that count as a fault (default: 1)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes (default: one per CPU)"
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")

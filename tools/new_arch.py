@@ -1,4 +1,4 @@
-"""Draft a new architecture's files from a reference class and the architecture it is most like."""
+"""Draft the files of a new architecture from a reference class and a similar architecture."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from zoo.errors import UsageError, ZooError
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="new_arch", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="of the module, the spec and the entry")
-    parser.add_argument("--like", required=True, metavar="ARCH", help="the kindred architecture")
-    parser.add_argument("--reference", required=True, metavar="CLASS", help="of transformers")
+    parser.add_argument("name", metavar="NAME", help="name of the architecture")
+    parser.add_argument("--like", required=True, metavar="ARCH", help="similar architecture")
+    parser.add_argument("--reference", required=True, metavar="CLASS", help="class of transformers")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the tiny config; a.b reaches into nested ones",
+        help="set a field of the tiny config; a.b is a nested field",
     )
     files = parser.add_mutually_exclusive_group()
     files.add_argument(
-        "--only-data", action="store_true", help="insist on the kindred's model: two files"
+        "--only-data", action="store_true", help="require the similar model: two files"
     )
     files.add_argument(
-        "--own-model", action="store_true", help="a model file even where the kindred's fits"
+        "--own-model", action="store_true", help="write a model file even if the similar model fits"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the files, write none")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the files instead of writing them"
+    )
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(arguments)
     try:
         drafted = draft(

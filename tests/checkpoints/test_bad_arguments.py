@@ -45,7 +45,7 @@ def changed(directory: Path, **fields: Any) -> Path:
 # --- config --------------------------------------------------------------------------------------
 
 
-def test_no_count_is_enumerated_before_its_bound(published: Path) -> None:
+def test_excessive_counts_are_refused_at_once(published: Path) -> None:
     config = json.loads((published / "config.json").read_text())
     text = (published / "config.json").read_text()
     for field in config.keys() & set(COUNTS):
@@ -56,8 +56,8 @@ def test_no_count_is_enumerated_before_its_bound(published: Path) -> None:
         (published / "config.json").write_text(text)
 
 
-def test_any_number_in_any_field_is_answered(published: Path) -> None:
-    """By an error that names the file, or by a model of the same outputs; never by neither."""
+def test_any_number_in_a_config_field_loads_or_is_refused(published: Path) -> None:
+    """Either an error names the file, or the model has outputs of the same shapes."""
     text = (published / "config.json").read_text()
     ids, answers = torch.ones(1, 3, dtype=torch.long) * 5, Counter[str]()
     shapes = [out.shape for out in run(zoo.load(published), ids)]
@@ -100,7 +100,7 @@ def test_any_number_in_any_field_is_answered(published: Path) -> None:
         ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, "is not implemented"),
     ],
 )
-def test_faults_bear_the_published_names(
+def test_errors_name_the_published_field(
     name: str, fields: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     directory = zoo.save(build(name).eval(), tmp_path / "published")
@@ -109,7 +109,7 @@ def test_faults_bear_the_published_names(
 
 
 @pytest.mark.parametrize("field", ["original_max_position_embeddings", "beta_fast", "beta_slow"])
-def test_a_ramp_of_negative_ends_is_refused_at_once(field: str, tmp_path: Path) -> None:
+def test_negative_yarn_ramp_is_refused(field: str, tmp_path: Path) -> None:
     directory = zoo.save(build("llama").eval(), tmp_path / "published")
     rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0, field: -8}
     with pytest.raises(ConfigError, match=f"{field}: -8 is not positive"):
@@ -120,7 +120,7 @@ def test_a_ramp_of_negative_ends_is_refused_at_once(field: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
-def test_ids_and_masks_are_tensors_of_their_kind(name: str) -> None:
+def test_ids_and_masks_of_a_wrong_type_are_refused(name: str) -> None:
     model = build(name).eval()
     ids = torch.ones(1, 3, dtype=torch.long)
     for value in ([[1, 2]], None, "text", ids.numpy(), ids.to(torch.int8), ids.to(torch.complex64)):
@@ -131,7 +131,7 @@ def test_ids_and_masks_are_tensors_of_their_kind(name: str) -> None:
             model(ids, mask)
 
 
-def test_token_types_are_as_many_as_tokens() -> None:
+def test_token_types_of_another_length_are_refused() -> None:
     model = build("bert").eval()
     with pytest.raises(InputError, match=r"token type ids: \[1, 2\] for input_ids \[1, 3\]"):
         model(torch.ones(1, 3, dtype=torch.long), token_type_ids=torch.ones(1, 2, dtype=torch.long))
@@ -152,19 +152,19 @@ def test_token_types_are_as_many_as_tokens() -> None:
     ],
     ids=str,
 )
-def test_options_that_mean_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+def test_contradictory_options_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     directory = zoo.save(build("gpt2").eval(), tmp_path / "published")
     with pytest.raises(UsageError, match=next(iter(options))):
         zoo.load(directory, **options)
 
 
 @pytest.mark.parametrize("repo", ["a/..", "-a/b", "a--b/c", "a/" + "b" * 200])
-def test_names_that_no_repository_has(repo: str) -> None:
+def test_invalid_repository_names_are_refused(repo: str) -> None:
     with pytest.raises(UsageError, match="repository"):
         zoo.load(f"hf:{repo}", local_files_only=True)
 
 
-def test_what_cannot_be_saved() -> None:
+def test_wrong_arguments_of_save_are_refused() -> None:
     model: Any = build("gpt2")
     for wrong in ("", None, 5):
         with pytest.raises(UsageError, match="expected a directory"):
@@ -179,7 +179,7 @@ def test_what_cannot_be_saved() -> None:
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "config.json"])
-def test_nothing_is_read_or_carried_from_elsewhere(name: str, tmp_path: Path) -> None:
+def test_files_outside_the_checkpoint_are_not_read(name: str, tmp_path: Path) -> None:
     directory = zoo.save(build("gpt2").eval(), tmp_path / "published")
     secret = tmp_path / "secret"
     secret.write_bytes((directory / name).read_bytes() if (directory / name).exists() else b"s")
@@ -190,7 +190,7 @@ def test_nothing_is_read_or_carried_from_elsewhere(name: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shard_that_the_index_leaves_out_is_said(tmp_path: Path) -> None:
+def test_shard_missing_from_the_index_is_reported(tmp_path: Path) -> None:
     directory = zoo.save(build("gpt2").eval(), tmp_path / "published", max_shard_size=40_000)
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -201,7 +201,7 @@ def test_a_shard_that_the_index_leaves_out_is_said(tmp_path: Path) -> None:
         zoo.load(directory)
 
 
-def test_the_likely_cause_comes_first(tmp_path: Path) -> None:
+def test_likely_cause_comes_first(tmp_path: Path) -> None:
     directory = zoo.save(build("llama").eval(), tmp_path / "published")
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -215,7 +215,7 @@ def test_the_likely_cause_comes_first(tmp_path: Path) -> None:
         zoo.load(directory)
 
 
-def test_a_message_holds_twenty_faults_of_a_kind(tmp_path: Path) -> None:
+def test_message_lists_at_most_twenty_errors_of_a_kind(tmp_path: Path) -> None:
     directory = zoo.save(build("bert").eval(), tmp_path / "published")
     changed(directory, hidden_size=88)
     with pytest.raises(ZooError, match="more of this kind") as error:
@@ -255,7 +255,7 @@ def test_force_replaces_neither_the_source_nor_its_neighbours(tmp_path: Path) ->
         ("dialect", "fh"),
     ],
 )
-def test_a_native_record_is_audited(field: str, value: Any, tmp_path: Path) -> None:
+def test_invalid_native_metadata_is_refused(field: str, value: Any, tmp_path: Path) -> None:
     path = zoo.save(build("gpt2").eval(), tmp_path / "native", to="native") / "zoo.json"
     record = json.loads(path.read_text())
     record["origin"][field] = value
@@ -264,7 +264,7 @@ def test_a_native_record_is_audited(field: str, value: Any, tmp_path: Path) -> N
         zoo.load(path.parent)
 
 
-def test_a_native_record_may_name_an_empty_tensor(tmp_path: Path) -> None:
+def test_native_metadata_may_name_an_empty_tensor(tmp_path: Path) -> None:
     path = zoo.save(build("gpt2").eval(), tmp_path / "native", to="native") / "zoo.json"
     record = json.loads(path.read_text())
     record["origin"]["tensors"]["x"] = ["F32", [0, 3], "model.safetensors"]
@@ -281,7 +281,7 @@ def cached_as_gpt2(cache: Path, architecture: str, **config: Any) -> Path:
     return snapshot
 
 
-def test_a_name_that_holds_another_architecture_is_refused(tmp_path: Path) -> None:
+def test_registry_name_with_another_architecture_is_refused(tmp_path: Path) -> None:
     cached_as_gpt2(tmp_path, "bert")
     where: Any = {"cache_dir": tmp_path, "local_files_only": True}
     with pytest.raises(ConfigError, match="architecture: expected gpt2, found bert"):
@@ -289,7 +289,7 @@ def test_a_name_that_holds_another_architecture_is_refused(tmp_path: Path) -> No
     assert zoo.load("hf:openai-community/gpt2", **where)
 
 
-def test_a_name_that_holds_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_registry_name_with_another_size_is_refused(tmp_path: Path) -> None:
     snapshot = cached_as_gpt2(tmp_path, "gpt2", dim=32, layers=3, heads=4)
     where: Any = {"cache_dir": tmp_path, "local_files_only": True}
     says = (
@@ -307,7 +307,7 @@ def test_a_name_that_holds_a_model_of_another_size_is_refused(tmp_path: Path) ->
         assert zoo.load(ref, **(where if ref is not snapshot else {})).config.layers == 3
 
 
-def test_the_size_of_a_name_may_be_changed_by_the_caller(
+def test_caller_may_change_the_size_of_a_registry_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is held against the registry where the caller changes nothing."""
@@ -328,7 +328,7 @@ def test_the_size_of_a_name_may_be_changed_by_the_caller(
 
 
 @pytest.mark.parametrize("option", ["weights", "device", "expect", "verify", "heads"])
-def test_what_convert_does_not_take_is_no_option_of_it(option: str, tmp_path: Path) -> None:
+def test_convert_rejects_options_of_other_functions(option: str, tmp_path: Path) -> None:
     source = zoo.save(build("gpt2").eval(), tmp_path / "published")
     with pytest.raises(UsageError, match=rf"^{option}: not an option of convert"):
         zoo.convert(source, tmp_path / "out", to="native", **{option: "random"})

@@ -66,15 +66,15 @@ Victims = Callable[[str], Any]
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Victims:
-    """By kind what fuzzing damages: samples of files that can be read, and how they are."""
+    """Return the fuzzing samples of a kind: valid files and the function that reads them."""
     return cache(lambda kind: fuzz.VICTIMS[kind][1](tmp_path_factory.mktemp(kind)))
 
 
 def sample(victims: Victims, kind: str, name: str) -> tuple[Files, Callable[[Path], None]]:
-    """(its files, how they are read)"""
+    """Return a sample's files and the function that reads them."""
     victim = victims(kind)
-    found = next(each for each in victim.samples if each.name == name)
-    return dict(found.files), partial(victim.read, **found.options)
+    match = next(each for each in victim.samples if each.name == name)
+    return dict(match.files), partial(victim.read, **match.options)
 
 
 def written(files: Mapping[str, bytes], place: Path) -> Path:
@@ -84,7 +84,7 @@ def written(files: Mapping[str, bytes], place: Path) -> Path:
     return place
 
 
-def test_every_sample_is_looked_at(victims: Victims) -> None:
+def test_every_sample_is_tested(victims: Victims) -> None:
     for kind, names in {**MODELS, **WORDS}.items():
         assert tuple(sample.name for sample in victims(kind).samples) == names
 
@@ -145,17 +145,17 @@ def loop(path: Path) -> None:
 HARMS = (absent, empty, cut, longer, another, pointer, folder, pipe, device, outside, loop)
 
 
-GIVEN = "gguf-words"  # by its own path, which may be a link to anywhere
+NAMED_FILES = "gguf-words"  # by its own path, which may be a link to anywhere
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "harm"),
-    [(k, n, harm) for k, n in EVERY for harm in HARMS if (k, harm) != (GIVEN, outside)],
+    [(k, n, harm) for k, n in EVERY for harm in HARMS if (k, harm) != (NAMED_FILES, outside)],
 )
-def test_files_that_are_none(
+def test_damaged_file_is_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str, harm: Callable[[Path], None]
 ) -> None:
-    """Each of a checkpoint's files in turn."""
+    """Damage each file of a checkpoint in turn."""
     files, read = sample(victims, kind, name)
     for number, file in enumerate(files):
         place = written(files, tmp_path / str(number))
@@ -181,12 +181,12 @@ JSON = {
     "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep enough": b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}",
 }
-TOLD = [("hf", "llama"), ("meta", "1"), ("tf-models", "gpt2"), ("tf-models", "bert")]
+WITH_CONFIG = [("hf", "llama"), ("meta", "1"), ("tf-models", "gpt2"), ("tf-models", "bert")]
 
 
 @pytest.mark.parametrize("case", JSON)
-@pytest.mark.parametrize(("kind", "name"), TOLD)
-def test_configs_that_are_no_json(
+@pytest.mark.parametrize(("kind", "name"), WITH_CONFIG)
+def test_config_that_is_not_json_is_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str, case: str
 ) -> None:
     files, read = sample(victims, kind, name)
@@ -215,27 +215,29 @@ FIELDS = {
 
 
 def saying(files: Files, place: Path, changes: Mapping[str, Any]) -> Files:
-    """A sample whose config says something else."""
+    """Return a sample with changed config fields."""
     if "model.gguf" in files:
         (place / "g").mkdir()
-        said, infos = fuzzed.gguf_parts(files["model.gguf"], place / "g")
-        above = said["general.architecture"].value
+        fields, infos = fuzzed.gguf_parts(files["model.gguf"], place / "g")
+        above = fields["general.architecture"].value
         layout = gguf.lay_out(
-            infos, {**said, **{f"{above}.{k}": v for k, v in changes.items()}}, ""
+            infos, {**fields, **{f"{above}.{k}": v for k, v in changes.items()}}, ""
         )
         return {"model.gguf": layout.head + bytes(layout.size)}
     if "ckpt.pt" in files:
-        found = torch.load(io.BytesIO(files["ckpt.pt"]), weights_only=True)
-        found["model_args"] |= changes
-        return {"ckpt.pt": fuzzed_models.zip_of(found, place)}
+        state = torch.load(io.BytesIO(files["ckpt.pt"]), weights_only=True)
+        state["model_args"] |= changes
+        return {"ckpt.pt": fuzzed_models.zip_of(state, place)}
     (file,) = (n for n in files if n.endswith(".json"))
     return {**files, file: json.dumps({**json.loads(files[file]), **changes}).encode()}
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
-def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_wrong_config_value_is_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     files, read = sample(victims, kind, name)
-    layers, heads, width, odd = FIELDS[kind, name].split()
+    layers, heads, width, similar = FIELDS[kind, name].split()
     cases: dict[str, tuple[dict[str, Any], type[ZooError] | tuple[type[ZooError], ...], str]] = {
         "many layers": ({layers: 10**9}, ResourceLimit, layers),
         "a layer more": ({layers: 2}, ConfigError, f"{layers}: 1 found, 2 declared"),
@@ -250,25 +252,25 @@ def test_what_a_config_may_not_say(victims: Victims, tmp_path: Path, kind: str, 
             (ShapeMismatch, ResourceLimit),
             "2147483644|8589934576",
         ),
-        "unknown": ({odd: 2}, ConfigError, f"{odd}.*unknown"),
+        "unknown": ({similar: 2}, ConfigError, f"{similar}.*unknown"),
     }
-    for case, (changes, kinds, told) in cases.items():
+    for case, (changes, kinds, message) in cases.items():
         place = tmp_path / case
         place.mkdir()
         with pytest.raises(
-            kinds, match=told.replace(".", r"\.", told.count("attention."))
+            kinds, match=message.replace(".", r"\.", message.count("attention."))
         ) as error:
             read(written(saying(files, place, changes), place / "files"))
         assert "files" in str(error.value), case
 
 
 @pytest.mark.parametrize("share", [1.5, 1e308])
-def test_a_share_of_more_than_a_head(tmp_path: Path, share: float) -> None:
-    """In numbers so large that their product is infinite."""
+def test_rotary_factor_above_one_is_refused(tmp_path: Path, share: float) -> None:
+    """Also for factors whose product with the size is infinite."""
     variant = next(iter(registry.architectures()["neox"].variants.values()))
-    said = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
-    said.pop("rope_parameters", None)
-    text = json.dumps({**said, "rotary_pct": share})
+    fields = {"model_type": "gpt_neox", "architectures": [variant["class"]], **variant["config"]}
+    fields.pop("rope_parameters", None)
+    text = json.dumps({**fields, "rotary_pct": share})
     with pytest.raises(ConfigError, match=f"rotary_factor: {re.escape(str(share))} is more"):
         zoo.load(written({"config.json": text.encode()}, tmp_path / "x"), weights="random")
 
@@ -280,8 +282,8 @@ TENSORS += [(k, n) for k, n in EVERY if k in ("gguf-models", "gptq", "awq", "fp8
 STORED = ("F32", "F16", "BF16")  # in a GGUF file that is written here
 
 
-def held(files: Files, place: Path) -> tuple[str, dict[str, Tensor]]:
-    """(a file of weights, its tensors by the names that they have there)"""
+def stored_tensors(files: Files, place: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the name of the weight file and its tensors."""
     for file, data in files.items():
         if file.endswith(".safetensors"):
             infos, bytes_of = fuzzed.unpacked(data)
@@ -302,19 +304,19 @@ def _tensor(data: bytes, info: TensorInfo) -> Tensor:
     return raw.view(torch_dtype(info.dtype)).view(info.shape)
 
 
-def _weights(found: Any) -> Any:
-    return next((found[key] for key in ("model", "model_state_dict") if key in found), found)
+def _weights(saved: Any) -> Any:
+    return next((saved[key] for key in ("model", "model_state_dict") if key in saved), saved)
 
 
 def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
-    """The same files with other tensors in the place of those."""
-    file, _ = held(files, place / "before")
+    """Return the files with their tensors replaced."""
+    file, _ = stored_tensors(files, place / "before")
     if file.endswith(".safetensors"):
         return {**files, file: fuzzed.packed(tensors)}
     if file.endswith(".gguf"):
-        said, _ = fuzzed.gguf_parts(files[file], place)
+        fields, _ = fuzzed.gguf_parts(files[file], place)
         infos = [TensorInfo(n, tuple(t.shape), dtype_code(t.dtype)) for n, t in tensors.items()]
-        layout = gguf.lay_out(infos, said, "here")
+        layout = gguf.lay_out(infos, fields, "here")
         out = bytearray(layout.head + bytes(layout.size))
         for name, start in layout.starts.items():
             raw = bytes(tensors[name].reshape(-1).view(torch.uint8).tolist())
@@ -324,15 +326,15 @@ def holding(files: Files, tensors: Mapping[str, Tensor], place: Path) -> Files:
         bundles.bundle(place / "x", tensors)
         made = {p.name: p.read_bytes() for p in place.glob("x.*")}
         return {**files, **made}
-    found = torch.load(io.BytesIO(files[file]), weights_only=True)
-    state = _weights(found)
+    saved = torch.load(io.BytesIO(files[file]), weights_only=True)
+    state = _weights(saved)
     state.clear()
     state.update(tensors)
-    return {**files, file: fuzzed_models.zip_of(found, place)}
+    return {**files, file: fuzzed_models.zip_of(saved, place)}
 
 
 def matrix(tensors: Mapping[str, Tensor]) -> str:
-    """The name of one that is no table of rows, nor tied, nor packed."""
+    """Return the name of a matrix that is no embedding, not tied and not packed."""
     ends = ("o_proj.weight", "down_proj.weight", "o_proj.qweight", "wo.weight", "c_proj.weight")
     ends += ("c_proj/w", "attention/output/dense/kernel", "attention.output.dense.weight")
     ends += ("att.out_proj.weight", "attn_output.weight")
@@ -343,11 +345,9 @@ LAYER = re.compile(r"((?:layers?[._]|/h|h\.|blk\.|blocks\.))0(?=[./])")
 
 
 @pytest.mark.parametrize(("kind", "name"), TENSORS)
-def test_tensors_that_are_not_as_they_should_be(
-    victims: Victims, tmp_path: Path, kind: str, name: str
-) -> None:
+def test_wrong_tensors_are_refused(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
     files, read = sample(victims, kind, name)
-    file, tensors = held(files, tmp_path / "held")
+    file, tensors = stored_tensors(files, tmp_path / "held")
     one = matrix(tensors)
     x = tensors[one]
     rest = {n: t for n, t in tensors.items() if n != one}
@@ -374,23 +374,23 @@ def test_tensors_that_are_not_as_they_should_be(
             continue  # which the format does not have
         with pytest.raises(ZooError) as error:
             read(written(holding(files, changed, place / "made"), place / "files"))
-        told = str(error.value)
-        assert str(place / "files") in told, (case, told)
+        message = str(error.value)
+        assert str(place / "files") in message, (case, message)
         if case not in ("none", "of a wrapper's", "from one on"):
             named = {one, last[0], *changed.keys() - tensors.keys()}
-            assert any(word in told for word in named), (case, told)
+            assert any(word in message for word in named), (case, message)
         if "torch." in case:
-            assert isinstance(error.value, DtypeMismatch), (case, told)
+            assert isinstance(error.value, DtypeMismatch), (case, message)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("kind", "name"), TENSORS)
-def test_numbers_that_are_none(
+def test_convert_refuses_nan_and_infinity(
     victims: Victims, tmp_path: Path, kind: str, name: str, value: float
 ) -> None:
-    """A conversion looks at each, however it is held."""
+    """A conversion checks every number in every storage format."""
     files, _ = sample(victims, kind, name)
-    _, tensors = held(files, tmp_path / "held")
+    _, tensors = stored_tensors(files, tmp_path / "held")
     one = next(n for n in (matrix(tensors).replace("qweight", "scales"),) if n in tensors)
     if tensors[one].dtype == torch.float8_e4m3fn:
         one = next(n for n in tensors if n.startswith(f"{one}_scale"))
@@ -398,9 +398,9 @@ def test_numbers_that_are_none(
     tensors[one].view(-1)[-1] = value
     (tmp_path / "made").mkdir()
     place = written(holding(files, tensors, tmp_path / "made"), tmp_path / "files")
-    told = next(s.options for s in victims(kind).samples if s.name == name)
+    options = next(s.options for s in victims(kind).samples if s.name == name)
     with pytest.raises(NonFinite, match=r"blocks\.0\.\S+"):
-        zoo.convert(place, tmp_path / "out", to="native", config=told)
+        zoo.convert(place, tmp_path / "out", to="native", config=options)
     assert not (tmp_path / "out").exists()
 
 
@@ -413,9 +413,11 @@ PREFIXED = {  # what names may begin with
 
 
 @pytest.mark.parametrize(("kind", "name"), PREFIXED)
-def test_one_name_in_two_forms(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_tensor_under_two_names_is_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     files, read = sample(victims, kind, name)
-    _, tensors = held(files, tmp_path / "held")
+    _, tensors = stored_tensors(files, tmp_path / "held")
     (tmp_path / "made").mkdir()
     first = next(n for n in tensors if n.startswith(PREFIXED[kind, name]))
     bare = first.removeprefix(PREFIXED[kind, name])
@@ -433,9 +435,11 @@ TIED = {  # a second name of a table's, where files may have both
 
 
 @pytest.mark.parametrize(("kind", "name"), TIED)
-def test_ties_that_are_none(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
+def test_tied_weights_that_differ_are_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
     files, read = sample(victims, kind, name)
-    _, tensors = held(files, tmp_path / "held")
+    _, tensors = stored_tensors(files, tmp_path / "held")
     first, second = TIED[kind, name]
     (tmp_path / "made").mkdir()
     tensors[second] = tensors[first].clone()
@@ -469,16 +473,18 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "name"), ZIPS)
-def test_zips_and_pickles(victims: Victims, tmp_path: Path, kind: str, name: str) -> None:
-    """Nothing is run, nothing is unpacked, and no sum is passed over."""
+def test_hostile_zips_and_pickles_are_refused(
+    victims: Victims, tmp_path: Path, kind: str, name: str
+) -> None:
+    """No code is run, no bomb is unpacked, and every checksum is verified."""
     files, read = sample(victims, kind, name)
     file = next(n for n in files if not n.endswith(".json"))
     entries = damage.records(files[file])
     at = next(n for n, (entry, _) in enumerate(entries) if entry.endswith("data.pkl"))
     weights = max((entry for entry in entries if "/data/" in entry[0]), key=lambda e: len(e[1]))
 
-    def fails(case: str, data: bytes, kinds: Any, told: str) -> None:
-        with pytest.raises(kinds, match=told) as error:
+    def fails(case: str, data: bytes, kinds: Any, message: str) -> None:
+        with pytest.raises(kinds, match=message) as error:
             read(written({**files, file: data}, tmp_path / case.replace(" ", "-")))
         assert file in str(error.value), case
 
@@ -502,7 +508,7 @@ def test_zips_and_pickles(victims: Victims, tmp_path: Path, kind: str, name: str
     fails("beyond the file", bytes(beyond), CorruptCheckpoint, "disagree|overlaps|whole zip")
 
 
-def test_a_flipped_bit_of_a_bundle(victims: Victims, tmp_path: Path) -> None:
+def test_flipped_bit_of_a_bundle_is_refused(victims: Victims, tmp_path: Path) -> None:
     for name in MODELS["tf-models"]:
         files, read = sample(victims, "tf-models", name)
         (file,) = (n for n in files if ".data-" in n)
@@ -516,7 +522,7 @@ def test_a_flipped_bit_of_a_bundle(victims: Victims, tmp_path: Path) -> None:
     ("kind", "name"),
     [(k, n) for k, n in EVERY if k in ("meta", "trainers", "llama2c", "gguf-models", "tf-models")],
 )
-def test_two_checkpoints_in_one_directory(
+def test_two_checkpoints_in_one_directory_are_refused(
     victims: Victims, tmp_path: Path, kind: str, name: str
 ) -> None:
     files, read = sample(victims, kind, name)

@@ -25,9 +25,9 @@ IDS = torch.tensor([[1, 5, 9, 4]])
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("hf")
-    said = {"gpt2": {"act": "gelu", "eps": 1e-5}}  # as nanoGPT is
+    fields = {"gpt2": {"act": "gelu", "eps": 1e-5}}  # as nanoGPT is
     names = ("gpt2", "bert", "llama")
-    return {n: zoo.save(tiny.build(n, **said.get(n, {})), place / n) for n in names}
+    return {n: zoo.save(tiny.build(n, **fields.get(n, {})), place / n) for n in names}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,20 @@ assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict
 """
 
 
-def test_a_checkpoint_of_torch_may_be_overwritten_by_its_own_model(trainers: Path) -> None:
+@pytest.mark.parametrize("dialect", ["hf", "gguf", "nanogpt"])
+@pytest.mark.parametrize("mmap", [None, True, False])
+def test_mapped_and_read_weights_give_equal_outputs(
+    hf: Any, tmp_path: Path, dialect: str, mmap: bool | None
+) -> None:
+    model = zoo.load(hf["llama" if dialect == "gguf" else "gpt2"])
+    zoo.save(model, tmp_path / "m", to=dialect)
+    loaded = zoo.load(tmp_path / "m", mmap=mmap)
+    assert torch.equal(loaded(IDS), model(IDS))
+    maps = Path("/proc/self/maps").read_text()
+    assert (str(tmp_path) in maps) is (mmap is True or (mmap is None and dialect != "nanogpt"))
+
+
+def test_torch_checkpoint_may_be_overwritten_by_its_model(trainers: Path) -> None:
     done = run(OVERWRITTEN, trainers)
     assert done.returncode == 0, done.stderr
 
@@ -92,7 +105,7 @@ except zoo.errors.SourceChanged as error:
 
 
 @pytest.mark.parametrize(("how", "code"), [("map", 3), ("read", 0)])
-def test_generation_from_a_map_that_was_cut_is_refused(
+def test_generation_from_a_truncated_mapped_file_is_refused(
     directory: Path, how: str, code: int
 ) -> None:
     done = run(GENERATING, directory, directory / "model.safetensors", how)
@@ -111,9 +124,7 @@ def uses(model: Any, place: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("use", uses(None, Path()))
-def test_a_mapped_file_that_was_written_to_is_refused(
-    directory: Path, tmp_path: Path, use: str
-) -> None:
+def test_modified_mapped_file_is_refused(directory: Path, tmp_path: Path, use: str) -> None:
     model = zoo.load(directory)
     path = directory / "model.safetensors"
     os.utime(path, ns=(0, 0))
@@ -121,7 +132,7 @@ def test_a_mapped_file_that_was_written_to_is_refused(
         uses(model, tmp_path)[use]()
 
 
-def test_a_mapped_file_that_was_replaced_is_refused(directory: Path) -> None:
+def test_replaced_mapped_file_is_refused(directory: Path) -> None:
     model = zoo.load(directory)
     path = directory / "model.safetensors"
     (directory / "other").write_bytes(path.read_bytes())
@@ -130,7 +141,7 @@ def test_a_mapped_file_that_was_replaced_is_refused(directory: Path) -> None:
         model.generate(IDS, max_new_tokens=1)
 
 
-def test_a_mapped_file_that_cannot_be_looked_at_is_refused(
+def test_inaccessible_mapped_file_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = zoo.load(directory)
@@ -147,7 +158,7 @@ def test_a_mapped_file_that_cannot_be_looked_at_is_refused(
 
 
 @pytest.mark.parametrize("options", [{"mmap": False}, {"dtype": "float64"}, {"prepare": True}])
-def test_weights_that_are_no_views_go_on_when_their_file_changes(
+def test_copied_weights_stay_usable_when_their_file_changes(
     directory: Path, options: dict[str, Any]
 ) -> None:
     model = zoo.load(directory, **options)
@@ -157,7 +168,7 @@ def test_weights_that_are_no_views_go_on_when_their_file_changes(
     model.generate(IDS, max_new_tokens=1)
 
 
-def test_hashes_of_a_file_that_changed_are_refused_though_weights_were_read(
+def test_hashing_a_changed_file_is_refused(
     directory: Path,
 ) -> None:
     model = zoo.load(directory, mmap=False)
@@ -166,7 +177,7 @@ def test_hashes_of_a_file_that_changed_are_refused_though_weights_were_read(
         _ = model.provenance.hashes
 
 
-def test_a_model_saved_where_it_was_loaded_goes_on(directory: Path) -> None:
+def test_model_saved_over_its_source_stays_usable(directory: Path) -> None:
     model = zoo.load(directory)
     hashes = dict(model.provenance.hashes)
     for _ in range(2):  # train, save, train, save
@@ -178,7 +189,7 @@ def test_a_model_saved_where_it_was_loaded_goes_on(directory: Path) -> None:
         assert torch.equal(zoo.load(directory)(IDS), model(IDS))
 
 
-def test_a_model_whose_directory_is_gone_can_be_saved(directory: Path, tmp_path: Path) -> None:
+def test_model_can_be_saved_after_its_directory_is_deleted(directory: Path, tmp_path: Path) -> None:
     model = zoo.load(directory)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     shutil.rmtree(directory)
@@ -188,23 +199,10 @@ def test_a_model_whose_directory_is_gone_can_be_saved(directory: Path, tmp_path:
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
-@pytest.mark.parametrize("dialect", ["hf", "gguf", "nanogpt"])
-@pytest.mark.parametrize("mmap", [None, True, False])
-def test_every_way_of_reading_gives_the_same(
-    hf: Any, tmp_path: Path, dialect: str, mmap: bool | None
-) -> None:
-    model = zoo.load(hf["llama" if dialect == "gguf" else "gpt2"])
-    zoo.save(model, tmp_path / "m", to=dialect)
-    found = zoo.load(tmp_path / "m", mmap=mmap)
-    assert torch.equal(found(IDS), model(IDS))
-    maps = Path("/proc/self/maps").read_text()
-    assert (str(tmp_path) in maps) is (mmap is True or (mmap is None and dialect != "nanogpt"))
-
-
 # --- what is the process's -----------------------------------------------------------------------
 
 
-def test_random_weights_in_threads_leave_the_default_dtype(hf: Any) -> None:
+def test_random_weights_in_threads_restore_the_default_dtype(hf: Any) -> None:
     seen: set[torch.dtype] = set()
     over = threading.Event()
 
@@ -230,7 +228,7 @@ def test_random_weights_in_threads_leave_the_default_dtype(hf: Any) -> None:
     assert seen == {torch.float32}
 
 
-def test_conversions_that_overlap_leave_the_number_of_threads() -> None:
+def test_concurrent_conversions_restore_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -247,18 +245,18 @@ def test_conversions_that_overlap_leave_the_number_of_threads() -> None:
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
-def test_random_weights_are_those_of_a_default_dtype(
+def test_random_weights_equal_those_of_the_default_dtype(
     hf: Any, family: str, kind: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    found = zoo.load(hf[family], weights="random", dtype=kind)
+    loaded = zoo.load(hf[family], weights="random", dtype=kind)
     torch.set_default_dtype(kind)
     try:
         torch.manual_seed(3)
         wanted = zoo.load(hf[family], weights="random")
     finally:
         torch.set_default_dtype(torch.float32)
-    for mine, theirs in zip(found.parameters(), wanted.parameters(), strict=True):
+    for mine, theirs in zip(loaded.parameters(), wanted.parameters(), strict=True):
         assert mine.dtype == theirs.dtype == kind
         assert torch.equal(mine, theirs)
 
@@ -284,9 +282,7 @@ except zoo.errors.SourceChanged as error:
 """
 
 
-def test_a_conversion_whose_source_was_cut_goes_on_when_it_is_back(
-    directory: Path, tmp_path: Path
-) -> None:
+def test_conversion_resumes_after_its_source_is_restored(directory: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / "kept"
     done = run(CUT, directory, out, kept)
     assert done.returncode == 3, done.stderr
@@ -295,13 +291,11 @@ def test_a_conversion_whose_source_was_cut_goes_on_when_it_is_back(
     events: list[dict[str, Any]] = []
     zoo.convert(directory, out, to="native", tell=events.append)
     assert events[-1]["resumed"] > 0
-    assert not [event for event in events if event["event"] == "anew"]
+    assert not [event for event in events if event["event"] == "restart"]
     assert_as_fresh(directory, out, tmp_path)
 
 
-def test_what_was_written_from_other_bytes_is_written_again(
-    directory: Path, tmp_path: Path
-) -> None:
+def test_output_of_a_changed_source_is_written_again(directory: Path, tmp_path: Path) -> None:
     """The same names and shapes in the place of the source that was cut."""
     out = tmp_path / "out"
     assert run(CUT, directory, out, tmp_path / "kept").returncode == 3
@@ -358,7 +352,7 @@ for n, (to, dtype) in enumerate([("native", d) for d in (None, "float64", "bfloa
 """
 
 
-def test_a_conversion_takes_ten_megabytes_of_its_own(large: Path, tmp_path: Path) -> None:
+def test_conversion_needs_ten_megabytes_of_memory(large: Path, tmp_path: Path) -> None:
     assert (large / "model.safetensors").stat().st_size > 100e6
     done = run(MEASURED, large, large, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -387,7 +381,7 @@ def test_out_of_memory_while_loading_is_named(hf: Any, large: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [["generate", "--no-mmap"], ["convert", "--memory", "400M"]])
-def test_out_of_memory_in_the_shell_is_one_line(
+def test_out_of_memory_in_the_shell_prints_one_line(
     hf: Any, large: Path, tmp_path: Path, options: list[str]
 ) -> None:
     more = ["a"] if options[0] == "generate" else ["--out", tmp_path / "out", "--quiet"]

@@ -114,7 +114,7 @@ def test_nan_is_traced_to_its_file_by_the_options_of_loading(
 
 @pytest.mark.parametrize("prepare", [False, True])
 @pytest.mark.parametrize("change", ["written to", "gone"])
-def test_the_cause_is_left_open_where_files_cannot_be_opened_again(
+def test_cause_is_open_if_the_files_cannot_be_read_again(
     tmp_path: Path, prepare: bool, change: str
 ) -> None:
     place = broken(tmp_path / "x")
@@ -135,8 +135,10 @@ ATTENTION = "transformer.h.0.attn.c_attn.weight"  # q of the first head lies fir
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("prepare", [False, True])
-def test_what_attention_hides_is_refused(prepare: bool, value: float, tmp_path: Path) -> None:
-    """torch's fused attention makes zeros of a row of NaN: logits are finite, and wrong."""
+def test_nan_hidden_by_fused_attention_is_refused(
+    prepare: bool, value: float, tmp_path: Path
+) -> None:
+    """torch's fused attention replaces a row of NaN by zeros: finite but wrong logits."""
     place = broken(tmp_path / "x", ATTENTION, (1, 0), value)
     says = rf"model\.safetensors: {ATTENTION}\[1, 0\] is (nan|inf)"
     for name in ("greedy", "beams", "text", "perplexity", "embed"):
@@ -146,8 +148,8 @@ def test_what_attention_hides_is_refused(prepare: bool, value: float, tmp_path: 
         assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_row_is_named(tmp_path: Path) -> None:
-    """An embedding that is not finite spoils the rows that hold its token alone."""
+def test_error_names_the_row(tmp_path: Path) -> None:
+    """A non-finite embedding affects only the rows with its token."""
     model = hot(build("gpt2", vocab=len(LETTERS), layers=1, tied=False))
     with torch.no_grad():
         model.embed.weight[9, 0] = float("inf")
@@ -179,7 +181,7 @@ def test_overflow_of_activations_names_dtype_and_module() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_gaps_are_not_filled_by_nan(tmp_path: Path) -> None:
+def test_fill_refuses_nan(tmp_path: Path) -> None:
     model = hot(build("bert", vocab=40))
     with torch.no_grad():
         model.blocks[0].mlp.up.weight[1, 2] = float("nan")
@@ -191,7 +193,7 @@ def test_gaps_are_not_filled_by_nan(tmp_path: Path) -> None:
         zoo.fill(tmp_path / "x", "a [MASK] b")
 
 
-def test_shell_commands_name_it_too(
+def test_shell_commands_name_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], nan: Path
 ) -> None:
     from zoo.cli.app import main
@@ -202,8 +204,8 @@ def test_shell_commands_name_it_too(
         assert FC in capsys.readouterr().err
 
 
-def test_the_hook_on_the_head_goes_when_forward_raises() -> None:
-    """Else every later forward would give the last token's logits alone."""
+def test_hook_on_the_head_is_removed_if_forward_raises() -> None:
+    """With the hook, every later forward would return only the last token's logits."""
     model = build("gpt2", vocab=50).eval()
 
     def fail(*_: Any) -> None:
@@ -220,7 +222,7 @@ def test_the_hook_on_the_head_goes_when_forward_raises() -> None:
 # --- at loading ----------------------------------------------------------------------------------
 
 
-def test_check_finite_looks_at_all_weights_while_loading(nan: Path) -> None:
+def test_check_finite_checks_all_weights_while_loading(nan: Path) -> None:
     with pytest.raises(NonFinite, match=NAMED):
         zoo.load(nan, check="finite")
     with pytest.raises(NonFinite, match=NAMED):
@@ -228,14 +230,14 @@ def test_check_finite_looks_at_all_weights_while_loading(nan: Path) -> None:
     assert zoo.load(nan).config.vocab == len(LETTERS)
 
 
-def test_verify_looks_too(nan: Path, tmp_path: Path) -> None:
+def test_verify_reports_nan(nan: Path, tmp_path: Path) -> None:
     zoo.convert(nan, tmp_path / "n", to="native", allow_nonfinite=True)
     zoo.load(tmp_path / "n")
     with pytest.raises(NonFinite, match=r"blocks\.1\.mlp\.up\.weight\[5, 2\] is nan"):
         zoo.load(tmp_path / "n", verify=True)
 
 
-def test_check_has_known_values(nan: Path) -> None:
+def test_invalid_value_of_check_is_refused(nan: Path) -> None:
     with pytest.raises(UsageError, match=r"check='finit'.*Did you mean finite"):
         zoo.load(nan, check="finit")  # type: ignore[arg-type]
 
@@ -295,7 +297,7 @@ def changed(llama: Made, place: Path, **config: Any) -> Path:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_settings_beyond_any_number_are_refused(
+def test_non_finite_settings_are_refused(
     llama: Made, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     place = changed(llama, tmp_path / "a", **config)
@@ -310,7 +312,7 @@ def test_settings_beyond_any_number_are_refused(
 
 
 @pytest.mark.parametrize("options", [{"alpha": 10**400}, {"alpha": float("nan")}, {"r": 10**400}])
-def test_options_of_a_new_adapter_beyond_any_number(options: dict[str, Any]) -> None:
+def test_non_finite_adapter_options_are_refused(options: dict[str, Any]) -> None:
     model = build("llama")
     with pytest.raises(UsageError, match=r"lora_alpha|r: "):
         model.add_adapter(("q_proj",), **options)
@@ -335,7 +337,7 @@ def test_a_merge_that_overflows_changes_nothing(llama: Made, tmp_path: Path) -> 
         zoo.convert(llama.base, tmp_path / "out", to="hf", adapter=place, dtype="float16")
 
 
-def test_nan_among_an_adapters_own_weights(llama: Made, tmp_path: Path) -> None:
+def test_nan_in_adapter_weights_is_refused(llama: Made, tmp_path: Path) -> None:
     place = changed(llama, tmp_path / "a")
     path = place / "adapter_model.safetensors"
     for name, at in (
@@ -353,7 +355,7 @@ def test_nan_among_an_adapters_own_weights(llama: Made, tmp_path: Path) -> None:
             zoo.load(llama.base, adapter=place)
 
 
-def test_factors_that_training_spoiled_are_named(llama: Made) -> None:
+def test_non_finite_factors_after_training_are_named(llama: Made) -> None:
     model = zoo.load(llama.base, adapter=llama.adapter)
     piece = next(iter(model.adapter.pieces.values()))[0]
     with torch.no_grad():

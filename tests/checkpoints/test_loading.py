@@ -1,4 +1,4 @@
-"""What `zoo.load`, `zoo.save` and `zoo.convert` promise beside the right numbers."""
+"""Provenance, dtypes, heads, shards and errors of `zoo.load`, `zoo.save` and `zoo.convert`."""
 
 import gc
 import json
@@ -52,21 +52,22 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def test_provenance_says_where_each_tensor_comes_from(published: Path, no_sockets: None) -> None:
+def test_provenance_names_the_rule_of_each_tensor(published: Path, no_sockets: None) -> None:
     model = zoo.load(published)
-    found = model.provenance
-    assert found.directory == published
+    provenance = model.provenance
+    assert provenance.directory == published
     assert (
-        set(found.hashes) == {"model.safetensors"} and len(found.hashes["model.safetensors"]) == 64
+        set(provenance.hashes) == {"model.safetensors"}
+        and len(provenance.hashes["model.safetensors"]) == 64
     )
     owners = {name for name, _ in model.named_parameters()}
-    assert set(found.rules) == owners
-    assert all(": " in rule for rule in found.rules.values())
+    assert set(provenance.rules) == owners
+    assert all(": " in rule for rule in provenance.rules.values())
     with pytest.raises(AttributeError):
         model.config.layers = 3
 
 
-def test_each_class_loads_its_own(published: Path) -> None:
+def test_each_class_loads_its_own_head(published: Path) -> None:
     model = zoo.load(published)
     again = type(model).from_pretrained(published)
     assert type(again) is type(model) and not again.training
@@ -76,12 +77,12 @@ def test_each_class_loads_its_own(published: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_dtype_is_that_asked_for(published: Path, dtype: str) -> None:
+def test_dtype_is_the_requested_one(published: Path, dtype: str) -> None:
     model = zoo.load(published, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_an_overflow_in_a_cast_names_tensor_and_place(published: Path) -> None:
+def test_overflow_in_a_cast_names_the_tensor(published: Path) -> None:
     weights = load_file(published / "model.safetensors")
     name = next(n for n, w in weights.items() if w.ndim == 2)
     weights[name][1, 2] = 1e6
@@ -91,7 +92,7 @@ def test_an_overflow_in_a_cast_names_tensor_and_place(published: Path) -> None:
     assert zoo.load(published, dtype="bfloat16") is not None
 
 
-def test_loading_leaves_the_collector_as_it_was(published: Path, tmp_path: Path) -> None:
+def test_loading_restores_the_garbage_collector(published: Path, tmp_path: Path) -> None:
     for before in (True, False):
         (gc.enable if before else gc.disable)()
         try:
@@ -103,8 +104,8 @@ def test_loading_leaves_the_collector_as_it_was(published: Path, tmp_path: Path)
             gc.enable()
 
 
-def test_weights_are_the_mapped_file(tmp_path: Path) -> None:
-    """No copy: a fresh process that loads 40 MB has them in no memory of its own."""
+def test_weights_are_memory_mapped(tmp_path: Path) -> None:
+    """A new process that loads 40 MB allocates no memory for them."""
     big = zoo.save(build("llama", dim=528, head_dim=88, hidden=2048, layers=4), tmp_path / "big")
     small = zoo.save(build("llama"), tmp_path / "small")
     script = f"""
@@ -125,7 +126,7 @@ print(size, own() - before)
     assert size > 40 and own < 4
 
 
-def test_what_is_loaded_can_be_trained_and_the_file_stays(published: Path) -> None:
+def test_training_does_not_change_the_file(published: Path) -> None:
     before = (published / "model.safetensors").read_bytes()
     model = zoo.load(published).train()
     with torch.no_grad():
@@ -134,7 +135,7 @@ def test_what_is_loaded_can_be_trained_and_the_file_stays(published: Path) -> No
     assert (published / "model.safetensors").read_bytes() == before
 
 
-def test_a_head_can_be_left_out_and_none_is_invented(published: Path) -> None:
+def test_head_can_be_omitted_but_not_invented(published: Path) -> None:
     model = zoo.load(published)
     bare = zoo.load(published, head="none")
     assert run(bare, IDS)[0].shape == (*IDS.shape, model.config.dim)
@@ -145,23 +146,23 @@ def test_a_head_can_be_left_out_and_none_is_invented(published: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"pruned_head": 1}, ConfigError, "pruned_head: unknown field"),
         ({"architectures": ["NoSuchModel"]}, UnsupportedArchitecture, "NoSuchModel"),
         ({"model_type": "mamba"}, UnsupportedArchitecture, "mamba.*bert, .*llama"),
     ],
 )
-def test_a_config_that_cannot_be_read(
-    published: Path, changes: dict[str, Any], error: type[Exception], said: str
+def test_wrong_config_is_refused(
+    published: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     edit(published / "config.json", **changes)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         zoo.load(published)
 
 
-def test_the_tensors_tell_the_head_where_no_class_is_named(published: Path) -> None:
-    """deberta-v3-base and Bio_ClinicalBERT say no `architectures`."""
+def test_head_follows_from_the_tensors_without_a_class(published: Path) -> None:
+    """deberta-v3-base and Bio_ClinicalBERT have no `architectures` field."""
     named = zoo.load(published)
     edit(published / "config.json", architectures=...)
     model = zoo.load(published)
@@ -170,15 +171,13 @@ def test_the_tensors_tell_the_head_where_no_class_is_named(published: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
-def test_the_tensors_tell_a_classifier_whose_config_names_no_class(
-    name: str, tmp_path: Path
-) -> None:
+def test_classifier_follows_from_the_tensors_without_a_class(name: str, tmp_path: Path) -> None:
     place = zoo.save(build(name, head="sequence_classification"), tmp_path / "x")
     edit(place / "config.json", architectures=...)
     assert zoo.load(place).config.head == "sequence_classification"
 
 
-def test_an_unknown_field_passes_when_told(published: Path) -> None:
+def test_unknown_field_loads_with_ignore_config(published: Path) -> None:
     edit(published / "config.json", pruned_head=1)
     assert zoo.load(published, ignore_config=["pruned_head"]) is not None
 
@@ -188,7 +187,7 @@ def test_an_unknown_field_passes_when_told(published: Path) -> None:
     [("gpt2", "n_layer"), ("bert", "num_hidden_layers"), ("llama", "num_hidden_layers")],
 )
 @pytest.mark.parametrize("declared", [1, 4])
-def test_layers_that_disagree_with_the_config(
+def test_number_of_layers_must_match_the_config(
     tmp_path: Path, name: str, field: str, declared: int
 ) -> None:
     directory = zoo.save(build(name), tmp_path / "x")
@@ -197,7 +196,7 @@ def test_layers_that_disagree_with_the_config(
         zoo.load(directory)
 
 
-def test_a_tie_that_is_none_on_disk(tmp_path: Path) -> None:
+def test_tied_config_with_untied_weights_is_refused(tmp_path: Path) -> None:
     directory = zoo.save(build("gpt2"), tmp_path / "x")
     weights = load_file(directory / "model.safetensors")
     embed = next(w for n, w in weights.items() if n.endswith("wte.weight"))
@@ -212,7 +211,7 @@ def test_a_tie_that_is_none_on_disk(tmp_path: Path) -> None:
 # --- random weights ------------------------------------------------------------------------------
 
 
-def test_random_weights_of_a_name_need_no_file(no_sockets: None) -> None:
+def test_random_weights_of_a_registry_name_need_no_file(no_sockets: None) -> None:
     def draw() -> Model:
         torch.manual_seed(3)
         changes = {"layers": 1, "hidden": 64}
@@ -253,7 +252,7 @@ def test_native_and_back_is_byte_for_byte(published: Path, tmp_path: Path) -> No
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_a_dry_run_shows_the_way_that_is_asked_for(published: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_the_requested_conversion(published: Path, tmp_path: Path) -> None:
     native = zoo.convert(published, tmp_path / "native", to="native")
     there, written = (text.splitlines() for text in dry_run(published).split("\n\n"))
     back = dry_run(native, to="hf").partition("\n\n")[0].splitlines()
@@ -270,7 +269,7 @@ def test_a_dry_run_shows_the_way_that_is_asked_for(published: Path, tmp_path: Pa
     assert "blocks.0.attn.q.weight" in dry_run(native)
 
 
-def test_a_bin_comes_back_as_safetensors_that_the_reference_takes(
+def test_bin_is_saved_as_safetensors_that_the_reference_loads(
     published: Path, tmp_path: Path
 ) -> None:
     weights = load_file(published / "model.safetensors")
@@ -282,7 +281,7 @@ def test_a_bin_comes_back_as_safetensors_that_the_reference_takes(
         assert set(file.keys()) == set(weights)
 
 
-def test_shards_are_those_of_the_source_or_those_asked_for(published: Path, tmp_path: Path) -> None:
+def test_shards_follow_the_source_or_the_requested_size(published: Path, tmp_path: Path) -> None:
     split = zoo.save(zoo.load(published), tmp_path / "split", max_shard_size=20_000)
     index = json.loads((split / "model.safetensors.index.json").read_text())
     files = {path.name for path in split.glob("model-*.safetensors")}
@@ -292,7 +291,7 @@ def test_shards_are_those_of_the_source_or_those_asked_for(published: Path, tmp_
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_what_was_changed_is_what_is_written(published: Path, tmp_path: Path) -> None:
+def test_changed_weights_are_saved(published: Path, tmp_path: Path) -> None:
     model = zoo.load(published)
     with torch.no_grad():
         model.embed.weight.mul_(2)
@@ -304,9 +303,7 @@ def test_what_was_changed_is_what_is_written(published: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("through", ("hf", "native"))
-def test_a_config_that_was_changed_in_loading_is_written(
-    published: Path, tmp_path: Path, through: str
-) -> None:
+def test_config_changed_in_loading_is_saved(published: Path, tmp_path: Path, through: str) -> None:
     model = zoo.load(published, config={"init_std": 0.25})
     assert zoo.load(published).config.init_std != 0.25
     saved = zoo.save(model, tmp_path / "saved", to=through)
@@ -314,7 +311,7 @@ def test_a_config_that_was_changed_in_loading_is_written(
     assert again.config == zoo.load(saved).config == model.config
 
 
-def test_what_is_saved_can_be_verified_and_is_finite(published: Path, tmp_path: Path) -> None:
+def test_saved_checkpoint_can_be_verified_and_is_finite(published: Path, tmp_path: Path) -> None:
     model = zoo.load(published)
     assert not list(manifest.check(zoo.save(model, tmp_path / "saved")))
     zoo.load(tmp_path / "saved", verify=True)
@@ -327,7 +324,7 @@ def test_what_is_saved_can_be_verified_and_is_finite(published: Path, tmp_path: 
     zoo.save(model, tmp_path / "odd", allow_nonfinite=True)
 
 
-def test_nothing_is_overwritten_unasked(published: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_force(published: Path, tmp_path: Path) -> None:
     place = tmp_path / "taken"
     place.mkdir()
     (place / "precious").write_text("x")
@@ -341,7 +338,7 @@ def test_nothing_is_overwritten_unasked(published: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/tmp/evil.safetensors", "a\\b", ""])
-def test_a_native_file_that_points_elsewhere_is_refused(
+def test_native_file_that_points_elsewhere_is_refused(
     published: Path, tmp_path: Path, name: str
 ) -> None:
     native = zoo.convert(published, tmp_path / "native", to="native")
@@ -366,7 +363,7 @@ def test_native_config_with_former_field_names_is_read(published: Path, tmp_path
     assert zoo.load(native).config.to_dict() == now
 
 
-def test_native_config_with_a_field_that_another_model_has_is_refused(tmp_path: Path) -> None:
+def test_native_config_with_a_field_of_another_model_is_refused(tmp_path: Path) -> None:
     native = zoo.save(build("gpt2"), tmp_path / "native", to="native")
     record = json.loads((native / "zoo.json").read_text())
     edit(native / "zoo.json", config={**record["config"], "twice": True})
@@ -374,7 +371,7 @@ def test_native_config_with_a_field_that_another_model_has_is_refused(tmp_path: 
         zoo.load(native)
 
 
-def test_a_native_checkpoint_is_as_complete_as_any(published: Path, tmp_path: Path) -> None:
+def test_incomplete_native_checkpoint_is_refused(published: Path, tmp_path: Path) -> None:
     native = zoo.convert(published, tmp_path / "native", to="native")
     weights = load_file(native / "model.safetensors")
     name = next(name for name in weights if name.endswith("norm.weight"))

@@ -46,8 +46,20 @@ def lacks(located: Located, checkpoint: Checkpoint) -> bool:
     return False
 
 
+def test_base_model_is_saved_with_a_whole_pooler_or_none(made: Callable[..., Path]) -> None:
+    entry = registry.architectures()["bert"]
+    variant = next(v for v, data in entry.variants.items() if data["class"] == "BertModel")
+    located = locate(made("bert", variant))
+    checkpoint = located.checkpoint()
+    pooler = [name for name in checkpoint.tensors if "pooler" in name]
+    model, _ = prove(located, without(checkpoint, *pooler), {})
+    assert len(pooler) == 2 and model.config.head == "none"
+    with pytest.raises(MissingTensors, match=r"1 tensor missing: pooler\.dense\.bias"):
+        prove(located, without(checkpoint, "pooler.dense.bias"), {})
+
+
 @pytest.mark.parametrize(("name", "variant"), list(cases()))
-def test_every_tensor_is_needed(made: Callable[..., Path], name: str, variant: str) -> None:
+def test_missing_tensor_is_refused(made: Callable[..., Path], name: str, variant: str) -> None:
     located = locate(made(name, variant))
     checkpoint = located.checkpoint()
     assert not lacks(located, checkpoint)
@@ -56,8 +68,10 @@ def test_every_tensor_is_needed(made: Callable[..., Path], name: str, variant: s
     assert optional == OPTIONAL.get((name, variant), set())
 
 
-def test_an_untied_head_is_never_the_embedding(made: Callable[..., Path], tmp_path: Path) -> None:
-    """T5 v1.1 and Flan as published; the installed reference saves another config."""
+def test_missing_untied_head_is_not_replaced_by_the_embedding(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The published config of T5 v1.1 and Flan, which the installed reference does not write."""
     directory = tmp_path / "published"
     shutil.copytree(made("t5", "gated-own-head"), directory)
     path = directory / "config.json"
@@ -71,15 +85,3 @@ def test_an_untied_head_is_never_the_embedding(made: Callable[..., Path], tmp_pa
         assert lacks(located, without(checkpoint, name)), name
     with pytest.raises(ConfigError, match="tie_word_embeddings: false, so the head"):
         locate(directory, head="shared_lm")
-
-
-def test_a_base_model_is_saved_with_a_whole_pooler_or_with_none(made: Callable[..., Path]) -> None:
-    entry = registry.architectures()["bert"]
-    variant = next(v for v, data in entry.variants.items() if data["class"] == "BertModel")
-    located = locate(made("bert", variant))
-    checkpoint = located.checkpoint()
-    pooler = [name for name in checkpoint.tensors if "pooler" in name]
-    model, _ = prove(located, without(checkpoint, *pooler), {})
-    assert len(pooler) == 2 and model.config.head == "none"
-    with pytest.raises(MissingTensors, match=r"1 tensor missing: pooler\.dense\.bias"):
-        prove(located, without(checkpoint, "pooler.dense.bias"), {})

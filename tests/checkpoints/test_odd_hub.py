@@ -88,16 +88,16 @@ def of(name: str, change: Callable[[str, Answer], Answer | None]) -> Any:
 
 def headers(**more: str) -> Callable[[str, Answer], Answer]:
     def change(method: str, answer: Answer) -> Answer:
-        status, given, content = answer
-        return status, {**given, **{k.replace("_", "-"): v for k, v in more.items()}}, content
+        status, headers, content = answer
+        return status, {**headers, **{k.replace("_", "-"): v for k, v in more.items()}}, content
 
     return change
 
 
 def files_of(place: Path) -> dict[str, bytes]:
     """Everything under a directory but locks."""
-    found = {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
-    return {name: data for name, data in found.items() if ".locks" not in name}
+    files = {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    return {name: data for name, data in files.items() if ".locks" not in name}
 
 
 def check_clean(hub: OddHub, cache: Path, root: Path) -> None:
@@ -112,11 +112,30 @@ def check_clean(hub: OddHub, cache: Path, root: Path) -> None:
     assert (source.directory / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_compressed_and_chunked_answers_are_decoded(hub: OddHub, cache: Path) -> None:
+    def change(request: BaseHTTPRequestHandler, answer: Answer) -> Answer | None:
+        status, _, content = answer
+        if request.command != "GET" or status != 200:
+            return answer
+        packed = gzip.compress(content)
+        request.send_response(200)
+        request.send_header("Content-Encoding", "gzip")
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        for piece in (packed[:5], packed[5:], b""):
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        return None
+
+    hub.change = change
+    source = resolve(cache)
+    assert {n: (source.directory / n).read_bytes() for n in SMALL} == SMALL
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize(
     "etag", ["../../../x", "", "a" * 39, "g" * 64, "A" * 60_000, "0" * 32 + "-5", "é", "..", "/x"]
 )
-def test_an_etag_that_is_no_digest_names_no_file(
+def test_etag_that_is_not_a_digest_is_refused(
     hub: OddHub, cache: Path, tmp_path: Path, etag: str, name: str
 ) -> None:
     hub.change = of(name, headers(ETag=f'"{etag}"'))
@@ -127,7 +146,7 @@ def test_an_etag_that_is_no_digest_names_no_file(
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.txt"])
 @pytest.mark.parametrize("commit", ["../../../x", "", "main", "1" * 39, "z" * 40, "1" * 64])
-def test_a_commit_that_is_no_digest_names_no_folder(
+def test_commit_that_is_not_a_digest_creates_no_folder(
     hub: OddHub, cache: Path, tmp_path: Path, commit: str, name: str
 ) -> None:
     hub.change = of(name, headers(X_Repo_Commit=commit))
@@ -139,12 +158,10 @@ def test_a_commit_that_is_no_digest_names_no_folder(
     check_clean(hub, cache, tmp_path)
 
 
-def test_a_download_that_does_not_match_its_digest_is_refused(
-    hub: OddHub, cache: Path, tmp_path: Path
-) -> None:
+def test_download_with_a_wrong_digest_is_refused(hub: OddHub, cache: Path, tmp_path: Path) -> None:
     def flipped(method: str, answer: Answer) -> Answer:
-        status, given, content = answer
-        return status, given, b"W" + content[1:]
+        status, headers, content = answer
+        return status, headers, b"W" + content[1:]
 
     hub.change = of("model.safetensors", flipped)
     with pytest.raises(ChecksumMismatch, match=r"model\.safetensors.*sha256.*expected"):
@@ -156,7 +173,7 @@ def git_digest(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def test_files_that_git_holds_are_named_by_its_sha1(hub: OddHub, cache: Path) -> None:
+def test_git_files_are_checked_by_sha1(hub: OddHub, cache: Path) -> None:
     digest = git_digest(CONFIG)
     hub.change = of("config.json", headers(ETag=f'"{digest}"'))
     source = resolve(cache)
@@ -202,21 +219,21 @@ def announced(size: str) -> Callable[[str, Answer], Answer]:
 
 def longer(method: str, answer: Answer) -> Answer:
     """More than was announced."""
-    status, given, content = answer
-    return status, given, content + (b"more" * 9 if method == "GET" else b"")
+    status, headers, content = answer
+    return status, headers, content + (b"more" * 9 if method == "GET" else b"")
 
 
 def shorter(method: str, answer: Answer) -> Answer:
-    status, given, content = answer
-    return status, given, content[:3] if method == "GET" else content
+    status, headers, content = answer
+    return status, headers, content[:3] if method == "GET" else content
 
 
 def not_gzip(method: str, answer: Answer) -> Answer:
-    status, given, content = answer
-    return status, {**given, "Content-Encoding": "gzip"}, content
+    status, headers, content = answer
+    return status, {**headers, "Content-Encoding": "gzip"}, content
 
 
-ODD: dict[str, Callable[[str, Answer], Answer]] = {
+ANSWERS: dict[str, Callable[[str, Answer], Answer]] = {
     "html": html,
     "a loop": loop,
     "elsewhere": elsewhere,
@@ -241,11 +258,11 @@ ODD: dict[str, Callable[[str, Answer], Answer]] = {
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.txt"])
-@pytest.mark.parametrize("how", ODD)
-def test_an_odd_answer_is_a_named_error(
+@pytest.mark.parametrize("how", ANSWERS)
+def test_malformed_answer_raises_a_named_error(
     hub: OddHub, cache: Path, tmp_path: Path, how: str, name: str
 ) -> None:
-    hub.change = of(name, ODD[how])
+    hub.change = of(name, ANSWERS[how])
     try:
         source = resolve(cache)
     except ZooError as error:
@@ -256,13 +273,15 @@ def test_an_odd_answer_is_a_named_error(
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "3", "99999"])
-def test_a_wrong_content_length(hub: OddHub, cache: Path, tmp_path: Path, length: str) -> None:
+def test_wrong_content_length_is_refused(
+    hub: OddHub, cache: Path, tmp_path: Path, length: str
+) -> None:
     def change(request: BaseHTTPRequestHandler, answer: Answer) -> Answer:
         request.close_connection = True
         if not request.path.endswith("model.safetensors"):
             return answer
-        status, given, content = answer
-        return status, {**given, "Content-Length": length}, content
+        status, headers, content = answer
+        return status, {**headers, "Content-Length": length}, content
 
     hub.change = change
     with pytest.raises(ZooError):
@@ -270,7 +289,7 @@ def test_a_wrong_content_length(hub: OddHub, cache: Path, tmp_path: Path, length
     check_clean(hub, cache, tmp_path)
 
 
-def test_a_connection_cut_in_the_middle_goes_on(
+def test_interrupted_download_resumes(
     hub: OddHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -301,25 +320,6 @@ def test_a_connection_cut_in_the_middle_goes_on(
     check_clean(hub, cache, tmp_path)
 
 
-def test_compressed_and_chunked_answers_are_decoded(hub: OddHub, cache: Path) -> None:
-    def change(request: BaseHTTPRequestHandler, answer: Answer) -> Answer | None:
-        status, _, content = answer
-        if request.command != "GET" or status != 200:
-            return answer
-        packed = gzip.compress(content)
-        request.send_response(200)
-        request.send_header("Content-Encoding", "gzip")
-        request.send_header("Transfer-Encoding", "chunked")
-        request.end_headers()
-        for piece in (packed[:5], packed[5:], b""):
-            request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-        return None
-
-    hub.change = change
-    source = resolve(cache)
-    assert {n: (source.directory / n).read_bytes() for n in SMALL} == SMALL
-
-
 @pytest.mark.parametrize(
     "listing",
     [
@@ -334,7 +334,7 @@ def test_compressed_and_chunked_answers_are_decoded(hub: OddHub, cache: Path) ->
         b"[" * 100_000,
     ],
 )
-def test_an_odd_listing_of_files_is_a_named_error(
+def test_malformed_file_listing_raises_a_named_error(
     hub: OddHub, cache: Path, tmp_path: Path, listing: bytes
 ) -> None:
     hub.add("o/n", {"README.md": b"", "x.gguf": b"GGUF"})
@@ -365,7 +365,7 @@ def shortened(cache: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("ref", ["hf:o/m", f"hf:o/m@{FIRST}"])
-def test_a_damaged_file_in_the_cache_is_fetched_again(
+def test_damaged_cache_file_is_downloaded_again(
     hub: OddHub, cache: Path, tmp_path: Path, name: str, ref: str
 ) -> None:
     resolve(cache)
@@ -377,9 +377,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_damaged_file_in_the_cache_is_named_where_nobody_can_be_asked(
-    hub: OddHub, cache: Path, name: str
-) -> None:
+def test_damaged_cache_file_is_reported_offline(hub: OddHub, cache: Path, name: str) -> None:
     resolve(cache)
     blob = shortened(cache, name)
     with pytest.raises(SourceError, match=rf"{blob} is damaged \(3 bytes.*: delete it"):
@@ -388,7 +386,7 @@ def test_a_damaged_file_in_the_cache_is_named_where_nobody_can_be_asked(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "x.gguf"])
-def test_a_large_damaged_file_in_the_cache_is_named_when_it_is_read(
+def test_large_damaged_cache_file_is_reported_on_reading(
     hub: OddHub, cache: Path, tmp_path: Path, made: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "_SMALL", 1 << 10)  # what is larger is not hashed at each load
@@ -413,7 +411,7 @@ def test_a_large_damaged_file_in_the_cache_is_named_when_it_is_read(
     assert zoo.load("hf:o/n", cache_dir=cache)
 
 
-def test_a_gated_file_is_not_a_damaged_one(hub: OddHub, cache: Path) -> None:
+def test_gated_file_is_not_reported_as_damaged(hub: OddHub, cache: Path) -> None:
     hub.gated.add("o/m")
     with pytest.raises(GatedRepo):
         resolve(cache)

@@ -82,7 +82,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Load]]:
     yield lambda place, **options: Load(place, monkeypatch, **options)
 
 
-def test_a_plain_directory(made: Callable[..., Path], load: Callable[..., Load]) -> None:
+def test_directory_is_read_once(made: Callable[..., Path], load: Callable[..., Load]) -> None:
     it = load(made("gpt2"))
     assert it.texts == {"config.json": 1}
     assert it.searches == ["architecture_for"]
@@ -90,7 +90,7 @@ def test_a_plain_directory(made: Callable[..., Path], load: Callable[..., Load])
     assert it.model.config is it.model.provenance.config
 
 
-def test_a_directory_with_an_index(
+def test_sharded_directory_is_read_once(
     tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]
 ) -> None:
     zoo.save(zoo.load(made("gpt2")), tmp_path / "shards", max_shard_size=4096)
@@ -104,14 +104,14 @@ def test_a_directory_with_an_index(
     assert (it.searches, it.configs) == (["architecture_for"], ["lm"])
 
 
-def test_changed_fields_build_one_config_more(
+def test_changed_fields_build_one_more_config(
     made: Callable[..., Path], load: Callable[..., Load]
 ) -> None:
     it = load(made("gpt2"), config={"eps": 1e-3})
     assert (it.texts, it.configs) == ({"config.json": 1}, ["lm", "lm"])
 
 
-def test_a_config_that_names_no_class(
+def test_config_without_a_class_is_read_once(
     tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]
 ) -> None:
     """The tensors tell: the files are opened for that, and not again."""
@@ -124,7 +124,7 @@ def test_a_config_that_names_no_class(
     assert sorted(it.configs) == sorted({*it.configs})
 
 
-def test_a_native_directory(
+def test_native_directory_is_read_once(
     tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]
 ) -> None:
     zoo.convert(made("gpt2"), tmp_path / "native", to="native")
@@ -133,14 +133,18 @@ def test_a_native_directory(
     assert (it.searches, it.configs) == ([], ["lm"])
 
 
-def test_a_gguf_file(tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]) -> None:
+def test_gguf_file_is_read_once(
+    tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]
+) -> None:
     zoo.convert(made("llama"), tmp_path / "gguf", to="gguf")
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     it = load(file)
     assert (it.searches, it.configs) == (["find"], ["lm"])
 
 
-def test_a_directory_of_sentence_embeddings(tmp_path: Path, load: Callable[..., Load]) -> None:
+def test_sentence_embedding_directory_is_read_once(
+    tmp_path: Path, load: Callable[..., Load]
+) -> None:
     it = load(checkpoint(tmp_path, "mean_tokens", dense=5))
     texts = {"config.json", "modules.json", "1_Pooling/config.json", "2_Dense/config.json"}
     assert it.texts == dict.fromkeys(texts, 1)
@@ -148,7 +152,9 @@ def test_a_directory_of_sentence_embeddings(tmp_path: Path, load: Callable[..., 
     assert sorted(it.configs) == sorted({*it.configs})  # one for each head that was tried
 
 
-def test_an_adapter(tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]) -> None:
+def test_adapter_is_read_once(
+    tmp_path: Path, made: Callable[..., Path], load: Callable[..., Load]
+) -> None:
     zoo.load(made("llama")).add_adapter(["q_proj"]).save_adapter(tmp_path / "adapter")
     it = load(made("llama"), adapter=tmp_path / "adapter")
     assert it.texts == {"config.json": 1}

@@ -39,7 +39,7 @@ def pooled(x: Tensor, way: str) -> Tensor:
 
 
 @pytest.mark.parametrize("ways", [*((way,) for way in WAYS), tuple(WAYS)], ids=str)
-def test_pooling(ways: tuple[str, ...], tmp_path: Path) -> None:
+def test_pooling_matches_the_reference(ways: tuple[str, ...], tmp_path: Path) -> None:
     root = checkpoint(tmp_path / "s", *ways, normal=False)
     model = zoo.load(root, dtype="float64")
     body = zoo.load(root, head="none", dtype="float64")
@@ -56,8 +56,8 @@ def test_pooling(ways: tuple[str, ...], tmp_path: Path) -> None:
     ("architecture", "variant"),
     [("bert", "bare"), ("roberta", "masked-lm"), ("t5", "encoder"), ("t5", "tied")],
 )
-def test_a_layer_of_its_own_and_length_one(architecture: str, variant: str, tmp_path: Path) -> None:
-    """Of a class with a head for another task, the hidden states are taken."""
+def test_dense_layer_and_normalization(architecture: str, variant: str, tmp_path: Path) -> None:
+    """The hidden states are used even if the class has a head for another task."""
     root = checkpoint(
         tmp_path / "s", "mean_tokens", dense=5, architecture=architecture, variant=variant
     )
@@ -73,7 +73,7 @@ def test_a_layer_of_its_own_and_length_one(architecture: str, variant: str, tmp_
     assert out.norm(dim=-1).tolist() == pytest.approx([1, 1, 1])
 
 
-def test_everything_comes_back(tmp_path: Path) -> None:
+def test_sentence_model_is_saved_unchanged(tmp_path: Path) -> None:
     root = checkpoint(tmp_path / "s", "mean_tokens", dense=5)
     zoo.save(zoo.load(root), tmp_path / "saved")
     zoo.convert(root, tmp_path / "native", to="native")
@@ -86,14 +86,14 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert torch.equal(out[0], out[2])
 
 
-def test_a_trained_layer_is_saved_as_it_is_now(tmp_path: Path) -> None:
+def test_trained_dense_layer_is_saved(tmp_path: Path) -> None:
     model = zoo.load(checkpoint(tmp_path / "s", "cls_token", dense=5))
     torch.nn.init.ones_(model.steps[1].linear.weight)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(zoo.load(tmp_path / "saved")(IDS), model(IDS))
 
 
-def test_the_model_alone_when_asked(tmp_path: Path) -> None:
+def test_modules_can_be_omitted(tmp_path: Path) -> None:
     root = checkpoint(tmp_path / "s", "mean_tokens")
     for options in ({"head": "pooler"}, {"modules": False}):
         assert not isinstance(zoo.load(root, **options), SentenceModel)
@@ -138,7 +138,9 @@ def broken(root: Path, how: str) -> None:
         ("layer", MissingTensors, "linear.bias"),
     ],
 )
-def test_what_is_wrong_is_named(how: str, error: type[ZooError], says: str, tmp_path: Path) -> None:
+def test_wrong_module_files_are_refused(
+    how: str, error: type[ZooError], says: str, tmp_path: Path
+) -> None:
     root = checkpoint(tmp_path / "s", "mean_tokens", dense=5)
     broken(root, how)
     with pytest.raises(error, match=says):

@@ -64,7 +64,7 @@ def cache(tmp_path: Path) -> Path:
 # --- what is downloaded --------------------------------------------------------------------------
 
 
-def test_only_what_is_needed_is_downloaded(hub: Hub, cache: Path) -> None:
+def test_only_needed_files_are_downloaded(hub: Hub, cache: Path) -> None:
     unwanted = ["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "README.md", "m.gguf"]
     hub.add("o/m", {**SMALL, **dict.fromkeys(unwanted, b"no"), "onnx/model.onnx": b"no"})
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
@@ -74,7 +74,7 @@ def test_only_what_is_needed_is_downloaded(hub: Hub, cache: Path) -> None:
     assert sorted(hub.asked("GET")) == sorted(SMALL)
 
 
-def test_a_second_time_nothing_is_downloaded(hub: Hub, cache: Path) -> None:
+def test_second_load_downloads_nothing(hub: Hub, cache: Path) -> None:
     hub.add("o/m", SMALL)
     first = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
     hub.log.clear()
@@ -87,7 +87,7 @@ def test_a_second_time_nothing_is_downloaded(hub: Hub, cache: Path) -> None:
     assert hub.log == []
 
 
-def test_shards_are_those_of_the_index(hub: Hub, cache: Path) -> None:
+def test_shards_of_the_index_are_downloaded(hub: Hub, cache: Path) -> None:
     shards = {f"model-0000{i}-of-00002.safetensors": bytes([i]) for i in (1, 2)}
     stray = {"model-00003-of-00003.safetensors": b"no", "consolidated.safetensors": b"no"}
     files = {"config.json": CONFIG, "model.safetensors.index.json": INDEX, **shards}
@@ -96,40 +96,40 @@ def test_shards_are_those_of_the_index(hub: Hub, cache: Path) -> None:
     assert holds(source.directory) == sorted(files)
 
 
-def test_bin_is_taken_where_there_is_nothing_better(hub: Hub, cache: Path) -> None:
+def test_bin_is_downloaded_without_safetensors(hub: Hub, cache: Path) -> None:
     hub.add("o/m", {"config.json": CONFIG, "pytorch_model.bin": b"b"})
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
     assert holds(source.directory) == ["config.json", "pytorch_model.bin"]
 
 
-def test_a_sentence_model_is_downloaded_with_its_modules(
+def test_sentence_model_is_downloaded_with_its_modules(
     hub: Hub, cache: Path, tmp_path: Path
 ) -> None:
     root = checkpoint(tmp_path / "s", "mean_tokens", dense=5)
     files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     hub.add("o/m", {**files, "2_Dense/pytorch_model.bin": b"no", "1_Pooling/notes.txt": b"no"})
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
-    found = source.directory.rglob("*")
-    assert {str(p.relative_to(source.directory)) for p in found if p.is_file()} == files.keys()
+    paths = source.directory.rglob("*")
+    assert {str(p.relative_to(source.directory)) for p in paths if p.is_file()} == files.keys()
     # the cache holds links, also below its folders
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(zoo.load(source.directory)(ids), zoo.load(root)(ids))
 
 
-def test_weights_can_stay_where_they_are(hub: Hub, cache: Path) -> None:
+def test_weights_need_not_be_downloaded(hub: Hub, cache: Path) -> None:
     hub.add("o/m", SMALL)
     source = sources.resolve("hf:o/m", cache_dir=cache, weights=False, progress=False)
     assert holds(source.directory) == ["config.json", "tokenizer.json"]
 
 
-def test_absent_files_are_known_without_the_hubs_own_header(hub: Hub, cache: Path) -> None:
+def test_absent_file_is_recognized_without_the_hubs_header(hub: Hub, cache: Path) -> None:
     hub.plain_404 = True
     hub.add("o/m", SMALL)
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
     assert holds(source.directory) == sorted(SMALL)
 
 
-def test_a_registry_name_is_its_repository(hub: Hub, cache: Path) -> None:
+def test_registry_name_resolves_to_its_repository(hub: Hub, cache: Path) -> None:
     hub.add("openai-community/gpt2", SMALL)
     source = sources.resolve("gpt2", cache_dir=cache, progress=False)
     assert source.checkpoint is not None
@@ -155,7 +155,7 @@ def test_revisions_are_branches_tags_and_commits(hub: Hub, cache: Path) -> None:
     assert sources.resolve("hf:o/m", cache_dir=cache, progress=False).revision == FIRST
 
 
-def test_a_branch_that_moved_is_followed(hub: Hub, cache: Path) -> None:
+def test_moved_branch_is_followed(hub: Hub, cache: Path) -> None:
     hub.add("o/m", SMALL)
     sources.resolve("hf:o/m", cache_dir=cache, progress=False)
     hub.add("o/m", {**SMALL, "model.safetensors": b"newer"}, SECOND)
@@ -166,7 +166,7 @@ def test_a_branch_that_moved_is_followed(hub: Hub, cache: Path) -> None:
     assert kept == moved  # the cache knows where main went
 
 
-def test_a_branch_that_is_gone_is_not_served_from_the_cache(hub: Hub, cache: Path) -> None:
+def test_deleted_branch_is_not_served_from_the_cache(hub: Hub, cache: Path) -> None:
     hub.add("o/m", SMALL)
     hub.add("o/m", SMALL, SECOND, "v2")
     sources.resolve("hf:o/m@v2", cache_dir=cache, progress=False)
@@ -191,20 +191,20 @@ def made(place: Path, to: str, **how: Any) -> dict[str, bytes]:
 
 def same(ref: str, place: Path, cache: Path) -> Any:
     """What a reference loads, which is what the directory does."""
-    found, wanted = zoo.load(ref, cache_dir=cache), zoo.load(place).state_dict()
-    assert all(torch.equal(x, wanted[n]) for n, x in found.state_dict().items())
-    return found
+    loaded, wanted = zoo.load(ref, cache_dir=cache), zoo.load(place).state_dict()
+    assert all(torch.equal(x, wanted[n]) for n, x in loaded.state_dict().items())
+    return loaded
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_a_repository_of_tensorflows_files(hub: Hub, cache: Path, name: str) -> None:
-    """With the config and the vocabulary beside them, and nothing else."""
+def test_tensorflow_repository_loads(hub: Hub, cache: Path, name: str) -> None:
+    """Only the weights, the config and the vocabulary are downloaded."""
     files = bytes_of(TF / name, "same.safetensors")
     beside = {"vocab.txt": b"[UNK]\n"} if name == "bert" else {"encoder.json": b"{}"}
     hub.add("o/m", {**files, **beside, "README.md": b"", "events.out.1": b"no"})
-    found = same("hf:o/m", TF / name, cache)
-    assert (found.provenance.repo, found.provenance.revision) == ("o/m", FIRST)
-    assert holds(found.provenance.directory) == sorted({*files, *beside})
+    loaded = same("hf:o/m", TF / name, cache)
+    assert (loaded.provenance.repo, loaded.provenance.revision) == ("o/m", FIRST)
+    assert holds(loaded.provenance.directory) == sorted({*files, *beside})
     hub.log.clear()
     same("hf:o/m", TF / name, cache)
     assert hub.asked("GET") == [
@@ -215,24 +215,24 @@ def test_a_repository_of_tensorflows_files(hub: Hub, cache: Path, name: str) -> 
     zoo.load("hf:o/m", cache_dir=cache, local_files_only=True)
 
 
-def test_a_repository_of_metas_files(hub: Hub, cache: Path, tmp_path: Path) -> None:
-    """In a folder too, as Llama 3 has them; all of several."""
+def test_meta_repository_loads(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    """Also from a subfolder, as Llama 3 has them, and with several shards."""
     files = made(tmp_path / "meta", "meta")
     hub.add("o/m", {f"original/{name}": data for name, data in files.items()} | {"LICENSE": b""})
-    found = same("hf:o/m", tmp_path / "meta", cache)
-    assert holds(found.provenance.directory) == ["consolidated.00.pth", "params.json"]
-    assert found.provenance.revision == FIRST
+    loaded = same("hf:o/m", tmp_path / "meta", cache)
+    assert holds(loaded.provenance.directory) == ["consolidated.00.pth", "params.json"]
+    assert loaded.provenance.revision == FIRST
 
 
-def test_one_gguf_of_several_has_to_be_named(hub: Hub, cache: Path, tmp_path: Path) -> None:
+def test_one_of_several_gguf_files_must_be_named(hub: Hub, cache: Path, tmp_path: Path) -> None:
     (data,) = made(tmp_path / "gguf", "gguf").values()
     names = [f"m.Q{n}_K.gguf" for n in range(2, 9)]
     hub.add("o/m", {**dict.fromkeys(names, data), "README.md": b""})
     with pytest.raises(AmbiguousCheckpoint, match=r"7 checkpoints.*hf:o/m/m\.Q2_K\.gguf, hf:o/m/m"):
         zoo.load("hf:o/m", cache_dir=cache)
     assert not [name for name in hub.asked("GET") if name.endswith(".gguf")]
-    found = same("hf:o/m/m.Q4_K.gguf", tmp_path / "gguf", cache)
-    assert holds(found.provenance.directory) == ["m.Q4_K.gguf"]
+    loaded = same("hf:o/m/m.Q4_K.gguf", tmp_path / "gguf", cache)
+    assert holds(loaded.provenance.directory) == ["m.Q4_K.gguf"]
     hub.add("o/m", {"m.Q4_K.gguf": data}, SECOND, "v2")
     for ref, how in (("hf:o/m/m.Q4_K.gguf@v2", {}), ("hf:o/m/m.Q4_K.gguf", {"revision": "v2"})):
         assert zoo.load(ref, cache_dir=cache, **how).provenance.revision == SECOND
@@ -243,9 +243,7 @@ def test_one_gguf_of_several_has_to_be_named(hub: Hub, cache: Path, tmp_path: Pa
         zoo.load("hf:o/m/../x.gguf", cache_dir=cache)
 
 
-def test_a_config_without_its_weights_beside_another_file(
-    hub: Hub, cache: Path, tmp_path: Path
-) -> None:
+def test_config_without_weights_beside_another_file(hub: Hub, cache: Path, tmp_path: Path) -> None:
     """As repositories of GGUF files have one; and information downloads no weights."""
     (data,) = made(tmp_path / "gguf", "gguf").values()
     config = b'{"model_type": "llama"}'
@@ -259,7 +257,7 @@ def test_a_config_without_its_weights_beside_another_file(
     assert holds(source.directory) == sorted(SMALL) and source.file is None
 
 
-def test_a_repository_of_weights_and_an_adapter(hub: Hub, cache: Path, tmp_path: Path) -> None:
+def test_repository_with_weights_and_an_adapter(hub: Hub, cache: Path, tmp_path: Path) -> None:
     made = Made(tmp_path, "gpt2/base", base_model_name_or_path="org/base")
     hub.add("o/m", bytes_of(made.base) | bytes_of(made.adapter))
     with pytest.raises(AmbiguousCheckpoint, match="holds weights and an adapter"):
@@ -269,7 +267,7 @@ def test_a_repository_of_weights_and_an_adapter(hub: Hub, cache: Path, tmp_path:
     assert zoo.load("hf:o/m", cache_dir=cache, adapter=True).adapter is not None
 
 
-def test_a_repository_of_an_adapter_alone_names_its_base(
+def test_repository_with_only_an_adapter_names_its_base(
     hub: Hub, cache: Path, tmp_path: Path
 ) -> None:
     made = Made(tmp_path, "gpt2/base", base_model_name_or_path="org/base")
@@ -280,7 +278,7 @@ def test_a_repository_of_an_adapter_alone_names_its_base(
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "expected"),
     [
         (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.gguf"], [(0, 1), (2,)]),
         (["consolidated.00.pth", "consolidated.01.pth", "params.json"], [(0, 1)]),
@@ -291,8 +289,10 @@ def test_a_repository_of_an_adapter_alone_names_its_base(
         (["a[1]-00001-of-00002.gguf", "a[1]-00002-of-00002.gguf"], [(0, 1)]),
     ],
 )
-def test_which_names_are_one_checkpoint(names: list[str], found: list[tuple[int, ...]]) -> None:
-    assert [g.files for g in groups(names)] == [tuple(names[n] for n in ns) for ns in found]
+def test_file_names_are_grouped_by_checkpoint(
+    names: list[str], expected: list[tuple[int, ...]]
+) -> None:
+    assert [g.files for g in groups(names)] == [tuple(names[n] for n in ns) for ns in expected]
 
 
 # --- what is refused, before the weights are fetched ---------------------------------------------
@@ -335,7 +335,7 @@ def test_which_names_are_one_checkpoint(names: list[str], found: list[tuple[int,
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_said_before_weights_move(
+def test_unsupported_model_is_refused_before_its_weights_are_downloaded(
     hub: Hub, cache: Path, files: dict[str, bytes], error: type[Exception], says: str
 ) -> None:
     hub.add("o/m", files)
@@ -344,7 +344,9 @@ def test_what_cannot_be_loaded_is_said_before_weights_move(
     assert "model.safetensors" not in hub.asked("GET")
 
 
-def test_a_gated_repository(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_repository_is_reported(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.add("meta-llama/Llama-2-7b-hf", {**SMALL, "config.json": b'{"model_type": "llama"}'})
     hub.gated.add("meta-llama/Llama-2-7b-hf")
     with pytest.raises(GatedRepo, match=rf"{hub.url}/meta-llama/Llama-2-7b-hf.*HF_TOKEN"):
@@ -365,7 +367,7 @@ def test_a_gated_repository(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPat
         ("hf:o/m", "hf_wrong", "refused the token"),
     ],
 )
-def test_what_the_hub_does_not_have(
+def test_missing_repository_or_revision_is_reported(
     hub: Hub, cache: Path, ref: str, token: str | None, says: str
 ) -> None:
     hub.add("o/m", SMALL)
@@ -377,7 +379,9 @@ def test_what_the_hub_does_not_have(
 
 
 @pytest.mark.parametrize("how", ["down", "503", "local_files_only", "HF_HUB_OFFLINE"])
-def test_out_of_reach(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_unreachable_hub_is_reported(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     from huggingface_hub import constants
 
     hub.add("o/m", SMALL)
@@ -403,7 +407,7 @@ def test_out_of_reach(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, ho
         assert hub.log == []
 
 
-def test_a_cache_that_cannot_be_written_is_not_a_dead_network(hub: Hub, cache: Path) -> None:
+def test_unwritable_cache_is_not_reported_as_a_network_error(hub: Hub, cache: Path) -> None:
     hub.add("o/m", SMALL)
     cache.write_text("a file")
     with pytest.raises(SourceError, match=f"the cache {cache} cannot be used: .*Errno") as caught:
@@ -411,7 +415,7 @@ def test_a_cache_that_cannot_be_written_is_not_a_dead_network(hub: Hub, cache: P
     assert not isinstance(caught.value, Offline)
 
 
-def test_weights_that_are_not_in_the_cache_are_missed(hub: Hub, cache: Path) -> None:
+def test_weights_missing_from_the_cache_are_reported(hub: Hub, cache: Path) -> None:
     hub.add("o/m", SMALL)
     sources.resolve("hf:o/m", cache_dir=cache, weights=False, progress=False)
     with pytest.raises(
@@ -421,7 +425,7 @@ def test_weights_that_are_not_in_the_cache_are_missed(hub: Hub, cache: Path) -> 
     sources.resolve("hf:o/m", cache_dir=cache, weights=False, local_files_only=True)
 
 
-def test_one_shard_that_is_not_in_the_cache_is_missed(hub: Hub, cache: Path) -> None:
+def test_shard_missing_from_the_cache_is_reported(hub: Hub, cache: Path) -> None:
     shards = {f"model-0000{i}-of-00002.safetensors": bytes([i]) for i in (1, 2)}
     hub.add("o/m", {"config.json": CONFIG, "model.safetensors.index.json": INDEX, **shards})
     source = sources.resolve("hf:o/m", cache_dir=cache, progress=False)
@@ -432,7 +436,7 @@ def test_one_shard_that_is_not_in_the_cache_is_missed(hub: Hub, cache: Path) -> 
     assert set(shards) < set(holds(mended.directory))
 
 
-def test_a_cache_laid_out_by_others_is_read(cache: Path, no_sockets: None) -> None:
+def test_cache_written_by_another_program_is_read(cache: Path, no_sockets: None) -> None:
     """refs/, blobs/ and snapshots/ as huggingface_hub documents them, made by hand."""
     repo = cache / "models--o--m"
     for commit, weights in ((FIRST, b"one"), (SECOND, b"two")):
@@ -484,7 +488,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
-def test_the_environment_is_honoured(tmp_path: Path, root: Path) -> None:
+def test_environment_variables_are_used(tmp_path: Path, root: Path) -> None:
     served = Hub()
     try:
         served.add("o/secret", SMALL)
@@ -523,7 +527,7 @@ def on_a_terminal(root: Path, home: Path, code: str, **environment: str) -> byte
     return seen
 
 
-def test_progress_shows_on_a_terminal_and_only_there(tmp_path: Path, root: Path) -> None:
+def test_progress_is_shown_only_on_a_terminal(tmp_path: Path, root: Path) -> None:
     served = Hub()
     served.add("o/m", {**SMALL, "model.safetensors": bytes(1 << 20)})
     try:
@@ -551,20 +555,20 @@ def directory(in_tmp: Path) -> Path:
 
 
 @pytest.mark.parametrize("ref", ["./gpt2", Path("gpt2"), "gpt2/"])
-def test_a_directory_is_itself(directory: Path, no_sockets: None, ref: Any) -> None:
+def test_directory_resolves_to_itself(directory: Path, no_sockets: None, ref: Any) -> None:
     source = sources.resolve(ref)
     assert source.directory.samefile(directory)
     assert (source.checkpoint, source.repo, source.revision) == (None, None, None)
 
 
-def test_a_directory_may_have_any_other_name(directory: Path, no_sockets: None) -> None:
+def test_directory_may_have_any_name(directory: Path, no_sockets: None) -> None:
     directory.rename("mine")
     assert sources.resolve("mine").directory == Path("mine")
     Path("zoo.json").write_text("{}")
     assert sources.resolve(Path()).directory == Path()
 
 
-def test_a_directory_never_loads_the_hubs_client(directory: Path, root: Path) -> None:
+def test_directory_does_not_import_the_hub_client(directory: Path, root: Path) -> None:
     code = (
         "import sys, zoo.checkpoints.sources as s; s.resolve(sys.argv[1]); "
         "print([m for m in ('huggingface_hub', 'torch', 'ssl', 'asyncio') if m in sys.modules])"
@@ -572,7 +576,7 @@ def test_a_directory_never_loads_the_hubs_client(directory: Path, root: Path) ->
     assert finish(user(root, directory, code, str(directory))) == "[]"
 
 
-def test_a_name_wins_over_a_directory_of_the_same_name(directory: Path, cache: Path) -> None:
+def test_registry_name_takes_precedence_over_a_directory(directory: Path, cache: Path) -> None:
     with pytest.raises(Offline, match="openai-community/gpt2"):
         sources.resolve("gpt2", cache_dir=cache, local_files_only=True)
 
@@ -640,7 +644,7 @@ def repo_in_cache() -> str:
         (repo_in_cache, NotACheckpoint, f"There is one in models--o--m/snapshots/{FIRST}"),
     ],
 )
-def test_a_wrong_reference_is_told_the_next_move(
+def test_wrong_reference_error_names_the_next_step(
     in_tmp: Path,
     no_sockets: None,
     make: Callable[[], Any],
@@ -653,7 +657,7 @@ def test_a_wrong_reference_is_told_the_next_move(
 
 
 @pytest.mark.parametrize("revision", ["../../x", "", "a\0b", "x" * 300, 3, b"main", "a\nb"])
-def test_a_revision_that_is_no_name_is_refused(cache: Path, revision: Any) -> None:
+def test_invalid_revision_is_refused(cache: Path, revision: Any) -> None:
     with pytest.raises(UsageError, match="revision="):
         sources.resolve("hf:o/m", revision=revision, cache_dir=cache, local_files_only=True)
 
@@ -666,18 +670,20 @@ def test_a_revision_that_is_no_name_is_refused(cache: Path, revision: Any) -> No
         ("HF_HUB_ETAG_TIMEOUT", "x"),
     ],
 )
-def test_an_environment_that_the_client_cannot_use_is_named(
+def test_environment_variable_that_breaks_the_client_is_named(
     tmp_path: Path, root: Path, name: str, value: str
 ) -> None:
     code = (
         "import zoo.checkpoints.sources as s, zoo.errors as e\n"
         "try: s.resolve('hf:o/m')\nexcept e.SourceError as error: print(error)"
     )
-    said = finish(user(root, tmp_path, code, **{name: value}))
-    assert re.fullmatch(rf"huggingface_hub cannot use the environment .*: check .*{name}.*", said)
+    message = finish(user(root, tmp_path, code, **{name: value}))
+    assert re.fullmatch(
+        rf"huggingface_hub cannot use the environment .*: check .*{name}.*", message
+    )
 
 
-def test_a_home_is_expanded_for_reading_and_writing(
+def test_home_directory_is_expanded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -686,13 +692,13 @@ def test_a_home_is_expanded_for_reading_and_writing(
     assert zoo.load("~/out")
 
 
-def test_revisions_that_contradict(directory: Path) -> None:
+def test_contradictory_revisions_are_refused(directory: Path) -> None:
     with pytest.raises(UsageError, match="a directory has no revisions"):
         sources.resolve(directory, revision="main")
     with pytest.raises(UsageError, match="one revision and"):
         sources.resolve("hf:o/m@v1", revision="v2")
 
 
-def test_every_refusal_is_a_source_error_or_the_callers() -> None:
+def test_every_error_is_a_source_error_or_a_usage_error() -> None:
     assert issubclass(Offline, SourceError)
     assert not issubclass(UnknownName, SourceError)

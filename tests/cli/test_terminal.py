@@ -32,6 +32,14 @@ except BaseException:  # as libraries do that try what they can import
 """
 
 
+def test_what_a_model_writes_is_printed_as_it_is() -> None:
+    out = io.StringIO()
+    escaped = Escaped(out, printable)
+    print("a\x1b[31mb\u00a0\u3000c\td", file=escaped)
+    assert out.getvalue() == "a\\x1b[31mb\u00a0\u3000c\td\n"
+    assert escaped.unescaped is out
+
+
 @pytest.mark.parametrize(
     ("module", "command"),
     [("yaml", ["list"]), ("torch", ["score", "CHECKPOINT", "FILE"]), ("typer", ["--help"])],
@@ -104,14 +112,6 @@ def test_control_characters_of_configs_and_paths_are_escaped(
         with contextlib.suppress(SystemExit):
             main(command)
         check_harmless("".join(capsys.readouterr()))
-
-
-def test_what_a_model_writes_is_printed_as_it_is() -> None:
-    out = io.StringIO()
-    escaped = Escaped(out, printable)
-    print("a\x1b[31mb\u00a0\u3000c\td", file=escaped)
-    assert out.getvalue() == "a\\x1b[31mb\u00a0\u3000c\td\n"
-    assert escaped.unescaped is out
 
 
 def test_the_bar_of_a_download_stays_on_its_line(monkeypatch: pytest.MonkeyPatch) -> None:

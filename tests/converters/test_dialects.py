@@ -46,16 +46,16 @@ from zoo.parity.gates import trips
 from zoo.parity.gates.trips import differences
 from zoo.saving.convert import plan_output
 
-FOUND = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
-EVERY = {key: each for key, each in FOUND.items() if each[1].container.file}  # and written
+DIALECTS = {(spec.name, d.name): (spec, d) for spec, d, _ in every_dialect()}
+EVERY = {key: each for key, each in DIALECTS.items() if each[1].container.file}  # and written
 
 
 def entry_of(spec: str) -> registry.Architecture:
     return next(e for e in registry.architectures().values() if e.spec == spec)
 
 
-def sayable(spec: str, *dialects: str) -> dict[str, Any]:
-    return trips.sayable(entry_of(spec), *dialects)
+def common_fields(spec: str, *dialects: str) -> dict[str, Any]:
+    return trips.common_fields(entry_of(spec), *dialects)
 
 
 def model_of(spec: str, *dialects: str, **changes: Any) -> Any:
@@ -739,7 +739,7 @@ def test_configs_that_a_dialect_cannot_express_are_refused_by_name(tmp_path: Pat
     llama, gpt = entry_of("llama"), entry_of("gpt2")
 
     def refused(entry: Any, to: str, why: str, **changes: Any) -> None:
-        model = entry.model(entry.config_class(**sayable(entry.spec, to) | changes))
+        model = entry.model(entry.config_class(**common_fields(entry.spec, to) | changes))
         with pytest.raises(LossyExport, match=why):
             zoo.save(model, tmp_path / "out", to=to)
         zoo.save(model, tmp_path / "native", to="native", force=True)

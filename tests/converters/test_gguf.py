@@ -483,7 +483,7 @@ def test_a_write_to_a_view_changes_no_file(tmp_path: Path) -> None:
 
 HUGE = (1 << 64) - 1
 NUL = struct.pack("<Q", 0)
-Corrupt, Limit, Odd = CorruptCheckpoint, ResourceLimit, UnsupportedFormat
+Corrupt, Limit, Format = CorruptCheckpoint, ResourceLimit, UnsupportedFormat
 REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
     "empty": (b"", Corrupt, "0 bytes.*at least 24"),
     "only magic": (b"GGUF", Corrupt, "4 bytes.*at least 24"),
@@ -491,10 +491,10 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
     "other magic": (b"GGUG" + raw()[4:], Corrupt, "begins with b'GGUG'"),
     "an older format": (b"tjgg" + raw()[4:], Corrupt, "from before GGUF"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid", Corrupt, "LFS pointer"),
-    "version 0": (raw(version=0), Odd, "version 0"),
-    "version 1": (raw(version=1), Odd, "version 1.*32 bits"),
-    "version 4": (raw(version=4), Odd, "version 4"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), Odd, "big-endian"),
+    "version 0": (raw(version=0), Format, "version 0"),
+    "version 1": (raw(version=1), Format, "version 1.*32 bits"),
+    "version 4": (raw(version=4), Format, "version 4"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), Format, "big-endian"),
     "2^64 tensors": (raw(tensors=HUGE), Corrupt, f"{HUGE} tensors"),
     "2^63 tensors": (raw(tensors=1 << 63), Corrupt, "tensors take"),
     "2^64 keys": (raw(keys=HUGE), Corrupt, f"{HUGE} key/values"),
@@ -536,7 +536,11 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
         Corrupt,
         r"a\[1\] takes 1007 bytes",
     ),
-    "array of arrays": (raw(array("a", 9, 1, struct.pack("<IQ", 4, 0)), keys=1), Odd, "of arrays"),
+    "array of arrays": (
+        raw(array("a", 9, 1, struct.pack("<IQ", 4, 0)), keys=1),
+        Format,
+        "of arrays",
+    ),
     "array of nothing known": (raw(array("a", 13, 1, bytes(8)), keys=1), Corrupt, "of type 13"),
     "value of nothing known": (raw(key("a", 13, bytes(8)), keys=1), Corrupt, "a is of type 13"),
     "value of type 2^32": (
@@ -616,7 +620,11 @@ REFUSED: dict[str, tuple[bytes, type[ZooError], str]] = {
     "beyond the file": (one(1 << 40), Corrupt, "truncated: tensor a.weight ends"),
     "unknown type": (one(32, kind=4), Corrupt, "tensor a.weight: type 4 is unknown"),
     "type of 2^32": (one(32, kind=2**32 - 1), Corrupt, "type 4294967295 is unknown"),
-    "type in long tables": (one(256, kind=16, body=bytes(96)), Odd, "tensor a.weight is IQ2_XXS"),
+    "type in long tables": (
+        one(256, kind=16, body=bytes(96)),
+        Format,
+        "tensor a.weight is IQ2_XXS",
+    ),
     "rows that are no blocks": (
         one(48, kind=8, body=bytes(64)),
         Corrupt,
@@ -1063,9 +1071,9 @@ values = st.one_of(
     st.integers(0, (1 << 32) - 1),
     st.floats(width=32, allow_nan=False),
     st.lists(words, min_size=1),
-    st.lists(st.integers(-128, 127)).map(lambda held: Value("[i8]", held)),
+    st.lists(st.integers(-128, 127)).map(lambda value: Value("[i8]", value)),
     st.lists(st.booleans(), min_size=1),
-    st.integers(-(1 << 63), (1 << 63) - 1).map(lambda held: Value("i64", held)),
+    st.integers(-(1 << 63), (1 << 63) - 1).map(lambda value: Value("i64", value)),
 )
 
 

@@ -421,8 +421,8 @@ def test_match_inverts_format(parts, data):
 def test_indices_are_numbers_not_strings():
     template = parse_name("h.{layer}.w")
     assert template.match("h.10.w") == {"layer": 10}
-    for odd in ("h.01.w", "h.1x.w", "h.-1.w", "h..w", "h.١.w", "h.1.w2", "xh.1.w"):
-        assert template.match(odd) is None
+    for name in ("h.01.w", "h.1x.w", "h.-1.w", "h..w", "h.١.w", "h.1.w2", "xh.1.w"):
+        assert template.match(name) is None
 
 
 def test_matching_is_linear():

@@ -83,6 +83,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+def test_files_of_the_largest_models_are_read(tmp_path: Path) -> None:
+    """An index of 140,000 tensors, as Kimi K2 has it; 30,000 tensors in one file."""
+    names = [f"model.layers.{n // 2304}.mlp.experts.{n % 2304}.proj.weight" for n in range(140_000)]
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00061.safetensors")}
+    (tmp_path / "x.json").write_text(json.dumps(index, indent=2))
+    assert len(read_json(tmp_path / "x.json")["weight_map"]) == 140_000
+    entry = '"%s":{"dtype":"U8","shape":[0,99],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % name for name in names[:30_000]) + "}").encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert len(SafetensorsReader(tmp_path / "x.safetensors").tensors) == 30_000
+    torch.save({name: torch.zeros(0, 99) for name in names[:2000]}, tmp_path / "x.bin")
+    assert len(TorchZipReader(tmp_path / "x.bin").tensors) == 2000
+
+
 def test_memory_before_a_refusal(tmp_path: Path, root: Path) -> None:
     """At most the file and the limit, where some would take sixty times their bytes."""
     for name, write in FILES.items():
@@ -105,20 +119,6 @@ def test_wide_text_counts_by_its_characters(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"a": text + "😀"}))
     with pytest.raises(ResourceLimit):
         read_json(tmp_path / "x.json")
-
-
-def test_files_of_the_largest_models_are_read(tmp_path: Path) -> None:
-    """An index of 140,000 tensors, as Kimi K2 has it; 30,000 tensors in one file."""
-    names = [f"model.layers.{n // 2304}.mlp.experts.{n % 2304}.proj.weight" for n in range(140_000)]
-    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00061.safetensors")}
-    (tmp_path / "x.json").write_text(json.dumps(index, indent=2))
-    assert len(read_json(tmp_path / "x.json")["weight_map"]) == 140_000
-    entry = '"%s":{"dtype":"U8","shape":[0,99],"data_offsets":[0,0]}'
-    header = ("{" + ",".join(entry % name for name in names[:30_000]) + "}").encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert len(SafetensorsReader(tmp_path / "x.safetensors").tensors) == 30_000
-    torch.save({name: torch.zeros(0, 99) for name in names[:2000]}, tmp_path / "x.bin")
-    assert len(TorchZipReader(tmp_path / "x.bin").tensors) == 2000
 
 
 def test_memory_of_json_is_no_less_than_what_it_takes() -> None:

@@ -496,8 +496,8 @@ def test_openais_tokenizer(place: Path, tmp_path: Path, fixtures: Path, alone: b
     for name, other in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
         shutil.copy(place / "gpt2" / name, place / "gpt2" / other)
     zoo.convert(source, tmp_path / "both", to="native")
-    held_ = {"encoder.json", "vocab.json", "vocab.bpe", "merges.txt"}
-    assert held_ <= {p.name for p in (tmp_path / "both").iterdir()}
+    files = {"encoder.json", "vocab.json", "vocab.bpe", "merges.txt"}
+    assert files <= {p.name for p in (tmp_path / "both").iterdir()}
 
 
 def test_googles_tokenizer(place: Path, tmp_path: Path, fixtures: Path) -> None:

@@ -107,7 +107,7 @@ def pwrite(*given):
 os.pwrite = pwrite
 seen = []
 zoo.convert(*sys.argv[1:3], adapter=sys.argv[3], threads=1, tell=seen.append)
-print(seen[-1]["resumed"], any(event["event"] == "anew" for event in seen))
+print(seen[-1]["resumed"], any(event["event"] == "restart" for event in seen))
 """
 
 

@@ -59,7 +59,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, sizes: DualChunk, base: float) ->
     "sizes", [DualChunk(10, 3), DualChunk(8, 5), DualChunk(12, 0), DualChunk(9, 2, 11)], ids=str
 )
 @pytest.mark.parametrize("rows", [4, 1024])
-def test_dual_chunks_are_what_their_definition_says(
+def test_dual_chunk_attention_matches_its_definition(
     sizes: DualChunk, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zoo.components.dual_chunk.ROWS", rows)
@@ -82,13 +82,13 @@ def qwen(**sizes: int) -> Any:
 IDS = torch.randint(4, 90, (2, 23), generator=torch.Generator().manual_seed(0))
 
 
-def test_within_one_chunk_it_is_ordinary_attention() -> None:
+def test_one_chunk_is_ordinary_attention() -> None:
     ordinary, chunked = qwen(), qwen(chunk_size=30, local_size=7)
     with torch.no_grad():
         torch.testing.assert_close(chunked(IDS), ordinary(IDS), rtol=0, atol=1e-12)
 
 
-def test_beyond_a_chunk_it_is_another_and_padding_still_changes_nothing() -> None:
+def test_several_chunks_differ_and_padding_has_no_effect() -> None:
     model = qwen(chunk_size=11, local_size=4)
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
@@ -98,7 +98,7 @@ def test_beyond_a_chunk_it_is_another_and_padding_still_changes_nothing() -> Non
     torch.testing.assert_close(padded[:1, 5:], alone, rtol=0, atol=1e-12)
 
 
-def test_only_a_config_that_asks_for_it_has_it() -> None:
+def test_config_enables_dual_chunk_attention() -> None:
     assert build("qwen2").config.dual_chunk is None
     for sizes in ({"chunk_size": 4, "local_size": 4}, {"chunk_size": 4}, {"chunk": 1, "local": 2}):
         with pytest.raises(ConfigError, match="dual_chunk"):
@@ -108,8 +108,8 @@ def test_only_a_config_that_asks_for_it_has_it() -> None:
 # --- DeBERTa's enhanced mask decoder -------------------------------------------------------------
 
 
-def test_the_enhanced_mask_decoder_asks_the_last_layer_twice(tmp_path: Path) -> None:
-    """Its layers are the reference's own; the loop around them is the paper's."""
+def test_enhanced_mask_decoder_runs_the_last_layer_twice(tmp_path: Path) -> None:
+    """The layers are those of the reference; the loop around them is that of the paper."""
     entry = registry.architectures()["deberta-v2"]
     reference_class = hot_checkpoint(entry, "predictions", tmp_path)
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ def kept() -> Golden:
     return stories
 
 
-def test_the_file_is_what_its_authors_logits_give(fixtures: Path) -> None:
+def test_golden_file_equals_the_published_logits(fixtures: Path) -> None:
     place = fixtures / "stories260K"
     ids = json.loads((place / "EXPECTED.json").read_text())["greedy_ids_from_BOS"][:64]
     logits = torch.from_numpy(np.load(place / "ref_logits_64tok.npy")).reshape(64, -1)
@@ -47,14 +47,14 @@ def test_verify_by_golden_outputs_alone(stories: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["rows"][0]["check"] == "golden"
 
 
-def test_a_reference_is_asked_too_where_it_can_read(stories: Path, tmp_path: Path) -> None:
+def test_reference_is_compared_too_if_it_can_load(stories: Path, tmp_path: Path) -> None:
     zoo.convert(stories, tmp_path / "hf", to="hf")
     checks = {row.check: row for row in zoo.verify(tmp_path / "hf", golden="stories260k").rows}
     assert {"golden", "fp64", "gradients"} <= checks.keys()
     assert checks["golden"].ok
 
 
-def test_a_name_that_has_one_needs_no_asking() -> None:
+def test_registry_name_uses_its_golden_file() -> None:
     golden_file = golden.find(None, "stories260k")
     assert golden_file is not None
     assert golden_file.logits.equal(kept().logits)
@@ -73,7 +73,7 @@ class Model(torch.nn.Module):
         return self.logits[None]
 
 
-def test_what_a_row_measures() -> None:
+def test_row_measures_the_largest_difference() -> None:
     torch.manual_seed(0)
     logits = torch.randn(5, 40)
     truth = Golden.of(logits, torch.arange(5), 1e-3, "a draw")
@@ -111,7 +111,9 @@ def test_what_a_row_measures() -> None:
         ("more", 1, "missing or unknown: more"),
     ],
 )
-def test_files_that_are_none(field: str, value: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_golden_file_is_refused(
+    field: str, value: Any, message: str, tmp_path: Path
+) -> None:
     good = json.loads(Golden.of(torch.randn(3, 30), torch.arange(3), 1e-3, "a draw").to_text())
     path = tmp_path / "golden.json"
     path.write_text(json.dumps(good))
@@ -121,7 +123,7 @@ def test_files_that_are_none(field: str, value: Any, message: str, tmp_path: Pat
         golden.read(path)
 
 
-def test_what_cannot_be_asked() -> None:
+def test_wrong_golden_argument_is_refused() -> None:
     with pytest.raises(NotACheckpoint, match="has no outputs for it"):
         golden.find("gpt2", None)
     with pytest.raises(NotACheckpoint, match="Did you mean stories260k"):

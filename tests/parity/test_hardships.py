@@ -92,22 +92,7 @@ def part(source: Path, out: Path, which: str, **options: Any) -> None:
 # --- taken up again ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [{}, {"allow_nonfinite": True}])
-def test_what_was_not_finite_still_is_not(first: dict[str, bool], source: Path, out: Path) -> None:
-    change(source, value=float("nan"))
-    stopped(source, out, 30, **first)
-    with pytest.raises(NonFinite, match=r"embed\.weight\[0, 0\] is nan"):
-        zoo.convert(source, out, to="native")
-
-
-def test_what_overflowed_still_does(source: Path, out: Path) -> None:
-    change(source, value=1e6)
-    stopped(source, out, 30, dtype="float16")
-    with pytest.raises(OverflowOnCast, match=r"embed\.weight\[0, 0\] is 1e\+06"):
-        zoo.convert(source, out, to="native", dtype="float16")
-
-
-def test_a_replacement_that_was_killed_replaces(source: Path, out: Path) -> None:
+def test_interrupted_replacement_resumes(source: Path, out: Path) -> None:
     zoo.convert(source, out, to="native")
     change(source)
     stopped(source, out, 20, force=True)
@@ -116,7 +101,22 @@ def test_a_replacement_that_was_killed_replaces(source: Path, out: Path) -> None
     assert beside(out) == ["native"]
 
 
-def test_a_damaged_output_is_replaced(source: Path, out: Path) -> None:
+@pytest.mark.parametrize("first", [{}, {"allow_nonfinite": True}])
+def test_source_nan_is_reported_on_resume(first: dict[str, bool], source: Path, out: Path) -> None:
+    change(source, value=float("nan"))
+    stopped(source, out, 30, **first)
+    with pytest.raises(NonFinite, match=r"embed\.weight\[0, 0\] is nan"):
+        zoo.convert(source, out, to="native")
+
+
+def test_overflow_is_reported_on_resume(source: Path, out: Path) -> None:
+    change(source, value=1e6)
+    stopped(source, out, 30, dtype="float16")
+    with pytest.raises(OverflowOnCast, match=r"embed\.weight\[0, 0\] is 1e\+06"):
+        zoo.convert(source, out, to="native", dtype="float16")
+
+
+def test_damaged_output_is_replaced(source: Path, out: Path) -> None:
     whole = contents(zoo.convert(source, out, to="native"))
     for kill in (True, False):
         with (out / WEIGHTS).open("r+b") as file:
@@ -130,7 +130,7 @@ def test_a_damaged_output_is_replaced(source: Path, out: Path) -> None:
         assert contents(out) == whole
 
 
-def test_a_refusal_leaves_what_was_begun(source: Path, out: Path) -> None:
+def test_refusal_keeps_unfinished_output(source: Path, out: Path) -> None:
     zoo.convert(source, out, to="native")
     stopped(source, out, 20, force=True)
     with pytest.raises(OutputExists):
@@ -140,8 +140,10 @@ def test_a_refusal_leaves_what_was_begun(source: Path, out: Path) -> None:
     assert events[-1]["resumed"] > 0
 
 
-def test_nothing_else_is_published(source: Path, out: Path, tmp_path: Path) -> None:
-    """What another run left, what somebody put there, and links to what is nobody's affair."""
+def test_foreign_files_in_the_stage_are_not_published(
+    source: Path, out: Path, tmp_path: Path
+) -> None:
+    """Files of another run, files of the user, and links to other files."""
     stopped(source, out, 20, max_shard_size=SHARDS)
     stage = out.parent / ".native.zoo-partial"
     victim = tmp_path / "victim"
@@ -155,7 +157,7 @@ def test_nothing_else_is_published(source: Path, out: Path, tmp_path: Path) -> N
     assert not (out / NAME).is_symlink()
 
 
-def test_a_stage_that_is_a_link_is_not_used(source: Path, out: Path, tmp_path: Path) -> None:
+def test_stage_that_is_a_link_is_not_used(source: Path, out: Path, tmp_path: Path) -> None:
     stopped(source, out, 20)
     stage = out.parent / ".native.zoo-partial"
     stage.rename(tmp_path / "elsewhere")
@@ -170,7 +172,7 @@ def test_a_stage_that_is_a_link_is_not_used(source: Path, out: Path, tmp_path: P
     "line",
     ["[" * 100_000, "null", '{"tensor": 1}', '{"file": [], "tensor": "x", "xxh3": "y"}', "{", "\0"],
 )
-def test_a_journal_that_is_none_is_no_journal(line: str, source: Path, out: Path) -> None:
+def test_invalid_journal_line_is_ignored(line: str, source: Path, out: Path) -> None:
     stopped(source, out, 20)
     journal = out.parent / ".native.zoo-lock"
     first, *others = journal.read_text().splitlines()
@@ -182,7 +184,7 @@ def test_a_journal_that_is_none_is_no_journal(line: str, source: Path, out: Path
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def test_parts_do_not_pass_for_others(source: Path, out: Path) -> None:
+def test_finished_part_of_another_source_is_not_used(source: Path, out: Path) -> None:
     part(source, out, "1/1")
     part(source, out, "1/1")  # there is nothing left to do
     change(source)
@@ -193,7 +195,7 @@ def test_parts_do_not_pass_for_others(source: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["a bit", "a file", "all"])
-def test_the_last_looks_at_what_the_others_wrote(harm: str, source: Path, out: Path) -> None:
+def test_last_part_checks_the_other_parts(harm: str, source: Path, out: Path) -> None:
     part(source, out, "1/2")
     stage = out.parent / ".native.zoo-partial"
     file = sorted(stage.glob("*.safetensors"))[0]
@@ -213,7 +215,7 @@ def test_the_last_looks_at_what_the_others_wrote(harm: str, source: Path, out: P
     assert beside(out) == ["native"]
 
 
-def test_whole_and_parts_keep_apart(source: Path, out: Path) -> None:
+def test_whole_conversion_and_parts_do_not_mix(source: Path, out: Path) -> None:
     part(source, out, "1/2")
     for other in ({}, {"part": "1/3"}, {"part": "2/2", "dtype": "bfloat16"}):
         with pytest.raises(OutputExists, match=r"part-1-of-2 were begun .*restart=True"):
@@ -233,7 +235,7 @@ def test_whole_and_parts_keep_apart(source: Path, out: Path) -> None:
     assert beside(out) == ["native"]
 
 
-def test_a_part_of_other_options_leaves_the_one_that_is_done(source: Path, out: Path) -> None:
+def test_part_with_other_options_keeps_the_finished_part(source: Path, out: Path) -> None:
     part(source, out, "1/2")
     part(source, out, "1/3", restart=True)
     with pytest.raises(OutputExists):
@@ -244,7 +246,7 @@ def test_a_part_of_other_options_leaves_the_one_that_is_done(source: Path, out: 
 
 
 @pytest.mark.parametrize("content", [b"null\n", b"[1]\n", b'"x"\n', b"[" * 100_000 + b"\n"])
-def test_a_parts_journal_that_is_none(content: bytes, source: Path, out: Path) -> None:
+def test_invalid_part_journal_is_ignored(content: bytes, source: Path, out: Path) -> None:
     part(source, out, "1/2")
     (out.parent / ".native.zoo-part-1-of-2").write_bytes(content)
     part(source, out, "2/2")
@@ -267,7 +269,9 @@ def test_a_parts_journal_that_is_none(content: bytes, source: Path, out: Path) -
         ("cut", "hf"),
     ],
 )
-def test_a_source_that_changes_meanwhile(how: str, to: str, source: Path, out: Path) -> None:
+def test_source_that_changes_during_conversion_is_refused(
+    how: str, to: str, source: Path, out: Path
+) -> None:
     other = source.parent / "other"
     shutil.copytree(source, other)
     change(other)
@@ -295,7 +299,7 @@ def test_a_source_that_changes_meanwhile(how: str, to: str, source: Path, out: P
 # --- formats and files ---------------------------------------------------------------------------
 
 
-def test_an_index_of_one_file(source: Path, out: Path, tmp_path: Path) -> None:
+def test_index_of_one_file(source: Path, out: Path, tmp_path: Path) -> None:
     name = "model-00001-of-00001.safetensors"
     (source / WEIGHTS).rename(source / name)
     where = dict.fromkeys(load_file(source / name), name)
@@ -310,13 +314,13 @@ def test_an_index_of_one_file(source: Path, out: Path, tmp_path: Path) -> None:
         assert (tmp_path / place / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_weights_are_no_license(source: Path, out: Path) -> None:
+def test_weights_named_like_a_license_are_not_copied(source: Path, out: Path) -> None:
     save_file({"x": torch.zeros(3)}, source / "LICENSE.safetensors")
     zoo.convert(source, out, to="native", dtype="bfloat16")
     assert not (out / "LICENSE.safetensors").exists()
 
 
-def test_threads_that_ask_for_one_tensor(tmp_path: Path) -> None:
+def test_threads_may_read_the_same_tensor(tmp_path: Path) -> None:
     torch.save({str(n): torch.randn(7) for n in range(40)}, tmp_path / "model.bin")
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
@@ -325,7 +329,7 @@ def test_threads_that_ask_for_one_tensor(tmp_path: Path) -> None:
             assert len(list(pool.map(reader.tensor, names))) == 320
 
 
-def test_events_come_one_by_one(source: Path, out: Path) -> None:
+def test_events_are_not_concurrent(source: Path, out: Path) -> None:
     busy = threading.Lock()
 
     def tell(event: dict[str, Any]) -> None:
@@ -379,7 +383,7 @@ def set_to(*path: str, value: Any) -> Change:
         set_to("files", "zoo.json", "sha256", value=None),
     ],
 )
-def test_a_manifest_that_zoo_did_not_write(change: Change, source: Path, out: Path) -> None:
+def test_foreign_manifest_is_refused(change: Change, source: Path, out: Path) -> None:
     zoo.convert(source, out, to="native")
     data = json.loads((out / NAME).read_text())
     del data["digest"]
@@ -391,7 +395,7 @@ def test_a_manifest_that_zoo_did_not_write(change: Change, source: Path, out: Pa
         zoo.load(out, verify=True)
 
 
-def test_a_manifest_that_leaves_out_tensors(source: Path, out: Path) -> None:
+def test_manifest_with_missing_tensors_is_refused(source: Path, out: Path) -> None:
     zoo.convert(source, out, to="native")
     data = json.loads((out / NAME).read_text())
     del data["digest"], data["files"][WEIGHTS]["tensors"]["embed.weight"]
@@ -401,7 +405,7 @@ def test_a_manifest_that_leaves_out_tensors(source: Path, out: Path) -> None:
     ]
 
 
-def test_what_would_be_loaded_and_was_not_written(source: Path, out: Path) -> None:
+def test_unlisted_weight_file_is_refused(source: Path, out: Path) -> None:
     zoo.convert(source, out, to="native")
     (out / "README.md").write_text("a note of the owner's")
     assert not list(check(out))
@@ -429,19 +433,21 @@ def test_what_would_be_loaded_and_was_not_written(source: Path, out: Path) -> No
         {"dtype": "junk"},
     ],
 )
-def test_calls_that_mean_nothing(options: dict[str, Any], source: Path, out: Path) -> None:
+def test_contradictory_arguments_are_refused(
+    options: dict[str, Any], source: Path, out: Path
+) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         zoo.convert(source, out, to="native", **options)
     assert beside(out) == []
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 256])
-def test_places_that_are_none(name: str, source: Path, out: Path) -> None:
+def test_invalid_destinations_are_refused(name: str, source: Path, out: Path) -> None:
     with pytest.raises(UsageError):
         zoo.convert(source, str(out) + "\0" if "\0" in name else name and out.parent / name)
 
 
-def test_a_source_does_not_go_with_its_blobs(source: Path, tmp_path: Path) -> None:
+def test_source_that_links_to_blobs_is_kept(source: Path, tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -452,7 +458,7 @@ def test_a_source_does_not_go_with_its_blobs(source: Path, tmp_path: Path) -> No
         zoo.convert(snapshot, blobs, to="native", force=True)
 
 
-def test_a_dry_run_knows_of_casts(source: Path) -> None:
+def test_dry_run_reports_casts(source: Path) -> None:
     text = dry_run(source, dtype="bfloat16")
     assert re.search(r"cast: \d+ tensors from F32 to BF16", text)
     with pytest.raises(UsageError):
@@ -461,7 +467,7 @@ def test_a_dry_run_knows_of_casts(source: Path) -> None:
         dry_run(source, part="9/1")
 
 
-def test_a_model_of_no_experts(tmp_path: Path) -> None:
+def test_model_without_experts(tmp_path: Path) -> None:
     hot_checkpoint(registry.architectures()["mixtral"], "base", tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "num_local_experts": 0}))

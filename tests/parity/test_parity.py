@@ -36,7 +36,7 @@ MARKED = [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) f
 
 
 @pytest.mark.parametrize(("entry", "variant"), MARKED, ids=names)
-def test_variant(entry: Architecture, variant: str) -> None:
+def test_variant_is_within_limits(entry: Architecture, variant: str) -> None:
     report = parity.verify(entry.name, variants=[variant])
     assert report.ok, report.to_text()
     measured = {row.check for row in report.rows}
@@ -55,23 +55,25 @@ def test_variant(entry: Architecture, variant: str) -> None:
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.slow
-def test_directory(entry: Architecture, variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A checkpoint that is nobody's variant: its own weights, and a hot copy of its config."""
+def test_directory_is_within_limits(
+    entry: Architecture, variant: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """A directory is checked with its own weights and with random weights."""
     fixtures.hot_checkpoint(entry, variant, tmp_path, seed=5, dtype=dtype)
     report = parity.verify(tmp_path)
     assert report.ok, report.to_text()
     assert len({row.subject for row in report.rows}) == 2
 
 
-def test_what_convert_wrote(tmp_path: Path) -> None:
-    """Its manifest says where it came from, and is nobody's to give back."""
+def test_converted_checkpoint_is_within_limits(tmp_path: Path) -> None:
+    """The manifest of the source is not compared."""
     fixtures.hot_checkpoint(*FIRST[0], tmp_path / "hot")
     report = parity.verify(zoo.convert(tmp_path / "hot", tmp_path / "again", to="hf"))
     assert report.ok, report.to_text()
 
 
 @some_architectures
-def test_wrong_checkpoint(
+def test_checkpoint_with_a_missing_tensor_fails(
     entry: Architecture, variant: str, made: Callable[..., Path], tmp_path: Path
 ) -> None:
     shutil.copytree(made(entry.name, variant), tmp_path, dirs_exist_ok=True)
@@ -91,7 +93,7 @@ def is_prime(n: int) -> bool:
 
 
 def test_sizes_are_distinct() -> None:
-    """A mix-up of two sizes must show, in every variant."""
+    """Swapping two sizes must change the result in every variant."""
     wrong = []
     for entry, variant in VARIANTS:
         published = entry.variants[variant]["config"]
@@ -123,7 +125,7 @@ def test_every_parameter_is_redrawn(entry: Architecture, variant: str, tmp_path:
 
 @every_architecture
 def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
-    """Neither uniform nor one-hot: where it is either, what feeds it does not show."""
+    """Attention is neither uniform nor one-hot; otherwise errors in q and k would not show."""
     named = entry.variants[variant]["class"]
     model = reference.Reference(made(entry.name, variant), named, torch.float32).model
     ids = torch.randint(8, model.config.vocab_size, (4, TOKENS))
@@ -139,8 +141,8 @@ def test_attention_is_hot(entry: Architecture, variant: str, made: Callable[...,
         assert 0.2 < entropy.mean() < 0.95
 
 
-def test_old_spelling_stays(tmp_path: Path) -> None:
-    """Variants that spell a field the old way have it so, and only so, in their config.json."""
+def test_old_field_names_are_kept(tmp_path: Path) -> None:
+    """A variant with an old field name has only that name in its config.json."""
     count = 0
     for entry, variant in VARIANTS:
         asked = entry.variants[variant]["config"]
@@ -158,8 +160,10 @@ def test_old_spelling_stays(tmp_path: Path) -> None:
 
 
 @every_architecture
-def test_lift(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
-    """Two ways through the lifted reference agree to the last digits; unlifted it is caught."""
+def test_lifted_reference_computes_in_fp64(
+    entry: Architecture, variant: str, made: Callable[..., Path]
+) -> None:
+    """Two ways through the lifted reference agree to the last digits."""
     directory, named = made(entry.name, variant), entry.variants[variant]["class"]
     ids = {"input_ids": torch.randint(8, 100, (2, TOKENS))}
     ids["decoder_input_ids"] = ids["input_ids"].flip(1)  # read by encoder-decoders alone
@@ -189,7 +193,7 @@ def test_unlifted_reference_is_caught(made: Callable[..., Path]) -> None:
 
 @some_architectures
 def test_truth_is_repeatable(entry: Architecture, variant: str, made: Callable[..., Path]) -> None:
-    """Also where the reference remembers the longest input that it has seen."""
+    """Also if the reference keeps state of the longest input."""
     directory, named = made(entry.name, variant), entry.variants[variant]["class"]
     one, two = Truth(directory, named), Truth(directory, named)
     for name, value in one.outputs.items():
@@ -221,7 +225,7 @@ def test_shapes_must_agree() -> None:
         checks.pair([torch.ones(2)], {"start_logits": torch.ones(2), "end_logits": torch.ones(2)})
 
 
-def test_differences_are_found(tmp_path: Path) -> None:
+def test_differences_are_reported(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     for directory in (a, b):
         directory.mkdir()
@@ -244,7 +248,7 @@ GOOD = Row("a", "fp64", 1e-15, 1e-10, "1e-15")
 BAD = Row("b", "fp64", float("nan"), 1e-10, "nan", "what happened")
 
 
-def test_report() -> None:
+def test_report_as_text_and_json() -> None:
     assert Report([GOOD]).ok
     assert not Report([]).ok
     assert not Report([GOOD, BAD]).ok
@@ -260,7 +264,7 @@ def test_report() -> None:
 # --- verify --------------------------------------------------------------------------------------
 
 
-def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_called_for_each_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "_run", lambda job, seed: iter([GOOD]))
     seen: list[tuple[Any, ...]] = []
     report = parity.verify(all=True, progress=lambda *step: seen.append(step))
@@ -269,7 +273,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1][0] == len(VARIANTS)
 
 
-def test_verify_says_what_is_wrong_with_a_call() -> None:
+def test_wrong_arguments_of_verify_are_refused() -> None:
     with pytest.raises(UsageError):
         parity.verify()
     with pytest.raises(UsageError, match="no variant 'bse'"):
@@ -278,7 +282,7 @@ def test_verify_says_what_is_wrong_with_a_call() -> None:
         parity.verify("no-such-model")
 
 
-def test_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_reference_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     reference.transformers.cache_clear()
     monkeypatch.setitem(sys.modules, "transformers", None)
     try:

@@ -29,10 +29,10 @@ ALIKE = [pytest.param(*p, marks=() if str(p[1]) == "hf" else pytest.mark.long) f
 
 
 @pytest.mark.parametrize(("name", "a", "b"), ALIKE, ids=lambda part: str(part).replace(" ", "-"))
-def test_there_and_back(name: str, a: End, b: End, tmp_path: Path) -> None:
-    """Byte for byte where both ends are exact, but for what a dialect has no word for."""
+def test_round_trip(name: str, a: End, b: End, tmp_path: Path) -> None:
+    """Equal bytes between exact dialects, except for fields that one cannot represent."""
     trip = trips.travel(ARCHITECTURES[name], a, b, tmp_path, MADE)
-    assert trip.ok, trip.told
+    assert trip.ok, trip.detail
     made = (name, a.dialect) in MADE
     if trips.clash(ARCHITECTURES[name], a.dialect, b.dialect):
         assert (trip.result, trip.why) == ("refused", "act")
@@ -48,20 +48,20 @@ def test_there_and_back(name: str, a: End, b: End, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_what_the_reference_writes(name: str, variant: str, tmp_path: Path) -> None:
-    """In each dialect and back: the same weights, or a refusal that says by what."""
+def test_round_trip_of_what_the_reference_writes(name: str, variant: str, tmp_path: Path) -> None:
+    """To each dialect and back: the same weights, or a refusal that names the fields."""
     for trip in trips.published(ARCHITECTURES[name], variant, tmp_path):
-        assert trip.ok, trip.told
+        assert trip.ok, trip.detail
         if trip.to in trips.OWN:
             assert trip.result == "bytes", trip
         if trip.result == "refused":
-            assert trip.why and "\n" not in trip.why and trip.told
+            assert trip.why and "\n" not in trip.why and trip.detail
         else:
             assert trip.result in ("bytes", "weights") or trip.why == "without its head", trip
 
 
-def test_no_dialect_is_left_out() -> None:
-    """Of two that have no model in common there is one kind alone."""
+def test_every_dialect_is_covered() -> None:
+    """Only one kind of pair has no model in common."""
     boxes = {(spec.name, dialect.name): box for spec, dialect, box in every_dialect()}
     assert {key for key, box in boxes.items() if not box.file} == MADE.keys()
     assert boxes.keys() <= {(name, end.dialect) for name, *ends in PAIRS for end in ends}
@@ -78,7 +78,7 @@ def test_no_dialect_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("what", ["weight", "field"])
-def test_a_wrong_conversion_is_seen(
+def test_wrong_conversion_is_detected(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = trips.load
@@ -95,10 +95,10 @@ def test_a_wrong_conversion_is_seen(
     monkeypatch.setattr(trips, "load", load)
     trip = trips.travel(ARCHITECTURES["llama"], End("hf"), End("llama2c"), tmp_path, {})
     assert trip.result == "WRONG" and not trip.ok
-    assert ("eps" if what == "field" else "embed.weight") in trip.told
+    assert ("eps" if what == "field" else "embed.weight") in trip.detail
 
 
-def test_other_bytes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bytes_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trips.convert
 
     def convert(source: Path, place: Path, **how: Any) -> None:
@@ -112,7 +112,7 @@ def test_other_bytes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert trip.result == "weights"
 
 
-def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "formats.md"
     assert formats.main(["mobilellm", "--write", str(page)]) == 0
     out = capsys.readouterr().out
@@ -123,14 +123,14 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean llama?" in capsys.readouterr().err
 
 
-def test_the_report_of_what_is_wrong(
+def test_report_of_failures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journeys = [
         Trip("llama", "hf", "gguf", "bytes"),
         Trip("llama", "hf", "gguf q8_0", "lossy", "Q8_0", 0.0123),
         Trip("llama", "gguf", "hf", "WRONG", "differs", 0.5, "norm.weight"),
-        Trip("llama", "gguf", "meta", "refused", "eps", told="eps: 1 cannot be said there"),
+        Trip("llama", "gguf", "meta", "refused", "eps", detail="eps: 1 cannot be said there"),
         Trip("llama", "gguf", "gguf q8_0", "lossy", "Q8_0", 0.9),
     ]
     monkeypatch.setattr(formats, "run", lambda *_: iter(journeys))

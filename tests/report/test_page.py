@@ -112,7 +112,7 @@ def drawn(name: str, part: str = "") -> list[str]:
         ("t5", "", "in, embed 0, encoder 1, embed 0, decoder 3 2, head 4"),
     ],
 )
-def test_wiring_is_found_by_running(name: str, part: str, nodes: str) -> None:
+def test_wiring_is_traced_by_running(name: str, part: str, nodes: str) -> None:
     assert ", ".join(drawn(name, part)) == nodes
 
 
@@ -136,7 +136,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_it_is_one_page_without_scripts(run: Run) -> None:
+def test_page_is_one_file_without_scripts(run: Run) -> None:
     text = page(run)
     tags = Tags()
     tags.feed(text)
@@ -156,13 +156,13 @@ def test_it_is_one_page_without_scripts(run: Run) -> None:
     assert 'class="bad"' not in text and "NOT all" not in text
 
 
-def test_what_was_not_run_says_so(run: Run) -> None:
+def test_page_names_what_was_not_run(run: Run) -> None:
     seen = texts(page(run))
     assert seen.count("not run") == 6  # cells, what it was measured with, the chapter's titles
     assert "make diagnosis does" in seen and "make formats does" in seen
 
 
-def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
+def test_recorded_results_show_date_and_versions(run: Run) -> None:
     seen = texts(page(with_record(run)))
     for words in (
         # planted, killed, located, diagnosed; code that is not the one that was measured
@@ -181,12 +181,12 @@ def test_what_is_recorded_has_its_date_and_versions(run: Run) -> None:
     assert "not run" not in seen and "NOT all" not in seen
 
 
-def test_what_was_run_of_some_says_so(run: Run) -> None:
+def test_page_of_some_architectures_says_so(run: Run) -> None:
     one, other = with_record(run).architectures[0], replace(run.architectures[0], name="another")
     assert "Planted bugs: torch 9.8; not run for 1 architecture." in texts(page(Run([one, other])))
 
 
-def test_every_cell_says_what_was_measured(run: Run) -> None:
+def test_every_cell_describes_its_measurement(run: Run) -> None:
     (each,) = run.architectures
     seen = texts(page(run))
     assert "1 of 1" in seen and each.stamp["date"] in seen and "supported" not in seen
@@ -194,7 +194,7 @@ def test_every_cell_says_what_was_measured(run: Run) -> None:
         assert f"{measured.shown} {measured.limit:g} {measured.variant} 1 0" in seen
 
 
-def test_the_spec_is_read_from_the_page(run: Run) -> None:
+def test_page_contains_the_spec(run: Run) -> None:
     seen = texts(page(run))
     for words in (
         "h.{layer}.attn.c_attn.weight [i (n o)] blocks.{layer}.attn.{n=q,k,v}.weight [o i]",
@@ -210,8 +210,8 @@ def failing(row: Row) -> Run:
     return gather(Report([row, replace(row, check="fp32", value=0.5, shown="fine")]), {})
 
 
-def test_what_fails_is_named_and_lies_open() -> None:
-    """Whatever it says; and what cannot be loaded is no end of the page."""
+def test_failure_is_named_and_expanded() -> None:
+    """With any message; a model that cannot be loaded does not stop the page."""
     why = 'a <b>"tensor"</b> & more'
     row = Row("gpt2/base", "fp64", 0.5, 1e-10, "5.0e-01", why)
     text = page(failing(row))
@@ -222,7 +222,7 @@ def test_what_fails_is_named_and_lies_open() -> None:
 
 
 @pytest.mark.parametrize("check", ["load", "reference"])
-def test_what_does_not_load(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_that_does_not_load(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise MissingTensors("2 tensors: <a>, b")
 
@@ -236,8 +236,8 @@ def test_what_does_not_load(check: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not run.ok and json.loads(json.dumps(run.to_record()))["parity"]["gpt2"]["ok"] is False
 
 
-def test_a_check_that_breaks_is_in_its_column() -> None:
-    """Under the name of its function, where it gave none."""
+def test_raising_check_is_shown_in_its_column() -> None:
+    """Under the name of its function if it raised before its first row."""
     from zoo.parity.checks import CHECKS
     from zoo.parity.layouts import layouts
 
@@ -255,7 +255,7 @@ def test_survivors_and_wrong_trips_fail_the_page(run: Run) -> None:
     assert "round trip, hf to &lt;b&gt;: differs" in seen and "NOT all" in seen
 
 
-def test_heat_shows_what_is_no_number(run: Run) -> None:
+def test_heat_shows_nan(run: Run) -> None:
     match = SimpleNamespace(native="blocks.1.attn")
     readings = [SimpleNamespace(match=match, error=e, limit=1e-3) for e in (1e-5, math.nan, 1e-4)]
     heat = {"float64": {**_by_layer(readings), "head": (0.1, 1e-3)}}
@@ -265,12 +265,12 @@ def test_heat_shows_what_is_no_number(run: Run) -> None:
     assert "not finite, limit 1.0e-03" in seen and "1.0e-01, limit 1.0e-03" in seen
 
 
-def test_a_page_of_nothing() -> None:
+def test_empty_page() -> None:
     assert "Nothing was measured" in page(gather(Report(), {}))
     assert not Run([]).ok
 
 
-def test_a_cell_is_the_worst_of_its_column(run: Run) -> None:
+def test_cell_shows_the_worst_of_its_column(run: Run) -> None:
     report = parity.verify("gpt2", variants=["base", "untied"])
     (entry,) = gather(report, {}).architectures
     rows = [row for row in report.rows if row.check == "fp32"]
@@ -279,8 +279,8 @@ def test_a_cell_is_the_worst_of_its_column(run: Run) -> None:
     assert entry.loaded == 2 and entry.seconds.keys() == {"base", "untied"}
 
 
-def test_checkpoints_have_a_page_too() -> None:
-    """Apart from an architecture's variants, also where it has its name, as gpt2."""
+def test_checkpoints_have_a_page() -> None:
+    """Separate from the variants of an architecture of the same name, such as gpt2."""
     names = ("gpt2/base", "gpt2", "gpt2, hot", "other")
     rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in names]
     run = gather(Report(rows, {"gpt2": 2.0, "gpt2, hot": 3.0}), RECORDED)
@@ -294,21 +294,21 @@ def test_checkpoints_have_a_page_too() -> None:
     assert "redrawn, 3.0 s" in texts(page(run))
 
 
-def test_what_holds_much_says_how_much() -> None:
+def test_long_sections_show_their_length() -> None:
     model = build("t5")
     assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
     count = sum(p.numel() for p in model.encoder.parameters())
     assert about(model.encoder) == f"Encoder, {count:,} parameters"
 
 
-def test_marks_in_names_are_escaped() -> None:
+def test_names_are_escaped() -> None:
     model = build("gpt2").eval()
     nodes = wiring(model, model.blocks[0], lambda: model(torch.full((1, 5), 7)))
     text = svg([replace(nodes[1], about='<b>"')], "a<b")
     assert "<b>" not in text and "&lt;b&gt;" in text
 
 
-def test_the_command(
+def test_report_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = parity.verify("mobilellm", variants=["base"])
@@ -322,7 +322,9 @@ def test_the_command(
     assert record["bugs"].keys() == {"mobilellm"} & evidence.read()["bugs"].keys()
 
 
-def test_one_architecture_is_recorded_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_architecture_can_be_recorded_again(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = evidence.read()["parity"]
     rows = [Row(name, "fp64", 1e-15, 1e-10, "1.0e-15") for name in ("bert/masked-lm", "a file")]
     monkeypatch.setattr("zoo.verify", lambda *_, **__: Report(rows))
@@ -340,7 +342,7 @@ def test_published_outputs_have_a_page(fixtures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["place", "record"])
-def test_what_cannot_be_written_is_said_before_the_work(
+def test_unwritable_output_is_refused_before_the_run(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("zoo.verify", lambda *_, **__: pytest.fail("too late"))
@@ -365,7 +367,7 @@ def rendered(place: Path, scratch: Path, fragment: str = "") -> str:
     return done.stdout
 
 
-def test_a_link_opens_its_chapter(run: Run, tmp_path: Path) -> None:
+def test_link_opens_its_section(run: Run, tmp_path: Path) -> None:
     place = tmp_path / "index.html"
     place.write_text(page(run), encoding="utf-8")
     chapter = r'<details open="">(?:(?!<details).)*<div id="of-gpt2">'
@@ -375,7 +377,7 @@ def test_a_link_opens_its_chapter(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["good", "bad"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_a_browser_shows_it(run: Run, kind: str, width: int, tmp_path: Path) -> None:
+def test_browser_shows_the_page(run: Run, kind: str, width: int, tmp_path: Path) -> None:
     shown = with_record(run)
     if kind == "bad":
         shown.architectures += failing(
@@ -406,8 +408,8 @@ def test_every_architecture_is_in_the_record() -> None:
         assert measured["variants"] == len(registry.architectures()[name].variants)
 
 
-def test_the_list_of_what_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
-    """A row an architecture; no checkpoint is said to be verified by what tiny models gave."""
+def test_list_of_verified_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row for each architecture; tiny models do not count as a verified checkpoint."""
     assert app.main(["list", "--verified"]) == 0
     out = capsys.readouterr().out
     about, table, after = out.split("\n\n")
@@ -448,7 +450,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (None, "not there, so nothing is known to be verified. Run: make report"),
     ],
 )
-def test_a_record_that_is_none(
+def test_invalid_record_is_refused(
     text: str | None, message: str, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept.unlink() if text is None else kept.write_text(text)
@@ -457,7 +459,7 @@ def test_a_record_that_is_none(
     assert app.main(["list"]) == 0
 
 
-def test_a_record_of_other_code(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_record_of_other_code_is_stale(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(kept.read_text())
     data["parity"]["gpt2"]["code"] = "another"
     data["parity"]["bert"]["ok"] = False
@@ -471,7 +473,7 @@ def test_a_record_of_other_code(kept: Path, capsys: pytest.CaptureFixture[str]) 
     assert not any(re.match(r"bert |falcon |gone ", row) for row in rows)
 
 
-def test_a_part_that_is_run_again_takes_its_place(kept: Path) -> None:
+def test_repeated_part_replaces_its_record(kept: Path) -> None:
     before = evidence.read()
     entries = {name: {**RECORDED["bugs"]["gpt2"], "date": "2009-09-09"} for name in ("t5", "gpt2")}
     evidence.update("bugs", entries)
@@ -482,7 +484,7 @@ def test_a_part_that_is_run_again_takes_its_place(kept: Path) -> None:
     assert [*after["bugs"]] == sorted(after["bugs"], key=order.index)
 
 
-def test_what_is_recorded_of_bugs() -> None:
+def test_record_of_planted_bugs() -> None:
     traces = [
         Trace("gpt2", "a", True, True, "base, whole", "out x", ("the cause",)),
         Trace("gpt2", "b", True, False, "base, whole", "out y", ("another", "the cause")),
@@ -500,12 +502,12 @@ def test_what_is_recorded_of_bugs() -> None:
     assert bug_counts(entry) == {"planted": 3, "killed": 2, "located": 2, "diagnosed": 1}
 
 
-def test_what_is_recorded_of_trips() -> None:
+def test_record_of_round_trips() -> None:
     trips = [
         Trip("gpt2", "hf", "native", "bytes"),
-        Trip("gpt2", "hf", "gguf", "refused", "act", told="no word for act"),
-        Trip("gpt2", "hf", "gguf q8_0", "lossy", "Q8_0", error=0.9, told="logits"),
-        Trip("gpt2", "native", "hf", "WRONG", "differs", told="head.weight"),
+        Trip("gpt2", "hf", "gguf", "refused", "act", detail="no word for act"),
+        Trip("gpt2", "hf", "gguf q8_0", "lossy", "Q8_0", error=0.9, detail="logits"),
+        Trip("gpt2", "native", "hf", "WRONG", "differs", detail="head.weight"),
     ]
     (entry,) = formats.to_record(trips).values()
     assert entry["trips"]["hf"] == {

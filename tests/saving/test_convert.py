@@ -462,7 +462,7 @@ def test_another_source_or_option_starts_again(source: Path, tmp_path: Path) -> 
     assert [name for name in beside(out) if "partial" in name]
     events: list[dict[str, Any]] = []
     zoo.convert(source, out, to="hf", tell=events.append)
-    assert events[0] == {"event": "anew"}
+    assert events[0] == {"event": "restart"}
     assert beside(out) == ["out"] and differences(source, out) == []
     with pytest.raises(OutputExists):
         zoo.convert(source, out, to="hf")

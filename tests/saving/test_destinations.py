@@ -62,6 +62,18 @@ def beside(place: Path) -> list[str]:
     return sorted(os.listdir(place.parent))
 
 
+@pytest.mark.parametrize("to", ["hf", "native", "gguf"])
+def test_a_model_is_saved_again_over_its_own_output(to: str, model: Model, tmp_path: Path) -> None:
+    place = zoo.save(model, tmp_path / "out", to=to)
+    (place / "metrics.json").write_text("mine")
+    (place / "runs").mkdir()
+    zoo.save(model, place, to=to)
+    assert (place / "metrics.json").read_text() == "mine"
+    assert (place / "runs").is_dir()
+    assert list(manifest.check(place)) == []
+    assert beside(place) == ["out"]
+
+
 # --- other files are kept ------------------------------------------------------------------------
 
 
@@ -340,18 +352,6 @@ def test_force_replaces_a_file_only_if_it_is_a_checkpoint(model: Model, tmp_path
 
 
 # --- saved again ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("to", ["hf", "native", "gguf"])
-def test_a_model_is_saved_again_over_its_own_output(to: str, model: Model, tmp_path: Path) -> None:
-    place = zoo.save(model, tmp_path / "out", to=to)
-    (place / "metrics.json").write_text("mine")
-    (place / "runs").mkdir()
-    zoo.save(model, place, to=to)
-    assert (place / "metrics.json").read_text() == "mine"
-    assert (place / "runs").is_dir()
-    assert list(manifest.check(place)) == []
-    assert beside(place) == ["out"]
 
 
 def test_shards_of_an_earlier_save_are_removed(tmp_path: Path) -> None:

@@ -44,14 +44,14 @@ from zoo.errors import (
 from zoo.saving import graphs
 from zoo.saving.outputs import item_of
 
-KNOWN = registry.architectures()
+ARCHITECTURES = registry.architectures()
 # tracing takes seconds: of one architecture in `make test`, of all in `make test-all`, of every
 # variant in `make graphs`
-QUICK = list(KNOWN)[:1]
+QUICK = list(ARCHITECTURES)[:1]
 each_graph = pytest.mark.parametrize("to", first_of(sorted(graphs.GRAPHS, reverse=True), 1))
 VARIANTS = [
     pytest.param(name, variant, marks=() if n == 0 and name in QUICK else pytest.mark.long)
-    for name, entry in sorted(KNOWN.items())
+    for name, entry in sorted(ARCHITECTURES.items())
     for n, variant in enumerate(entry.variants)
     if n == 0 or os.environ.get("ZOO_GRAPHS") == "all"
 ]
@@ -61,7 +61,7 @@ EXACT = 1e-12  # in fp64
 
 def made(name: str, variant: str) -> Any:
     """The model of a variant, every parameter redrawn so that all of them count."""
-    entry = KNOWN[name]
+    entry = ARCHITECTURES[name]
     data = entry.variants[variant]
     fields, problems = load_spec(entry.spec).dialect("hf").read_config(data["config"])
     assert not problems

@@ -75,8 +75,8 @@ sys.exit(fuzz.main())
 def test_faults_are_found_and_told_with_what_repeats_them() -> None:
     run = fuzz("-c", FAULTY.replace("HARMS", repr(list(FAULTS))))
     assert run.returncode == 1, run.stderr
-    for harm, told in FAULTS.items():
-        assert re.search(told, run.stdout), (harm, run.stdout)
+    for harm, pattern in FAULTS.items():
+        assert re.search(pattern, run.stdout), (harm, run.stdout)
     again = re.findall(r"tools/fuzz\.py --only (.+) --seed 0 --start (\d+) --count 1", run.stdout)
     assert {kind for kind, _ in again} == {*list(FAULTS)[:-1]}
     assert all(0 <= int(n) < 20 for _, n in again)

@@ -49,6 +49,19 @@ def earlier() -> TemporaryDirectory[str]:
     return root
 
 
+def test_similar_architecture_needs_no_model_file() -> None:
+    draft = mistral()
+    assert draft.only_data
+    assert set(draft.files) == {
+        "converters/specs/kin/native.yaml",
+        "converters/specs/kin/hf.yaml",
+        "registry.yaml",
+    }
+    llama = yaml.safe_load((ROOT / "converters/specs/llama/hf.yaml").read_text())
+    assert names(hf(draft)["weights"]) == names(llama["weights"])
+    assert names(hf(draft)["heads"]) == names(llama["heads"])
+
+
 def test_nothing_is_left_unguessed() -> None:
     """A draft that somebody wrote and has not finished says here what it still needs."""
     assert scaffold.left() == []
@@ -89,20 +102,7 @@ def names(rules: dict[str, Any]) -> set[tuple[str, ...]]:
 # --- real architectures --------------------------------------------------------------------------
 
 
-def test_a_cousin_is_only_data() -> None:
-    draft = mistral()
-    assert draft.only_data
-    assert set(draft.files) == {
-        "converters/specs/kin/native.yaml",
-        "converters/specs/kin/hf.yaml",
-        "registry.yaml",
-    }
-    llama = yaml.safe_load((ROOT / "converters/specs/llama/hf.yaml").read_text())
-    assert names(hf(draft)["weights"]) == names(llama["weights"])
-    assert names(hf(draft)["heads"]) == names(llama["heads"])
-
-
-def test_what_nobody_guessed_is_marked_and_refused() -> None:
+def test_unguessed_parts_are_marked_and_refused() -> None:
     draft = mistral()
     assert sum("sliding_window" in mark for mark in draft.marks) == 1
     assert sum("published checkpoint" in mark for mark in draft.marks) == 1
@@ -123,7 +123,7 @@ def test_fused_projections_are_found_by_shape() -> None:
     assert hf(draft)["require"]["sliding_window"] == []
 
 
-def test_a_model_of_its_own() -> None:
+def test_different_architecture_gets_a_model_file() -> None:
     draft = olmo2()
     assert not draft.only_data
     assert set(draft.files) == {
@@ -135,8 +135,8 @@ def test_a_model_of_its_own() -> None:
     code = draft.files["zoo/models/olmo2.py"]
     compile(code, "olmo2.py", "exec")
     own = [mark for mark in draft.marks if mark.startswith("zoo/models")]
-    for said in ("what sets it apart", "attn.q_norm", "attn.k_norm", "post_feedforward_layernorm"):
-        assert sum(said in mark for mark in own) == 1
+    for note in ("what sets it apart", "attn.q_norm", "attn.k_norm", "post_feedforward_layernorm"):
+        assert sum(note in mark for mark in own) == 1
     assert sum("here and on no disk: blocks.{layer}.norm1.weight [72]" in m for m in own) == 1
     assert sum("no field of config.json sets mlp_bias" in mark for mark in own) == 1
     source = (ROOT / "zoo/models/llama.py").read_text(encoding="utf-8")
@@ -148,12 +148,12 @@ def test_a_model_of_its_own() -> None:
     assert any("blocks.0.norm1.weight" in line for line in draft.verdict)
 
 
-def test_names_that_nobody_told_it() -> None:
+def test_names_outside_the_table_are_matched() -> None:
     """GPT-NeoX beside Llama: every word differs, fields too, and qkv is one tensor."""
     draft = drafted("gpt_neox", "llama", "GPTNeoXForCausalLM")
-    found = hf(draft)
-    assert found["prefix"] == "gpt_neox."
-    rules = names(found["weights"]) | names(found["heads"])
+    spec = hf(draft)
+    assert spec["prefix"] == "gpt_neox."
+    rules = names(spec["weights"]) | names(spec["heads"])
     assert rules >= {
         ("embed_in.weight", "embed.weight"),
         ("embed_out.weight", "head.weight"),
@@ -167,18 +167,18 @@ def test_names_that_nobody_told_it() -> None:
         ),
     }
     assert "[(h n e) i]" in draft.files["converters/specs/gpt_neox/hf.yaml"]
-    assert found["config"]["eps"] == "layer_norm_eps"
-    assert found["require"]["use_parallel_residual"] == [True]
+    assert spec["config"]["eps"] == "layer_norm_eps"
+    assert spec["require"]["use_parallel_residual"] == [True]
     assert any("partial_rotary_factor" in mark for mark in draft.marks)
 
 
 def test_transposed_kernels_and_other_fields() -> None:
     """OPT beside GPT-2: linears where GPT-2 has transposed ones, `ffn_dim` for the width."""
     draft = drafted("opt", "gpt2", "OPTForCausalLM")
-    found = hf(draft)
-    assert found["config"]["hidden"] == "ffn_dim"
+    spec = hf(draft)
+    assert spec["config"]["hidden"] == "ffn_dim"
     prefix = "decoder.layers.{layer}"
-    assert names(found["weights"]) >= {
+    assert names(spec["weights"]) >= {
         (f"{prefix}.fc1.weight", "blocks.{layer}.mlp.up.weight"),
         (f"{prefix}.self_attn.v_proj.bias", "blocks.{layer}.attn.v.bias"),
         (f"{prefix}.self_attn_layer_norm.bias", "blocks.{layer}.norm1.bias"),
@@ -192,13 +192,13 @@ def test_the_registry_only_grows(draft: Any) -> None:
     changes = list(difflib.ndiff(EARLIER.split("\n"), text.split("\n")))
     assert not [line for line in changes if line.startswith(("-", "?"))]
     assert [line[2:] for line in changes if line.startswith("+")] == made.added
-    known = registry.parse_architectures(registry.parse_section(text, "architectures"))
-    entry = known[made.name]
+    architectures = registry.parse_architectures(registry.parse_section(text, "architectures"))
+    entry = architectures[made.name]
     assert entry.module == ("llama" if made.only_data else made.name)
     assert sorted(h for heads in entry.heads.values() for h in heads) == sorted(
         ("lm", "none", "sequence_classification")
     )
-    variants = registry.parse_variants(registry.parse_section(text, "variants"), known)
+    variants = registry.parse_variants(registry.parse_section(text, "variants"), architectures)
     classes = {variant["class"] for variant in variants[made.name].values()}
     assert classes == set(entry.heads)
     sizes = next(iter(variants[made.name].values()))["config"]
@@ -223,7 +223,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
-def test_writing_and_not_overwriting(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     root, draft = tree(tmp_path), olmo2()
     before = contents(root)
     draft.write(root)
@@ -245,7 +245,7 @@ def run(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_from_nothing_to_parity(tmp_path: Path) -> None:
+def test_draft_reaches_parity(tmp_path: Path) -> None:
     """The tool, the two edits that it asks for, and a green table."""
     root = tree(tmp_path)
     made = ("tools/new_arch.py", "kin", "--like", "llama", "--reference", "MistralForCausalLM")
@@ -276,7 +276,7 @@ def test_from_nothing_to_parity(tmp_path: Path) -> None:
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_its_rules_are_rules() -> None:
+def test_rules_in_contributing_parse() -> None:
     rows = re.findall(r"^\| (`.*?`) \| ", PAGE.replace(r"\|", "/"), re.M)
     rules = [re.findall("`(.*?)`", row) for row in rows if ".weight`" in row or "]" in row]
     assert len(rules) >= 6
@@ -286,7 +286,7 @@ def test_its_rules_are_rules() -> None:
         parse_rule(source, listed or target.strip(), "CONTRIBUTING.md")
 
 
-def test_its_targets_and_files_are_there() -> None:
+def test_targets_and_files_in_contributing_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     last = PAGE.strip().splitlines()[-1]
     for target in {*re.findall(r"`make ([\w-]+)`", PAGE), *re.findall(r"`([\w-]+)`", last)} - {
@@ -303,7 +303,7 @@ def test_its_targets_and_files_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "like", "reference", "error", "said"),
+    ("name", "like", "reference", "error", "message"),
     [
         ("kin", "lama", "MistralForCausalLM", UsageError, "Did you mean llama"),
         ("llama", "llama", "MistralForCausalLM", UsageError, "is what is to be drafted"),
@@ -315,41 +315,45 @@ def test_its_targets_and_files_are_there() -> None:
         ("lama", "bert", "GPT2Model", UsageError, "gpt2 has its model_type"),
     ],
 )
-def test_mistakes(name: str, like: str, reference: str, error: type[ZooError], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_wrong_arguments_are_refused(
+    name: str, like: str, reference: str, error: type[ZooError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         scaffold.draft(name, like, reference)
 
 
-def test_only_data_can_be_insisted_on() -> None:
+def test_only_data_can_be_required() -> None:
     with pytest.raises(UsageError, match=r"in the model alone: blocks.\{layer\}.norm1.weight"):
         scaffold.draft("olmo2", "llama", "Olmo2ForCausalLM", only_data=True)
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "said"),
+    ("settings", "error", "message"),
     [
         ({"hiden_size": 8}, UsageError, "no hiden_size. Did you mean hidden_size"),
         ({"num_attention_heads": 5}, ConfigError, "cannot be built.*--set FIELD=VALUE"),
         ({"hidden_size": 6000}, ConfigError, "not tiny"),
     ],
 )
-def test_sizes_that_do_not_do(settings: dict[str, int], error: type[ZooError], said: str) -> None:
-    with pytest.raises(error, match=f"(?s){said}"):
+def test_sizes_that_the_reference_rejects_are_refused(
+    settings: dict[str, int], error: type[ZooError], message: str
+) -> None:
+    with pytest.raises(error, match=f"(?s){message}"):
         scaffold.draft("kin", "llama", "MistralForCausalLM", settings=settings)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["x", "--like", "nobody", "--reference", "LlamaModel"], 2, "no such architecture"),
         (["x", "--like", "gpt2"], 2, "--reference"),
         (["x", "--like", "gpt2", "--reference", "Y", "--set", "a"], 2, "expected FIELD=VALUE"),
     ],
 )
-def test_the_command_says_it_in_one_line(arguments: list[str], code: int, said: str) -> None:
+def test_command_prints_errors_on_one_line(arguments: list[str], code: int, message: str) -> None:
     done = run(ROOT, "tools/new_arch.py", *arguments)
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -357,7 +361,7 @@ def test_the_command_says_it_in_one_line(arguments: list[str], code: int, said: 
 
 
 @pytest.mark.parametrize("entry", registry.architectures().values(), ids=lambda e: e.name)
-def test_rules_taken_apart_and_together(entry: registry.Architecture) -> None:
+def test_rules_expand_and_collapse(entry: registry.Architecture) -> None:
     """Fewer lines than names, and the same names."""
     rules = [one for r in load_spec(entry.spec).dialect("hf").rules for one in elementary(r)]
     lines = collapse(rules)
@@ -371,8 +375,8 @@ def test_indices_become_placeholders() -> None:
     assert plain("h.10.attn.q") == "h.{layer}.attn.q"
     assert plain("model.layers.3.experts.7.w1") == "model.layers.{layer}.experts.{expert}.w1"
     assert plain("conv.0.weight") == "conv.{conv}.weight"
-    found = families([("h.0.a", (2,), False), ("h.1.a", (2,), False), ("b", (3,), True)])
-    assert [(f.name, f.head) for f in found] == [("h.{layer}.a", False), ("b", True)]
+    groups = families([("h.0.a", (2,), False), ("h.1.a", (2,), False), ("b", (3,), True)])
+    assert [(f.name, f.head) for f in groups] == [("h.{layer}.a", False), ("b", True)]
 
 
 values = st.recursive(

@@ -1,6 +1,6 @@
-"""A new architecture drafted from a reference and a kindred one: rules guessed by name and shape.
+"""Draft a new architecture from a reference class and a similar architecture, by names and shapes.
 
-What could not be guessed carries the word `unguessed:` in the files written; `left` lists it.
+Whatever could not be guessed is marked `unguessed:` in the written files; `left` lists the marks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REGISTRY = "registry.yaml"
 
 @dataclass
 class Draft:
-    """The texts of the files, and what loading would say of them as they stand."""
+    """The texts of the drafted files, and the errors that loading them would raise."""
 
     name: str
     only_data: bool
@@ -32,7 +32,7 @@ class Draft:
     verdict: list[str]
 
     def write(self, root: Path = ROOT, *, force: bool = False) -> list[Path]:
-        """All of them or none; only force replaces what is there."""
+        """Write all files or none; `force` replaces existing files."""
         texts = {root / path: text for path, text in self.files.items()}
         there = [p for p in self.files if p != REGISTRY and (root / p).exists()]
         if there and not force:
@@ -60,36 +60,36 @@ def draft(
     force: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Draft:
-    """The files of architecture `name`: three, or two where `like`'s model holds it as it is.
+    """Draft the files of architecture `name`: three, or two if `like`'s model fits unchanged.
 
-    `only_data` insists on two (True) or three (False); `settings` are fields of the tiny config.
+    `only_data` requires two (True) or three (False) files; `settings`: fields of the tiny config.
     """
     text = (root / REGISTRY).read_text(encoding="utf-8")
-    known = registry.parse_architectures(registry.parse_section(text, "architectures"))
+    architectures = registry.parse_architectures(registry.parse_section(text, "architectures"))
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UsageError(f"{name!r}: the name is a module's: small letters, digits and _")
-    if like not in known or like == name:
-        near = did_you_mean(like, known.keys() - {name})
+    if like not in architectures or like == name:
+        near = did_you_mean(like, architectures.keys() - {name})
         raise UsageError(
             f"--like {like}: "
             + ("that is what is to be drafted" if like == name else "no such architecture")
-            + f".{near or f' There is {chr(44).join(known)}.'}"
+            + f".{near or f' There is {chr(44).join(architectures)}.'}"
         )
-    if name in known and not force:
+    if name in architectures and not force:
         raise OutputExists(f"{REGISTRY}: {name} is there already; --force replaces it")
 
     from scaffold.guess import Guess, registered
-    from scaffold.reference import survey  # transformers, and seconds
+    from scaffold.reference import make_survey  # transformers, and seconds
 
-    entry = known[like]
-    found = survey(reference, entry, settings or {})
-    for other in known.values():
-        if other.model_type == found.model_type and other.name != name:
+    entry = architectures[like]
+    survey = make_survey(reference, entry, settings or {})
+    for other in architectures.values():
+        if other.model_type == survey.model_type and other.name != name:
             raise UsageError(
                 f"--reference {reference}: {other.name} has its model_type {other.model_type!r} "
                 f"already; add the class to that entry of {REGISTRY}"
             )
-    guess = Guess(entry, found)
+    guess = Guess(entry, survey)
     if only_data and guess.misses:
         raise UsageError(
             "\n  ".join([f"--only-data: {name} is no {like} with other names:", *guess.misses])
@@ -105,7 +105,7 @@ def draft(
     added = _added(text, files[REGISTRY])
     texts = {**files, REGISTRY: "\n".join(added)}
     marks = [
-        f"{path}: {_said(line)}"
+        f"{path}: {_mark_of(line)}"
         for path, written in texts.items()
         for line in written.splitlines()
         if MARK in line
@@ -119,9 +119,9 @@ def _added(before: str, after: str) -> list[str]:
 
 
 def left(root: Path = ROOT) -> list[str]:
-    """Every mark that is still in the tree: `file:line: what`."""
+    """Return every mark that is still in the tree, as `file:line: text`."""
     return [
-        f"{path.relative_to(root)}:{number}: {_said(line)}"
+        f"{path.relative_to(root)}:{number}: {_mark_of(line)}"
         for pattern in ("zoo/models/*.py", "converters/specs/*/*.yaml", REGISTRY)
         for path in sorted(root.glob(pattern))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
@@ -129,5 +129,5 @@ def left(root: Path = ROOT) -> list[str]:
     ]
 
 
-def _said(line: str) -> str:
+def _mark_of(line: str) -> str:
     return line[line.index(MARK) :].strip().rstrip('"')

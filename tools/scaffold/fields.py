@@ -34,28 +34,28 @@ CALLED = {
 
 
 class Fields:
-    """The config section: the kindred's mapping as far as it goes; the rest is marked."""
+    """The config section: the similar architecture's mapping where it applies, marks elsewhere."""
 
-    def __init__(self, like: Architecture, dialect: Dialect, found: Survey) -> None:
-        self.like, self.found = like, found
+    def __init__(self, like: Architecture, dialect: Dialect, survey: Survey) -> None:
+        self.like, self.survey = like, survey
         raw = read_yaml(SPECS / like.spec / "hf.yaml", SpecError)
-        known = {**found.defaults, **found.config}
+        present = {**survey.defaults, **survey.config}
         self.paths: dict[str, tuple[str, ...]] = {}
         self.guessed: list[str] = []
         self.missing: list[str] = []  # the kindred cannot do without
         self.refused = ""
         absent = []
         for native, paths in dialect.config.items():
-            here = tuple(p for p in paths if p.partition(".")[0] in known)
-            own = tuple(dict.fromkeys(o for p in paths if (o := found.own(p)) in known))
+            here = tuple(p for p in paths if p.partition(".")[0] in present)
+            own = tuple(dict.fromkeys(o for p in paths if (o := survey.own(p)) in present))
             if here or own:
                 # further paths are older spellings: they belong to the first
                 self.paths[native] = paths if paths[0] in here else here or own
             else:
                 absent.append((native, paths))
         common = dialect.ignore - set(raw.get("ignore") or [])
-        self.require = {k: v for k, v in (raw.get("require") or {}).items() if k in known}
-        self.ignore = [k for k in raw.get("ignore") or [] if k in known]
+        self.require = {k: v for k, v in (raw.get("require") or {}).items() if k in present}
+        self.ignore = [k for k in raw.get("ignore") or [] if k in present]
         shared = dialect.require.keys() - (raw.get("require") or {}).keys()
         spoken = (
             common
@@ -64,7 +64,7 @@ class Fields:
             | set(self.ignore)
             | {p.partition(".")[0] for paths in self.paths.values() for p in paths}
         )
-        self.unknown = {k: v for k, v in found.config.items() if k not in spoken}
+        self.unknown = {k: v for k, v in survey.config.items() if k not in spoken}
         needed = {
             name for name, field in like.config_class.model_fields.items() if field.is_required()
         }
@@ -81,14 +81,14 @@ class Fields:
         self.dialect = replace(dialect, config=self.paths)
 
     def native(self, config: Mapping[str, Any], head: str) -> Any:
-        """The kindred's config; a value that it refuses is left at its default."""
+        """Return the similar architecture's config; a value that it refuses keeps its default."""
         fields, _ = self.dialect.read_config(config)
         try:
             return self.like.config_class(**fields, head=head)
         except ConfigError as error:
-            said = " ".join(str(error).split())
-            self.refused = self.refused or said
-            kept = {k: v for k, v in fields.items() if not re.search(rf"(^|; ){k}: ", said)}
+            message = " ".join(str(error).split())
+            self.refused = self.refused or message
+            kept = {k: v for k, v in fields.items() if not re.search(rf"(^|; ){k}: ", message)}
             return self.like.config_class(**kept, head=head)
 
     def text(self) -> list[str]:
@@ -103,7 +103,7 @@ class Fields:
         fixed = {k: v for k, v in self.unknown.items() if _neutral(v)}
         for name, value in self.unknown.items():
             if name not in fixed:
-                usual = self.found.defaults.get(name)
+                usual = self.survey.defaults.get(name)
                 where = f"{shortened(value)} here"
                 where += f", usually {shortened(usual)}" if usual != value else ""
                 out.append(f"  # {MARK} {name} ({where}): under config, require or ignore")
@@ -119,5 +119,5 @@ class Fields:
 
 
 def _neutral(value: Any) -> bool:
-    """A switch, a word, nothing, or a factor without effect: it can be required as it is."""
+    """Return whether a value can be required: a boolean, a string, null, or a factor of 0 or 1."""
     return value is None or isinstance(value, bool | str) or value in (0.0, 1.0)

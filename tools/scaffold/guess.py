@@ -1,4 +1,4 @@
-"""What names and shapes tell of an architecture, as the text of its spec, model and entry."""
+"""Guess an architecture's spec, model file and registry entry from names and shapes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Guess:
-    """What names and shapes tell, gathered over every tiny checkpoint of the reference."""
+    """The rules that follow from names and shapes in all tiny checkpoints of the reference."""
 
-    def __init__(self, like: Architecture, found: Survey) -> None:
-        self.like, self.found = like, found
+    def __init__(self, like: Architecture, survey: Survey) -> None:
+        self.like, self.survey = like, survey
         self.spec = load_spec(like.spec)
-        self.fields = Fields(like, self.spec.dialect("hf"), found)
+        self.fields = Fields(like, self.spec.dialect("hf"), survey)
         self.raw = read_yaml(SPECS / like.spec / "hf.yaml", SpecError)
         # the kindred's rules, taken apart: which of them read something here?
         self.kept: dict[tuple[str, str], dict[Rule, bool]] = {
@@ -41,12 +41,12 @@ class Guess:
         self.proposed: dict[str, tuple[Family, str]] = {}  # on disk; what the model should call it
         self.unmapped: dict[str, Family] = {}  # in the model, on no disk
         self.owned: set[str] = set()  # families that the model held in some checkpoint
-        for probe in found.probes:
+        for probe in survey.probes:
             self._learn(probe)
 
     @property
     def misses(self) -> list[str]:
-        """What keeps this from being the kindred's model with other names."""
+        """The tensors that keep the similar architecture's model from fitting."""
         return [
             *(f"on disk alone: {disk}" for disk, _ in self.proposed.values()),
             *(f"in the model alone: {native}" for native in self.unmapped.values()),
@@ -55,18 +55,18 @@ class Guess:
     def _learn(self, probe: Probe) -> None:
         native = self._native(probe)
         disk = {name: (shape, head) for name, shape, head in self._disk(probe)}
-        taken: set[str] = set()
+        used: set[str] = set()
         filled: set[str] = set()
         for rules in self.kept.values():
             for rule in rules:
-                rules[rule] |= reads(rule, disk, native, taken, filled)
+                rules[rule] |= reads(rule, disk, native, used, filled)
         for line in self.guessed:
             for rule in elementary(line.rule):
-                reads(rule, disk, native, taken, filled)
-        held = families((name, shape, False) for name, shape in native.shapes.items())
-        self.owned.update(family.name for family in held)
-        here = [f for f in held if f.name not in {plain(n) for n in filled}]
-        there = families((n, s, h) for n, (s, h) in disk.items() if n not in taken)
+                reads(rule, disk, native, used, filled)
+        native_families = families((name, shape, False) for name, shape in native.shapes.items())
+        self.owned.update(family.name for family in native_families)
+        here = [f for f in native_families if f.name not in {plain(n) for n in filled}]
+        there = families((n, s, h) for n, (s, h) in disk.items() if n not in used)
         self._match([f for f in there if f.name not in self.proposed], here)
 
     def _native(self, probe: Probe) -> Native:
@@ -75,20 +75,20 @@ class Guess:
         from zoo.checkpoints.build import native_of
 
         # of several heads the fullest: that is the one whose tensors the reference writes
-        head = self.like.heads[self.found.classes[probe.reference_class]][0]
+        head = self.like.heads[self.survey.classes[probe.reference_class]][0]
         with torch.device("meta"):
             return native_of(self.like.model(self.fields.native(probe.config, head)))
 
     def _disk(self, probe: Probe) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Names less their prefix; one that lacks what its neighbors carry belongs to a head."""
-        prefix = self.found.prefix
+        """Yield (name without prefix, shape, whether it belongs to a head)."""
+        prefix = self.survey.prefix
         some = bool(prefix) and any(name.startswith(prefix) for name in probe.header)
         for name, info in probe.header.items():
             under = some and name.startswith(prefix)
             yield name.removeprefix(prefix) if under else name, info.shape, some and not under
 
     def _match(self, disk: list[Family], native: list[Family]) -> None:
-        """Pairs by name and shape, then several natives fused into one; the rest is noted."""
+        """Pair tensors by name and shape, then fused tensors with their parts; record the rest."""
         scored = [(alike(d, n), d, n) for d in disk for n in native if fits(d, n)]
         for score, d, n in sorted(scored, key=lambda s: -s[0]):
             if score >= ALIKE and d in disk and n in native:
@@ -136,20 +136,20 @@ class Guess:
         self.guessed.append(Line(f"{disk.name} {left}", targets, disk.head, note))
 
     def _native_name(self, disk: Family) -> str:
-        """Where its neighbors went, and then the name as it is."""
-        known: dict[tuple[str, ...], list[str]] = {}
+        """Return a native name: the module that its siblings map to, then its own name."""
+        moved: dict[tuple[str, ...], list[str]] = {}
         for rule in self._rules():
             here, there = (str(r.name).split(".")[:-1] for r in (rule.source, rule.targets[0]))
             while here and there and here[-1].startswith("{") == there[-1].startswith("{"):
-                known.setdefault(tuple(here), there)
+                moved.setdefault(tuple(here), there)
                 here, there = here[:-1], there[:-1]
         for cut in range(len(disk.path), 0, -1):
-            if (start := known.get(tuple(disk.path[:cut]))) is not None:
+            if (start := moved.get(tuple(disk.path[:cut]))) is not None:
                 return ".".join([*start, *disk.path[cut:], disk.leaf])
         return ".".join([*disk.path, disk.leaf])
 
     def _rules(self) -> Iterator[Rule]:
-        """The rules that hold, one for each enumerated name."""
+        """Yield the rules that apply, one for each enumerated name."""
         for rules in self.kept.values():
             yield from (rule for rule, reads in rules.items() if reads)
         for line in self.guessed:
@@ -187,10 +187,10 @@ class Guess:
         lines = self.lines()
         out = [
             "# yaml-language-server: $schema=../../../docs/schemas/dialect.json",
-            f"# {name}: drafted from {self.found.reference_class} beside {self.like.name}.",
+            f"# {name}: drafted from {self.survey.reference_class} beside {self.like.name}.",
         ]
-        if self.found.prefix:
-            out.append(f"prefix: {self.found.prefix}")
+        if self.survey.prefix:
+            out.append(f"prefix: {self.survey.prefix}")
         for section, head in (("weights", False), ("heads", True)):
             mine = [line for line in lines if line.head == head]
             out += [f"{section}:"] if mine else []
@@ -203,23 +203,23 @@ class Guess:
         return "\n".join([*out, *self.fields.text()]) + "\n"
 
     def native_text(self) -> str:
-        """`native.yaml`: the axes that the kindred's spec names and that are fields here too."""
+        """Return `native.yaml`: the axes of the similar spec whose fields exist here too."""
         axes = {a: field for a, field in self.spec.axes.items() if field in self.fields.paths}
         schema = "# yaml-language-server: $schema=../../../docs/schemas/native.json"
         return f"{schema}\naxes: {flow(axes)}\n"
 
     def _carried(self, section: str) -> dict[str, Any]:
-        """The kindred's further names, where the module that they belong to is here too."""
+        """Return the entries of a section of the similar spec whose modules exist here too."""
         if section == "optional":
             here = {str(rule.targets[0].name).partition(".")[0] for rule in self._rules()}
         else:
-            here = {plain(n) for probe in self.found.probes for n, _, _ in self._disk(probe)}
+            here = {plain(n) for probe in self.survey.probes for n, _, _ in self._disk(probe)}
         return {k: v for k, v in (self.raw.get(section) or {}).items() if _beside(k, here)}
 
     # --- the model and the proof ---
 
     def model_text(self, name: str, source: str) -> str:
-        """The kindred's code under a docstring that says what it lacks and has too much."""
+        """Return the similar model's code with marks for what is missing and superfluous."""
         tree = ast.parse(source)
         end = tree.body[0].end_lineno if ast.get_docstring(tree) is not None else 0
         code = source.splitlines()[end:]
@@ -234,11 +234,11 @@ class Guess:
         return "\n".join([*head, *code]) + "\n"
 
     def verdict(self, name: str, text: str) -> list[str]:
-        """What is wrong with the spec beside the kindred's model, as loading would say it."""
+        """Return the errors that loading with this spec and the similar model would raise."""
         spec = self._parsed(name, text)
         dialect = spec.dialect("hf")
-        said: dict[str, str] = {}
-        for probe in self.found.probes:
+        verdicts: dict[str, str] = {}
+        for probe in self.survey.probes:
             fields, problems = dialect.read_config(probe.config)
             try:
                 self.like.config_class(**fields)
@@ -252,8 +252,8 @@ class Guess:
                 problems += rest or [first]
             for problem in problems:
                 kind = re.sub(r"\d+", "", problem.partition(": ")[0])
-                said.setdefault(kind, f"{probe.name}: {problem}")
-        return list(said.values())
+                verdicts.setdefault(kind, f"{probe.name}: {problem}")
+        return list(verdicts.values())
 
     def _parsed(self, name: str, text: str) -> Spec:
         texts = {"native": self.native_text(), "hf": text}
@@ -263,17 +263,17 @@ class Guess:
 
 
 def _beside(name: str, here: set[str]) -> bool:
-    """Is there a name in `here` below the module that holds what `name` names?"""
+    """Return whether `here` has a name below the module of `name`."""
     rules = elementary(parse_rule(name, name))
     paths = [str(rule.source.name).split(".")[:-2] or [str(rule.source.name)] for rule in rules]
-    return any(known.split(".")[: len(p)] == p for p in paths for known in here)
+    return any(name_here.split(".")[: len(p)] == p for p in paths for name_here in here)
 
 
 def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
-    """The registry with an entry more; not a letter of the others changes."""
-    found, like = guess.found, guess.like
-    heads = {new: like.heads[old] for new, old in found.classes.items()}
-    entry = [f"  {name}:", f"    model_type: {found.model_type}"]
+    """Return the registry's text with the new entry; the other entries do not change."""
+    survey, like = guess.survey, guess.like
+    heads = {new: like.heads[old] for new, old in survey.classes.items()}
+    entry = [f"  {name}:", f"    model_type: {survey.model_type}"]
     entry += [f"    model: {module}"] if module else []
     entry += ["    heads:"]
     entry += [f"      {c}: {h[0] if len(h) == 1 else flow(list(h))}" for c, h in heads.items()]
@@ -282,9 +282,9 @@ def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
     if missing:
         entry.append(f"      # {MARK} heads of {like.name} that {name} has no class for: {missing}")
     variants = [f"  {name}:"]
-    for probe in found.probes:
+    for probe in survey.probes:
         if probe.name == "base":
-            config = f"&{name}-config {flow(found.fields)}"
+            config = f"&{name}-config {flow(survey.fields)}"
         elif probe.changes:
             config = f"{{<<: *{name}-config, {flow(dict(probe.changes))[1:]}"
         else:
@@ -294,6 +294,6 @@ def registered(text: str, name: str, guess: Guess, module: str | None) -> str:
     blocks = {"architectures": entry, "checkpoints": [mark], "variants": variants}
     for section, block in blocks.items():
         text = inserted(text, section, name, block)
-    known = registry.parse_architectures(registry.parse_section(text, "architectures"))
-    registry.parse_variants(registry.parse_section(text, "variants"), known)
+    architectures = registry.parse_architectures(registry.parse_section(text, "architectures"))
+    registry.parse_variants(registry.parse_section(text, "variants"), architectures)
     return text

@@ -1,4 +1,4 @@
-"""Rules as lines of a spec: taken apart into single names, tried, and put together again."""
+"""Rules as lines of a spec: expand them to single names, test them, and collapse them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scaffold.text import quoted
 
 @dataclass
 class Line:
-    """One rule of the draft as text, and what a person has to know of it."""
+    """One rule of the draft as text, with a note for the person who completes it."""
 
     source: str
     targets: str | list[str]
@@ -37,7 +37,7 @@ class Line:
 
 
 def elementary(rule: Rule) -> list[Rule]:
-    """A rule for each value of the enumerations that stand on both sides."""
+    """Expand a rule to one rule for each value of the enumerations on both sides."""
     listed = {n: p for n, p in rule.loops.items() if p.values}
 
     def chosen(ref: Ref, at: Mapping[str, int]) -> Ref:
@@ -64,42 +64,42 @@ def reads(
     rule: Rule,
     disk: Mapping[str, tuple[tuple[int, ...], bool]],
     native: Native,
-    taken: set[str],
+    used: set[str],
     filled: set[str],
 ) -> bool:
-    """Does the rule read a name on disk into the model? What it takes and fills is noted."""
-    found = False
+    """Return whether the rule maps a name on disk to the model; add to `used` and `filled`."""
+    matched = False
     for name, (shape, _) in disk.items():
-        if name in taken or (binding := rule.source.name.match(name)) is None:
+        if name in used or (binding := rule.source.name.match(name)) is None:
             continue
-        known = []
+        targets = []
         for target in rule.targets:
             spread = rule.spread(target)
             for point in product(*(range(len(p.values) or 1) for p in spread.values())):
                 into = target.name.format({**binding, **dict(zip(spread, point, strict=True))})
-                known.append((into, target, native.shapes.get(native.ties.get(into, into))))
-        if any(size is None for _, _, size in known) or not _solves(rule, shape, known):
+                targets.append((into, target, native.shapes.get(native.ties.get(into, into))))
+        if any(size is None for _, _, size in targets) or not _solves(rule, shape, targets):
             continue
-        taken.add(name)
-        filled.update(native.ties.get(into, into) for into, _, _ in known)
-        found = True
-    return found
+        used.add(name)
+        filled.update(native.ties.get(into, into) for into, _, _ in targets)
+        matched = True
+    return matched
 
 
-def _solves(rule: Rule, shape: tuple[int, ...], known: Sequence[tuple[str, Ref, Any]]) -> bool:
+def _solves(rule: Rule, shape: tuple[int, ...], targets: Sequence[tuple[str, Ref, Any]]) -> bool:
     if rule.source.pattern is None:
-        return all(size == shape for _, _, size in known)
+        return all(size == shape for _, _, size in targets)
     sizes = dict(NUMBER_WORDS)
     for ref in (rule.source, *rule.targets):
         sizes.update({n: len(p.values) for n, p in ref.name.placeholders.items() if p.values})
-    for _, ref, size in known:
+    for _, ref, size in targets:
         if ref.pattern is None or solve(ref.pattern, size, sizes):
             return False
     return solve(rule.source.pattern, shape, sizes) is None
 
 
 def collapse(rules: Sequence[Rule]) -> list[tuple[str, str | list[str]]]:
-    """Rules as few lines: weight and bias as one, then names that differ in one place."""
+    """Collapse rules to few lines: weight with bias, then names that differ in one component."""
     out: list[tuple[str, str | list[str]]] = []
     stems: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for rule in rules:
@@ -133,7 +133,7 @@ _Item = tuple[list[str], list[str], tuple[tuple[str, str], ...]]
 
 
 def _differs(a: _Item, b: _Item, i: int, j: int) -> bool:
-    """Equal, or unlike at place i of the source and j of the target and nowhere else."""
+    """Return whether two items differ at most in source component i and target component j."""
     if a == b:
         return True
     if a[2] != b[2] or len(a[0]) != len(b[0]) or len(a[1]) != len(b[1]):
@@ -146,13 +146,13 @@ def _differs(a: _Item, b: _Item, i: int, j: int) -> bool:
 
 
 def _shared(words: Sequence[str]) -> str:
-    """What all of them begin with."""
+    """Return the common prefix."""
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*words, strict=False))
     return "".join(letters[0] for letters in same)
 
 
 def _enumerated(name: str, words: Sequence[str]) -> str:
-    """`{n=q,k,v}_proj`"""
+    """Return names as an enumeration, such as `{n=q,k,v}_proj`."""
     if len(words) == 1:
         return words[0]
     start = _shared(words)

@@ -1,4 +1,4 @@
-"""Names and shapes: what tells that a tensor on disk and one of a model are the same."""
+"""Match tensors on disk with tensors of a model by name and shape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import combinations
 
-# What published files call the parts that a native model calls so.
+# native module name -> names in published files
 CALLED = {
     "embed": "wte embed_tokens tokens_embed embed_in word_embeddings tok_embeddings",
     "positions": "wpe positions_embed position_embeddings embed_positions",
@@ -27,12 +27,12 @@ CALLED = {
 }
 LEAVES = {"gamma": "weight", "beta": "bias"}
 LAYERS = {"layers", "layer", "h", "blocks", "block"}
-ALIKE = 0.75  # of 1: names that are less alike are not paired
+ALIKE = 0.75  # names with a lower similarity are not paired
 
 
 @dataclass(frozen=True)
 class Family:
-    """Tensors whose names differ in their indices alone."""
+    """Tensors whose names differ only in their indices."""
 
     name: str  # with {layer} and the like for numbers
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Family:
 
     @property
     def tail(self) -> list[str]:
-        """The modules below the last index: what tells one tensor of a layer from another."""
+        """The modules below the last index, which distinguish the tensors of a layer."""
         last = max((k for k, part in enumerate(self.path) if part.startswith("{")), default=-1)
         return self.path[last + 1 :] or self.path
 
@@ -62,7 +62,7 @@ class Family:
 
 
 def plain(name: str) -> str:
-    """`h.3.attn.q` as `h.{layer}.attn.q`."""
+    """Replace indices by placeholders: `h.3.attn.q` becomes `h.{layer}.attn.q`."""
     parts: list[str] = []
     for part in name.split("."):
         if part.isdigit():
@@ -90,7 +90,7 @@ def fits(disk: Family, native: Family) -> bool:
 
 
 def alike(disk: Family, native: Family) -> float:
-    """0 … 1: how far the names say the same. The module counts most, then the one around it."""
+    """Return the similarity of two names, 0 to 1. The last module counts most."""
     here, there = disk.tail, native.tail
     around = [_same(a, b) for a in here[:-1] for b in there[:-1]]
     outer = max(around) if around else 1.0 if len(here) == len(there) else 0.5
@@ -106,7 +106,7 @@ def _same(disk: str, native: str) -> float:
 
 
 def fused(disk: Family, native: Sequence[Family]) -> list[Family]:
-    """Sisters in the model that lie one behind the other in one tensor on disk."""
+    """Return sibling tensors of the model that are concatenated in one tensor on disk."""
     sisters: dict[tuple[str, ...], list[Family]] = {}
     for n in native:
         if n.leaf == disk.leaf and n.indices == disk.indices and len(n.shape) == len(disk.shape):

@@ -1,4 +1,4 @@
-"""What `tools/new_arch.py` asks the reference: a tiny config, and what its files call tensors."""
+"""Build tiny reference checkpoints for `tools/new_arch.py` and read their configs and headers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAME_KIND = {"LMHeadModel": "ForCausalLM", "ForCausalLM": "LMHeadModel"}
 
 @dataclass(frozen=True)
 class Probe:
-    """One tiny checkpoint of a reference, as its files show it."""
+    """The config and header of one tiny checkpoint of the reference."""
 
     name: str
     reference_class: str
@@ -41,7 +41,7 @@ class Probe:
 
 @dataclass
 class Survey:
-    """What is known of a reference without knowing its code."""
+    """What the classes, configs and files of a reference show without its code."""
 
     reference_class: str
     model_type: str
@@ -55,18 +55,18 @@ class Survey:
     probes: list[Probe] = field(default_factory=list)
 
     def own(self, name: str) -> str:
-        """What this config calls a field of the kindred's."""
+        """Return this config's name of a field of the similar architecture."""
         name = self.usual.get(name, name)
         return self.renamed.get(name, name)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every field that a config.json held; the first probe's value."""
+        """Every field of any probe's config.json, with the first probe's value."""
         return {k: v for probe in reversed(self.probes) for k, v in probe.config.items()}
 
 
-def survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> Survey:
-    """Tiny checkpoints of a reference class and its siblings, read through their headers."""
+def make_survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> Survey:
+    """Write tiny checkpoints of a reference class and its siblings, and read their headers."""
     kind = _named(reference)
     kindred = _named(next(iter(like.heads)))
     stems = [k.config_class.__name__.removesuffix("Config") for k in (kindred, kind)]
@@ -83,7 +83,7 @@ def survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> S
             f"draft it by; try {' or '.join(classes) or 'another --like'}"
         )
     defaults = {**kind.config_class().to_dict(), "num_labels": 2}
-    found = Survey(
+    result = Survey(
         reference_class=reference,
         model_type=kind.config_class.model_type,
         stem=stems[1],
@@ -93,22 +93,22 @@ def survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> S
         renamed=dict(kind.config_class.attribute_map),
         defaults=defaults,
     )
-    base, others = _translated(like, found)
-    found.fields = _tiny(defaults, base)
-    _settle(found, settings)
-    _write_all(found, others)
-    return found
+    base, others = _translated(like, result)
+    result.fields = _tiny(defaults, base)
+    _settle(result, settings)
+    _write_all(result, others)
+    return result
 
 
-def _settle(found: Survey, settings: Mapping[str, Any]) -> None:
+def _settle(survey: Survey, settings: Mapping[str, Any]) -> None:
     for path, value in settings.items():
         *outer, last = path.split(".")
-        if (name := path.partition(".")[0]) not in found.defaults:
-            near = did_you_mean(name, found.defaults)
-            raise UsageError(f"--set {path}: {found.model_type}'s config has no {name}.{near}")
-        place = found.fields
+        if (name := path.partition(".")[0]) not in survey.defaults:
+            near = did_you_mean(name, survey.defaults)
+            raise UsageError(f"--set {path}: {survey.model_type}'s config has no {name}.{near}")
+        place = survey.fields
         for key in outer:
-            inside = place.get(key, found.defaults.get(key))
+            inside = place.get(key, survey.defaults.get(key))
             place[key] = dict(inside) if isinstance(inside, dict) else {}
             place = place[key]
         place[last] = value
@@ -117,8 +117,8 @@ def _settle(found: Survey, settings: Mapping[str, Any]) -> None:
 def _named(name: str) -> Any:
     library = transformers()
     if name.startswith("_") or not hasattr(library, name):
-        known = [n for n in dir(library) if "For" in n or n.endswith("Model")]
-        near = did_you_mean(name, known)
+        classes = [n for n in dir(library) if "For" in n or n.endswith("Model")]
+        near = did_you_mean(name, classes)
         raise UnknownName(f"--reference {name}: transformers has no such class.{near}")
     kind = getattr(library, name)
     if getattr(kind, "config_class", None) is None:
@@ -127,10 +127,10 @@ def _named(name: str) -> Any:
 
 
 def _translated(
-    like: Architecture, found: Survey
+    like: Architecture, survey: Survey
 ) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, Any]]]]:
-    """The kindred's first variant in this config's words, and what its other variants change."""
-    own, here = found.own, found.defaults
+    """Return the first variant's fields under this config's names, and the others' changes."""
+    own, here = survey.own, survey.defaults
     base, *others = like.variants.values()
     names = list(like.variants)[1:]
     first = {own(k): v for k, v in base["config"].items() if own(k) in here}
@@ -149,13 +149,13 @@ def _translated(
 
 
 def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Small sizes, all different; the kindred's where the names are the same."""
+    """Return small sizes, all different; the similar architecture's where names are equal."""
     fields: dict[str, Any] = {}
     for name, value in base.items():
         if _is_number(value) and name != "tie_word_embeddings":
             fields[name] = value
     used = {v for v in fields.values() if isinstance(v, int)}
-    odd, even, eights = (_unused(used, *of) for of in ((17, 2), (14, 2), (24, 8)))
+    uneven, even, eights = (_unused(used, *of) for of in ((17, 2), (14, 2), (24, 8)))
     for name, value in defaults.items():
         if name in fields:
             continue
@@ -185,7 +185,7 @@ def _tiny(defaults: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
         elif value >= GROWN:
             # the reference's products over experts want rows of whole 16 bytes
             moe = "moe" in name or "expert" in name
-            fields[name] = next(even if "head" in name else eights if moe else odd)
+            fields[name] = next(even if "head" in name else eights if moe else uneven)
     return fields
 
 
@@ -198,38 +198,38 @@ def _is_number(value: Any) -> bool:
 
 
 def _unused(used: set[int], start: int, step: int) -> Iterator[int]:
-    """Numbers from `start` that no other size has; the odd ones without small factors."""
+    """Yield unused sizes from `start`; uneven ones have no small factors."""
     for n in count(start, step):
         if n not in used and (n % 2 == 0 or all(n % d for d in (3, 5, 7))):
             used.add(n)
             yield n
 
 
-def _write_all(found: Survey, others: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-    """A checkpoint of each class; a variant that the reference itself cannot build is left out."""
-    kindred = {old: new for new, old in found.classes.items()}
-    found.probes.append(_probe(found, "base", found.reference_class, {}))
+def _write_all(survey: Survey, others: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    """Write a checkpoint of each class; skip variants that the reference cannot build."""
+    kindred = {old: new for new, old in survey.classes.items()}
+    survey.probes.append(_probe(survey, "base", survey.reference_class, {}))
     for name, (old, changes) in others.items():
         if (new := kindred.get(old)) is None or name == "base":
             continue
         for field_name, value in changes.items():
-            own = found.fields.get(field_name)
+            own = survey.fields.get(field_name)
             if isinstance(own, dict) and isinstance(value, dict) and PARTIAL in own:
                 value.setdefault(PARTIAL, own[PARTIAL])
         with suppress(ConfigError):
-            found.probes.append(_probe(found, name, new, changes))
-    for missed in found.classes.keys() - {probe.reference_class for probe in found.probes}:
-        kind = missed.removeprefix(found.stem).removeprefix("For")
+            survey.probes.append(_probe(survey, name, new, changes))
+    for missed in survey.classes.keys() - {probe.reference_class for probe in survey.probes}:
+        kind = missed.removeprefix(survey.stem).removeprefix("For")
         name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "-", kind).lower()
-        found.probes.append(_probe(found, name, missed, {}))
+        survey.probes.append(_probe(survey, name, missed, {}))
 
 
-def _probe(found: Survey, name: str, reference_class: str, changes: Mapping[str, Any]) -> Probe:
-    fields = deepcopy({**found.fields, **changes})  # the reference writes into what it is given
+def _probe(survey: Survey, name: str, reference_class: str, changes: Mapping[str, Any]) -> Probe:
+    fields = deepcopy({**survey.fields, **changes})  # the reference writes into what it is given
     where = f"{reference_class} with {fields}"
     library = transformers()
     try:
-        config = library.AutoConfig.for_model(found.model_type, **fields)
+        config = library.AutoConfig.for_model(survey.model_type, **fields)
         config._experts_implementation = "eager"  # the other ones want sizes that tiny models lack
         with torch.device("meta"):
             model = getattr(library, reference_class)(config)
@@ -242,13 +242,13 @@ def _probe(found: Survey, name: str, reference_class: str, changes: Mapping[str,
             f"{where}: the reference cannot be built: {error}. Choose: --set FIELD=VALUE"
         ) from error
     if total > MOST_PARAMETERS:
-        big = {k: v for k, v in found.defaults.items() if _is_whole(v) and v >= GROWN}
+        big = {k: v for k, v in survey.defaults.items() if _is_whole(v) and v >= GROWN}
         raise ConfigError(
             f"{where}: {total:,} parameters, not tiny. Choose with --set, perhaps {big}"
         )
     with TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        write(reference_class, fields, directory, model_type=found.model_type)
+        write(reference_class, fields, directory, model_type=survey.model_type)
         written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         header = dict(open_checkpoint(directory).tensors)
     return Probe(name, reference_class, changes, written, header)

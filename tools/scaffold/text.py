@@ -1,4 +1,4 @@
-"""YAML as text: values on one line, and entries put into registry.yaml without a stir."""
+"""YAML as text: values on one line, and new entries in registry.yaml."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MARK = "unguessed:"  # what a person has to see to
+MARK = "unguessed:"  # marks what a person has to complete
 
 
 def flow(value: Any) -> str:
-    """YAML on one line, as it reads back: a float has its point, and words quotes if need be."""
+    """Return YAML on one line; floats have a point, and strings are quoted if necessary."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{flow(str(k))}: {flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, float):
-        said = repr(value)
-        return said if "." in said or "e" not in said else said.replace("e", ".0e", 1)
+        digits = repr(value)
+        return digits if "." in digits or "e" not in digits else digits.replace("e", ".0e", 1)
     if isinstance(value, str):
         reserved = value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
         if re.fullmatch(r"[A-Za-z_][\w ./+-]*", value) and not reserved and value == value.strip():
@@ -27,7 +27,7 @@ def flow(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A key or a value of its own line: as it is where YAML reads it so."""
+    """Return a key or value, quoted unless YAML reads it as the same string."""
     plain = text[0] not in "{}[]\"'&*!|>%@`,#?-" and ": " not in text and " #" not in text
     return text if plain else json.dumps(text, ensure_ascii=False)
 
@@ -38,7 +38,7 @@ def shortened(value: Any, most: int = 40) -> str:
 
 
 def inserted(text: str, section: str, name: str, block: Sequence[str]) -> str:
-    """`block` behind the last entry of a section; an entry of that name goes."""
+    """Insert `block` after the last entry of a section; it replaces an entry of that name."""
     lines = text.splitlines()
     at = next(k for k, line in enumerate(lines) if re.match(rf"{section}\s*:", line))
     tops = [k for k in range(at + 1, len(lines)) if re.match(r"[^\s#]", lines[k])]

@@ -25,7 +25,7 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SMALL = 16 << 20  # bytes: files up to this size are compared with their digest at every load
 
 
-class Entry(NamedTuple):
+class RemoteFile(NamedTuple):
     """A file of one commit, and where the cache has it."""
 
     url: str
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
         return self.folder / "snapshots" / self.commit / self.name
 
 
-def ask(repo: str, name: str, revision: str, folder: Path, token: str | bool | None) -> Entry:
+def ask(repo: str, name: str, revision: str, folder: Path, token: str | bool | None) -> RemoteFile:
     """Ask the hub for a file's commit and digest. Nothing is written to disk on its word alone."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
@@ -74,10 +74,10 @@ def ask(repo: str, name: str, revision: str, folder: Path, token: str | bool | N
     commit, digest = str(answer.commit_hash), str(answer.etag)
     pinned = hf_hub_url(repo, name, revision=commit)
     xet = answer.xet_file_data
-    return Entry(pinned, name, folder, revision, commit, digest, answer.size, xet)
+    return RemoteFile(pinned, name, folder, revision, commit, digest, answer.size, xet)
 
 
-def fetch(entry: Entry, token: str | bool | None, progress: Any, stopped: Event) -> Path:
+def fetch(entry: RemoteFile, token: str | bool | None, progress: Any, stopped: Event) -> Path:
     """Return the file in the cache: downloaded, checked, and only then under its name.
 
     A download in another thread ends, and leaves nothing, once `stopped` is set.
@@ -97,7 +97,7 @@ def fetch(entry: Entry, token: str | bool | None, progress: Any, stopped: Event)
     return entry.pointer
 
 
-def _download(entry: Entry, token: str | bool | None, progress: Any, stopped: Event) -> None:
+def _download(entry: RemoteFile, token: str | bool | None, progress: Any, stopped: Event) -> None:
     from huggingface_hub.file_download import http_get, is_xet_available, xet_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -170,7 +170,7 @@ def damaged_blob(path: Path, whole: bool = False) -> Path | None:
     return blob if _digest(blob, blob.name) != blob.name else None
 
 
-def _is_intact(entry: Entry, path: Path) -> bool:
+def _is_intact(entry: RemoteFile, path: Path) -> bool:
     size = path.stat().st_size
     if entry.size is not None and size != entry.size:
         return False
@@ -192,7 +192,7 @@ def _kind(digest: str) -> str:
     return "sha256" if len(digest) == 64 else "git's sha1"
 
 
-def _link(entry: Entry) -> None:
+def _link(entry: RemoteFile) -> None:
     target = os.path.relpath(entry.blob, entry.pointer.parent)
     if entry.pointer.is_symlink() and os.readlink(entry.pointer) == target:
         return

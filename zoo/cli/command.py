@@ -25,7 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
 from zoo.cli.exit_codes import ExitCode
-from zoo.cli.table import COMMANDS, Row
+from zoo.cli.table import COMMANDS, CommandRow
 from zoo.errors import did_you_mean
 from zoo.terminal import BOLD, has_color, paint
 
@@ -103,7 +103,7 @@ class Command(TyperCommand):
         return [_without_pydantic(param) for param in super().get_params(ctx)]
 
     @property
-    def row(self) -> Row:
+    def row(self) -> CommandRow:
         """Its entry in the table."""
         return COMMANDS[self.name or ""]
 

@@ -12,7 +12,7 @@ import zoo
 from zoo.cli.command import Commands
 from zoo.cli.exit_codes import ExitCode
 from zoo.cli.options import (
-    Adapter,
+    AdapterOptions,
     Reading,
     Source,
     argument,
@@ -56,7 +56,7 @@ def stored_dtype(value: str) -> str:
 def convert(
     src: Source,
     reading: Reading,
-    adapter: Adapter,
+    adapter: AdapterOptions,
     to: Annotated[
         str,
         option(

@@ -227,7 +227,7 @@ class Reading(Options):
 
 
 @dataclass(frozen=True)
-class Mapped(Options):
+class MappingOptions(Options):
     """Whether weights stay in their files."""
 
     mmap: Annotated[
@@ -265,7 +265,7 @@ class NoAdapter(Options):
 
 
 @dataclass(frozen=True)
-class Adapter(NoAdapter):
+class AdapterOptions(NoAdapter):
     """Which adapter is applied."""
 
     adapter: Annotated[
@@ -345,7 +345,7 @@ def device_here(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Loading(Mapped, Adapter, Reading):
+class Loading(MappingOptions, AdapterOptions, Reading):
     """How a model is loaded, in every command that computes with one."""
 
     device: Annotated[
@@ -392,7 +392,11 @@ class Loading(Mapped, Adapter, Reading):
 
     def arguments(self) -> dict[str, Any]:
         """What was asked for, as keywords of `zoo.load`."""
-        asked = Reading.arguments(self) | Adapter.arguments(self) | Mapped.arguments(self)
+        asked = (
+            Reading.arguments(self)
+            | AdapterOptions.arguments(self)
+            | MappingOptions.arguments(self)
+        )
         if self.prepares and asked.get("adapter") not in (None, False):
             asked["merge"] = True
         return asked
@@ -412,7 +416,7 @@ class Loading(Mapped, Adapter, Reading):
 
     def load_assistant(self, ref: str) -> Model:
         """Load another model on the same device, in the same dtype."""
-        return self._load(ref, Mapped.arguments(self))
+        return self._load(ref, MappingOptions.arguments(self))
 
     def _load(self, ref: str, arguments: dict[str, Any]) -> Model:
         import zoo
@@ -451,7 +455,7 @@ class Loading(Mapped, Adapter, Reading):
 
 
 @dataclass(frozen=True)
-class Sampling(Options):
+class SamplingOptions(Options):
     """How a text is continued; names and defaults are those of `zoo.generate`."""
 
     max_new_tokens: Annotated[

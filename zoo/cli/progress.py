@@ -23,13 +23,16 @@ class ConversionProgress:
             getattr(self, event["event"])(event)
 
     def start(self, event: dict[str, Any]) -> None:
+        """Store the number of bytes to convert."""
         self.total = event["bytes"]
 
-    def anew(self, event: dict[str, Any]) -> None:
-        message = "what was begun here is of another source, spec or options: starting anew"
+    def restart(self, event: dict[str, Any]) -> None:
+        """Print that an unfinished conversion is discarded."""
+        message = "the unfinished output is of another source, spec or options: starting again"
         print(message, file=sys.stderr)
 
     def tensor(self, event: dict[str, Any]) -> None:
+        """Update the line of progress on a terminal, ten times a second at most."""
         now = time.monotonic()
         if now - self.last < 0.1 or not sys.stderr.isatty():
             return
@@ -43,13 +46,15 @@ class ConversionProgress:
         )
 
     def file(self, event: dict[str, Any]) -> None:
+        """Print a finished file and its size."""
         passing("", sys.stderr)
         print(f"{event['file']}  {event['bytes']:,} bytes", file=sys.stderr)
 
     def done(self, event: dict[str, Any]) -> None:
+        """Print what was resumed, and the warnings."""
         passing("", sys.stderr)
         if event["resumed"]:
-            print(f"went on: {event['resumed']:,} bytes were there already", file=sys.stderr)
+            print(f"resumed: {event['resumed']:,} bytes existed already", file=sys.stderr)
         if zeros := event["zeros"]:
             names = listing(zeros, 5)
             print(f"warning: {len(zeros)} tensors are all zero: {names}", file=sys.stderr)

@@ -10,9 +10,9 @@ import zoo
 from zoo.cli.command import Commands
 from zoo.cli.exit_codes import ExitCode
 from zoo.cli.options import (
-    Adapter,
+    AdapterOptions,
     Json,
-    Mapped,
+    MappingOptions,
     NoAdapter,
     Reading,
     Ref,
@@ -37,7 +37,7 @@ commands = Commands()
 def verify(
     reading: Reading,
     no_adapter: NoAdapter,
-    mapped: Mapped,
+    mapped: MappingOptions,
     ref: Annotated[
         str | None,
         argument("[NAME|DIR]", "a name or a directory", autocompletion=verifiable_names),
@@ -114,8 +114,8 @@ def _publish(report: Any, recorded: dict[str, Any], html: Path | None, record: b
 def diff(
     ref: Ref,
     reading: Reading,
-    adapter: Adapter,
-    mapped: Mapped,
+    adapter: AdapterOptions,
+    mapped: MappingOptions,
     other: Annotated[
         str | None,
         argument("[OTHER]", "the model to compare with (default: the reference's NAME)"),

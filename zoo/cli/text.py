@@ -15,7 +15,7 @@ from zoo.cli.options import (
     Loading,
     Reading,
     Ref,
-    Sampling,
+    SamplingOptions,
     Special,
     among,
     argument,
@@ -176,7 +176,7 @@ def embed(
 def generate(
     ref: Ref,
     prompt: Text,
-    sampling: Sampling,
+    sampling: SamplingOptions,
     loading: Loading,
     num_return_sequences: Annotated[
         int | None,
@@ -253,7 +253,7 @@ def generate(
 
 
 @commands.define("chat")
-def chat(ref: Ref, sampling: Sampling, loading: Loading) -> int:
+def chat(ref: Ref, sampling: SamplingOptions, loading: Loading) -> int:
     """Hold a dialogue."""
     from zoo.cli.chat import talk
     from zoo.text.options import GenerationOptions

@@ -136,7 +136,7 @@ class Scaling(Parsed):
 
 
 @dataclass(frozen=True)
-class Linear(Scaling):
+class LinearScaling(Scaling):
     """Every position divided by the factor."""
 
     type: ClassVar[str] = "linear"
@@ -274,7 +274,7 @@ class Yarn(Scaling):
 
 
 SCALINGS: dict[str, type[Scaling]] = {
-    kind.type: kind for kind in (Scaling, Linear, Dynamic, Llama3, Yarn)
+    kind.type: kind for kind in (Scaling, LinearScaling, Dynamic, Llama3, Yarn)
 }
 PLAIN = Scaling()
 

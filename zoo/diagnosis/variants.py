@@ -9,7 +9,7 @@ from typing import Any
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.decoder import Decoder
 from zoo.components.model import Model
-from zoo.components.rotary import LLAMA3, PLAIN, SCALINGS, Linear, Llama3, Rotary, Scaling
+from zoo.components.rotary import LLAMA3, PLAIN, SCALINGS, LinearScaling, Llama3, Rotary, Scaling
 from zoo.diagnosis.edits import Changes, Hypothesis
 from zoo.diagnosis.kinds import attentions
 from zoo.errors import ConfigError
@@ -27,9 +27,9 @@ WIDTHS = (32, 64, 80, 96, 128, 256)  # of heads, where no shape tells how many t
 USUAL: tuple[Scaling, ...] = (
     Llama3(8.0, *LLAMA3),
     Llama3(32.0, *LLAMA3),
-    Linear(2.0),
-    Linear(4.0),
-    Linear(8.0),
+    LinearScaling(2.0),
+    LinearScaling(4.0),
+    LinearScaling(8.0),
 )
 
 

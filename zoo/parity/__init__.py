@@ -1,4 +1,4 @@
-"""Parity: native and reference compute the same function, by a protocol planted bugs fail."""
+"""Parity: prove that the native model and the reference compute the same function."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "Row", "verify"]
 
-Progress = Callable[[int, int, str], None]  # done, all there are, the next one's name
+Progress = Callable[[int, int, str], None]  # (jobs done, number of jobs, name of the next job)
 
 
 def verify(
@@ -37,14 +37,35 @@ def verify(
     revision: str | None = None,
     **reading: Any,
 ) -> Report:
-    """The whole protocol: an architecture by its variants, a checkpoint as it is and redrawn hot.
+    """Run every parity check on the variants of an architecture or on a checkpoint.
 
-    A name may be both, as "gpt2" is: then its checkpoint joins in if it is in the hub's cache.
-    `all` is every architecture; `variants` picks some of them by name. `golden` is a file of
-    outputs that a checkpoint's authors published, or the name of the checkpoint that the registry
-    has one for: it is held against the model too, or alone where no reference reads the checkpoint.
-    `revision` and `reading` (head, config, ignore_config) say how a checkpoint is read, as
-    `zoo.load` has them; a head's reference class is read beside it.
+    A checkpoint is checked twice: with its own weights, and with its config and random weights in
+    which every parameter has an effect.
+
+    Args:
+        ref: Name of an architecture, or a checkpoint as in `zoo.load`. A name that is both, such
+            as "gpt2", also checks the checkpoint if that is in the hub's cache.
+        all: Check every architecture.
+        variants: Names of the variants to check (default: all of them).
+        seed: Seed of the random weights and inputs.
+        progress: Called with the number of finished jobs, the number of jobs, and the next name.
+        golden: File with outputs that a checkpoint's authors published, or the name of a
+            checkpoint for which the registry has one. It is compared in addition to the reference,
+            or alone if the reference cannot read the checkpoint.
+        revision: Branch, tag or commit of the checkpoint.
+        **reading: `head`, `config` and `ignore_config` as in `zoo.load`.
+
+    Returns:
+        All measurements with their limits; `report.ok` is True if all are within limits.
+
+    Raises:
+        UsageError: The arguments contradict each other, or a variant has an unknown name.
+        Offline: The checkpoint is not in the cache; this function downloads nothing.
+
+    Example:
+        >>> report = zoo.verify("gpt2", variants=["base"])  # doctest: +SKIP
+        >>> print(report.summary())  # doctest: +SKIP
+        parity: 13 measurements of 1 checkpoint, all within limits
     """
     from zoo.checkpoints.oracle import transformers
     from zoo.errors import UsageError, did_you_mean
@@ -56,7 +77,7 @@ def verify(
         raise UsageError("golden: of one checkpoint, and not of all")
     published = find(golden, ref)
     if published is None:
-        transformers()  # the fix for its absence is said before anything else
+        transformers()  # if it is missing, raise before anything else
     if (reading or revision) and ref is None:
         raise UsageError("head, config, ignore_config, revision: of one checkpoint, and not of all")
     if reading.get("adapter") not in (None, False):
@@ -66,9 +87,9 @@ def verify(
         )
     jobs = _jobs(ref, published, revision, reading)
     if variants is not None:
-        known = [job.name.rpartition("/")[2] for job in jobs]
-        if odd := [name for name in variants if name not in known]:
-            raise UsageError(f"{ref}: no variant {odd[0]!r}.{did_you_mean(odd[0], known)}")
+        names = [job.name.rpartition("/")[2] for job in jobs]
+        if unknown := [name for name in variants if name not in names]:
+            raise UsageError(f"{ref}: no variant {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
         jobs = [job for job in jobs if job.name.rpartition("/")[2] in variants]
     report = Report()
     for done, job in enumerate(jobs):
@@ -86,9 +107,9 @@ def verify(
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to be proven: made by `write`, or there already in `directory`.
+    """One checkpoint to check: `write` creates it, or `directory` already holds it.
 
-    With `golden` against that alone.
+    With `golden`, the model is compared with that alone.
     """
 
     name: str
@@ -96,11 +117,12 @@ class Job:
     write: Callable[[Path, int], object] | None = None
     directory: Path | None = None
     golden: Golden | None = None
-    published: Published | None = None  # where its weights are those of a named checkpoint
-    reading: Mapping[str, Any] = field(default_factory=dict)  # how zoo.load reads it
+    published: Published | None = None  # set if its weights are those of a named checkpoint
+    reading: Mapping[str, Any] = field(default_factory=dict)  # arguments of zoo.load
 
 
 def variant_job(entry: Architecture, variant: str) -> Job:
+    """Return the job that checks a variant of an architecture."""
     from zoo.parity.fixtures import hot_checkpoint
 
     def write(directory: Path, seed: int) -> object:
@@ -119,8 +141,14 @@ def _jobs(
     from zoo.checkpoints import sources
     from zoo.errors import Offline
 
-    known = registry.architectures()
-    entries = list(known.values()) if ref is None else [known[ref]] if ref in known else []
+    architectures = registry.architectures()
+    entries = (
+        list(architectures.values())
+        if ref is None
+        else [architectures[ref]]
+        if ref in architectures
+        else []
+    )
     jobs = [variant_job(entry, name) for entry in entries for name in entry.variants]
     if ref is None or (entries and ref not in registry.checkpoints()):
         return jobs
@@ -141,7 +169,7 @@ def _jobs(
         place = source.file or source.directory
         jobs.append(Job(name, "", directory=place, golden=golden, reading=reading))
         if not (source.directory / "config.json").is_file() or source.file is not None:
-            return jobs  # it stands in the place of the reference
+            return jobs  # the golden outputs replace the reference
     return jobs + _checkpoint_jobs(source, name, reading)
 
 
@@ -176,14 +204,13 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
         write_like(directory, copy, reference_class, seed=seed)
 
     published = None
-    # read with other fields or another head, it is another model
+    # with other fields or another head it is another model than the published one
     named = None if {"head", "config", "ignore_config"} & reading.keys() else source.checkpoint
     if named is not None and source.repo and source.revision:
         published = Published(named.name, source.repo, source.revision)
     place: dict[str, Any] = {"directory": directory}
-    if (
-        reference_class != own_class and not Oracle(reference_class).own
-    ):  # what another head leaves out is no difference
+    # another head leaves tensors out, which is no difference
+    if reference_class != own_class and not Oracle(reference_class).own:
         place = {"write": lambda copy, seed: write_under(directory, copy, reference_class)}
     return [
         Job(name, reference_class, **place, reading=reading, published=published),
@@ -192,14 +219,14 @@ def _checkpoint_jobs(source: Source, name: str, reading: Mapping[str, Any]) -> l
 
 
 def _run(job: Job, seed: int) -> Iterator[Row]:
-    """Every check; one that breaks is a failure of that check and not the end of the others."""
+    """Run every check. An exception fails its own check, and the other checks still run."""
     from zoo.loading import load
     from zoo.parity.checks import CHECKS, Subject
     from zoo.parity.layouts import layouts
     from zoo.parity.truth import Truth
 
     with _checkpoint(job, seed) as directory, warnings.catch_warnings():
-        if job.write is not None:  # a user's own config is read, and warned of, where it lies
+        if job.write is not None:  # warn about a user's config only at its own path
             warnings.simplefilter("ignore", UnusedFieldsWarning)
         if job.golden is not None:
             try:
@@ -225,7 +252,9 @@ def _run(job: Job, seed: int) -> Iterator[Row]:
         except Exception as error:
             yield _broken(job.name, "load", error)
             return
-        warnings.simplefilter("ignore", UnusedFieldsWarning)  # the other loads repeat the first
+        warnings.simplefilter(
+            "ignore", UnusedFieldsWarning
+        )  # later loads would repeat the warnings of the first
         for check in (*CHECKS, layouts):
             try:
                 yield from check(subject)

@@ -165,7 +165,7 @@ def padding(subject: Subject) -> Iterator[Row]:
 
 @torch.no_grad()
 def cached(subject: Subject) -> Iterator[Row]:
-    """Through a KV cache: split at every position, token by token, padded, against the whole."""
+    """Outputs with a KV cache equal those without: split, token by token, and padded."""
     model = subject.model(torch.float64)
     if "cache" not in inspect.signature(model.forward).parameters:
         return
@@ -323,7 +323,7 @@ def _against_floor(subject: Subject, dtype: torch.dtype, check: str, limit: floa
 
 
 def export(subject: Subject) -> Iterator[Row]:
-    """Saved again, directly and through a native directory: equal to the source."""
+    """A saved copy equals the source, directly and through a native directory."""
     from zoo.saving.save import save
 
     truth, model = subject.truth, subject.model(None)
@@ -362,15 +362,14 @@ def _fresh(subject: Subject, directory: Path) -> Row:
 
 
 def differences(source: Path, copy: Path, dropped: Collection[str] = ()) -> list[str]:
-    """Files and tensors of `source` that `copy` lacks, has besides, or has otherwise."""
+    """Return the files and tensors that differ or that only one of two directories has."""
     mine, theirs = _tensors(copy), _tensors(source)
     theirs = {name: what for name, what in theirs.items() if name not in dropped}
     out = [f"{n}: only in the {'copy' if n in mine else 'source'}" for n in mine.keys() ^ theirs]
     out += [f"{n}: differs" for n in mine.keys() & theirs.keys() if mine[n] != theirs[n]]
     for path in sorted(source.glob("*.json")):
         other = copy / path.name
-        # these follow from the tensors, the files they are in, and where those came from
-        # and an adapter beside the weights was left out
+        # index and manifest follow from the files; an adapter beside the weights is not saved
         if path.name.endswith(".index.json") or path.name in (manifest.NAME, ADAPTER):
             continue
         if not other.is_file():
@@ -400,6 +399,6 @@ def _content(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), data
 
 
-# The cheapest and sharpest first.
+# the cheapest first, since most bugs fail it
 NUMERIC = (fp64, padding, batch, headless, gradients, fp32, bf16)
 CHECKS = (*NUMERIC, cached, export)

@@ -1,4 +1,4 @@
-"""Hot fixtures: small reference checkpoints in which every parameter matters and none can hide."""
+"""Hot fixtures: small reference checkpoints in which every parameter changes the outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from zoo.checkpoints.oracle import Oracle, transformers
 from zoo.errors import ParityError, listing
 from zoo.registry import Architecture
 
-# what the reference calls the projections whose products are attention scores
+# the reference's names of the query and key projections
 _QUERY_OR_KEY = re.compile(
     r"\b(q|k|q_proj|k_proj|query|key|c_attn|Wqkv|qkv_proj|query_key_value)\."
 )
 _QUERY = re.compile(r"\bq\.")
-# spellings that the reference still reads and no longer writes, and what it writes instead
+# config fields that the reference still reads but no longer writes -> what it writes instead
 _OLD_SPELLING = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 
 
@@ -34,7 +34,7 @@ def hot_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> str:
-    """Write a variant to `directory` as the reference saves it; the name of its reference class."""
+    """Write a variant as the reference saves it, and return the name of its reference class."""
     data = entry.variants[variant]
     write(
         data["class"],
@@ -57,17 +57,23 @@ def write(
     dtype: torch.dtype = torch.float32,
     untied: bool = False,
 ) -> None:
-    """A checkpoint of `reference_class`, every parameter redrawn, by the reference's own writer.
+    """Write a checkpoint of `reference_class` with random parameters, saved by the reference.
 
-    Without a seed it stays as initialized. `untied` gives it a head of its own where the reference
-    knows no config for that. `model_type` is needed where the registry does not know the class.
+    Args:
+        reference_class: Class name in the reference library.
+        fields: Fields of config.json.
+        directory: Where the checkpoint is written.
+        model_type: Needed if the registry does not have the class.
+        seed: Seed of the parameters; None keeps the reference's initialization.
+        dtype: Dtype of the saved tensors.
+        untied: Give the model a head of its own although no config field says so.
     """
     library, oracle = transformers(), Oracle(reference_class)
-    given = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
+    kept = {k: v for k, v in fields.items() if k not in _OLD_SPELLING.values() or v is not None}
     named = {"model_type": oracle.model_type or model_type, "architectures": None}
     # a copy: the library fills in what nested fields leave open
-    said = {**copy.deepcopy(oracle.library_config(given)), **named}
-    model = getattr(library, oracle.reference_class)(library.AutoConfig.for_model(**said))
+    values = {**copy.deepcopy(oracle.library_config(kept)), **named}
+    model = getattr(library, oracle.reference_class)(library.AutoConfig.for_model(**values))
     if untied:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -78,7 +84,7 @@ def write(
 
 
 def redraw(model: nn.Module, seed: int) -> None:
-    """Every parameter anew, from its name and the seed alone."""
+    """Draw every parameter again; its values depend only on its name and the seed."""
     owners, heads = dict(model.named_modules()), getattr(model.config, "num_attention_heads", 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,14 +93,14 @@ def redraw(model: nn.Module, seed: int) -> None:
             random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
             if _QUERY.search(name) and getattr(around, "scaling", None) == 1.0:
-                # T5's scores are not scaled, and would choose one key alone
+                # T5 does not scale its scores; without this, attention would be one-hot
                 noise /= (parameter.shape[0] / heads) ** 0.5
             parameter.copy_(_hot(name, owner, parameter, noise))
 
 
 def _hot(name: str, owner: nn.Module, parameter: nn.Parameter, noise: Tensor) -> Tensor:
     if "rel" in name and isinstance(owner, nn.Embedding):
-        return noise  # what distances add to scores
+        return noise  # relative position bias
     if isinstance(owner, nn.Embedding):
         return 0.03 * noise  # small enough for the first norm's eps to count
     if name.endswith("bias"):
@@ -107,7 +113,7 @@ def _hot(name: str, owner: nn.Module, parameter: nn.Parameter, noise: Tensor) ->
 
 
 def _respell(path: Path, fields: Mapping[str, Any], oracle: Oracle) -> None:
-    """What `fields` spells the old way stands so in config.json, and the new spelling goes."""
+    """Keep the old spelling of `fields` in config.json and remove the new one."""
     old = {name: fields[name] for name in _OLD_SPELLING if name in fields}
     if not old and not oracle.own:
         return
@@ -119,7 +125,7 @@ def _respell(path: Path, fields: Mapping[str, Any], oracle: Oracle) -> None:
 
 
 def write_like(directory: Path, destination: Path, reference_class: str, *, seed: int = 0) -> None:
-    """A hot checkpoint with the config of `directory`: what its own weights hide, these show."""
+    """Write a checkpoint with the config of `directory` and random weights."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     write(reference_class, config, destination, seed=seed, model_type=config.get("model_type", ""))
 

@@ -1,4 +1,4 @@
-"""The oracle: the reference implementation in any dtype and, for the truth, fp64 throughout."""
+"""The reference implementation in any dtype, and in fp64 throughout for the true outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zoo.errors import ParityError, listing
 
 Outputs = dict[str, Tensor]
 
-# what an output object carries beside the function's value
+# fields of an output object that are not the model's outputs
 _NO_VALUE = (
     "loss",
     "past_key_values",
@@ -27,12 +27,12 @@ _NO_VALUE = (
     "attentions",
     "encoder_last_hidden_state",
 )
-# options that trade precision for speed and mean nothing in fp64
+# options that trade precision for speed; they have no meaning in fp64
 _PRECISION_OPTIONS = {"reorder_and_upcast_attn": False}
 
 
 class Lift(TorchFunctionMode):
-    """Where the reference's code asks for fp32, or takes what it gets by default, it gets fp64."""
+    """Replace fp32 by fp64 wherever the reference's code requests it or uses the default dtype."""
 
     def __enter__(self) -> Lift:
         self._default = torch.get_default_dtype()
@@ -55,9 +55,9 @@ class Lift(TorchFunctionMode):
 
 
 class Watch(TorchDispatchMode):
-    """The proof of a lift: no operation gives a float narrower than fp64.
+    """Check a lift: raise if an operation returns a float narrower than fp64.
 
-    But bf16, in a model that is nowhere of that dtype: there rounding is part of the function.
+    bf16 is allowed: the model has no bf16 weights, so such a cast is part of its function.
     """
 
     def __torch_dispatch__(
@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
 
 
 def fuses(reference_class: str) -> bool:
-    """Whether the reference's fused attention computes the same as its plain one."""
+    """Return whether the reference's fused attention equals its eager attention."""
     named = Oracle(reference_class).reference_class
     return bool(getattr(getattr(transformers(), named), "_supports_sdpa", True))
 
@@ -90,8 +90,8 @@ class Reference:
         lifted: bool = False,
         attention: str = "",
     ) -> None:
-        # its fused kernel is what users run: where the plain one differs (Falcon's adds ALiBi
-        # twice), that is the reference's own bug
+        # users run the fused kernel; where eager attention differs (Falcon adds ALiBi twice),
+        # that is a bug of the reference
         self.oracle = Oracle(reference_class)
         reference_class = self.oracle.reference_class
         attention = attention or ("sdpa" if fuses(reference_class) else "eager")
@@ -111,14 +111,14 @@ class Reference:
             if info.get(what)
         ]
         for parameter in self.model.parameters():
-            parameter.data = parameter.to(dtype)  # some are fp32 whatever was asked for
+            parameter.data = parameter.to(dtype)  # some stay fp32 whatever dtype was requested
         self.directory = directory
         self.model.eval()
         self.config = self.model.config
         self.lifted = lifted
         if lifted:
             self._lift()
-        # frequencies may be recomputed for long inputs and stay so: each call starts from here
+        # a long input may recompute the rotary frequencies for good: every call restores them
         self._state = [
             (m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules() if m._buffers
         ]
@@ -138,7 +138,7 @@ class Reference:
             raise ParityError(f"the fp64 reference keeps {listing(narrow)} in less than fp64")
 
     def _lift_buffers(self) -> None:
-        """A table in fp32, even when cast, has lost its digits: build it again."""
+        """Rebuild buffers in fp64; a cast of an fp32 buffer would lack the digits."""
         again: dict[str, nn.Module] | None = None
         for name, module in self.model.named_modules():
             if not any(b.is_floating_point() for b in module._buffers.values() if b is not None):
@@ -146,19 +146,19 @@ class Reference:
             with Lift():
                 try:
                     module._buffers.update(type(module)(self.config)._buffers)
-                except TypeError:  # it takes more than a config: from a whole model, then
+                except TypeError:  # needs more arguments: take it from a new model
                     again = again or dict(type(self.model)(self.config).named_modules())
                     module._buffers.update(again[name]._buffers)
 
     def __call__(self, inputs: Mapping[str, Tensor], *, watch: bool = False) -> Outputs:
-        """The values of all outputs, by the reference's names for them."""
+        """Return all outputs under the reference's names."""
         return self.run(self.model, inputs, watch=watch)
 
     def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(b, s, d), what the bare model gives."""
+        """(b, s, d), return the hidden states of the model without its head."""
         model = self.model.base_model
         if model is self.model and model.get_output_embeddings() is not None:
-            # the head lies beside the stacks and not on a model of their own
+            # the head is part of this model, so load the model without it
             bare = Reference(self.directory, "AutoModel", torch.float64, lifted=self.lifted)
             return bare.hidden(inputs)
         return next(iter(self.run(model, inputs).values()))
@@ -166,20 +166,21 @@ class Reference:
     def run(
         self, model: nn.Module, inputs: Mapping[str, Tensor], *, watch: bool = False
     ) -> Outputs:
+        """Return the outputs of `model`, which is the reference or its base model."""
         for module, attributes, buffers in self._state:
             vars(module).update(attributes)
             module._buffers.update(buffers)
         accepted = inspect.signature(model.forward).parameters
-        given = {name: value for name, value in inputs.items() if name in accepted}
+        arguments = {name: value for name, value in inputs.items() if name in accepted}
         if "use_cache" in accepted:
-            given["use_cache"] = False  # type: ignore[assignment]
+            arguments["use_cache"] = False  # type: ignore[assignment]
         modes: list[Callable[[], Any]] = ([Watch] if watch else []) + (
             [Lift] if self.lifted else []
         )
-        return _outputs(_under(modes, lambda: model(**given)))
+        return _outputs(_under(modes, lambda: model(**arguments)))
 
     def by_rows(self, inputs: Mapping[str, Tensor]) -> Outputs:
-        """A batch, in one call where the reference can and row by row where it refuses."""
+        """Return a batch's outputs, row by row if the reference refuses the batch."""
         labels = type(self.model).__name__.endswith("SequenceClassification")
         if not labels or self.config.pad_token_id is not None:
             return self(inputs)
@@ -188,7 +189,7 @@ class Reference:
         return {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
 
     def gradients(self) -> dict[str, Tensor]:
-        """What backward left, by the names that the reference's own writer gives to the weights."""
+        """Return the gradients under the names that the reference saves the weights under."""
         kept = {name: p.data for name, p in self.model.named_parameters()}
         try:
             for p in self.model.parameters():
@@ -196,8 +197,8 @@ class Reference:
             with TemporaryDirectory() as scratch:
                 self.model.save_pretrained(scratch)
                 named = load_file(f"{scratch}/model.safetensors")
-                found = {name: gradient.clone() for name, gradient in named.items()}
-                return self.oracle.folded(self.directory, found)
+                gradients = {name: gradient.clone() for name, gradient in named.items()}
+                return self.oracle.folded(self.directory, gradients)
         finally:
             for name, p in self.model.named_parameters():
                 p.data = kept[name]

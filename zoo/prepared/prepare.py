@@ -186,7 +186,7 @@ def _check(model: Any, sample: Any) -> None:
     if not isinstance(model, Model):
         raise UsageError(f"expected a model of zoo's, found {type(model).__name__}")
     if model.is_prepared:
-        raise UsageError("a prepared model cannot be prepared again. Load it anew")
+        raise UsageError("a prepared model cannot be prepared again. Load it again")
     if any(isinstance(part, Lora) for part in model.modules()):
         raise UsageError("the model has an adapter beside its weights: merge_adapter() first")
     if any(p.is_meta for p in model.parameters()):

@@ -30,7 +30,7 @@ class Node:
         return self.label in ("+", "in")
 
 
-class Tracer(TorchDispatchMode):
+class WiringTracer(TorchDispatchMode):
     """Tracks tensors between the parts of one module, and nothing inside a part."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -119,7 +119,7 @@ def wiring(model: nn.Module, module: nn.Module, run: Callable[[], object]) -> li
             parts.update({f"{name}.{n}": each for n, each in enumerate(child)})
         elif not isinstance(child, nn.Dropout):
             parts[name] = child
-    tracer = Tracer(parts)
+    tracer = WiringTracer(parts)
 
     def begin(_: nn.Module, args: Any) -> None:
         if not tracer.nodes and args:

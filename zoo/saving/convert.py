@@ -140,7 +140,7 @@ def convert(
             resumable(dst, job, replaces, sources=seen, restart=restart, size=output.size) as stage,
         ):
             if stage.discarded:
-                tell({"event": "anew"})
+                tell({"event": "restart"})
             if not stage.published:
                 report = run(output, stage, engine)
                 tell(finished(output, stage.path, report))
@@ -154,7 +154,7 @@ def convert(
         shared(dst, job, number, parts, replaces, **how) as place,
     ):
         if place.discarded:
-            tell({"event": "anew"})
+            tell({"event": "restart"})
         if not place.published:
             report = run(mine, place, engine)
             place.record({"finished": report.to_json()})

@@ -1,4 +1,4 @@
-"""The report of round trips: tables for a person, JSON for a machine, a page that is kept."""
+"""The report of round trips: tables, JSON, and the page docs/formats.md."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ from zoo.terminal import GREEN, RED, has_color, paint, passing
 from zoo.version import VERSION
 
 LEGEND = """\
-Files in the dialect of a row, converted to that of a column, read, and converted back:
+Each cell: files in the row's dialect are converted to the column's dialect, loaded, and converted
+back.
 
-- **bytes**: every file came back byte for byte. **weights**: those of the weights did, and what
-  says the config has other words. **values**: equal tensors and equal logits, in other bytes; so
-  it is where nothing is written back (what is only read: openai, google).
-- *without* …: fields that the dialect has no word for and that inference does not need, or a head
-  that it has no place for.
-- **a number**: how far logits were off, as a share of their root mean square, and the type that
-  numbers were rounded to on the way: eight bits with a scale for each 32 (Q8_0) or so many (int8).
-- **no**: refused before anything was written; the fields or tensors that cannot be said there.
+- **bytes**: every file is the same, byte for byte. **weights**: the weight files are the same, and
+  the config is equivalent. **values**: tensors and logits are equal, the bytes are not; also where
+  nothing can be converted back, because the dialect is only read (openai, google).
+- *without* …: fields that the dialect cannot represent and that inference does not need, or a head
+  that it cannot represent.
+- **a number**: the root mean square error of the logits relative to their root mean square, and the
+  type to which numbers were rounded: eight bits with a scale for each 32 (Q8_0) or group (int8).
+- **no**: refused before anything was written; the fields or tensors that the dialect cannot
+  represent.
 
-Models are small and random, every parameter drawn to matter; what goes from row to column is of a
-config that both have words for. Below that, what the reference itself writes of each variant.
+Models are small, and all their parameters are random. From row to column, the config is one that
+both dialects can represent; the rows "hf: …" are variants as the reference writes them.
 """
 
 
 def markdown(trips: Iterable[Trip]) -> str:
-    """Tables: dialects by dialects, variants by dialects, and who has no dialects but two."""
+    """Return a table for each architecture, and one for all that only have hf and native."""
     trips, parts = list(trips), [LEGEND]
     few = []
     for name in dict.fromkeys(trip.architecture for trip in trips):
@@ -71,7 +73,7 @@ def _counted(trips: list[Trip]) -> str:
 
 
 def _table(trips: list[Trip]) -> str:
-    """A row for each source, a column for each target."""
+    """Return a table with a row for each source and a column for each target."""
     cells = {(trip.source, trip.to): trip.shown for trip in trips}
     targets = list(dict.fromkeys(trip.to for trip in trips))
     rows = dict.fromkeys(trip.source for trip in trips)
@@ -89,69 +91,84 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def summary(trips: Iterable[Trip]) -> str:
+    """Return one line with the number of trips by result."""
     trips = list(trips)
     counts = Counter(trip.result for trip in trips)
-    said = ", ".join(f"{n} {result}" for result, n in counts.most_common())
-    return (
-        f"{len(trips)} round trips of {len({t.architecture for t in trips})} architectures: {said}"
-    )
+    counted = ", ".join(f"{n} {result}" for result, n in counts.most_common())
+    architectures = len({trip.architecture for trip in trips})
+    return f"{len(trips)} round trips of {architectures} architectures: {counted}"
 
 
 def to_record(trips: Iterable[Trip]) -> dict[str, dict[str, Any]]:
-    """Architecture -> what came of each trip, for the record."""
-    trips, known = list(trips), registry.architectures()
-    found: dict[str, dict[str, Any]] = {}
+    """Map each architecture to its results, for zoo/evidence.json."""
+    trips, architectures = list(trips), registry.architectures()
+    record: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(trip.architecture for trip in trips):
         mine = [trip for trip in trips if trip.architecture == name]
         cells: dict[str, dict[str, str]] = {}
         for trip in mine:
             cells.setdefault(trip.source, {})[trip.to] = trip.shown
-        found[name] = {
-            **evidence.stamp("trips", known[name]),
+        record[name] = {
+            **evidence.stamp("trips", architectures[name]),
             "counts": Counter("wrong" if not trip.ok else trip.result for trip in mine),
             "trips": cells,
-            "wrong": {f"{trip.source} to {trip.to}": trip.told for trip in mine if not trip.ok},
+            "wrong": {f"{trip.source} to {trip.to}": trip.detail for trip in mine if not trip.ok},
         }
-    return found
+    return record
 
 
 def made_with() -> str:
+    """Return the versions that a measurement depends on."""
     names = ("torch", "transformers")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
     return f"zoo {VERSION}, {packages}, Python {platform.python_version()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`parity.py --formats`: measure, print, and keep."""
+    """Run `parity.py --formats`: measure, print, and write or record the results."""
     parser = ArgumentParser(prog="parity.py --formats", description=__doc__)
-    parser.add_argument("names", metavar="ARCHITECTURE", nargs="*", help="[all]")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="a page of it")
-    parser.add_argument("--record", action="store_true", help="into zoo/evidence.json")
-    parser.add_argument("--files", metavar="DIR", type=Path, help="files of what is only read")
+    parser.add_argument("names", metavar="ARCHITECTURE", nargs="*", help="(default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--write", metavar="FILE", type=Path, help="write the results to FILE as Markdown"
+    )
+    parser.add_argument("--record", action="store_true", help="update zoo/evidence.json")
+    parser.add_argument(
+        "--files",
+        metavar="DIR",
+        type=Path,
+        help="directory with files of dialects that are only read",
+    )
     options = parser.parse_args(arguments)
-    known = registry.architectures()
-    if odd := [name for name in options.names if name not in known]:
-        parser.error(f"no architecture is called {odd[0]!r}.{did_you_mean(odd[0], known)}")
+    architectures = registry.architectures()
+    if unknown := [name for name in options.names if name not in architectures]:
+        parser.error(
+            f"no architecture is called {unknown[0]!r}.{did_you_mean(unknown[0], architectures)}"
+        )
     if options.record:
-        evidence.read()  # what is wrong with it is said before the work
-    entries = [known[name] for name in options.names or known]
-    torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
-    found = sources(options.files) if options.files else {}
-    trips = list(run(entries, found, lambda name: passing(name, sys.stderr)))
+        evidence.read()  # an invalid file raises before the measurement
+    entries = [architectures[name] for name in options.names or architectures]
+    torch.set_num_threads(1)  # threads slow down tiny tensors
+    files = sources(options.files) if options.files else {}
+    trips = list(run(entries, files, lambda name: passing(name, sys.stderr)))
     passing("", sys.stderr)
     ok = all(trip.ok for trip in trips)
-    told = f"{summary(trips)} ({made_with()}, {date.today()})"
+    headline = f"{summary(trips)} ({made_with()}, {date.today()})"
     if options.json:
-        print(json.dumps({"ok": ok, "told": told, "trips": [asdict(t) for t in trips]}, indent=2))
+        print(
+            json.dumps(
+                {"ok": ok, "summary": headline, "trips": [asdict(t) for t in trips]}, indent=2
+            )
+        )
     else:
         print(markdown(trips))
         for trip in (trip for trip in trips if not trip.ok):
-            line = f"WRONG {trip.architecture}, {trip.source} to {trip.to}: {trip.told}"
+            line = f"WRONG {trip.architecture}, {trip.source} to {trip.to}: {trip.detail}"
             print(paint(line, RED, has_color(sys.stdout)))
-        print(paint(told, GREEN if ok else RED, has_color(sys.stdout)))
+        print(paint(headline, GREEN if ok else RED, has_color(sys.stdout)))
     if options.write:
-        text = f"# Formats: round trips\n\nMeasured by `make formats`: {told}.\n\n{markdown(trips)}"
+        heading = f"# Formats: round trips\n\nMeasured by `make formats`: {headline}."
+        text = f"{heading}\n\n{markdown(trips)}"
         options.write.write_text(text, encoding="utf-8")
     if options.record:
         evidence.update("trips", to_record(trips))
