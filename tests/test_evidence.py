@@ -113,6 +113,7 @@ def test_sections_are_stamped_apart(copy: Path) -> None:
         assert changed == sections, name
 
 
+@pytest.mark.slow
 def test_comments_docstrings_and_layout_do_not_count(copy: Path) -> None:
     path = copy / "zoo/components/mlp.py"
     assert not is_changed_by(path, lambda text: text.replace('"""', '"""Other. ', 1))

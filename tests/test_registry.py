@@ -39,6 +39,7 @@ def test_every_name_says_where_it_comes_from() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_models() -> None:
     wrong = []
     for entry in registry.checkpoints().values():

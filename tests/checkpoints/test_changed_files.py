@@ -104,6 +104,7 @@ except zoo.errors.SourceChanged as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("map", 3), ("read", 0)])
 def test_generation_from_a_truncated_mapped_file_is_refused(
     directory: Path, how: str, code: int
@@ -295,6 +296,7 @@ def test_conversion_resumes_after_its_source_is_restored(directory: Path, tmp_pa
     assert_as_fresh(directory, out, tmp_path)
 
 
+@pytest.mark.slow
 def test_output_of_a_changed_source_is_written_again(directory: Path, tmp_path: Path) -> None:
     """The same names and shapes in the place of the source that was cut."""
     out = tmp_path / "out"
@@ -352,6 +354,7 @@ for n, (to, dtype) in enumerate([("native", d) for d in (None, "float64", "bfloa
 """
 
 
+@pytest.mark.slow
 def test_conversion_needs_ten_megabytes_of_memory(large: Path, tmp_path: Path) -> None:
     assert (large / "model.safetensors").stat().st_size > 100e6
     done = run(MEASURED, large, large, tmp_path)
@@ -371,6 +374,7 @@ sys.exit(main(sys.argv[3:]) if sys.argv[3:] else bool(zoo.load(sys.argv[2], mmap
 """
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_loading_is_named(hf: Any, large: Path) -> None:
     done = run(LIMITED, hf["gpt2"], large)
     assert done.returncode == 1
@@ -380,6 +384,7 @@ def test_out_of_memory_while_loading_is_named(hf: Any, large: Path) -> None:
     assert "mmap=True" in last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["generate", "--no-mmap"], ["convert", "--memory", "400M"]])
 def test_out_of_memory_in_the_shell_prints_one_line(
     hf: Any, large: Path, tmp_path: Path, options: list[str]

@@ -211,6 +211,7 @@ def test_tied_config_with_untied_weights_is_refused(tmp_path: Path) -> None:
 # --- random weights ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_random_weights_of_a_registry_name_need_no_file(no_sockets: None) -> None:
     def draw() -> Model:
         torch.manual_seed(3)

@@ -346,6 +346,7 @@ def test_misspelt_options_are_refused_with_what_is_near(run: Any) -> None:
 # --- as a process --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_module_tool_and_command_are_the_same(root: Path) -> None:
     def ask(*command: str) -> str:
         done = subprocess.run(

@@ -544,6 +544,7 @@ def test_word_pieces(fixtures: Path, tmp_path: Path) -> None:
     assert GGUFReader(path).values["tokenizer.ggml.model"] == "no_vocab"
 
 
+@pytest.mark.slow
 def test_a_graph_has_the_vocabulary_and_says_what_it_was(fixtures: Path, tmp_path: Path) -> None:
     for name in ("stories260K.bin", "tok512.model"):
         shutil.copy(fixtures / "stories260K" / name, tmp_path)

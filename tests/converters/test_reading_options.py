@@ -127,6 +127,7 @@ def test_unused_fields_are_one_line_on_standard_error(
     )
 
 
+@pytest.mark.slow
 def test_verify_reads_every_copy_alike_and_warns_once(
     unusual: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,7 @@ def test_verify_reads_every_copy_alike_and_warns_once(
     assert output.count("unsloth_fixed") == 1 and f"zoo: warning: {path}: " in output
 
 
+@pytest.mark.slow
 def test_verify_of_another_head_compares_with_a_checkpoint_of_its_class(
     made: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

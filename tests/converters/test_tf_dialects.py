@@ -472,6 +472,7 @@ def test_info_and_convert(
         assert saved.read_bytes() == converted.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 def test_openais_tokenizer(place: Path, tmp_path: Path, fixtures: Path, alone: bool) -> None:
     """encoder.json and vocab.bpe are what others call vocab.json and merges.txt."""

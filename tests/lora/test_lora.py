@@ -580,6 +580,7 @@ def test_loading_an_adapter_alone_names_its_base(base: Any, says: str, tmp_path:
         assert len(str(caught.value)) < 4000
 
 
+@pytest.mark.slow
 def test_commands_report_a_merged_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ print(seen[-1]["resumed"], any(event["event"] == "restart" for event in seen))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_resumes_with_the_same_adapter_only(tmp_path: Path) -> None:
     made, out = Made(tmp_path, "llama/base"), tmp_path / "out"
 

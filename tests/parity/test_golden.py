@@ -47,6 +47,7 @@ def test_verify_by_golden_outputs_alone(stories: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["rows"][0]["check"] == "golden"
 
 
+@pytest.mark.slow
 def test_reference_is_compared_too_if_it_can_load(stories: Path, tmp_path: Path) -> None:
     zoo.convert(stories, tmp_path / "hf", to="hf")
     checks = {row.check: row for row in zoo.verify(tmp_path / "hf", golden="stories260k").rows}

@@ -334,6 +334,7 @@ def test_one_architecture_can_be_recorded_again(
     assert {**after, "bert": 0} == {**before, "bert": 0}
 
 
+@pytest.mark.slow
 def test_published_outputs_have_a_page(fixtures: Path, tmp_path: Path) -> None:
     file = str(fixtures / "stories260K" / "stories260K.bin")
     asked = ["verify", file, "--golden", "stories260k", "--html", str(tmp_path)]

@@ -198,6 +198,7 @@ def test_pt2_computes_the_same(name: str, variant: str, tmp_path: Path) -> None:
         assert torch.equal(state[key], x), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", graphs.GRAPHS)
 def test_a_padded_row_equals_the_row_alone(to: str, tmp_path: Path) -> None:
     model = made("llama", "base")
@@ -238,6 +239,7 @@ def test_a_sentence_model_gives_its_vector(to: str, tmp_path: Path) -> None:
 # --- names ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "head", "inputs", "outputs"),
     first_of(
@@ -295,6 +297,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", graphs.GRAPHS)
 def test_converted_on_the_command_line(
     to: str, source: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]

@@ -376,6 +376,7 @@ def test_llama_cpps_vectors(fixtures: Path, kind: str, name: str) -> None:
         assert plain(mine, text) == [int(id) for id in ids.split()], repr(text)
 
 
+@pytest.mark.slow
 def test_published_examples(fixtures: Path) -> None:
     llama2 = zoo.tokenizer(fixtures / "tokenizers/llama2")
     wanted = [1, 306, 4658, 278, 6593, 310, 2834, 338]
