@@ -1,4 +1,4 @@
-"""Damage, drawn at random: to bytes, and to what files are made of, so that checksums fit again."""
+"""Random damage to bytes and to the contents of files, with checksums that fit the damage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TEXTS = ["", "\0", "a", "../x", "/etc/passwd", "\ud7ff", "é" * 300, "x.0.weight
 
 
 def mutated(text: bytes, chance: Chance) -> bytes:
-    """A few random edits: bytes flipped, cut, doubled; words put in the place of values."""
+    """Apply a few random edits: flip, cut or repeat bytes, or replace values by words."""
     data = bytearray(text)
     for _ in range(chance.choice((1, 1, 1, 2, 3, 8))):
         at = chance.randrange(len(data) + 1) if data else 0
@@ -68,7 +68,7 @@ def mutated(text: bytes, chance: Chance) -> bytes:
 
 
 def _value(data: bytearray, near: int) -> slice | None:
-    """The next thing between a colon or comma and a comma or bracket."""
+    """Return the span of the next value between a colon or comma and a comma or bracket."""
     start = min(
         (i + 1 for i in (data.find(b":", near), data.find(b",", near)) if i >= 0), default=0
     )
@@ -77,7 +77,7 @@ def _value(data: bytearray, near: int) -> slice | None:
 
 
 def bitten(data: bytes, chance: Chance) -> bytes:
-    """`mutated` for what is no text: numbers put in, or in the place of bytes."""
+    """Apply edits to binary data: insert numbers or replace bytes by numbers."""
     if chance.random() < 0.5:
         return mutated(data, chance)
     at, word = chance.randrange(len(data) + 1), chance.choice(NUMBERS)
@@ -85,7 +85,7 @@ def bitten(data: bytes, chance: Chance) -> bytes:
 
 
 def renumbered(data: bytes, chance: Chance) -> bytes:
-    """A few random edits of a binary header: numbers put in the place of others, or any edit."""
+    """Apply a few random edits to a binary header: replace numbers, or any edit."""
     for _ in range(chance.choice((1, 1, 2, 3))):
         if chance.random() < 0.3:
             data = mutated(data, chance)
@@ -98,14 +98,14 @@ def renumbered(data: bytes, chance: Chance) -> bytes:
 
 
 def cut(data: bytes, chance: Chance) -> bytes:
-    """The same with its end missing, or something behind it."""
+    """Truncate the data or append to it."""
     if chance.random() < 0.5:
         return data[: chance.randrange(len(data) + 1)]
     return data + chance.randbytes(chance.choice((1, 7, 8, 4096)))
 
 
 def flipped(data: bytes, chance: Chance) -> bytes:
-    """As many bytes, some of them others."""
+    """Change some bytes and keep the length."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 4, 64)) if data else 0):
         out[chance.randrange(len(out))] = chance.randrange(256)
@@ -123,7 +123,7 @@ VALUES: list[Any] = [
 
 
 def altered(value: Any, chance: Chance) -> Any:
-    """Plain data with a few of its parts replaced, renamed, left out, doubled or moved."""
+    """Replace, rename, remove, repeat or move a few parts of plain data."""
     value = deepcopy(value)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         places = list(_places(value))
@@ -159,7 +159,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def reworded(data: bytes, chance: Chance) -> bytes:
-    """A file of JSON: its values, or its text."""
+    """Damage a JSON file: its values or its text."""
     if chance.random() < 0.3:
         return mutated(data, chance)
     return json.dumps(altered(json.loads(data), chance)).encode()
@@ -173,7 +173,7 @@ CODES = [code for code, bits in BITS.items() if bits >= 8]
 def reshaped(
     infos: Sequence[TensorInfo], chance: Chance, dtypes: Sequence[str]
 ) -> list[TensorInfo]:
-    """Tensors left out, doubled, renamed, of other shapes or dtypes; still a list that fits."""
+    """Remove, repeat, rename, reshape or cast tensors; the result is a valid list."""
     by_name = {info.name: info for info in infos}
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         if not by_name:
@@ -228,14 +228,14 @@ _CODES += [b"\x80\x05", b"I99\n", b"L" + b"9" * 5000 + b"L\n", b"G" + b"\x7f\xf0
 
 @lru_cache(maxsize=64)
 def _steps(data: bytes) -> list[tuple[str, bytes]]:
-    """(the name of an opcode, its bytes) of a sound pickle."""
+    """Yield (name of an opcode, its bytes) of a valid pickle."""
     codes = [(code.name, at) for code, _, at in pickletools.genops(data)]
     ends = [at for _, at in codes[1:]] + [len(data)]
     return [(name, data[at:end]) for (name, at), end in zip(codes, ends, strict=True)]
 
 
 def repickled(data: bytes, chance: Chance) -> bytes:
-    """Numbers, words and classes put in the place of others; opcodes moved, left out, put in."""
+    """Replace numbers, words and classes; move, remove or insert opcodes."""
     steps = list(_steps(data))
     for _ in range(chance.choice((1, 1, 2, 4))):
         at = chance.randrange(len(steps))
@@ -293,7 +293,7 @@ def _records(data: bytes) -> list[tuple[str, bytes]]:
 
 
 def rezipped(data: bytes, chance: Chance) -> bytes:
-    """A zip of torch.save's: pickle or records damaged before the sums are made, or all after."""
+    """Damage a zip of torch.save: pickle or records before the checksums, or the whole file."""
     kind = chance.randrange(10)
     if kind == 0:
         return cut(data, chance) if chance.random() < 0.3 else flipped(data, chance)
@@ -327,7 +327,7 @@ def rezipped(data: bytes, chance: Chance) -> bytes:
 
 
 def retold(data: bytes, chance: Chance, inner: Mapping[int, Any]) -> bytes:
-    """Fields of a message left out, doubled, moved, renamed or of another value.
+    """Remove, repeat, move, renumber or change fields of a message.
 
     `inner` names those that are messages, and which of theirs are.
     """
@@ -364,7 +364,7 @@ def retold(data: bytes, chance: Chance, inner: Mapping[int, Any]) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(number, sort, bytes of its value) of a sound message."""
+    """Yield (number, wire type, bytes of the value) of a valid message."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

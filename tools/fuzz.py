@@ -96,7 +96,7 @@ class Tally:
 
 
 class Hung(BaseException):
-    """So long that it was interrupted."""
+    """A mutant took so long that it was interrupted."""
 
 
 def _interrupt(*_: Any) -> None:
@@ -104,7 +104,7 @@ def _interrupt(*_: Any) -> None:
 
 
 class Memory:
-    """How much this process holds, and the most that it held since it was asked."""
+    """The memory of this process, and its peak since the last call."""
 
     def __init__(self) -> None:
         try:
@@ -145,7 +145,7 @@ _memory = cache(Memory)  # of the process that asks
 def run(
     victim: fuzzed.Kind, kind: str, seed: int, start: int, count: int, slow: float = SLOW
 ) -> Tally:
-    """Mutants `start` to `start + count` of a kind; the same ones each time."""
+    """Run mutants `start` to `start + count` of a kind; they are the same each time."""
     tally, memory = Tally(kind, count), _memory()
     signal.signal(signal.SIGPROF, _interrupt)
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
@@ -190,7 +190,7 @@ def _run(scratch: str, kind: str, seed: int, start: int, count: int, slow: float
 
 
 def run_all(options: argparse.Namespace, scratch: str) -> Iterator[Tally]:
-    """The tally of each kind, as soon as all of its mutants are done."""
+    """Yield the tally of each kind as soon as all its mutants are done."""
     with ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
         for kind in [options.only] if options.only else VICTIMS:
             slices: dict[Future[Tally], int] = {}

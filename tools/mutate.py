@@ -105,7 +105,7 @@ def _one_line(text: str) -> str:
 
 
 class Sites(ast.NodeVisitor):
-    """All mutants of a module, in the order of its text."""
+    """Collect all mutants of a module in the order of its text."""
 
     def __init__(self, file: str, source: bytes) -> None:
         self.file, self.source, self.mutants = file, source, list[Mutant]()
@@ -283,13 +283,13 @@ class Sites(ast.NodeVisitor):
 
 
 def sites(file: str, source: bytes) -> list[Mutant]:
-    """Every mutant of a file, in the order of its text."""
+    """Return every mutant of a file in the order of its text."""
     unique = {(m.start, m.end, m.text): m for m in Sites(file, source).mutants}
     return [unique[place] for place in sorted(unique)]
 
 
 def compiles(mutant: Mutant) -> bool:
-    """Else it would be killed for nothing."""
+    """Return whether the mutated code compiles; if not, every test would kill it."""
     try:
         compile(mutant.apply((ROOT / mutant.file).read_bytes()), mutant.file, "exec")
     except SyntaxError:
@@ -345,7 +345,7 @@ def read_cases(root: Path = ROOT) -> Cases:
 
 
 class Journal:
-    """What earlier runs found; an entry counts while the mutant and its tests are the same."""
+    """Verdicts of earlier runs; an entry is valid while the mutant and its tests are the same."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.entries = path, dict[str, str]()
@@ -373,7 +373,7 @@ def copy_checkout(target: Path) -> Path:
 
 
 def run_tests(copy: Path, test: str, limit: float) -> tuple[bool, bool, str]:
-    """(whether all pass, whether time ran out, the last lines)"""
+    """Return (whether all tests pass, whether they timed out, the last lines of output)."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0"]
     environment = {
         **os.environ,
@@ -429,7 +429,7 @@ class Runner:
             self.copies.put(copy)
 
     def _limit(self, copy: Path, test: str) -> float:
-        """Measured on the unchanged code, where all of the tests must pass."""
+        """Measure the duration on the unchanged code, where all tests must pass."""
         with self.lock:
             if test not in self.limits:
                 began = time.monotonic()
@@ -441,7 +441,7 @@ class Runner:
 
 
 def run(mutants: Sequence[Mutant], cases: Cases, jobs: int) -> Iterator[tuple[Mutant, str]]:
-    """(mutant, verdict), first of those that the journal knows."""
+    """Yield (mutant, verdict), first those of the journal."""
     journal = Journal(CACHE / "journal.jsonl")
     sources = {file: (ROOT / file).read_bytes() for file in {m.file for m in mutants}}
     todo: dict[str, Mutant] = {}
@@ -474,7 +474,7 @@ def run(mutants: Sequence[Mutant], cases: Cases, jobs: int) -> Iterator[tuple[Mu
 
 
 def chosen(cases: Cases, count: int, seed: int, only: Sequence[str]) -> Iterator[Mutant]:
-    """`count` mutants, of all files together; all of them if `count` is negative."""
+    """Draw `count` mutants from all files; all of them if `count` is negative."""
     files = [file for file in cases.tests if not only or file in only] if count else []
     pool = [m for file in files for m in sites(file, (ROOT / file).read_bytes())]
     if count >= 0:
@@ -487,7 +487,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("count", nargs="?", type=int, default=SAMPLE, help="mutants to draw")
     parser.add_argument("--all", action="store_true", help="every mutant instead of a sample")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of the sample (default: {SEED})")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help=f"seed of the sample (default: {SEED})"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="FILE", help="mutate these files")
     parser.add_argument("--jobs", type=int, default=1, help="scratch copies to use (default: 1)")
     parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")

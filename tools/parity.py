@@ -1,6 +1,7 @@
-"""Parity from a checkout: `NAME|DIR` or `--all`; `--mutants`, the gate; `--formats`, the trips.
+"""Run parity from a checkout: `NAME|DIR` or `--all`.
 
-`--diagnose` traces the planted bugs. With `--record` the last two go into zoo/evidence.json.
+`--mutants` runs the gate of planted bugs, `--formats` the round trips between dialects, and
+`--diagnose` locates the planted bugs. `--record` writes the last two to zoo/evidence.json.
 """
 
 import sys

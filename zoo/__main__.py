@@ -12,6 +12,7 @@ _INTERRUPTED = 130  # ExitCode.INTERRUPTED, before anything is imported
 
 
 def main() -> int:
+    """Run the command line and return its exit code."""
     try:
         import gc
         import signal

@@ -116,7 +116,7 @@ def test_negative_yarn_ramp_is_refused(field: str, tmp_path: Path) -> None:
         zoo.load(changed(directory, rope_parameters=rope))
 
 
-# --- what a call is given ------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])

@@ -200,7 +200,7 @@ def test_model_can_be_saved_after_its_directory_is_deleted(directory: Path, tmp_
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
-# --- what is the process's -----------------------------------------------------------------------
+# --- process-wide settings -----------------------------------------------------------------------
 
 
 def test_random_weights_in_threads_restore_the_default_dtype(hf: Any) -> None:

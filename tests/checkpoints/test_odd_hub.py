@@ -353,7 +353,7 @@ def test_malformed_file_listing_raises_a_named_error(
     check_clean(hub, cache, tmp_path)
 
 
-# --- what lies in the cache ----------------------------------------------------------------------
+# --- files in the cache --------------------------------------------------------------------------
 
 
 def shortened(cache: Path, name: str) -> Path:

@@ -670,7 +670,7 @@ def test_no_array_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert seen and max(seen) <= 1024
 
 
-# --- what is found, and what is not --------------------------------------------------------------
+# --- recognition of files ------------------------------------------------------------------------
 
 
 def test_files_of_no_known_format_are_refused(tmp_path: Path, gpt2: Any) -> None:
@@ -916,7 +916,7 @@ def test_convert_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "trf_blocks.0.att.W_query.weight" in capsys.readouterr().out
 
 
-# --- what is found out about files, and said -----------------------------------------------------
+# --- errors about files --------------------------------------------------------------------------
 
 
 def test_tensors_stored_in_two_dtypes_keep_them(llama: Any, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def part(source: Path, out: Path, which: str, **options: Any) -> None:
     zoo.convert(source, out, to="native", part=which, **{"max_shard_size": SHARDS, **options})
 
 
-# --- taken up again ------------------------------------------------------------------------------
+# --- resuming ------------------------------------------------------------------------------------
 
 
 def test_interrupted_replacement_resumes(source: Path, out: Path) -> None:
@@ -413,7 +413,7 @@ def test_unlisted_weight_file_is_refused(source: Path, out: Path) -> None:
     assert [d.file for d in manifest.check(out)] == ["model-00001-of-00001.safetensors"]
 
 
-# --- calls ---------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

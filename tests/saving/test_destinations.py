@@ -351,7 +351,7 @@ def test_force_replaces_a_file_only_if_it_is_a_checkpoint(model: Model, tmp_path
     assert (tmp_path / "old.pt" / WEIGHTS).exists()
 
 
-# --- saved again ---------------------------------------------------------------------------------
+# --- saving again --------------------------------------------------------------------------------
 
 
 def test_shards_of_an_earlier_save_are_removed(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_draft_reaches_parity(tmp_path: Path) -> None:
     assert green.returncode == 0, green.stdout
 
 
-# --- what CONTRIBUTING says ----------------------------------------------------------------------
+# --- CONTRIBUTING.md -----------------------------------------------------------------------------
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -299,7 +299,7 @@ def test_targets_and_files_in_contributing_exist() -> None:
     assert PAGE.count("\n") <= 90  # a page
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- wrong arguments -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

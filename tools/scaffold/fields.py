@@ -42,7 +42,7 @@ class Fields:
         present = {**survey.defaults, **survey.config}
         self.paths: dict[str, tuple[str, ...]] = {}
         self.guessed: list[str] = []
-        self.missing: list[str] = []  # the kindred cannot do without
+        self.missing: list[str] = []  # fields that the similar config requires
         self.refused = ""
         absent = []
         for native, paths in dialect.config.items():

@@ -31,7 +31,7 @@ class Guess:
         self.spec = load_spec(like.spec)
         self.fields = Fields(like, self.spec.dialect("hf"), survey)
         self.raw = read_yaml(SPECS / like.spec / "hf.yaml", SpecError)
-        # the kindred's rules, taken apart: which of them read something here?
+        # the similar spec's rules, expanded -> whether they map a tensor here
         self.kept: dict[tuple[str, str], dict[Rule, bool]] = {
             (section, source): dict.fromkeys(elementary(parse_rule(source, targets)), False)
             for section in ("weights", "heads")

@@ -47,8 +47,8 @@ class Survey:
     model_type: str
     stem: str  # what all its classes' names begin with
     prefix: str  # of the base model's names in files of a class with a head
-    classes: dict[str, str]  # reference class -> the kindred architecture's class of the same kind
-    usual: dict[str, str]  # the kindred's name of a config field -> the library's usual one
+    classes: dict[str, str]  # reference class -> the similar architecture's class
+    usual: dict[str, str]  # similar architecture's name of a config field -> the library's
     renamed: dict[str, str]  # the usual one -> this config's own
     defaults: dict[str, Any]  # every config field
     fields: dict[str, Any] = field(default_factory=dict)  # the tiny config, over the defaults
@@ -68,8 +68,8 @@ class Survey:
 def make_survey(reference: str, like: Architecture, settings: Mapping[str, Any]) -> Survey:
     """Write tiny checkpoints of a reference class and its siblings, and read their headers."""
     kind = _named(reference)
-    kindred = _named(next(iter(like.heads)))
-    stems = [k.config_class.__name__.removesuffix("Config") for k in (kindred, kind)]
+    similar = _named(next(iter(like.heads)))
+    stems = [k.config_class.__name__.removesuffix("Config") for k in (similar, kind)]
     suffixes = {c: c.removeprefix(stems[0]) for c in like.heads}
     classes = {
         stems[1] + spelled: old
@@ -89,7 +89,7 @@ def make_survey(reference: str, like: Architecture, settings: Mapping[str, Any])
         stem=stems[1],
         prefix=f"{kind.base_model_prefix}." if kind.base_model_prefix else "",
         classes=classes,
-        usual={own: name for name, own in kindred.config_class.attribute_map.items()},
+        usual={own: name for name, own in similar.config_class.attribute_map.items()},
         renamed=dict(kind.config_class.attribute_map),
         defaults=defaults,
     )
@@ -207,10 +207,10 @@ def _unused(used: set[int], start: int, step: int) -> Iterator[int]:
 
 def _write_all(survey: Survey, others: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
     """Write a checkpoint of each class; skip variants that the reference cannot build."""
-    kindred = {old: new for new, old in survey.classes.items()}
+    new_classes = {old: new for new, old in survey.classes.items()}
     survey.probes.append(_probe(survey, "base", survey.reference_class, {}))
     for name, (old, changes) in others.items():
-        if (new := kindred.get(old)) is None or name == "base":
+        if (new := new_classes.get(old)) is None or name == "base":
             continue
         for field_name, value in changes.items():
             own = survey.fields.get(field_name)
