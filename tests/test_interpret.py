@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def test_distances_are_recorded_and_patched(name: str) -> None:
     model = hot(build(name)).double()
     inputs, place = example_inputs(model), "encoder.distances" if name == "t5" else "distances"
     if name != "t5":  # only distances use positions then
-        model.config = replace(model.config, absolute_positions=False)
+        model.config = model.config.replace(absolute_positions=False)
 
     def none(terms: Any) -> Any:
         if isinstance(terms, Tensor):
