@@ -31,7 +31,7 @@ LIBRARIES = {
     "zoo.errors": set(),
     "zoo.registry": {"pydantic"},
     "zoo.components": {"torch", "einops"},
-    "zoo.components.config": {"torch", "pydantic", "pydantic_core"},
+    "zoo.components.config": {"pydantic", "pydantic_core"},
     "zoo.models": {"torch", "einops", "pydantic"},
     "zoo.checkpoints": {"torch", "huggingface_hub"},
     "zoo.checkpoints.oracle": {"torch", "safetensors", "transformers"},
