@@ -37,8 +37,8 @@ LIBRARIES = {
     "zoo.checkpoints.oracle": {"torch", "safetensors", "transformers"},
     "zoo.tokenizers": {"torch", "tiktoken", "sentencepiece", "tokenizers", "jinja2"},
     "zoo.saving.graphs": {"torch", "onnx_ir"},
-    "zoo.parity": {"torch", "einops", "safetensors", "transformers", "yaml"},
-    "zoo.diagnosis": {"torch", "einops", "safetensors", "transformers", "yaml"},
+    "zoo.parity": {"torch", "einops", "safetensors", "yaml"},
+    "zoo.diagnosis": {"torch", "einops", "safetensors", "yaml"},
     "zoo.cli": {"torch", "typer", "click", "rich"},
 }
 

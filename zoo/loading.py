@@ -3,8 +3,10 @@
 The steps lie in `zoo/checkpoints`, a file each, and `load` puts them together:
 
 1. `locate`: the reference becomes a directory, and its config the fields of an architecture.
-2. `plan`: a model on the meta device is built (`build`), and a plan proves that the files fill it.
+2. `plan`: a model is built on the meta device (`build`), and a plan proves that the files fill it.
 3. `fill`: the weights stream in, cast and checked, with their `provenance`.
+
+`load` locates, `load_located` plans and fills.
 
 What only some loads need is imported when it is needed.
 """
@@ -28,6 +30,7 @@ from zoo.checkpoints.layout import MODULES
 from zoo.checkpoints.local import expanded
 from zoo.checkpoints.locate import locate, read
 from zoo.checkpoints.located import Located
+from zoo.checkpoints.plan import check_trust, prove
 from zoo.checkpoints.sources import Ref, resolve
 from zoo.components.model import Model
 from zoo.errors import ChecksumMismatch, NotACheckpoint, UsageError, did_you_mean
@@ -143,7 +146,7 @@ def load(
                 from zoo.checkpoints.sentences import headless, with_steps
 
                 located = located._replace(heads=headless(located.heads, located.entry.model))
-            model = fill(located, config=changes, trust=trust, finite=finite, **how)
+            model = load_located(located, config=changes, trust=trust, finite=finite, **how)
             model = _adapted(model, files, merge)
             if has_steps:
                 model = with_steps(model, directory, finite=finite)
@@ -152,6 +155,27 @@ def load(
 
         return prepare_model(model)
     return model
+
+
+def load_located(
+    located: Located,
+    *,
+    config: Mapping[str, Any] | None = None,
+    trust: Collection[str] = (),
+    **how: Any,
+) -> Model:
+    """Plan the weights of a located checkpoint, prove the plan complete, and fill the model.
+
+    Args:
+        located: the checkpoint, from `locate`.
+        config: native config fields to change.
+        trust: tensors on disk that win where tied ones differ.
+        how: `dtype`, `device` and `finite`, as `fill` takes them.
+    """
+    checkpoint = located.checkpoint()
+    check_trust(trust, checkpoint)
+    model, plan = prove(located, checkpoint, config)
+    return fill(model, plan, located, checkpoint, trust=trust, **how)
 
 
 def from_pretrained(cls: type[M], ref: str | PathLike[str], **options: Any) -> M:
@@ -178,7 +202,7 @@ def load_directory(
 ) -> Model:
     """Load a local HF directory of a known architecture, through the caller's own spec if given."""
     located = read(resolve(Path(directory)))
-    return fill(located._replace(entry=entry, spec=spec or located.spec), **changes)
+    return load_located(located._replace(entry=entry, spec=spec or located.spec), **changes)
 
 
 # --- adapters ------------------------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from converters.carry_out import carry_out
 from converters.checkpoint import Checkpoint
 from converters.memory import enough, size
+from converters.plan import Plan
 from zoo.checkpoints.finite import first_where, source_of
 from zoo.checkpoints.located import Located
-from zoo.checkpoints.plan import check_trust, prove
 from zoo.checkpoints.provenance import provenance_of
 from zoo.components.model import Model
 from zoo.errors import NonFinite, OverflowOnCast, option
@@ -23,21 +22,28 @@ FAULTS = 20  # that a message lists
 
 
 def fill(
+    model: Model,
+    plan: Plan,
     located: Located,
+    checkpoint: Checkpoint,
     *,
-    config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust: Collection[str] = (),
     finite: bool = False,
 ) -> Model:
-    """Prove the plan, then bring every weight into the model: cast, on its device, checked.
+    """Read every weight into a model on the meta device, by its proven plan.
 
-    `finite`: all of them are looked at, and NaN and infinity are refused.
+    Args:
+        model: the model that `prove` returned.
+        plan: its plan.
+        located: where the checkpoint lies.
+        checkpoint: its open files.
+        dtype: what to cast weights to; None keeps them.
+        device: where they go.
+        trust: tensors on disk that win where tied ones differ.
+        finite: whether NaN and infinity are searched for and refused.
     """
-    checkpoint = located.checkpoint()
-    check_trust(trust, checkpoint)
-    model, plan = prove(located, checkpoint, config)
     modules = dict(model.named_modules())
     names: dict[str, list[str]] = {name: [name] for name in plan.native.shapes}
     for other, owner in plan.native.ties.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from converters.lazy import Decoded, Lazy
 from converters.plan import PlanStep
-from zoo.checkpoints.foreign import spec_of
+from zoo.checkpoints.plan_by_names import spec_of
 from zoo.components.moe import Experts
 from zoo.errors import PlanError, ShapeMismatch, UsageError, listing
 from zoo.lora.files import Factors, Files

@@ -15,7 +15,7 @@ from converters.carry_out import backward
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, PlanStep, make_plan, target_names
 from converters.spec import Dialect
-from zoo.checkpoints.foreign import spec_of
+from zoo.checkpoints.plan_by_names import spec_of
 from zoo.errors import PlanError, SpecError, did_you_mean, option
 
 

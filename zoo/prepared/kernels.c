@@ -156,9 +156,9 @@ int zoo_blocks(const void *w, int half, const void *x, int x_half, const float *
 typedef struct {
     int8_t *high, *low;
     double scale, shift;
-} quantised;
+} quantized;
 
-static int quantise(const void *x, long k, int half, quantised *out) {
+static int quantize(const void *x, long k, int half, quantized *out) {
     float most = 0;
     for (long i = 0; i < k; i++) {
         float f = at(x, i, half);
@@ -180,7 +180,7 @@ static int quantise(const void *x, long k, int half, quantised *out) {
     return 1;
 }
 
-INLINE double product(const int8_t *w, const quantised *x, long k) {
+INLINE double product(const int8_t *w, const quantized *x, long k) {
     __m512i high = _mm512_setzero_si512(), low = high, flip = _mm512_set1_epi8((char)0x80);
     for (long i = 0; i < k; i += 64) {
         __mmask64 here = k - i < 64 ? (1ull << (k - i)) - 1 : ~0ull;
@@ -194,13 +194,13 @@ INLINE double product(const int8_t *w, const quantised *x, long k) {
 
 int zoo_bytes(const int8_t *w, const float *scale, const void *x, int x_half, const float *bias,
               void *y, int y_half, long rows, long n, long k, int threads) {
-    quantised *all = malloc((size_t)rows * sizeof *all);
+    quantized *all = malloc((size_t)rows * sizeof *all);
     int8_t *room = malloc((size_t)(2 * rows * k));
     int fine = all && room && k <= 65536;  // beyond, sums could exceed 32 bits
     for (long r = 0; fine && r < rows; r++) {
         all[r].high = room + 2 * r * k;
         all[r].low = room + (2 * r + 1) * k;
-        fine = quantise((const char *)x + r * k * (x_half ? 2 : 4), k, x_half, all + r);
+        fine = quantize((const char *)x + r * k * (x_half ? 2 : 4), k, x_half, all + r);
     }
     if (fine) {
 #pragma omp parallel for schedule(static) num_threads(threads)

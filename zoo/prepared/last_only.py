@@ -56,7 +56,7 @@ def last_only(model: Model) -> Iterator[None]:
 
     For any model, prepared or not; prepare a compiled one with `last_only=True` instead.
     """
-    preparation = getattr(model, "prepared", None)
+    preparation = model.prepared
     if preparation is not None and preparation.last_only:
         yield
         return

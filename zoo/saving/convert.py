@@ -40,7 +40,7 @@ from zoo.lora.merging import changes, untied
 from zoo.saving.arrays import ADAPTED, Arrays, span_of
 from zoo.saving.checks import OWN_FILES, check_dialect, check_graph, check_no_layout, check_whole
 from zoo.saving.companions import companions_of, exported_files, is_of_a_step, unpacked
-from zoo.saving.export import QUANTISED, export, with_zeros
+from zoo.saving.export import QUANTIZED, export, with_zeros
 from zoo.saving.graphs import GRAPHS
 from zoo.saving.origin import export_plan, lossy_of, native_record, origin_of, said_of
 from zoo.saving.outputs import graph_files, in_order, item_of, split
@@ -330,7 +330,7 @@ def plan_output(
         if arrays.changes.apart:
             model = on_meta(located, untied(model, plan.native.ties))
             model.provenance = provenance
-    quantized = isinstance(dtype, str) and dtype.lower() == QUANTISED
+    quantized = isinstance(dtype, str) and dtype.lower() == QUANTIZED
     kind = None if quantized else dtype_of(dtype)
     state = dict(arrays.state(native_of(model), kind))
     notes = {

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, tuple[int, int]]] = {
     "llama2c": {"version": (0, 1), "group": (1, 1 << 20)},
     "gguf": {"vocabulary": (0, 1)},
 }
-QUANTISED = "q8_0"  # a `dtype` besides torch's, for formats that have it
+QUANTIZED = "q8_0"  # a `dtype` besides torch's, for formats that have it
 _FILE_TYPES = {
     "F32": 0,
     "F16": 1,

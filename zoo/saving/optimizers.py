@@ -17,7 +17,7 @@ from converters.formats import TensorInfo
 from converters.plan import Plan, PlanStep
 from zoo.checkpoints import finite
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.foreign import plan_by_names
+from zoo.checkpoints.plan_by_names import plan_by_names
 from zoo.components.model import Model
 from zoo.errors import NonFinite, PlanError, UsageError, listing
 

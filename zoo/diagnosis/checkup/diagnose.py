@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.checkpoints.fill import fill
 from zoo.checkpoints.sources import Ref
 from zoo.diagnosis.checkup import (
     across_layers,
@@ -24,6 +23,7 @@ from zoo.diagnosis.checkup.report import Diagnosis
 from zoo.diagnosis.checkup.search import explanations, shown
 from zoo.diagnosis.checkup.statistics import Numbers, numbers_of
 from zoo.errors import ZooError
+from zoo.loading import load_located
 from zoo.text.inference import at_rest
 
 _LARGE = 500_000_000  # numbers of a model that reads a text unasked
@@ -138,7 +138,7 @@ def _by_a_text(
 ) -> tuple[list[Finding], str]:
     """What makes a text likelier than the weights, some put right, and how likely it is so."""
     assert contents.located is not None
-    model = fill(contents.located, config=config)
+    model = load_located(contents.located, config=config)
     for array in right:
         parameter = model.get_parameter(array.name)
         parameter.data = array.made().whole().to(parameter.dtype)

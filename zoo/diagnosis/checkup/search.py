@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from converters.spec_lines import field_line, rule_line
-from zoo.checkpoints.foreign import spec_of
+from zoo.checkpoints.plan_by_names import spec_of
 from zoo.components.model import Model
 from zoo.diagnosis.checkup.finding import Finding
 from zoo.diagnosis.checkup.likelihood import EVERY, chance, hidden_as, nats
@@ -29,7 +29,7 @@ MUCH = 1.0  # nats a token
 HELPFUL = 3  # that are tried in each block alone, too
 BRANCHES = 3  # of single blocks, that are looked into
 # nats a token, and standard errors, by which a text has to become likelier: healthy models, under
-# hundreds of hypotheses, gained at most 0.025 (docs/decisions/readings.md)
+# hundreds of hypotheses, gained at most 0.025 (docs/decisions/text-search.md)
 GAIN, ERRORS = 0.06, 3.0
 EVEN = 0.02  # nats a token: two explanations are as good as each other
 LEAST = 32  # tokens of a text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from converters.formats import TensorInfo
 from converters.plan import Native, Plan, identity_plan, make_plan
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.foreign import plan_by_names, spec_of
+from zoo.checkpoints.plan_by_names import plan_by_names, spec_of
 from zoo.components.model import Model
 from zoo.diagnosis.diff.matching import Fold, Planned
 from zoo.parity.checks import call

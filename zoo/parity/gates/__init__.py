@@ -1,1 +1,1 @@
-"""The gates that the proof must pass: planted bugs and round trips."""
+"""Round trips between dialects. The gate of planted bugs is `zoo.diagnosis.gate`."""

@@ -25,7 +25,7 @@ from zoo.parity.fixtures import hot_checkpoint, redraw
 from zoo.parity.truth import Inputs
 from zoo.registry import Architecture
 from zoo.saving.convert import convert
-from zoo.saving.export import QUANTISED
+from zoo.saving.export import QUANTIZED
 from zoo.saving.save import save
 
 TOKENS = 33
@@ -94,7 +94,7 @@ def targets(entry: Architecture) -> list[End]:
     for name, dialect in foreign(entry).items():
         assert dialect.container is not None
         ends += [End(name)] if dialect.container.file else []
-        ends += [End(name, QUANTISED)] if dialect.container.format == "gguf" else []
+        ends += [End(name, QUANTIZED)] if dialect.container.format == "gguf" else []
     return ends
 
 

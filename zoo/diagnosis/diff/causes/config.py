@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from converters.strict_json import parse_json
-from zoo.checkpoints.foreign import spec_of
+from zoo.checkpoints.plan_by_names import spec_of
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.edits import Changes, Hypothesis
 from zoo.diagnosis.variants import NOT_TRIED, config_hypothesis, plain, values

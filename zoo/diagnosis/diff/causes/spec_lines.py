@@ -8,7 +8,7 @@ from typing import Any
 from converters.spec import Spec
 from converters.spec_lines import field_line, rule_line
 from converters.strict_json import parse_json
-from zoo.checkpoints.foreign import spec_of
+from zoo.checkpoints.plan_by_names import spec_of
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.edits import Hypothesis
 

@@ -1,4 +1,4 @@
-"""Foreign tensors, such as another program's optimizer state: their dialect and their plan."""
+"""Plan tensors of another program, such as an optimizer's state, by the dialect their names fit."""
 
 from __future__ import annotations
 
