@@ -79,6 +79,18 @@ def test_imports_point_down(code: SourceTree) -> None:
     assert_none(upward)
 
 
+def test_models_know_components_and_errors_alone(code: SourceTree) -> None:
+    """A model's file is made of components: nothing else of ours is needed to read it."""
+    allowed = ("zoo.components", "zoo.errors", "zoo.models")
+    others = [
+        f"{source.path}:{line.line} imports {line.module}"
+        for source in code.within("zoo.models")
+        for line in code.imports(source)
+        if room_of(line.module) and not any(is_within(line.module, room) for room in allowed)
+    ]
+    assert_none(others)
+
+
 def test_no_circle_of_files(code: SourceTree) -> None:
     graph = {m: below for m, below in code.graph.items() if not is_within(m, "tests")}
     assert_none([", ".join(circle) for circle in circles(graph)])
