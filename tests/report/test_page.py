@@ -298,7 +298,7 @@ def test_long_sections_show_their_length() -> None:
     model = build("t5")
     assert about(model.embed) == f"Embedding, {'×'.join(map(str, model.embed.weight.shape))}"
     count = sum(p.numel() for p in model.encoder.parameters())
-    assert about(model.encoder) == f"Encoder, {count:,} parameters"
+    assert about(model.encoder) == f"Stack, {count:,} parameters"
 
 
 def test_names_are_escaped() -> None:
