@@ -544,6 +544,8 @@ def test_logit_lens_of_a_compiled_model() -> None:
 COMPILED_WITHIN = """
 import sys, torch
 from converters.spec import load_spec
+import sys
+sys.path.insert(0, "tests/support")
 from tiny import build, hot
 from zoo.errors import InputError, UsageError
 model, ids = hot(build("gpt2")), torch.arange(9)[None]

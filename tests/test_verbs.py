@@ -1,9 +1,11 @@
 """Verbs of Model look and act as methods, and type checkers see them and the public names."""
 
 import ast
+import gc
 import inspect
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from tiny import build
 
 import zoo
+from zoo import verbs
 from zoo.components import model as components_model
 from zoo.components.model import Model
 from zoo.errors import UsageError
@@ -71,3 +74,15 @@ def test_importing_models_imports_no_verb() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = {target.partition(":")[0] for target in TARGETS.values()}
     assert not modules & set(ast.literal_eval(done.stdout))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("module", ["zoo.errors", "zoo.no_such_module"])
+def test_the_garbage_collector_is_as_before_after_an_import(enabled: bool, module: str) -> None:
+    gc.enable() if enabled else gc.disable()
+    try:
+        with nullcontext() if module == "zoo.errors" else pytest.raises(ModuleNotFoundError):
+            verbs.resolve(module)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()

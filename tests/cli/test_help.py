@@ -94,10 +94,10 @@ def test_help_loads_neither_torch_nor_commands() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["info", "gpt2"]])
-def test_quick_commands_load_neither_torch_nor_pydantic(arguments: list[str]) -> None:
+def test_quick_commands_load_neither_torch_nor_rich(arguments: list[str]) -> None:
     code = (
         f"import sys; from zoo.cli.app import main; main({arguments}); "
-        "print([m for m in ('torch', 'pydantic', 'rich') if m in sys.modules])"
+        "print([m for m in ('torch', 'rich', 'zoo.evidence') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")

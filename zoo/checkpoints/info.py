@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import evidence, registry
+from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.adapters import adapter_beside
 from zoo.checkpoints.hub import is_cached
@@ -41,9 +41,13 @@ def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry
         >>> "gpt2" in [entry.name for entry in zoo.list()]
         True
     """
-    entries = registry.checkpoints().values()
-    names = evidence.verified_checkpoints() if verified else {}
-    return [entry for entry in entries if not verified or entry.name in names]
+    entries = list(registry.checkpoints().values())
+    if not verified:
+        return entries
+    from zoo import evidence  # it reads code, which takes longer than the list
+
+    names = evidence.verified_checkpoints()
+    return [entry for entry in entries if entry.name in names]
 
 
 @dataclass(frozen=True)
