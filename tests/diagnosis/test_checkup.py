@@ -63,16 +63,16 @@ def planted(name: str, place: Path, fault: Callable[[Model], None] | None = None
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_of_a_sound_checkpoint_nothing_is_told(name: str, tmp_path: Path) -> None:
-    found = planted(name, tmp_path)
-    assert found.ok, found.to_text()
-    assert "Nothing looks wrong." in found.to_text()
+    diagnosis = planted(name, tmp_path)
+    assert diagnosis.ok, diagnosis.to_text()
+    assert "Nothing looks wrong." in diagnosis.to_text()
 
 
 @pytest.mark.parametrize("name", registry.architectures())
 def test_of_a_new_model_one_thing_is_told(name: str, tmp_path: Path) -> None:
     zoo.save(build(name), tmp_path / "new")
-    found = zoo.diagnose(tmp_path / "new")
-    assert [each.what for each in found.findings] == [
+    diagnosis = zoo.diagnose(tmp_path / "new")
+    assert [each.what for each in diagnosis.findings] == [
         "nothing of it looks trained: its matrices are as initialized"
     ]
 
@@ -100,8 +100,8 @@ def test_a_trained_model_is_sound_in_every_layout(
     to: str, how: dict[str, Any], fixtures: Path, tmp_path: Path
 ) -> None:
     source = fixtures / "stories260K" / "stories260K.bin"
-    found = zoo.diagnose(zoo.convert(source, tmp_path / to, to=to, **how))
-    assert found.ok, found.to_text()
+    diagnosis = zoo.diagnose(zoo.convert(source, tmp_path / to, to=to, **how))
+    assert diagnosis.ok, diagnosis.to_text()
 
 
 # --- what is not ---------------------------------------------------------------------------------
@@ -321,13 +321,13 @@ FAULTS: dict[str, tuple[str, Callable[[Model], None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_told_alone(fault: str, tmp_path: Path) -> None:
     name, plant, expected = FAULTS[fault]
-    found = planted(name, tmp_path, plant)
-    assert [each.what for each in found.findings] == [expected], found.to_text()
-    names = found.opened.checkpoint.tensors
-    assert found.findings[0].where
-    assert all(each in names for each in found.findings[0].where)
-    assert found.findings[0].what in found.to_text()
-    json.dumps(found.to_json(), allow_nan=False)
+    diagnosis = planted(name, tmp_path, plant)
+    assert [each.what for each in diagnosis.findings] == [expected], diagnosis.to_text()
+    names = diagnosis.opened.checkpoint.tensors
+    assert diagnosis.findings[0].where
+    assert all(each in names for each in diagnosis.findings[0].where)
+    assert diagnosis.findings[0].what in diagnosis.to_text()
+    json.dumps(diagnosis.to_json(), allow_nan=False)
 
 
 # --- a real file whose matrices lie transposed ---------------------------------------------------
@@ -365,18 +365,18 @@ def test_transposed_kinds_of_a_real_file_are_told_by_numbers_alone(
 ) -> None:
     """Rows of wq and wk lie in another order in the file than in the model."""
     names, expected = REAL[case]
-    found = zoo.diagnose(stories_with(fixtures, tmp_path, names))
-    assert [each.what for each in found.findings] == [expected], found.to_text()
-    assert set(found.findings[0].where) == set(names)
+    diagnosis = zoo.diagnose(stories_with(fixtures, tmp_path, names))
+    assert [each.what for each in diagnosis.findings] == [expected], diagnosis.to_text()
+    assert set(diagnosis.findings[0].where) == set(names)
 
 
 @pytest.mark.slow
 def test_text_is_read_with_transposed_matrices_put_right(fixtures: Path, tmp_path: Path) -> None:
     file = stories_with(fixtures, tmp_path, ("wq", "wo"))
     shutil.copy(fixtures / "stories260K" / "tok512.bin", tmp_path / "tokenizer.bin")
-    found = zoo.diagnose(file)
-    assert [each.what for each in found.findings] == [REAL["wq and wo"][1]]
-    assert "with these matrices transposed: perplexity 6.78" in found.notes[-1]
+    diagnosis = zoo.diagnose(file)
+    assert [each.what for each in diagnosis.findings] == [REAL["wq and wo"][1]]
+    assert "with these matrices transposed: perplexity 6.78" in diagnosis.notes[-1]
 
 
 # --- faults of files -----------------------------------------------------------------------------
@@ -422,9 +422,9 @@ def test_zeros_to_the_end_of_a_file(tmp_path: Path) -> None:
         for name in last:
             tensors[name] = torch.zeros_like(tensors[name])
 
-    found = zoo.diagnose(edited(tmp_path, cut))
-    assert [each.what for each in found.findings] == ["the file ends in zeros"]
-    assert set(found.findings[0].where) == set(last)
+    diagnosis = zoo.diagnose(edited(tmp_path, cut))
+    assert [each.what for each in diagnosis.findings] == ["the file ends in zeros"]
+    assert set(diagnosis.findings[0].where) == set(last)
 
 
 def test_cut_off_at_the_largest_number(tmp_path: Path) -> None:
@@ -435,9 +435,9 @@ def test_cut_off_at_the_largest_number(tmp_path: Path) -> None:
             tensors[each] = tensors[each].half()
         tensors[name][0, :3] = 65504
 
-    found = zoo.diagnose(edited(tmp_path, cut))
-    assert [each.where for each in found.findings] == [(name,)]
-    assert "3 of 11,008 numbers are exactly 65504" in found.findings[0].seen
+    diagnosis = zoo.diagnose(edited(tmp_path, cut))
+    assert [each.where for each in diagnosis.findings] == [(name,)]
+    assert "3 of 11,008 numbers are exactly 65504" in diagnosis.findings[0].seen
 
 
 def test_what_does_not_load_is_looked_at_nevertheless(tmp_path: Path) -> None:
@@ -447,18 +447,18 @@ def test_what_does_not_load_is_looked_at_nevertheless(tmp_path: Path) -> None:
         tensors["model.layers.2.mlp.up_proj.weight"] = up.T
         tensors["model.layers.3.self_attn.q_proj.weight"][0, 0] = torch.inf
 
-    found = zoo.diagnose(edited(tmp_path, spoil))
-    told = {each.what: each for each in found.findings}
-    assert list(told) == [
+    diagnosis = zoo.diagnose(edited(tmp_path, spoil))
+    report = {each.what: each for each in diagnosis.findings}
+    assert list(report) == [
         "NaN or infinity in blocks.3.attn.q.weight",
         "transposed by their shapes: 1 tensor",
         "it does not load",
     ]
-    assert "1 tensor missing" in told["it does not load"].seen
-    assert told["transposed by their shapes: 1 tensor"].where == (
+    assert "1 tensor missing" in report["it does not load"].seen
+    assert report["transposed by their shapes: 1 tensor"].where == (
         "model.layers.2.mlp.up_proj.weight",
     )
-    assert "it does not load" in found.to_text()
+    assert "it does not load" in diagnosis.to_text()
 
 
 @pytest.mark.parametrize(
@@ -467,17 +467,17 @@ def test_what_does_not_load_is_looked_at_nevertheless(tmp_path: Path) -> None:
 )
 def test_a_config_that_contradicts_the_tensors(field: str, value: int, tmp_path: Path) -> None:
     directory = edited(tmp_path, lambda tensors, config: config.update({field: value}))
-    found = zoo.diagnose(directory)
-    assert found.findings[0].what == "it does not load"
+    diagnosis = zoo.diagnose(directory)
+    assert diagnosis.findings[0].what == "it does not load"
     assert {"num_hidden_layers": "5 found, 6 declared"}.get(field, field[:5]) in (
-        found.findings[0].seen + str(found.findings[0].where)
+        diagnosis.findings[0].seen + str(diagnosis.findings[0].where)
     ).replace("embed_tokens", "vocab")
 
 
 def test_heads_that_are_half_as_wide(tmp_path: Path) -> None:
     fewer = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    found = whats(edited(tmp_path, lambda tensors, config: config.update(fewer)))
-    assert found == ["more heads than the config says: 8, and not 4"]
+    diagnosis = whats(edited(tmp_path, lambda tensors, config: config.update(fewer)))
+    assert diagnosis == ["more heads than the config says: 8, and not 4"]
 
 
 def test_tied_names_that_differ(tmp_path: Path) -> None:
@@ -494,9 +494,9 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **tokenizer}
     whole |= dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
     (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(whole))
-    found = zoo.diagnose(tmp_path / "llama").findings
-    assert [each.what for each in found] == ["more tokens than rows for them"]
-    assert found[0].seen == "the tokenizer has 600 tokens, the embedding 512 rows"
+    diagnosis = zoo.diagnose(tmp_path / "llama").findings
+    assert [each.what for each in diagnosis] == ["more tokens than rows for them"]
+    assert diagnosis[0].seen == "the tokenizer has 600 tokens, the embedding 512 rows"
 
 
 # --- without an architecture ---------------------------------------------------------------------
@@ -511,10 +511,10 @@ def alone(directory: Path) -> Path:
 
 def test_a_file_that_nobody_knows(tmp_path: Path) -> None:
     file = alone(edited(tmp_path, lambda tensors, config: None))
-    found = zoo.diagnose(file)
-    assert found.ok, found.to_text()
-    assert "no architecture that zoo knows" in found.to_text()
-    assert "model.layers.*.mlp.up_proj.weight" in found.to_text()
+    diagnosis = zoo.diagnose(file)
+    assert diagnosis.ok, diagnosis.to_text()
+    assert "no architecture that zoo knows" in diagnosis.to_text()
+    assert "model.layers.*.mlp.up_proj.weight" in diagnosis.to_text()
 
 
 def test_its_layers_tell_of_each_other(tmp_path: Path) -> None:
@@ -536,8 +536,8 @@ def test_layers_that_are_left_out(tmp_path: Path) -> None:
 
 def test_a_pickle_that_nobody_knows(tmp_path: Path) -> None:
     torch.save({"net": {"0.weight": torch.ones(4, 4), "1.bias": torch.zeros(4)}}, tmp_path / "x.pt")
-    found = zoo.diagnose(tmp_path / "x.pt")
-    assert [each.what for each in found.findings] == ["one number throughout: net/0.weight"]
+    diagnosis = zoo.diagnose(tmp_path / "x.pt")
+    assert [each.what for each in diagnosis.findings] == ["one number throughout: net/0.weight"]
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -560,15 +560,15 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_and_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planted("llama", tmp_path, change(Q, lambda w: w.T))
     assert app.main(["diagnose", str(tmp_path / "llama"), "--json"]) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert said["findings"][0]["where"] == ["model.layers.2.self_attn.q_proj.weight"]
-    known = {each["name"]: each for each in said["tensors"]}
+    message = json.loads(capsys.readouterr().out)
+    assert message["findings"][0]["where"] == ["model.layers.2.self_attn.q_proj.weight"]
+    records = {each["name"]: each for each in message["tensors"]}
     weight = state("llama")["blocks.1.mlp.up.weight"]
-    told = known["blocks.1.mlp.up.weight"]
-    assert told["shape"] == [172, 64]
-    assert told["bits"] == 23
-    assert told["std"] == pytest.approx(float(weight.double().std(correction=0)), rel=1e-5)
-    assert told["most"] == pytest.approx(float(weight.abs().max()))
+    report = records["blocks.1.mlp.up.weight"]
+    assert report["shape"] == [172, 64]
+    assert report["bits"] == 23
+    assert report["std"] == pytest.approx(float(weight.double().std(correction=0)), rel=1e-5)
+    assert report["most"] == pytest.approx(float(weight.abs().max()))
     assert app.main(["diagnose", str(tmp_path / "llama"), "--tensors"]) == 1
     assert "blocks.1.mlp.up.weight" in capsys.readouterr().out
 
@@ -577,11 +577,11 @@ def test_what_no_file_says_may_be_given(tmp_path: Path) -> None:
     planted("gpt2", tmp_path)
     zoo.convert(tmp_path / "gpt2", tmp_path / "nano", to="nanogpt")
     (file,) = (tmp_path / "nano").glob("*.pt")
-    held = torch.load(file, weights_only=True)
-    torch.save(held["model"], tmp_path / "bare.pt")
-    found = zoo.diagnose(tmp_path / "bare.pt")
-    assert found.ok, found.to_text()
-    assert "n_head" in found.to_text()
-    given = zoo.diagnose(tmp_path / "bare.pt", config={"n_head": 8})
-    assert given.ok
-    assert given.opened.model is not None
+    tensors = torch.load(file, weights_only=True)
+    torch.save(tensors["model"], tmp_path / "bare.pt")
+    diagnosis = zoo.diagnose(tmp_path / "bare.pt")
+    assert diagnosis.ok, diagnosis.to_text()
+    assert "n_head" in diagnosis.to_text()
+    inputs = zoo.diagnose(tmp_path / "bare.pt", config={"n_head": 8})
+    assert inputs.ok
+    assert inputs.opened.model is not None

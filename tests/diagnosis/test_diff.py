@@ -30,12 +30,12 @@ INCOMPARABLE = re.compile(r"\bpos_[kq]$|\bdistances\b|^predictions|^head$")
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_difference(name: str, made: Callable[..., Path]) -> None:
-    found = zoo.diff(made(name))
-    assert found.ok, found.to_text()
-    modules = {reading.match.native for reading in found.readings}
+    result = zoo.diff(made(name))
+    assert result.ok, result.to_text()
+    modules = {reading.match.native for reading in result.readings}
     model = zoo.load(made(name))
-    held = {n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False)}
-    assert not [m for m in held - modules if not INCOMPARABLE.search(m)]
+    parameters = {n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False)}
+    assert not [m for m in parameters - modules if not INCOMPARABLE.search(m)]
 
 
 @pytest.mark.slow
@@ -54,14 +54,14 @@ def test_no_difference(name: str, made: Callable[..., Path]) -> None:
 def test_no_difference_in_other_ways(
     name: str, options: dict[str, Any], made: Callable[..., Path]
 ) -> None:
-    found = zoo.diff(made(name), **options)
-    assert found.ok, found.to_text()
+    result = zoo.diff(made(name), **options)
+    assert result.ok, result.to_text()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_no_difference_with_a_cache(name: str, made: Callable[..., Path]) -> None:
-    found = zoo.diff(made(name), way="cached")
-    assert found.ok, found.to_text()
+    result = zoo.diff(made(name), way="cached")
+    assert result.ok, result.to_text()
 
 
 def of_mutant(directory: Path, name: str, bug: str, **options: Any) -> Difference:
@@ -92,9 +92,9 @@ def of_mutant(directory: Path, name: str, bug: str, **options: Any) -> Differenc
     ],
 )
 def test_the_place_is_named(name: str, bug: str, place: str, made: Callable[..., Path]) -> None:
-    found = of_mutant(made(name), name, bug)
-    assert found.first is not None
-    assert found.first.place == place, found.to_text()
+    result = of_mutant(made(name), name, bug)
+    assert result.first is not None
+    assert result.first.place == place, result.to_text()
 
 
 def test_padding_and_ties_have_ways_of_their_own(made: Callable[..., Path]) -> None:
@@ -110,10 +110,10 @@ def test_the_first_gradient_to_differ(made: Callable[..., Path]) -> None:
     model = zoo.load(made("gpt2"), dtype="float64")
     model.blocks[1].mlp.up.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
     assert zoo.diff(model, made("gpt2")).ok
-    found = zoo.diff(model, made("gpt2"), backward=True)
-    assert found.first is not None and found.back
-    assert found.first.place == "blocks.1.mlp.up"
-    assert "is cut from its gradient" in found.causes[0].what
+    result = zoo.diff(model, made("gpt2"), backward=True)
+    assert result.first is not None and result.back
+    assert result.first.place == "blocks.1.mlp.up"
+    assert "is cut from its gradient" in result.causes[0].what
 
 
 def test_two_native_models(made: Callable[..., Path]) -> None:
@@ -121,9 +121,9 @@ def test_two_native_models(made: Callable[..., Path]) -> None:
     assert zoo.diff(ours, theirs).ok
     with torch.no_grad():
         theirs.blocks[1].mlp.gate.weight.mul_(1.001)
-    found = zoo.diff(ours, theirs)
-    assert found.first is not None and found.first.place == "blocks.1.mlp.gate"
-    assert found.first.measurement.match.parameters.keys() == {"blocks.1.mlp.gate.weight"}
+    result = zoo.diff(ours, theirs)
+    assert result.first is not None and result.first.place == "blocks.1.mlp.gate"
+    assert result.first.measurement.match.parameters.keys() == {"blocks.1.mlp.gate.weight"}
 
 
 @pytest.mark.parametrize("name", first_of(ARCHITECTURES))
@@ -153,8 +153,8 @@ def test_two_loaded_variants_do_not_differ(
     native = zoo.convert(directory, tmp_path / "native", to="native")
     model, again = (zoo.load(directory, modules=False) for _ in range(2))
     for ours, theirs in ((model, again), (model, native), (native, native), (native, directory)):
-        found = zoo.diff(ours, theirs)
-        assert found.ok, found.to_text()
+        result = zoo.diff(ours, theirs)
+        assert result.ok, result.to_text()
 
 
 def test_models_that_cannot_be_matched_are_refused(
@@ -194,8 +194,8 @@ def test_a_native_directory(name: str, made: Callable[..., Path], tmp_path: Path
     model = zoo.load(directory, dtype="float64")
     with torch.no_grad():
         model.embed.weight.mul_(1.001)
-    found = zoo.diff(model, directory, diagnose=False)
-    assert found.first is not None and not found.untied
+    result = zoo.diff(model, directory, diagnose=False)
+    assert result.first is not None and not result.untied
 
 
 class Own(nn.Module):
@@ -253,8 +253,8 @@ def test_a_module_of_ones_own(made: Callable[..., Path], tmp_path: Path) -> None
     for eps, place in ((model.config.eps, None), (1e-3, "blocks.0.norm2")):
         own = Own(model, eps)
         own.load_state_dict({n: state[n] for n in own.state_dict()})
-        found = zoo.diff(model, own)
-        assert (found.first.place if found.first else None) == place, found.to_text()
+        result = zoo.diff(model, own)
+        assert (result.first.place if result.first else None) == place, result.to_text()
     with pytest.raises(UsageError, match="fit no dialect of gpt2"):
         zoo.diff(model, nn.Linear(3, 4))
 
@@ -270,9 +270,9 @@ def test_the_command(
         model.blocks[1].attn.out.bias.add_(0.01)
     zoo.save(model, changed)
     assert app.main(["diff", str(changed), str(made("gpt2")), "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["first"]["place"] == "blocks.1.attn.out"
-    assert told["first"]["others"] == ["transformer.h.1.attn.c_proj"]
+    message = json.loads(capsys.readouterr().out)
+    assert message["first"]["place"] == "blocks.1.attn.out"
+    assert message["first"]["others"] == ["transformer.h.1.attn.c_proj"]
     assert app.main(["diff", str(changed), str(made("gpt2"))]) == 1
     assert "blocks.1.attn.out" in capsys.readouterr().out
     assert app.main(["diff", str(changed), "--way", "padde"]) == 2

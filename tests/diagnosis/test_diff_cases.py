@@ -54,11 +54,11 @@ class Case:
 def check(case: Case, made: Callable[..., Path], scratch: Path) -> Any:
     directory = made(case.architecture, case.variant)
     with case.plant(directory, scratch) as model:
-        found = zoo.diff(model, directory, **case.options)
-    assert re.search(case.place, placed(found)), found.to_text()
-    assert found.causes, found.to_text()
-    assert re.search(case.cause, str(found.causes[0])), found.to_text()
-    return found
+        result = zoo.diff(model, directory, **case.options)
+    assert re.search(case.place, placed(result)), result.to_text()
+    assert result.causes, result.to_text()
+    assert re.search(case.cause, str(result.causes[0])), result.to_text()
+    return result
 
 
 # --- specs ---------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def files(change: Callable[[dict[str, Tensor]], object]) -> Plant:
 def edit(*names: str, by: Callable[[Tensor], Tensor]) -> Plant:
     def change(tensors: dict[str, Tensor]) -> None:
         for end in names:
-            found = [name for name in tensors if name.endswith(end)]
-            assert found, end
-            tensors.update({name: by(tensors[name]) for name in found})
+            result = [name for name in tensors if name.endswith(end)]
+            assert result, end
+            tensors.update({name: by(tensors[name]) for name in result})
 
     return files(change)
 
@@ -359,10 +359,10 @@ def looking(
         q, k, v = self.project(x)
         q, k = self.rotary(q, k, mask)
         allowed = mask.dense(q.shape[2])
-        found = (q @ k.mT) * self.scale
+        result = (q @ k.mT) * self.scale
         if allowed is not None:
-            found = found.masked_fill(~allowed, -torch.inf)
-        out: Tensor = self.out(rearrange(scores(found) @ v, merged))
+            result = result.masked_fill(~allowed, -torch.inf)
+        out: Tensor = self.out(rearrange(scores(result) @ v, merged))
         return out
 
     return code(attention.Attention, "forward", forward)
@@ -581,8 +581,8 @@ def test_code(case: Case, made: Callable[..., Path], tmp_path: Path) -> None:
 def test_shared_layers_learn_from_each_time(
     options: dict[str, Any], made: Callable[..., Path]
 ) -> None:
-    found = zoo.diff(made("mobilellm", "layer-sharing"), **options)
-    assert found.ok, found.to_text()
+    result = zoo.diff(made("mobilellm", "layer-sharing"), **options)
+    assert result.ok, result.to_text()
 
 
 @pytest.mark.parametrize(
@@ -592,8 +592,8 @@ def test_sums_of_gradients_are_rounded_otherwise(
     name: str, variant: str, made: Callable[..., Path]
 ) -> None:
     for way in ("whole", "padded", "unmasked"):
-        found = zoo.diff(made(name, variant), dtype="bfloat16", backward=True, way=way)
-        assert found.ok, found.to_text()
+        result = zoo.diff(made(name, variant), dtype="bfloat16", backward=True, way=way)
+        assert result.ok, result.to_text()
 
 
 @pytest.mark.parametrize("seed", [12, 13])
@@ -601,22 +601,22 @@ def test_a_gradient_that_rounding_decides_on(seed: int, made: Callable[..., Path
     """A number beside the kink of relu is on the one side of it here and on the other there."""
     directory = made("distilbert", "classify")
     options = {"dtype": "bfloat16", "way": "padded", "backward": True, "seed": seed}
-    found = zoo.diff(directory, **options)
-    assert found.ok, found.to_text()
+    result = zoo.diff(directory, **options)
+    assert result.ok, result.to_text()
     model = zoo.load(directory, dtype="bfloat16")
     model.blocks[1].mlp.down.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
-    found = zoo.diff(model, directory, **options)
-    assert found.first is not None and found.first.place == "blocks.1.mlp.down", found.to_text()
+    result = zoo.diff(model, directory, **options)
+    assert result.first is not None and result.first.place == "blocks.1.mlp.down", result.to_text()
 
 
 def test_tables_of_which_rows_take_what_they_need(made: Callable[..., Path]) -> None:
-    found = zoo.diff(made("deberta", "content-to-place"), backward=True, way="padded")
-    assert found.ok, found.to_text()
+    result = zoo.diff(made("deberta", "content-to-place"), backward=True, way="padded")
+    assert result.ok, result.to_text()
 
 
 def test_positions_that_begin_elsewhere_turn_alike(made: Callable[..., Path]) -> None:
     kept = masks.positions_of
-    with patch.object(masks, "positions_of", lambda *given: kept(*given) + 1):
+    with patch.object(masks, "positions_of", lambda *inputs: kept(*inputs) + 1):
         assert zoo.diff(made("llama")).ok
 
 
@@ -625,16 +625,16 @@ def test_what_is_lost_in_a_narrower_dtype_is_found(made: Callable[..., Path]) ->
     model = zoo.load(made("mixtral"), dtype="bfloat16")
     for block in model.blocks:
         block.mlp.experts_per_token = 1
-    found = zoo.diff(model, made("mixtral"), dtype="bfloat16", seed=16)
-    assert found.first is not None and found.first.place == "blocks.0.mlp", found.to_text()
-    assert "1 experts are chosen here, and 2 there" in found.causes[0].what
+    result = zoo.diff(model, made("mixtral"), dtype="bfloat16", seed=16)
+    assert result.first is not None and result.first.place == "blocks.0.mlp", result.to_text()
+    assert "1 experts are chosen here, and 2 there" in result.causes[0].what
 
 
 def test_a_tie_is_made_again(made: Callable[..., Path]) -> None:
     model = zoo.load(made("gpt2"), dtype="float64")
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    found = zoo.diff(model, made("gpt2"))
-    assert found.causes[0].restored and "the tie is broken" in found.causes[0].what
+    result = zoo.diff(model, made("gpt2"))
+    assert result.causes[0].restored and "the tie is broken" in result.causes[0].what
     assert model.head.weight is not model.embed.weight
 
 
@@ -731,8 +731,8 @@ def test_a_module_of_ones_own(bug: str, place: str, cause: str, made: Callable[.
     for wrong in ("", bug):
         own = Own(model.config, wrong).double()
         own.load_state_dict(state)
-        found = zoo.diff(model, own)
+        result = zoo.diff(model, own)
         if not wrong:
-            assert found.ok, found.to_text()
-    assert re.search(place, placed(found)), found.to_text()
-    assert re.search(cause, str(found.causes[0])), found.to_text()
+            assert result.ok, result.to_text()
+    assert re.search(place, placed(result)), result.to_text()
+    assert re.search(cause, str(result.causes[0])), result.to_text()

@@ -61,8 +61,8 @@ def tracers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 @pytest.mark.parametrize(("name", "bug"), FEW, ids=lambda value: value)
 def test_a_planted_bug(name: str, bug: str, tracers: Callable[[str], Tracer]) -> None:
-    found = tracers(name).trace(FAULTS[bug])
-    assert found is not None and found.ok, found
+    result = tracers(name).trace(FAULTS[bug])
+    assert result is not None and result.ok, result
 
 
 @pytest.mark.slow
@@ -80,9 +80,9 @@ def test_the_table_counts_what_fell_short() -> None:
         Trace("a", "unseen", False, False),
         Trace("b", "misread", True, False, "base", "out norm", ("a | b",)),
     ]
-    told = table(traces, {("a", "fine"), ("b", "misread")})
-    assert "| a | 2 | 1 | 1 | 1 | 0 |" in told and "| all | 3 | 2 | 2 | 1 | 0 |" in told
-    assert "| unseen | a | nowhere | nothing |" in told and "a \\| b" in told
+    message = table(traces, {("a", "fine"), ("b", "misread")})
+    assert "| a | 2 | 1 | 1 | 1 | 0 |" in message and "| all | 3 | 2 | 2 | 1 | 0 |" in message
+    assert "| unseen | a | nowhere | nothing |" in message and "a \\| b" in message
 
 
 def planted(directory: Path, name: str, change: Callable[[str, list[str]], Any]) -> Any:
@@ -120,8 +120,8 @@ def test_a_field_read_wrong_where_no_config_says_it(made: Callable[[str], Path])
     ours.provenance = None
     cause = zoo.diff(ours, theirs).causes[0]
     assert cause.restored and f"rope_base is {theirs.config.rope_base:g}"[:12] in cause.fix
-    found = zoo.diff(zoo.load(made("llama"), config={"eps": 7e-4}), theirs, dtype="float32")
-    assert found.causes[0].restored and "eps" in found.causes[0].what
+    result = zoo.diff(zoo.load(made("llama"), config={"eps": 7e-4}), theirs, dtype="float32")
+    assert result.causes[0].restored and "eps" in result.causes[0].what
 
 
 def test_what_the_class_itself_does_wrong(
@@ -154,9 +154,9 @@ def test_nothing_is_claimed_that_was_not_seen(made: Callable[[str], Path]) -> No
     model = zoo.load(made("gpt2"), dtype="float64")
     model.blocks[1].mlp.up.register_forward_hook(lambda _, args, out: out + out.square())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = zoo.diff(model, made("gpt2"))
-    assert found.first is not None and found.first.place == "blocks.1.mlp.up"
-    assert not any(cause.restored and cause.fix for cause in found.causes)
+    result = zoo.diff(model, made("gpt2"))
+    assert result.first is not None and result.first.place == "blocks.1.mlp.up"
+    assert not any(cause.restored and cause.fix for cause in result.causes)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert zoo.diff(model, made("gpt2"), diagnose=False).causes == []
     with torch.no_grad():

@@ -50,10 +50,12 @@ door. "What is so funny?" she said. He told her, and she laughed too, and they w
 
 def state(model: Any) -> dict[str, Any]:
     """Everything about a model that an edit may touch."""
-    held = {f"{n} of": p.data_ptr() for n, p in model.named_parameters(remove_duplicate=False)}
+    parameters = {
+        f"{n} of": p.data_ptr() for n, p in model.named_parameters(remove_duplicate=False)
+    }
     own = {f"{n}.": dict(m.__dict__) for n, m in model.named_modules()}
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
-    return {**held, **own, **{n: hash(p.numpy().tobytes()) for n, p in kept.items()}}
+    return {**parameters, **own, **{n: hash(p.numpy().tobytes()) for n, p in kept.items()}}
 
 
 @pytest.mark.parametrize("name", first_of(ARCHITECTURES))
@@ -129,10 +131,12 @@ def test_each_token_costs_what_it_should() -> None:
 
 def test_an_untrained_model_is_said_to_know_nothing() -> None:
     model = build("gpt2").eval()
-    told = list[tuple[int, int]]()
-    (found,) = explanations(model, torch.arange(40), progress=lambda n, of: told.append((n, of)))
-    assert "no likelier than chance" in found.what and "untrained" in found.fix
-    assert told[-1][0] <= told[-1][1] and [n for n, _ in told] == list(range(1, len(told) + 1))
+    report = list[tuple[int, int]]()
+    (result,) = explanations(model, torch.arange(40), progress=lambda n, of: report.append((n, of)))
+    assert "no likelier than chance" in result.what and "untrained" in result.fix
+    assert report[-1][0] <= report[-1][1] and [n for n, _ in report] == list(
+        range(1, len(report) + 1)
+    )
 
 
 def test_a_model_that_gives_no_numbers_is_said_to_know_nothing() -> None:
@@ -209,16 +213,16 @@ def test_nothing_is_wrong_in_a_healthy_model(stories: Path, text: str) -> None:
 
 def test_rows_of_rotary_pairs_are_named_with_their_line(wrong: Any) -> None:
     model = wrong(lambda tensors: each(tensors, "k_proj", pairs(4)))
-    found = explanations(model, ids_of(model))
-    assert found[0].what == (
+    result = explanations(model, ids_of(model))
+    assert result[0].what == (
         "rows of blocks.*.attn.k lie as [(g e two)], and are read as [(g two e)]"
     )
-    assert "if blocks.*.attn.k is read as [(g e two) i]: [(g two e) i]" in found[0].seen
-    assert found[0].where == ("model.layers.*.self_attn.k_proj.weight",)
-    assert found[0].likely > 0.9
+    assert "if blocks.*.attn.k is read as [(g e two) i]: [(g two e) i]" in result[0].seen
+    assert result[0].where == ("model.layers.*.self_attn.k_proj.weight",)
+    assert result[0].likely > 0.9
     line = rule_line(load_spec("llama"), "blocks.0.attn.k.weight")
-    assert found[0].fix == f"It is read by {line}."
-    assert [f.likely for f in found] == sorted((f.likely for f in found), reverse=True)
+    assert result[0].fix == f"It is read by {line}."
+    assert [f.likely for f in result] == sorted((f.likely for f in result), reverse=True)
 
 
 def test_one_matrix_of_one_layer(wrong: Any) -> None:
@@ -226,9 +230,9 @@ def test_one_matrix_of_one_layer(wrong: Any) -> None:
         each(tensors, "layers.2.self_attn.o_proj", lambda x: x.T)
 
     model = wrong(change)
-    found = explanations(model, ids_of(model))[0]
-    assert found.what == "blocks.2.attn.out.weight is transposed"
-    assert found.where == ("model.layers.2.self_attn.o_proj.weight",)
+    result = explanations(model, ids_of(model))[0]
+    assert result.what == "blocks.2.attn.out.weight is transposed"
+    assert result.where == ("model.layers.2.self_attn.o_proj.weight",)
 
 
 def test_two_faults_are_told_together(wrong: Any) -> None:
@@ -237,17 +241,17 @@ def test_two_faults_are_told_together(wrong: Any) -> None:
         swap(tensors, "gate_proj", "up_proj")
 
     model = wrong(change)
-    found = explanations(model, ids_of(model))[0]
-    assert "mlp.gate and blocks.*.mlp.up are exchanged" in found.seen
-    assert "blocks.*.attn.q is read as [(h e two) i]" in found.seen
+    result = explanations(model, ids_of(model))[0]
+    assert "mlp.gate and blocks.*.mlp.up are exchanged" in result.seen
+    assert "blocks.*.attn.q is read as [(h e two) i]" in result.seen
 
 
 def backwards(tensors: dict[str, Tensor]) -> None:
-    held = dict(tensors)
-    for name in held:
+    parameters = dict(tensors)
+    for name in parameters:
         for n in range(5):
             if f".layers.{n}." in name:
-                tensors[name.replace(f".{n}.", f".{4 - n}.")] = held[name]
+                tensors[name.replace(f".{n}.", f".{4 - n}.")] = parameters[name]
 
 
 def both_in_pairs(tensors: dict[str, Tensor]) -> None:
@@ -326,8 +330,8 @@ def test_faults_of_a_file(fault: str, wrong: Any) -> None:
 )
 def test_fields_of_a_config(stories: Path, fields: dict[str, Any], fix: str) -> None:
     model = zoo.load(stories, config=fields)
-    found = explanations(model, ids_of(model))[0]
-    assert fix in found.seen and "converters/specs/llama/hf.yaml" in found.fix
+    result = explanations(model, ids_of(model))[0]
+    assert fix in result.seen and "converters/specs/llama/hf.yaml" in result.fix
 
 
 def test_what_a_text_cannot_tell_is_not_claimed(stories: Path) -> None:
@@ -402,14 +406,14 @@ class Planted:
         with torch.no_grad():
             return float(nats(model, self.ids, self.mask).mean())
 
-    def told(self, bug: str) -> tuple[float, str] | None:
+    def report(self, bug: str) -> tuple[float, str] | None:
         """By how much the text is less likely with it, and what would mend that."""
         try:
             model = planted(self.load, CATALOGUE[bug], self.entry, torch.float32)
         except (NotApplicable, zoo.ZooError):
             return None
-        found = explanations(model, self.ids, mask=self.mask)
-        return self.nll(model) - self.healthy, found[0].seen if found else "nothing"
+        result = explanations(model, self.ids, mask=self.mask)
+        return self.nll(model) - self.healthy, result[0].seen if result else "nothing"
 
 
 @pytest.fixture(scope="session")
@@ -435,8 +439,8 @@ def test_nothing_is_wrong_in_what_was_just_trained(of: Callable[[str], Planted])
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", FEW)
 def test_a_planted_bug(bug: str, of: Callable[[str], Planted]) -> None:
-    told = of("gpt2").told(bug)
-    assert told is not None and re.search(RIGHT[bug], told[1]), told
+    report = of("gpt2").report(bug)
+    assert report is not None and re.search(RIGHT[bug], report[1]), report
 
 
 @pytest.mark.long
@@ -445,7 +449,7 @@ def test_every_planted_bug(name: str, of: Callable[[str], Planted]) -> None:
     """What a text shows is the first to be named in nine of ten; a healthy one is left alone."""
     model = of(name)
     assert explanations(model.load(), model.ids, mask=model.mask) == []
-    told = {bug: found for bug in RIGHT if (found := model.told(bug)) is not None}
-    shown = {bug: said for bug, (worse, said) in told.items() if worse > SEEN}
-    wrong = {bug: said for bug, said in shown.items() if not re.search(RIGHT[bug], said)}
+    report = {bug: result for bug in RIGHT if (result := model.report(bug)) is not None}
+    shown = {bug: message for bug, (worse, message) in report.items() if worse > SEEN}
+    wrong = {bug: message for bug, message in shown.items() if not re.search(RIGHT[bug], message)}
     assert len(shown) >= 4 and len(wrong) <= len(shown) / 10, wrong

@@ -101,7 +101,7 @@ class _Kind:
         # of a square matrix without a rule it is not known whether it reads or writes
         square = not arrays[0].array.native and len(set(arrays[0].array.shape)) == 1
         self.ways = range(0) if square else range(min(len(_ways(n)) for n in self.some))
-        self._known = dict[int | None, tuple[Products, float]]()
+        self._cache = dict[int | None, tuple[Products, float]]()
 
     def products(self, way: int | None) -> Products:
         """Those of all layers."""
@@ -112,13 +112,13 @@ class _Kind:
         return self._of(way)[1]
 
     def _of(self, way: int | None) -> tuple[Products, float]:
-        if way not in self._known:
+        if way not in self._cache:
             sides, own = [_side(self.stream, n, way) for n in self.some], 0.0
             if len(sides) > 1:
                 halves = (self.stream.pooled(sides[n::2], many=True) for n in range(2))
                 own = self.stream.chances(next(halves), next(halves))
-            self._known[way] = self.stream.pooled(sides, many=True), own
-        return self._known[way]
+            self._cache[way] = self.stream.pooled(sides, many=True), own
+        return self._cache[way]
 
 
 def _side(stream: Stream, n: Numbers, way: int | None) -> Tensor:
@@ -143,7 +143,7 @@ class _Search:
         self.stream = stream
         self.kinds = {family: _Kind(stream, each) for family, each in stream.families.items()}
         self.chosen = dict[str, _Choice]()
-        self._known = dict[frozenset[tuple[str, int | None]], float]()
+        self._cache = dict[frozenset[tuple[str, int | None]], float]()
 
     def resembles(self, family: str, way: int | None) -> float:
         """How much a kind resembles the others as they are chosen."""
@@ -153,10 +153,10 @@ class _Search:
         return sum(map(self._alike, map(frozenset, pairs))) / len(names)
 
     def _alike(self, pair: frozenset[tuple[str, int | None]]) -> float:
-        if pair not in self._known:
+        if pair not in self._cache:
             a, b = (self.kinds[family].products(way) for family, way in pair)
-            self._known[pair] = self.stream.chances(a, b)
-        return self._known[pair]
+            self._cache[pair] = self.stream.chances(a, b)
+        return self._cache[pair]
 
     def best(self) -> _Choice | None:
         """The clearest of those that the others tell."""

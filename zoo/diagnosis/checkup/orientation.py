@@ -37,13 +37,13 @@ class Stream:
 
     def __init__(self, contents: Opened, numbers: Sequence[Numbers]) -> None:
         self.dim: int = getattr(contents.config, "dim", 0) or _width(numbers)
-        self.held = {n.name: n for n in numbers if self.dim and _is_known(n, self.dim)}
+        self.numbers = {n.name: n for n in numbers if self.dim and _is_known(n, self.dim)}
         families = defaultdict[str, list[Numbers]](list)
-        for n in self.held.values():
+        for n in self.numbers.values():
             families[n.array.family].append(n)
         self.writing = {f for f, each in families.items() if _writes(each[0], self.dim)}
         self.families = {f: each for f, each in families.items() if self.side(each[0]) is not None}
-        self._known = {f: self._products(each) for f, each in self.families.items()}
+        self._by_family = {f: self._products(each) for f, each in self.families.items()}
         unsure = [f for f, each in self.families.items() if not each[0].array.native]
         for f in unsure:
             square = [n for n in self.families[f] if n in self.square]
@@ -53,7 +53,7 @@ class Stream:
             )
             if right < wrong:
                 self.writing.add(f)
-                self._known[f] = self._products(self.families[f])
+                self._by_family[f] = self._products(self.families[f])
 
     @property
     def square(self) -> list[Numbers]:
@@ -70,7 +70,7 @@ class Stream:
         if own not in self.families or side is None:
             return 0.0
         mine = Products(side)
-        against = [products for f, products in self._known.items() if f != own]
+        against = [products for f, products in self._by_family.items() if f != own]
         if family and (others := [m for m in self.families[own] if m is not n]):
             against.append(self._products(others))
         if not against:

@@ -20,7 +20,7 @@ from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
 
 # Of sizes of rows, the share that other layers' profile foretells: 0.16 to 0.38 of trained queries
 # and keys that are read as they lie, below 0.04 of those that are not, and of values.
-_TOLD, _SHARE = 0.08, 0.3
+_CLEAR_SHARE, _SHARE = 0.08, 0.3
 # How far the halves of a profile are apart, 2 where each is the other upside down: 0.03 to 0.43
 # where they are read as they lie, above 1.3 where not.
 _APART, _ALIKE = 1.2, 0.5
@@ -147,7 +147,7 @@ def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
     near = [other for other in others if float(explained(other[2]).mean()) > _TIE * share]
     what, fix, _ = min(near, key=lambda other: rough(other[2]), default=others[0])
     beyond = _NOISE / as_read.numel() ** 0.5
-    clear = share > _TOLD and share - whole > beyond and whole < _SHARE * share
+    clear = share > _CLEAR_SHARE and share - whole > beyond and whole < _SHARE * share
     if clear and apart(as_read) > _APART:
         seen = (
             f"one profile of pairs explains {share:.0%} of the rows' sizes if they are put right, "
@@ -157,7 +157,7 @@ def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
         files = files_of(rows.arrays)
         yield Finding(f"rotary rows of all {_NAMES[leaf]}: {what}", files, seen, 0.93, fix)
         return
-    if len(rows.arrays) < 3 or whole < _TOLD:
+    if len(rows.arrays) < 3 or whole < _CLEAR_SHARE:
         return
     for what, fix, other in others:
         layers = list[int]()
@@ -166,7 +166,7 @@ def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
             mixed[layer] = other[layer]
             mine, theirs = float(explained(as_read)[layer]), float(explained(mixed)[layer])
             far = apart(as_read[layer : layer + 1]) > _APART
-            clear = theirs > _TOLD and theirs - mine > _ALONE / as_read[0].numel() ** 0.5
+            clear = theirs > _CLEAR_SHARE and theirs - mine > _ALONE / as_read[0].numel() ** 0.5
             if clear and far:
                 layers.append(layer)
         if layers and len(layers) < len(rows.arrays) / 2:
@@ -204,7 +204,7 @@ def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     if any(each.rotary_dim * each.heads != each.sizes.shape[1] for each in both):
         return
     narrow = [each.read(heads=2 * each.heads) for each in both]
-    if any(float(explained(read).mean()) < _TOLD or apart(read) > _ALIKE for read in narrow):
+    if any(float(explained(read).mean()) < _CLEAR_SHARE or apart(read) > _ALIKE for read in narrow):
         return
     back = [each.read(_undone(each)) for each in both]
     files = files_of(n for each in both for n in each.arrays)
@@ -233,7 +233,7 @@ def _exchanged(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
         return
     values = rows["v"].read()
     share = float(explained(values).mean())
-    if share < _TOLD or apart(values) > _ALIKE:
+    if share < _CLEAR_SHARE or apart(values) > _ALIKE:
         return
     for leaf, name in (("k", "keys"), ("q", "queries")):
         others = rows.get(leaf)

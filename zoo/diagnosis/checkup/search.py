@@ -23,7 +23,7 @@ FEW = 96  # tokens that every hypothesis is tried on
 TIMES = 3  # that a masked LM is shown them, of EVERY
 GOOD = 8  # hypotheses that are tried on the whole text
 HEATS = (1.0, 2.0, 4.0)  # what logits are divided by
-TOLD = 5  # that are told
+MOST_EXPLANATIONS = 5
 FEW_NAMES = 3  # of more than these, layers are left open
 MUCH = 1.0  # nats a token
 HELPFUL = 3  # that are tried in each block alone, too
@@ -178,7 +178,7 @@ def searched(search: Search) -> list[Explanation]:
         return []
     best = [*search.best(first[0])[:1], *first]
     enough = best[0].gain(search.base)[0] / 2
-    return [each for each in best if each.gain(search.base)[0] >= enough][:TOLD]
+    return [each for each in best if each.gain(search.base)[0] >= enough][:MOST_EXPLANATIONS]
 
 
 def explanations(

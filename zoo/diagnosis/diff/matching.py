@@ -216,7 +216,7 @@ class _Carrier:
 
     def __init__(self, native: Native) -> None:
         self.native = native
-        self._known = dict[tuple[int, int, int], tuple[Tensor, int] | None]()
+        self._cache = dict[tuple[int, int, int], tuple[Tensor, int] | None]()
 
     def __call__(self, step: PlanStep, target: str, axis: int) -> Tensor | None:
         """(features,), or None where they are in order."""
@@ -232,9 +232,9 @@ class _Carrier:
             length = self.native.shapes[target][axis]
             return torch.arange(length), length
         key = id(step.transform), place, axis
-        if key not in self._known:
-            self._known[key] = self._carried(step.transform, place, axis)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = self._carried(step.transform, place, axis)
+        return self._cache[key]
 
     def _carried(self, transform: Transform, place: int, axis: int) -> tuple[Tensor, int] | None:
         for theirs, length in enumerate(transform.source_shape()):

@@ -14,7 +14,7 @@ from zoo.diagnosis.diff.causes.scene import FITS, Scene, error, fits
 from zoo.diagnosis.diff.residual_sums import summed
 from zoo.diagnosis.edits import Hypothesis, block_of, stars
 
-OTHERWISE = "another number for each token, near these or not"
+PER_TOKEN = "another number for each token, near these or not"
 AFTER = 12  # places are looked at for where a norm has gone
 
 
@@ -111,7 +111,7 @@ def _norm(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
         yield Hypothesis(
             f"{name}: the scale is the weight {ours.offset:+d}, there {theirs.offset:+d}"
         )
-    elif ours.by == OTHERWISE and (rounded := list(reruns.rounding(scene))):
+    elif ours.by == PER_TOKEN and (rounded := list(reruns.rounding(scene))):
         yield from rounded
     elif ours.by != theirs.by:
         yield Hypothesis(f"{name}: it divides by {ours.by} here, and by {theirs.by} there")
@@ -201,7 +201,7 @@ def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:
     for by, inside in kinds.items():
         eps = float((1 / r - inside.sqrt()).median())
         yield f"{by}, and eps beside it", eps, 1 / (inside.sqrt() + eps)
-    yield OTHERWISE, 0.0, r
+    yield PER_TOKEN, 0.0, r
 
 
 def _product(scene: Scene, x: Tensor, weight: Tensor) -> Iterator[Hypothesis]:
