@@ -368,7 +368,7 @@ import resource, sys, torch, zoo
 from zoo.cli.app import main
 zoo.load(sys.argv[1])
 pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (64 << 20)
+limit = pages * resource.getpagesize() + (80 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.exit(main(sys.argv[3:]) if sys.argv[3:] else bool(zoo.load(sys.argv[2], mmap=False)))
 """

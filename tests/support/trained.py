@@ -97,5 +97,6 @@ def look_around(model: Any) -> None:
 def loss_of(model: Any, ids: Tensor, random: torch.Generator) -> Tensor:
     if isinstance(model, Decoder):
         return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    ids = ids[:, :-1]  # an encoder has no token to predict beyond the last position
     hidden = torch.rand(ids.shape, generator=random) < 0.15
     return F.cross_entropy(model(torch.where(hidden, MASK, ids))[hidden], ids[hidden])
