@@ -374,7 +374,8 @@ RIGHT = {
     "attn_out_transposed": r"blocks\.0\.attn\.out\.weight is read as \[i o\]",
     "q_rows_in_halves": "q is read as",
     "k_rows_in_halves": "k is read as",
-    "k_rows_in_halves_of_q_heads": "k is read as .* heads",
+    # where a file's rows are the model's own, the rule that mends it counts no heads
+    "k_rows_in_halves_of_q_heads": r"k is read as (.* heads|\[o i\], as it stands)",
     "v_heads_interleaved": "v is read as",
     "out_heads_interleaved": "out is read as",
     "fused_qkv_one_after_another_read_as_interleaved": r"\{q,k,v\} are read as",
@@ -451,5 +452,9 @@ def test_every_planted_bug(name: str, of: Callable[[str], Planted]) -> None:
     assert explanations(model.load(), model.ids, mask=model.mask) == []
     report = {bug: result for bug in RIGHT if (result := model.report(bug)) is not None}
     shown = {bug: message for bug, (worse, message) in report.items() if worse > SEEN}
-    wrong = {bug: message for bug, message in shown.items() if not re.search(RIGHT[bug], message)}
+    right = dict(RIGHT)
+    if not hasattr(model.load().config, "rope_base"):
+        # without rotary embeddings the same rows of q or of k in the other order are one fault
+        right |= dict.fromkeys(("q_rows_in_halves", "k_rows_in_halves"), r"attn\.[qk] is read as")
+    wrong = {bug: message for bug, message in shown.items() if not re.search(right[bug], message)}
     assert len(shown) >= 4 and len(wrong) <= len(shown) / 10, wrong
