@@ -64,6 +64,19 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Reset torch.compile before and after: it counts how often a process compiled each function.
+
+    Models of several architectures share one `forward`, and beyond a limit none is compiled.
+    """
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The directory of real material that ZOO_FIXTURES names; skips where there is none."""

@@ -504,6 +504,7 @@ def test_threads_record_at_once() -> None:
 # --- compiled, prepared, wrapped -----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", first_of(["gpt2", "t5"], 1))
 def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
     """Whether it was compiled before or not; nothing is compiled again."""
@@ -533,6 +534,7 @@ def test_a_compiled_model_runs_eagerly_with_hooks(name: str) -> None:
         assert torch.equal(compiled(**inputs), plain) and len(graphs) == 1
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_logit_lens_of_a_compiled_model() -> None:
     model = hot(build("gpt2"))
     expected = model.logit_lens(**example_inputs(model))

@@ -129,6 +129,7 @@ def test_row_without_any_token_is_refused(model: Any) -> None:
         model.generate(IDS, mask)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "bloom"])
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["", "left"])

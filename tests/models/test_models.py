@@ -31,6 +31,7 @@ def flat(out: Any) -> list[Tensor]:
     return list(out) if isinstance(out, tuple) else [out]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("name", "head"), COMPILED)
 def test_compiles_without_graph_breaks(name: str, head: str) -> None:
     model = build(name, head=head).eval()

@@ -316,12 +316,12 @@ def test_perplexity_with_last_only_is_refused() -> None:
 # --- compiled ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> None:
     """One graph for the prompt and one for every later token, in a second dialogue too."""
-    torch._dynamo.reset()
     counters.clear()
     model = build(name).eval()
     ids = ids_for(model)[:2, :20]
@@ -342,6 +342,7 @@ def test_with_a_cache_each_shape_is_compiled_once(name: str, padded: bool) -> No
 
 # torch.compile itself uses deprecated functions
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "int8"), [("gpt2", False), ("llama", False), ("llama", True)])
 def test_prepared_and_compiled_agree(
@@ -349,7 +350,6 @@ def test_prepared_and_compiled_agree(
 ) -> None:
     # a cache shared with other processes could be read half-written
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
     counters.clear()
     models = [zoo.prepare(build(name), int8=int8, compile=c, last_only=True) for c in (False, True)]
     ids = ids_for(models[0])[:2, :12]
