@@ -40,6 +40,11 @@ class SentenceModel(Model):
         self.model, self.steps = model, nn.ModuleList(steps)
         self.folders = folders  # where each step's files lie
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model inside is prepared."""
+        return bool(self.model.is_prepared)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor
     ) -> Tensor:
