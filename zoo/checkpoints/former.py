@@ -1,6 +1,6 @@
 """Native configs written by earlier versions, whose fields had other names."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {
@@ -13,21 +13,14 @@ RENAMED = {
     "shared": "shared_projections",
     "twice": "repeat",
 }
-# fields that only one family member has now, and the value with which every member wrote them
-UNUSED = {"dual_chunk": None, "repeat": False}
+# fields that one family member has, and the default with which earlier versions wrote them for all
+DEFAULTS = {"dual_chunk": None, "repeat": False}
 
 
-def current_fields(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Rename fields to those of a config that has `names`; drop unused ones that it lacks.
+def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Give fields of a zoo.json their present names; leave out those at their default that moved.
 
-    A field that is neither renamed nor unused stays, so that the config refuses it by name.
+    A field that no config has any more stays, so that the config refuses it by name.
     """
-    current = {
-        RENAMED[name] if name not in names and name in RENAMED else name: value
-        for name, value in fields.items()
-    }
-    return {
-        name: value
-        for name, value in current.items()
-        if name in names or name not in UNUSED or value != UNUSED[name]
-    }
+    current = {RENAMED.get(name, name): value for name, value in fields.items()}
+    return {n: value for n, value in current.items() if n not in DEFAULTS or value != DEFAULTS[n]}

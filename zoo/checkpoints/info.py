@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.adapters import adapter_beside
-from zoo.checkpoints.hub import is_cached
+from zoo.checkpoints.former import current_fields
 from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
 from zoo.errors import (
     ConfigError,
@@ -172,6 +172,8 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 
 def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
     """How the files in the hub's cache differ from the entry; empty where there are none."""
+    from zoo.checkpoints.hub import is_cached
+
     try:
         if not is_cached(entry.repo):  # known before all of the hub's client is imported
             return ()
@@ -208,10 +210,10 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         data = read_json(native)
         try:
             architecture = registry.architectures()[data["architecture"]]
-            config, named = dict(data["config"]), data["origin"]["class"]
+            config, named = current_fields(data["config"]), data["origin"]["class"]
             head = config.pop("head")
             quantized = _decoded(data.get("quantised") or {})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
         file = source.config or read_config(source.directory)

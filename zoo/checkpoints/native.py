@@ -23,7 +23,7 @@ def read_native(source: Source, path: Path, head: str | None) -> Located:
     if problems := list(_native_problems(data)):
         raise ConfigError("\n  ".join([f"{path}: not what zoo writes:", *problems]))
     entry = registry.architectures()[data["architecture"]]
-    fields = current_fields(data["config"], entry.config_class.model_fields)
+    fields = current_fields(data["config"])
     own_head, origin = fields.pop("head"), data["origin"]
     heads, spec = (head or own_head,), load_spec(entry.spec)
     text, named = origin["config"], origin["class"]
