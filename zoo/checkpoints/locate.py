@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.containers import alike
-from converters.dialects import find
 from converters.paths import confined
 from converters.quantized import settings
 from converters.quantized.settings import FIELD as QUANTIZED
@@ -125,8 +123,8 @@ def _from_registry(named: registry.CheckpointEntry, head: str | None) -> Located
     """Named checkpoints carry their published config, so that their shape is known offline."""
     entry = registry.architectures()[named.architecture]
     source = Source(directory=Path(), ref=named.name, checkpoint=named)
-    reference = {"architectures": [named.reference_class], **named.config}
-    text = json.dumps({"model_type": entry.model_type, **reference}, indent=2)
+    reference = named.reference_config
+    text = json.dumps(reference, indent=2)
     located = Located(source, entry, load_spec(entry.spec), (), {}, named.reference_class, text)
     return _understand(located, reference, head, (), "registry.yaml")
 
@@ -233,6 +231,9 @@ def _read_foreign(
     mmap: bool | None,
 ) -> Located:
     """A file, or the one checkpoint in a directory, whose dialect shows by its content."""
+    from converters.containers import alike
+    from converters.dialects import find
+
     with naming_damaged_blobs(source.directory):
         foreign = find(place, mmap)
     if foreign is None:

@@ -6,19 +6,19 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.checkpoint import Checkpoint
-from converters.dialects import DialectMatch
 from converters.opening import open_checkpoint
-from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
-from converters.quantized.dequantize import dequantize_checkpoint, has_inputs_first
-from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec
 from zoo.checkpoints.downloads import naming_damaged_blobs
 from zoo.checkpoints.sources import Source
 from zoo.errors import ConfigError, ResourceLimit, listing, option
 from zoo.registry import Architecture
+
+if TYPE_CHECKING:
+    from converters.dialects import DialectMatch
+    from converters.quantized.settings import Quantization
 
 
 class Located(NamedTuple):
@@ -65,12 +65,12 @@ class Located(NamedTuple):
             checkpoint = open_checkpoint(self.source.directory, self.mmap)
         if self.quantized is None:
             return checkpoint
+        from converters.quantized.dequantize import DTYPES, dequantize_checkpoint, has_inputs_first
+
         config = json.loads(self.config_text)
         dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
         transposed = partial(has_inputs_first, self.spec.dialect("hf"))
-        return dequantize_checkpoint(
-            checkpoint, self.quantized, transposed, CONFIG_DTYPES.get(dtype)
-        )
+        return dequantize_checkpoint(checkpoint, self.quantized, transposed, DTYPES.get(dtype))
 
     def config(self, head: str, changes: Mapping[str, Any] | None = None) -> Any:
         """Return the native Config for a head, with some fields changed; built once if none is."""

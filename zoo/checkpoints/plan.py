@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.checkpoint import Checkpoint
-from converters.dialects import DialectMatch
 from converters.plan import Native, Plan, identity_plan, make_plan
 from zoo.checkpoints.build import names_on_disk, native_of, on_meta
 from zoo.checkpoints.located import Located
@@ -22,6 +21,9 @@ from zoo.errors import (
     did_you_mean,
     listing,
 )
+
+if TYPE_CHECKING:
+    from converters.dialects import DialectMatch
 
 
 def prove(
