@@ -25,11 +25,11 @@ import torch
 from converters.memory import enough
 from converters.spec import Spec
 from zoo.checkpoints.build import build_random, dtype_of
-from zoo.checkpoints.fill import fill, memory_advice
-from zoo.checkpoints.layout import MODULES
-from zoo.checkpoints.local import expanded
+from zoo.checkpoints.file_names import MODULES
+from zoo.checkpoints.fill_weights import fill, memory_advice
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.locate import locate, read
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.path_reference import expanded
 from zoo.checkpoints.plan import check_trust, prove
 from zoo.checkpoints.sources import Ref, resolve
 from zoo.components.model import Model

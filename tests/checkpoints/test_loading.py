@@ -17,7 +17,7 @@ from tiny import build, run
 import zoo
 from converters import manifest
 from zoo import registry
-from zoo.checkpoints.former import DEFAULTS, RENAMED
+from zoo.checkpoints.former_fields import DEFAULTS, RENAMED
 from zoo.components.model import Model
 from zoo.errors import (
     ConfigError,

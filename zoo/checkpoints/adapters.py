@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from zoo.checkpoints.layout import ADAPTER
+from zoo.checkpoints.file_names import ADAPTER
 from zoo.errors import NotACheckpoint, ZooError, option
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")

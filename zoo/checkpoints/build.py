@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from converters.memory import enough
 from converters.plan import Native, target_names
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.components.model import Model
 from zoo.errors import ResourceLimit, UsageError, did_you_mean
 

@@ -21,7 +21,7 @@ from converters.paths import is_plain
 from converters.staging.destination import files_below
 from converters.strict_json import read_json
 from converters.weight_files import MANIFEST
-from zoo.checkpoints.layout import (
+from zoo.checkpoints.file_names import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     COMPANIONS,

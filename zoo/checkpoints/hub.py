@@ -15,8 +15,7 @@ from converters.weight_files import Group, groups
 from zoo.checkpoints.adapters import base_of
 from zoo.checkpoints.config_file import ConfigFile, read_config
 from zoo.checkpoints.downloads import COMMIT, ask, damage, damaged_blob, fetch
-from zoo.checkpoints.hub_errors import explain, is_absent, offline
-from zoo.checkpoints.layout import (
+from zoo.checkpoints.file_names import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     COMPANIONS,
@@ -28,6 +27,7 @@ from zoo.checkpoints.layout import (
     WEIGHTS,
     module_folders,
 )
+from zoo.checkpoints.hub_errors import explain, is_absent, offline
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.adapters import adapter_beside
-from zoo.checkpoints.former import current_fields
-from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
+from zoo.checkpoints.file_names import CONFIG, NATIVE_FILE
+from zoo.checkpoints.former_fields import current_fields
 from zoo.errors import (
     ConfigError,
     NotACheckpoint,
@@ -187,7 +187,7 @@ def _mismatch(source: sources.Source) -> tuple[str, ...]:
     if source.checkpoint is None:
         return ()
     from zoo.checkpoints.locate import read  # torch comes with it
-    from zoo.checkpoints.named import name_problems
+    from zoo.checkpoints.registry_name import name_problems
 
     try:
         return tuple(name_problems(read(source), source.checkpoint))

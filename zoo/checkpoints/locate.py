@@ -19,11 +19,11 @@ from zoo import registry
 from zoo.checkpoints.build import names_on_disk, native_of, on_meta, skeleton_of
 from zoo.checkpoints.config_file import read_config
 from zoo.checkpoints.downloads import naming_damaged_blobs
-from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
-from zoo.checkpoints.located import Located, as_published
-from zoo.checkpoints.named import check_name
-from zoo.checkpoints.native import read_native
+from zoo.checkpoints.file_names import CONFIG, NATIVE_FILE
+from zoo.checkpoints.handle import Located, as_published
+from zoo.checkpoints.registry_name import check_name
 from zoo.checkpoints.sources import Ref, Source, check_no_adapter, resolve
+from zoo.checkpoints.zoo_json import read_native
 from zoo.components.model import Model
 from zoo.components.rotary import Llama3
 from zoo.errors import (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from converters.checkpoint import Checkpoint
 from converters.plan import Native, Plan, identity_plan, make_plan
 from zoo.checkpoints.build import names_on_disk, native_of, on_meta
-from zoo.checkpoints.located import Located
-from zoo.checkpoints.named import check_count
+from zoo.checkpoints.handle import Located
+from zoo.checkpoints.registry_name import check_count
 from zoo.components.model import Model
 from zoo.errors import (
     MissingShard,

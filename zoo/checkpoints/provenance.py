@@ -20,7 +20,7 @@ from converters.formats.source import Stamp, stamp
 from converters.paths import is_plain
 from converters.plan import Plan
 from converters.weight_files import MANIFEST
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.components.model import Model
 from zoo.errors import SourceChanged, listing, option
 

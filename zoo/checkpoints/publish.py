@@ -16,7 +16,7 @@ from converters.staging.stage import Stage, staged
 from converters.weight_files import MANIFEST
 from converters.writer import WriteOptions, WriteReport, run
 from zoo.checkpoints.destination import Replacing
-from zoo.checkpoints.local import expanded, is_path
+from zoo.checkpoints.path_reference import expanded, is_path
 from zoo.errors import (
     OutputExists,
     UsageError,

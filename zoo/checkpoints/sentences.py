@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from converters.opening import open_checkpoint
 from converters.paths import confined
 from converters.strict_json import read_json
+from zoo.checkpoints.file_names import CONFIG, MODULES, SENTENCE_FILES, module_folders
 from zoo.checkpoints.finite import at, first_where
-from zoo.checkpoints.layout import CONFIG, MODULES, SENTENCE_FILES, module_folders
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.inputs import check_mask
 from zoo.components.masks import positions_of

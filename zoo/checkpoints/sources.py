@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from zoo.checkpoints.adapters import base_of
 from zoo.checkpoints.config_file import ConfigFile
-from zoo.checkpoints.layout import ADAPTER
-from zoo.checkpoints.local import local_path
+from zoo.checkpoints.file_names import ADAPTER
+from zoo.checkpoints.path_reference import local_path
 from zoo.errors import AmbiguousCheckpoint, UsageError, option
 from zoo.registry import CheckpointEntry, named
 

@@ -13,7 +13,7 @@ from converters.checkpoint import Checkpoint
 from converters.memory import enough, size
 from converters.plan import Plan
 from zoo.checkpoints.finite import first_where, source_of
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.provenance import provenance_of
 from zoo.components.model import Model
 from zoo.errors import NonFinite, OverflowOnCast, option

@@ -7,7 +7,7 @@ from typing import Any
 
 from converters.spec import load_spec
 from zoo import registry
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.components.model import Model
 from zoo.errors import ConfigError
 from zoo.registry import CheckpointEntry

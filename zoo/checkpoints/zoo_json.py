@@ -11,8 +11,8 @@ from converters.paths import is_plain
 from converters.spec import load_spec
 from converters.strict_json import parse_json, read_json
 from zoo import registry
-from zoo.checkpoints.former import current_fields
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.former_fields import current_fields
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.sources import Source
 from zoo.errors import ConfigError
 

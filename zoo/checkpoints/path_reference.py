@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeGuard
 
 from zoo.checkpoints.adapters import REPO, adapter_alone
-from zoo.checkpoints.layout import ADAPTER, ADAPTER_WEIGHTS, CONFIG, NATIVE_FILE, PUBLISHED
+from zoo.checkpoints.file_names import ADAPTER, ADAPTER_WEIGHTS, CONFIG, NATIVE_FILE, PUBLISHED
 from zoo.errors import NotACheckpoint, UnknownName, UnsafePath, UsageError, ZooError, listing
 from zoo.registry import find
 
