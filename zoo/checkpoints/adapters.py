@@ -1,4 +1,4 @@
-"""An adapter in a checkpoint's directory: what it is of, and which options decide about it."""
+"""An adapter in a checkpoint's directory: its base model, and the options that apply it or not."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def build_random(
 
 
 class _FloatDtype(TorchFunctionMode):
-    """Floats that this thread makes are of one dtype; torch's own default is the process's."""
+    """Create floats in one dtype, in this thread only: torch's default dtype is the process's."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

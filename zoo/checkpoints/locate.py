@@ -1,4 +1,4 @@
-"""A reference becomes a `Located`: its directory, its architecture, its config in native fields."""
+"""Turn a reference into a `Located`: directory, architecture, config in native fields."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def read(
     ignore: Sequence[str] = (),
     mmap: bool | None = None,
 ) -> Located:
-    """Understand the config of a local checkpoint: native, with a config.json, or a file alone."""
+    """Read the config of a local checkpoint: zoo.json, config.json, or a self-describing file."""
     directory = source.directory
     if source.file is not None:
         located = _read_foreign(source, source.file, head, ignore, mmap)
@@ -111,7 +111,7 @@ def _heads(entry: Architecture, named: str | None, asked: str | None) -> tuple[s
             near = did_you_mean(asked, heads)
             raise UsageError(f"head={asked!r}: {entry.name} has {', '.join(heads)}.{near}")
         return (asked,)
-    if named is None:  # the tensors tell
+    if named is None:  # the tensors decide
         return tuple(dict.fromkeys(head for heads in entry.heads.values() for head in heads))
     return entry.heads[named]
 
@@ -120,7 +120,7 @@ def _heads(entry: Architecture, named: str | None, asked: str | None) -> tuple[s
 
 
 def _from_registry(named: registry.CheckpointEntry, head: str | None) -> Located:
-    """Named checkpoints carry their published config, so that their shape is known offline."""
+    """Take the config from the registry, so that names and shapes are known offline."""
     entry = registry.architectures()[named.architecture]
     source = Source(directory=Path(), ref=named.name, checkpoint=named)
     reference = named.reference_config
@@ -150,10 +150,10 @@ def _understand(
     ignore: Sequence[str],
     where: str,
 ) -> Located:
-    """Add heads, native fields and their Configs, or say everything that is wrong at once."""
+    """Add heads, native fields and their Configs; an error lists every problem at once."""
     dialect, problems = located.spec.dialect("hf"), list[str]()
     heads = _heads(located.entry, located.reference_class, head)
-    if reference.get(QUANTIZED) is not None:  # what is read from now on, and written, are weights
+    if reference.get(QUANTIZED) is not None:  # weights are dequantized when they are read
         quantized, problems = settings.read_config(reference[QUANTIZED], ignore)
         reference = {name: value for name, value in reference.items() if name != QUANTIZED}
         text = json.dumps(reference, indent=2) + "\n"
@@ -191,7 +191,7 @@ def _warn_of_unused(
 
 
 def _classed_by_tensors(located: Located, where: str) -> Located:
-    """Add the reference class that most of the tensors are of, where a config names none."""
+    """Choose the reference class by the tensors, for a config that names none."""
     unnamed = f"{where}: 'architectures' names no class"
     way_out = f"{option('head', ...)} with one of {listing(located.heads)}"
     try:
@@ -220,7 +220,7 @@ def _classed_by_tensors(located: Located, where: str) -> Located:
     return located._replace(heads=heads, reference_class=best[0], opened=checkpoint)
 
 
-# --- files that say themselves what they are -----------------------------------------------------
+# --- self-describing files -----------------------------------------------------------------------
 
 
 def _read_foreign(
@@ -230,7 +230,7 @@ def _read_foreign(
     ignore: Sequence[str],
     mmap: bool | None,
 ) -> Located:
-    """A file, or the one checkpoint in a directory, whose dialect shows by its content."""
+    """Read a file, or the only checkpoint in a directory, whose tensor names tell its dialect."""
     from converters.containers import alike
     from converters.dialects import find
 
@@ -238,7 +238,7 @@ def _read_foreign(
         foreign = find(place, mmap)
     if foreign is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
-    if foreign.container.wide:  # by custom; elsewhere what was stored in F32 was meant so
+    if foreign.container.wide:  # vectors are F32 by convention: not a choice of dtype
         widened = alike(foreign.checkpoint, foreign.container.wide)
         foreign = foreign._replace(checkpoint=widened)
     entry = next(e for e in registry.architectures().values() if e.spec == foreign.spec.name)
@@ -267,7 +267,7 @@ def fields_by_tables(
     tensor: Callable[[str], Tensor],
     there: Collection[str],
 ) -> dict[str, Any]:
-    """Return native fields that small arrays tell: how rotary frequencies are scaled."""
+    """Return native fields that small tensors hold: the scaling of rotary frequencies."""
     by_tables: dict[str, Any] = {}
     for name, field in dialect.field_tensors.items():
         if name not in there:

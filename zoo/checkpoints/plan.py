@@ -31,7 +31,7 @@ def prove(
 ) -> tuple[Model, Plan]:
     """Return a model on the meta device and the plan that fills all of it.
 
-    Of several heads the first one that the weights fill wins.
+    Of several heads, the first that the weights fill is built.
 
     Raises:
         PlanError: no head is filled; everything that does not fit is in the message.
@@ -43,7 +43,7 @@ def prove(
         check_count(located, model, changes or {})
         native = native_of(model)
         if incomplete and (wanted - names_on_disk(located, model, native)) & {*checkpoint.tensors}:
-            continue  # of an earlier head that is there in part: it is damaged, not another
+            continue  # an earlier head is there in part: the file is damaged, not of this head
         try:
             return model, _plan(located, checkpoint, model, native)
         except MissingTensors as error:
@@ -89,9 +89,9 @@ def _foreign_plan(
 
 
 def _times_too_small(foreign: DialectMatch, native: Native) -> int:
-    """How many times the files there are would make a whole model; 1 where none would.
+    """How many times as many files a whole model has, where shards are missing; else 1.
 
-    What only shapes tell is taken from too few files, and fits them.
+    Fields inferred from shapes alone fit the files that are there, so they show nothing.
     """
     times = {1}
     for rule in foreign.dialect.weights:
@@ -102,7 +102,7 @@ def _times_too_small(foreign: DialectMatch, native: Native) -> int:
             if (binding := rule.source.name.match(name)) is not None and info.numel:
                 whole = prod(native.shapes.get(rule.targets[0].name.format(binding), ()))
                 here.add(whole // (info.numel * foreign.shards))
-        if len(here) > 1:  # one layer's alone is too small, which no missing file makes it
+        if len(here) > 1:  # only some layers are too small, which missing shards do not cause
             return 1
         times |= here
     return max(times) if len(times) == 2 and 0 not in times else 1

@@ -1,4 +1,4 @@
-"""A reference becomes a local directory: a name from the registry, hf:org/repo@rev, or a path."""
+"""Turn a reference (a registry name, hf:org/repo@rev, or a path) into a local directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Ref = str | os.PathLike[str]  # a registry's name, hf:org/repo@revision, or a pa
 
 
 class Source(NamedTuple):
-    """Where the files of a reference are, and where they came from."""
+    """The local files of a reference, and the repository they came from."""
 
     directory: Path
     ref: str
@@ -25,7 +25,7 @@ class Source(NamedTuple):
     repo: str | None = None
     revision: str | None = None  # the commit
     file: Path | None = None  # a file in the directory, where one was asked for
-    config: ConfigFile | None = None  # where it was read already, to know what to download
+    config: ConfigFile | None = None  # if it was read to decide what to download
 
 
 def resolve(
@@ -83,7 +83,7 @@ def _check_revision(revision: str) -> None:
 
 
 def check_no_adapter(source: Source, applied: bool = True) -> None:
-    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged.
+    """Refuse weights with an adapter beside them: only the caller knows if it is merged in.
 
     `applied`: the caller can apply it, and not only ignore it.
     """

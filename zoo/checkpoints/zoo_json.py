@@ -1,4 +1,4 @@
-"""zoo.json: the record of a native directory, audited before anything is made of it."""
+"""zoo.json, the record of a native directory: check it, and read it into a `Located`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zoo.errors import ConfigError
 
 
 def read_native(source: Source, path: Path, head: str | None) -> Located:
-    """Read a native directory by its zoo.json, or list everything that is wrong with that."""
+    """Read a native directory by its zoo.json; an error lists every problem."""
     data = read_json(path, ConfigError)
     if problems := list(_native_problems(data)):
         raise ConfigError("\n  ".join([f"{path}: not what zoo writes:", *problems]))
@@ -32,7 +32,7 @@ def read_native(source: Source, path: Path, head: str | None) -> Located:
 
 
 def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that is wrong with a zoo.json."""
+    """Yield every problem of a zoo.json."""
     if data.get("architecture") not in registry.architectures():
         yield f"architecture: {data.get('architecture')!r} is not known"
     config, origin, quantized = (data.get(name) for name in ("config", "origin", "quantised"))
