@@ -82,7 +82,7 @@ class Located(NamedTuple):
         return self._foreign_config(self.foreign, head, changes or {})
 
     def _foreign_config(self, foreign: DialectMatch, head: str, changes: Mapping[str, Any]) -> Any:
-        """The Config of files that may leave fields open; problems use the dialect's field names."""
+        """The Config of files that may leave fields open; problems use the dialect's names."""
         kind, dialect = self.entry.config_class, foreign.dialect
         fields = {**self.fields, **dialect.native_names(changes, kind.model_fields)}
         if missing := [name for name in dialect.required if fields.get(name) is None]:
