@@ -9,7 +9,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n auto --maxprocesses=8 --d
 QUICK := not slow and not long and not release
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example test test-all check stamps format lint types mutants mutate diagnosis formats report faults graphs fuzz tf-fixtures bench-load bench-moe bench-convert bench-generate bench-info clean
+.PHONY: help setup demo example test test-all check stamps format lint types mutants mutate diagnosis formats report faults graphs fuzz tf-fixtures bench-import bench-load bench-moe bench-convert bench-generate bench-info clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -78,6 +78,9 @@ tf-fixtures: ## tests/data/tf anew, by TensorFlow in .venv-tf: a large download;
 	@test -x .venv-tf/bin/python || $(PYTHON) -m venv .venv-tf
 	@.venv-tf/bin/python -m pip install -qq --disable-pip-version-check 'tensorflow-cpu>=2.16,<3'
 	@TF_CPP_MIN_LOG_LEVEL=2 .venv-tf/bin/python tools/tf_fixtures.py
+
+bench-import: $(READY) ## processor time of import zoo, of a process's first load and of zoo list
+	@$(RUN) tools/bench.py import
 
 bench-load: $(READY) ## library import + load + first logits against the reference's
 	@$(RUN) tools/bench.py load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from converters.spec_files import (
     WhenRules,
     checked,
     common,
-    files,
+    files_of,
     read_file,
     spec_names,
 )
@@ -355,22 +355,25 @@ def load_spec(name: str) -> Spec:
     Raises:
         SpecError: There is no such spec, or a file of it is wrong.
     """
-    if name not in spec_names():
+    names = files_of(name)
+    if NATIVE not in names:
         raise SpecError(f"{SPECS / name}: no such spec.{did_you_mean(name, spec_names())}")
-    names = [file.partition("/")[2] for file in files() if file.startswith(f"{name}/")]
+    names.remove(NATIVE)
     names.sort(key="hf".__ne__)  # the published layout is named first
-    read = {file: read_file(f"{name}/{file}") for file in names}
-    return parse_spec(name, read, f"converters/specs/{name}", name)
+    native = read_file(f"{name}/{NATIVE}")
+    dialects = DialectFolder(name, tuple(names))
+    if "hf" in dialects:
+        dialects["hf"]  # read now, so that its mistakes show here
+    return _spec(name, native, dialects, f"converters/specs/{name}", name)
 
 
-def parse_spec(name: str, read: Mapping[str, Any], where: str = "", folder: str = "") -> Spec:
+def parse_spec(name: str, read: Mapping[str, Any], where: str = "") -> Spec:
     """Make a spec of plain data: what `native.yaml` and each dialect's file hold.
 
     Args:
         name: The spec's name.
         read: Plain data by file: `{"native": {"axes": …}, "hf": {"weights": …}}`.
         where: The folder that messages name.
-        folder: The folder in `specs/` that the data was read from, to find lines for messages.
 
     Returns:
         The spec.
@@ -378,31 +381,58 @@ def parse_spec(name: str, read: Mapping[str, Any], where: str = "", folder: str 
     Raises:
         SpecError: Some of the data is wrong; the message lists every problem of a file.
     """
-
-    def at(file: str) -> tuple[str, str]:
-        return f"{where}/{file}.yaml", f"{folder}/{file}" if folder else ""
-
-    native = checked(NativeFile, read.get(NATIVE, {}), *at(NATIVE))
     dialects = {
-        file: _dialect(file, checked(DialectFile, data, *at(file)), at(file)[0])
-        for file, data in read.items()
-        if file != NATIVE
+        file: _dialect(name, file, data, where) for file, data in read.items() if file != NATIVE
     }
-    if "hf" in dialects:
-        dialects["hf"] = replace(dialects["hf"], reference=name)
+    return _spec(name, read.get(NATIVE, {}), dialects, where)
+
+
+class DialectFolder(Mapping[str, Dialect]):
+    """The dialects in a spec's folder, each read when it is first used: a load needs one."""
+
+    def __init__(self, spec: str, names: tuple[str, ...]) -> None:
+        self.spec, self.names = spec, names
+        self._read = dict[str, Dialect]()
+
+    def __getitem__(self, name: str) -> Dialect:
+        if name not in self._read and name in self.names:
+            data = read_file(f"{self.spec}/{name}")
+            where = f"converters/specs/{self.spec}"
+            self._read[name] = _dialect(self.spec, name, data, where, self.spec)
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _spec(
+    name: str, data: Any, dialects: Mapping[str, Dialect], where: str, folder: str = ""
+) -> Spec:
+    """A spec of what its `native.yaml` holds; lines for messages are found in `folder`."""
+    at = f"{where}/{NATIVE}.yaml"
+    native = checked(NativeFile, data, at, f"{folder}/{NATIVE}" if folder else "")
     heads = _lines(native.head)
     return Spec(
         name,
         where,
         _lines(native.axes),
         dialects,
-        tuple(parse_ref(line, f"{at(NATIVE)[0]}: shapes") for line in native.shapes or ()),
+        tuple(parse_ref(line, f"{at}: shapes") for line in native.shapes or ()),
         _lines(native.present),
         tuple((_paths(head), array) for head, array in heads.items()),
     )
 
 
-def _dialect(name: str, file: DialectFile, where: str) -> Dialect:
+def _dialect(spec: str, name: str, data: Any, folder_name: str, folder: str = "") -> Dialect:
+    """A dialect of what its file holds; lines for messages are found in `folder`."""
+    where = f"{folder_name}/{name}.yaml"
+    file = checked(DialectFile, data, where, f"{folder}/{name}" if folder else "")
     shared = common(name)
 
     def rules(lines: Rules | None, section: str) -> tuple[Rule, ...]:
@@ -453,6 +483,7 @@ def _dialect(name: str, file: DialectFile, where: str) -> Dialect:
         write=file.write or {},
         zero_filled=_lines(file.zero_filled),
         lossy_fields=frozenset([*(file.lossy_fields or ()), *shared.lossy_fields]),
+        reference=spec if name == "hf" else "",
     )
 
 

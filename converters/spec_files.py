@@ -299,6 +299,11 @@ def files() -> list[str]:
     return sorted(path.as_posix() for path in paths)
 
 
+def files_of(folder: str) -> list[str]:
+    """The names of the files in one folder of specs."""
+    return sorted(path.stem for path in (SPECS / folder).glob("*.yaml"))
+
+
 def spec_names() -> list[str]:
     """The folders of specs that are an architecture's."""
     return [file.partition("/")[0] for file in files() if file.endswith(f"/{NATIVE}")]

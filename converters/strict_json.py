@@ -105,7 +105,11 @@ def read_text(path: Path, error: type[ZooError] = ConfigError) -> str:
         size = os.fstat(fd).st_size
         if size > MAX_BYTES:
             raise ResourceLimit(f"{path}: {size} bytes, of at most {MAX_BYTES} in such a file")
-        data = file.read(MAX_BYTES + 1)
+        data = file.read(size + 1)
+        if len(data) > size:  # it grows, or its file system does not know its size
+            data += file.read(MAX_BYTES + 1 - len(data))
+            if len(data) > MAX_BYTES:
+                raise ResourceLimit(f"{path}: grew beyond {MAX_BYTES} bytes while it was read")
     _check_memory(data, str(path), MAX_MEMORY)
     return _decoded(data, str(path), error)
 

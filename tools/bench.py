@@ -1,4 +1,4 @@
-"""Benchmarks as commands: `python tools/bench.py load`, `moe`, `convert`, `generate` or `info`.
+"""Benchmarks as commands: `tools/bench.py import`, `load`, `moe`, `convert`, `generate`, `info`.
 
 Fresh processes in turn, ratios pair by pair, medians: these survive a machine whose speed drifts.
 """
@@ -131,34 +131,6 @@ def print_row(row: dict[str, float | str]) -> None:
         ]
         again = f"load again {row[f'{side}_again_ms']:.1f} ms"
         print(f"  {side:<11}{' | '.join((*cells, again))}", flush=True)
-
-
-IMPORTS = {
-    "torch": "import torch",
-    "class": "import zoo; zoo.models.llama.Model",
-    "loader": "import zoo; zoo.models.llama.Model; zoo.load",
-}
-
-
-def bench_import(rounds: int) -> dict[str, float]:
-    """Time `import zoo` with a model class, and with the loader, against `import torch`."""
-    walls: dict[str, list[float]] = {name: [] for name in IMPORTS}
-    for k in range(rounds + 1):
-        for name, script in IMPORTS.items():
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", script], check=True, env=ENV)
-            if k:
-                walls[name].append(time.perf_counter() - started)
-    ratios = {
-        name: median([a / b for a, b in zip(walls[name], walls["torch"], strict=True)])
-        for name in ("class", "loader")
-    }
-    print(
-        f"import zoo / import torch: {ratios['class']:.3f} with a model's class, "
-        f"{ratios['loader']:.3f} with zoo.load too",
-        flush=True,
-    )
-    return ratios
 
 
 def bench_moe(rounds: int) -> dict[str, float]:
@@ -312,11 +284,12 @@ def converted(options: list[object]) -> dict[str, float]:
 # What is run, of which checkpoint, in which dtype; a reference class for the same.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["load", "moe", "convert", "generate", "info"])
+    parser.add_argument("what", choices=["import", "load", "moe", "convert", "generate", "info"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="directory of the checkpoints"
     )
+    parser.add_argument("--against", type=Path, help="import: another checkout to compare with")
     parser.add_argument("--only", default="", help="run only cases whose label contains this")
     parser.add_argument(
         "--section", action="append", help="section of generate: decode, prefill, …"
@@ -330,6 +303,12 @@ def main() -> None:
     elif args.what == "convert":
         args.dir.mkdir(parents=True, exist_ok=True)
         figures["convert"] = bench_convert(args.pairs, args.dir, args.only)
+    elif args.what == "import":
+        import bench_import
+
+        figures["import"] = bench_import.run(
+            4 * args.pairs + 1, args.dir / "import", ENV, args.against
+        )
     elif args.what == "info":
         import bench_info
 
@@ -345,8 +324,6 @@ def main() -> None:
         args.dir.mkdir(parents=True, exist_ok=True)
         if args.only and args.only not in (*CASES, *SIZED):
             parser.error(f"--only {args.only}: load has {', '.join((*CASES, *SIZED))}")
-        if not args.only:
-            figures["import"] = bench_import(3 * args.pairs)
         figures["load"] = bench_load(args.pairs, args.dir, args.only)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -2,9 +2,9 @@
 
 The steps lie in `zoo/checkpoints`, a file each, and `load` puts them together:
 
-1. `locate`: the reference becomes a directory, and its config the fields of an architecture.
-2. `plan`: a model is built on the meta device (`build`), and a plan proves that the files fill it.
-3. `fill`: the weights stream in, cast and checked, with their `provenance`.
+1. `locate`: find the directory of the reference, and read its config into native fields.
+2. `plan`: build the model on the meta device (`build`), and prove that the files fill it.
+3. `fill_weights`: read the weights into it, cast and checked, with their `provenance`.
 
 `load` locates, `load_located` plans and fills.
 
@@ -25,11 +25,11 @@ import torch
 from converters.memory import enough
 from converters.spec import Spec
 from zoo.checkpoints.build import build_random, dtype_of
-from zoo.checkpoints.fill import fill, memory_advice
-from zoo.checkpoints.layout import MODULES
-from zoo.checkpoints.local import expanded
+from zoo.checkpoints.file_names import MODULES
+from zoo.checkpoints.fill_weights import fill, memory_advice
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.locate import locate, read
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.path_reference import expanded
 from zoo.checkpoints.plan import check_trust, prove
 from zoo.checkpoints.sources import Ref, resolve
 from zoo.components.model import Model
@@ -69,15 +69,15 @@ def load(
     """Load a checkpoint as a native model, ready for inference.
 
     Args:
-        ref: a registry name (`zoo list`), `hf:org/repo@revision`, a directory, or a file that says
-            itself what it is, such as a GGUF file.
+        ref: a registry name (`zoo list`), `hf:org/repo@revision`, a directory, or a
+            self-describing file such as GGUF.
         head: the head to build instead of the one that the checkpoint names; "none" gives hidden
             states.
         dtype: the dtype to cast weights to, such as "bfloat16"; None keeps each as it is stored.
         device: where the weights go.
         weights: "random" initializes the weights as the original does, and reads none.
         revision: a branch, tag or commit of the hub's repository.
-        token: the hub's access token; None takes the one that is logged in.
+        token: the hub's access token; None uses the one of `hf auth login`.
         cache_dir: the hub's cache, if it is not the usual one.
         local_files_only: use the cache alone, never the network.
         config: native config fields to change, such as `{"eps": 1e-6}`.
@@ -89,19 +89,20 @@ def load(
         verify: read every byte first and compare it with its recorded digest; also checks for NaN
             and infinity.
         check: "finite" refuses NaN and infinity among the weights, naming file and tensor.
-        prepare: make the model fast for inference and for nothing else, as `zoo.prepare` does.
-        adapter: a LoRA directory of peft's, to stand beside the weights and be trained. True takes
-            the adapter in the checkpoint's own directory, False says that the weights there have
-            it merged in already; where there is one, one of both is required.
+        prepare: pack the weights for fast inference, as `zoo.prepare` does; such a model can no
+            longer be trained or saved.
+        adapter: a LoRA directory in peft's format, attached beside the weights and trainable. Where
+            the checkpoint's own directory holds an adapter, one of these is required: True applies
+            it, False states that the weights already include it.
         merge: add the adapter to the weights.
-        mmap: whether weights stay views of their file, which then may not be written to, or are
-            read into memory. None maps safetensors and GGUF alone.
+        mmap: True leaves weights as views of their file, which must not be written to then; False
+            reads them into memory. None maps safetensors and GGUF only.
 
     Returns:
         The model, in eval mode; `model.provenance` says where each weight came from.
 
     Raises:
-        UsageError: an argument that cannot mean anything.
+        UsageError: an argument is invalid, or contradicts another.
         SourceError: the reference could not be turned into files.
         ConfigError: the config is not understood; every problem is in the message.
         PlanError: the files do not fill the model; every missing, unexpected or misshapen tensor
@@ -215,7 +216,7 @@ def check_adapter(adapter: Any) -> None:
 
 
 def adapter_files(located: Located, adapter: Ref | bool | None) -> Files | None:
-    """Read the adapter that was asked for: of its own directory, or the one beside the weights."""
+    """Read the requested adapter: of its own directory, or beside the weights (`True`)."""
     if adapter is None or adapter is False:
         return None
     from zoo.lora.files import read as read_adapter
@@ -238,7 +239,7 @@ def _adapted(model: Model, files: Files | None, merge: bool) -> Model:
 def _check_arguments(
     head: Any, device: Any, config: Any, ignore: Any, trust: Any, mmap: Any
 ) -> None:
-    """What torch or Python would say of them, in words of the call."""
+    """Refuse arguments of the wrong type, naming the argument."""
     if not isinstance(head, str | None):
         raise UsageError(f"head={head!r}: expected a name")
     if not isinstance(config, Mapping | None):
@@ -272,7 +273,7 @@ def _check_choices(weights: Any, check: Any, adapter: Any, merge: bool, prepare:
 
 
 def _verify(directory: Path) -> None:
-    """Against convert's manifest, or the digests by which a hub's cache names its files."""
+    """Check all files against convert's manifest, or the digests in names of a hub's cache."""
     from converters import manifest
 
     if (directory / manifest.NAME).exists():
@@ -290,7 +291,10 @@ def _verify(directory: Path) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Loading leaves no cycles behind, and one collection walks all of torch: four times a load."""
+    """Pause the garbage collector, which would visit all of torch's objects four times a load.
+
+    A load leaves no cycles behind.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

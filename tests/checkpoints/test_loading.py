@@ -17,7 +17,7 @@ from tiny import build, run
 import zoo
 from converters import manifest
 from zoo import registry
-from zoo.checkpoints.former import RENAMED
+from zoo.checkpoints.former_fields import DEFAULTS, RENAMED
 from zoo.components.model import Model
 from zoo.errors import (
     ConfigError,
@@ -362,6 +362,8 @@ def test_native_config_with_former_field_names_is_read(published: Path, tmp_path
     record["config"] |= {"dual_chunk": None, "twice": False} if "rope" in now else {}
     edit(native / "zoo.json", **record)
     assert zoo.load(native).config.to_dict() == now
+    shown = {name: value for name, value in now.items() if name not in {"head", *DEFAULTS}}
+    assert zoo.info(native).config == shown
 
 
 def test_native_config_with_a_field_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from converters.checkpoint import Checkpoint
 from zoo import registry
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.locate import locate
-from zoo.checkpoints.located import Located
 from zoo.checkpoints.plan import prove
 from zoo.errors import ConfigError, MissingTensors
 

@@ -2,9 +2,12 @@
 
 import difflib
 import json
+import os
+import stat
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from tiny import build
 
 import zoo
+from converters import strict_json
 from converters.formats.safetensors import SafetensorsReader
 from converters.formats.torch_zip import TorchZipReader
 from converters.strict_json import DuplicateKeys, memory_of, parse_json, read_json, unique
@@ -108,6 +112,31 @@ def test_memory_before_a_refusal(tmp_path: Path, root: Path) -> None:
     assert int(done.stdout) << 10 < MANY + MOST + slack
 
 
+def test_a_small_file_takes_a_small_buffer(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"layers": 2}')
+    tracemalloc.start()
+    try:
+        assert read_json(path) == {"layers": 2}
+        assert tracemalloc.get_traced_memory()[1] < MANY
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_grows_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"layers": 2}')
+    status = [*path.stat()]
+    status[stat.ST_SIZE] = 5
+    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result(status))
+    assert read_json(path) == {"layers": 2}
+    monkeypatch.setattr(strict_json, "MAX_BYTES", 10)
+    with pytest.raises(ResourceLimit, match="grew beyond 10 bytes"):
+        read_json(path)
+
+
 def test_wide_text_counts_by_its_characters(tmp_path: Path) -> None:
     """One character beyond the first 65536 makes Python take four bytes for each."""
     text = "a" * (20 << 20)
@@ -122,8 +151,6 @@ def test_wide_text_counts_by_its_characters(tmp_path: Path) -> None:
 
 
 def test_memory_of_json_is_no_less_than_what_it_takes() -> None:
-    import tracemalloc
-
     for item in ("[]", "{}", "[[[1]]]", '{"a":{"b":1}}', '"ab"', "1.5", "12345", '{"ab":"cd"}'):
         text = "[" + ",".join([item] * 10_000) + "]"
         tracemalloc.start()

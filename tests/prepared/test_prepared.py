@@ -195,6 +195,27 @@ def test_a_sentence_model_is_prepared_with_its_inner_model(tmp_path: Path) -> No
                 use(one)
 
 
+def test_a_model_around_a_prepared_one_is_prepared() -> None:
+    model = SentenceModel(build("bert", head="none"), [Pooling(("mean_tokens",))], ["1_Pooling"])
+    assert not model.is_prepared
+    zoo.prepare(model.model)
+    assert model.is_prepared
+
+
+def test_a_model_whose_preparation_failed_halfway_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: packed.Packer, *parts: Any, **options: Any) -> None:
+        raise MemoryError
+
+    model = build("gpt2")
+    monkeypatch.setattr(packed.Packer, "__call__", fail)
+    with pytest.raises(MemoryError):
+        zoo.prepare(model)
+    with pytest.raises(UsageError, match="prepared"):
+        zoo.save(model, tmp_path / "out")
+
+
 def test_calls_without_effect_are_allowed() -> None:
     model = zoo.prepare(build("gpt2"))
     assert model.eval().float().to("cpu").requires_grad_(False) is model

@@ -1,4 +1,4 @@
-"""An adapter in a checkpoint's directory: what it is of, and which options decide about it."""
+"""An adapter in a checkpoint's directory: its base model, and the options that apply it or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from zoo.checkpoints.layout import ADAPTER
+from zoo.checkpoints.file_names import ADAPTER
 from zoo.errors import NotACheckpoint, ZooError, option
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from converters.memory import enough
 from converters.plan import Native, target_names
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.components.model import Model
 from zoo.errors import ResourceLimit, UsageError, did_you_mean
 
@@ -88,7 +88,7 @@ def build_random(
 
 
 class _FloatDtype(TorchFunctionMode):
-    """Floats that this thread makes are of one dtype; torch's own default is the process's."""
+    """Create floats in one dtype, in this thread only: torch's default dtype is the process's."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zoo.checkpoints.layout import CONFIG
+from zoo.checkpoints.file_names import CONFIG
 from zoo.registry import Architecture, architecture_for
 
 

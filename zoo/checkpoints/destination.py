@@ -1,4 +1,4 @@
-"""What a new checkpoint replaces at its destination: the checkpoint that is there, no more."""
+"""Which files a new checkpoint replaces at its destination: those of a checkpoint, no others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from converters.paths import is_plain
 from converters.staging.destination import files_below
 from converters.strict_json import read_json
 from converters.weight_files import MANIFEST
-from zoo.checkpoints.layout import (
+from zoo.checkpoints.file_names import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     COMPANIONS,
@@ -71,7 +71,7 @@ class Replacing:
         return frozenset(below & replaced)
 
     def without_kept(self, place: Path) -> Output:
-        """Return the output less the copied files that somebody has put there, or changed since."""
+        """Return the output without copies whose place holds a file of others, or a changed one."""
         if self.force or place.is_symlink() or not place.is_dir():
             return self.output
         listed = _listed(place)
@@ -100,7 +100,7 @@ class Replacing:
             )
 
     def _check_kind(self, place: Path, below: set[str]) -> None:
-        """An adapter and a model's weights do not replace each other, nor lie in one directory."""
+        """Refuse to write an adapter into a model's directory, or a model into an adapter's."""
         if any(name in ADAPTER_WEIGHTS for name in self._made):
             what, other = "a model", {name for name in below if _WEIGHTS.fullmatch(name)}
             other |= below & {NATIVE_FILE}
@@ -127,7 +127,7 @@ class Replacing:
             )
 
     def _own(self, place: Path, below: set[str]) -> set[str]:
-        """Of an earlier output of the same writer, all that nobody changed since."""
+        """The unchanged files of this writer's earlier output; refuse changed weights."""
         summary, listed = self.output.notes, _listed(place)
         written = manifest.read(place) if listed else {}
         if "writer" not in summary or any(
@@ -146,7 +146,7 @@ class Replacing:
         return {MANIFEST, *listed} - changed
 
     def _forced(self, place: Path, below: set[str]) -> set[str]:
-        """What is a checkpoint's; in a directory that is none's, not even config.json is."""
+        """The files of a checkpoint; where there is none, not even config.json counts."""
         listed = _listed(place)
         kinds = [re.sub(r"\d+", r"\\d+", re.escape(s.name)) for s in self.output.shards]
         loaded = any(_WEIGHTS.fullmatch(shard.name) for shard in self.output.shards)
@@ -155,7 +155,7 @@ class Replacing:
         named = {name for name in below if any(re.fullmatch(kind, name) for kind in kinds)}
         weights = {name for name in named if name in listed or _is_of_weights(place / name)}
         usual = weights | (self._made - named) | _USUAL | _of_modules(place)
-        if CONFIG not in listed and not _is_config(place, CONFIG):  # of something else
+        if CONFIG not in listed and not _is_config(place, CONFIG):  # another program's
             usual -= {CONFIG}
         usual |= {name for name in below if re.fullmatch(rf"{MORE_TEMPLATES}/[^/]+\.jinja", name)}
         replaced = {MANIFEST, *weights, *_indexed(place)}
@@ -164,7 +164,9 @@ class Replacing:
             for name in listed
             if name in usual or "tensors" in listed[name] or _is_intact(place, name, listed)
         }
-        if listed:  # what was put beside its files stays, unless it would be loaded with new ones
+        if (
+            listed
+        ):  # files put beside the listed ones stay, unless a load would read them with the new ones
             return replaced | (usual & self._names) | (usual & {*_CONFIGS} if loaded else set())
         is_one = bool(weights) or any(_is_config(place, name) for name in _CONFIGS)
         return replaced | usual if is_one else replaced
@@ -183,7 +185,7 @@ class Replacing:
 def is_checkpoint_file(path: Path) -> bool:
     """Whether a single file is weights in a format that is read here, whole by its headers."""
     with suppress(ZooError, OSError):
-        if (kind := kind_of(path)) not in (None, "llama2c"):  # that one has no magic
+        if (kind := kind_of(path)) not in (None, "llama2c"):  # llama2.c has no magic bytes
             form = FORMATS[kind]
             return bool(form.open(import_module(f"converters.formats.{form.module}"), path, None))
         return bool(SafetensorsReader(path).tensors)
@@ -191,7 +193,7 @@ def is_checkpoint_file(path: Path) -> bool:
 
 
 def _listed(place: Path) -> dict[str, dict[str, Any]]:
-    """The files that the manifest in a directory names; none without a whole one."""
+    """The files that the manifest in a directory names; empty without a valid manifest."""
     with suppress(ZooError):
         files: dict[str, dict[str, Any]] = manifest.read(place)["files"]
         if all(map(is_plain, files)):
@@ -213,7 +215,7 @@ def _has_bytes(place: Path, name: str, record: str, seen: Identity) -> bool:
 
 
 def _indexed(place: Path) -> set[str]:
-    """Files of weights that an index names."""
+    """The files of weights that an index in a directory names."""
     names = set[str]()
     for index in _INDEXES:
         with suppress(ZooError):
@@ -240,7 +242,7 @@ def _is_config(place: Path, name: str) -> bool:
 
 
 def _of_modules(place: Path) -> set[str]:
-    """Of a sentence model's further layers."""
+    """The files of a sentence model's other modules."""
     with suppress(ZooError):
         folders = [folder for _, folder in module_folders(place)]
         return {f"{f}/{name}" for f in folders if f for name in (CONFIG, *MODULE_WEIGHTS)}

@@ -49,7 +49,7 @@ class RemoteFile(NamedTuple):
 
 
 def ask(repo: str, name: str, revision: str, folder: Path, token: str | bool | None) -> RemoteFile:
-    """Ask the hub for a file's commit and digest. Nothing is written to disk on its word alone."""
+    """Ask the hub for a file's commit and digest."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(repo, name, revision=revision)
@@ -208,7 +208,7 @@ def _link(entry: RemoteFile) -> None:
 
 
 def _note_commit(folder: Path, revision: str, commit: str) -> None:
-    """Record what commit a branch stands for; a cache that cannot be written keeps what it has."""
+    """Record the commit that a branch stands for, if the cache can be written."""
     ref = folder / "refs" / revision
     if revision == commit or (ref.is_file() and ref.read_text() == commit):
         return
@@ -234,7 +234,7 @@ def _note_absent(folder: Path, name: str, revision: str, commit: str) -> None:
 
 @contextmanager
 def naming_damaged_blobs(directory: Path) -> Iterator[None]:
-    """Say of a corrupt checkpoint which files of the hub's cache are not what their names say."""
+    """Add to an error of a corrupt checkpoint which cached files do not match their digest."""
     try:
         yield
     except CorruptCheckpoint as error:

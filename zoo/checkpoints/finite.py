@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed in a model's outputs, and traced to the tensor they come from."""
+"""Detect NaN and infinity in a model's outputs, and trace them to the tensor they come from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from zoo.checkpoints.locate import locate
 from zoo.components.model import Model
 from zoo.errors import NonFinite, ZooError, listing
 
-Bad = Callable[[Tensor], Tensor]  # a mask of the values that are looked for
-_BLOCK = 1 << 20  # values looked at together
+Bad = Callable[[Tensor], Tensor]  # gives a mask of the values to search for
+_BLOCK = 1 << 20  # values checked at once
 _UNOPENED = "The files that the model was loaded from could not be opened again"
 _AGAIN = "The file is damaged, or was saved by a training run that diverged: take another one"
 
@@ -74,8 +74,8 @@ def check_finite(
 ) -> None:
     """Raise NonFinite, naming the cause, where a model gave values that are not finite.
 
-    `row` is the number that a row of `values` has for the caller, `again` repeats the computation.
-    Weights are looked through only then: a check that holds costs one pass over `values`.
+    `row` maps a row of `values` to the caller's number for it; `again` repeats the computation.
+    Weights are searched only after a failure: a passing check costs one pass over `values`.
     """
     wide = torch.promote_types(values.dtype, torch.float32)
     # a sum is finite if all of its terms are, but for a few that are too large together
@@ -89,11 +89,11 @@ def check_finite(
 
 @contextmanager
 def watched(model: Model) -> Iterator[None]:
-    """Raise NonFinite where a weight in use is not finite, whatever the model gives.
+    """Raise NonFinite if a weight in use is not finite, even if the outputs are.
 
-    torch's fused attention makes zeros of a row of NaN: with NaN in q or k, logits may be finite
-    and wrong. So what each layer gives is summed, which is little beside computing it. Compiled
-    models are not watched: a hook would have them compiled again.
+    torch's fused attention turns a row of NaN into zeros: with NaN in q or k, logits may be finite
+    and wrong. So the output of each layer is summed, which costs little beside computing it.
+    Compiled models are not watched: hooks would compile them again.
     """
     sums: list[Tensor] = []
 
@@ -130,7 +130,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _fault(model: Model) -> str:
-    """The first weight that is not finite, and where it comes from; empty where all are."""
+    """The first weight that is not finite, and its source; empty if all are finite."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and (index := first_where(tensor)) is not None:
             try:
@@ -182,7 +182,7 @@ def _traced(model: Model, name: str, tensor: Tensor, index: list[int]) -> str:
 def _opened(model: Model) -> tuple[Plan, Checkpoint] | None:
     """The plan that a model was loaded by, and its files, opened again as they were then.
 
-    None for a model of no files; an error where they are gone, or changed.
+    None for a model without files; an error if they are gone or changed.
     """
     if (provenance := model.provenance) is None:
         return None
@@ -191,13 +191,13 @@ def _opened(model: Model) -> tuple[Plan, Checkpoint] | None:
         provenance.file or provenance.directory,
         head=model.config.head,
         ignore_config=provenance.ignore_config,
-        adapter=False,  # its factors are in memory, and are looked at there
+        adapter=False,  # its factors are checked in memory
     )
     return provenance.plan, located.checkpoint()
 
 
 def _first_module(model: Model, again: Callable[[], Any]) -> str:
-    """The first whose output is not finite, as they end: inner ones before those around them."""
+    """The first module whose output is not finite; inner modules end before outer ones."""
     names: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:

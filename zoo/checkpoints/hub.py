@@ -15,8 +15,7 @@ from converters.weight_files import Group, groups
 from zoo.checkpoints.adapters import base_of
 from zoo.checkpoints.config_file import ConfigFile, read_config
 from zoo.checkpoints.downloads import COMMIT, ask, damage, damaged_blob, fetch
-from zoo.checkpoints.hub_errors import explain, is_absent, offline
-from zoo.checkpoints.layout import (
+from zoo.checkpoints.file_names import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     COMPANIONS,
@@ -28,6 +27,7 @@ from zoo.checkpoints.layout import (
     WEIGHTS,
     module_folders,
 )
+from zoo.checkpoints.hub_errors import explain, is_absent, offline
 from zoo.errors import (
     AmbiguousCheckpoint,
     BadIndex,
@@ -57,7 +57,9 @@ def is_cached(repo: str) -> bool:
     """Whether the hub's cache has a folder for the repository, whatever lies in it."""
     try:
         return repo_folder(repo).is_dir()
-    except ValueError:  # of the environment, which check_client names where the client is needed
+    except (
+        ValueError
+    ):  # a bad environment variable: check_client names it where the client is needed
         return False
 
 
@@ -69,7 +71,7 @@ def repo_folder(repo: str, cache: Path | None = None) -> Path:
 
 
 def check_client() -> None:
-    """The hub's client reads the environment when it is imported, and trips over bad values."""
+    """Import the hub's client; name the environment variables whose values it refuses."""
     try:
         from huggingface_hub import constants, file_download  # noqa: F401
     except ValueError as error:
@@ -106,7 +108,7 @@ def parse_hub(ref: str, revision: str | None) -> tuple[str, str | None, str | No
 
 @dataclass
 class Hub:
-    """One revision of one repository, as far as a checkpoint needs it."""
+    """One revision of a repository: chooses and downloads the files of a checkpoint."""
 
     repo: str
     revision: str
@@ -115,19 +117,19 @@ class Hub:
     local_files_only: bool
     progress: bool
     adapter: bool = False
-    # asked for by its branch, which records in the cache what commit that stands for
+    # requested first and by the branch's name: the answer tells the branch's commit
     first: str = CONFIG
-    config: ConfigFile | None = None  # once it is there
+    config: ConfigFile | None = None  # once it is downloaded
 
     _stopped: Event = field(default_factory=Event, repr=False)
 
     def fetch_checkpoint(self, weights: bool, file: str | None) -> tuple[Path, Path | None]:
-        """Its directory in the cache, and a file in it that says itself what it is.
+        """Download a checkpoint; return its directory, and its file if that is self-describing.
 
-        Config first, so that an unknown model costs no download.
+        The config comes first, so that an unknown model costs no download.
         """
         if file and PUBLISHED.fullmatch(file):
-            file = None  # its config says the same
+            file = None  # the config beside it describes it
         config = None if file else self._config()
         if config is None:
             if file is None and (adapter := self._fetch(ADAPTER)) is not None:
@@ -151,11 +153,11 @@ class Hub:
             self._weights()
         return directory, None
 
-    # --- files that no config.json is of ---
+    # --- checkpoints without config.json, whose files are self-describing ---
 
     @cached_property
     def _names(self) -> list[str]:
-        """Of all files; none where nobody can say."""
+        """The names of all files; empty if the server does not list them."""
         import huggingface_hub as hf
 
         from converters.paths import is_plain
@@ -169,7 +171,7 @@ class Hub:
             except Exception as error:
                 if not is_absent(error):
                     raise explain(error, self) from None
-                names = []  # a server of files, and no hub
+                names = []  # a plain file server, not a hub
         return [n for n in names if isinstance(n, str) and len(n) <= _LONGEST and is_plain(n)]
 
     def _cached_names(self) -> list[str]:
@@ -179,7 +181,7 @@ class Hub:
         return [str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file()]
 
     def _group(self, file: str | None) -> Group:
-        """The one checkpoint that its names tell, or that `file` is of."""
+        """The files of the checkpoint that `file` is part of, or of the only one there is."""
         candidates = groups(self._names)
         if file is not None:
             return next((g for g in candidates if file in g.files), Group((file,)))
@@ -197,15 +199,15 @@ class Hub:
         raise self._miss(NotACheckpoint(nothing), missing)
 
     def _fetch_group(self, group: Group, weights: bool) -> tuple[Path, Path | None]:
-        """All of it, and what lies beside it that says its config or its vocabulary."""
+        """Download a checkpoint's files, and the config and vocabulary beside them."""
         from converters.dialects import every_dialect
 
         self.first = group.name
         before = f"{group.folder}/" if group.folder else ""
         if not weights and self._cached(group.name) is None:
             raise NotACheckpoint(
-                f"hf:{self.repo}: {group.name} says itself what it is, and is not here. "
-                "zoo.load fetches it; or download it, and give its path"
+                f"hf:{self.repo}: {group.name} is not in the cache, and there is no config.json. "
+                "zoo.load downloads it; or download it yourself, and pass its path"
             )
         path = self._fetch(group.name)
         if path is None:
@@ -229,7 +231,7 @@ class Hub:
     def _has_weights(self) -> bool:
         return any(self._has(name) for pair in WEIGHTS for name in pair)
 
-    # --- files that are ---
+    # --- checkpoints with config.json ---
 
     def _modules(self, directory: Path) -> None:
         for name in SENTENCE_FILES:
@@ -247,14 +249,14 @@ class Hub:
         return COMMIT.fullmatch(self.revision) is not None
 
     def _miss(self, error: ZooError, missing: str) -> ZooError:
-        """Why something is not there: nobody could be asked, or the repository lacks it."""
+        """The error for a missing file: the hub is unreachable, or else `error`."""
         if self.unreachable is None:
             return error
         return type(self.unreachable)(f"{self.unreachable}. Missing: {missing}")
 
     @cached_property
     def unreachable(self) -> ZooError | None:
-        """Why only the cache can answer, if so: asked once, and without the client's retries."""
+        """Why only the cache can be used, if so; the hub is asked once, without retries."""
         import huggingface_hub as hf
 
         if self.local_files_only:
@@ -327,14 +329,14 @@ class Hub:
 
     @property
     def _folder(self) -> Path:
-        """Of the repository, in the cache."""
+        """The repository's folder in the cache."""
         return repo_folder(self.repo, self.cache_dir)
 
     def _cached(self, name: str) -> Path | None:
         return self._look_up(name) or None
 
     def _look_up(self, name: str) -> Path | Literal[False] | None:
-        """In the cache; False if the repository is known to lack it, None if nothing is known."""
+        """The cached file; False if the repository is known to lack it, None if unknown."""
         import huggingface_hub as hf
 
         try:

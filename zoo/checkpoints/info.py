@@ -1,4 +1,4 @@
-"""`zoo.list` and `zoo.info`: what is known of a checkpoint without loading it."""
+"""`zoo.list` and `zoo.info`: describe checkpoints without loading them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from zoo import registry
 from zoo.checkpoints import sources
 from zoo.checkpoints.adapters import adapter_beside
-from zoo.checkpoints.hub import is_cached
-from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
+from zoo.checkpoints.file_names import CONFIG, NATIVE_FILE
+from zoo.checkpoints.former_fields import current_fields
 from zoo.errors import (
     ConfigError,
     NotACheckpoint,
@@ -31,7 +31,7 @@ def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry
     """List every checkpoint that has a name.
 
     Args:
-        verified: only those whose own published weights were compared with the reference.
+        verified: list only those whose published weights were compared with the reference.
 
     Returns:
         The registry's entries: name, architecture, repository, license, number of parameters …
@@ -44,7 +44,7 @@ def list_checkpoints(*, verified: bool = False) -> list[registry.CheckpointEntry
     entries = list(registry.checkpoints().values())
     if not verified:
         return entries
-    from zoo import evidence  # it reads code, which takes longer than the list
+    from zoo import evidence  # slow: it reads source files
 
     names = evidence.verified_checkpoints()
     return [entry for entry in entries if entry.name in names]
@@ -55,16 +55,16 @@ class Stored:
     """What the headers of a checkpoint's files say."""
 
     format: str
-    about: str  # what kind of file that is
+    about: str  # a description of the format
     files: tuple[str, ...]
     size: int  # of the files
     tensors: int
     dtypes: Mapping[str, int]  # dtype -> number of values
-    dtype_bytes: Mapping[str, int]  # and what they take
+    dtype_bytes: Mapping[str, int]  # dtype -> bytes
 
     @property
     def bytes(self) -> int:
-        """What all tensors take."""
+        """Bytes of all tensors."""
         return sum(self.dtype_bytes.values())
 
 
@@ -78,24 +78,24 @@ class Info:
     head: str | None  # None where the config names no class
     heads: tuple[str, ...]
     config: Mapping[str, Any]  # as the checkpoint has it
-    parameters: int | None = None  # None where nobody has counted
+    parameters: int | None = None  # None: not counted
     license: str | None = None
     repo: str | None = None
     revision: str | None = None
     pinned: bool | None = None
     directory: str | None = None
     stored: Stored | None = None
-    dialect: str | None = None  # of files; None where none were looked at
-    about: str = ""  # what such files are
-    quantized: str = ""  # how matrices are held; they are read as what these stand for
+    dialect: str | None = None  # of the files; None for a registry entry
+    about: str = ""  # a description of such files
+    quantized: str = ""  # the quantization of the matrices, which are dequantized when read
     inferred: Mapping[str, Any] = field(
         default_factory=dict
     )  # native fields, from shapes and names
-    adapter: str = ""  # what lies beside the weights
-    mismatch: tuple[str, ...] = ()  # how files under a registry name differ from what it stands for
+    adapter: str = ""  # the adapter beside the weights
+    mismatch: tuple[str, ...] = ()  # how the files differ from the registry entry
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it in plain types."""
+        """Return the description as plain JSON types."""
         return asdict(self)
 
 
@@ -146,7 +146,7 @@ def info(
         return description
     from zoo.checkpoints.locate import skeleton
 
-    # fields that the model has not are refused, and the others may change how large it is
+    # unknown fields are refused here, and the others may change the number of parameters
     model = skeleton(ref, head=head, config=config, ignore_config=ignore_config, **where)
     count = sum(parameter.numel() for parameter in model.parameters())
     return replace(description, config={**description.config, **config}, parameters=count)
@@ -172,8 +172,10 @@ def _of_entry(entry: registry.CheckpointEntry) -> Info:
 
 def _cached_mismatch(entry: registry.CheckpointEntry) -> tuple[str, ...]:
     """How the files in the hub's cache differ from the entry; empty where there are none."""
+    from zoo.checkpoints.hub import is_cached
+
     try:
-        if not is_cached(entry.repo):  # known before all of the hub's client is imported
+        if not is_cached(entry.repo):  # cheap: imports only a part of the hub's client
             return ()
         source = sources.resolve(entry.name, weights=False, local_files_only=True)
     except ZooError:
@@ -185,7 +187,7 @@ def _mismatch(source: sources.Source) -> tuple[str, ...]:
     if source.checkpoint is None:
         return ()
     from zoo.checkpoints.locate import read  # torch comes with it
-    from zoo.checkpoints.named import name_problems
+    from zoo.checkpoints.registry_name import name_problems
 
     try:
         return tuple(name_problems(read(source), source.checkpoint))
@@ -208,10 +210,10 @@ def _of_directory(source: sources.Source, ignore: Sequence[str] = ()) -> Info:
         data = read_json(native)
         try:
             architecture = registry.architectures()[data["architecture"]]
-            config, named = dict(data["config"]), data["origin"]["class"]
+            config, named = current_fields(data["config"]), data["origin"]["class"]
             head = config.pop("head")
             quantized = _decoded(data.get("quantised") or {})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{native}: not what zoo writes: {error!r}") from None
     else:
         file = source.config or read_config(source.directory)
@@ -250,7 +252,7 @@ def _decoded(quantized: Mapping[str, str]) -> str:
 
 
 def _quantized(config: Mapping[str, Any], directory: Path) -> str:
-    """How a config says that matrices are held, or a file beside it."""
+    """The quantization that a config, or a file beside it, declares."""
     from converters.quantized.settings import FIELD, beside, read_config
 
     settings = config.get(FIELD)
@@ -263,14 +265,14 @@ def _quantized(config: Mapping[str, Any], directory: Path) -> str:
 
 
 def _of_files(source: sources.Source, ignore: Sequence[str]) -> Info:
-    """Of files without a config.json, whose content says what they are."""
+    """Describe self-describing files, which have no config.json."""
     from converters import manifest
     from converters.dialects import find
 
     place = source.file or source.directory
     foreign = find(place)
     if foreign is None:
-        raise NotACheckpoint(f"{place}: no file in it says what it is")
+        raise NotACheckpoint(f"{place}: no file of a known format in it")
     fields, problems = foreign.fields(ignore)
     if problems:
         raise ConfigError("\n  ".join([f"{foreign.config_from}:", *problems]))

@@ -1,4 +1,4 @@
-"""A reference becomes a `Located`: its directory, its architecture, its config in native fields."""
+"""Turn a reference into a `Located`: directory, architecture, config in native fields."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.containers import alike
-from converters.dialects import find
 from converters.paths import confined
 from converters.quantized import settings
 from converters.quantized.settings import FIELD as QUANTIZED
@@ -21,11 +19,11 @@ from zoo import registry
 from zoo.checkpoints.build import names_on_disk, native_of, on_meta, skeleton_of
 from zoo.checkpoints.config_file import read_config
 from zoo.checkpoints.downloads import naming_damaged_blobs
-from zoo.checkpoints.layout import CONFIG, NATIVE_FILE
-from zoo.checkpoints.located import Located, as_published
-from zoo.checkpoints.named import check_name
-from zoo.checkpoints.native import read_native
+from zoo.checkpoints.file_names import CONFIG, NATIVE_FILE
+from zoo.checkpoints.handle import Located, as_published
+from zoo.checkpoints.registry_name import check_name
 from zoo.checkpoints.sources import Ref, Source, check_no_adapter, resolve
+from zoo.checkpoints.zoo_json import read_native
 from zoo.components.model import Model
 from zoo.components.rotary import Llama3
 from zoo.errors import (
@@ -92,7 +90,7 @@ def read(
     ignore: Sequence[str] = (),
     mmap: bool | None = None,
 ) -> Located:
-    """Understand the config of a local checkpoint: native, with a config.json, or a file alone."""
+    """Read the config of a local checkpoint: zoo.json, config.json, or a self-describing file."""
     directory = source.directory
     if source.file is not None:
         located = _read_foreign(source, source.file, head, ignore, mmap)
@@ -113,7 +111,7 @@ def _heads(entry: Architecture, named: str | None, asked: str | None) -> tuple[s
             near = did_you_mean(asked, heads)
             raise UsageError(f"head={asked!r}: {entry.name} has {', '.join(heads)}.{near}")
         return (asked,)
-    if named is None:  # the tensors tell
+    if named is None:  # the tensors decide
         return tuple(dict.fromkeys(head for heads in entry.heads.values() for head in heads))
     return entry.heads[named]
 
@@ -122,11 +120,11 @@ def _heads(entry: Architecture, named: str | None, asked: str | None) -> tuple[s
 
 
 def _from_registry(named: registry.CheckpointEntry, head: str | None) -> Located:
-    """Named checkpoints carry their published config, so that their shape is known offline."""
+    """Take the config from the registry, so that names and shapes are known offline."""
     entry = registry.architectures()[named.architecture]
     source = Source(directory=Path(), ref=named.name, checkpoint=named)
-    reference = {"architectures": [named.reference_class], **named.config}
-    text = json.dumps({"model_type": entry.model_type, **reference}, indent=2)
+    reference = named.reference_config
+    text = json.dumps(reference, indent=2)
     located = Located(source, entry, load_spec(entry.spec), (), {}, named.reference_class, text)
     return _understand(located, reference, head, (), "registry.yaml")
 
@@ -152,10 +150,10 @@ def _understand(
     ignore: Sequence[str],
     where: str,
 ) -> Located:
-    """Add heads, native fields and their Configs, or say everything that is wrong at once."""
+    """Add heads, native fields and their Configs; an error lists every problem at once."""
     dialect, problems = located.spec.dialect("hf"), list[str]()
     heads = _heads(located.entry, located.reference_class, head)
-    if reference.get(QUANTIZED) is not None:  # what is read from now on, and written, are weights
+    if reference.get(QUANTIZED) is not None:  # weights are dequantized when they are read
         quantized, problems = settings.read_config(reference[QUANTIZED], ignore)
         reference = {name: value for name, value in reference.items() if name != QUANTIZED}
         text = json.dumps(reference, indent=2) + "\n"
@@ -193,7 +191,7 @@ def _warn_of_unused(
 
 
 def _classed_by_tensors(located: Located, where: str) -> Located:
-    """Add the reference class that most of the tensors are of, where a config names none."""
+    """Choose the reference class by the tensors, for a config that names none."""
     unnamed = f"{where}: 'architectures' names no class"
     way_out = f"{option('head', ...)} with one of {listing(located.heads)}"
     try:
@@ -222,7 +220,7 @@ def _classed_by_tensors(located: Located, where: str) -> Located:
     return located._replace(heads=heads, reference_class=best[0], opened=checkpoint)
 
 
-# --- files that say themselves what they are -----------------------------------------------------
+# --- self-describing files -----------------------------------------------------------------------
 
 
 def _read_foreign(
@@ -232,12 +230,15 @@ def _read_foreign(
     ignore: Sequence[str],
     mmap: bool | None,
 ) -> Located:
-    """A file, or the one checkpoint in a directory, whose dialect shows by its content."""
+    """Read a file, or the only checkpoint in a directory, whose tensor names tell its dialect."""
+    from converters.containers import alike
+    from converters.dialects import find
+
     with naming_damaged_blobs(source.directory):
         foreign = find(place, mmap)
     if foreign is None:
         raise NotACheckpoint(f"{place}: no config.json and no {NATIVE_FILE} in it")
-    if foreign.container.wide:  # by custom; elsewhere what was stored in F32 was meant so
+    if foreign.container.wide:  # vectors are F32 by convention: not a choice of dtype
         widened = alike(foreign.checkpoint, foreign.container.wide)
         foreign = foreign._replace(checkpoint=widened)
     entry = next(e for e in registry.architectures().values() if e.spec == foreign.spec.name)
@@ -266,7 +267,7 @@ def fields_by_tables(
     tensor: Callable[[str], Tensor],
     there: Collection[str],
 ) -> dict[str, Any]:
-    """Return native fields that small arrays tell: how rotary frequencies are scaled."""
+    """Return native fields that small tensors hold: the scaling of rotary frequencies."""
     by_tables: dict[str, Any] = {}
     for name, field in dialect.field_tensors.items():
         if name not in there:

@@ -47,7 +47,7 @@ def transformers() -> ModuleType:
 
 
 class Oracle:
-    """For one reference class. Where the library has that class, nothing is translated."""
+    """Translate between a reference class and the library's; the same where it has it."""
 
     def __init__(self, reference_class: str) -> None:
         entries = registry.architectures().values()

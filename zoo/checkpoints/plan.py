@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.checkpoint import Checkpoint
-from converters.dialects import DialectMatch
 from converters.plan import Native, Plan, identity_plan, make_plan
 from zoo.checkpoints.build import names_on_disk, native_of, on_meta
-from zoo.checkpoints.located import Located
-from zoo.checkpoints.named import check_count
+from zoo.checkpoints.handle import Located
+from zoo.checkpoints.registry_name import check_count
 from zoo.components.model import Model
 from zoo.errors import (
     MissingShard,
@@ -23,13 +22,16 @@ from zoo.errors import (
     listing,
 )
 
+if TYPE_CHECKING:
+    from converters.dialects import DialectMatch
+
 
 def prove(
     located: Located, checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None
 ) -> tuple[Model, Plan]:
     """Return a model on the meta device and the plan that fills all of it.
 
-    Of several heads the first one that the weights fill wins.
+    Of several heads, the first that the weights fill is built.
 
     Raises:
         PlanError: no head is filled; everything that does not fit is in the message.
@@ -41,7 +43,7 @@ def prove(
         check_count(located, model, changes or {})
         native = native_of(model)
         if incomplete and (wanted - names_on_disk(located, model, native)) & {*checkpoint.tensors}:
-            continue  # of an earlier head that is there in part: it is damaged, not another
+            continue  # an earlier head is there in part: the file is damaged, not of this head
         try:
             return model, _plan(located, checkpoint, model, native)
         except MissingTensors as error:
@@ -87,9 +89,9 @@ def _foreign_plan(
 
 
 def _times_too_small(foreign: DialectMatch, native: Native) -> int:
-    """How many times the files there are would make a whole model; 1 where none would.
+    """How many times as many files a whole model has, where shards are missing; else 1.
 
-    What only shapes tell is taken from too few files, and fits them.
+    Fields inferred from shapes alone fit the files that are there, so they show nothing.
     """
     times = {1}
     for rule in foreign.dialect.weights:
@@ -100,7 +102,7 @@ def _times_too_small(foreign: DialectMatch, native: Native) -> int:
             if (binding := rule.source.name.match(name)) is not None and info.numel:
                 whole = prod(native.shapes.get(rule.targets[0].name.format(binding), ()))
                 here.add(whole // (info.numel * foreign.shards))
-        if len(here) > 1:  # one layer's alone is too small, which no missing file makes it
+        if len(here) > 1:  # only some layers are too small, which missing shards do not cause
             return 1
         times |= here
     return max(times) if len(times) == 2 and 0 not in times else 1

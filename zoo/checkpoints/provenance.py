@@ -20,13 +20,13 @@ from converters.formats.source import Stamp, stamp
 from converters.paths import is_plain
 from converters.plan import Plan
 from converters.weight_files import MANIFEST
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.components.model import Model
 from zoo.errors import SourceChanged, listing, option
 
 
 class Origin(NamedTuple):
-    """What a checkpoint was before it was converted: enough to give it back byte for byte."""
+    """A checkpoint before its conversion: enough to restore it byte for byte."""
 
     dialect: str
     reference_class: str | None
@@ -51,7 +51,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Origin:
-        """Read what `to_json` wrote; a file's name that is no plain name is a ValueError."""
+        """Read what `to_json` wrote; a ValueError refuses file names that are not plain."""
         tensors = data["tensors"]
         return cls(
             dialect=data["dialect"],
@@ -71,7 +71,7 @@ def _plain(file: str) -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model's weights come from, and by which rule each of them came."""
+    """The files and the plan that a model's weights were loaded by."""
 
     ref: str
     directory: Path
@@ -83,23 +83,25 @@ class Provenance:
     dtype: torch.dtype | None = None  # a cast asked for at loading
     repo: str | None = None
     revision: str | None = None
-    file: Path | None = None  # the file of weights, where not their directory was asked for
+    file: Path | None = None  # the file of weights, if the reference was a file
     ignore_config: tuple[str, ...] = ()  # as it was loaded with
-    # native name -> what its numbers stood in before they were decoded, here or in an earlier round
+    # native name -> the quantization it was decoded from, now or in an earlier conversion
     quantized: Mapping[str, str] = field(default_factory=dict)
-    stamps: dict[Path, Stamp] = field(default_factory=dict, repr=False)  # of files, as they were
+    stamps: dict[Path, Stamp] = field(
+        default_factory=dict, repr=False
+    )  # of the files when they were loaded
 
     @property
     def lossy(self) -> str:
-        """The quantizations that weights were decoded from; empty where all are as published.
+        """The quantizations that weights were decoded from; empty if none.
 
-        Their bytes cannot be given back.
+        The original bytes cannot be restored then.
         """
         return listing(sorted(set(self.quantized.values())))
 
     @property
     def rules(self) -> dict[str, str]:
-        """Native name -> the rule it came by."""
+        """Native name -> the rule that it was loaded by."""
         return self.plan.rule_of()
 
     @property
@@ -109,7 +111,7 @@ class Provenance:
 
     @property
     def dropped(self) -> Mapping[str, str]:
-        """Name on disk -> why it was not wanted."""
+        """Name on disk -> why it was dropped."""
         return self.plan.dropped
 
     @cached_property
@@ -124,7 +126,7 @@ class Provenance:
         return digests
 
     def changes(self) -> list[str]:
-        """List the files that changed since they were loaded; one that is gone is no change."""
+        """List the files that changed since they were loaded; deleted files do not count."""
         changes = list[str]()
         for path, before in self.stamps.items():
             try:
@@ -137,14 +139,14 @@ class Provenance:
         return changes
 
     def check(self) -> None:
-        """Refuse to go on where a file is another than the one that was loaded."""
+        """Raise SourceChanged if a file changed since it was loaded."""
         if changes := self.changes():
             raise SourceChanged(
                 f"{listing(changes)}. The model was loaded from it as it was before: load it again"
             )
 
     def renew(self, directory: Path) -> None:
-        """Take the files in a directory for those that the model is of: it was saved there."""
+        """Take a new stamp of files in a directory, after the model was saved there."""
         real = Path(os.path.realpath(directory))
         for path in list(self.stamps):
             if Path(os.path.realpath(path.parent)).is_relative_to(real):
@@ -179,11 +181,11 @@ def check_sources(model: Model) -> None:
 
 
 def _is_mapped(tensor: Tensor) -> bool:
-    """Whether its memory is no allocator's, as that of a mapped file."""
+    """Whether a tensor is a view of a mapped file, whose memory is not an allocator's."""
     return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
-# --- of a checkpoint and its plan ----------------------------------------------------------------
+# --- made from a checkpoint and its plan ---------------------------------------------------------
 
 
 def provenance_of(
@@ -193,7 +195,7 @@ def provenance_of(
     plan: Plan,
     dtype: torch.dtype | None = None,
 ) -> Provenance:
-    """Record where the weights come from that a plan brings into a model."""
+    """Record the files and the plan of a model's weights."""
     return Provenance(
         ref=str(located.source.ref),
         directory=located.source.directory,
@@ -201,7 +203,7 @@ def provenance_of(
         files=checkpoint.files,
         plan=plan,
         origin=_origin(located, checkpoint, plan),
-        # a foreign file may not say all of it; what it says is read again when it is written
+        # a self-describing file may leave fields open; the file is read again for writing
         config=model.config if located.foreign else located.config(model.config.head),
         dtype=dtype,
         repo=located.source.repo,
@@ -214,7 +216,7 @@ def provenance_of(
 
 
 def _quantized(located: Located, checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
-    """What each native array's numbers stood in, by its files or a manifest beside them."""
+    """Native name -> the quantization it was decoded from, by its files or their manifest."""
     if located.native is not None:
         return dict(located.native.get("quantised") or {})
     kinds_of = dict[str, str]()
@@ -237,7 +239,7 @@ def _origin(located: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
     left_out = checkpoint.biases & plan.dropped.keys()
     tensors = {n: info for n, info in checkpoint.tensors.items() if n not in left_out}
     modern = {name: plan.modern.get(name, name) for name in tensors}
-    # decoded, a file may be several times as large
+    # a file may be several times as large when dequantized
     files = checkpoint.where if checkpoint.split is None else checkpoint.split
     return Origin(
         dialect=located.dialect,
@@ -245,6 +247,6 @@ def _origin(located: Located, checkpoint: Checkpoint, plan: Plan) -> Origin:
         config=located.config_text,
         header={modern[name]: info for name, info in tensors.items()},
         where={modern[name]: files[name] for name in tensors},
-        # what is not safetensors comes back as safetensors, labelled as the reference expects
+        # other formats are written as safetensors, with the metadata that the reference expects
         metadata=checkpoint.metadata if checkpoint.format == "safetensors" else {"format": "pt"},
     )

@@ -1,4 +1,4 @@
-"""Write what a model in memory holds to its destination."""
+"""Write a model in memory to its destination."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from converters.staging.stage import Stage, staged
 from converters.weight_files import MANIFEST
 from converters.writer import WriteOptions, WriteReport, run
 from zoo.checkpoints.destination import Replacing
-from zoo.checkpoints.local import expanded, is_path
+from zoo.checkpoints.path_reference import expanded, is_path
 from zoo.errors import (
     OutputExists,
     UsageError,
@@ -46,7 +46,7 @@ def checked_destination(dst: str | PathLike[str], source: Path | None, force: bo
 
 
 def write(output: Output, place: Path, force: bool, allow_nonfinite: bool = False) -> Path:
-    """Write what was made from a model in memory; keep files that other programs put there."""
+    """Write an output; keep files that other programs put into the directory."""
     output = Replacing(output, force).without_kept(place)
     with staged(place, Replacing(output, force), restart=force, size=output.size) as stage:
         options = WriteOptions(sha256=False, allow_nonfinite=allow_nonfinite)

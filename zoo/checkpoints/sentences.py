@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from converters.opening import open_checkpoint
 from converters.paths import confined
 from converters.strict_json import read_json
+from zoo.checkpoints.file_names import CONFIG, MODULES, SENTENCE_FILES, module_folders
 from zoo.checkpoints.finite import at, first_where
-from zoo.checkpoints.layout import CONFIG, MODULES, SENTENCE_FILES, module_folders
 from zoo.components.activations import ACTIVATIONS
 from zoo.components.inputs import check_mask
 from zoo.components.masks import positions_of
@@ -40,10 +40,15 @@ class SentenceModel(Model):
         self.model, self.steps = model, nn.ModuleList(steps)
         self.folders = folders  # where each step's files lie
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the model inside is prepared."""
+        return bool(self.model.is_prepared)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor
     ) -> Tensor:
-        """(b, d). Padding counts for nothing, on whichever side it stands."""
+        """(b, d). Padding is ignored, on either side."""
         x = self.model(input_ids, attention_mask, **inputs)
         x = x[0] if isinstance(x, tuple) else x
         real = check_mask(attention_mask, input_ids)
@@ -137,12 +142,12 @@ class Normalize(nn.Module):
 
 
 def headless(heads: tuple[str, ...], kind: type[Model]) -> tuple[str, ...]:
-    """Return those of a class's heads that give hidden states; a head for a task is left away."""
+    """Return those heads of a class that give hidden states, without task heads."""
     return tuple(h for h in heads if h == "pooler" or h in kind.headless) or kind.headless[:1]
 
 
 def with_steps(model: Model, directory: Path, *, finite: bool = False) -> SentenceModel:
-    """Put every step that a directory names behind its model; unknown steps are refused by name.
+    """Append every step that modules.json names to a model; unknown steps are refused.
 
     `finite`: NaN and infinity among their weights are refused too.
     """
@@ -167,14 +172,14 @@ def read_steps(directory: Path, width: int) -> tuple[list[nn.Module], list[str]]
 
 
 class Manner(NamedTuple):
-    """What is done to a text before the model: cut to so many tokens, and put in lower case."""
+    """How a text is prepared: cut to `longest` tokens, put into lower case."""
 
     longest: int | None = None
     lower: bool = False
 
 
 def manner(directory: Path) -> Manner:
-    """Read what is done to a text before the model, from the small files beside modules.json."""
+    """Read how a text is prepared, from the small files beside modules.json."""
     settings: dict[str, Any] = {}
     for name in SENTENCE_FILES:
         if os.path.lexists(directory / name):

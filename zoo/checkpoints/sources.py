@@ -1,4 +1,4 @@
-"""A reference becomes a local directory: a name from the registry, hf:org/repo@rev, or a path."""
+"""Turn a reference (a registry name, hf:org/repo@rev, or a path) into a local directory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from zoo.checkpoints.adapters import base_of
 from zoo.checkpoints.config_file import ConfigFile
-from zoo.checkpoints.hub import Hub, check_client, is_revision, parse_hub
-from zoo.checkpoints.layout import ADAPTER
-from zoo.checkpoints.local import local_path
+from zoo.checkpoints.file_names import ADAPTER
+from zoo.checkpoints.path_reference import local_path
 from zoo.errors import AmbiguousCheckpoint, UsageError, option
 from zoo.registry import CheckpointEntry, named
 
@@ -18,7 +17,7 @@ Ref = str | os.PathLike[str]  # a registry's name, hf:org/repo@revision, or a pa
 
 
 class Source(NamedTuple):
-    """Where the files of a reference are, and where they came from."""
+    """The local files of a reference, and the repository they came from."""
 
     directory: Path
     ref: str
@@ -26,7 +25,7 @@ class Source(NamedTuple):
     repo: str | None = None
     revision: str | None = None  # the commit
     file: Path | None = None  # a file in the directory, where one was asked for
-    config: ConfigFile | None = None  # where it was read already, to know what to download
+    config: ConfigFile | None = None  # if it was read to decide what to download
 
 
 def resolve(
@@ -48,31 +47,43 @@ def resolve(
     are; `config=False` takes a directory that holds no config; `progress` shows only on a terminal.
     `adapter=True` downloads the adapter that a repository of weights holds too.
     """
-    file = None
-    if revision is not None and not is_revision(revision):
-        raise UsageError(f"revision={revision!r}: expected a branch, a tag or a commit")
-    if (entry := named(ref)) is not None:
-        check_client()
+    if revision is not None:
+        _check_revision(revision)
+    entry = named(ref)
+    if entry is None and not (isinstance(ref, str) and ref.startswith("hf:")):
+        return _local(ref, revision, config)
+    from zoo.checkpoints.hub import Hub, check_client, parse_hub
+
+    check_client()
+    if entry is not None:
         repo, file, revision = entry.repo, entry.file or None, revision or entry.revision
-    elif isinstance(ref, str) and ref.startswith("hf:"):
-        check_client()
-        repo, file, revision = parse_hub(ref, revision)
-    elif isinstance(ref, str | os.PathLike):
-        path = local_path(ref, revision, config)
-        if path.is_dir():
-            return Source(path, os.fsdecode(ref))
-        return Source(path.parent, os.fsdecode(ref), file=path)
     else:
-        kind = type(ref).__name__
-        raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
+        repo, file, revision = parse_hub(str(ref), revision)
     cache = None if cache_dir is None else Path(os.fsdecode(cache_dir))
     hub = Hub(repo, revision or "main", token, cache, local_files_only, progress, adapter)
     directory, itself = hub.fetch_checkpoint(weights, file)
     return Source(directory, os.fsdecode(ref), entry, repo, hub.revision, itself, hub.config)
 
 
+def _local(ref: str | os.PathLike[str], revision: str | None, config: bool) -> Source:
+    if not isinstance(ref, str | os.PathLike):
+        kind = type(ref).__name__
+        raise UsageError(f"expected a name, hf:org/repo@rev or a path, found {kind} {ref!r}")
+    path = local_path(ref, revision, config)
+    if path.is_dir():
+        return Source(path, os.fsdecode(ref))
+    return Source(path.parent, os.fsdecode(ref), file=path)
+
+
+def _check_revision(revision: str) -> None:
+    from zoo.checkpoints.hub import is_revision
+
+    if not is_revision(revision):
+        raise UsageError(f"revision={revision!r}: expected a branch, a tag or a commit")
+
+
 def check_no_adapter(source: Source, applied: bool = True) -> None:
-    """Refuse weights beside which an adapter lies, since only the caller knows if it is merged.
+    """Refuse weights with an adapter beside them: only the caller knows if it is merged in.
 
     `applied`: the caller can apply it, and not only ignore it.
     """

@@ -76,7 +76,7 @@ def read_text(file: str) -> str:
     Raises:
         InputError: There is no such file, it is empty, or it is not UTF-8.
     """
-    from zoo.checkpoints.local import is_path, near_path
+    from zoo.checkpoints.path_reference import is_path, near_path
 
     if file == "-" and sys.stdin is None:
         raise InputError("standard input is closed")

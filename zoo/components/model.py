@@ -38,8 +38,8 @@ class Model(nn.Module):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether this model, or any part of it, was prepared for inference."""
-        return any(getattr(part, "prepared", None) is not None for part in self.modules())
+        """Whether its weights are packed for inference: `zoo.prepare` gives it such a class."""
+        return False
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -50,7 +50,7 @@ class Model(nn.Module):
                 module.weight.normal_(0, std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-            if draw := getattr(module, "draw", None):  # what is neither draws its own
+            if draw := getattr(module, "draw", None):  # other modules with weights have this
                 draw(std)
         for module in self.modules():  # last: a tied head has drawn the same weight again
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from converters.lazy import Lazy
 from zoo.checkpoints.build import native_of
 from zoo.checkpoints.finite import first_where
-from zoo.checkpoints.local import expanded
+from zoo.checkpoints.path_reference import expanded
 from zoo.components.model import Model
 from zoo.errors import OverflowOnCast, UsageError, did_you_mean, listing
 from zoo.lora import files as peft

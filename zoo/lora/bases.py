@@ -14,7 +14,7 @@ from converters.checkpoint import Checkpoint
 from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.plan import FLOATS
 from zoo.checkpoints.build import native_of, on_meta
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.plan import prove
 from zoo.errors import PlanError, SpecError, UsageError, listing
 from zoo.lora.files import WEIGHTS, Files

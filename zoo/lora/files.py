@@ -22,9 +22,9 @@ from converters.paths import confined
 from converters.plan import FLOATS
 from converters.strict_json import parse_json
 from converters.strict_regex import why_slow
+from zoo.checkpoints.file_names import ADAPTER as CONFIG
+from zoo.checkpoints.file_names import ADAPTER_WEIGHTS as WEIGHTS
 from zoo.checkpoints.finite import at, first_where
-from zoo.checkpoints.layout import ADAPTER as CONFIG
-from zoo.checkpoints.layout import ADAPTER_WEIGHTS as WEIGHTS
 from zoo.errors import ConfigError, NotACheckpoint, PlanError, UsageError, listing
 
 PREFIX = "base_model.model."  # peft's two wrappers

@@ -17,7 +17,7 @@ from converters import manifest
 from converters.carry_out import invert
 from converters.formats import TensorInfo, dtype_code
 from converters.plan import make_plan
-from zoo.checkpoints.layout import ADAPTER, ADAPTER_WEIGHTS
+from zoo.checkpoints.file_names import ADAPTER, ADAPTER_WEIGHTS
 from zoo.components.cache import Cache
 from zoo.components.heads import LOGITS
 from zoo.loading import load

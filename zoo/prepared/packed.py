@@ -20,7 +20,6 @@ class Fixed(nn.Module):
     """A linear layer for inference only; here the weight is stored as `F.linear` takes it."""
 
     packed = False
-    prepared = True  # for `Model.is_prepared`
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

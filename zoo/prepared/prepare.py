@@ -58,6 +58,11 @@ class Prepared(Model):
 
     prepared: Preparation
 
+    @property
+    def is_prepared(self) -> bool:
+        """True, also while a model is being prepared or if that failed halfway."""
+        return True
+
     def _refuse(self, what: str) -> NoReturn:
         raise UsageError(
             f"a prepared model {what}: its weights are packed for this machine's kernels. "
@@ -155,6 +160,10 @@ def prepare(
         before = _outputs(model, sample)
     if last_only:
         LastPosition(model)  # refused before anything is changed
+    parts = [part for part in model.modules() if isinstance(part, Model)]
+    for part in parts:  # a sentence model has one inside; from here on, nothing else can use them
+        kind: Any = type(part)
+        part.__class__ = _laid_over(kind)
     pack = Packer(dtype, device, int8)
     fuse(model, pack)
     model.eval()  # the new parts too
@@ -172,10 +181,7 @@ def prepare(
     seconds = time.perf_counter() - started
     own = device.type == "cpu" and kernels.library() is not None
     preparation = Preparation(dtype, int8, bool(compile), last_only, pack.count, own, seconds, loss)
-    inner = [part for part in model.modules() if isinstance(part, Model)]
-    for part in inner:  # a sentence model's own, too
-        kind: Any = type(part)
-        part.__class__ = _laid_over(kind)
+    for part in parts:
         part.prepared = preparation
     if compile:
         model.compile(fullgraph=True)

@@ -13,7 +13,7 @@ from converters.output import Item, Shard
 from converters.paths import confined
 from converters.spec import Container
 from converters.weight_files import MANIFEST
-from zoo.checkpoints.layout import (
+from zoo.checkpoints.file_names import (
     CONFIG,
     MODULE_WEIGHTS,
     MODULES,

@@ -23,9 +23,9 @@ from converters.staging.stage import resumable
 from converters.writer import MEMORY, Tell, WriteOptions, WriteReport, damages, run
 from zoo.checkpoints.build import dtype_of, native_of, on_meta
 from zoo.checkpoints.destination import Replacing
-from zoo.checkpoints.layout import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.file_names import CONFIG, MODULES, NATIVE_FILE
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.locate import locate
-from zoo.checkpoints.located import Located
 from zoo.checkpoints.plan import check_trust, prove
 from zoo.checkpoints.provenance import Origin, provenance_of
 from zoo.checkpoints.publish import checked_destination, finished

@@ -19,9 +19,9 @@ from converters.formats.torch_zip import TorchZipReader
 from converters.plan import Plan, target_names
 from converters.staging.stage import staged_file
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.local import expanded, is_path
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.locate import locate
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.path_reference import expanded, is_path
 from zoo.checkpoints.plan import prove
 from zoo.checkpoints.sources import Ref
 from zoo.errors import (

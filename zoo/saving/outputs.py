@@ -15,7 +15,7 @@ from converters.formats import TensorInfo, dtype_code, torch_dtype
 from converters.lazy import Lazy
 from converters.output import Item, Shard
 from converters.plan import Plan
-from zoo.checkpoints.layout import CONFIG
+from zoo.checkpoints.file_names import CONFIG
 from zoo.checkpoints.sentences import SentenceModel
 from zoo.components.model import Model
 from zoo.errors import (

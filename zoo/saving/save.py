@@ -19,7 +19,7 @@ from converters.plan import Plan, PlanStep
 from converters.spec import load_spec
 from converters.weight_files import SINGLE
 from zoo.checkpoints.build import native_of
-from zoo.checkpoints.layout import CONFIG, MODULE_WEIGHTS, NATIVE_FILE
+from zoo.checkpoints.file_names import CONFIG, MODULE_WEIGHTS, NATIVE_FILE
 from zoo.checkpoints.provenance import check_sources
 from zoo.checkpoints.publish import checked_destination, write
 from zoo.checkpoints.sentences import SentenceModel

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from converters.formats import open_regular
 from converters.paths import confined
 from converters.strict_json import MAX_BYTES, MAX_MEMORY, parse_json, read_json
-from zoo.checkpoints.layout import CONFIG, MORE_TEMPLATES, NATIVE_FILE
+from zoo.checkpoints.file_names import CONFIG, MORE_TEMPLATES, NATIVE_FILE
 from zoo.errors import BadTokenizer
 from zoo.tokenizers.engines import Added
 

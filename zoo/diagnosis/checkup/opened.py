@@ -21,9 +21,9 @@ from converters.plan import FLOATS, Fitting, Plan, PlanStep, what_fits
 from converters.spec import Container
 from converters.weight_files import SINGLE
 from zoo.checkpoints.build import native_of, skeleton_of
-from zoo.checkpoints.local import expanded
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.locate import locate
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.path_reference import expanded
 from zoo.checkpoints.plan import prove
 from zoo.checkpoints.sources import Ref, check_no_adapter
 from zoo.components.model import Model

@@ -1,4 +1,4 @@
-"""Weights from files into a model, by a proven plan; nothing is returned half-loaded."""
+"""Read weights from files into a model by a proven plan: all of them, or raise an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from converters.checkpoint import Checkpoint
 from converters.memory import enough, size
 from converters.plan import Plan
 from zoo.checkpoints.finite import first_where, source_of
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.provenance import provenance_of
 from zoo.components.model import Model
 from zoo.errors import NonFinite, OverflowOnCast, option
@@ -66,7 +66,7 @@ def fill(
 
 
 def memory_advice() -> str:
-    """What to do where memory runs out."""
+    """The advice in a message when memory runs out."""
     return (
         f"{option('mmap')} leaves weights in their file; else take a narrower dtype, a smaller "
         "model or another machine"
@@ -87,7 +87,7 @@ def _placed(
     device: str | torch.device,
     origin: Callable[[Callable[[Tensor], Tensor]], str],
 ) -> Tensor:
-    """On its device and in its dtype; the very same memory where that is where it is."""
+    """Move a tensor to its device and dtype; without a copy where it has both."""
     if dtype is None or dtype == tensor.dtype:
         return tensor.to(device)
     cast = tensor.to(device=device, dtype=dtype)

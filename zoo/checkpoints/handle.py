@@ -1,4 +1,4 @@
-"""A checkpoint whose config is understood: what is known before its weights are opened."""
+"""`Located`: a checkpoint whose config was read and whose weights are not opened yet."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.checkpoint import Checkpoint
-from converters.dialects import DialectMatch
 from converters.opening import open_checkpoint
-from converters.quantized.dequantize import DTYPES as CONFIG_DTYPES
-from converters.quantized.dequantize import dequantize_checkpoint, has_inputs_first
-from converters.quantized.settings import Quantization
 from converters.spec import Dialect, Spec
 from zoo.checkpoints.downloads import naming_damaged_blobs
 from zoo.checkpoints.sources import Source
 from zoo.errors import ConfigError, ResourceLimit, listing, option
 from zoo.registry import Architecture
 
+if TYPE_CHECKING:
+    from converters.dialects import DialectMatch
+    from converters.quantized.settings import Quantization
+
 
 class Located(NamedTuple):
-    """A checkpoint whose config is understood, before its weights are opened."""
+    """A checkpoint whose config was read into native fields; `checkpoint()` opens its files."""
 
     source: Source
     entry: Architecture
     spec: Spec
-    heads: tuple[str, ...]  # heads to try, the first that the weights fill wins
+    heads: tuple[str, ...]  # heads to try: the first that the weights fill is built
     fields: Mapping[str, Any]  # native config fields
     reference_class: str | None
     config_text: str
     native: Mapping[str, Any] | None = None  # zoo.json, where the checkpoint is a native one
-    foreign: DialectMatch | None = None  # files of a dialect that has no config.json
-    quantized: Quantization | None = None  # how matrices are held, if not as they are
-    configs: Mapping[str, Any] = {}  # head -> its Config, built when the fields were checked
-    opened: Checkpoint | None = None  # its files, where they had to be opened to be understood
-    # what puts an adapter's own tensors among those of the files
+    foreign: DialectMatch | None = None  # self-describing files, without config.json
+    quantized: Quantization | None = None  # of the matrices, if they are quantized
+    configs: Mapping[str, Any] = {}  # head -> its Config
+    opened: Checkpoint | None = None  # its files, if the config alone did not suffice
+    # adds an adapter's own tensors to those of the files
     extend: Callable[[Checkpoint], Checkpoint] | None = None
-    mmap: bool | None = None  # whether weights are mapped; None: as their format is
+    mmap: bool | None = None  # whether weights are mapped; None: if their format is
     ignore_config: tuple[str, ...] = ()
 
     @property
@@ -65,15 +65,15 @@ class Located(NamedTuple):
             checkpoint = open_checkpoint(self.source.directory, self.mmap)
         if self.quantized is None:
             return checkpoint
+        from converters.quantized.dequantize import DTYPES, dequantize_checkpoint, has_inputs_first
+
         config = json.loads(self.config_text)
         dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
         transposed = partial(has_inputs_first, self.spec.dialect("hf"))
-        return dequantize_checkpoint(
-            checkpoint, self.quantized, transposed, CONFIG_DTYPES.get(dtype)
-        )
+        return dequantize_checkpoint(checkpoint, self.quantized, transposed, DTYPES.get(dtype))
 
     def config(self, head: str, changes: Mapping[str, Any] | None = None) -> Any:
-        """Return the native Config for a head, with some fields changed; built once if none is."""
+        """Return the native Config for a head, with `changes`; cached without any."""
         if not changes and head in self.configs:
             return self.configs[head]
         kind = self.entry.config_class
@@ -82,7 +82,7 @@ class Located(NamedTuple):
         return self._foreign_config(self.foreign, head, changes or {})
 
     def _foreign_config(self, foreign: DialectMatch, head: str, changes: Mapping[str, Any]) -> Any:
-        """Of files that may not say all of it; problems have the dialect's names of fields."""
+        """The Config of files that may leave fields open; problems use the dialect's names."""
         kind, dialect = self.entry.config_class, foreign.dialect
         fields = {**self.fields, **dialect.native_names(changes, kind.model_fields)}
         if missing := [name for name in dialect.required if fields.get(name) is None]:
@@ -105,6 +105,6 @@ class Located(NamedTuple):
 
 
 def as_published(dialect: Dialect, problem: str) -> str:
-    """Put a problem of a native field under the name that the dialect has for the field."""
+    """Replace the native field's name in a problem by the dialect's."""
     name, _, text = problem.partition(": ")
     return f"{dialect.reference_field(name)}: {text}" if text else problem

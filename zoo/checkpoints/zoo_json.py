@@ -1,4 +1,4 @@
-"""zoo.json: the record of a native directory, audited before anything is made of it."""
+"""zoo.json, the record of a native directory: check it, and read it into a `Located`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from converters.paths import is_plain
 from converters.spec import load_spec
 from converters.strict_json import parse_json, read_json
 from zoo import registry
-from zoo.checkpoints.former import current_fields
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.former_fields import current_fields
+from zoo.checkpoints.handle import Located
 from zoo.checkpoints.sources import Source
 from zoo.errors import ConfigError
 
 
 def read_native(source: Source, path: Path, head: str | None) -> Located:
-    """Read a native directory by its zoo.json, or list everything that is wrong with that."""
+    """Read a native directory by its zoo.json; an error lists every problem."""
     data = read_json(path, ConfigError)
     if problems := list(_native_problems(data)):
         raise ConfigError("\n  ".join([f"{path}: not what zoo writes:", *problems]))
     entry = registry.architectures()[data["architecture"]]
-    fields = current_fields(data["config"], entry.config_class.model_fields)
+    fields = current_fields(data["config"])
     own_head, origin = fields.pop("head"), data["origin"]
     heads, spec = (head or own_head,), load_spec(entry.spec)
     text, named = origin["config"], origin["class"]
@@ -32,7 +32,7 @@ def read_native(source: Source, path: Path, head: str | None) -> Located:
 
 
 def _native_problems(data: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that is wrong with a zoo.json."""
+    """Yield every problem of a zoo.json."""
     if data.get("architecture") not in registry.architectures():
         yield f"architecture: {data.get('architecture')!r} is not known"
     config, origin, quantized = (data.get(name) for name in ("config", "origin", "quantised"))

@@ -1,4 +1,4 @@
-"""A reference that is a path: a directory, or a file that says itself what it is."""
+"""A reference that is a path: a directory, or a self-describing file such as GGUF."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NoReturn, TypeGuard
 
 from zoo.checkpoints.adapters import REPO, adapter_alone
-from zoo.checkpoints.layout import ADAPTER, ADAPTER_WEIGHTS, CONFIG, NATIVE_FILE, PUBLISHED
+from zoo.checkpoints.file_names import ADAPTER, ADAPTER_WEIGHTS, CONFIG, NATIVE_FILE, PUBLISHED
 from zoo.errors import NotACheckpoint, UnknownName, UnsafePath, UsageError, ZooError, listing
 from zoo.registry import find
 
 
 def is_path(place: object) -> TypeGuard[str | os.PathLike[str]]:
-    """Whether it is a path, and the system could have a file of that name."""
+    """Whether a value is a path that the file system could have."""
     if not isinstance(place, str | os.PathLike):
         return False
     try:
@@ -35,7 +35,7 @@ def expanded(place: str | os.PathLike[str]) -> Path:
 
 
 def local_path(ref: str | os.PathLike[str], revision: str | None, config: bool) -> Path:
-    """Return the directory or file that a path means, or say what is there instead.
+    """Return the directory or file that a path means; the error describes what is there instead.
 
     `config=False` takes a directory that holds no config.
     """
@@ -76,13 +76,13 @@ def local_path(ref: str | os.PathLike[str], revision: str | None, config: bool) 
 
 
 def _is_published(path: Path) -> bool:
-    """Whether a file is one of those that a config beside it is of."""
+    """Whether a file has a usual name of weights, and a config beside it."""
     named = any((path.parent / name).exists() for name in (CONFIG, NATIVE_FILE))
     return named and PUBLISHED.fullmatch(path.name) is not None
 
 
 def _is_weights(path: Path) -> bool:
-    """Whether a file is, by its bytes, of a format that is known without an index or a config."""
+    """Whether a file's bytes are of a self-describing format."""
     from converters.containers import kind_of
 
     try:
@@ -92,7 +92,7 @@ def _is_weights(path: Path) -> bool:
 
 
 def _real(path: Path) -> Path:
-    """Where a file lies that was given by a link: its checkpoint is there."""
+    """Resolve a link to a file: the rest of its checkpoint lies beside the target."""
     from converters.paths import confined
 
     try:
@@ -102,7 +102,7 @@ def _real(path: Path) -> Path:
 
 
 def _content(path: Path) -> str:
-    """What a file is instead, and the next move, as far as its first bytes tell."""
+    """Describe a file of another kind by its first bytes, with the next step."""
     from converters.formats import open_regular
 
     try:
@@ -121,7 +121,7 @@ def _content(path: Path) -> str:
 
 
 def _index(path: Path) -> Path | None:
-    """Of what several files beginning alike hold, the one that says so."""
+    """The index file of a checkpoint that is given by the prefix of its files' names."""
     from converters.containers import index_of
 
     try:
@@ -174,7 +174,7 @@ def near_path(path: str | os.PathLike[str]) -> str:
 
 
 def _nearby(path: Path) -> str:
-    """Where the checkpoint that was meant may be."""
+    """Suggest checkpoints in directories below, else list what the directory holds."""
     below = sorted(
         p.parent for p in [*path.glob(f"*/{CONFIG}"), *path.glob(f"snapshots/*/{CONFIG}")]
     )

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's directory: their usual names, and which of them belong together."""
+"""The usual names of the files in a checkpoint's directory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from zoo.errors import ConfigError, UnsafePath
 
 CONFIG = "config.json"
-ADAPTER = "adapter_config.json"  # of peft's
+ADAPTER = "adapter_config.json"  # as peft names it
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-NATIVE_FILE = "zoo.json"  # instead of config.json in a native directory
-MODULES = "modules.json"  # what makes sentence embeddings of a model's output
-MORE_TEMPLATES = "additional_chat_templates"  # a folder: its files have templates by name
-# what is fetched beside config and weights, where the repository has it
+NATIVE_FILE = "zoo.json"  # in a native directory, instead of config.json
+MODULES = "modules.json"  # the layers that turn hidden states into sentence embeddings
+MORE_TEMPLATES = "additional_chat_templates"  # a folder with a chat template in each file
+# downloaded beside config and weights, where the repository has them
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -32,12 +32,12 @@ COMPANIONS = (
     "qwen.tiktoken",
     "tekken.json",
     "chat_template.jinja",
-    *("quantize_config.json", "quant_config.json"),  # of packed weights, by the first programs
-    f"{MORE_TEMPLATES}/tool_use.jinja",  # the one that is taken unasked
+    *("quantize_config.json", "quant_config.json"),  # quantization configs of early programs
+    f"{MORE_TEMPLATES}/tool_use.jinja",  # the only named template that is downloaded
     MODULES,
     ADAPTER,  # weights beside which it lies are not loaded without a decision
 )
-# and where it has modules; their weights lie in folders of their own
+# settings of sentence embeddings; the weights of the modules lie in folders of their own
 SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
 # (whole file, index of shards), the preferred format first
 WEIGHTS = (

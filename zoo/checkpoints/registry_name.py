@@ -1,4 +1,4 @@
-"""A checkpoint under a registry's name: whether its files are what the name stands for."""
+"""Check that files loaded under a registry name are the checkpoint that it names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from converters.spec import load_spec
 from zoo import registry
-from zoo.checkpoints.located import Located
+from zoo.checkpoints.handle import Located
 from zoo.components.model import Model
 from zoo.errors import ConfigError
 from zoo.registry import CheckpointEntry
 
-NO_SIZES = ("pad", "positions", "window")  # where positions are learned, the count shows them
+NO_SIZES = ("pad", "positions", "window")  # learned positions show in the number of parameters
 
 
 def check_name(located: Located, head: str | None) -> None:
@@ -25,7 +25,7 @@ def check_name(located: Located, head: str | None) -> None:
 def name_problems(
     located: Located, named: CheckpointEntry, head: str | None = None
 ) -> Iterator[str]:
-    """Each size that differs, of those that the registry has: expected and found."""
+    """Yield each size that differs from the registry's: expected and found."""
     entry = registry.architectures()[named.architecture]
     if located.entry.name != entry.name:
         yield f"architecture: expected {entry.name}, found {located.entry.name}"
@@ -36,7 +36,7 @@ def name_problems(
     try:
         actual = located.config(located.heads[0])
     except ConfigError:
-        return  # the files do not say all of it; config= does, and may say what it likes
+        return  # the files leave fields open, and `config=` gives them
     dialect = load_spec(entry.spec).dialect("hf")
     published, _ = dialect.read_config(named.config)
     expected = entry.config_class(**published, head=located.heads[0])
@@ -47,13 +47,13 @@ def name_problems(
         if name == "labels":  # the registry has their number
             wanted, value = len(wanted), len(value)
         if type(wanted) is not int or name in NO_SIZES:
-            continue  # an eps or a theta may be said more exactly there than here
+            continue  # not eps or theta, which may have more digits in the files
         if wanted != value:
             yield f"{dialect.reference_field(name)}: expected {wanted!r}, found {value!r}"
 
 
 def check_count(located: Located, model: Model, changes: Mapping[str, Any]) -> None:
-    """Refuse a named checkpoint whose model has not the parameters that its name stands for."""
+    """Refuse a named checkpoint with another number of parameters than the registry has."""
     named = located.source.checkpoint
     if named is None or changes:
         return
