@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.finding import Finding, called, files_of
 from zoo.diagnosis.checkup.opened import Opened
 from zoo.diagnosis.checkup.orientation import Products, Stream
 from zoo.diagnosis.checkup.statistics import Numbers, numbers_of
-from zoo.diagnosis.checkup.value_checks import called, files_of
 
 # Resemblance in units of what chance makes of as many families. Of the wrong order of trained
 # matrices it was 5 at most (once 8, where that of the right one was 480); of the right one mostly
@@ -103,15 +102,8 @@ class _Kind:
         self.ways = range(0) if square else range(min(len(_ways(n)) for n in self.some))
         self._cache = dict[int | None, tuple[Products, float]]()
 
-    def products(self, way: int | None) -> Products:
-        """Those of all layers."""
-        return self._of(way)[0]
-
-    def own(self, way: int | None) -> float:
-        """How much one half of the layers resembles the other."""
-        return self._of(way)[1]
-
-    def _of(self, way: int | None) -> tuple[Products, float]:
+    def read(self, way: int | None) -> tuple[Products, float]:
+        """The products of all layers, and how much one half of the layers resembles the other."""
         if way not in self._cache:
             sides, own = [_side(self.stream, n, way) for n in self.some], 0.0
             if len(sides) > 1:
@@ -154,7 +146,7 @@ class _Search:
 
     def _alike(self, pair: frozenset[tuple[str, int | None]]) -> float:
         if pair not in self._cache:
-            a, b = (self.kinds[family].products(way) for family, way in pair)
+            a, b = (self.kinds[family].read(way)[0] for family, way in pair)
             self._cache[pair] = self.stream.chances(a, b)
         return self._cache[pair]
 
@@ -179,10 +171,10 @@ class _Search:
         for family, kind in self.kinds.items():
             if family in self.chosen or self.resembles(family, None) > _CHANCE:
                 continue
-            before = kind.own(None)
+            before = kind.read(None)[1]
             for way in kind.ways:
-                if kind.own(way) > max(_ENOUGH, _CLEARLY * before):
-                    choice = _Choice(kind.own(way), before, family, way)
+                if (after := kind.read(way)[1]) > max(_ENOUGH, _CLEARLY * before):
+                    choice = _Choice(after, before, family, way)
                     self.chosen[family] = choice
                     if (second := self.best()) is not None:
                         pairs.append((second, choice))
@@ -211,7 +203,7 @@ def _single(stream: Stream) -> Iterator[Flip]:
     """Matrices that resemble the rest, those of other layers too, if they are flipped."""
     kinds = {family: _Kind(stream, arrays) for family, arrays in stream.families.items()}
     for family, kind in kinds.items():
-        others = [other.products(None) for name, other in kinds.items() if name != family]
+        others = [other.read(None)[0] for name, other in kinds.items() if name != family]
         for n in kind.arrays:
             if n.array.layer is None or stream.resembles(n) > _ENOUGH:
                 continue

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.checkpoint import Checkpoint
 from converters.containers import open_place
@@ -36,12 +36,22 @@ from zoo.errors import (
     ZooError,
 )
 
+T = TypeVar("T")
+K = TypeVar("K")
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
 
 def family_of(name: str) -> str:
-    """With a star for the layer's number."""
+    """Replace the layer's number by a star."""
     return _NUMBER.sub("*", name, count=1)
+
+
+def group(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Collect items by their key; keys and items keep their order."""
+    groups = dict[K, list[T]]()
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Opened:
-    """`refused` is what loading says against it."""
+    """`refused` says why the checkpoint does not load; empty if it does."""
 
     ref: Ref
     checkpoint: Checkpoint = field(repr=False)
@@ -166,7 +176,7 @@ def _fitting(located: Located, model: Model, checkpoint: Checkpoint) -> Fitting:
 
 
 def _dropped(located: Located, checkpoint: Checkpoint) -> set[str]:
-    """What the spec does not want anyway."""
+    """Return the tensors that the spec drops."""
     if located.native is not None:
         return set()
     dialect = located.spec.dialect(located.dialect)
@@ -213,7 +223,7 @@ def _made(step: PlanStep, checkpoint: Checkpoint, n: int, order: str = "") -> La
 
 
 def _flips(made: partial[Lazy], shape: Sequence[int]) -> tuple[partial[Lazy], ...]:
-    """Of a square matrix both orders are one."""
+    """Return both ways to transpose; of a square matrix they are the same."""
     orders = ("rows", "columns") if shape[0] != shape[1] else ("rows",)
     return tuple(partial(_flipped, made, order=order) for order in orders)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.diagnosis.checkup.finding import Finding
-from zoo.diagnosis.checkup.opened import Opened, family_of
+from zoo.diagnosis.checkup.opened import Opened, family_of, group
 from zoo.diagnosis.checkup.statistics import Numbers
 from zoo.errors import listing
 from zoo.terminal import BOLD, DIM, GREEN, RED, paint
@@ -95,9 +95,7 @@ class Diagnosis:
 
     def _families(self) -> Iterator[str]:
         """A line for the same array of all layers."""
-        families = dict[str, list[Numbers]]()
-        for n in self.numbers:
-            families.setdefault(n.array.family, []).append(n)
+        families = group(self.numbers, lambda n: n.array.family)
         names = {name for finding in self.findings for name in finding.where}
         rows = [("", "shape", "layers", "std", "largest", "stands out")]
         for family, each in families.items():
@@ -138,9 +136,7 @@ class Diagnosis:
 
 def _starred(names: Sequence[str]) -> list[str]:
     """Names that differ by a layer's number as one, with a star."""
-    families = dict[str, list[str]]()
-    for name in names:
-        families.setdefault(family_of(name), []).append(name)
+    families = group(names, family_of)
     return [each[0] if len(each) == 1 else f"{f} ({len(each)})" for f, each in families.items()]
 
 
