@@ -117,7 +117,7 @@ def vocabulary(contents: Opened) -> Iterator[Finding]:
 
 
 def notes(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[str]:
-    """What is told and is common."""
+    """Observations that are common and no fault."""
     if contents.refused and contents.unknown:
         nobody = "nothing says what it is: its arrays are looked at under their own names"
         yield nobody if contents.located is None else contents.refused

@@ -1,8 +1,8 @@
 """Matrices that hold the numbers of their transpose: in all layers at once, then one by one.
 
 A square matrix is transposed then. A rectangular one keeps its shape: a buffer in column-major
-order that was taken for one in row-major order, or the reverse. The residual stream tells: in the
-right order a matrix resembles the others along it.
+order that was read in row-major order, or the reverse. The residual stream shows it: in the right
+order a matrix resembles the others along it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST = 1 << 28  # numbers of a matrix: more are not flipped
 
 
 class Flip(NamedTuple):
-    """A matrix as it is read and in which way it is not, and how much each resembles the others."""
+    """A matrix before and after it is flipped, and how much it resembles the others then."""
 
     read: Numbers
     right: Numbers
@@ -46,7 +46,7 @@ class Flip(NamedTuple):
 def put_right(
     contents: Opened, numbers: Sequence[Numbers]
 ) -> tuple[list[Finding], list[Numbers], Stream]:
-    """Return what is flipped, all numbers without that, and the stream that those make."""
+    """Return findings about flipped matrices, all numbers with them undone, and their stream."""
     stream, flips = Stream(contents, numbers), list[Flip]()
     for search in (_kinds, _single):
         new = {flip.read: flip for flip in search(stream)} if len(stream.families) > 2 else {}
@@ -151,7 +151,7 @@ class _Search:
         return self._cache[pair]
 
     def best(self) -> _Choice | None:
-        """The clearest of those that the others tell."""
+        """The kind that gains most in resemblance to the others by a flip."""
         choices = list[_Choice]()
         for family in self.kinds.keys() - self.chosen.keys():
             if (before := self.resembles(family, None)) > _ENOUGH:
@@ -181,19 +181,15 @@ class _Search:
                     del self.chosen[family]
         return max(pairs)[1] if pairs else None
 
-    def run(self) -> None:
-        while (choice := self.best() or self.first()) is not None:
-            self.chosen[choice.family] = choice
-
 
 def _kinds(stream: Stream) -> Iterator[Flip]:
     """Matrices of one kind that resemble the rest if all of them are flipped."""
     search = _Search(stream)
-    search.run()
+    while (choice := search.best() or search.first()) is not None:
+        search.chosen[choice.family] = choice
     for family, arrays in stream.families.items():
         if (choice := search.chosen.get(family)) is not None:
-            for n in arrays:
-                yield Flip.of(n, choice.way, choice.before, choice.after)
+            yield from (Flip.of(n, choice.way, choice.before, choice.after) for n in arrays)
 
 
 # --- one alone -----------------------------------------------------------------------------------

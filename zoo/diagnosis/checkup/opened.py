@@ -106,14 +106,14 @@ class Opened:
 
     @property
     def place(self) -> Path:
-        """Where a tokenizer would lie."""
+        """Where the tokenizer is looked for."""
         if self.located is not None:
             return self.located.source.file or self.located.source.directory
         return self.checkpoint.root
 
 
 def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
-    """From headers alone. What cannot be read at all is an error."""
+    """Open a checkpoint from its headers alone; raise where no file can be read."""
     refused = ""
     try:
         # without an adapter that lies beside the weights: what lies in the files is looked at
@@ -158,7 +158,7 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
 
 
 def _is_silent(located: Located, config: Mapping[str, Any]) -> bool:
-    """Whether files leave something to say that programs know by themselves, and no more."""
+    """Whether the files lack only config fields that the programs of their format hard-code."""
     if located.foreign is None:
         return False
     dialect = located.foreign.dialect
@@ -218,7 +218,7 @@ def _made(step: PlanStep, checkpoint: Checkpoint, n: int, order: str = "") -> La
         return checkpoint.lazy(step.sources[n])
     sources = [checkpoint.lazy(name) for name in step.sources]
     if order:
-        sources = [flipped(source, order=order) for source in sources]
+        sources = [_flipped(partial(checkpoint.lazy, name), order) for name in step.sources]
     return step.transform.targets_of(sources)[n]
 
 
@@ -229,14 +229,11 @@ def _flips(made: partial[Lazy], shape: Sequence[int]) -> tuple[partial[Lazy], ..
 
 
 def _flipped(made: partial[Lazy], order: str) -> Lazy:
-    return flipped(made(), order)
-
-
-def flipped(array: Lazy, order: str) -> Lazy:
     """Undo that matrices, of the last two axes, hold their transposes in their own shape.
 
-    Row by row: the right matrix was written by columns. By "columns": it was read so.
+    With "rows" the right matrix was written by columns; with "columns" it was read by columns.
     """
+    array = made()
     x = array.whole()
     if x.dim() < 2:
         return array
@@ -246,7 +243,7 @@ def flipped(array: Lazy, order: str) -> Lazy:
 
 
 def _loose(checkpoint: Checkpoint, mapped: Collection[str]) -> Iterator[Array]:
-    """What no rule maps; whole numbers among it are tables, and no weights."""
+    """Arrays that no rule maps; integers are skipped: they are tables, not weights."""
     for name, info in checkpoint.tensors.items():
         if name not in mapped and name not in checkpoint.shared and info.dtype in FLOATS:
             coarse = checkpoint.quantized.get(name, "")
@@ -259,9 +256,9 @@ def _loose(checkpoint: Checkpoint, mapped: Collection[str]) -> Iterator[Array]:
 
 
 def _bare(ref: Ref) -> Checkpoint | None:
-    """The tensors of files that no architecture is known for; None where there are none.
+    """Return the tensors of files of an unknown architecture; None if there are none.
 
-    Files that are of a known format and damaged are an error.
+    Damaged files of a known format raise an error.
     """
     path = expanded(ref)
     try:

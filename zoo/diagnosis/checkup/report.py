@@ -11,7 +11,7 @@ from zoo.diagnosis.checkup.finding import Finding
 from zoo.diagnosis.checkup.opened import Opened, family_of, group
 from zoo.diagnosis.checkup.statistics import Numbers
 from zoo.errors import listing
-from zoo.terminal import BOLD, DIM, GREEN, RED, paint
+from zoo.terminal import BOLD, DIM, GREEN, RED, paint, table
 
 _WIDTH, _NAMES = 96, 4
 _SURE = ((0.9, "almost certain"), (0.7, "likely"), (0.4, "possible"), (0.0, "perhaps"))
@@ -59,7 +59,7 @@ class Diagnosis:
         if self.notes:
             notes = ["Noted:", *(f"  {note}" for note in self.notes)]
             parts.append(paint("\n".join(notes), DIM, color))
-        parts.append("\n".join(self._each() if tensors else self._families()))
+        parts.append(table(self._each() if tensors else self._families()))
         return "\n\n".join(parts)
 
     def _head(self, color: bool) -> Iterator[str]:
@@ -93,8 +93,8 @@ class Diagnosis:
             lines += _wrapped(f"-> {finding.fix}")
         return "\n".join(lines)
 
-    def _families(self) -> Iterator[str]:
-        """A line for the same array of all layers."""
+    def _families(self) -> Sequence[tuple[str, ...]]:
+        """One row for the same array of all layers."""
         families = group(self.numbers, lambda n: n.array.family)
         names = {name for finding in self.findings for name in finding.where}
         rows = [("", "shape", "layers", "std", "largest", "stands out")]
@@ -110,9 +110,10 @@ class Diagnosis:
                     "" if not out else _layers(out, each),
                 )
             )
-        return _table(rows if names else [row[:-1] for row in rows])
+        return rows if names else [row[:-1] for row in rows]
 
-    def _each(self) -> Iterator[str]:
+    def _each(self) -> Sequence[tuple[str, ...]]:
+        """One row for each array."""
         rows = [
             ("", "shape", "dtype", "mean", "std", "least", "largest", "zeros", "kurtosis", "bits")
         ]
@@ -131,7 +132,7 @@ class Diagnosis:
                     n.grid or ("" if n.bits is None else str(n.bits)),
                 )
             )
-        return _table(rows)
+        return rows
 
 
 def _starred(names: Sequence[str]) -> list[str]:
@@ -155,10 +156,3 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(
         text, _WIDTH, initial_indent="   ", subsequent_indent="   ", break_long_words=False
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()

@@ -40,6 +40,11 @@ class RowSizes:
     heads: int
     rotary_dim: int
 
+    @property
+    def halves(self) -> Tensor:
+        """(rows,) the order that brings pairs that stand side by side into halves."""
+        return _halves(self.sizes.shape[1], self.heads, self.rotary_dim)
+
     def read(self, order: Tensor | None = None, heads: int = 0) -> Tensor:
         """(layers, heads, rotary_dim), each head's around its own mean."""
         sizes = self.sizes if order is None else self.sizes[:, order]
@@ -49,19 +54,19 @@ class RowSizes:
 
 
 def explained(read: Tensor) -> Tensor:
-    """(layers,), the share of each that the profile of the other layers' pairs foretells."""
+    """(layers,), the share of each that the profile of the other layers' pairs explains."""
     return 1 - _left(read) / read.square().mean((1, 2)).clamp_min(1e-30)
 
 
 def _left(read: Tensor) -> Tensor:
-    """(layers,), mean squares of what it does not foretell."""
+    """(layers,), mean squares of what that profile does not explain."""
     pairs = read.unflatten(-1, (2, -1)).mean((1, 2))
     others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
     return (read - torch.cat([others, others], -1)[:, None]).square().mean((1, 2))
 
 
 def apart(read: Tensor) -> float:
-    """Between the two halves of the mean profile."""
+    """The distance between the two halves of the mean profile."""
     profile = read.mean((0, 1))
     first, second = profile.chunk(2)
     return float((first - second).square().sum() / profile.square().sum().clamp_min(1e-30))
@@ -108,7 +113,7 @@ def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> RowSizes | 
 def _orders(config: Rotated, rows: RowSizes) -> Iterator[tuple[str, str, Tensor]]:
     """(what happened, how to read it, which row is which) of the usual mistakes."""
     count = rows.sizes.shape[1]
-    pairs = _halves(count, rows.heads, rows.rotary_dim)
+    pairs = rows.halves
     how = f"(h={rows.heads} e two) -> (h two e)"
     yield "pairs stand side by side and are read as halves", how, pairs
     how = f"(h={rows.heads} two e) -> (h e two)"
@@ -170,7 +175,7 @@ def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
 
 
 def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
-    """Of queries and keys what happened to both."""
+    """Merge the findings about queries and keys where the same happened to both."""
     if len(findings) < 2:
         return findings
     q, k = findings
@@ -187,7 +192,7 @@ def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
 
 
 def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
-    """Halves of halves that are alike are heads half as wide, or pairs brought there twice."""
+    """Quarters that are alike: heads are half as wide, or pairs were brought into halves twice."""
     both = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
     if len(both) < 2 or both[0].rotary_dim % 4:
         return
@@ -196,10 +201,7 @@ def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     narrow = [each.read(heads=2 * each.heads) for each in both]
     if any(float(explained(read).mean()) < _CLEAR_SHARE or apart(read) > _ALIKE for read in narrow):
         return
-    back = [
-        each.read(_halves(each.sizes.shape[1], each.heads, each.rotary_dim).argsort())
-        for each in both
-    ]
+    back = [each.read(each.halves.argsort()) for each in both]
     arrays = [n for each in both for n in each.arrays]
     seen = f"both halves of each half have one profile ({apart(narrow[0]):.2f} apart)"
     queries, keys = (2 * each.heads for each in both)
