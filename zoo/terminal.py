@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 GREEN, RED, DIM, BOLD = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[1m"
@@ -46,6 +46,19 @@ def has_color(stream: TextIO) -> bool:
 def paint(text: str, style: str, color: bool = True) -> str:
     """Put the text into a style such as `GREEN`, unless `color` is False."""
     return f"{style}{text}{_OFF}" if color and style else text
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Rows as aligned columns; those numbered in `right` are aligned on their right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
 
 
 def passing(text: str, stream: TextIO) -> None:

@@ -10,7 +10,8 @@ from zoo.checkpoints import info as checkpoint_info
 from zoo.cli.command import Commands
 from zoo.cli.exit_codes import ExitCode
 from zoo.cli.options import Json, Reading, Ref, exclusive, option
-from zoo.cli.output import first_and_last, indent, short_count, size, table, to_json
+from zoo.cli.output import first_and_last, indent, short_count, size, to_json
+from zoo.terminal import table
 
 commands = Commands()
 PRECISIONS = ("fp64", "fp32", "bf16")

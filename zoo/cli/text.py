@@ -25,9 +25,9 @@ from zoo.cli.options import (
     text,
     whole_number,
 )
-from zoo.cli.output import lines_of, read_text, table, to_json, visible
+from zoo.cli.output import lines_of, read_text, to_json, visible
 from zoo.errors import UsageError
-from zoo.terminal import passing, unescaped
+from zoo.terminal import passing, table, unescaped
 
 commands = Commands()
 Text = Annotated[str, argument("TEXT", "the text")]

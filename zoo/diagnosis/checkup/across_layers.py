@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from math import exp, log, sqrt
 from statistics import median
 
-from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.finding import Finding, about, families_of
 from zoo.diagnosis.checkup.orientation import Stream
 from zoo.diagnosis.checkup.statistics import MANTISSA, Numbers
-from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
 
 # Deviations that chance alone hardly reaches. Of matrices as initialized none was beyond 4, of
 # trained ones of the smallest models one at least of the two sides is.
@@ -61,17 +60,16 @@ def untrained(numbers: Sequence[Numbers], stream: Stream) -> tuple[list[Finding]
         fix = "if it should be trained: load it again where it came from, and heed warnings there"
         what = "nothing of it looks trained: its matrices are as initialized"
         evidence = f"{of} are independent random numbers; {seen}"
-        return [Finding(what, files_of(random), evidence, 0.97, fix)], True
+        return [about(what, random, evidence, 0.97, fix)], True
     if share > _MUCH:
         what = f"hardly trained: {of} are as initialized"
         fix = (
             "if it should be trained: its layers may have been initialized again where it was saved"
         )
-        return [Finding(what, files_of(random), seen, 0.8, fix)], False
-    what = f"never trained, as initialized: {called(random)}"
+        return [about(what, random, seen, 0.8, fix)], False
     fix = "it was missing where this was saved from, or its name was not known there"
     evidence = f"{seen}; {len(measured) - len(random)} other matrices have structure"
-    return [Finding(what, files_of(random), evidence, 0.93, fix)], False
+    return [about("never trained, as initialized: {}", random, evidence, 0.93, fix)], False
 
 
 def _shape(n: Numbers) -> str:
@@ -104,10 +102,8 @@ def _scales(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
         times, n = max(outliers, key=lambda pair: abs(log(pair[0])))
         factor = f"{times:.3g} times" if times > 1 else f"a {1 / times:.3g}th of"
         seen = f"{n.name}: its numbers are {factor} the size of the neighboring layers'"
-        arrays = [n for _, n in outliers]
-        what = f"out of scale: {called(arrays)}"
         fix = "a scale was applied twice or left out: convert the original again"
-        yield Finding(what, files_of(arrays), seen, 0.8, fix)
+        yield about("out of scale: {}", [n for _, n in outliers], seen, 0.8, fix)
 
 
 def _coarse(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
@@ -127,9 +123,8 @@ def _coarse(families: Sequence[Sequence[Numbers]]) -> Iterator[Finding]:
         n = outliers[0]
         precision = n.grid or _named(n.bits or 0)
         seen = f"{n.name}: its numbers are {precision}; the other layers' use {usual[n.name]} bits"
-        what = f"precision was lost: {called(outliers)}"
         fix = "convert the original again: these went through a narrower type"
-        yield Finding(what, files_of(outliers), seen, 0.85, fix)
+        yield about("precision was lost: {}", outliers, seen, 0.85, fix)
 
 
 def _named(bits: int) -> str:

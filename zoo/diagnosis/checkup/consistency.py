@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.finding import Finding, about, counted
 from zoo.diagnosis.checkup.opened import Opened
 from zoo.diagnosis.checkup.statistics import Numbers
-from zoo.diagnosis.checkup.value_checks import counted, equal, files_of
+from zoo.diagnosis.checkup.value_checks import equal
 from zoo.errors import ZooError, listing
 
 CONFLICT = "tied, and not equal"
@@ -21,7 +21,7 @@ _BLOCKS = 4  # numbers, and tensors below each, that make layers
 
 
 def refused(contents: Opened) -> Iterator[Finding]:
-    """What loading says against it, and of that what has one cause."""
+    """Why loading refuses the checkpoint; tensors that are transposed are one finding."""
     transposed = [
         name
         for name, (wanted, _) in contents.misshapen.items()
@@ -96,7 +96,7 @@ def ties(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
         if same and equal(head, embed):
             seen = f"{head.name} and {embed.name} hold the same numbers, and the config has two"
             fix = "it computes the same; trained further, the two would part: tie them"
-            yield Finding("not tied, and equal", files_of([embed, head]), seen, 0.3, fix)
+            yield about("not tied, and equal", [embed, head], seen, 0.3, fix)
 
 
 def vocabulary(contents: Opened) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def vocabulary(contents: Opened) -> Iterator[Finding]:
 
 
 def notes(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[str]:
-    """What is told and is common."""
+    """Observations that are common and no fault."""
     if contents.refused and contents.unknown:
         nobody = "nothing says what it is: its arrays are looked at under their own names"
         yield nobody if contents.located is None else contents.refused

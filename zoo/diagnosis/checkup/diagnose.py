@@ -104,9 +104,9 @@ def diagnose(
 def _of_numbers(
     contents: Opened, numbers: Sequence[Numbers]
 ) -> tuple[list[Finding], bool, list[Array]]:
-    """What they tell, whether the model has learnt what a text could show, and matrices put right.
+    """Return findings, whether the model is trained, and the matrices to transpose.
 
-    Of a transposed matrix everything else is told as it should be.
+    Checks after the first see transposed matrices in the right order.
     """
     findings = list(value_checks.spoilt(contents, numbers))
     names = {name for finding in findings for name in finding.where}
@@ -136,7 +136,7 @@ def _by_a_text(
     config: Mapping[str, Any] | None,
     tell: Progress,
 ) -> tuple[list[Finding], str]:
-    """What makes a text likelier than the weights, some put right, and how likely it is so."""
+    """Return what makes a text likelier than the corrected weights do, and a note of perplexity."""
     assert contents.located is not None
     model = load_located(contents.located, config=config)
     for array in right:

@@ -1,8 +1,8 @@
 """Matrices that hold the numbers of their transpose: in all layers at once, then one by one.
 
 A square matrix is transposed then. A rectangular one keeps its shape: a buffer in column-major
-order that was taken for one in row-major order, or the reverse. The residual stream tells: in the
-right order a matrix resembles the others along it.
+order that was read in row-major order, or the reverse. The residual stream shows it: in the right
+order a matrix resembles the others along it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.finding import Finding, called, files_of
 from zoo.diagnosis.checkup.opened import Opened
 from zoo.diagnosis.checkup.orientation import Products, Stream
 from zoo.diagnosis.checkup.statistics import Numbers, numbers_of
-from zoo.diagnosis.checkup.value_checks import called, files_of
 
 # Resemblance in units of what chance makes of as many families. Of the wrong order of trained
 # matrices it was 5 at most (once 8, where that of the right one was 480); of the right one mostly
@@ -28,7 +27,7 @@ _MOST = 1 << 28  # numbers of a matrix: more are not flipped
 
 
 class Flip(NamedTuple):
-    """A matrix as it is read and in which way it is not, and how much each resembles the others."""
+    """A matrix before and after it is flipped, and how much it resembles the others then."""
 
     read: Numbers
     right: Numbers
@@ -47,7 +46,7 @@ class Flip(NamedTuple):
 def put_right(
     contents: Opened, numbers: Sequence[Numbers]
 ) -> tuple[list[Finding], list[Numbers], Stream]:
-    """Return what is flipped, all numbers without that, and the stream that those make."""
+    """Return findings about flipped matrices, all numbers with them undone, and their stream."""
     stream, flips = Stream(contents, numbers), list[Flip]()
     for search in (_kinds, _single):
         new = {flip.read: flip for flip in search(stream)} if len(stream.families) > 2 else {}
@@ -103,15 +102,8 @@ class _Kind:
         self.ways = range(0) if square else range(min(len(_ways(n)) for n in self.some))
         self._cache = dict[int | None, tuple[Products, float]]()
 
-    def products(self, way: int | None) -> Products:
-        """Those of all layers."""
-        return self._of(way)[0]
-
-    def own(self, way: int | None) -> float:
-        """How much one half of the layers resembles the other."""
-        return self._of(way)[1]
-
-    def _of(self, way: int | None) -> tuple[Products, float]:
+    def read(self, way: int | None) -> tuple[Products, float]:
+        """The products of all layers, and how much one half of the layers resembles the other."""
         if way not in self._cache:
             sides, own = [_side(self.stream, n, way) for n in self.some], 0.0
             if len(sides) > 1:
@@ -154,12 +146,12 @@ class _Search:
 
     def _alike(self, pair: frozenset[tuple[str, int | None]]) -> float:
         if pair not in self._cache:
-            a, b = (self.kinds[family].products(way) for family, way in pair)
+            a, b = (self.kinds[family].read(way)[0] for family, way in pair)
             self._cache[pair] = self.stream.chances(a, b)
         return self._cache[pair]
 
     def best(self) -> _Choice | None:
-        """The clearest of those that the others tell."""
+        """The kind that gains most in resemblance to the others by a flip."""
         choices = list[_Choice]()
         for family in self.kinds.keys() - self.chosen.keys():
             if (before := self.resembles(family, None)) > _ENOUGH:
@@ -179,29 +171,25 @@ class _Search:
         for family, kind in self.kinds.items():
             if family in self.chosen or self.resembles(family, None) > _CHANCE:
                 continue
-            before = kind.own(None)
+            before = kind.read(None)[1]
             for way in kind.ways:
-                if kind.own(way) > max(_ENOUGH, _CLEARLY * before):
-                    choice = _Choice(kind.own(way), before, family, way)
+                if (after := kind.read(way)[1]) > max(_ENOUGH, _CLEARLY * before):
+                    choice = _Choice(after, before, family, way)
                     self.chosen[family] = choice
                     if (second := self.best()) is not None:
                         pairs.append((second, choice))
                     del self.chosen[family]
         return max(pairs)[1] if pairs else None
 
-    def run(self) -> None:
-        while (choice := self.best() or self.first()) is not None:
-            self.chosen[choice.family] = choice
-
 
 def _kinds(stream: Stream) -> Iterator[Flip]:
     """Matrices of one kind that resemble the rest if all of them are flipped."""
     search = _Search(stream)
-    search.run()
+    while (choice := search.best() or search.first()) is not None:
+        search.chosen[choice.family] = choice
     for family, arrays in stream.families.items():
         if (choice := search.chosen.get(family)) is not None:
-            for n in arrays:
-                yield Flip.of(n, choice.way, choice.before, choice.after)
+            yield from (Flip.of(n, choice.way, choice.before, choice.after) for n in arrays)
 
 
 # --- one alone -----------------------------------------------------------------------------------
@@ -211,7 +199,7 @@ def _single(stream: Stream) -> Iterator[Flip]:
     """Matrices that resemble the rest, those of other layers too, if they are flipped."""
     kinds = {family: _Kind(stream, arrays) for family, arrays in stream.families.items()}
     for family, kind in kinds.items():
-        others = [other.products(None) for name, other in kinds.items() if name != family]
+        others = [other.read(None)[0] for name, other in kinds.items() if name != family]
         for n in kind.arrays:
             if n.array.layer is None or stream.resembles(n) > _ENOUGH:
                 continue

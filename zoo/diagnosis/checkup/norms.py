@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from zoo.components.norm import OffsetRMSNorm
-from zoo.diagnosis.checkup.finding import Finding
-from zoo.diagnosis.checkup.opened import Opened
+from zoo.diagnosis.checkup.finding import Finding, about, families_of
+from zoo.diagnosis.checkup.opened import Opened, group
 from zoo.diagnosis.checkup.statistics import Numbers
-from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
 
 _NEARER = 0.6  # of the distance to its neighbors is that to the other norm's
 _BELOW = 0.1  # of all scales: as good as none is negative in trained models
@@ -43,27 +42,24 @@ def _norms(numbers: Sequence[Numbers]) -> list[Numbers]:
 
 def _exchanged(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """Two norms of one block that are each like the other one of the blocks around it."""
-    blocks = defaultdict[str, list[list[Numbers]]](list)
-    for family, each in families_of(_norms(numbers)).items():
-        if len(each) >= 3 and not any(n.constant for n in each):
-            ordered = sorted(each, key=lambda n: n.array.layer or 0)
-            blocks[family.partition("*")[0]].append(ordered)
+    ordered = (
+        sorted(each, key=lambda n: n.array.layer or 0)
+        for each in families_of(_norms(numbers)).values()
+        if len(each) >= 3 and not any(n.constant for n in each)
+    )
+    blocks = group(ordered, lambda each: each[0].array.family.partition("*")[0])
     for families in blocks.values():
         values = [torch.stack([_values(n) for n in each]) for each in families]
-        for a in range(len(families)):
-            for b in range(a + 1, len(families)):
-                if values[a].shape != values[b].shape:
-                    continue
-                # the outermost are like none
-                crossed = [
-                    n for n in range(1, len(values[a]) - 1) if _crossed(values[a], values[b], n)
-                ]
-                if crossed and len(crossed) < len(values[a]) / 2:
-                    arrays = [families[k][n] for n in crossed for k in (a, b)]
-                    first = [each.name for each in arrays[:2]]
-                    seen = f"{' and '.join(first)}: each is nearer to the other one's neighbors"
-                    what = f"two norms are exchanged: {called(arrays)}"
-                    yield Finding(what, files_of(arrays), seen, 0.85, "exchange them")
+        for a, b in combinations(range(len(families)), 2):
+            if values[a].shape != values[b].shape:
+                continue
+            inner = range(1, len(values[a]) - 1)  # the outermost are like none
+            crossed = [n for n in inner if _crossed(values[a], values[b], n)]
+            if crossed and len(crossed) < len(values[a]) / 2:
+                arrays = [families[k][n] for n in crossed for k in (a, b)]
+                names = f"{arrays[0].name} and {arrays[1].name}"
+                seen = f"{names}: each is nearer to the other one's neighbors"
+                yield about("two norms are exchanged: {}", arrays, seen, 0.85, "exchange them")
 
 
 def _crossed(first: Tensor, second: Tensor, at: int) -> bool:
@@ -96,7 +92,7 @@ def _offset(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
             f"scales are {mean:.2g} on average and {below:.0%} of them are negative; about "
             f"{usual:g} were expected"
         )
-        yield Finding(what, files_of(norms), seen, 0.85, fix)
+        yield about(what, norms, seen, 0.85, fix)
 
 
 def _adds_one(contents: Opened) -> bool:

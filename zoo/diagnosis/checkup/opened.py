@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.checkpoint import Checkpoint
 from converters.containers import open_place
@@ -36,12 +36,22 @@ from zoo.errors import (
     ZooError,
 )
 
+T = TypeVar("T")
+K = TypeVar("K")
 _NUMBER = re.compile(r"(?<=[^0-9A-Za-z])\d+(?![0-9A-Za-z])|(?<=[a-z]_)\d+|(?<=/h)\d+")
 
 
 def family_of(name: str) -> str:
-    """With a star for the layer's number."""
+    """Replace the layer's number by a star."""
     return _NUMBER.sub("*", name, count=1)
+
+
+def group(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Collect items by their key; keys and items keep their order."""
+    groups = dict[K, list[T]]()
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Opened:
-    """`refused` is what loading says against it."""
+    """`refused` says why the checkpoint does not load; empty if it does."""
 
     ref: Ref
     checkpoint: Checkpoint = field(repr=False)
@@ -96,14 +106,14 @@ class Opened:
 
     @property
     def place(self) -> Path:
-        """Where a tokenizer would lie."""
+        """Where the tokenizer is looked for."""
         if self.located is not None:
             return self.located.source.file or self.located.source.directory
         return self.checkpoint.root
 
 
 def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
-    """From headers alone. What cannot be read at all is an error."""
+    """Open a checkpoint from its headers alone; raise where no file can be read."""
     refused = ""
     try:
         # without an adapter that lies beside the weights: what lies in the files is looked at
@@ -148,7 +158,7 @@ def opened(ref: Ref, config: Mapping[str, Any], **where: Any) -> Opened:
 
 
 def _is_silent(located: Located, config: Mapping[str, Any]) -> bool:
-    """Whether files leave something to say that programs know by themselves, and no more."""
+    """Whether the files lack only config fields that the programs of their format hard-code."""
     if located.foreign is None:
         return False
     dialect = located.foreign.dialect
@@ -166,7 +176,7 @@ def _fitting(located: Located, model: Model, checkpoint: Checkpoint) -> Fitting:
 
 
 def _dropped(located: Located, checkpoint: Checkpoint) -> set[str]:
-    """What the spec does not want anyway."""
+    """Return the tensors that the spec drops."""
     if located.native is not None:
         return set()
     dialect = located.spec.dialect(located.dialect)
@@ -208,25 +218,22 @@ def _made(step: PlanStep, checkpoint: Checkpoint, n: int, order: str = "") -> La
         return checkpoint.lazy(step.sources[n])
     sources = [checkpoint.lazy(name) for name in step.sources]
     if order:
-        sources = [flipped(source, order=order) for source in sources]
+        sources = [_flipped(partial(checkpoint.lazy, name), order) for name in step.sources]
     return step.transform.targets_of(sources)[n]
 
 
 def _flips(made: partial[Lazy], shape: Sequence[int]) -> tuple[partial[Lazy], ...]:
-    """Of a square matrix both orders are one."""
+    """Return both ways to transpose; of a square matrix they are the same."""
     orders = ("rows", "columns") if shape[0] != shape[1] else ("rows",)
     return tuple(partial(_flipped, made, order=order) for order in orders)
 
 
 def _flipped(made: partial[Lazy], order: str) -> Lazy:
-    return flipped(made(), order)
-
-
-def flipped(array: Lazy, order: str) -> Lazy:
     """Undo that matrices, of the last two axes, hold their transposes in their own shape.
 
-    Row by row: the right matrix was written by columns. By "columns": it was read so.
+    With "rows" the right matrix was written by columns; with "columns" it was read by columns.
     """
+    array = made()
     x = array.whole()
     if x.dim() < 2:
         return array
@@ -236,7 +243,7 @@ def flipped(array: Lazy, order: str) -> Lazy:
 
 
 def _loose(checkpoint: Checkpoint, mapped: Collection[str]) -> Iterator[Array]:
-    """What no rule maps; whole numbers among it are tables, and no weights."""
+    """Arrays that no rule maps; integers are skipped: they are tables, not weights."""
     for name, info in checkpoint.tensors.items():
         if name not in mapped and name not in checkpoint.shared and info.dtype in FLOATS:
             coarse = checkpoint.quantized.get(name, "")
@@ -249,9 +256,9 @@ def _loose(checkpoint: Checkpoint, mapped: Collection[str]) -> Iterator[Array]:
 
 
 def _bare(ref: Ref) -> Checkpoint | None:
-    """The tensors of files that no architecture is known for; None where there are none.
+    """Return the tensors of files of an unknown architecture; None if there are none.
 
-    Files that are of a known format and damaged are an error.
+    Damaged files of a known format raise an error.
     """
     path = expanded(ref)
     try:

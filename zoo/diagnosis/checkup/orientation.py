@@ -6,7 +6,7 @@ others along the axis that lies in the stream, and none along the other one.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from math import isqrt, sqrt
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from converters.lazy import Lazy
-from zoo.diagnosis.checkup.opened import Opened
+from zoo.diagnosis.checkup.opened import Opened, group
 from zoo.diagnosis.checkup.statistics import Numbers
 
 WRITES = ("out", "down")  # to the stream: rows are its features; all others read
@@ -38,9 +38,7 @@ class Stream:
     def __init__(self, contents: Opened, numbers: Sequence[Numbers]) -> None:
         self.dim: int = getattr(contents.config, "dim", 0) or _width(numbers)
         self.numbers = {n.name: n for n in numbers if self.dim and _is_known(n, self.dim)}
-        families = defaultdict[str, list[Numbers]](list)
-        for n in self.numbers.values():
-            families[n.array.family].append(n)
+        families = group(self.numbers.values(), lambda n: n.array.family)
         self.writing = {f for f, each in families.items() if _writes(each[0], self.dim)}
         self.families = {f: each for f, each in families.items() if self.side(each[0]) is not None}
         self._by_family = {f: self._products(each) for f, each in self.families.items()}

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.diagnosis.checkup.finding import Finding
-from zoo.diagnosis.checkup.opened import Opened, family_of
+from zoo.diagnosis.checkup.opened import Opened, family_of, group
 from zoo.diagnosis.checkup.statistics import Numbers
 from zoo.errors import listing
-from zoo.terminal import BOLD, DIM, GREEN, RED, paint
+from zoo.terminal import BOLD, DIM, GREEN, RED, paint, table
 
 _WIDTH, _NAMES = 96, 4
 _SURE = ((0.9, "almost certain"), (0.7, "likely"), (0.4, "possible"), (0.0, "perhaps"))
@@ -59,7 +59,7 @@ class Diagnosis:
         if self.notes:
             notes = ["Noted:", *(f"  {note}" for note in self.notes)]
             parts.append(paint("\n".join(notes), DIM, color))
-        parts.append("\n".join(self._each() if tensors else self._families()))
+        parts.append(table(self._each() if tensors else self._families()))
         return "\n\n".join(parts)
 
     def _head(self, color: bool) -> Iterator[str]:
@@ -93,11 +93,9 @@ class Diagnosis:
             lines += _wrapped(f"-> {finding.fix}")
         return "\n".join(lines)
 
-    def _families(self) -> Iterator[str]:
-        """A line for the same array of all layers."""
-        families = dict[str, list[Numbers]]()
-        for n in self.numbers:
-            families.setdefault(n.array.family, []).append(n)
+    def _families(self) -> Sequence[tuple[str, ...]]:
+        """One row for the same array of all layers."""
+        families = group(self.numbers, lambda n: n.array.family)
         names = {name for finding in self.findings for name in finding.where}
         rows = [("", "shape", "layers", "std", "largest", "stands out")]
         for family, each in families.items():
@@ -112,9 +110,10 @@ class Diagnosis:
                     "" if not out else _layers(out, each),
                 )
             )
-        return _table(rows if names else [row[:-1] for row in rows])
+        return rows if names else [row[:-1] for row in rows]
 
-    def _each(self) -> Iterator[str]:
+    def _each(self) -> Sequence[tuple[str, ...]]:
+        """One row for each array."""
         rows = [
             ("", "shape", "dtype", "mean", "std", "least", "largest", "zeros", "kurtosis", "bits")
         ]
@@ -133,14 +132,12 @@ class Diagnosis:
                     n.grid or ("" if n.bits is None else str(n.bits)),
                 )
             )
-        return _table(rows)
+        return rows
 
 
 def _starred(names: Sequence[str]) -> list[str]:
     """Names that differ by a layer's number as one, with a star."""
-    families = dict[str, list[str]]()
-    for name in names:
-        families.setdefault(family_of(name), []).append(name)
+    families = group(names, family_of)
     return [each[0] if len(each) == 1 else f"{f} ({len(each)})" for f, each in families.items()]
 
 
@@ -159,10 +156,3 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(
         text, _WIDTH, initial_indent="   ", subsequent_indent="   ", break_long_words=False
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from zoo.components.rotary import Rotated
-from zoo.diagnosis.checkup.finding import Finding
+from zoo.diagnosis.checkup.finding import Finding, about, families_of
 from zoo.diagnosis.checkup.opened import Opened
 from zoo.diagnosis.checkup.statistics import Numbers
-from zoo.diagnosis.checkup.value_checks import called, families_of, files_of
+from zoo.diagnosis.edits import order
 
 # Of sizes of rows, the share that other layers' profile foretells: 0.16 to 0.38 of trained queries
 # and keys that are read as they lie, below 0.04 of those that are not, and of values.
@@ -40,6 +40,11 @@ class RowSizes:
     heads: int
     rotary_dim: int
 
+    @property
+    def halves(self) -> Tensor:
+        """(rows,) the order that brings pairs that stand side by side into halves."""
+        return _halves(self.sizes.shape[1], self.heads, self.rotary_dim)
+
     def read(self, order: Tensor | None = None, heads: int = 0) -> Tensor:
         """(layers, heads, rotary_dim), each head's around its own mean."""
         sizes = self.sizes if order is None else self.sizes[:, order]
@@ -49,19 +54,19 @@ class RowSizes:
 
 
 def explained(read: Tensor) -> Tensor:
-    """(layers,), the share of each that the profile of the other layers' pairs foretells."""
+    """(layers,), the share of each that the profile of the other layers' pairs explains."""
     return 1 - _left(read) / read.square().mean((1, 2)).clamp_min(1e-30)
 
 
 def _left(read: Tensor) -> Tensor:
-    """(layers,), mean squares of what it does not foretell."""
+    """(layers,), mean squares of what that profile does not explain."""
     pairs = read.unflatten(-1, (2, -1)).mean((1, 2))
     others = (pairs.sum(0) - pairs) / max(len(pairs) - 1, 1)
     return (read - torch.cat([others, others], -1)[:, None]).square().mean((1, 2))
 
 
 def apart(read: Tensor) -> float:
-    """Between the two halves of the mean profile."""
+    """The distance between the two halves of the mean profile."""
     profile = read.mean((0, 1))
     first, second = profile.chunk(2)
     return float((first - second).square().sum() / profile.square().sum().clamp_min(1e-30))
@@ -108,35 +113,26 @@ def _rows(config: Rotated, numbers: Sequence[Numbers], leaf: str) -> RowSizes | 
 def _orders(config: Rotated, rows: RowSizes) -> Iterator[tuple[str, str, Tensor]]:
     """(what happened, how to read it, which row is which) of the usual mistakes."""
     count = rows.sizes.shape[1]
-    pairs = _interleaved(count, rows.heads, rows.rotary_dim)
+    pairs = rows.halves
     how = f"(h={rows.heads} e two) -> (h two e)"
     yield "pairs stand side by side and are read as halves", how, pairs
     how = f"(h={rows.heads} two e) -> (h e two)"
-    yield "pairs were brought into halves twice", how, _undone(rows)
+    yield "pairs were brought into halves twice", how, pairs.argsort()
     heads: int = config.heads  # type: ignore[attr-defined]
     for other in {heads, getattr(config, "kv_heads", None) or heads} - {rows.heads}:
         width = count // other
         if count % other or width % 2 or rows.rotary_dim * rows.heads != count:
             continue
-        there = torch.empty(count, dtype=torch.long)
-        there[_interleaved(count, other, width)] = torch.arange(count)
+        back = _halves(count, other, width).argsort()
         what = f"pairs were brought into halves as those of {other} heads"
-        yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", there[pairs]
+        yield what, f"(h={other} two e) -> (h e two), then {rows.heads} heads", back[pairs]
 
 
-def _undone(rows: RowSizes) -> Tensor:
-    """The order before pairs were brought into halves."""
-    count = rows.sizes.shape[1]
-    back = torch.empty(count, dtype=torch.long)
-    back[_interleaved(count, rows.heads, rows.rotary_dim)] = torch.arange(count)
-    return back
-
-
-def _interleaved(count: int, heads: int, rotary_dim: int) -> Tensor:
-    """Where each row stands whose pair is beside it."""
-    by_head = torch.arange(count).reshape(heads, -1).clone()
-    by_head[:, :rotary_dim] = by_head[:, :rotary_dim].unflatten(1, (-1, 2)).mT.flatten(1)
-    return by_head.flatten()
+def _halves(count: int, heads: int, rotary_dim: int) -> Tensor:
+    """(count,) rows whose pairs stand side by side, in the order that brings them into halves."""
+    head = torch.arange(count // heads)
+    head[:rotary_dim] = order("e two", "two e", rotary_dim, two=2)
+    return (torch.arange(0, count, len(head))[:, None] + head).flatten()
 
 
 def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
@@ -153,9 +149,8 @@ def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
             f"one profile of pairs explains {share:.0%} of the rows' sizes if they are put right, "
             f"and {max(whole, 0):.0%} as they lie"
         )
-        fix = f"put rows in order: {fix}"
-        files = files_of(rows.arrays)
-        yield Finding(f"rotary rows of all {_NAMES[leaf]}: {what}", files, seen, 0.93, fix)
+        named = f"rotary rows of all {_NAMES[leaf]}: {what}"
+        yield about(named, rows.arrays, seen, 0.93, f"put rows in order: {fix}")
         return
     if len(rows.arrays) < 3 or whole < _CLEAR_SHARE:
         return
@@ -174,13 +169,13 @@ def _layout(config: Rotated, leaf: str, rows: RowSizes) -> Iterator[Finding]:
             seen = (
                 f"{arrays[0].name}: its rows have the other layers' profile if they are put right"
             )
-            named = f"rotary rows of {called(arrays)}: {what}"
-            yield Finding(named, files_of(arrays), seen, 0.9, f"put rows in order: {fix}")
+            named = f"rotary rows of {{}}: {what}"
+            yield about(named, arrays, seen, 0.9, f"put rows in order: {fix}")
             return
 
 
 def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
-    """Of queries and keys what happened to both."""
+    """Merge the findings about queries and keys where the same happened to both."""
     if len(findings) < 2:
         return findings
     q, k = findings
@@ -197,7 +192,7 @@ def _together(findings: Sequence[Finding]) -> Sequence[Finding]:
 
 
 def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
-    """Halves of halves that are alike are heads half as wide, or pairs brought there twice."""
+    """Quarters that are alike: heads are half as wide, or pairs were brought into halves twice."""
     both = [rows[leaf] for leaf in ("q", "k") if leaf in rows]
     if len(both) < 2 or both[0].rotary_dim % 4:
         return
@@ -206,8 +201,8 @@ def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     narrow = [each.read(heads=2 * each.heads) for each in both]
     if any(float(explained(read).mean()) < _CLEAR_SHARE or apart(read) > _ALIKE for read in narrow):
         return
-    back = [each.read(_undone(each)) for each in both]
-    files = files_of(n for each in both for n in each.arrays)
+    back = [each.read(each.halves.argsort()) for each in both]
+    arrays = [n for each in both for n in each.arrays]
     seen = f"both halves of each half have one profile ({apart(narrow[0]):.2f} apart)"
     queries, keys = (2 * each.heads for each in both)
     reorder = (
@@ -216,10 +211,10 @@ def _heads(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
     count = f"set the number of heads to {queries}, of keys to {keys}"
     if sum(map(_by_chance, back)) < sum(map(_by_chance, narrow)):
         what = "rotary rows of all queries and keys: pairs were brought into halves twice"
-        yield Finding(what, files, seen, 0.88, f"{reorder}; or {count}")
+        yield about(what, arrays, seen, 0.88, f"{reorder}; or {count}")
     else:
         what = f"more heads than the config says: {queries}, and not {queries // 2}"
-        yield Finding(what, files, seen, 0.85, f"{count}; or {reorder}")
+        yield about(what, arrays, seen, 0.85, f"{count}; or {reorder}")
 
 
 def _by_chance(read: Tensor) -> float:
@@ -246,5 +241,5 @@ def _exchanged(rows: Mapping[str, RowSizes]) -> Iterator[Finding]:
                 f"follow it) and the {name}' have not ({max(other, 0):.0%})"
             )
             arrays = (*others.arrays, *rows["v"].arrays)
-            what = f"values and {name} are exchanged"
-            yield Finding(what, files_of(arrays), seen, 0.9, f"read one as the other: {leaf} and v")
+            what, fix = f"values and {name} are exchanged", f"read one as the other: {leaf} and v"
+            yield about(what, arrays, seen, 0.9, fix)

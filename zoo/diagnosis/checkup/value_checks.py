@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 
 import torch
 
-from zoo.diagnosis.checkup.finding import Finding
-from zoo.diagnosis.checkup.opened import Opened
+from zoo.diagnosis.checkup.finding import Finding, about, called, counted, families_of, files_of
+from zoo.diagnosis.checkup.opened import Opened, group
 from zoo.diagnosis.checkup.statistics import Numbers, blocks
 from zoo.errors import listing
 
@@ -21,7 +21,7 @@ _SHOWN = 4
 
 
 def spoilt(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
-    """Arrays of which nothing else can be said."""
+    """Arrays so damaged that no other check applies to them."""
     swapped = [n for n in numbers if _APART < n.orders < inf and n.swapped < _TOGETHER]
     if swapped:
         yield _bytes_swapped(swapped, numbers)
@@ -31,50 +31,13 @@ def spoilt(contents: Opened, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     yield from _not_finite(numbers)
     cut = _cut_off(contents, numbers)
     if cut:
-        names = files_of(cut)
-        seen = f"from {cut[0].array.files[0]} to the end there are zeros ({counted(names)})"
-        yield Finding("the file ends in zeros", names, seen, 0.95, AGAIN)
+        count = counted(files_of(cut))
+        seen = f"from {cut[0].array.files[0]} to the end there are zeros ({count})"
+        yield about("the file ends in zeros", cut, seen, 0.95, AGAIN)
     rest = [n for n in numbers if n not in cut]
     yield from _zero(rest)
     yield from _holes(rest)
     yield from _limits(rest)
-
-
-# --- names ---------------------------------------------------------------------------------------
-
-
-def files_of(numbers: Iterable[Numbers]) -> tuple[str, ...]:
-    """The names in the files of several arrays, each once."""
-    return tuple(dict.fromkeys(name for n in numbers for name in n.array.files))
-
-
-def counted(names: Sequence[str]) -> str:
-    """How many tensors, as text."""
-    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-
-
-def called(numbers: Sequence[Numbers]) -> str:
-    """`blocks.*.attn.q.weight of layers 1, 3`: by families, and which of their layers."""
-    families = defaultdict[str, list[Numbers]](list)
-    for n in numbers:
-        families[n.array.family].append(n)
-    names = []
-    for family, each in families.items():
-        if len(each) == 1:
-            names.append(each[0].name)
-        else:
-            layers = listing([str(n.array.layer) for n in each], 6)
-            names.append(f"{family} of layers {layers}")
-    return listing(names, _SHOWN)
-
-
-def families_of(numbers: Iterable[Numbers]) -> dict[str, list[Numbers]]:
-    """Arrays that stand in the same place of several layers."""
-    families = defaultdict[str, list[Numbers]](list)
-    for n in numbers:
-        if n.array.layer is not None:
-            families[n.array.family].append(n)
-    return families
 
 
 # --- one array -----------------------------------------------------------------------------------
@@ -101,9 +64,7 @@ def _not_finite(numbers: Sequence[Numbers]) -> Iterator[Finding]:
             f"{n.name}: {' and '.join(_how_many(n))} of {n.count:,} numbers"
             for n in spoilt[:_SHOWN]
         ]
-        yield Finding(
-            f"NaN or infinity in {called(spoilt)}", files_of(spoilt), listing(counts), 1.0, AGAIN
-        )
+        yield about("NaN or infinity in {}", spoilt, listing(counts), 1.0, AGAIN)
 
 
 def _how_many(n: Numbers) -> list[str]:
@@ -123,13 +84,13 @@ def _zero(numbers: Sequence[Numbers]) -> Iterator[Finding]:
             if n not in alone and varied and 2 * len(varied) >= len(siblings):
                 alone.append(n)
         if alone:
-            what = f"{'all zero' if zero else 'one number throughout'}: {called(alone)}"
             first = alone[0]
             seen = f"{first.name}: {first.count:,} numbers, all {first.low:g}"
             if len(alone[0].array.shape) == 1:
                 seen += ", as before any training; the other layers' vary"
             fix = "it was never filled: look at what wrote it, and " + AGAIN
-            yield Finding(what, files_of(alone), seen, 0.95 if zero else 0.85, fix)
+            what, likely = ("all zero: {}", 0.95) if zero else ("one number throughout: {}", 0.85)
+            yield about(what, alone, seen, likely, fix)
 
 
 def _longest(n: Numbers) -> tuple[int, int]:
@@ -154,8 +115,7 @@ def _holes(numbers: Sequence[Numbers]) -> Iterator[Finding]:
         n, start, length = holes[0]
         seen = f"{n.name}: rows {start} to {start + length - 1} of {len(n.rows)} are zero"
         arrays = [n for n, _, _ in holes]
-        what = f"a part is missing, and zeros are there: {called(arrays)}"
-        yield Finding(what, files_of(arrays), seen, 0.7, AGAIN)
+        yield about("a part is missing, and zeros are there: {}", arrays, seen, 0.7, AGAIN)
 
 
 def _cut_off(contents: Opened, numbers: Sequence[Numbers]) -> list[Numbers]:
@@ -185,9 +145,8 @@ def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if limited := [n for n in numbers if n.saturated]:
         n = limited[0]
         seen = f"{n.name}: {n.saturated:,} of {n.count:,} numbers are exactly 65504"
-        what = f"cut off at the largest number of fp16: {called(limited)}"
         fix = "convert the original again, to bfloat16 or float32"
-        yield Finding(what, files_of(limited), seen, 0.8, fix)
+        yield about("cut off at the largest number of fp16: {}", limited, seen, 0.8, fix)
     limited = [
         n
         for n in numbers
@@ -198,8 +157,8 @@ def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     if limited:
         n = limited[0]
         seen = f"{n.name}: {n.denormal / n.count:.0%} of its numbers have few bits left"
-        what = f"too small for {n.array.dtype}: {called(limited)}"
-        yield Finding(what, files_of(limited), seen, 0.5, "convert the original again, to float32")
+        what = f"too small for {n.array.dtype}: {{}}"
+        yield about(what, limited, seen, 0.5, "convert the original again, to float32")
 
 
 # --- several arrays ------------------------------------------------------------------------------
@@ -207,13 +166,12 @@ def _limits(numbers: Sequence[Numbers]) -> Iterator[Finding]:
 
 def repeated(numbers: Sequence[Numbers]) -> Iterator[Finding]:
     """The same numbers under several names that no tie explains."""
-    groups = defaultdict[tuple[object, ...], list[Numbers]](list)
-    for n in numbers:
-        if not n.constant and n.finite and n.count >= 8:
-            groups[n.array.shape, n.mean, n.std, n.fourth, n.low, n.high].append(n)
+    groups = group(
+        (n for n in numbers if not n.constant and n.finite and n.count >= 8),
+        lambda n: (n.array.shape, n.mean, n.std, n.fourth, n.low, n.high),
+    )
     same = [[n for n in each if equal(each[0], n)] for each in groups.values() if len(each) > 1]
-    same = [each for each in same if len(each) > 1]
-    same = [each for each in same if not _expected(each)]
+    same = [each for each in same if len(each) > 1 and not _expected(each)]
     layers = families_of(numbers)
     pairs = defaultdict[tuple[int, ...], list[list[Numbers]]](list)
     for each in same:
@@ -230,9 +188,9 @@ def repeated(numbers: Sequence[Numbers]) -> Iterator[Finding]:
         if numbered and len(alike) == len(whole) > 1:
             what = f"layers {' and '.join(map(str, numbered))} hold the same numbers"
         else:
-            what = f"the same numbers in {called(arrays)}"
+            what = "the same numbers in {}"
         fix = "one of them was written in the other's place: convert the original again"
-        yield Finding(what, files_of(arrays), seen, 0.9, fix)
+        yield about(what, arrays, seen, 0.9, fix)
 
 
 def _expected(each: Sequence[Numbers]) -> bool:
