@@ -24,7 +24,7 @@ from zoo.diagnosis.edits import PARTS, Hypothesis, Make, order
 from zoo.diagnosis.kinds import ModuleKind, attentions, blocks, kinds, norms
 from zoo.diagnosis.planting import Mapped, feed, need
 from zoo.diagnosis.planting import blocks as blocks_of
-from zoo.diagnosis.variants import config_hypotheses
+from zoo.diagnosis.variants import config_hypotheses, plain
 
 Rules = Mapping[str, str]  # native parameter -> the rule that makes it
 LETTERS = {"q": "h", "k": "g", "v": "g", "out": "h"}  # of the axis that counts a part's heads
@@ -632,16 +632,22 @@ class ExpertOrder(Family):
 
 @dataclass(frozen=True)
 class WrongField(Family):
-    """A config field with another value; `wrong` gives it, or the fields that change."""
+    """A config field with another value: `wrong` makes it of the right one and the config.
+
+    Both values are as JSON has them. The right one again: there is no such mistake here.
+    """
 
     name: str
-    wrong: Callable[[Any], Any]
+    wrong: Callable[[Any, Any], Any]
     kind = "config"
 
     def plant(self, target: Any) -> dict[str, Any]:
-        """The config fields that change."""
-        value = self.wrong(target)
-        return value if isinstance(value, dict) else {self.name: value}
+        """The config field that changes, where it is set."""
+        value = plain(getattr(target, self.name, None))
+        need(value is not None)
+        wrong = self.wrong(value, target)
+        need(wrong != value)
+        return {self.name: wrong}
 
 
 class AnyField(Family):
