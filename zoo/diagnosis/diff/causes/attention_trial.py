@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.components.rotary import Rotary
-from zoo.diagnosis.attention import Form, Variant, all_of
+from zoo.diagnosis.attention import Form, Variant, all_of, changed
 from zoo.diagnosis.diff.causes.scene import FITS, error
 from zoo.diagnosis.edits import PARTS
 
@@ -68,9 +68,7 @@ class Trial:
             return replace(own, scale=own.scale * by)
 
         def based(by: float) -> Form:
-            rotary = own.rotary
-            base = rotary.base * by
-            return replace(own, rotary=Rotary(rotary.width, base, rotary.scaling, rotary.limit))
+            return replace(own, rotary=changed(own.rotary, base=own.rotary.base * by))
 
         for kind, vary in (("scale", scaled), ("rotary", based)):
             if kind == "rotary" and not isinstance(own.rotary, Rotary):
