@@ -45,7 +45,6 @@ from zoo.diagnosis.families import (
     Rules,
     Scaled,
     Transposed,
-    TransposedHead,
     WrongField,
 )
 from zoo.diagnosis.kinds import blocks, kinds
@@ -199,7 +198,7 @@ def _transposes() -> Iterator[Fault]:
         types = (MLP,) if parts == ("up", "down") else (MLP, GatedMLP)
         yield Fault(f"mlp_{'_'.join(parts)}_transposed", Transposed(types, parts))
     yield Fault("up_down_exchanged_transposed", ExchangedTransposed("up", "down"))
-    yield Fault("head_dense_transposed", TransposedHead((nn.Linear,), ("",)))
+    yield Fault("head_dense_transposed", Transposed((nn.Linear,), module="head.dense"))
 
 
 def _numbers() -> Iterator[Fault]:

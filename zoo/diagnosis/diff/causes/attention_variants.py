@@ -13,7 +13,6 @@ from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.diagnosis.attention import Form, Sizes, Variant, at, variants
-from zoo.diagnosis.diff.causes.attention_trial import Trial
 from zoo.diagnosis.diff.causes.rotary_variants import rotaries
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.diff.causes.score_variants import terms
@@ -56,7 +55,7 @@ def row_variants(scene: Scene, name: str, joint: bool = False) -> Iterator[Varia
         )
 
 
-def variants_of(scene: Scene, own: Form, sizes: Sizes, trial: Trial) -> Iterator[Variant]:
+def variants_of(scene: Scene, own: Form, sizes: Sizes) -> Iterator[Variant]:
     """Other code, the likeliest first."""
     listed = [
         replace(variant, fault=fault.name)
