@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.components.masks import Mask
 from zoo.components.rotary import NO_ROTARY, Rotary
@@ -55,7 +56,11 @@ class Form:
 
     def masked(self, change: Callable[[Tensor], Tensor]) -> Form:
         """With another (..., s, t) mask, True where a query may attend."""
-        return replace(self, attend=partial(_masked, self.attend, change))
+        return self.attending(partial(_masked, change))
+
+    def attending(self, attend: Callable[..., Tensor]) -> Form:
+        """With `attend(own, q, k, v, ...)` in place of its own attend function."""
+        return replace(self, attend=partial(attend, self.attend))
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,23 @@ class Variant:
     fault: str = ""
 
 
+def variants(
+    kind: str, table: Mapping[str, Callable[[Form], Form]], lone: bool = False
+) -> list[Variant]:
+    """A variant for each row of a table: what it is, and the change."""
+    return [Variant(kind, what, change, lone=lone) for what, change in table.items()]
+
+
+def changed(own: Any, **attributes: Any) -> Any:
+    """A copy with other attributes; of a module, on the same memory."""
+    other = copy.copy(own)
+    if isinstance(own, nn.Module):
+        other._modules = dict(own._modules)
+    for name, value in attributes.items():
+        setattr(other, name, value)
+    return other
+
+
 def all_of(variants: Sequence[Variant], form: Form) -> Form:
     """A form with several changes, one after the other."""
     for variant in variants:
@@ -118,8 +140,8 @@ def masked(change: Callable[[Tensor], Tensor]) -> Change:
 
 
 def _masked(
-    attend: Any,
     change: Callable[[Tensor], Tensor],
+    attend: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,12 +177,9 @@ def tiled(form: Form, sizes: Sizes) -> Form | None:
     if not 1 < sizes.heads["k"] < sizes.heads["q"]:
         return None
     times = (1, sizes.heads["q"] // sizes.heads["k"], 1, 1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        out: Tensor = form.attend(q, k.repeat(times), v.repeat(times), *rest)
-        return out
-
-    return replace(form, attend=attend)
+    return form.attending(
+        lambda own, q, k, v, *rest: own(q, k.repeat(times), v.repeat(times), *rest)
+    )
 
 
 # --- rotary embeddings ---------------------------------------------------------------------------

@@ -79,38 +79,20 @@ def applied(model: Model, edit: Hypothesis) -> Iterator[Model]:
     with ExitStack() as stack:
         made = {n: x if isinstance(x, Tensor) else x() for n, x in edit.parameters.items()}
         for name, value in made.items():
-            stack.callback(_put(own[name], value))
+            stack.callback(setattr, own[name], "data", own[name].data)
+            own[name].data = value
         for name, attributes in edit.settings.items():
             for attribute, value in attributes.items():
-                stack.callback(_set(model.get_submodule(name), attribute, value))
+                module = model.get_submodule(name)
+                if attribute in module.__dict__ or attribute in module._modules:
+                    stack.callback(setattr, module, attribute, getattr(module, attribute))
+                else:  # the class's own again
+                    stack.callback(delattr, module, attribute)
+                setattr(module, attribute, value)
         for name, by in edit.factors.items():
             module = model.get_submodule(name)
             stack.enter_context(module.register_forward_hook(lambda _, args, out, by=by: out * by))
         yield model
-
-
-def _put(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
-    before = parameter.data
-    parameter.data = value
-
-    def undo() -> None:
-        parameter.data = before
-
-    return undo
-
-
-def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:
-    before, own = getattr(module, attribute), attribute in module.__dict__
-    is_module = attribute in module._modules
-    setattr(module, attribute, value)
-
-    def undo() -> None:
-        if own or is_module:
-            setattr(module, attribute, before)
-        else:  # the class's own again
-            delattr(module, attribute)
-
-    return undo
 
 
 def rebuilt(

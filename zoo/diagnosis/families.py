@@ -6,6 +6,7 @@ matrices transposed, numbers shifted or scaled, layers reordered, config fields,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -24,7 +25,7 @@ from zoo.diagnosis.edits import PARTS, Hypothesis, Make, order
 from zoo.diagnosis.kinds import ModuleKind, attentions, blocks, kinds, norms
 from zoo.diagnosis.planting import Mapped, feed, need
 from zoo.diagnosis.planting import blocks as blocks_of
-from zoo.diagnosis.variants import config_hypotheses
+from zoo.diagnosis.variants import config_hypotheses, plain
 
 Rules = Mapping[str, str]  # native parameter -> the rule that makes it
 LETTERS = {"q": "h", "k": "g", "v": "g", "out": "h"}  # of the axis that counts a part's heads
@@ -290,22 +291,12 @@ class PermutedRows(Family):
 def _read_back(rules: Rules, names: Iterable[str], a: str, b: str) -> bool:
     """Whether the rules that make parameters just undo what the file has: (b) there, (a) here."""
 
-    def undone(name: str) -> bool:
-        source, _, target = rules.get(name, "").partition(": ")
-        # a rule may count the same heads by another letter
-        inner = [x.strip("()").split() for x in (b, a)]
-        texts = [" ".join("." if x in "hg" else x for x in words) for words in inner]
-        flat = [_any_heads(x) for x in (source, target)]
-        return f"({texts[0]})" in flat[0] and f"({texts[1]})" in flat[1]
+    def bare(text: str) -> str:  # a rule may count the same heads by another letter
+        return re.sub(r"\b[hg]\b", ".", text)
 
-    names = list(names)
-    return bool(names) and all(map(undone, names))
-
-
-def _any_heads(text: str) -> str:
-    for letter in "hg":
-        text = text.replace(f"({letter} ", "(. ").replace(f" {letter})", " .)")
-    return text
+    rule_sides = [rules.get(name, "").partition(": ")[::2] for name in names]
+    undone = (bare(b) in bare(lie) and bare(a) in bare(read) for lie, read in rule_sides)
+    return bool(rule_sides) and all(undone)
 
 
 @dataclass(frozen=True)
@@ -367,7 +358,8 @@ class Transposed(Family):
     """Matrices that hold their transpose; where they are not square, in their own shape."""
 
     types: tuple[type[nn.Module], ...]
-    parts: tuple[str, ...]  # empty: each that is square
+    parts: tuple[str, ...] = ()  # empty: each that is square
+    module: str = ""  # the square matrix of one module alone
     kind = "mapping"
 
     def plant(self, target: Mapped) -> Any:
@@ -381,7 +373,9 @@ class Transposed(Family):
         """Transpose matrices, or reorder the numbers of those that are not square."""
         for kind in kinds(model, *self.types):
             parts = self.parts or tuple(p for p in LETTERS if kind.is_square(f"{p}.weight"))
-            leaves = [f"{part}.weight".removeprefix(".") for part in parts]
+            leaves = [f"{part}.weight" for part in parts]
+            if self.module:
+                leaves = ["weight"] if kind.name == self.module and kind.is_square("weight") else []
             if not leaves or not all(kind.has(leaf) for leaf in leaves):
                 continue
             names = _and(map(kind.called, leaves))
@@ -396,18 +390,6 @@ class Transposed(Family):
             for how, change in ways.items():
                 fix = f"{names} {are} read as {how}"
                 yield Hypothesis(f"{names} {are} transposed", fix, kind.all(leaves, change))
-
-
-class TransposedHead(Transposed):
-    """The square matrix that some heads have before the last one."""
-
-    def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
-        """Transpose the square matrix of a head."""
-        for each in super().undo(model, rules):
-            names = list(each.parameters)
-            inner = all(n.startswith("head.") and n.count(".") == 2 for n in names)
-            if inner and "[i o]" in each.fix:
-                yield each
 
 
 @dataclass(frozen=True)
@@ -533,20 +515,12 @@ class Scaled(Family):
             return
         what = "embeddings" if self.module == "embed" else "what the head reads"
         how = "divided" if self.power > 0 else "multiplied"
-        factor = model.config.dim ** (-self.power / 2)
+        factor, forward = model.config.dim ** (-self.power / 2), module.forward
         yield Hypothesis(
             f"{what} should be {how} by the root of their width",
             f"{what} are {how} by {max(factor, 1 / factor):.4g}",
-            settings={self.module: {"forward": _times(module.forward, factor)}},
+            settings={self.module: {"forward": lambda x: forward(x) * factor}},
         )
-
-
-def _times(forward: Any, factor: float) -> Any:
-    def run(x: Tensor) -> Tensor:
-        out: Tensor = forward(x)
-        return out * factor
-
-    return run
 
 
 # --- order of layers and experts -----------------------------------------------------------------
@@ -632,16 +606,22 @@ class ExpertOrder(Family):
 
 @dataclass(frozen=True)
 class WrongField(Family):
-    """A config field with another value; `wrong` gives it, or the fields that change."""
+    """A config field with another value: `wrong` makes it of the right one and the config.
+
+    Both values are as JSON has them. The right one again: there is no such mistake here.
+    """
 
     name: str
-    wrong: Callable[[Any], Any]
+    wrong: Callable[[Any, Any], Any]
     kind = "config"
 
     def plant(self, target: Any) -> dict[str, Any]:
-        """The config fields that change."""
-        value = self.wrong(target)
-        return value if isinstance(value, dict) else {self.name: value}
+        """The config field that changes, where it is set."""
+        value = plain(getattr(target, self.name, None))
+        need(value is not None)
+        wrong = self.wrong(value, target)
+        need(wrong != value)
+        return {self.name: wrong}
 
 
 class AnyField(Family):
@@ -667,15 +647,18 @@ class Attends(Family):
     def plant(self, target: Any) -> None:
         """Change every attention."""
         need(self.when(target))
-        changed = False
-        for n, block in enumerate(target.modules()):
-            if hasattr(block, "attend") and hasattr(block, "rotary"):
-                form = Form.of(block)
-                other = self.change(form, Sizes.of(target.config, block, n))
-                for name, value in ({} if other is None else other.settings(form)).items():
-                    changed = True
-                    setattr(block, name, value)
-        need(changed)
+        modules = [m for m in target.modules() if hasattr(m, "attend") and hasattr(m, "rotary")]
+        every = [self._settings(target.config, m, n + 1) for n, m in enumerate(modules)]
+        need(any(every))
+        for module, settings in zip(modules, every, strict=True):
+            for name, value in settings.items():
+                setattr(module, name, value)
+
+    def _settings(self, config: Any, module: Any, layer: int) -> dict[str, Any]:
+        """The attributes of an attention module that change."""
+        form = Form.of(module)
+        other = self.change(form, Sizes.of(config, module, layer))
+        return {} if other is None else other.settings(form)
 
     def variant(self, form: Form, sizes: Sizes) -> Variant | None:
         """The same for `zoo diff`; None where it changes nothing."""
@@ -687,12 +670,9 @@ class Attends(Family):
     def undo(self, model: Model, rules: Rules) -> Iterator[Hypothesis]:
         """Change the attention of a model, where a text can tell."""
         for attn in attentions(model) if self.text else ():
-            settings = dict[str, Mapping[str, Any]]()
-            for n, (name, module) in enumerate(attn.modules.items()):
-                form = Form.of(module)
-                other = self.change(form, Sizes.of(model.config, module, n + 1))
-                if other is not None and (changes := other.settings(form)):
-                    settings[name] = changes
+            modules = enumerate(attn.modules.items())
+            every = {name: self._settings(model.config, m, n + 1) for n, (name, m) in modules}
+            settings = {name: changes for name, changes in every.items() if changes}
             if settings:
                 what = f"{attn.name}: {self.what}"
                 yield Hypothesis(what, f"in {attn.name} {self.what}", settings=settings)

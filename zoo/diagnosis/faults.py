@@ -11,15 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.components.attention import Attention
+from zoo.components.masks import Mask
 from zoo.components.mlp import MLP, GatedMLP
 from zoo.components.model import Model
 from zoo.components.moe import Experts
+from zoo.components.rotary import PLAIN
 from zoo.diagnosis import attention, planting
 from zoo.diagnosis.attention import at, rotates
 from zoo.diagnosis.edits import PARTS, Hypothesis, block_of
@@ -41,7 +45,6 @@ from zoo.diagnosis.families import (
     Rules,
     Scaled,
     Transposed,
-    TransposedHead,
     WrongField,
 )
 from zoo.diagnosis.kinds import blocks, kinds
@@ -100,6 +103,16 @@ def _equal_heads(config: Any) -> bool:
 
 def _is_untied(config: Any) -> bool:
     return not getattr(config, "tied", False) and config.head == "lm"
+
+
+def _has_windows(config: Any) -> bool:
+    return hasattr(config, "windows") and any(config.windows())
+
+
+def _doubled_distance(distance: int, config: Any) -> int:
+    # without buckets for far distances, DeBERTa's table has a row for each: its shape would change
+    fixed = getattr(config, "log_buckets", 1) <= 0
+    return distance if fixed else 2 * int(getattr(config, "longest", distance))
 
 
 # fmt: off
@@ -185,7 +198,7 @@ def _transposes() -> Iterator[Fault]:
         types = (MLP,) if parts == ("up", "down") else (MLP, GatedMLP)
         yield Fault(f"mlp_{'_'.join(parts)}_transposed", Transposed(types, parts))
     yield Fault("up_down_exchanged_transposed", ExchangedTransposed("up", "down"))
-    yield Fault("head_dense_transposed", TransposedHead((nn.Linear,), ("",)))
+    yield Fault("head_dense_transposed", Transposed((nn.Linear,), module="head.dense"))
 
 
 def _numbers() -> Iterator[Fault]:
@@ -210,29 +223,40 @@ def _numbers() -> Iterator[Fault]:
 
 def _fields() -> Iterator[Fault]:
     """Config fields with a wrong value, as they are planted; then any field with another."""
-    p, gelu = planting, r"(act|mlp) is .*(silu|gelu)"
-    yield Fault("eps_ten_times", WrongField("eps", p.ten_times_eps), NORM)
-    yield Fault("eps_of_another_library", WrongField("eps", p.other_eps), NORM)
-    yield Fault("rope_base_default", WrongField("rope_base", p.default_base), OUT,
+    def field(fault: str, name: str, wrong: Callable[[Any, Any], Any], at: str,
+              cause: str = "") -> Fault:
+        return Fault(fault, WrongField(name, wrong), at, cause)
+
+    gelu, gelus = r"(act|mlp) is .*(silu|gelu)", {"gelu": "gelu_new", "gelu_new": "gelu",
+                                                  "gelu_pytorch_tanh": "gelu"}
+    yield field("eps_ten_times", "eps", lambda eps, c: 10 * eps, NORM)
+    yield field("eps_of_another_library", "eps", lambda eps, c: 1e-5 if eps == 1e-6 else 1e-6, NORM)
+    yield field("rope_base_default", "rope_base", lambda base, c: 10000.0, OUT,
                 r"rope_base is 10000\.0, not")
-    yield Fault("rope_scaling_ignored", WrongField("rope", p.no_scaling), OUT,
+    yield field("rope_scaling_ignored", "rope", lambda rope, c: PLAIN.to_json(), OUT,
                 r"rope is .*default.*, not")
-    yield Fault("rope_factor_a_tenth_larger", WrongField("rope", p.larger_factor), OUT,
+    yield field("rope_factor_a_tenth_larger", "rope",
+                lambda rope, c: rope | {k: 1.1 * rope[k] for k in rope if k == "factor"}, OUT,
                 r"rope is .*factor.*, not .*factor")
-    yield Fault("rope_ramp_rounding", WrongField("rope", p.other_rounding), OUT,
+    yield field("rope_ramp_rounding", "rope",
+                lambda rope, c: rope | {k: not rope[k] for k in rope if k == "truncate"}, OUT,
                 r"rope is .*, not .*truncate")
-    yield Fault("act_other_gelu", WrongField("act", p.other_gelu), MLP_IN, gelu)
-    yield Fault("act_silu_for_gelu", WrongField("act", p.silu_or_gelu), MLP_IN, gelu)
-    yield Fault("window_off_by_one", WrongField("window", lambda c: p.window_of(c) + 1), WINDOW)
-    yield Fault("window_ignored", WrongField("window", p.no_window), WINDOW)
-    yield Fault("one_expert_fewer", WrongField("experts_per_token", p.one_fewer), MLP_IN)
-    edit = WrongField("parallel", lambda c: not p.value_of(c, "parallel"))
-    yield Fault("parallel_branches", edit, r"in blocks\.0\.(norm2|mlp\.up)$|out blocks\.0\.norm2$")
-    edit = WrongField("repeat", lambda c: not p.value_of(c, "repeat"))
-    yield Fault("layers_run_twice", edit, r"in blocks\.[01]\.norm1(, time 2)?$")
-    yield Fault("score_cap_missing", WrongField("score_cap", p.no_cap), OUT)
-    yield Fault("distance_doubled", WrongField("max_distance", p.doubled_distance), OUT)
-    yield Fault("padding_unknown", WrongField("pad", p.no_padding),
+    yield field("act_other_gelu", "act", lambda act, c: gelus.get(act, act), MLP_IN, gelu)
+    yield field("act_silu_for_gelu", "act",
+                lambda act, c: "gelu" if act in ("silu", "swish") else "silu", MLP_IN, gelu)
+    yield field("window_off_by_one", "window", lambda n, c: n + _has_windows(c), WINDOW)
+    yield field("window_ignored", "window",
+                lambda n, c: max(n, 10**6) if _has_windows(c) else n, WINDOW)
+    yield field("one_expert_fewer", "experts_per_token",
+                lambda n, c: n - 1 if c.experts and n > 1 else n, MLP_IN)
+    yield field("parallel_branches", "parallel", lambda flag, c: not flag,
+                r"in blocks\.0\.(norm2|mlp\.up)$|out blocks\.0\.norm2$")
+    yield field("layers_run_twice", "repeat", lambda flag, c: not flag,
+                r"in blocks\.[01]\.norm1(, time 2)?$")
+    yield field("score_cap_missing", "score_cap", lambda cap, c: None, OUT)
+    yield field("distance_doubled", "max_distance", _doubled_distance, OUT)
+    # of an encoder-decoder only generation needs it
+    yield field("padding_unknown", "pad", lambda pad, c: pad if hasattr(c, "start") else None,
                 r"out (embed\.weight|the model)$")
     yield Fault("config_field", AnyField())
 
@@ -292,15 +316,24 @@ def _code() -> Iterator[Fault]:
     def fault(tamper: Callable[[Any], object], at: str, cause: str) -> Fault:
         return Fault(tamper.__name__, Code(tamper), at, cause)
 
+    def fed(name: str, module: str, change: Callable[..., Tensor], at: str, cause: str) -> Fault:
+        return Fault(name, Code(partial(p.feed, name=module, change=change)), at, cause)
+
+    def cross(name: str, change: Callable[..., Tensor], at: str, cause: str) -> Fault:
+        return Fault(name, Code(partial(p.cross_attention, change=change)), at, cause)
+
     yield fault(p.padding_attended, rf"{POSITIONS}|in norm$|in .*blocks\.0\.(norm1|attn\.out)$",
                 r"padding is looked at")
     yield fault(p.token_types_ignored, r"out types$", r"types.* ignored")
     yield fault(p.outputs_exchanged, r"out the model$", r"outputs are exchanged")
-    yield fault(p.pooler_reads_last_token, r"in pooler\.dense$", r"the last token")
+    yield fed("pooler_reads_last_token", "pooler", lambda x, *_: x.flip(1), r"in pooler\.dense$",
+              r"the last token")
     yield fault(p.final_norm_missing, r"out (decoder\.)?norm$", r"norm is missing")
     yield fault(p.positions_off_by_one, POSITIONS, r"off by \+1")
     # RoBERTa's are counted from 2 on, which is ignored with the padding
-    yield fault(p.positions_count_padding, POSITIONS, r"count the padding|off by -2")
+    yield fed("positions_count_padding", "positions",
+              lambda ids: torch.arange(ids.shape[1]).expand_as(ids), POSITIONS,
+              r"count the padding|off by -2")
     yield fault(p.distance_directions, OUT, r"distances ahead")
     yield fault(p.distances_reversed, OUT, r"distances are counted the other way")
     yield fault(p.content_to_position_exchanged, OUT,
@@ -308,13 +341,16 @@ def _code() -> Iterator[Fault]:
     yield fault(p.distance_norm_missing, OUT,
                 r"distances(\.norm does not run here| are not normed)")
     yield fault(p.convolution_reads_padding, r"in conv\.norm$", r"padding is read")
-    yield fault(p.convolution_after_layer, r"in conv\.conv$", r"norm2 is in it")
+    yield fed("convolution_after_layer", "conv", lambda x, y: y, r"in conv\.conv$",
+              r"norm2 is in it")
     yield fault(p.distance_bias_first_layer_only, r"in .*blocks\.1\.attn\.out$",
                 r"no bias by distance")
-    yield fault(p.decoder_reads_itself, r"in decoder\.blocks\.0\.cross\.[kv]$",
-                r"norm_cross is in it once here")
-    yield fault(p.decoder_reads_padding, r"in decoder\.blocks\.0\.cross\.out$",
-                r"question's padding is looked at")
+    yield cross("decoder_reads_itself",
+                lambda read, x, mask, y: read(x, Mask(None, mask.positions)),
+                r"in decoder\.blocks\.0\.cross\.[kv]$", r"norm_cross is in it once here")
+    yield cross("decoder_reads_padding",
+                lambda read, x, mask, y: read(x, Mask(None, mask.positions), y),
+                r"in decoder\.blocks\.0\.cross\.out$", r"question's padding is looked at")
     yield fault(p.norm_centers_input, NORM1, r"norm1.* centered")
     yield fault(p.norm_does_not_center, r"out blocks\.0\.norm2$", r"norm2.* not centered here")
     yield fault(p.norm_moved_in_branch, rf"{NORM1}|in .*blocks\.0\.attn\.[qkv]$", r"norm is moved")

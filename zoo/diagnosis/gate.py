@@ -73,9 +73,7 @@ def planted(load: Callable[..., Any], fault: Fault | None, entry: Architecture, 
         return model
     config = load().config
     if fault.kind == "config":
-        changes = fault.edit.plant(config)
-        need(any(getattr(config, name) != value for name, value in changes.items()))
-        return load(dtype=dtype, config=changes)
+        return load(dtype=dtype, config=fault.edit.plant(config))
     healthy = load(dtype=dtype)
     model = load(dtype=dtype, spec=fault.edit.plant(Mapped(load_spec(entry.spec), config)))
     # at some sizes two orders are one

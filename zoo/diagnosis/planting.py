@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from converters.language import Placeholder, Rule, Template, parse_rule
 from converters.spec import Spec
 from zoo.components.attention import Biased, attend
-from zoo.components.masks import Mask
 
 Target = Literal["mapping", "config", "model"]
 
@@ -165,105 +164,6 @@ def _patterns(source: str, target: str, bias: bool) -> tuple[list[str], list[str
     return sides[0], sides[1]
 
 
-# --- configs -------------------------------------------------------------------------------------
-
-
-def value_of(config: Any, name: str) -> Any:
-    """A field that must be there and set."""
-    need(getattr(config, name, None) is not None)
-    return getattr(config, name)
-
-
-def rope_of(config: Any, **required: Any) -> dict[str, Any]:
-    """The rope's scaling, which must have these values; ... for any."""
-    rope: dict[str, Any] = value_of(config, "rope").to_json() or {}
-    need(all(rope.get(k) == v or (v is ... and k in rope) for k, v in required.items()))
-    return rope
-
-
-def ten_times_eps(config: Any) -> float:
-    """Ten times the eps of the config."""
-    return 10 * float(value_of(config, "eps"))
-
-
-def other_eps(config: Any) -> float:
-    """The eps that another library has by default."""
-    return 1e-6 if value_of(config, "eps") != 1e-6 else 1e-5
-
-
-def default_base(config: Any) -> float:
-    """The usual base of a rotary embedding."""
-    need(value_of(config, "rope_base") != 10000.0)
-    return 10000.0
-
-
-def no_scaling(config: Any) -> dict[str, Any]:
-    """No scaling of the rope."""
-    need(rope_of(config).get("rope_type", "default") != "default")
-    return {"rope": {"rope_type": "default"}}
-
-
-def larger_factor(config: Any) -> dict[str, Any]:
-    """A tenth more than the rope's factor."""
-    rope = rope_of(config, factor=...)
-    return {"rope": {**rope, "factor": 1.1 * rope["factor"]}}
-
-
-def other_rounding(config: Any) -> dict[str, Any]:
-    """YaRN's ramp with its ends rounded, or not."""
-    rope = rope_of(config, rope_type="yarn")
-    return {"rope": {**rope, "truncate": not rope.get("truncate", True)}}
-
-
-def other_gelu(config: Any) -> str:
-    """The exact gelu for its approximation, or the reverse."""
-    other = {"gelu": "gelu_new", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
-    need(value_of(config, "act") in other)
-    return other[config.act]
-
-
-def silu_or_gelu(config: Any) -> str:
-    """Gelu for silu, silu for anything else."""
-    return "gelu" if value_of(config, "act") in ("silu", "swish") else "silu"
-
-
-def window_of(config: Any) -> int:
-    """The window, where a layer has one."""
-    need(hasattr(config, "windows") and any(config.windows()))
-    return int(config.window)
-
-
-def no_window(config: Any) -> int:
-    """A window wider than any text."""
-    return max(window_of(config), 10**6)
-
-
-def one_fewer(config: Any) -> int:
-    """One expert fewer for each token."""
-    need(value_of(config, "experts") and config.experts_per_token > 1)
-    return int(config.experts_per_token - 1)
-
-
-def no_cap(config: Any) -> None:
-    """No soft cap of scores."""
-    value_of(config, "score_cap")
-
-
-def doubled_distance(config: Any) -> dict[str, Any]:
-    """Relative distances told apart twice as far."""
-    if getattr(config, "log_buckets", 0) > 0:
-        return {"max_distance": 2 * config.longest}
-    need(not hasattr(config, "log_buckets"))  # its table has a row a distance
-    return {"max_distance": 2 * value_of(config, "max_distance")}
-
-
-def no_padding(config: Any) -> dict[str, Any]:
-    """No padding token."""
-    value_of(config, "pad")
-    need(not hasattr(config, "start"))  # of an encoder-decoder only generation needs it
-    return {"pad": None}
-
-
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -343,21 +243,6 @@ def feed(model: Any, name: str, change: Callable[..., Tensor]) -> None:
     part(model, name).register_forward_pre_hook(lambda _, args: (change(*args), *args[1:]))
 
 
-def pooler_reads_last_token(model: Any) -> None:
-    """Feed the pooler the last token, not the first."""
-    feed(model, "pooler", lambda x, *_: x.flip(1))
-
-
-def positions_count_padding(model: Any) -> None:
-    """Count positions from the row's start, padding included."""
-    feed(model, "positions", lambda ids: torch.arange(ids.shape[1]).expand_as(ids))
-
-
-def convolution_after_layer(model: Any) -> None:
-    """Feed the convolution the layer's output, not its input."""
-    feed(model, "conv", lambda x, y: y)
-
-
 def final_norm_missing(model: Any) -> None:
     """Leave out the norm after the last stack."""
     stack = stacks(model)[-1]
@@ -412,16 +297,6 @@ def distance_bias_first_layer_only(model: Any) -> None:
     for stack in stacks(model):
         for block in list(stack.blocks)[1:]:
             block.attn.attend = attend
-
-
-def decoder_reads_itself(model: Any) -> None:
-    """Let the decoder's cross-attention read the decoder."""
-    cross_attention(model, lambda read, x, mask, y: read(x, Mask(None, mask.positions)))
-
-
-def decoder_reads_padding(model: Any) -> None:
-    """Let the decoder's cross-attention read padding."""
-    cross_attention(model, lambda read, x, mask, y: read(x, Mask(None, mask.positions), y))
 
 
 def cross_attention(model: Any, change: Callable[..., Any]) -> None:

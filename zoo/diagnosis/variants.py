@@ -128,18 +128,6 @@ def values(config: Any, name: str, numbers: Sequence[float] = ()) -> Iterator[An
             yield value
 
 
-def scales(now: float, width: int, dim: int, layer: int) -> dict[float, str]:
-    """Factors that attention scores may be multiplied by, and what each is called."""
-    return {
-        1.0: "scores are not scaled",
-        width**-0.5: "scores are divided by the root of the head's width",
-        dim**-0.5: "scores are divided by the root of the whole width",
-        1.0 / width: "scores are divided by the head's width",
-        now / layer: "scores are divided by the layer's number, too",
-        now * layer: "scores are not divided by the layer's number",
-    }
-
-
 def bases(now: float, numbers: Iterable[float] = ()) -> list[float]:
     """Other bases (theta) that a rotary embedding may have."""
     usual = (10000.0, 1e5, 5e5, 1e6, 1e7, 100.0, 1000.0)

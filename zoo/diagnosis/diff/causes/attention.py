@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.diagnosis.attention import Form, Sizes, Variant, all_of
@@ -53,18 +52,7 @@ def _content_and_positions(scene: Scene, name: str) -> Iterator[Hypothesis]:
                 yield idea
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The class's own form, a few rows to try forms on, and what both models made of them."""
-
-    own: Form
-    trial: Trial
-    sizes: Sizes
-    ours: Tensor
-    theirs: Tensor
-
-
-def _sample(scene: Scene, name: str) -> Sample | None:
+def _sample(scene: Scene, name: str) -> Trial | None:
     attn: Any = scene.above
     listened = _listen(scene, name) if hasattr(attn, "attend") else None
     if listened is None:
@@ -77,21 +65,20 @@ def _sample(scene: Scene, name: str) -> Sample | None:
     if len(rows) != len(split):
         return None
     parts = [dict(zip(PARTS, each, strict=True)) for each in zip(*rows[:3], strict=True)]
-    trial = Trial(parts, masks, attn.head_dim)
     layer = next((int(part) + 1 for part in name.split(".") if part.isdecimal()), 1)
-    sizes = Sizes(scene.model.config, attn.head_dim, trial.heads, layer)
-    return Sample(own, trial, sizes, torch.cat(rows[3]), torch.cat(rows[4]))
+    sizes = Sizes.of(scene.model.config, attn, layer)
+    return Trial(parts, masks, own, sizes, torch.cat(rows[3]), torch.cat(rows[4]))
 
 
-def _explained(scene: Scene, name: str, sample: Sample) -> Iterator[Hypothesis]:
+def _explained(scene: Scene, name: str, trial: Trial) -> Iterator[Hypothesis]:
     """Fit known forms to what each model made; what is between them is the cause."""
-    own, trial = sample.own, sample.trial
-    code = list(variants_of(scene, own, sample.sizes, trial))
+    own = trial.own
+    code = list(variants_of(scene, own, trial.sizes))
     # of what this model makes with its own parameters, none is read in another order
     slips = [*merges(), *softmaxes(own)]
-    ours = trial.fitted(own, [*code, *slips], sample.ours)
+    ours = trial.fitted([*code, *slips], trial.ours)
     rows, joint = row_variants(scene, name), row_variants(scene, name, joint=True)
-    theirs = trial.fitted(own, [*rows, *code, *joint], sample.theirs)
+    theirs = trial.fitted([*rows, *code, *joint], trial.theirs)
     if theirs:
         yield from _in_other_model(scene, own, name, theirs)
     if ours:

@@ -14,24 +14,23 @@ from torch import Tensor
 
 from zoo.components.masks import Mask
 from zoo.components.rotary import Rotary
-from zoo.diagnosis.attention import Form, Variant, all_of
+from zoo.diagnosis.attention import Form, Sizes, Variant, all_of, changed
 from zoo.diagnosis.diff.causes.scene import FITS, error
-from zoo.diagnosis.edits import PARTS
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A few rows of one attention's queries, keys and values, with their masks."""
+    """A few rows of one attention's queries, keys and values, with their masks.
+
+    `own` is what the class computes of them; `ours` and `theirs` what both models made.
+    """
 
     rows: list[dict[str, Tensor]]
     masks: list[Mask]
-    width: int
-
-    @property
-    def heads(self) -> dict[str, int]:
-        """How many heads each part has."""
-        first = self.rows[0]
-        return {part: first[part].shape[-1] // self.width for part in PARTS}
+    own: Form
+    sizes: Sizes
+    ours: Tensor
+    theirs: Tensor
 
     def error(self, form: Form, wanted: Tensor) -> float:
         """How far what a form makes is from what is wanted."""
@@ -45,32 +44,29 @@ class Trial:
         """(tokens, h e) what a form makes of the sample."""
         with torch.no_grad():
             pairs = zip(self.rows, self.masks, strict=True)
-            return torch.cat([form(row, mask, self.width) for row, mask in pairs])
+            return torch.cat([form(row, mask, self.sizes.width) for row, mask in pairs])
 
-    def fitted(
-        self, own: Form, variants: Sequence[Variant], wanted: Tensor
-    ) -> tuple[Variant, ...] | None:
+    def fitted(self, variants: Sequence[Variant], wanted: Tensor) -> tuple[Variant, ...] | None:
         """The fewest variants that make what is wanted; None where none do."""
-        if self.error(own, wanted) <= FITS:
+        if self.error(self.own, wanted) <= FITS:
             return ()
         few = [(variant,) for variant in variants]
         usual = [variant for variant in variants if not variant.lone]
         pairs = ((a, b) for a, b in combinations(usual, 2) if a.kind != b.kind)
         for some in (*few, *pairs):
-            if self.error(all_of(some, own), wanted) <= FITS:
+            if self.error(all_of(some, self.own), wanted) <= FITS:
                 return some
-        return self.solved(own, wanted)
+        return self.solved(wanted)
 
-    def solved(self, own: Form, wanted: Tensor) -> tuple[Variant, ...] | None:
+    def solved(self, wanted: Tensor) -> tuple[Variant, ...] | None:
         """A scale or a theta that nobody would think of, by Newton's method."""
+        own = self.own
 
         def scaled(by: float) -> Form:
             return replace(own, scale=own.scale * by)
 
         def based(by: float) -> Form:
-            rotary = own.rotary
-            base = rotary.base * by
-            return replace(own, rotary=Rotary(rotary.width, base, rotary.scaling, rotary.limit))
+            return replace(own, rotary=changed(own.rotary, base=own.rotary.base * by))
 
         for kind, vary in (("scale", scaled), ("rotary", based)):
             if kind == "rotary" and not isinstance(own.rotary, Rotary):

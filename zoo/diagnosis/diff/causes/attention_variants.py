@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.masks import Mask
-from zoo.diagnosis.attention import Form, Sizes, Variant, at
-from zoo.diagnosis.diff.causes.attention_trial import Trial
+from zoo.diagnosis.attention import Form, Sizes, Variant, at, variants
 from zoo.diagnosis.diff.causes.rotary_variants import rotaries
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.diff.causes.score_variants import terms
@@ -56,7 +55,7 @@ def row_variants(scene: Scene, name: str, joint: bool = False) -> Iterator[Varia
         )
 
 
-def variants_of(scene: Scene, own: Form, sizes: Sizes, trial: Trial) -> Iterator[Variant]:
+def variants_of(scene: Scene, own: Form, sizes: Sizes) -> Iterator[Variant]:
     """Other code, the likeliest first."""
     listed = [
         replace(variant, fault=fault.name)
@@ -120,35 +119,38 @@ def _later(scene: Scene) -> Iterator[Variant]:
     way = scene.comparison.way
     if way.name != "cached":
         return
-    cut = way.cut
+    cut, behind = way.cut, "of tokens that come after others in a cache"
+    positions: dict[str, Callable[[Tensor], Tensor]] = {
+        f"positions {behind} are off by +1": lambda now: now + 1,
+        f"positions {behind} are off by -1": lambda now: now - 1,
+        f"positions {behind} begin at 0 again": lambda now: now - cut,
+    }
+    table = {what: partial(_moved, cut, change) for what, change in positions.items()}
+    yield from variants("rotary", table)
+    masks: dict[str, Callable[[Tensor], Tensor]] = {
+        f"the future is visible to queries {behind}": torch.ones_like,
+        f"queries {behind} see back without a window": _back,
+        f"queries {behind} see nothing of what was before": lambda mask: (
+            mask & (torch.arange(mask.shape[-1]) >= cut)
+        ),
+    }
+    for what, change in masks.items():
+        yield _mask(what, partial(_late, cut, change), lone=True)
 
-    def moved(what: str, change: Callable[[Tensor], Tensor]) -> Variant:
-        def rotated(form: Form) -> Form:
-            def rotary(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-                now = mask.positions
-                other = torch.where(torch.arange(now.shape[-1]) < cut, now, change(now))
-                out: tuple[Tensor, Tensor] = form.rotary(q, k, at(mask, other))
-                return out
 
-            return replace(form, rotary=rotary)
+def _moved(cut: int, change: Callable[[Tensor], Tensor], form: Form) -> Form:
+    def rotary(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        now = mask.positions
+        other = torch.where(torch.arange(now.shape[-1]) < cut, now, change(now))
+        out: tuple[Tensor, Tensor] = form.rotary(q, k, at(mask, other))
+        return out
 
-        return Variant("rotary", what, rotated)
+    return replace(form, rotary=rotary)
 
-    def seen(what: str, change: Callable[[Tensor], Tensor]) -> Variant:
-        def changed(mask: Tensor) -> Tensor:
-            late = torch.arange(mask.shape[-2])[:, None] >= cut
-            return torch.where(late, change(mask), mask)
 
-        return _mask(what, changed, lone=True)
-
-    behind = "of tokens that come after others in a cache"
-    yield moved(f"positions {behind} are off by +1", lambda now: now + 1)
-    yield moved(f"positions {behind} are off by -1", lambda now: now - 1)
-    yield moved(f"positions {behind} begin at 0 again", lambda now: now - cut)
-    yield seen(f"the future is visible to queries {behind}", torch.ones_like)
-    yield seen(f"queries {behind} see back without a window", _back)
-    alone = f"queries {behind} see nothing of what was before"
-    yield seen(alone, lambda mask: mask & (torch.arange(mask.shape[-1]) >= cut))
+def _late(cut: int, change: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
+    late = torch.arange(mask.shape[-2])[:, None] >= cut
+    return torch.where(late, change(mask), mask)
 
 
 def _back(mask: Tensor, window: int | None = None) -> Tensor:

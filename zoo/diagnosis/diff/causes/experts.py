@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.moe import Experts
-from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.diff.causes.scene import Scene, first
 from zoo.diagnosis.edits import Hypothesis, stars
 
 SHARES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +36,9 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
         return
     if scene.flow.ours is None or scene.flow.theirs is None:
         return
-    ours, theirs = (_fitted(module, source.ours, y) for y in (scene.flow.ours, scene.flow.theirs))
+    ours, theirs = (
+        first(_mixtures(module, source.ours), y) for y in (scene.flow.ours, scene.flow.theirs)
+    )
     if ours is None or theirs is None:
         return
     name = stars(name)
@@ -57,20 +59,18 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
         )
 
 
-def _fitted(module: Experts, x: Tensor, wanted: Tensor) -> Mixed | None:
-    with torch.no_grad():
-        # (experts, tokens, hidden), and their outputs for either order
-        gate, up = (torch.einsum("td,xfd->xtf", x, w) for w in (module.gate, module.up))
-        made = {
-            on: torch.einsum("xtf,xdf->txd", module.act(a) * b, module.down)
-            for on, a, b in (("gate", gate, up), ("up", up, gate))
-        }
-        scores = module.router(x).softmax(-1)
-        for chosen in (module.experts_per_token, *range(1, module.experts + 1)):
-            top, index = scores.topk(chosen, -1)
-            for shares, share in SHARES.items():
-                weights = torch.zeros_like(scores).scatter(-1, index, share(top))
-                for on, outs in made.items():
-                    if error(torch.einsum("tx,txd->td", weights, outs), wanted) <= FITS:
-                        return Mixed(chosen, shares, on)
-    return None
+def _mixtures(module: Experts, x: Tensor) -> Iterator[tuple[Mixed, Tensor]]:
+    """Every number of experts, with each kind of shares, and either order of gate and up."""
+    # (experts, tokens, hidden), and their outputs for either order
+    gate, up = (torch.einsum("td,xfd->xtf", x, w) for w in (module.gate, module.up))
+    made = {
+        on: torch.einsum("xtf,xdf->txd", module.act(a) * b, module.down)
+        for on, a, b in (("gate", gate, up), ("up", up, gate))
+    }
+    scores = module.router(x).softmax(-1)
+    for chosen in (module.experts_per_token, *range(1, module.experts + 1)):
+        top, index = scores.topk(chosen, -1)
+        for shares, share in SHARES.items():
+            weights = torch.zeros_like(scores).scatter(-1, index, share(top))
+            for on, outs in made.items():
+                yield Mixed(chosen, shares, on), torch.einsum("tx,txd->td", weights, outs)

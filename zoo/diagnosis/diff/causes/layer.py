@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.diagnosis.diff.causes import catalogue, parameters, reruns
-from zoo.diagnosis.diff.causes.scene import FITS, Scene, error, fits
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, best, error, fits
 from zoo.diagnosis.diff.residual_sums import summed
 from zoo.diagnosis.edits import Hypothesis, block_of, stars
 
@@ -173,9 +172,13 @@ class Normed:
 def normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Normed | None:
     """Found from what it was given and gave."""
     x, y = x.double(), y.double()
-    if fits(x, y):
-        return Normed(None)
-    best: tuple[float, Normed] | None = None
+    return Normed(None) if fits(x, y) else best(_norms(x, y, weight, bias), y, 100 * FITS)
+
+
+def _norms(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Normed, Tensor]]:
+    """Each norm of x, the likelier ones first; what y was divided by is solved for."""
     shift = 0 if bias is None else bias.double()
     for centered in (True, False):
         z = x - x.mean(-1, keepdim=True) if centered else x
@@ -184,10 +187,7 @@ def normed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Normed 
             # y = a r + shift, so r of each token by least squares
             r = ((y - shift) * a).sum(-1) / a.square().sum(-1)
             for by, eps, made in _divisors(z, r):
-                off = error(a * made[:, None] + shift, y) if made.isfinite().all() else math.inf
-                if best is None or off < best[0] / 2:  # what is likelier stands first
-                    best = off, Normed(by, centered, offset, eps)
-    return best[1] if best is not None and best[0] <= 100 * FITS else None
+                yield Normed(by, centered, offset, eps), a * made[:, None] + shift
 
 
 def _divisors(z: Tensor, r: Tensor) -> Iterator[tuple[str, float, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import FITS, Scene, error
+from zoo.diagnosis.diff.causes.scene import Scene, best
 from zoo.diagnosis.edits import Hypothesis, stars
 
 PLAIN = "linear"  # the activation that is none
@@ -30,12 +30,9 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
     gate, up = (scene.flow_at(f"{name}.{part}") for part in ("gate", "up"))
     if up is None or scene.flow.ours is None or scene.flow.theirs is None:
         return
-    parts = {"up": up.ours} | ({} if gate is None else {"gate": gate.ours})
-    own = _own(scene)
-    ours, theirs = (
-        _fitted(parts, x, own, getattr(scene.model.config, "act", ""))  # type: ignore[arg-type]
-        for x in (scene.flow.ours, scene.flow.theirs)
-    )
+    parts: dict[str, Any] = {"up": up.ours} | ({} if gate is None else {"gate": gate.ours})
+    with torch.no_grad():
+        ours, theirs = (best(_forms(scene, parts), x) for x in (scene.flow.ours, scene.flow.theirs))
     if theirs is None or ours is None or ours == theirs:
         return
     here = [n.rpartition(".")[0] for n in scene.alike()]
@@ -61,33 +58,22 @@ def ideas(scene: Scene) -> Iterator[Hypothesis]:
             yield Hypothesis(what)
 
 
-def _own(scene: Scene) -> Any:
-    return getattr(scene.fresh.get_submodule(scene.name.rpartition(".")[0]), "act", None)
-
-
-def _fitted(parts: dict[str, Tensor], wanted: Tensor, own: Any, configured: str) -> Made | None:
-    """The one that fits best: some differ by little."""
-    named = {a: f for a, f in ACTIVATIONS.items() if a == configured} | ACTIVATIONS
+def _forms(scene: Scene, parts: dict[str, Tensor]) -> Iterator[tuple[Made, Tensor]]:
+    """Each known activation, of each of the parts."""
+    configured = getattr(scene.model.config, "act", "")
+    acts = {a: f for a, f in ACTIVATIONS.items() if a == configured} | ACTIVATIONS
+    own = getattr(scene.fresh.get_submodule(scene.name.rpartition(".")[0]), "act", None)
     if own is not None and own not in ACTIVATIONS.values():
-        named["the class's own"] = own
-    best, fit = FITS, None
-    with torch.no_grad():
-        for act, function in named.items():
-            for of, made in _forms(parts, function):
-                if (off := error(made, wanted)) <= best and (fit is None or off < best / 2):
-                    best, fit = off, Made(act, of)
-    return fit
-
-
-def _forms(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[str, Tensor]]:
+        acts["the class's own"] = own
     up, gate = parts["up"], parts.get("gate")
-    if gate is None:
-        yield "up", act(up)
-        return
-    yield "gate", act(gate) * up
-    yield "up", act(up) * gate
-    yield "the product of gate and up", act(gate * up)
-    yield "gate, and up is added", act(gate) + up
-    yield "up, and gate is added", act(up) + gate
-    yield "gate, and up is not used", act(gate)
-    yield "up, and gate is not used", act(up)
+    for name, act in acts.items():
+        if gate is None:
+            yield Made(name, "up"), act(up)
+            continue
+        yield Made(name, "gate"), act(gate) * up
+        yield Made(name, "up"), act(up) * gate
+        yield Made(name, "the product of gate and up"), act(gate * up)
+        yield Made(name, "gate, and up is added"), act(gate) + up
+        yield Made(name, "up, and gate is added"), act(up) + gate
+        yield Made(name, "gate, and up is not used"), act(gate)
+        yield Made(name, "up, and gate is not used"), act(up)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import Scene, error, fits
+from zoo.diagnosis.diff.causes.scene import Scene, error, first, fits
 from zoo.diagnosis.edits import Hypothesis, stars
 from zoo.parity.checks import call, real
 
@@ -114,21 +114,23 @@ def outputs(scene: Scene) -> Iterator[Hypothesis]:
         if side != "out" or before.ours is None or before.ours.numel() != flow.ours.numel():
             continue
         plain = before.ours.reshape(flow.ours.shape)
-        here, there = (_bent(scene, plain, x) for x in (flow.ours, flow.theirs))
+        here, there = (first(_ways(scene, plain), x) for x in (flow.ours, flow.theirs))
         if here and there and here != there:
             yield Hypothesis(f"what comes out of {name} {here} here, and {there} there")
             return
 
 
-def _bent(scene: Scene, plain: Tensor, output: Tensor) -> str | None:
-    """What was done to the last layer's output."""
-    if fits(plain, output):
-        return "is given as it is"
-    for cap in (n for n in scene.numbers if n > 1):
-        if fits((plain / cap).tanh() * cap, output):
-            return f"is softly capped at {cap:g}"
-    acts = (a for a, f in ACTIVATIONS.items() if a != "linear" and fits(f(plain), output))
-    return next((f"goes through {act}" for act in acts), None)
+def _ways(scene: Scene, plain: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What may be done to the last layer's output."""
+    yield "is given as it is", plain
+    yield from (
+        (f"is softly capped at {cap:g}", (plain / cap).tanh() * cap)
+        for cap in scene.numbers
+        if cap > 1
+    )
+    for act, function in ACTIVATIONS.items():
+        if act != "linear":
+            yield f"goes through {act}", function(plain)
 
 
 def rounding(scene: Scene) -> Iterator[Hypothesis]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.activations import ACTIVATIONS
-from zoo.diagnosis.diff.causes.scene import FITS, Scene, fits
+from zoo.diagnosis.diff.causes.scene import FITS, Scene, first, fits
 from zoo.diagnosis.diff.matching import Match
 from zoo.diagnosis.diff.residual_sums import Sum, summed
 from zoo.diagnosis.edits import Hypothesis, block_of, stars
@@ -97,47 +97,37 @@ def _times(weight: float) -> str:
 
 def _bent(scene: Scene, outs: dict[str, Tensor], value: Tensor, other: Sum | None) -> str | None:
     """What was done to a sum on its way."""
-    if other is not None:
-        plain = torch.stack([w * outs[n] for n, w in other.parts.items()]).sum(0)
-        if fits(plain - plain.mean(-1, keepdim=True), value):
-            return "it is centered: its mean is taken away"
-        if (how := _normed(scene, outs, value, other)) is not None:
-            return how
-        for act, function in ACTIVATIONS.items():
-            if act != "linear" and fits(function(plain), value):
-                return f"it goes through {act}"
-        rows = scene.rows(plain)
-        for by in (1, -1):
-            if rows and fits(torch.cat([row.roll(by, 0) for row in rows]), value):
-                return "it is moved by a place"
-        ratio = value / plain
-        kept = ratio[(ratio != 0) & plain.abs().gt(1e-6)]
-        if (
-            len(kept) < 0.99 * ratio.numel()
-            and len(kept)
-            and bool((kept - kept[0]).abs().max() < 1e-6)
-        ):
-            return "some of it is zero: dropout is active"
-    return None
-
-
-def _normed(scene: Scene, outs: dict[str, Tensor], value: Tensor, other: Sum) -> str | None:
-    """A norm of the same block that one of the parts, or all of it, went through."""
+    if other is None:
+        return None
     plain = torch.stack([w * outs[n] for n, w in other.parts.items()]).sum(0)
-    norms = {
-        name: module
-        for name, module in scene.fresh.named_modules()
-        if block_of(name) == block_of(scene.name)
-        and len(getattr(module, "weight", plain).shape) == 1
-    }
-    with torch.no_grad():
-        for norm, module in norms.items():
-            if fits(module(plain), value):
-                return f"it goes through {norm}"
-            for name in other.parts:
-                if fits(plain - outs[name] + module(outs[name]), value):
-                    return f"{name} goes through {norm} on its way: the norm is moved"
+    if (how := first(_ways(scene, outs, plain, other), value)) is not None:
+        return how
+    ratio = value / plain
+    kept = ratio[(ratio != 0) & plain.abs().gt(1e-6)]
+    dropped = 0 < len(kept) < 0.99 * ratio.numel()
+    if dropped and bool((kept - kept[0]).abs().max() < 1e-6):
+        return "some of it is zero: dropout is active"
     return None
+
+
+def _ways(
+    scene: Scene, outs: dict[str, Tensor], plain: Tensor, other: Sum
+) -> Iterator[tuple[str, Tensor]]:
+    """What may be done to a sum: it or a part through a norm of the block, an activation, moved."""
+    yield "it is centered: its mean is taken away", plain - plain.mean(-1, keepdim=True)
+    for norm, module in scene.fresh.named_modules():
+        inside = block_of(norm) == block_of(scene.name)
+        if inside and len(getattr(module, "weight", plain).shape) == 1:
+            yield f"it goes through {norm}", module(plain)
+            for name in other.parts:
+                how = f"{name} goes through {norm} on its way: the norm is moved"
+                yield how, plain - outs[name] + module(outs[name])
+    for act, function in ACTIVATIONS.items():
+        if act != "linear":
+            yield f"it goes through {act}", function(plain)
+    if rows := scene.rows(plain):
+        for by in (1, -1):
+            yield "it is moved by a place", torch.cat([row.roll(by, 0) for row in rows])
 
 
 def _constant(scene: Scene) -> Iterator[Hypothesis]:
@@ -165,13 +155,12 @@ def _picked(scene: Scene) -> Iterator[Hypothesis]:
         rows = scene.rows(x)
         if rows is None or len(rows) != len(ours):
             continue
+        if any(len(row) < 2 for row in rows):
+            continue
         places = {"first": 0, "last": -1, "second": 1, "last but one": -2}
-        positions = [
-            next((w for w, n in places.items() if fits(torch.stack([r[n] for r in rows]), y)), None)
-            for y in (ours, theirs)
-            if all(len(r) > 1 for r in rows)
-        ]
-        if len(positions) == 2 and positions[0] != positions[1]:
+        picked = [(which, torch.stack([row[n] for row in rows])) for which, n in places.items()]
+        positions = [first(picked, y) for y in (ours, theirs)]
+        if positions[0] != positions[1]:
             here, there = (w or "another" for w in positions)
             yield Hypothesis(
                 f"what goes into {scene.name}: the {here} token of {name} here, the {there} there"

@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo.components import rotary as component
 from zoo.components.masks import Mask
 from zoo.components.rotary import Rotary
-from zoo.diagnosis.attention import Form, Variant, pairs_of_neighbors
+from zoo.diagnosis.attention import Form, Variant, changed, pairs_of_neighbors, variants
 from zoo.diagnosis.diff.causes.scene import Scene
 from zoo.diagnosis.variants import bases, scalings
 
@@ -33,12 +33,13 @@ def rotaries(scene: Scene, own: Form) -> Iterator[Variant]:
         lambda q, k, m: standard(*standard(q, k, m), m),
         lone=True,
     )
-    yield Variant(
-        "rotary",
-        "values are rotated, too",
-        lambda form: replace(form, attend=partial(_values_too, standard, form.attend)),
-        lone=True,
-    )
+
+    def values_too(own: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *rest: Any) -> Tensor:
+        out: Tensor = own(q, k, standard(v, v, Mask(None, mask.keys))[0], mask, *rest)
+        return out
+
+    table = {"values are rotated, too": lambda form: form.attending(values_too)}
+    yield from variants("rotary", table, lone=True)
     yield variant(
         "neighbors anywhere in a head are rotated as pairs, not halves of its part",
         partial(pairs_of_neighbors, standard, whole=True),
@@ -47,33 +48,22 @@ def rotaries(scene: Scene, own: Form) -> Iterator[Variant]:
     yield variant(_exactly(standard), exact, lone=True)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for early in (True, False):
-            how = "computed in" if early else "rounded to"
-            yield variant(
-                f"cosines and sines are {how} {str(dtype)[6:]}",
-                partial(_coarse, standard, dtype, early),
-                lone=True,
-            )
+            what = f"cosines and sines are {'computed in' if early else 'rounded to'}"
+            coarse = partial(_coarse, standard, dtype, early)
+            yield variant(f"{what} {str(dtype)[6:]}", coarse, lone=True)
     for base in bases(standard.base, scene.numbers):
-        rotary = Rotary(standard.width, base, standard.scaling, standard.limit)
-        yield variant(f"theta is {base:g}", rotary, rope_base=base)
+        yield variant(f"theta is {base:g}", changed(standard, base=base), rope_base=base)
     for scaling in scalings(standard.scaling, scene.scalings, scene.numbers):
-        rotary = Rotary(standard.width, standard.base, scaling, standard.limit)
-        spelled = ", ".join(f"{k} {v}" for k, v in scaling.to_json().items())
-        yield variant(f"the rope's scaling is {spelled}", rotary, rope=scaling.to_json())
+        what = (
+            f"the rope's scaling is {', '.join(f'{k} {v}' for k, v in scaling.to_json().items())}"
+        )
+        yield variant(what, changed(standard, scaling=scaling), rope=scaling.to_json())
     whole = getattr(config, "head_dim", None) or config.dim // config.heads
     for width in dict.fromkeys((whole, standard.width // 2, standard.width // 4, whole // 2)):
         if width % 2 == 0 and 0 < width != standard.width:
-            rotary = Rotary(width, standard.base, standard.scaling, standard.limit)
             share = {"rope_share": width / whole} if hasattr(config, "rope_share") else {}
-            yield variant(f"{width} of a head's {whole} are rotated", rotary, **share)
-
-
-def _values_too(
-    standard: Rotary, attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *rest: Any
-) -> Tensor:
-    at = Mask(None, mask.keys)
-    out: Tensor = attend(q, k, standard(v, v, at)[0], mask, *rest)
-    return out
+            what = f"{width} of a head's {whole} are rotated"
+            yield variant(what, changed(standard, width=width), **share)
 
 
 def _coarse(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from zoo.parity.checks import call, rms
 
 # What a fit may be off by, in units of the root mean square: its inputs agree to 1e-10 only.
 FITS = 1e-8
+T = TypeVar("T")
 
 
 class Reached(Exception):
@@ -277,6 +278,20 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def fits(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors agree as far as their inputs do."""
     return ours.shape == theirs.shape and error(ours, theirs) <= FITS
+
+
+def first(candidates: Iterable[tuple[T, Tensor]], wanted: Tensor) -> T | None:
+    """The first candidate whose tensor agrees with what is wanted."""
+    return next((what for what, made in candidates if fits(made, wanted)), None)
+
+
+def best(candidates: Iterable[tuple[T, Tensor]], wanted: Tensor, limit: float = FITS) -> T | None:
+    """The candidate that fits best, where some differ by little; the likelier ones stand first."""
+    least, fit = limit, None
+    for what, made in candidates:
+        if (off := error(made, wanted)) <= least and (fit is None or off < least / 2):
+            least, fit = off, what
+    return fit
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.components.alibi import Alibi
 from zoo.components.attention import Biased, Explicit, attend
 from zoo.components.masks import Mask
-from zoo.diagnosis.attention import Form, Variant
+from zoo.diagnosis.attention import Form, Variant, changed, variants
 from zoo.diagnosis.edits import PARTS
 
 ROUGH = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,67 +22,51 @@ ROUGH = (torch.float32, torch.float16, torch.bfloat16)
 
 def terms(own: Form) -> Iterator[Variant]:
     """What is added to scores, or done to them."""
-    kept = own.attend
+    kept, term = own.attend, getattr(own.attend, "term", None)
+    others, paces = dict[str, Any](), dict[str, Any]()
     if isinstance(kept, Explicit) and kept.bend is not None:
-        plain = Explicit(kept.upcast)
-        yield Variant("sum", "scores have no soft cap", lambda form: replace(form, attend=plain))
+        others["scores have no soft cap"] = Explicit(kept.upcast)
     elif isinstance(kept, Biased):
-        yield from _biases(kept, own.scale)
-    elif getattr(kept, "__self__", None) is not None:
-        yield from _disentangled(kept.__self__)
+        others["no bias by distance is added to the scores"] = attend
+        others["distances are counted the other way"] = Biased(partial(_backwards, term))
+        if (both_ways := getattr(term, "both_ways", None)) is not None:
+            ahead = "are not told from those behind" if both_ways else "and behind are told apart"
+            others[f"distances ahead {ahead}"] = Biased(changed(term, both_ways=not both_ways))
+        if isinstance(term, Alibi):
+            paces = {what: Biased(pace) for what, pace in _paces(term, own.scale).items()}
+    elif (attn := getattr(kept, "__self__", None)) is not None:
+        others = _disentangled(attn)
+    for lone, table in ((False, others), (True, paces)):
+        changes = {what: partial(replace, attend=other) for what, other in table.items()}
+        yield from variants("sum", changes, lone)
 
 
-def _biases(kept: Biased, scale: float) -> Iterator[Variant]:
-    yield Variant(
-        "sum",
-        "no bias by distance is added to the scores",
-        lambda form: replace(form, attend=attend),
-    )
-    term: Any = kept.term
-
-    def backwards(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
-        out: Tensor = term(q, k, Mask(mask.allowed, -mask.positions, mask.causal, -mask.keys))
-        return out
-
-    yield Variant(
-        "sum",
-        "distances are counted the other way",
-        lambda form: replace(form, attend=Biased(backwards)),
-    )
-    if hasattr(term, "both_ways"):
-        other = copy.copy(term)
-        other.both_ways = not term.both_ways
-        what = (
-            "distances ahead and behind are told apart"
-            if other.both_ways
-            else "distances ahead are not told from those behind"
-        )
-        yield Variant("sum", what, lambda form: replace(form, attend=Biased(other)))
-    if isinstance(term, Alibi):
-        yield from _paces(term, scale)
+def _backwards(term: Any, q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    out: Tensor = term(q, k, Mask(mask.allowed, -mask.positions, mask.causal, -mask.keys))
+    return out
 
 
-def _paces(term: Alibi, scale: float) -> Iterator[Variant]:
+def _paces(term: Alibi, scale: float) -> dict[str, Pace]:
+    # slopes are written out: those of the class may be what is wrong
     count = len(term.slopes)
     even = [2 ** (-8 * n / count) for n in range(1, count + 1)]
     whole = 2 ** (count.bit_length() - 1)
     usual = [2 ** (-8 * n / whole) for n in range(1, whole + 1)]
     usual += [2 ** (-4 * n / whole) for n in range(1, 2 * (count - whole), 2)]
-    now, powers = Pace(tuple(term.slopes), term.scale, term.dtype), "the next lower power of two"
-    kinds = {
-        f"slopes are those of {powers}, and such halfway between": replace(
-            now, slopes=tuple(usual)
-        ),
-        "slopes fall evenly whatever the number of heads": replace(now, slopes=tuple(even)),
-        "slopes are the other way about": replace(now, slopes=now.slopes[::-1]),
-        "the bias by distance is not scaled": replace(now, scale=1.0),
-        "the bias by distance is scaled as the scores are": replace(now, scale=scale),
-        "the bias by distance is not rounded": replace(now, dtype=None),
-        "the bias by distance is rounded to bfloat16": replace(now, dtype=torch.bfloat16),
+    now, bias = Pace(tuple(term.slopes), term.scale, term.dtype), "the bias by distance is"
+    powers = "the next lower power of two"
+    others = {
+        f"slopes are those of {powers}, and such halfway between": {"slopes": tuple(usual)},
+        "slopes fall evenly whatever the number of heads": {"slopes": tuple(even)},
+        "slopes are the other way about": {"slopes": now.slopes[::-1]},
+        f"{bias} not scaled": {"scale": 1.0},
+        f"{bias} scaled as the scores are": {"scale": scale},
+        f"{bias} not rounded": {"dtype": None},
+        f"{bias} rounded to bfloat16": {"dtype": torch.bfloat16},
     }
-    kinds = {what: pace for what, pace in kinds.items() if pace != now}
-    for what, pace in ({"the bias by distance is as slopes and scale say": now} | kinds).items():
-        yield Variant("sum", what, partial(_with_term, pace), lone=True)
+    made = {what: replace(now, **fields) for what, fields in others.items()}  # type: ignore[arg-type]
+    made = {what: pace for what, pace in made.items() if pace != now}
+    return {f"{bias} as slopes and scale say": now} | made
 
 
 @dataclass(frozen=True)
@@ -102,72 +85,62 @@ class Pace:
         return term.to(wide).to(q.dtype) * self.scale
 
 
-def _with_term(term: Any, form: Form) -> Form:
-    return replace(form, attend=Biased(term))
-
-
 # --- slips ---------------------------------------------------------------------------------------
 
 
-def merges() -> Iterator[Variant]:
+def merges() -> list[Variant]:
     """Other ways to merge the heads."""
 
-    def variant(what: str, merge: Callable[[Tensor], Tensor]) -> Variant:
-        def changed(kept: Any, *args: Any) -> Tensor:
-            y: Tensor = kept(*args)
+    def merged(merge: Callable[[Tensor], Tensor]) -> Callable[[Form], Form]:
+        def attend(own: Any, *args: Any) -> Tensor:
+            y: Tensor = own(*args)
             return rearrange(merge(y), "b s (h e) -> b h s e", h=y.shape[1])
 
-        return Variant(
-            "merge", what, lambda form: replace(form, attend=partial(changed, form.attend))
-        )
+        return lambda form: form.attending(attend)
 
-    yield variant(
-        "heads are interleaved where they are put together",
-        lambda y: rearrange(y, "b h s e -> b s (e h)"),
-    )
-    for n, part in enumerate(PARTS):
-        what = f"heads of {part} are the other way about"
-        yield Variant("merge", what, partial(_flipped, n), lone=True)
-    yield variant(
-        "heads are put together without being brought behind the tokens first",
-        lambda y: y.reshape(y.shape[0], y.shape[2], -1),
-    )
+    def flipped(part: int) -> Callable[[Form], Form]:
+        def attend(own: Any, *args: Any) -> Tensor:
+            out: Tensor = own(*(x.flip(1) if n == part else x for n, x in enumerate(args)))
+            return out
 
+        return lambda form: form.attending(attend)
 
-def _flipped(part: int, form: Form) -> Form:
-    def flipped(kept: Any, *args: Any) -> Tensor:
-        out: Tensor = kept(*(x.flip(1) if n == part else x for n, x in enumerate(args)))
-        return out
-
-    return replace(form, attend=partial(flipped, form.attend))
+    interleaved = merged(lambda y: rearrange(y, "b h s e -> b s (e h)"))
+    not_behind = merged(lambda y: y.reshape(y.shape[0], y.shape[2], -1))
+    together = "put together without being brought behind the tokens first"
+    flips = {f"heads of {x} are the other way about": flipped(n) for n, x in enumerate(PARTS)}
+    return [
+        *variants("merge", {"heads are interleaved where they are put together": interleaved}),
+        *variants("merge", flips, lone=True),
+        *variants("merge", {f"heads are {together}": not_behind}),
+    ]
 
 
-def softmaxes(own: Form) -> Iterator[Variant]:
+def softmaxes(own: Form) -> list[Variant]:
     """Scores and what is made of them, step by step; DeBERTa's are its own."""
     kept = own.attend
     if kept is not attend and not isinstance(kept, Explicit | Biased):
-        return
-    kinds: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-        ("the softmax is taken over queries, not keys", lambda s: s.softmax(-2)),
-        ("a sigmoid is taken of scores, not a softmax", torch.sigmoid),
-        ("the softmax has one more in its sum", lambda s: s.exp() / (1 + s.exp().sum(-1, True))),
-        ("no softmax is taken of scores", lambda s: s.masked_fill(s == -torch.inf, 0)),
-    ]
+        return []
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+        "the softmax is taken over queries, not keys": lambda s: s.softmax(-2),
+        "a sigmoid is taken of scores, not a softmax": torch.sigmoid,
+        "the softmax has one more in its sum": lambda s: s.exp() / (1 + s.exp().sum(-1, True)),
+        "no softmax is taken of scores": lambda s: s.masked_fill(s == -torch.inf, 0),
+    }
     for dtype in ROUGH:
         name = str(dtype)[6:]
-        kinds += [
-            (f"the softmax is computed in {name}", partial(_softmax_in, dtype)),
-            (
-                f"attention weights are rounded to {name}",
-                lambda s, d=dtype: s.softmax(-1).to(d).to(s.dtype),  # type: ignore[misc]
-            ),
-        ]
-    for what, soft in kinds:
-        yield Variant("soft", what, partial(_stepwise, soft), lone=True)
+        kinds[f"the softmax is computed in {name}"] = partial(_softmax_in, dtype)
+        kinds[f"attention weights are rounded to {name}"] = partial(_softmax_to, dtype)
+    table = {what: partial(_stepwise, soft) for what, soft in kinds.items()}
+    return variants("soft", table, lone=True)
 
 
 def _softmax_in(dtype: torch.dtype, scores: Tensor) -> Tensor:
     return scores.to(dtype).softmax(-1).to(scores.dtype)
+
+
+def _softmax_to(dtype: torch.dtype, scores: Tensor) -> Tensor:
+    return scores.softmax(-1).to(dtype).to(scores.dtype)
 
 
 def _stepwise(soft: Callable[[Tensor], Tensor], form: Form) -> Form:
@@ -199,28 +172,19 @@ def spelled(terms: Sequence[str]) -> str:
     return " and ".join(names[term] for term in terms) or "positions are not attended to"
 
 
-def _disentangled(attn: nn.Module) -> Iterator[Variant]:
+def _disentangled(attn: Any) -> dict[str, Any]:
     """DeBERTa's, whose contents and places look at each other."""
-
-    def variant(what: str, **changed: Any) -> Variant:
-        other: Any = copy.copy(attn)
-        for name, value in changed.items():
-            setattr(other, name, value)
-        return Variant("sum", what, lambda form: replace(form, attend=other.look))
-
-    module: Any = attn
-    if not module.position_terms or module.distances is None:
-        return
-    for looks in ATTENDED:
-        if set(looks) != set(module.position_terms):
-            yield variant(f"{spelled(looks)}, not as the config says", position_terms=looks)
-    distances: Any = module.distances.__self__
-    other = copy.copy(distances)
-    other._modules = dict(distances._modules)
-    other.norm = None
+    if not attn.position_terms or attn.distances is None:
+        return {}
+    others = {
+        f"{spelled(some)}, not as the config says": changed(attn, position_terms=some)
+        for some in ATTENDED
+        if set(some) != set(attn.position_terms)
+    }
+    distances: Any = attn.distances.__self__
+    back = changed(distances, rows=lambda positions: distances.rows(-positions))
+    tables = {"distances are counted the other way": back}
     if distances.norm is not None:
-        yield variant("vectors of distances are not normed", distances=other.once)
-    back = copy.copy(distances)
-    back._modules = dict(distances._modules)
-    back.rows = lambda positions: distances.rows(-positions)
-    yield variant("distances are counted the other way", distances=back.once)
+        tables["vectors of distances are not normed"] = changed(distances, norm=None)
+    others |= {what: changed(attn, distances=table.once) for what, table in tables.items()}
+    return {what: other.look for what, other in others.items()}
