@@ -1,4 +1,4 @@
-"""Rung 2, an MLP: the last four characters, each a vector, go through a hidden layer together.
+"""Rung 2, an MLP: the last two characters, each a vector, go through a hidden layer together.
 
 python examples/ladder/2_mlp.py [TEXT FILE]
 """
@@ -8,15 +8,15 @@ from einops import rearrange
 from loop import Run, run
 from torch import Tensor, nn
 
-WINDOW = 4  # characters that the model sees
+WINDOW = 2  # characters that the model sees
 
 
 class MLP(nn.Module):
     def __init__(self, vocab: int, dim: int = 64) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
-        # a window of four has 65 ** 4 values, too many for a table: what is alike must share
-        # weights. Vectors of characters do: similar ones have similar effects.
+        # a table needs a row for each window, v ** w of them, and most are never seen; vectors
+        # share what they learn: characters that act alike get similar ones
         self.up = nn.Linear(WINDOW * dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
         self.head = nn.Linear(dim, vocab, bias=False)

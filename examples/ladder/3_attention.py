@@ -49,7 +49,7 @@ class Model(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(b, s, v) of logits from (b, s) of ids."""
         x = self.embed(ids) + self.positions(torch.arange(ids.shape[1]))  # (b, s, d)
-        x = x + self.attn(x)  # collect: instead of rung 2's window of four, all of the context
+        x = x + self.attn(x)  # collect: from all of the context, where rung 2 had a window of two
         x = x + self.down(F.relu(self.up(x)))  # and compute with it: rung 2's MLP
         return self.head(x)
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import play
 import torch
-import torch.nn.functional as F
 from text import CONTEXT, Batch, Text
 from torch import Tensor, nn
 
@@ -28,8 +27,7 @@ class Run(NamedTuple):
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """(), mean of -ln(the probability that the model gave to the character that came)."""
     ids, targets = batch  # (b, s) each
-    logits = model(ids)  # (b, s, v)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
 
 
 def train(model: nn.Module, text: Text, steps: int, rate: float, seed: int) -> list[float]:
@@ -64,6 +62,9 @@ def run(make: Callable[[int], nn.Module], rate: float, arguments: list[str] | No
     parser = argparse.ArgumentParser()
     parser.add_argument("file", nargs="?", type=Path, help="a text (default: play.py writes one)")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument(
+        "--rate", type=float, default=rate, help="of learning (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # matrices this small gain nothing from more
@@ -72,7 +73,7 @@ def run(make: Callable[[int], nn.Module], rate: float, arguments: list[str] | No
     model = make(text.vocab)
     print(f"{text.vocab} characters, {sum(p.numel() for p in model.parameters()):,} parameters")
     started = time.perf_counter()
-    losses = train(model, text, options.steps, rate, options.seed)
+    losses = train(model, text, options.steps, options.rate, options.seed)
     seconds = time.perf_counter() - started
     with torch.no_grad():
         validation = loss_of(model.eval(), text.test()).item()
