@@ -47,9 +47,9 @@ def train(model: nn.Module, text: Text, steps: int, rate: float, seed: int) -> l
 
 
 @torch.no_grad()
-def write(model: nn.Module, text: Text, count: int, start: str = "\n") -> str:
+def write(model: nn.Module, text: Text, count: int) -> str:
     """Draw characters one at a time, each from the model's distribution after all before it."""
-    ids = torch.tensor([text.encode(start)])  # (1, s)
+    ids = torch.zeros(1, 1, dtype=torch.long)  # (1, s); id 0 is a newline, where there is one
     for _ in range(count):
         logits = model(ids[:, -CONTEXT:])[:, -1]  # (1, v), after the last character
         drawn = torch.multinomial(logits.softmax(dim=-1), 1)  # (1, 1)
@@ -62,9 +62,7 @@ def run(make: Callable[[int], nn.Module], rate: float, arguments: list[str] | No
     parser = argparse.ArgumentParser()
     parser.add_argument("file", nargs="?", type=Path, help="a text (default: play.py writes one)")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--rate", type=float, default=rate, help="of learning (default: %(default)s)"
-    )
+    parser.add_argument("--rate", type=float, default=rate, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # matrices this small gain nothing from more
