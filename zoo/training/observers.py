@@ -93,19 +93,19 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise _missing("tensorboard") from None
-        self._writer = SummaryWriter(str(place / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(place / "tensorboard"))
 
     def see(self, entry: Mapping[str, Any]) -> None:
         """Write every number of an entry, and samples as text."""
         for name, value in entry.items():
             if name == "sample":
-                self._writer.add_text("sample", displayable(value), entry["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_text("sample", displayable(value), entry["step"])
             elif name != "step" and value is not None:
-                self._writer.add_scalar(name, value, entry["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, entry["step"])
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Wandb:

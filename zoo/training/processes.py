@@ -54,27 +54,31 @@ class Processes:
 
     def whole(self, value: Tensor) -> Tensor:
         """A number that all processes agree on, where each may hold a part of it."""
-        return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[no-any-return]
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
 
     @contextmanager
     def gradients(self, running: nn.Module, *, last: bool) -> Iterator[None]:
         """Within a step: processes exchange gradients after the last part alone."""
         if self.count == 1 or last:
-            if hasattr(running, "set_requires_gradient_sync"):
-                running.set_requires_gradient_sync(True)
+            _exchange(running, True)
             yield
-        elif hasattr(running, "no_sync"):
+        elif isinstance(running, nn.parallel.DistributedDataParallel):
             with running.no_sync():
                 yield
         else:
-            if hasattr(running, "set_requires_gradient_sync"):
-                running.set_requires_gradient_sync(False)
+            _exchange(running, False)
             yield
 
     def wait(self) -> None:
         """Return when all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+def _exchange(running: Any, now: bool) -> None:
+    """Of parameters that are spread: whether gradients are exchanged after a part."""
+    if hasattr(running, "set_requires_gradient_sync"):
+        running.set_requires_gradient_sync(now)
 
 
 @contextmanager
@@ -133,6 +137,7 @@ def spread(model: Model, processes: Processes, shard: str) -> nn.Module:
         for name, module in model.named_modules():
             if name.rpartition(".")[0].endswith("blocks"):
                 fully_shard(module, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
     ids: Any = [processes.device.index] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)

@@ -23,7 +23,7 @@ OPTIMIZER, MACHINE, REPORTS = "Optimizer", "Machine", "Reports"
 
 
 def _field(default: Any, section: str, help: str, **more: Any) -> Any:
-    extra = {"section": section}
+    extra: Any = {"section": section}
     return Field(default=default, description=help, json_schema_extra=extra, **more)
 
 

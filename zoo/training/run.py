@@ -1,4 +1,4 @@
-"""The directory of a run: recipe.yaml, metrics.jsonl, samples, and the checkpoints last and best."""
+"""The directory of a run: recipe.yaml, metrics.jsonl, and the checkpoints last and best."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def run(
         elif tokenizer is None and not isinstance(source, Tensor):
             tokenizer = model.tokenizer
         if tokenizer is not None and model.provenance is None:
-            model.tokenizer = tokenizer  # what is generated is read with it
+            vars(model)["tokenizer"] = tokenizer  # what it generates is read with it
         place = scratch if directory is None else directory.place / "data"
         state = _state(recipe, model, tokenizer, source, place, processes)
         if resume and directory is not None:
@@ -157,22 +157,10 @@ def run(
 
 def _model(recipe: Recipe, tokenizer: Tokenizer | None, resumed: RunDirectory | None) -> Model:
     """The model of a recipe: a checkpoint's, or new; of a resumed run its last one."""
-    if recipe.base is not None or resumed is not None:
-        if resumed is not None and not recipe.lora:
-            return load(resumed.last, mmap=False)
-        fields = (
-            {}
-            if recipe.dropout is None
-            else {
-                name: recipe.dropout
-                for name in load(recipe.base).config.to_dict()
-                if "dropout" in name
-            }
-        )
-        how: dict[str, Any] = {} if recipe.head is None else {"head": recipe.head}
-        if changes := {**fields, **recipe.config}:
-            how["config"] = changes
-        model = load(recipe.base, mmap=False, **how)
+    if resumed is not None and not recipe.lora:
+        return load(resumed.last, mmap=False)
+    if recipe.base is not None:
+        model = _base(recipe.base, recipe)
         if recipe.lora and resumed is not None:
             return model.load_adapter(resumed.last)
         if recipe.lora:
@@ -187,6 +175,16 @@ def _model(recipe: Recipe, tokenizer: Tokenizer | None, resumed: RunDirectory | 
     fields = small(entry, int(vocab), recipe.context, recipe.config, dropout)
     torch.manual_seed(recipe.seed)
     return build(entry, fields, recipe.head)
+
+
+def _base(ref: str, recipe: Recipe) -> Model:
+    """The checkpoint that a run goes on from, with the recipe's config fields."""
+    how: dict[str, Any] = {} if recipe.head is None else {"head": recipe.head}
+    fields = dict(recipe.config)
+    if recipe.dropout is not None:
+        named = load(ref, **how).config.to_dict()
+        fields |= {name: recipe.dropout for name in named if "dropout" in name}
+    return load(ref, mmap=False, config=fields or None, **how)
 
 
 def _state(
@@ -210,6 +208,10 @@ def _state(
     model.to(processes.device)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         model.float()  # a step of a thousandth is lost in bfloat16
+    for p in model.parameters():
+        # a loaded weight may be a transposed view. torch's fused AdamW takes the order in memory
+        # for that of the moments, and products of views round differently
+        p.data = p.data.contiguous()
     if recipe.recompute:
         model.gradient_checkpointing_enable()
     if recipe.tf32 and processes.device.type == "cuda":

@@ -43,7 +43,7 @@ def save_state(state: State, place: Path, tokenizer: Tokenizer | None) -> None:
     Each of several processes calls this, and the first one writes.
     """
     moments, numbers = dict[str, Tensor](), dict[str, dict[str, float]]()
-    for name, parameter, kept in _states(state):
+    for name, kept in _states(state):
         for key, value in kept.items():
             if isinstance(value, Tensor) and value.dim():
                 moments[f"{key}/{name}"] = _whole(value)
@@ -88,7 +88,7 @@ def load_state(state: State, place: Path) -> None:
         raise CheckpointError(f"{place / TRAINING}: version {record.get('version')!r}, not 1")
     path = place / OPTIMIZER
     reader = SafetensorsReader(path) if path.is_file() else None
-    arrays = {} if reader is None else {n: reader.lazy(n).whole().clone() for n in reader.tensors}
+    arrays = {} if reader is None else {n: reader.tensor(n).clone() for n in reader.tensors}
     for optimizer in state.optimizers:
         kept = dict[int, dict[str, Any]]()
         for number, (name, parameter) in enumerate(_named(optimizer)):
@@ -118,10 +118,10 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter
         yield from zip(group[NAMES], group["params"], strict=True)
 
 
-def _states(state: State) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+def _states(state: State) -> Iterator[tuple[str, dict[str, Any]]]:
     for optimizer in state.optimizers:
         for name, parameter in _named(optimizer):
-            yield name, parameter, optimizer.state.get(parameter, {})
+            yield name, optimizer.state.get(parameter, {})
 
 
 def _short(values: dict[str, float]) -> dict[str, float]:
@@ -141,10 +141,10 @@ def _placed(value: Tensor, parameter: Tensor, place: Path) -> Tensor:
         raise CheckpointError(
             f"{place / OPTIMIZER}: {tuple(value.shape)} of a parameter {tuple(parameter.shape)}"
         )
-    if not hasattr(parameter, "device_mesh"):
-        return value.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
