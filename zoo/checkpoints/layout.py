@@ -11,6 +11,8 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of peft's
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NATIVE_FILE = "zoo.json"  # instead of config.json in a native directory
+RUN_RECIPE = "recipe.yaml"  # what makes a directory that of a training run
+RUN_CHECKPOINTS = ("best", "last")  # its folders, in the order in which one is loaded
 MODULES = "modules.json"  # what makes sentence embeddings of a model's output
 MORE_TEMPLATES = "additional_chat_templates"  # a folder: its files have templates by name
 # what is fetched beside config and weights, where the repository has it

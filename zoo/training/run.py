@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.checkpoints.layout import RUN_RECIPE as RECIPE
 from zoo.errors import OutputExists, UsageError, option
 from zoo.training.recipe import Recipe
 from zoo.training.states import BEST, LAST, TRAINING
 
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 class RunDirectory:
@@ -31,8 +32,8 @@ class RunDirectory:
         """The checkpoint whose evaluation was best."""
         return self.place / BEST
 
-    def begin(self, recipe: Recipe) -> None:
-        """Make the directory of a new run.
+    def check_new(self) -> None:
+        """Refuse a directory in which something lies.
 
         Raises:
             OutputExists: There is a run, or something else.
@@ -40,6 +41,10 @@ class RunDirectory:
         if self.place.exists() and (not self.place.is_dir() or any(self.place.iterdir())):
             way = f"{option('resume', ...)} goes on with a run" if self.is_run else "Name another"
             raise OutputExists(f"{self.place}: exists already. {way}")
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the directory of a new run, and write its recipe."""
+        self.check_new()
         self.place.mkdir(parents=True, exist_ok=True)
         (self.place / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
 

@@ -130,9 +130,8 @@ def run(
         if processes.count > 1 and directory is None:
             raise UsageError("several processes need a directory that they share: name one as out")
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zoo-train-")))
-        if directory is not None and processes.is_first and not resume:
-            directory.begin(recipe)
-        processes.wait()
+        if directory is not None and not resume:
+            directory.check_new()
         source = data if data is not None else recipe.data
         if source is None:
             raise UsageError(f"no data to train on: name a file, {option('data', ...)}")
@@ -146,6 +145,9 @@ def run(
             tokenizer = model.tokenizer
         if tokenizer is not None and model.provenance is None:
             vars(model)["tokenizer"] = tokenizer  # what it generates is read with it
+        if directory is not None and processes.is_first and not resume:
+            directory.begin(recipe)
+        processes.wait()
         place = scratch if directory is None else directory.place / "data"
         state = _state(recipe, model, tokenizer, source, place, processes)
         if resume and directory is not None:

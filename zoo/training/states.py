@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from converters.formats.safetensors import SafetensorsReader
 from converters.output import Shard
 from converters.strict_json import read_json
+from zoo.checkpoints.layout import RUN_CHECKPOINTS
 from zoo.checkpoints.publish import write
 from zoo.components.model import Model
 from zoo.errors import CheckpointError, UsageError, listing
@@ -33,7 +34,7 @@ from zoo.training.loop import State
 from zoo.training.optimizers import NAMES
 
 OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
-LAST, BEST = "last", "best"
+BEST, LAST = RUN_CHECKPOINTS
 VERSION = 1  # of training.json
 
 
