@@ -143,8 +143,9 @@ def train(
             raise UsageError("--resume: a run has its recipe and its directory; leave others out")
         whole = RunDirectory(resume).resumed({**asked, "out": str(resume)})
     else:
-        asked.setdefault("out", _directory(recipe))
         whole = Recipe.of(asked) if recipe is None else Recipe.read(recipe, asked)
+        if whole.out is None:
+            whole = whole.changed({"out": _directory(recipe)})
     result = run(whole, resume=resume is not None, progress=True)
     place = str(result.directory)
     if json:

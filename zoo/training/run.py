@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class RunDirectory:
         self.check_new()
         self.place.mkdir(parents=True, exist_ok=True)
         (self.place / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+
+    def remove_begun(self) -> None:
+        """Remove the directory of a run that could not begin: nobody else has written to it."""
+        shutil.rmtree(self.place)
 
     @property
     def is_run(self) -> bool:

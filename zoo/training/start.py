@@ -149,7 +149,12 @@ def run(
             directory.begin(recipe)
         processes.wait()
         place = scratch if directory is None else directory.place / "data"
-        state = _state(recipe, model, tokenizer, source, place, processes)
+        try:
+            state = _state(recipe, model, tokenizer, source, place, processes)
+        except BaseException:
+            if directory is not None and processes.is_first and not resume:
+                directory.remove_begun()
+            raise
         if resume and directory is not None:
             load_state(state, directory.last)
             if processes.is_first:
