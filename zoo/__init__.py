@@ -37,6 +37,7 @@ PUBLIC = {
     "prepare": "zoo.prepared.prepare:prepare",
     "save": "zoo.saving.save:save",
     "tokenizer": "zoo.tokenizers:tokenizer",
+    "train": "zoo.training.start:train",
     "verify": "zoo.parity:verify",
 }
 # methods of every model; @ marks a class method, () an attribute that is computed when first read

@@ -17,6 +17,7 @@ from zoo.text.fill import fill as fill
 from zoo.text.generate import generate_text as generate
 from zoo.text.perplexity import perplexity as perplexity
 from zoo.tokenizers import tokenizer as tokenizer
+from zoo.training.start import train as train
 
 __version__: str
 PUBLIC: dict[str, str]
@@ -40,5 +41,6 @@ __all__ = [
     "prepare",
     "save",
     "tokenizer",
+    "train",
     "verify",
 ]

@@ -11,6 +11,8 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # as peft names it
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NATIVE_FILE = "zoo.json"  # in a native directory, instead of config.json
+RUN_RECIPE = "recipe.yaml"  # in the directory of a training run
+RUN_CHECKPOINTS = ("best", "last")  # its folders: the first that is there is loaded
 MODULES = "modules.json"  # the layers that turn hidden states into sentence embeddings
 MORE_TEMPLATES = "additional_chat_templates"  # a folder with a chat template in each file
 # downloaded beside config and weights, where the repository has them

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import NoReturn, TypeGuard
 
 from zoo.checkpoints.adapters import REPO, adapter_alone
-from zoo.checkpoints.file_names import ADAPTER, ADAPTER_WEIGHTS, CONFIG, NATIVE_FILE, PUBLISHED
+from zoo.checkpoints.file_names import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    NATIVE_FILE,
+    PUBLISHED,
+    RUN_CHECKPOINTS,
+    RUN_RECIPE,
+)
 from zoo.errors import NotACheckpoint, UnknownName, UnsafePath, UsageError, ZooError, listing
 from zoo.registry import find
 
@@ -64,6 +72,7 @@ def local_path(ref: str | os.PathLike[str], revision: str | None, config: bool) 
             f"{text}: expected a directory with {CONFIG} and weights in it, or a file that says "
             f"what it is ({_formats()}); found {_content(path)}"
         )
+    path = _of_run(path)
     named = (path / CONFIG).exists() or (path / NATIVE_FILE).exists()
     if config and not named and os.path.lexists(path / ADAPTER):
         raise adapter_alone(path)
@@ -72,6 +81,15 @@ def local_path(ref: str | os.PathLike[str], revision: str | None, config: bool) 
             f"{text}: no {CONFIG} (nor {NATIVE_FILE}) in it, and no file that says what it is "
             f"({_formats()}).{_nearby(path)}"
         )
+    return path
+
+
+def _of_run(path: Path) -> Path:
+    """Of a training run's directory its best checkpoint, or its last one; else the same."""
+    if (path / RUN_RECIPE).is_file() and not (path / CONFIG).exists():
+        for name in RUN_CHECKPOINTS:
+            if (path / name / CONFIG).exists():
+                return path / name
     return path
 
 

@@ -16,6 +16,7 @@ class CommandRow(NamedTuple):
 
 
 INSPECT, PROVE, CONVERT, TEXT = "Inspect", "Prove and diagnose", "Convert", "Use a model"
+TRAIN = "Train"
 
 COMMANDS = {
     "list": CommandRow(
@@ -67,6 +68,16 @@ COMMANDS = {
         "zoo.cli.convert",
         "check that a directory still is what convert wrote",
         ("zoo check ./gpt2-native --sha256",),
+    ),
+    "train": CommandRow(
+        TRAIN,
+        "zoo.cli.training",
+        "train a model from scratch, or go on from a checkpoint",
+        (
+            "zoo train --data shakespeare.txt --tokenizer char --set layers=4 --set dim=128",
+            "zoo train --from gpt2 --data mine.txt --lora q_proj,v_proj --out runs/tuned",
+            "zoo train --resume runs/tuned --steps 4000",
+        ),
     ),
     "tokenize": CommandRow(
         TEXT,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo import verbs
 from zoo.components.config import Config
@@ -61,6 +63,13 @@ class Model(nn.Module):
         if not any(p.is_meta for p in self.parameters()):
             self.initialize()
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """In training, compute each layer's activations again instead of keeping them."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for name, module in self.named_modules():
+            if name.rpartition(".")[0].endswith("blocks"):
+                module.forward = partial(_recomputed, module.forward, options)
+
     if TYPE_CHECKING:  # the verbs, for type checkers; tests/test_verbs.py compares them
 
         @classmethod
@@ -87,6 +96,12 @@ class Model(nn.Module):
         ) -> Any: ...
         @property
         def tokenizer(self) -> Any: ...
+
+
+def _recomputed(forward: Any, options: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)
 
 
 class Linear(nn.Linear):

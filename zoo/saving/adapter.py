@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from converters.output import Output
 from zoo.components.model import Model
 from zoo.lora import adapter_of, own_parameters
-from zoo.lora.files import Factors, output
+from zoo.lora.files import Factors
+from zoo.lora.files import output as output_of
 from zoo.lora.targets import on_disk
 from zoo.saving.save import checked_destination, write
 
@@ -37,6 +39,12 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
         >>> sorted(file.name for file in path.glob("adapter*"))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    output = adapter_output(model)
+    return write(output, checked_destination(directory, None, force), force)
+
+
+def adapter_output(model: Model) -> Output:
+    """Return the files of a model's adapter."""
     adapter = adapter_of(model)
     factors, whole = dict[str, Factors](), dict[str, Tensor]()
     own = {n: p.detach() for n, p in own_parameters(model)}
@@ -46,8 +54,7 @@ def save_adapter(model: Model, directory: str | PathLike[str], *, force: bool = 
     for name, before in adapter.files.whole.items():
         _, step, n = adapter.changes.index.find(name)
         whole[name] = _as_it_was(on_disk(step, own)[step.sources[n]], before)
-    changed = output(replace(adapter.files, factors=factors, whole=whole))
-    return write(changed, checked_destination(directory, None, force), force)
+    return output_of(replace(adapter.files, factors=factors, whole=whole))
 
 
 def _as_it_was(now: Tensor, before: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ OWN_VALUES = ("architecture", "alignment", "file_type", "quantization_version", 
 
 NOT_CARRIED = (
     *("config.json", NATIVE_FILE, "*.index.json", MANIFEST),
+    "training.json",  # of a run: it belongs to the optimizer's state
     *(
         "quantize_config.json",
         "quant_config.json",

@@ -105,7 +105,7 @@ def save(
     destination = checked_destination(dst, None, force)
     if to in GRAPHS:
         check_graph(to, destination, layout, max_shard_size)
-    output = _output(model, to, max_shard_size, layout)
+    output = output_of(model, to, max_shard_size, layout)
     write(output, destination, force, allow_nonfinite)
     if model.provenance is not None:
         model.provenance.renew(destination)
@@ -129,8 +129,11 @@ def _check_values(model: Model) -> None:
         raise UsageError(f"{listing(without)}: on the meta device, where no values are")
 
 
-def _output(
-    model: Model, to: str, max_shard_size: int | None, layout: Mapping[str, Any] | None
+def output_of(
+    model: Model,
+    to: str = "hf",
+    max_shard_size: int | None = None,
+    layout: Mapping[str, Any] | None = None,
 ) -> Output:
     """Return the files, headers and sources of a model in memory."""
     if to in GRAPHS:

@@ -42,11 +42,16 @@ class CharTokenizer(Tokenizer):
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write characters.json into a directory, where `zoo.tokenizer` finds it."""
-        path = Path(directory) / FILE
+        name, content = self.file()
+        path = Path(directory) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"characters": self._characters}, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return path
+
+    def file(self) -> tuple[str, bytes]:
+        """The name and the content of the file that holds it."""
+        text = json.dumps({"characters": self._characters}, ensure_ascii=False) + "\n"
+        return FILE, text.encode()
 
     @property
     def _characters(self) -> str:
