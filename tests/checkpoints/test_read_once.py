@@ -49,8 +49,11 @@ class Load:
         counted = property(lambda entry: Counted(real(entry), self.configs))
         with monkeypatch.context() as patch:
             patch.setattr(Architecture, "config_class", counted)
-            for module, name in (("config_file", "architecture_for"), ("locate", "find")):
-                self._count(patch, f"zoo.checkpoints.{module}.{name}")
+            for target in (
+                "zoo.checkpoints.config_file.architecture_for",
+                "converters.dialects.find",
+            ):
+                self._count(patch, target)
             WATCH.append(Counter())
             try:
                 self.model = zoo.load(place, **options)

@@ -524,6 +524,22 @@ class TestSpec:
         with pytest.raises(ShapeMismatch, match=rf"expected \[{V}, {D}\]"):
             make_plan(made, "hf", {}, native, header({name: (D, D)}))
 
+    def test_dialects_but_the_published_one_are_read_when_they_are_used(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(spec_files, "SPECS", tmp_path)
+        (tmp_path / "a").mkdir()
+        for name in ("native", "hf", "gguf"):
+            (tmp_path / "a" / f"{name}.yaml").write_text("{}\n" if name != "gguf" else "foo: 1\n")
+        made = load_spec.__wrapped__("a")
+        assert list(made.dialects) == ["hf", "gguf"] and "gguf" in made.dialects
+        with pytest.raises(SpecError, match=r"converters/specs/a/gguf\.yaml: unknown section foo"):
+            made.dialect("gguf")
+        (tmp_path / "a" / "gguf.yaml").write_text("prefix: m.\n")
+        assert made.dialect("gguf").prefix == "m."
+        with pytest.raises(SpecError, match="no dialect 'tf'; there is hf, gguf"):
+            made.dialect("tf")
+
     def test_a_spec_laid_over_another(self, tmp_path, monkeypatch):
         monkeypatch.setattr(spec_files, "SPECS", tmp_path)
         for name in ("a", "b"):
