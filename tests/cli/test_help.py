@@ -230,6 +230,19 @@ def test_names_of_commands_options_and_checkpoints_complete() -> None:
 
 
 @pytest.mark.parametrize("shell", app.SHELLS)
+def test_completing_a_line_offers_shells_and_installs_nothing(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for option in ("--install-completion", "--show-completion"):
+        offered = completions(shell, f"zoo {option} z")
+        assert "zsh" in "".join(offered) and "fish" not in "".join(offered)
+        completions(shell, f"zoo {option} zsh ")
+    completions(shell, "zoo --version ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shell", app.SHELLS)
 def test_completion_scripts_are_accepted(
     shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

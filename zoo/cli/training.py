@@ -79,7 +79,7 @@ _METAVARS = {
     "out": "DIR",
     "base": "NAME|DIR",
     "prompt": "TEXT",
-    "tokenizer": "char|bpe:N|NAME",
+    "tokenizer": "char|NAME|DIR",
 }
 
 if TYPE_CHECKING:
