@@ -95,7 +95,7 @@ def test_resumed_run_is_bit_equal(
 
     take = loop.take_step
 
-    def stopping(state: loop.State) -> loop.Step:
+    def stopping(state: loop.State) -> loop.StepReport:
         if state.step == stop:
             raise Stopped
         return take(state)

@@ -66,5 +66,5 @@ def objective_of(
         )
     split = tokens_of(recipe, model, tokenizer, source, place, processes)
     length, seed = recipe.context + 1, recipe.seed
-    held = Windows(split.val, length, recipe.batch, seed + 1)
-    return CausalLM(Windows(split.train, length, recipe.batch, seed), held)
+    val = Windows(split.val, length, recipe.batch, seed + 1)
+    return CausalLM(Windows(split.train, length, recipe.batch, seed), val)
