@@ -127,7 +127,8 @@ def test_commands_that_load_have_all_options_of_loading(name: str) -> None:
 
 
 def test_commands_that_take_a_checkpoint_have_all_options_of_reading() -> None:
-    taking = [name for name in COMMANDS if name not in ("list", "check")]
+    # what `train` goes on from is described by its recipe: --from, --head, --set
+    taking = [name for name in COMMANDS if name not in ("list", "check", "train")]
     assert not {
         name: READING - option_names(name) for name in taking if READING - option_names(name)
     }
@@ -227,6 +228,19 @@ def test_names_of_commands_options_and_checkpoints_complete() -> None:
         ["gpt2-xl", "gpt2"]
     ]
     assert '"gpt2-xl":"gpt2"' in "".join(completions("zsh", "zoo info gpt2-x"))
+
+
+@pytest.mark.parametrize("shell", app.SHELLS)
+def test_completing_a_line_offers_shells_and_installs_nothing(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for option in ("--install-completion", "--show-completion"):
+        offered = completions(shell, f"zoo {option} z")
+        assert "zsh" in "".join(offered) and "fish" not in "".join(offered)
+        completions(shell, f"zoo {option} zsh ")
+    completions(shell, "zoo --version ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shell", app.SHELLS)

@@ -95,7 +95,7 @@ def test_resumed_run_is_bit_equal(
 
     take = loop.take_step
 
-    def stopping(state: loop.State) -> loop.Step:
+    def stopping(state: loop.State) -> loop.StepReport:
         if state.step == stop:
             raise Stopped
         return take(state)
@@ -230,6 +230,8 @@ def test_directory_with_files_is_never_written_to(settings: dict[str, Any]) -> N
         ({"tokenizer": None}, "tokenizer: missing; char reads any text"),
         ({"arch": "gpt3"}, "arch: 'gpt3' is not one of .* Did you mean gpt2"),
         ({"device": "cuda"}, "device cuda: .* Use --device cpu"),
+        ({"arch": "bert"}, "head masked_lm of bert: only decoders with head lm"),
+        ({"arch": "t5"}, "head lm of t5: only decoders"),
         ({"device": "tpu"}, "device 'tpu': expected auto"),
         ({"batch": 1, "accumulate": 1, "data": None}, "no data to train on"),
     ],

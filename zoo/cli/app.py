@@ -40,14 +40,14 @@ app = typer.Typer(
 # --- zoo without a command -----------------------------------------------------------------------
 
 
-def _show_version(value: bool) -> None:
-    if value:
+def _show_version(ctx: typer.Context, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
         print(f"zoo {zoo.__version__}")
         raise typer.Exit(ExitCode.OK)
 
 
-def _show_completion(value: str | None) -> None:
-    if value:
+def _show_completion(ctx: typer.Context, value: str | None) -> None:
+    if value and not ctx.resilient_parsing:
         from typer.completion import get_completion_script
 
         shell = _shell(value)
@@ -55,8 +55,8 @@ def _show_completion(value: str | None) -> None:
         raise typer.Exit(ExitCode.OK)
 
 
-def _install_completion(value: str | None) -> None:
-    if value:
+def _install_completion(ctx: typer.Context, value: str | None) -> None:
+    if value and not ctx.resilient_parsing:  # a shell that completes a line runs nothing
         from typer.completion import install
 
         shell, file = install(_shell(value), prog_name="zoo", complete_var=COMPLETE)
@@ -78,8 +78,12 @@ def _shell(value: str) -> str:
     return value
 
 
-def _option(*names: str, help: str, callback: Any, metavar: str | None = None) -> Any:
+def _option(
+    *names: str, help: str, callback: Any, metavar: str | None = None, words: Sequence[str] = ()
+) -> Any:
     how: dict[str, Any] = {"help": help, "callback": callback, "metavar": metavar}
+    if words:
+        how["autocompletion"] = lambda: [*words]
     return typer.Option(*names, is_eager=True, show_default=False, **how)
 
 
@@ -95,6 +99,7 @@ def root(
             metavar="[SHELL]",
             help="print what completes zoo's commands in bash, zsh or fish",
             callback=_show_completion,
+            words=SHELLS,
         ),
     ] = None,
     install_completion: Annotated[
@@ -104,6 +109,7 @@ def root(
             metavar="[SHELL]",
             help="write that into the shell's own configuration",
             callback=_install_completion,
+            words=SHELLS,
         ),
     ] = None,
 ) -> None:

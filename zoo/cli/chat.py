@@ -107,7 +107,9 @@ class Dialogue:
                     f"the dialogue has {length} tokens, and max_length is {self.asked.max_length}: "
                     "/reset starts over"
                 )
-        for model, name in zip(self._models, ("the model", "its assistant"), strict=False):
+        models = self._models
+        names = ("the model", "its assistant")[: len(models)]
+        for model, name in zip(models, names, strict=True):
             if (limit := model.config.limit_cached) is None:
                 continue
             if length > limit:

@@ -199,7 +199,9 @@ def _suggesting(params: Sequence[Any]) -> Iterator[None]:
         if hasattr(error, "possibilities"):
             name = str(getattr(error, "option_name", ""))
             options = [each for param in params for each in (*param.opts, *param.secondary_opts)]
-            near = did_you_mean(name, [each for each in options if each.startswith("--")])
+            long = [each for each in options if each.startswith("--")]
+            beginning = [each for each in long if len(name) > 3 and each.startswith(name)]
+            near = did_you_mean(name, beginning, cutoff=0) or did_you_mean(name, long)
             error.message, error.possibilities = (
                 f"no such option: {name}{near and '.' + near}",
                 None,

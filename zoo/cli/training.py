@@ -79,7 +79,7 @@ _METAVARS = {
     "out": "DIR",
     "base": "NAME|DIR",
     "prompt": "TEXT",
-    "tokenizer": "char|bpe:N|NAME",
+    "tokenizer": "char|NAME|DIR",
 }
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ else:
     )
 
 
-def _given(settings: Settings) -> dict[str, Any]:
+def _asked_for(settings: Settings) -> dict[str, Any]:
     """The settings that the command line names, as `Recipe` has them."""
     values = dict[str, Any]()
     for name, value in vars(settings).items():
@@ -134,7 +134,7 @@ def train(
     json: Json = False,
 ) -> int:
     """Train, and print the last loss."""
-    asked = merged(placed(pairs(changes)), _given(settings))
+    asked = merged(placed(pairs(changes)), _asked_for(settings))
     from zoo.training.run import RunDirectory
     from zoo.training.start import run
 

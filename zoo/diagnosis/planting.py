@@ -207,7 +207,7 @@ def ignore_input(model: Any, name: str) -> None:
 
     @functools.wraps(forward)
     def run(*args: Any, **named: Any) -> Any:
-        inputs = {**dict(zip(names, args, strict=False)), **named}
+        inputs = {**dict(zip(names[: len(args)], args, strict=True)), **named}
         return forward(**{k: v for k, v in inputs.items() if k != name})
 
     model.forward = run

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.components.model import Model
 from zoo.errors import NonFinite
-from zoo.training.objectives import Batch, Objective, cost
+from zoo.training.objectives import LabeledBatch, Objective, cost
 from zoo.training.optimizers import learning_rate, parameters_of, set_learning_rate
 from zoo.training.processes import Processes
 from zoo.training.recipe import Recipe
@@ -22,7 +22,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Step:
+class StepReport:
     """What one step did."""
 
     number: int  # of steps that are done
@@ -54,7 +54,7 @@ class State:
 def train(
     state: State,
     *,
-    done: Callable[[Step], None] = lambda step: None,
+    done: Callable[[StepReport], None] = lambda step: None,
     evaluated: Callable[[int, float], None] = lambda number, loss: None,
 ) -> None:
     """Take the steps that a recipe still has, from wherever the state stands.
@@ -78,7 +78,7 @@ def train(
             evaluated(state.step, loss)
 
 
-def take_step(state: State) -> Step:
+def take_step(state: State) -> StepReport:
     """One step: the batch's gradient in parts, clipped, and the optimizers' updates."""
     recipe, started = state.recipe, time.perf_counter()
     batch = state.objective.batch(state.step)
@@ -109,10 +109,10 @@ def take_step(state: State) -> Step:
     state.step, state.tokens = state.step + 1, state.tokens + batch.tokens
     state.seconds += seconds
     state.losses.append(loss)
-    return Step(state.step, loss, norm, rate, batch.tokens, seconds)
+    return StepReport(state.step, loss, norm, rate, batch.tokens, seconds)
 
 
-def _cost(state: State, part: Batch, counts: dict[str, int]) -> Tensor:
+def _cost(state: State, part: LabeledBatch, counts: dict[str, int]) -> Tensor:
     device = state.processes.device
     part, dtype = part.to(device), AUTOCAST.get(state.recipe.precision)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

@@ -16,7 +16,7 @@ IGNORED = -100  # a label that asks for nothing
 
 
 @dataclass(frozen=True)
-class Batch:
+class LabeledBatch:
     """Keywords of a model's `forward`, and a label for each number that is to be foreseen.
 
     Labels stand under the name of the output that they are of; a lone output is `logits`.
@@ -34,13 +34,13 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
-    def rows(self, part: slice) -> Batch:
+    def rows(self, part: slice) -> LabeledBatch:
         """Some of the sequences."""
         inputs = {name: x[part] for name, x in self.inputs.items()}
         labels = {name: x[part] for name, x in self.labels.items()}
         return replace(self, inputs=inputs, labels=labels)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> LabeledBatch:
         """The same on another device."""
         inputs = {name: x.to(device, non_blocking=True) for name, x in self.inputs.items()}
         labels = {name: x.to(device, non_blocking=True) for name, x in self.labels.items()}
@@ -50,10 +50,10 @@ class Batch:
 class Objective(Protocol):
     """What `loop.train` needs: batches by step, to train on and to evaluate with."""
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> LabeledBatch:
         """The batch of a step, which depends on the seed and the step alone."""
 
-    def held_back(self, number: int) -> Batch:
+    def held_back(self, number: int) -> LabeledBatch:
         """A batch of the data that is held back."""
 
 
@@ -64,7 +64,7 @@ def outputs_of(out: Any) -> dict[str, Tensor]:
     return dict(out._asdict())
 
 
-def cost(out: Any, batch: Batch, counts: Mapping[str, int]) -> Tensor:
+def cost(out: Any, batch: LabeledBatch, counts: Mapping[str, int]) -> Tensor:
     """What a part of a batch adds to the mean over all of its labels, in nats.
 
     Outputs with labels are added up; `counts` are those of the whole batch, so that parts of
@@ -92,15 +92,15 @@ class CausalLM:
     def __init__(self, train: Windows, val: Windows) -> None:
         self._train, self._val = train, val
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> LabeledBatch:
         """The batch of a step."""
         return _shifted(self._train(step))
 
-    def held_back(self, number: int) -> Batch:
+    def held_back(self, number: int) -> LabeledBatch:
         """A batch of the data that is held back."""
         return _shifted(self._val(number))
 
 
-def _shifted(windows: Tensor) -> Batch:
+def _shifted(windows: Tensor) -> LabeledBatch:
     inputs = windows[:, :-1]
-    return Batch({"input_ids": inputs}, {"logits": windows[:, 1:]}, tokens=inputs.numel())
+    return LabeledBatch({"input_ids": inputs}, {"logits": windows[:, 1:]}, tokens=inputs.numel())

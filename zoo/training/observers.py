@@ -66,13 +66,13 @@ class Lines:
         if self._begun is None:
             self._begun = now, entry["step"]
         began, first = self._begun
-        taken = entry["step"] - first
+        steps = entry["step"] - first
         parts = [f"loss {entry['loss']:.4f}", f"lr {entry['lr']:.1e}"]
         parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
         if entry.get("mfu"):
             parts.append(f"mfu {entry['mfu']:.0%}")
-        if taken:
-            left = (now - began) / taken * (self._steps - entry["step"])
+        if steps:
+            left = (now - began) / steps * (self._steps - entry["step"])
             parts.append(f"{clock(left)} left")
         return "  ".join(parts)
 

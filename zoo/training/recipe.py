@@ -40,10 +40,9 @@ class Recipe(BaseModel):
     # data
     data: str | None = _field(None, DATA, "a text file, a directory of them, JSONL, or train.bin")
     tokenizer: str | None = _field(
-        None, DATA, "char, bpe:N for one trained on the data, or a checkpoint's name or directory"
+        None, DATA, "char, a letter a token; or a checkpoint's name or directory"
     )
     val_share: Share = _field(0.1, DATA, "the share of the data, at its end, that is held back")
-    objective: str | None = _field(None, DATA, "what is learned (default: by the model's head)")
 
     # model
     arch: str = _field("gpt2", MODEL, "the architecture to train from scratch")

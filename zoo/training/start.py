@@ -22,7 +22,7 @@ from zoo.loading import load
 from zoo.lora import add_adapter
 from zoo.text.generate import generate_text
 from zoo.tokenizers import Tokenizer
-from zoo.training.loop import State, Step
+from zoo.training.loop import State, StepReport
 from zoo.training.loop import train as take_steps
 from zoo.training.objectives import Objective
 from zoo.training.observers import (
@@ -45,7 +45,7 @@ Data = str | PathLike[str] | Tensor | Sequence[str]
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run that has ended: its model, and what it learned."""
 
     model: Model
@@ -70,7 +70,7 @@ def train(
     out: str | PathLike[str] | None = None,
     progress: bool = False,
     **settings: Any,
-) -> Run:
+) -> TrainingRun:
     """Train a model on a text or on token ids, by the loop that `zoo train` runs.
 
     The model is changed and stays in evaluation mode afterwards.
@@ -84,7 +84,7 @@ def train(
         **settings: Settings of `Recipe`: steps, lr, batch, context ...
 
     Returns:
-        A `Run`: `run.losses`, `run.val_loss`, `run.model`.
+        A `TrainingRun`: `run.losses`, `run.val_loss`, `run.model`.
 
     Raises:
         UsageError: A setting or the data does not fit.
@@ -117,7 +117,7 @@ def run(
     data: Data | None = None,
     tokenizer: Tokenizer | None = None,
     progress: bool = False,
-) -> Run:
+) -> TrainingRun:
     """Run a recipe from the beginning, or go on with the run in its directory.
 
     Raises:
@@ -233,14 +233,14 @@ def _state(
 
 def _supervised(
     state: State, tokenizer: Tokenizer | None, directory: RunDirectory | None, progress: bool
-) -> Run:
+) -> TrainingRun:
     """Take the steps; show, log, sample and save as the recipe says."""
     recipe, processes, evaluations = state.recipe, state.processes, list[tuple[int, float]]()
     seen = observers(recipe, directory, progress) if processes.is_first else []
     rate = _Rate(state)
     with _stopped_by_ctrl_c() as is_asked_to_stop:
 
-        def done(step: Step) -> None:
+        def done(step: StepReport) -> None:
             if step.number % recipe.log_every == 0 or step.number in (1, recipe.steps):
                 _show(
                     seen,
@@ -279,7 +279,7 @@ def _supervised(
                 observer.close()
             state.model.eval()
     place = None if directory is None else directory.place
-    return Run(state.model, recipe, state.losses, evaluations, tokenizer, place, is_stopped)
+    return TrainingRun(state.model, recipe, state.losses, evaluations, tokenizer, place, is_stopped)
 
 
 def _show(seen: Sequence[Observer], entry: dict[str, Any]) -> None:
@@ -296,7 +296,7 @@ class _Rate:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(state.recipe.precision)
         self._peak = peak_flops(state.processes.device, dtype or torch.float32)
 
-    def entry(self, step: Step) -> dict[str, Any]:
+    def entry(self, step: StepReport) -> dict[str, Any]:
         """What metrics.jsonl has of it."""
         synchronize(self._state.processes.device)
         tokens = self._state.tokens - self._tokens

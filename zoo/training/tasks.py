@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.components.decoder import Decoder
 from zoo.components.model import Model
 from zoo.errors import UsageError
+from zoo.saving.origin import entry_of
 from zoo.tokenizers import Tokenizer
 from zoo.training.data import Split, Windows, encoded, prepare, split_ids
 from zoo.training.objectives import CausalLM, Objective
@@ -52,8 +54,17 @@ def objective_of(
     place: Path,
     processes: Processes,
 ) -> Objective:
-    """The objective of a model's head."""
+    """The objective of a model's head.
+
+    Raises:
+        UsageError: The head foresees no next token.
+    """
+    if not isinstance(model, Decoder) or model.config.head != "lm":
+        raise UsageError(
+            f"head {model.config.head} of {entry_of(model).name}: only decoders with head lm are "
+            "trained, on the next token"
+        )
     split = tokens_of(recipe, model, tokenizer, source, place, processes)
     length, seed = recipe.context + 1, recipe.seed
-    held = Windows(split.val, length, recipe.batch, seed + 1)
-    return CausalLM(Windows(split.train, length, recipe.batch, seed), held)
+    val = Windows(split.val, length, recipe.batch, seed + 1)
+    return CausalLM(Windows(split.train, length, recipe.batch, seed), val)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: characters of the text, one trained on it, or a checkpoint's."""
+"""The tokenizer of a run: characters of the text, or a checkpoint's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zoo.training.recipe import Recipe
 from zoo.training.run import RunDirectory
 from zoo.training.text_files import documents
 
-CHAR, BPE = "char", "bpe:"
+CHAR = "char"
 
 
 def texts_of(source: Any) -> Any:
@@ -42,6 +42,4 @@ def tokenizer_for(recipe: Recipe, source: Any, resumed: RunDirectory | None) -> 
         raise UsageError("tokenizer: missing; char reads any text, a letter a token")
     if name == CHAR:
         return CharTokenizer.of("".join(texts_of(source)))
-    if name.startswith(BPE):
-        raise UsageError(f"tokenizer: {name}: not yet")
     return tokenizer(name)
