@@ -37,6 +37,7 @@ LIBRARIES = {
     "zoo.checkpoints.oracle": {"torch", "safetensors", "transformers"},
     "zoo.tokenizers": {"torch", "tiktoken", "sentencepiece", "tokenizers", "jinja2"},
     "zoo.saving.graphs": {"torch", "onnx_ir"},
+    "zoo.training": {"torch", "pydantic", "yaml", "wandb", "pyarrow"},
     "zoo.parity": {"torch", "einops", "safetensors", "yaml"},
     "zoo.diagnosis": {"torch", "einops", "safetensors", "yaml"},
     "zoo.cli": {"torch", "typer", "click", "rich"},

@@ -8,8 +8,6 @@ from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from pydantic.fields import FieldInfo
-
 from zoo.cli.command import Commands, Options
 from zoo.cli.exit_codes import ExitCode
 from zoo.cli.options import (
@@ -38,7 +36,7 @@ def _kinds(annotation: Any) -> Iterator[Any]:
     if not inner:
         yield annotation
     for each in inner:
-        if not isinstance(each, FieldInfo):
+        if isinstance(each, type | str) or get_args(each):
             yield from _kinds(each)
 
 
