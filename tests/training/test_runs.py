@@ -21,7 +21,6 @@ from zoo.training.recipe import Recipe
 from zoo.training.run import RunDirectory
 from zoo.training.start import run
 
-
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "the", "sun"]
 
 
