@@ -585,4 +585,4 @@ def test_embed_command(run: Any, hot: Any, tmp_path: Path) -> None:
     numbers = torch.tensor([[float(n) for n in line.split()] for line in out.splitlines()])
     torch.testing.assert_close(numbers, wanted, rtol=1e-6, atol=0)
     for arguments in ((), ("a", "--file", path)):
-        assert "either texts or --file" in run("embed", root, *arguments)[2]
+        assert "expected texts or --file FILE, and not both" in run("embed", root, *arguments)[2]

@@ -60,7 +60,7 @@ def score(
             "--window",
             metavar="TOKENS",
             parser=whole_number,
-            help="read so many at a time (default: all positions)",
+            help="tokens of a window (default: all positions)",
         ),
     ] = None,
     stride: Annotated[
@@ -69,7 +69,7 @@ def score(
             "--stride",
             metavar="TOKENS",
             parser=whole_number,
-            help="move the window by so many (default: half)",
+            help="tokens from one window to the next (default: half a window)",
         ),
     ] = None,
     json: Json = False,
@@ -160,7 +160,7 @@ def embed(
 ) -> int:
     """Print a vector a line."""
     if bool(texts) == bool(file):
-        raise UsageError("embed: either texts or --file")
+        raise UsageError("embed: expected texts or --file FILE, and not both")
     passages = texts or lines_of(read_text(file or ""))
     how: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "truncate": truncate}
     vectors = zoo.embed(loading.load(ref), passages, **how).tolist()
