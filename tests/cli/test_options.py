@@ -159,6 +159,21 @@ def test_a_device_reaches_load_and_the_assistant(
 
 
 @pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("generate gpt2 --ignore-config foo Once", "--ignore-config"),
+        ("generate --adapter gpt2 Once", "--adapter"),
+        ("tokenize gpt2 --config eps=1 x=1", "--config"),
+    ],
+)
+def test_missing_argument_names_the_option_that_took_it(
+    line: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    assert f"expected TEXT before {option}, which takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--device", "cuda"], "--device cuda: torch sees no CUDA device here. Use --device cpu"),

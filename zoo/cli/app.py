@@ -247,5 +247,5 @@ def _problem(error: Any) -> str:
     is_option = param.param_type_name == "option"
     name = "/".join(param.opts) if is_option else param.metavar
     if hasattr(error, "param_type"):  # it is missing
-        return f"expected {name}"
+        return f"expected {name}{getattr(error, 'hint', '')}"
     return f"{name}: {str(error.message).removeprefix('Value error, ')}"

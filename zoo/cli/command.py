@@ -110,7 +110,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; an unknown option is refused with what is near."""
         ctx.allow_extra_args = True  # they are refused below, in our words
-        with _suggesting(self.params):
+        with _suggesting(self.params), _naming_what_took(args, self.params):
             rest = super().parse_args(ctx, list(_one_word_each(args, self.params)))
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"unrecognized arguments: {' '.join(rest)}")
@@ -167,9 +167,9 @@ def _one_word_each(args: Sequence[str], params: Sequence[Any]) -> Iterator[str]:
     """`--config a=1 b=2` as `--config a=1 --config b=2`; an absent value as NO_VALUE."""
     several, optional = set[str](), set[str]()
     for param in params:
-        if (metavar := param.metavar or "").endswith("..."):
+        if (param.metavar or "").endswith("..."):
             several.update(param.opts)
-        elif metavar.startswith("[") and param.param_type_name == "option":
+        elif _is_optional(param):
             optional.update(param.opts)
     words = list(args)
     while words:
@@ -184,6 +184,25 @@ def _one_word_each(args: Sequence[str], params: Sequence[Any]) -> Iterator[str]:
             yield words.pop(0)
             while _is_value(words):
                 yield from (word, words.pop(0))
+
+
+@contextmanager
+def _naming_what_took(args: Sequence[str], params: Sequence[Any]) -> Iterator[None]:
+    """Say of a missing argument which option of several words, or of an optional one, took it."""
+    try:
+        yield
+    except typer.TyperException as error:
+        param = getattr(error, "param", None)
+        greedy = [p for p in params if (p.metavar or "").endswith("...") or _is_optional(p)]
+        takers = [word for word in args if any(word in each.opts for each in greedy)]
+        if takers and param is not None and param.param_type_name == "argument":
+            error.hint = f" before {takers[0]}, which takes the words after it"  # type: ignore[attr-defined]
+        raise
+
+
+def _is_optional(param: Any) -> bool:
+    """Whether it is an option that may come without its value."""
+    return (param.metavar or "").startswith("[") and param.param_type_name == "option"
 
 
 def _is_value(words: Sequence[str]) -> bool:

@@ -264,5 +264,6 @@ def check(
         print(f"changed by an adapter: {name}, sha256 {digest}")
     if sha256 and (without := [name for name in files if not files[name]["sha256"]]):
         print(f"no sha256 was taken of {listing(without)}: each tensor's own digest was compared")
-    print(f"{directory}: {f'{len(damages)} damaged' if damages else 'every digest matches the manifest'}")
+    outcome = f"{len(damages)} damaged" if damages else "every digest matches the manifest"
+    print(f"{directory}: {outcome}")
     return ExitCode.FAILED if damages else ExitCode.OK
