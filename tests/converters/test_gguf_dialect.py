@@ -498,7 +498,7 @@ def test_byte_level_bpe(fixtures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks(fixtures: Path, tmp_path: Path) -> None:
+def test_ranks_give_back_the_merges_of_llama3(fixtures: Path, tmp_path: Path) -> None:
     """Llama 3's own file says no merges; what it implies is read back to the same ids."""
     source = tiny_with("llama", tmp_path / "llama", 128256)
     shutil.copy(fixtures / "tokenizers/llama3/tokenizer.model", source)
@@ -632,7 +632,9 @@ def stories(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(place / "hf", place / "gguf")
 
 
-def test_stories(fixtures: Path, stories: Path, tmp_path: Path, capsys: Any) -> None:
+def test_stories_survive_gguf_with_the_same_logits(
+    fixtures: Path, stories: Path, tmp_path: Path, capsys: Any
+) -> None:
     expected = json.loads((fixtures / "stories260K" / "EXPECTED.json").read_text())
     ids = torch.tensor([expected["greedy_ids_from_BOS"][:64]])
     first = zoo.load(stories.parents[1] / "stories260K.bin")
@@ -729,7 +731,7 @@ def test_llama_cpp_agrees_on_bert(fixtures: Path, tmp_path: Path) -> None:
     assert (actual - wanted).abs().max() < 1e-3 * wanted.abs().max()  # as of GPT-2
 
 
-def test_info(stories: Path, capsys: Any) -> None:
+def test_info_describes_a_gguf_file(stories: Path, capsys: Any) -> None:
     assert main(["info", str(stories)]) == 0
     output = capsys.readouterr().out
     assert "gguf (GGUF)" in output and "attention" in output and "llama" in output

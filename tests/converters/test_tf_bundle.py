@@ -171,7 +171,7 @@ def test_checksums_are_no_bottleneck() -> None:
         (b"\x04\xfc\x03\0\0\0abcd", b"abcd"),
     ],
 )
-def test_snappy(packed: bytes, data: bytes) -> None:
+def test_snappy_blocks_are_unpacked(packed: bytes, data: bytes) -> None:
     assert snappy.unpack(packed) == data
     assert snappy.unpacked_size(packed) == len(data)
 

@@ -62,14 +62,14 @@ def planted(name: str, place: Path, fault: Callable[[Model], None] | None = None
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_of_a_sound_checkpoint_nothing_is_told(name: str, tmp_path: Path) -> None:
+def test_sound_checkpoint_has_no_findings(name: str, tmp_path: Path) -> None:
     diagnosis = planted(name, tmp_path)
     assert diagnosis.ok, diagnosis.to_text()
     assert "Nothing looks wrong." in diagnosis.to_text()
 
 
 @pytest.mark.parametrize("name", registry.architectures())
-def test_of_a_new_model_one_thing_is_told(name: str, tmp_path: Path) -> None:
+def test_untrained_model_has_one_finding(name: str, tmp_path: Path) -> None:
     zoo.save(build(name), tmp_path / "new")
     diagnosis = zoo.diagnose(tmp_path / "new")
     assert [each.what for each in diagnosis.findings] == [

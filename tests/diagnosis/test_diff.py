@@ -259,7 +259,7 @@ def test_a_module_of_ones_own(made: Callable[..., Path], tmp_path: Path) -> None
         zoo.diff(model, nn.Linear(3, 4))
 
 
-def test_the_command(
+def test_diff_command_reports_the_first_difference(
     made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert app.main(["diff", str(made("gpt2"))]) == 0

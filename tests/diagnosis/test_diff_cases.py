@@ -210,7 +210,9 @@ SPECS_READ_WRONG = [
 
 
 @pytest.mark.parametrize("case", SPECS_READ_WRONG, ids=str)
-def test_a_spec(case: Case, made: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_line_of_a_spec_is_named_and_undone(
+    case: Case, made: Callable[..., Path], tmp_path: Path
+) -> None:
     assert check(case, made, tmp_path).causes[0].restored
 
 
@@ -323,7 +325,9 @@ FILES_CHANGED = [
 
 
 @pytest.mark.parametrize("case", FILES_CHANGED, ids=str)
-def test_a_file(case: Case, made: Callable[..., Path], tmp_path: Path) -> None:
+def test_damaged_weights_are_named_and_undone(
+    case: Case, made: Callable[..., Path], tmp_path: Path
+) -> None:
     assert check(case, made, tmp_path).causes[0].restored
 
 
@@ -570,7 +574,9 @@ CODE_WRONG = [
 
 
 @pytest.mark.parametrize("case", CODE_WRONG, ids=str)
-def test_code(case: Case, made: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_code_is_located_and_explained(
+    case: Case, made: Callable[..., Path], tmp_path: Path
+) -> None:
     check(case, made, tmp_path)
 
 
@@ -588,7 +594,7 @@ def test_shared_layers_learn_from_each_time(
 @pytest.mark.parametrize(
     ("name", "variant"), [("gpt2", "upcast"), ("bert", "answer"), ("neox", "base")]
 )
-def test_sums_of_gradients_are_rounded_otherwise(
+def test_other_rounding_of_gradient_sums_is_no_difference(
     name: str, variant: str, made: Callable[..., Path]
 ) -> None:
     for way in ("whole", "padded", "unmasked"):
@@ -641,7 +647,7 @@ def test_a_tie_is_made_again(made: Callable[..., Path]) -> None:
 # --- what cannot be held against what ------------------------------------------------------------
 
 
-def test_what_is_refused(made: Callable[..., Path]) -> None:
+def test_comparisons_that_make_no_sense_are_refused(made: Callable[..., Path]) -> None:
     for name, variant in (("bert", ""), ("llama", "classify"), ("t5", "encoder")):
         with pytest.raises(UsageError, match="keeps no cache"):
             zoo.diff(made(name, variant), way="cached")

@@ -60,7 +60,9 @@ def tracers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 
 @pytest.mark.parametrize(("name", "bug"), FEW, ids=lambda value: value)
-def test_a_planted_bug(name: str, bug: str, tracers: Callable[[str], Tracer]) -> None:
+def test_planted_bug_is_located_and_explained(
+    name: str, bug: str, tracers: Callable[[str], Tracer]
+) -> None:
     result = tracers(name).trace(FAULTS[bug])
     assert result is not None and result.ok, result
 
@@ -177,7 +179,9 @@ def test_what_a_cause_says() -> None:
     assert "Not confirmed" in str(replace(moved, tried=False))
 
 
-def test_the_command(made: Callable[[str], Path], tmp_path: Path, capsys: Any) -> None:
+def test_diff_command_reports_the_cause(
+    made: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
     model = zoo.load(made("gpt2"))
     with torch.no_grad():
         model.blocks[1].attn.out.bias.zero_()

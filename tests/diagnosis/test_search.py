@@ -77,7 +77,7 @@ def test_an_edit_leaves_nothing_behind(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "falcon"])
-def test_what_is_read_otherwise_can_be_read_back(name: str) -> None:
+def test_some_hypothesis_undoes_each_mistake_bit_for_bit(name: str) -> None:
     """Each mistake with parameters is undone, bit by bit, by some hypothesis."""
     model = hot(build(name))
     true = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -439,7 +439,7 @@ def test_nothing_is_wrong_in_what_was_just_trained(of: Callable[[str], Planted])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", FEW)
-def test_a_planted_bug(bug: str, of: Callable[[str], Planted]) -> None:
+def test_planted_bug_is_named_by_a_text(bug: str, of: Callable[[str], Planted]) -> None:
     report = of("gpt2").report(bug)
     assert report is not None and re.search(RIGHT[bug], report[1]), report
 

@@ -30,7 +30,7 @@ def test_greedy_ids(stories: Model, fixtures: Path) -> None:
 
 
 @torch.no_grad()
-def test_logits(stories: Model, fixtures: Path) -> None:
+def test_logits_equal_those_of_llama2c(stories: Model, fixtures: Path) -> None:
     place = fixtures / "stories260K"
     greedy = json.loads((place / "EXPECTED.json").read_text())["greedy_ids_from_BOS"]
     truth = torch.from_numpy(np.load(place / "ref_logits_64tok.npy"))
