@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from converters.spec import load_spec
 from zoo.components.model import Model
 from zoo.errors import UsageError, did_you_mean
 from zoo.registry import Architecture, architectures
 
 LAYERS, DIM, HEAD_DIM = 4, 128, 32  # of a model from scratch, where nothing else is asked for
+DROPOUTS = ("dropout", "attn_dropout", "embed_dropout")
 
 
 def architecture(name: str) -> Architecture:
@@ -27,35 +29,40 @@ def architecture(name: str) -> Architecture:
 
 def small(
     entry: Architecture,
-    vocab: int,
     context: int,
     asked: Mapping[str, Any],
     dropout: float | None = 0.0,
 ) -> dict[str, Any]:
-    """Config fields of a small model that reads `context` tokens; `asked` ones come first.
+    """Config fields of a small model that reads `context` tokens.
 
-    Heads follow from the width and widths from the heads, whichever was asked for.
+    `asked` ones, the vocabulary's size among them, come first. What no size is follows the
+    architecture's first tiny config, which its reference class can express.
     """
-    fields = entry.config_class.model_fields
+    variant = next(iter(entry.variants.values()))
+    fields, _ = load_spec(entry.spec).dialect("hf").read_config(entry.modern(variant["config"]))
     dim = int(asked.get("dim", DIM))
     heads = int(asked.get("heads", max(1, dim // HEAD_DIM)))
     layers = int(asked.get("layers", LAYERS))
-    defaults: dict[str, Any] = {
-        "vocab": vocab,
+    sizes: dict[str, Any] = {
         "dim": dim,
         "heads": heads,
         "kv_heads": heads,
         "head_dim": dim // heads,
+        "query_scale": dim // heads,
         "layers": layers,
         "decoder_layers": layers,
         "hidden": 4 * dim,
         "positions": context,
-        "query_scale": dim // heads,
+        "window": context,
     }
-    values = {name: value for name, value in defaults.items() if name in fields}
+    fields |= {name: value for name, value in sizes.items() if name in fields}
     if dropout is not None:
-        values |= {name: dropout for name in fields if "dropout" in name}
-    return {**values, **asked}
+        named = (name for name in entry.config_class.model_fields if name in DROPOUTS)
+        fields |= dict.fromkeys(named, dropout)
+    fields |= asked
+    if fields.get("positions_after_pad") and "positions" not in asked:
+        fields["positions"] = context + fields["pad"] + 1
+    return fields
 
 
 def build(entry: Architecture, fields: Mapping[str, Any], head: str | None = None) -> Model:

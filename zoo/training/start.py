@@ -38,7 +38,7 @@ from zoo.training.recipe import Recipe
 from zoo.training.run import RunDirectory
 from zoo.training.sizes import architecture, build, small
 from zoo.training.states import load_state, save_state
-from zoo.training.tasks import objective_of
+from zoo.training.tasks import objective_of, special_tokens
 from zoo.training.vocabularies import tokenizer_for
 
 Data = str | PathLike[str] | Tensor | Sequence[str]
@@ -175,11 +175,13 @@ def _model(recipe: Recipe, tokenizer: Tokenizer | None, resumed: RunDirectory | 
             add_adapter(model, recipe.lora, r=recipe.rank, alpha=recipe.alpha)
         return model
     entry = architecture(recipe.arch)
-    vocab = recipe.config.get("vocab") or (tokenizer and tokenizer.vocab_size)
-    if not vocab:
+    asked = dict(recipe.config)
+    if tokenizer is not None:
+        asked = special_tokens(entry, tokenizer, recipe.context) | asked
+    elif "vocab" not in asked:
         raise UsageError("no vocabulary: name a tokenizer, or set vocab")
     dropout = 0.0 if recipe.dropout is None else recipe.dropout
-    fields = small(entry, int(vocab), recipe.context, recipe.config, dropout)
+    fields = small(entry, recipe.context, asked, dropout)
     torch.manual_seed(recipe.seed)
     return build(entry, fields, recipe.head)
 
